@@ -1,0 +1,65 @@
+"""Merge the weights of neural networks, streaming, in as little memory as you give it.
+
+    import shardmix
+
+    report = shardmix.merge({"org/base": 0.6, "./tuned": 0.4}, "merged", max_memory="2GiB")
+
+`merge` does it, `plan_merge` says what it would do, `inspect` shows one checkpoint. Names are
+loaded on first use, so that importing shardmix costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from shardmix._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from shardmix.api import MergeOptions as MergeOptions
+    from shardmix.api import inspect as inspect
+    from shardmix.api import merge as merge
+    from shardmix.api import plan_merge as plan_merge
+    from shardmix.engine import ProgressEvent as ProgressEvent
+    from shardmix.errors import BudgetError as BudgetError
+    from shardmix.errors import MergeCancelled as MergeCancelled
+    from shardmix.errors import MismatchError as MismatchError
+    from shardmix.errors import OutputError as OutputError
+    from shardmix.errors import RecipeError as RecipeError
+    from shardmix.errors import ShardmixError as ShardmixError
+    from shardmix.errors import SourceError as SourceError
+    from shardmix.plan import MergePlan as MergePlan
+    from shardmix.recipe import Recipe as Recipe
+    from shardmix.recipe import WeightedSource as WeightedSource
+    from shardmix.report import MergeReport as MergeReport
+    from shardmix.report import ModelReport as ModelReport
+
+_HOME = {
+    "merge": "api",
+    "plan_merge": "api",
+    "inspect": "api",
+    "MergeOptions": "api",
+    "MergePlan": "plan",
+    "MergeReport": "report",
+    "ModelReport": "report",
+    "ProgressEvent": "engine",
+    "Recipe": "recipe",
+    "WeightedSource": "recipe",
+    "ShardmixError": "errors",
+    "RecipeError": "errors",
+    "SourceError": "errors",
+    "MismatchError": "errors",
+    "BudgetError": "errors",
+    "OutputError": "errors",
+    "MergeCancelled": "errors",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'shardmix' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"shardmix.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,216 @@
+"""The library's functions: `merge`, `plan_merge`, `inspect`. They print nothing.
+
+Puts the layers together and holds no logic of its own. Imports torch only to merge.
+"""
+
+import re
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
+
+from shardmix import planner
+from shardmix.checkpoint import Checkpoint, open_checkpoint, read_config
+from shardmix.errors import RecipeError
+from shardmix.filesystem import free_nbytes
+from shardmix.hub import locate
+from shardmix.memory import cuda_device_present, torch_has_cuda_build
+from shardmix.naming import ties_word_embeddings
+from shardmix.plan import MergePlan, RunSettings
+from shardmix.recipe import ModelsArgument, build_recipe
+from shardmix.report import MergeReport, ModelReport, PlanReport, report_merge, report_model
+from shardmix.report import report_plan as _report_plan
+from shardmix.staging import check_disk, check_output
+from shardmix.units import parse_size
+
+if TYPE_CHECKING:
+    from shardmix.engine import ProgressEvent
+
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+else:
+    from typing_extensions import Unpack
+
+IO_CHOICES = ("auto", "mmap", "pread")
+
+
+class MergeOptions(TypedDict, total=False):
+    """What `merge` and `plan_merge` take by keyword; all of it optional."""
+
+    dtype: str | None
+    """Output dtype: "keep" (each tensor's in the first model), float32, float16 or bfloat16."""
+    base: str | PathLike[str] | None
+    """Source of config, tokenizer and other companion files; default: the first model."""
+    max_shard_size: int | str | None
+    """Largest output shard ("5GB"); default: the first model's own shard layout."""
+    normalize: bool | None
+    """Rescale the weights to sum to 1."""
+    allow_weight_sum: bool | None
+    """Accept weights whose sum is not 1."""
+    max_memory: int | str | None
+    """Bound on the whole process's peak resident memory ("2GiB"); default: what speed needs."""
+    max_vram: int | str | None
+    """Bound on GPU memory."""
+    device: str
+    """auto (default), cpu, cuda or cuda:N."""
+    io: str
+    """How sources are read: auto (default), mmap or pread. All bounded, all the same bytes."""
+    workers: int | None
+    """Threads; default: one a core."""
+    overwrite: bool
+    """Replace an existing output, which stays until the new one is whole."""
+    fsync: bool
+    """Force everything to disk before the output appears (default); False for scratch disks."""
+
+
+def merge(
+    models: ModelsArgument,
+    output: str | PathLike[str],
+    *,
+    on_progress: "Callable[[ProgressEvent], None] | None" = None,
+    cancel: threading.Event | None = None,
+    **options: Unpack[MergeOptions],
+) -> MergeReport:
+    """Merge models into one: out = Σ weightᵢ · modelᵢ, streamed, in bounded memory.
+
+    Args:
+        models: a mapping source → weight, pairs (source, weight), the path of a YAML recipe, or a
+            `Recipe`. A source is a model folder, a `.safetensors` file or a Hub id
+            `org/name[@revision]`. All models have the same tensors; the first gives names,
+            dtypes, shard layout, config and tokenizer.
+        output: the folder to make. It appears, whole, as the last step.
+        on_progress: called about ten times a second with a `ProgressEvent`.
+        cancel: an event; once set, the merge stops and raises `MergeCancelled`.
+        options: see `MergeOptions`.
+
+    Raises:
+        ShardmixError: of the kind that says what to mend. All that can be known from headers is
+            found before any weight is read. Nothing is left at `output`, as after
+            KeyboardInterrupt.
+
+    Example:
+        >>> report = shardmix.merge({"org/base": 0.6, "./tuned": 0.4}, "merged", max_memory="2GiB")
+        >>> report.peak_rss_bytes < 2 * 2**30
+        True
+    """
+    plan = plan_merge(models, output, **options)
+    check_disk(Path(plan.output), plan.disk_needed_nbytes)
+    # With torch loaded, what it takes is known rather than estimated.
+    from shardmix import engine
+
+    notes: tuple[str, ...] = ()
+    finding = engine.device_finding(plan.settings.device)
+    if finding is not None:
+        if options.get("device", "auto") != "auto":
+            raise RecipeError(f"{finding}; use --device cpu (device='cpu')")
+        notes = (f"{finding}; merged on the CPU",)
+        plan = replace(plan, settings=replace(plan.settings, device="cpu"))
+    plan = plan.with_memory(planner.plan_memory(plan.settings))
+    result = engine.execute(plan, on_progress=on_progress, cancel=cancel)
+    return report_merge(
+        plan,
+        seconds=result.seconds,
+        peak_rss=result.peak_resident_nbytes,
+        peak_vram=result.peak_vram_nbytes,
+        warnings=notes + result.disagreements,
+    )
+
+
+def plan_merge(
+    models: ModelsArgument,
+    output: str | PathLike[str] | None = None,
+    **options: Unpack[MergeOptions],
+) -> MergePlan:
+    """Decide everything about a merge from headers alone; write nothing, import no torch.
+
+    Arguments and errors are those of `merge`; without `output`, where it would go is not checked.
+    (Weights of a Hub id are downloaded first, as for a merge.)
+
+    Example:
+        >>> plan = shardmix.plan_merge({"a": 0.5, "b": 0.5}, max_memory="1GiB")
+        >>> plan.memory.projected_peak_nbytes <= 2**30
+        True
+    """
+    unknown = set(options) - set(MergeOptions.__annotations__)
+    if unknown:
+        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+    settings = _settings(options)
+    base = options.get("base")
+    max_shard_size = options.get("max_shard_size")
+    recipe = build_recipe(
+        models,
+        dtype=options.get("dtype"),
+        base=None if base is None else str(base),
+        max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
+        normalize=options.get("normalize"),
+        allow_weight_sum=options.get("allow_weight_sum"),
+    )
+    checkpoints = [open_checkpoint(source) for source in recipe.sources]
+    donor = _donor(recipe.base, checkpoints[0])
+    absolute = None if output is None else Path(output).expanduser().absolute()
+    if absolute is not None:
+        inputs = [
+            checkpoint.shards[0].path if checkpoint.is_single_file else checkpoint.folder
+            for checkpoint in checkpoints
+        ]
+        if recipe.base is not None:
+            inputs.append(donor.folder)
+        check_output(absolute, overwrite=settings.overwrite, inputs=inputs)
+    return planner.plan_merge(recipe, checkpoints, donor, settings, output=absolute)
+
+
+def report_plan(plan: MergePlan) -> PlanReport:
+    """Return what a plan means to people, with the room that is free for its output."""
+    free = free_nbytes(Path(plan.output)) if plan.output else None
+    return _report_plan(plan, disk_free=free)
+
+
+def inspect(source: str | PathLike[str]) -> ModelReport:
+    """Return what a model folder, `.safetensors` file or Hub id holds, from headers alone.
+
+    Raises `SourceError` where it cannot be read or merged.
+
+    Example:
+        >>> shardmix.inspect("org/name").num_parameters
+        22713216
+    """
+    return report_model(open_checkpoint(str(source)))
+
+
+def _settings(options: MergeOptions) -> RunSettings:
+    io = options.get("io", "auto")
+    if io not in IO_CHOICES:
+        raise RecipeError(f"io {io!r}: must be one of {', '.join(IO_CHOICES)}")
+    workers = options.get("workers")
+    if workers is not None and workers < 1:
+        raise RecipeError(f"workers {workers}: must be at least 1")
+    max_memory, max_vram = options.get("max_memory"), options.get("max_vram")
+    return RunSettings(
+        device=_device(options.get("device", "auto")),
+        io=io,
+        workers=workers,
+        max_memory_nbytes=None if max_memory is None else parse_size(max_memory),
+        max_vram_nbytes=None if max_vram is None else parse_size(max_vram),
+        overwrite=options.get("overwrite", False),
+        fsync=options.get("fsync", True),
+    )
+
+
+def _device(asked: str) -> str:
+    """Return cpu, cuda or cuda:N, judged without importing torch."""
+    if asked == "auto":
+        return "cuda" if cuda_device_present() and torch_has_cuda_build() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", asked):
+        raise RecipeError(f"device {asked!r}: must be auto, cpu, cuda or cuda:N")
+    return asked
+
+
+def _donor(base: str | None, first: Checkpoint) -> planner.Donor:
+    if base is None:
+        return planner.Donor(first.folder, ties_word_embeddings(first.config))
+    path = locate(base).path
+    folder = path if path.is_dir() else path.parent
+    return planner.Donor(folder, ties_word_embeddings(read_config(folder)))

@@ -1,0 +1,76 @@
+"""Progress of a merge: a bar on a terminal, plain lines elsewhere, on standard error."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from shardmix.units import format_size
+
+if TYPE_CHECKING:
+    from shardmix.engine import ProgressEvent
+
+# Without a terminal: a line when this much has passed, so that a log of hours stays short.
+_LINE_FRACTION = 0.1
+_LINE_SECONDS = 30.0
+
+OnProgress = Callable[["ProgressEvent"], None]
+
+
+@contextmanager
+def progress_display(*, quiet: bool) -> Iterator[OnProgress | None]:
+    """Give a callback that shows progress; None with `quiet`."""
+    console = Console(stderr=True, highlight=False)
+    if quiet:
+        yield None
+    elif console.is_terminal:
+        with Progress(
+            TextColumn("merging"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        ) as progress:
+            task = progress.add_task("merge", total=None, status="")
+
+            def update(event: "ProgressEvent") -> None:
+                progress.update(
+                    task,
+                    total=event.num_bytes_total,
+                    completed=event.num_bytes_done,
+                    status=_status(event),
+                )
+
+            yield update
+    else:
+        yield _LinePrinter(console)
+
+
+class _LinePrinter:
+    """Prints a line now and then, and one at the end."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._fraction = 0.0
+        self._seconds = 0.0
+
+    def __call__(self, event: "ProgressEvent") -> None:
+        fraction = event.num_bytes_done / max(event.num_bytes_total, 1)
+        moved_on = fraction >= self._fraction + _LINE_FRACTION
+        ended = fraction >= 1 > self._fraction
+        if moved_on or ended or event.seconds >= self._seconds + _LINE_SECONDS:
+            self._fraction, self._seconds = fraction, event.seconds
+            self._console.print(f"merging: {fraction:4.0%}  {_status(event)}", soft_wrap=True)
+
+
+def _status(event: "ProgressEvent") -> str:
+    rate = event.num_bytes_done / max(event.seconds, 1e-9)
+    return (
+        f"{format_size(event.num_bytes_done)} of {format_size(event.num_bytes_total)}  "
+        f"{format_size(rate)}/s  shards {event.num_shards_done}/{event.num_shards_total}  "
+        f"memory {format_size(event.resident_nbytes)}"
+    )

@@ -1,0 +1,163 @@
+"""Reports for people (rich tables) and for machines (JSON)."""
+
+import msgspec
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from shardmix.errors import ShardmixError
+from shardmix.report import MergeReport, ModelReport, PlanReport, ShardReport
+from shardmix.units import format_size
+
+_NUM_ROWS = 40
+
+
+def printable(text: str) -> str:
+    """Return text with control characters escaped, since names come from files of strangers."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def error(problem: ShardmixError, *, json: bool) -> None:
+    """Print an error: one line on standard error, and an object on standard output for machines."""
+    message = printable(str(problem))
+    _console(stderr=True).print(f"[bold red]error:[/] {_plain(message)}", soft_wrap=True)
+    if json:
+        _print_json({"error": {"kind": type(problem).__name__, "message": message}})
+
+
+def merge_report(report: MergeReport, *, json: bool, quiet: bool) -> None:
+    """Print what a merge did."""
+    if json:
+        _print_json(report)
+    elif not quiet:
+        console = _console()
+        rate = (report.bytes_read + report.bytes_written) / max(report.seconds, 1e-9)
+        console.print(
+            f"[bold green]merged[/] {report.num_models} models, {report.num_tensors} tensors: "
+            f"{_plain(report.output)}",
+            soft_wrap=True,
+        )
+        console.print(
+            f"read {format_size(report.bytes_read)}, wrote {format_size(report.bytes_written)} in "
+            f"{report.seconds:.2f} s ({format_size(rate)}/s); peak memory "
+            f"{format_size(report.peak_rss_bytes)} of {format_size(report.projected_peak_bytes)} "
+            "projected",
+            soft_wrap=True,
+        )
+    if not quiet:
+        _warnings(report.warnings)
+
+
+def plan_report(report: PlanReport, *, json: bool, quiet: bool = False) -> None:
+    """Print what a merge would do."""
+    if json:
+        _print_json(report)
+        return
+    if not quiet:
+        console = _console()
+        facts = _table("", "")
+        facts.show_header = False
+        for source, weight in zip(report.sources, report.weights, strict=True):
+            facts.add_row("model", f"{_plain(source)} × {weight:g}")
+        free = report.disk_free_bytes
+        for name, value in (
+            ("output", _plain(report.output) or "not named"),
+            ("tensors", str(report.num_tensors)),
+            ("read", format_size(report.bytes_read)),
+            ("write", format_size(report.bytes_written)),
+            (
+                "disk",
+                f"{format_size(report.disk_needed_bytes)} needed"
+                + (f", {format_size(free)} free" if free is not None else ""),
+            ),
+            (
+                "peak memory",
+                f"{format_size(report.projected_peak_bytes)} projected, "
+                f"{format_size(report.reserved_bytes)} of it Python and torch",
+            ),
+            *(
+                [("peak VRAM", f"{format_size(report.projected_vram_bytes)} projected")]
+                if report.projected_vram_bytes
+                else []
+            ),
+            (
+                "strips",
+                f"{format_size(report.strip_bytes)} × {report.workers} workers on {report.device}, "
+                f"read by {report.io}",
+            ),
+        ):
+            facts.add_row(name, value)
+        console.print(facts)
+        console.print(_shard_table(report.shards, reads=True))
+    too_full = report.disk_free_bytes is not None and (
+        report.disk_free_bytes < report.disk_needed_bytes
+    )
+    shortage = ("the output's disk has too little room: the merge would be refused",)
+    _warnings(report.warnings + shortage * too_full)
+
+
+def model_report(report: ModelReport, *, json: bool, all_tensors: bool) -> None:
+    """Print what a checkpoint holds."""
+    if json:
+        _print_json(report)
+        return
+    console = _console()
+    dtypes = ", ".join(f"{dtype} {count:,}" for dtype, count in sorted(report.dtypes.items()))
+    console.print(f"[bold]{_plain(report.source)}[/]  {_plain(report.path)}", soft_wrap=True)
+    console.print(
+        f"{report.num_tensors} tensors, {report.num_parameters:,} parameters "
+        f"({dtypes}), {format_size(report.bytes)} in {len(report.shards)} file(s)",
+        soft_wrap=True,
+    )
+    for head, embedding in report.tied.items():
+        console.print(f"tied: {_plain(head)} is not stored; it shares {_plain(embedding)}")
+    if len(report.shards) > 1:
+        console.print(_shard_table(report.shards, reads=False))
+    shown = report.tensors if all_tensors else report.tensors[:_NUM_ROWS]
+    table = _table("tensor", "dtype", "shape", "bytes")
+    for tensor in shown:
+        size = format_size(tensor.nbytes)
+        table.add_row(_plain(tensor.name), tensor.dtype, str(list(tensor.shape)), size)
+    console.print(table)
+    if len(shown) < report.num_tensors:
+        console.print(f"... and {report.num_tensors - len(shown)} more (--all)")
+
+
+def _shard_table(shards: tuple[ShardReport, ...], *, reads: bool) -> Table:
+    columns = ["shard", "tensors", "size", *(["read", "from files"] if reads else [])]
+    table = _table(*columns)
+    for shard in shards[:_NUM_ROWS]:
+        row = [_plain(shard.name), str(shard.num_tensors), format_size(shard.bytes)]
+        if reads:
+            row += [format_size(shard.bytes_read), str(len(shard.sources))]
+        table.add_row(*row)
+    if len(shards) > _NUM_ROWS:
+        table.add_row(f"... and {len(shards) - _NUM_ROWS} more", *[""] * (len(columns) - 1))
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, overflow="fold" if number == 0 else "ellipsis")
+    return table
+
+
+def _warnings(warnings: tuple[str, ...]) -> None:
+    console = _console(stderr=True)
+    for warning in warnings:
+        console.print(f"[yellow]warning:[/] {_plain(warning)}", soft_wrap=True)
+
+
+def _plain(text: str) -> str:
+    """Return text that rich prints as it is: no markup, no control characters."""
+    return escape(printable(text))
+
+
+def _console(*, stderr: bool = False) -> Console:
+    return Console(stderr=stderr, highlight=False)
+
+
+def _print_json(content: object) -> None:
+    encoded = msgspec.json.format(msgspec.json.encode(content), indent=2)
+    print(encoded.decode())

@@ -1,0 +1,37 @@
+"""One family of exceptions: whatever a user's input can cause is a `ShardmixError`.
+
+A message names the object, the finding, the rule and the remedy. The kinds exist so that a caller
+can tell apart what it can do something about; `exit_status` is what the command line leaves with.
+"""
+
+
+class ShardmixError(Exception):
+    """Something the user can mend; the message says how."""
+
+    exit_status = 1
+
+
+class RecipeError(ShardmixError):
+    """What was asked for makes no sense: weights, options or a recipe file."""
+
+    exit_status = 2
+
+
+class SourceError(ShardmixError):
+    """A checkpoint is missing, damaged, or of a kind that cannot be merged."""
+
+
+class MismatchError(ShardmixError):
+    """The checkpoints are each fine, but do not fit one another."""
+
+
+class BudgetError(ShardmixError):
+    """The memory budget is too small to work in."""
+
+
+class OutputError(ShardmixError):
+    """The output cannot be written where it was asked for."""
+
+
+class MergeCancelled(ShardmixError):  # noqa: N818 - it is an outcome, not a fault
+    """The merge was cancelled through its cancel event; nothing was left behind."""

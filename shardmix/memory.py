@@ -1,0 +1,174 @@
+"""Memory as a promise: what a merge will take at its peak, and what the process took.
+
+    projected peak = reserved + metadata + workers × BUFFERS_PER_WORKER × strip
+
+Knows sizes alone: no files, no tensors, no torch (it looks whether torch is loaded, and how large
+its build is, without importing it).
+"""
+
+import importlib.util
+import os
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from shardmix.errors import BudgetError
+from shardmix.units import KIB, MIB, format_mib
+
+# One strip in flight holds at most: the bytes of one source, their float32 values, the float32
+# accumulator and the rounded output. A strip is sized by its accumulator, so none is larger.
+BUFFERS_PER_WORKER = 4
+
+# Strips of 2 MiB of float32 (1 MiB of a bfloat16 source) measured fastest on CPUs: large enough to
+# hide the interpreter, small enough for the caches. A GPU wants larger copies.
+CPU_STRIP_NBYTES = 2 * MIB
+CUDA_STRIP_NBYTES = 32 * MIB
+LEAST_STRIP_NBYTES = 64 * KIB
+
+# What torch takes in memory once imported and first used, for planning in a process that has not
+# loaded it. Measured at 190-200 MiB for the CPU builds of torch 2.13; a CUDA build's libraries
+# and a CUDA context add to it. Before a merge starts, the measured figure takes their place.
+_TORCH_CPU_NBYTES = 216 * MIB
+_TORCH_CUDA_BUILD_NBYTES = 450 * MIB
+_CUDA_CONTEXT_NBYTES = 600 * MIB
+
+# Room for what a run adds on top of the imports: thread stacks, allocator slack, the page tables
+# and pages around a mapped strip, the model card, the progress display.
+_RUN_NBYTES = 16 * MIB
+_WORKER_NBYTES = 2 * MIB
+
+
+def resident_nbytes() -> int:
+    """Return what the process has in memory now (its resident set)."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_resident_nbytes() -> int:
+    """Return the largest resident set of the process so far (VmHWM on Linux)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def torch_has_cuda_build() -> bool:
+    """Tell whether the installed torch was built for CUDA, without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    return (Path(spec.origin).parent / "lib" / "libtorch_cuda.so").exists()
+
+
+def cuda_device_present() -> bool:
+    """Tell whether an NVIDIA driver is loaded and devices are not hidden, without torch."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not hidden and Path("/proc/driver/nvidia/version").exists()
+
+
+def reserved_nbytes(*, on_cuda: bool) -> int:
+    """Return what the process holds, or will once torch is loaded, before any strip.
+
+    What is resident now counts, so that a budget is one for the whole process also where shardmix
+    is called from a larger program.
+    """
+    reserved = resident_nbytes() + _RUN_NBYTES
+    if "torch" not in sys.modules:
+        cuda_build = torch_has_cuda_build()
+        reserved += _TORCH_CUDA_BUILD_NBYTES if cuda_build else _TORCH_CPU_NBYTES
+    if on_cuda and not _cuda_context_exists():
+        reserved += _CUDA_CONTEXT_NBYTES
+    return reserved
+
+
+def _cuda_context_exists() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda.is_initialized())
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How much memory a merge will use, and for what. All sizes in bytes."""
+
+    reserved_nbytes: int
+    """Interpreter, libraries and the plan itself: what is there before the first strip."""
+    strip_nbytes: int
+    """Size of one strip's accumulator; no other buffer of the strip is larger."""
+    workers: int
+    """Threads, each with a strip of its own."""
+    projected_peak_nbytes: int
+    """What the process will have resident at its peak, at most."""
+    projected_vram_nbytes: int
+    """GPU memory that torch will have reserved at its peak, at most; 0 on the CPU."""
+
+
+def fit_memory(
+    *,
+    reserved: int,
+    on_cuda: bool,
+    workers: int | None = None,
+    max_memory: int | None = None,
+    max_vram: int | None = None,
+) -> MemoryPlan:
+    """Choose the largest useful strip, and the workers, that keep both budgets.
+
+    Without a budget a strip is what speed needs and no more. A tight budget first shrinks the
+    strip, then takes workers away (unless their number was asked for).
+
+    Raises `BudgetError` where not even one smallest strip fits, naming the least that works.
+    """
+    most_workers = workers or default_workers(on_cuda=on_cuda)
+    fewest_workers = most_workers if workers else 1
+    strip = CUDA_STRIP_NBYTES if on_cuda else CPU_STRIP_NBYTES
+    small_strip = strip // 8
+    choices = [
+        *((most_workers, size) for size in _halvings(strip, small_strip)),
+        *((count, small_strip) for count in range(most_workers - 1, fewest_workers - 1, -1)),
+        *((fewest_workers, size) for size in _halvings(small_strip // 2, LEAST_STRIP_NBYTES)),
+    ]
+    for count, size in choices:
+        buffers = count * BUFFERS_PER_WORKER * size
+        peak = reserved + buffers + count * _WORKER_NBYTES
+        vram = _round_up(buffers, 2 * MIB) + count * 4 * MIB if on_cuda else 0
+        fits_memory = max_memory is None or peak <= max_memory
+        if fits_memory and (max_vram is None or vram <= max_vram):
+            return MemoryPlan(
+                reserved_nbytes=reserved,
+                strip_nbytes=size,
+                workers=count,
+                projected_peak_nbytes=peak,
+                projected_vram_nbytes=vram,
+            )
+    # The last choice is the smallest; what it takes is the least that works.
+    short, least, given = (
+        ("--max-vram", vram, max_vram) if fits_memory else ("--max-memory", peak, max_memory)
+    )
+    workers_remedy = f", or ask for fewer than {workers} workers" if (workers or 1) > 1 else ""
+    raise BudgetError(
+        f"{short} {format_mib(given or 0)}: too small; the least that works here is "
+        f"{format_mib(least)} ({format_mib(reserved)} of it for Python, torch and what the process "
+        f"already holds); raise the budget{workers_remedy}"
+    )
+
+
+def default_workers(*, on_cuda: bool) -> int:
+    """Return how many strips to have in flight where nobody said: one a core, at most eight."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(2 if on_cuda else 1, min(cores or 1, 8))
+
+
+def _halvings(size: int, least: int) -> list[int]:
+    sizes = []
+    while size >= least:
+        sizes.append(size)
+        size //= 2
+    return sizes
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

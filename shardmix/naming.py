@@ -1,0 +1,178 @@
+"""What tensor names and config keys mean to transformers: ties, buffers, quantised weights.
+
+Pure tables and rules. Names are matched by their endings, since the same module sits under
+`model.`, `language_model.` or no prefix at all, by model and by version of transformers.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+# Output heads that share the input embedding when `tie_word_embeddings` is true, so that a
+# checkpoint may leave them out ...
+_TIED_HEAD_ENDINGS = (
+    "lm_head.weight",
+    "embed_out.weight",
+    "proj_out.weight",
+    "output_projection.weight",
+    "lm_head.decoder.weight",
+    "cls.predictions.decoder.weight",
+    "predictions.decoder.weight",
+)
+# ... copies of one embedding in encoder-decoder models, shared whatever the config says ...
+_TIED_INPUT_ENDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+_TIED_BIAS_ENDING = ".decoder.bias"
+# ... and what they are shared with, the likeliest first.
+_TIE_SOURCE_ENDINGS = (
+    "shared.weight",
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+    "backbone.embeddings.weight",
+)
+
+# Buffers that transformers computes by itself and ignores in a checkpoint. Old versions saved
+# them, newer ones don't; whether they are there says nothing about the model.
+_COMPUTED_BUFFER = re.compile(
+    r"(^|\.)(position_ids|rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|"
+    r"attention\.bias|attention\.masked_bias|rotary_emb\.original_inv_freq)$"
+)
+
+# Side tensors that give quantised storage away. Their weights are codes: a weighted sum of codes
+# is noise. The last two (MXFP4) are ordinary names unless they hold bytes.
+_QUANTISED_ENDINGS = (
+    ".qweight",
+    ".qzeros",
+    ".g_idx",
+    ".absmax",
+    ".quant_map",
+    ".SCB",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight_packed",
+    ".input_scale",
+)
+_QUANTISED_BYTE_ENDINGS = ("_blocks", "_scales")
+_QUANTISED_INFIX = ".quant_state."
+
+
+def is_computed_buffer(name: str) -> bool:
+    """Tell whether transformers computes this tensor itself and ignores it in a checkpoint."""
+    return _COMPUTED_BUFFER.search(name) is not None
+
+
+def is_tied_head(name: str) -> bool:
+    """Tell whether this is an output head, left out where the config ties it."""
+    return _has_ending(name, _TIED_HEAD_ENDINGS)
+
+
+def is_tied_input(name: str) -> bool:
+    """Tell whether this is a copy of an encoder-decoder model's shared embedding."""
+    return _has_ending(name, _TIED_INPUT_ENDINGS)
+
+
+def has_vocabulary_axis(name: str) -> bool:
+    """Tell whether the first axis of this parameter counts the vocabulary."""
+    return is_tied_head(name) or is_tied_input(name) or _has_ending(name, _TIE_SOURCE_ENDINGS)
+
+
+def tie_source(name: str, stored: Collection[str]) -> str | None:
+    """Return the stored tensor that an absent parameter is tied to by its name, or None."""
+    if name.endswith(_TIED_BIAS_ENDING):
+        bias = name.removesuffix(_TIED_BIAS_ENDING) + ".bias"
+        return bias if bias in stored else None
+    if not (is_tied_head(name) or is_tied_input(name)):
+        return None
+    return input_embedding([other for other in stored if other != name])
+
+
+def input_embedding(stored: Collection[str]) -> str | None:
+    """Return the stored tensor that is the model's input embedding, by its name, or None."""
+    for ending in _TIE_SOURCE_ENDINGS:
+        candidates = [name for name in stored if _has_ending(name, (ending,))]
+        if candidates:
+            return min(candidates, key=len)
+    return None
+
+
+def marks_quantisation(name: str, dtype: str) -> bool:
+    """Tell whether a tensor of this name and dtype accompanies quantised weights."""
+    if name.endswith(_QUANTISED_BYTE_ENDINGS) and dtype == "U8":
+        return True
+    return name.endswith(_QUANTISED_ENDINGS) or _QUANTISED_INFIX in name
+
+
+def quantisation_method(config: Mapping[str, Any]) -> str | None:
+    """Return the quantisation method that a config declares, or None."""
+    for part in config_parts(config):
+        quantisation = part.get("quantization_config")
+        if quantisation:
+            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+            return str(method or "unknown method")
+    return None
+
+
+def ties_word_embeddings(config: Mapping[str, Any]) -> bool | None:
+    """Return the config's `tie_word_embeddings`, or None where it says nothing.
+
+    The key of the whole model counts before that of its text part.
+    """
+    for part in config_parts(config):
+        value = part.get("tie_word_embeddings")
+        if isinstance(value, bool):
+            return value
+    return None
+
+
+def config_parts(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a config and the configs nested in it (`text_config`, `vision_config`, ...)."""
+    nested = [
+        value
+        for key, value in config.items()
+        if isinstance(value, dict) and (key.endswith("_config") or key in ("encoder", "decoder"))
+        if key not in ("quantization_config", "generation_config")
+    ]
+    return [dict(config), *nested]
+
+
+def _has_ending(name: str, endings: tuple[str, ...]) -> bool:
+    return any(name == ending or name.endswith("." + ending) for ending in endings)
+
+
+# Files beside the weights that make a folder a model: config, tokenizer, chat templates, code.
+_COMPANION_SUFFIXES = (
+    ".json",
+    ".txt",
+    ".model",
+    ".tiktoken",
+    ".jinja",
+    ".py",
+    ".vocab",
+    ".spm",
+    ".bpe",
+)
+_COMPANION_PREFIXES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+_NOT_COMPANIONS = re.compile(
+    r".*\.index\.json|.*_results\.json|trainer_state\.json|requirements.*\.txt|shardmix\.json"
+)
+TEMPLATE_FOLDER = "additional_chat_templates"
+_SENTENCE_TRANSFORMERS_FOLDER = re.compile(r"\d+_\w+")
+
+
+def is_companion_file(path: str) -> bool:
+    """Tell whether a file (path within the model's folder, with `/`) belongs to a model.
+
+    Weights do not count: this is what goes along with them. Module folders of
+    sentence-transformers (`1_Pooling/`) count whole.
+    """
+    folder, _, name = path.rpartition("/")
+    if folder:
+        top = folder.split("/")[0]
+        if _SENTENCE_TRANSFORMERS_FOLDER.fullmatch(top):
+            return True
+        return folder == TEMPLATE_FOLDER and name.endswith(".jinja")
+    if _NOT_COMPANIONS.fullmatch(name):
+        return False
+    return name.endswith(_COMPANION_SUFFIXES) or name.startswith(_COMPANION_PREFIXES)

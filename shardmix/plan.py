@@ -1,0 +1,186 @@
+"""The merge plan: a value that says everything a merge will do, decided before a weight is read.
+
+Plain frozen data that prints, hashes and goes through JSON unchanged. The planner makes it, the
+engine carries it out, and neither has to ask the other anything.
+"""
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from shardmix.memory import MemoryPlan
+
+LINEAR = "linear"
+"""Reduction: the weighted sum of floats."""
+AGREE = "agree"
+"""Reduction for integers and booleans: the first source's values; others are compared with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file that will be read."""
+
+    path: str
+    """Absolute path."""
+    nbytes: int
+    """Its size when planned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A range of elements that lies in one piece in the output and in every source.
+
+    One tensor, or several neighbours where they are neighbours everywhere. Any part of it (a
+    strip) is one byte range per source, so a run of any length streams in any memory.
+    """
+
+    name: str
+    """Its first tensor, for messages."""
+    num_tensors: int
+    """How many tensors it spans."""
+    num_elements: int
+    """Its length."""
+    reduction: str
+    """LINEAR or AGREE."""
+    out_dtype: str
+    """Safetensors dtype of the output."""
+    out_offset: int
+    """First byte in the output shard's file."""
+    dtypes: tuple[str, ...]
+    """Safetensors dtype in each source."""
+    files: tuple[int, ...]
+    """For each source, an index into `MergePlan.files`."""
+    offsets: tuple[int, ...]
+    """For each source, the first byte in that file."""
+    weights: tuple[float, ...]
+    """The factor of each source, in double precision."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputShard:
+    """A file that will be written."""
+
+    filename: str
+    """Its name in the output folder."""
+    header: str
+    """The file's first bytes but for the length prefix: JSON, padded."""
+    file_nbytes: int
+    """Size of the whole file."""
+    read_nbytes: int
+    """Bytes of all sources that go into it."""
+    tensor_names: tuple[str, ...]
+    """Its tensors, in data order."""
+    runs: tuple[Run, ...]
+    """Its data, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """How a merge is run. Nothing here changes a byte of the output."""
+
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    io: str = "auto"
+    """How sources are read: mmap, pread, or auto until the planner has looked at the disks."""
+    workers: int | None = None
+    """Threads; None: as many as speed needs."""
+    max_memory_nbytes: int | None = None
+    """Bound on the process's peak resident memory."""
+    max_vram_nbytes: int | None = None
+    """Bound on GPU memory."""
+    overwrite: bool = False
+    """Replace an existing output."""
+    fsync: bool = True
+    """Force files to disk before the output appears."""
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether the arithmetic runs on a GPU."""
+        return self.device.startswith("cuda")
+
+    def with_io(self, io: str) -> "RunSettings":
+        """Return the settings with another way to read."""
+        return replace(self, io=io)
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """Everything a merge will do. Sizes in bytes."""
+
+    sources: tuple[str, ...]
+    """As the user named them, in order."""
+    base_models: tuple[str, ...]
+    """What the model card calls them: Hub ids, or folder names."""
+    weights: tuple[float, ...]
+    """The factor of each source, in double precision."""
+    dtype: str
+    """What was asked for: keep, float32, float16 or bfloat16."""
+    output: str
+    """Absolute path of the output folder."""
+    base_folder: str
+    """Absolute path of the folder that gives config, tokenizer and other companion files."""
+    companions: tuple[str, ...]
+    """Those files, relative to that folder."""
+    config_dtype: str
+    """Torch name of the output's main float dtype, for the config."""
+    untie_word_embeddings: bool
+    """The output stores a head of its own, so the config must say that it is not tied."""
+    files: tuple[SourceFile, ...]
+    """All weight files that will be read."""
+    shards: tuple[OutputShard, ...]
+    """All weight files that will be written."""
+    disk_needed_nbytes: int
+    """What the output takes, companion files included."""
+    settings: RunSettings
+    """Device, way to read, budgets."""
+    memory: MemoryPlan
+    """Strip size, workers and projected peak."""
+    warnings: tuple[str, ...]
+    """What a user should know before the merge."""
+
+    @property
+    def num_models(self) -> int:
+        """How many models are merged."""
+        return len(self.sources)
+
+    @property
+    def num_tensors(self) -> int:
+        """How many tensors the output stores."""
+        return sum(len(shard.tensor_names) for shard in self.shards)
+
+    @property
+    def read_nbytes(self) -> int:
+        """Bytes of weights to read."""
+        return sum(shard.read_nbytes for shard in self.shards)
+
+    @property
+    def write_nbytes(self) -> int:
+        """Bytes of weight files to write."""
+        return sum(shard.file_nbytes for shard in self.shards)
+
+    def with_memory(self, memory: MemoryPlan) -> "MergePlan":
+        """Return the same merge within other memory; its output is the same, byte for byte."""
+        return replace(self, memory=memory)
+
+    def digest(self) -> str:
+        """Return a SHA-256 (hex) of all that decides the output's bytes.
+
+        Where the output goes, how it is read and how much memory it takes are left out: two plans
+        of one digest write the same files.
+        """
+        irrelevant = {"output", "settings", "memory", "warnings"}
+        content = {
+            key: value for key, value in msgspec.to_builtins(self).items() if key not in irrelevant
+        }
+        encoded = msgspec.json.encode(content, order="deterministic")
+        return hashlib.sha256(encoded).hexdigest()
+
+    def to_json(self) -> bytes:
+        """Return the plan as JSON; `from_json` gives an equal plan back."""
+        return msgspec.json.encode(self)
+
+    @staticmethod
+    def from_json(encoded: bytes) -> "MergePlan":
+        """Return the plan that `to_json` encoded."""
+        return msgspec.json.decode(encoded, type=MergePlan)

@@ -1,0 +1,223 @@
+"""What to merge: a `Recipe`, checked, from a mapping, pairs, `SOURCE=WEIGHT` words or YAML.
+
+Knows names and numbers; opens no checkpoint. A recipe and its sources alone decide the bytes of
+the output: where it goes and how much memory it may take are not part of it.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shardmix.errors import RecipeError
+from shardmix.units import parse_size
+
+WEIGHT_SUM_TOLERANCE = 1e-3
+OUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+RECIPE_SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedSource:
+    """A checkpoint and its share in the sum."""
+
+    source: str
+    """Local folder, `.safetensors` file, or Hub id `org/name[@revision]`."""
+    weight: float
+    """Its factor, in double precision."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A checked description of a merge: out = Σ weightᵢ · sourceᵢ."""
+
+    models: tuple[WeightedSource, ...]
+    """At least two; the first one gives names, layout, config and tokenizer."""
+    dtype: str = "keep"
+    """Output dtype: keep (each tensor's in the first model), float32, float16 or bfloat16."""
+    base: str | None = None
+    """Source of config, tokenizer and the other companion files; None: the first model."""
+    max_shard_size: int | None = None
+    """Largest output shard in bytes; None: the first model's own shard layout."""
+    normalize: bool = False
+    """The weights given were rescaled to sum to 1."""
+    allow_weight_sum: bool = False
+    """Weights whose sum is not 1 are meant."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources, in order."""
+        return tuple(model.source for model in self.models)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weights, in source order."""
+        return tuple(model.weight for model in self.models)
+
+
+_RECIPE_KEYS = tuple(field.name for field in fields(Recipe))
+_MODEL_KEYS = tuple(field.name for field in fields(WeightedSource))
+
+ModelsArgument = Recipe | str | Path | Mapping[str, float] | Iterable[tuple[str | Path, float]]
+
+
+def build_recipe(models: ModelsArgument, **options: Any) -> Recipe:
+    """Return a checked recipe from whatever a caller may hold.
+
+    `models` is a `Recipe`, the path of a YAML recipe, a mapping source → weight, or pairs
+    (source, weight), which may name one source twice. An option that is not None overrides the
+    recipe's own. Raises `RecipeError`.
+    """
+    if isinstance(models, Recipe):
+        recipe = models
+    elif isinstance(models, str | Path):
+        recipe = load_recipe(Path(models))
+    else:
+        pairs = models.items() if isinstance(models, Mapping) else models
+        recipe = Recipe(models=tuple(_weighted_source(pair) for pair in pairs))
+    given = {key: value for key, value in options.items() if value is not None}
+    return checked(replace(recipe, **given))
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a YAML recipe. Raises `RecipeError` naming file, key and the nearest valid key."""
+    try:
+        content = yaml.load(path.read_bytes(), Loader=_StrictLoader)
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    return recipe_from_dict(content, origin=str(path))
+
+
+def recipe_from_dict(content: object, *, origin: str = "recipe") -> Recipe:
+    """Build a recipe from parsed YAML or JSON, refusing what it does not know."""
+    top = _known_keys(content, _RECIPE_KEYS, origin)
+    models = top.get("models")
+    if not isinstance(models, list):
+        raise RecipeError(
+            f"{origin}: `models` must be a list of {{source: ..., weight: ...}}, one a model"
+        )
+    pairs = []
+    for number, model in enumerate(models, start=1):
+        where = f"{origin}: models[{number}]"
+        entry = _known_keys(model, _MODEL_KEYS, where)
+        for key in _MODEL_KEYS:
+            if entry.get(key) is None:
+                raise RecipeError(f"{where}: `{key}` is missing; a model has a source and a weight")
+        pairs.append((str(entry["source"]), entry["weight"]))
+    options = {key: value for key, value in top.items() if key != "models" and value is not None}
+    for key in ("normalize", "allow_weight_sum"):
+        if not isinstance(options.get(key, False), bool):
+            raise RecipeError(f"{origin}: `{key}` is {options[key]!r}; it must be true or false")
+    if "max_shard_size" in options:
+        options["max_shard_size"] = parse_size(options["max_shard_size"])
+    for key in ("dtype", "base"):
+        if key in options:
+            options[key] = str(options[key])
+    return checked(Recipe(models=tuple(_weighted_source(pair) for pair in pairs), **options))
+
+
+def parse_source_words(words: list[str]) -> list[tuple[str, float]]:
+    """Parse `SOURCE=WEIGHT` words of a command line; the last `=` divides them."""
+    pairs = []
+    for word in words:
+        source, equals, weight = word.rpartition("=")
+        if not equals or not source:
+            raise RecipeError(
+                f"{word!r}: no weight given; write SOURCE=WEIGHT, such as {word.rstrip('=')}=0.5"
+            )
+        pairs.append((source, _number(weight, where=word)))
+    return pairs
+
+
+def checked(recipe: Recipe) -> Recipe:
+    """Return the recipe with its weights normalised if it says so; raise `RecipeError` if wrong."""
+    weights = recipe.weights
+    if len(weights) < 2:
+        raise RecipeError(
+            f"{len(weights)} model{'s' * (len(weights) != 1)} given: a merge needs at least two; "
+            "name each as SOURCE=WEIGHT"
+        )
+    for model in recipe.models:
+        if not math.isfinite(model.weight):
+            raise RecipeError(f"{model.source}: weight {model.weight} is not a finite number")
+    if recipe.dtype != "keep" and recipe.dtype not in OUT_DTYPES:
+        choices = ("keep", *OUT_DTYPES)
+        raise RecipeError(
+            f"dtype {recipe.dtype!r}: must be one of {', '.join(choices)}"
+            + _suggestion(recipe.dtype, choices)
+        )
+    total = math.fsum(weights)
+    if recipe.normalize:
+        if total == 0:
+            raise RecipeError("weights sum to 0 and so cannot be normalised to sum to 1")
+        return replace(
+            recipe,
+            models=tuple(replace(model, weight=model.weight / total) for model in recipe.models),
+        )
+    if abs(total - 1) > WEIGHT_SUM_TOLERANCE and not recipe.allow_weight_sum:
+        raise RecipeError(
+            f"weights sum to {total:.6g}, not 1; correct them, or use --normalize (normalize=True) "
+            "to rescale them, or --allow-weight-sum (allow_weight_sum=True) if this sum is meant"
+        )
+    return recipe
+
+
+def _weighted_source(pair: object) -> WeightedSource:
+    source: object
+    weight: object
+    try:
+        source, weight = pair  # type: ignore[misc]
+    except (TypeError, ValueError):
+        raise RecipeError(f"{pair!r}: must be a pair (source, weight)") from None
+    return WeightedSource(str(source), _number(weight, where=str(source)))
+
+
+def _number(value: object, *, where: str) -> float:
+    # YAML 1.1 reads "5e-1" as text; what Python takes for a number is meant as one.
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        raise RecipeError(f"{where}: weight {value!r} is not a number") from None
+
+
+def _known_keys(content: object, known: tuple[str, ...], where: str) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise RecipeError(
+            f"{where}: must be a mapping with {', '.join(known)}, not {type(content).__name__}"
+        )
+    for key in content:
+        if key not in known:
+            raise RecipeError(
+                f"{where}: unknown key {key!r}{_suggestion(str(key), known)}; "
+                f"known keys: {', '.join(known)}"
+            )
+    return content
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice; plain YAML would keep the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen and isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    problem=f"key {key_node.value!r} is given twice",
+                    problem_mark=key_node.start_mark,
+                )
+            if isinstance(key_node, yaml.ScalarNode):
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)

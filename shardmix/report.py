@@ -1,0 +1,236 @@
+"""What is told of a plan, of a finished merge, and of a model: flat, typed, ready for JSON.
+
+The field names are those of the `--json` output. Reads no files.
+"""
+
+from dataclasses import dataclass
+
+from shardmix.checkpoint import Checkpoint
+from shardmix.naming import input_embedding, is_tied_head, ties_word_embeddings
+from shardmix.plan import MergePlan
+from shardmix.safetensors_layout import TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class ShardReport:
+    """One output file."""
+
+    name: str
+    """File name."""
+    bytes: int
+    """Its size."""
+    num_tensors: int
+    """How many tensors it stores."""
+    bytes_read: int
+    """Source bytes that go into it."""
+    sources: tuple[str, ...]
+    """The files that those bytes are read from."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """What a merge would do. Sizes in bytes."""
+
+    output: str
+    """The output folder; empty where none was named."""
+    num_tensors: int
+    """Tensors in the output."""
+    num_models: int
+    """Models merged."""
+    bytes_read: int
+    """Weights to read."""
+    bytes_written: int
+    """Weight files to write."""
+    device: str
+    """cpu, cuda or cuda:N."""
+    io: str
+    """How sources are read: mmap or pread."""
+    strip_bytes: int
+    """Size of one strip's accumulator; no buffer of a strip is larger."""
+    workers: int
+    """Threads, each with a strip of its own."""
+    reserved_bytes: int
+    """Of the projected peak, what Python, torch and the process itself take."""
+    projected_peak_bytes: int
+    """Resident memory of the process at its peak, at most."""
+    projected_vram_bytes: int
+    """GPU memory at its peak, at most."""
+    weights: tuple[float, ...]
+    """In source order."""
+    sources: tuple[str, ...]
+    """As named by the user."""
+    shards: tuple[ShardReport, ...]
+    """The files to write."""
+    companions: tuple[str, ...]
+    """Files that go along with the weights."""
+    plan_digest: str
+    """Plans of one digest write the same bytes."""
+    warnings: tuple[str, ...]
+    """What to know beforehand."""
+    disk_needed_bytes: int
+    """What the output takes."""
+    disk_free_bytes: int | None
+    """Room on the output's disk; None where no output was named."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What a merge did. Sizes in bytes."""
+
+    output: str
+    """The output folder."""
+    num_tensors: int
+    """Tensors in the output."""
+    num_models: int
+    """Models merged."""
+    bytes_read: int
+    """Weights read."""
+    bytes_written: int
+    """Weight files written."""
+    seconds: float
+    """From the first read until the output was in place."""
+    device: str
+    """cpu, cuda or cuda:N."""
+    io: str
+    """How sources were read: mmap or pread."""
+    strip_bytes: int
+    """Size of one strip's accumulator; no buffer of a strip is larger."""
+    workers: int
+    """Threads, each with a strip of its own."""
+    projected_peak_bytes: int
+    """What the peak was promised to stay within."""
+    peak_rss_bytes: int
+    """Largest resident set of the process so far (VmHWM)."""
+    peak_vram_bytes: int
+    """GPU memory that torch had reserved at most; 0 on the CPU."""
+    weights: tuple[float, ...]
+    """In source order, as used."""
+    shards: tuple[ShardReport, ...]
+    """The files written."""
+    warnings: tuple[str, ...]
+    """What to know about the output."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReport:
+    """What a checkpoint holds."""
+
+    source: str
+    """As named by the user."""
+    path: str
+    """Where it lies."""
+    num_tensors: int
+    """Tensors stored."""
+    num_parameters: int
+    """Elements of all tensors stored; a tied one counts once."""
+    bytes: int
+    """Size of the weight files."""
+    dtypes: dict[str, int]
+    """Elements by safetensors dtype."""
+    shards: tuple[ShardReport, ...]
+    """The weight files."""
+    tie_word_embeddings: bool | None
+    """What the config says; None where it says nothing."""
+    tied: dict[str, str]
+    """Output head → the input embedding it shares, where it is not stored."""
+    tensors: tuple[TensorInfo, ...]
+    """All tensors, by file and within it by offset."""
+
+
+def report_plan(plan: MergePlan, *, disk_free: int | None) -> PlanReport:
+    """Return what a plan means to people."""
+    return PlanReport(
+        output=plan.output,
+        num_tensors=plan.num_tensors,
+        num_models=plan.num_models,
+        bytes_read=plan.read_nbytes,
+        bytes_written=plan.write_nbytes,
+        device=plan.settings.device,
+        io=plan.settings.io,
+        strip_bytes=plan.memory.strip_nbytes,
+        workers=plan.memory.workers,
+        reserved_bytes=plan.memory.reserved_nbytes,
+        projected_peak_bytes=plan.memory.projected_peak_nbytes,
+        projected_vram_bytes=plan.memory.projected_vram_nbytes,
+        weights=plan.weights,
+        sources=plan.sources,
+        shards=_shard_reports(plan),
+        companions=plan.companions,
+        plan_digest=plan.digest(),
+        warnings=plan.warnings,
+        disk_needed_bytes=plan.disk_needed_nbytes,
+        disk_free_bytes=disk_free,
+    )
+
+
+def report_merge(
+    plan: MergePlan,
+    *,
+    seconds: float,
+    peak_rss: int,
+    peak_vram: int,
+    warnings: tuple[str, ...],
+) -> MergeReport:
+    """Return what carrying out a plan came to; `warnings` come after the plan's own."""
+    return MergeReport(
+        output=plan.output,
+        num_tensors=plan.num_tensors,
+        num_models=plan.num_models,
+        bytes_read=plan.read_nbytes,
+        bytes_written=plan.write_nbytes,
+        seconds=seconds,
+        device=plan.settings.device,
+        io=plan.settings.io,
+        strip_bytes=plan.memory.strip_nbytes,
+        workers=plan.memory.workers,
+        projected_peak_bytes=plan.memory.projected_peak_nbytes,
+        peak_rss_bytes=peak_rss,
+        peak_vram_bytes=peak_vram,
+        weights=plan.weights,
+        shards=_shard_reports(plan),
+        warnings=plan.warnings + warnings,
+    )
+
+
+def report_model(checkpoint: Checkpoint) -> ModelReport:
+    """Return what a checkpoint holds."""
+    tensors = tuple(checkpoint.tensors())
+    dtypes: dict[str, int] = {}
+    for tensor in tensors:
+        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.num_elements
+    tie = ties_word_embeddings(checkpoint.config)
+    names = checkpoint.table.names
+    embedding = input_embedding(names)
+    is_tied = tie is True and embedding is not None and not any(map(is_tied_head, names))
+    files = checkpoint.table.files.tolist()
+    return ModelReport(
+        source=checkpoint.source,
+        path=str(checkpoint.shards[0].path if checkpoint.is_single_file else checkpoint.folder),
+        num_tensors=len(tensors),
+        num_parameters=sum(dtypes.values()),
+        bytes=sum(shard.nbytes for shard in checkpoint.shards),
+        dtypes=dtypes,
+        shards=tuple(
+            ShardReport(shard.path.name, shard.nbytes, files.count(index), shard.nbytes, ())
+            for index, shard in enumerate(checkpoint.shards)
+        ),
+        tie_word_embeddings=tie,
+        tied={"lm_head.weight": embedding} if is_tied and embedding is not None else {},
+        tensors=tensors,
+    )
+
+
+def _shard_reports(plan: MergePlan) -> tuple[ShardReport, ...]:
+    return tuple(
+        ShardReport(
+            name=shard.filename,
+            bytes=shard.file_nbytes,
+            num_tensors=len(shard.tensor_names),
+            bytes_read=shard.read_nbytes,
+            sources=tuple(
+                plan.files[file].path
+                for file in sorted({f for run in shard.runs for f in run.files})
+            ),
+        )
+        for shard in plan.shards
+    )

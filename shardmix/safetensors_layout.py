@@ -1,0 +1,182 @@
+"""The safetensors byte layout: headers decoded, headers encoded, and nothing else.
+
+Knows bytes, not files, and neither torch nor numpy. A file is `<u64 header length><JSON header>
+<tensor data>`; a tensor's `data_offsets` count from the first byte after the header. Format:
+https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import msgspec
+
+from shardmix.errors import SourceError
+
+HEADER_LENGTH_NBYTES = 8
+MAX_HEADER_NBYTES = 100_000_000  # the limit of the safetensors library
+OUTPUT_METADATA = {"format": "pt"}  # transformers refuses a file without it
+
+# Bits per element, in the order in which safetensors ranks dtypes: its writer lays tensors out by
+# this rank, highest first, then by name.
+_DTYPE_BITS = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+DTYPES = tuple(_DTYPE_BITS)
+DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(DTYPES)}
+FLOAT_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
+INTEGER_DTYPES = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
+
+
+def element_nbytes(dtype: str) -> int:
+    """Return the bytes of one element of a float, integer or boolean dtype."""
+    return _DTYPE_BITS[dtype] // 8
+
+
+def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a tensor; a 0-d tensor has one element, an empty one none."""
+    return math.prod(shape) * _DTYPE_BITS[dtype] // 8
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as a header describes it."""
+
+    name: str
+    dtype: str
+    """The safetensors name of the dtype, such as "BF16"."""
+    shape: tuple[int, ...]
+    start: int
+    """First byte, counted from the start of the file."""
+    nbytes: int
+    """Length in bytes."""
+
+    @property
+    def num_elements(self) -> int:
+        """The product of the shape."""
+        return math.prod(self.shape)
+
+
+def header_nbytes(prefix: bytes, *, file_nbytes: int) -> int:
+    """Return the length of the JSON header from a file's first 8 bytes.
+
+    Raises `SourceError` (the finding alone; the caller knows the file) where that length cannot be
+    true, so that no one allocates what a damaged file asks for.
+    """
+    if len(prefix) < HEADER_LENGTH_NBYTES:
+        raise SourceError(
+            f"is {file_nbytes} bytes long, too short for a safetensors file; "
+            "a download may have been cut off: fetch it again"
+        )
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_NBYTES or length > file_nbytes - HEADER_LENGTH_NBYTES:
+        raise SourceError(
+            f"claims a header of {length} bytes but the file has {file_nbytes}; it is not a "
+            "safetensors file, or a download was cut off: fetch it again"
+        )
+    return length
+
+
+def decode_header(header: bytes, *, file_nbytes: int) -> list[TensorInfo]:
+    """Return the tensors of a JSON header, in data order.
+
+    Raises `SourceError` where the header does not parse or does not describe exactly the file's
+    bytes. (Checkpoints also let safetensors' own parser judge each file.)
+    """
+    try:
+        entries = msgspec.json.decode(header, type=dict[str, dict[str, object]])
+        data_start = HEADER_LENGTH_NBYTES + len(header)
+        tensors = [
+            _decode_entry(name, entry, data_start)
+            for name, entry in entries.items()
+            if name != "__metadata__"
+        ]
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise SourceError(f"has a header that does not parse ({error}); fetch it again") from None
+    except (KeyError, TypeError, ValueError):
+        raise SourceError(
+            "has a header entry without a valid dtype, shape and data_offsets; fetch it again"
+        ) from None
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.nbytes))
+    described = tensors[-1].start + tensors[-1].nbytes if tensors else data_start
+    if described != file_nbytes:
+        raise SourceError(
+            f"has a header that describes {described} bytes but the file has {file_nbytes}; "
+            "a download may have been cut off: fetch it again"
+        )
+    return tensors
+
+
+def _decode_entry(name: str, entry: dict[str, object], data_start: int) -> TensorInfo:
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in _DTYPE_BITS or not isinstance(shape, list) or not isinstance(offsets, list):
+        raise ValueError
+    start, stop = offsets
+    return TensorInfo(name, str(dtype), tuple(shape), data_start + start, stop - start)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputHeader:
+    """The bytes that open an output file, and where each tensor goes."""
+
+    encoded: bytes
+    """Length prefix, JSON and padding: the file's first bytes."""
+    tensors: tuple[TensorInfo, ...]
+    """In data order, offsets counted from the start of the file."""
+    file_nbytes: int
+    """Size of the whole file."""
+
+
+def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> OutputHeader:
+    """Lay out (name, dtype, shape) triples as `safetensors.torch.save_file` does, byte for byte.
+
+    Tensors go by dtype, the widest first, then by name; the header is padded with spaces to a
+    multiple of 8 bytes, so that the data is aligned.
+    """
+    ordered = sorted(tensors, key=lambda item: (-DTYPE_RANK[item[1]], item[0]))
+    entries: dict[str, object] = {"__metadata__": OUTPUT_METADATA}
+    position = 0
+    relative: list[tuple[str, str, tuple[int, ...], int, int]] = []
+    for name, dtype, shape in ordered:
+        nbytes = tensor_nbytes(dtype, shape)
+        entries[name] = {
+            "dtype": dtype,
+            "shape": shape,
+            "data_offsets": [position, position + nbytes],
+        }
+        relative.append((name, dtype, shape, position, nbytes))
+        position += nbytes
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    encoded = len(text).to_bytes(HEADER_LENGTH_NBYTES, "little") + text
+    data_start = len(encoded)
+    return OutputHeader(
+        encoded=encoded,
+        tensors=tuple(
+            TensorInfo(name, dtype, shape, data_start + start, nbytes)
+            for name, dtype, shape, start, nbytes in relative
+        ),
+        file_nbytes=data_start + position,
+    )

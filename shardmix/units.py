@@ -1,0 +1,54 @@
+"""Sizes: "2GiB" to bytes and back."""
+
+import re
+
+from shardmix.errors import RecipeError
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+_FACTORS = {
+    "": 1,
+    "B": 1,
+    **{unit + "B": 1000**power for power, unit in enumerate("KMGT", start=1)},
+    **{unit + "IB": 1024**power for power, unit in enumerate("KMGT", start=1)},
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def parse_size(text: str | int) -> int:
+    """Return the bytes that a size means: `"512MiB"` is 512 × 2**20, `"2GB"` is 2 × 10**9.
+
+    An integer, or digits alone, count bytes. Raises `RecipeError` for anything else.
+    """
+    if isinstance(text, int):
+        num_bytes = text
+    else:
+        match = _SIZE.fullmatch(text)
+        factor = _FACTORS.get(match[2].upper()) if match else None
+        if match is None or factor is None:
+            raise RecipeError(
+                f"size {text!r}: not a size; write a number and a unit, "
+                "such as 512MiB, 2GB or 1.5GiB"
+            )
+        num_bytes = int(float(match[1]) * factor)
+    if num_bytes <= 0:
+        raise RecipeError(f"size {text!r}: must be more than zero")
+    return num_bytes
+
+
+def format_size(num_bytes: float) -> str:
+    """Return a size for people: three figures, powers of 1000 (`"2.20 GB"`), as disks count."""
+    units = ["TB", "GB", "MB", "kB", "B"]
+    while abs(num_bytes) >= 999.5 and len(units) > 1:
+        num_bytes /= 1000
+        units.pop()
+    unit = units[-1]
+    if unit == "B":
+        return f"{num_bytes:.0f} B"
+    decimals = 2 if abs(num_bytes) < 9.995 else 1 if abs(num_bytes) < 99.95 else 0
+    return f"{num_bytes:.{decimals}f} {unit}"
+
+
+def format_mib(num_bytes: int) -> str:
+    """Return a memory size as it is typed for `--max-memory`: whole MiB, rounded up."""
+    return f"{-(-num_bytes // MIB)}MiB"
