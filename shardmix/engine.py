@@ -234,6 +234,7 @@ def _run_workers(
     for thread in threads:
         thread.start()
     try:
+        report()
         for thread in threads:
             while thread.is_alive():
                 thread.join(_PROGRESS_SECONDS)

@@ -6,6 +6,7 @@ are huggingface_hub's own (`HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`). Knows n
 
 import glob
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from shardmix.naming import is_companion_file
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
+_LOGGER = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^@\s]+)?")
 
 
@@ -35,8 +37,12 @@ def locate(source: str) -> LocalSource:
     What exists on disk is local; `org/name` or `org/name@revision` is a Hub id. Raises
     `SourceError`.
     """
-    path = Path(source).expanduser()
-    if path.exists():
+    try:
+        path = Path(source).expanduser()
+        is_local = path.exists()
+    except (OSError, RuntimeError) as error:  # no such user's home, or a name that no disk takes
+        raise SourceError(f"{source}: cannot be a path ({_one_line(error)}); check it") from None
+    if is_local:
         return LocalSource(path)
     if not _HUB_ID.fullmatch(source):
         raise SourceError(
@@ -49,70 +55,126 @@ def locate(source: str) -> LocalSource:
 
 def _download(repo_id: str, revision: str | None) -> Path:
     # Imported here: a merge of local folders needs no HTTP client.
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT, HF_HUB_OFFLINE
+
+    named = repo_id if revision is None else f"{repo_id}@{revision}"
+    # Every `except Exception`: HTTP clients, and what they raise, change with huggingface_hub.
+    try:
+        info = HfApi().model_info(repo_id, revision=revision, timeout=HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:
+        refusal = _refusal(error)
+        if refusal is not None:
+            raise SourceError(f"{named}: {refusal}") from None
+        cached = _cached(repo_id, revision)
+        if cached is None:
+            raise SourceError(
+                f"{named}: no such local path, not in the local cache, and the Hub cannot be asked "
+                f"({_one_line(error)}); go online (unset HF_HUB_OFFLINE, check the network) or "
+                "give a local folder"
+            ) from None
+        if not HF_HUB_OFFLINE:
+            _LOGGER.warning(
+                "%s: the Hub cannot be asked (%s); the copy in the local cache is used",
+                named,
+                _one_line(error),
+            )
+        return cached
+    files = [sibling.rfilename for sibling in info.siblings or ()]
+    try:
+        return _fetch(repo_id, revision, files, commit=info.sha)
+    except SourceError as error:
+        raise SourceError(f"{named}: {error}") from None
+    except Exception as error:
+        # huggingface_hub wraps some refusals in a LocalEntryNotFoundError.
+        finding = (
+            _refusal(error)
+            or _refusal(error.__cause__)
+            or f"the download failed ({_one_line(error)}); what has arrived is kept: try again"
+        )
+        raise SourceError(f"{named}: {finding}") from None
+
+
+def _fetch(repo_id: str, revision: str | None, files: list[str], *, commit: str | None) -> Path:
+    """Bring what a merge needs of these files into the cache, and return the folder."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    # Both present: as in transformers, the single file counts.
+    weights = [WEIGHTS_NAME]
+    if WEIGHTS_NAME not in files:
+        if INDEX_NAME not in files:
+            raise SourceError(no_weights_finding(files))
+        index = hf_hub_download(repo_id, INDEX_NAME, revision=commit)
+        weights = [INDEX_NAME, *_shards_named_by(Path(index))]
+    companions = [glob.escape(name) for name in files if is_companion_file(name)]
+    # Weights last: where they are in the cache, the rest is, so that a copy can be trusted offline.
+    if companions:
+        snapshot_download(repo_id, revision=commit, allow_patterns=companions)
+    # By name, not by commit: only then does the cache know, offline, what the name stands for.
+    patterns = [*companions, *map(glob.escape, weights)]
+    return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+
+
+def _cached(repo_id: str, revision: str | None) -> Path | None:
+    """Return the folder of an earlier download, if there is one with weights."""
+    from huggingface_hub import try_to_load_from_cache
+
+    # Not snapshot_download(local_files_only=True): it takes what was never wanted for missing.
+    for name in (WEIGHTS_NAME, INDEX_NAME):
+        found = try_to_load_from_cache(repo_id, name, revision=revision)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def _refusal(error: BaseException | None) -> str | None:
+    """Return what is wrong where asking again would not help; None for troubles on the way."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
-        LocalEntryNotFoundError,
+        HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    named = repo_id if revision is None else f"{repo_id}@{revision}"
-    try:
-        try:
-            info = HfApi().model_info(repo_id, revision=revision)
-        except HfHubHTTPError:
-            raise
-        except Exception:
-            # The Hub cannot be asked: what was downloaded before will do, as for transformers.
-            return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
-        files = [sibling.rfilename for sibling in info.siblings or ()]
-        weights = [WEIGHTS_NAME]
-        if INDEX_NAME in files:
-            index = hf_hub_download(repo_id, INDEX_NAME, revision=info.sha)
-            weights = [INDEX_NAME, *_shards_named_by(Path(index), named)]
-        elif WEIGHTS_NAME not in files:
-            raise SourceError(f"{named}: {no_weights_finding(files)}")
-        wanted = [*weights, *filter(is_companion_file, files)]
-        patterns = [glob.escape(name) for name in wanted]
-        return Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=patterns))
-    except GatedRepoError:
-        raise SourceError(
-            f"{named}: the repository is gated; ask for access on its page, then log in with "
+    if isinstance(error, HFValidationError):
+        return f"no such file or folder, and not a Hub id ({_one_line(error)}); check the path"
+    if isinstance(error, GatedRepoError):
+        return (
+            "the repository is gated; ask for access on its page, then log in with "
             "`hf auth login` or set HF_TOKEN"
-        ) from None
-    except RevisionNotFoundError:
-        raise SourceError(
-            f"{named}: the repository has no such revision; check the branch, tag or commit"
-        ) from None
-    except RepositoryNotFoundError:
-        raise SourceError(
-            f"{named}: no such local path and no such Hub repository (or it is private); check the "
-            "name, or log in with `hf auth login`"
-        ) from None
-    except LocalEntryNotFoundError:
-        raise SourceError(
-            f"{named}: not in the local cache and the Hub cannot be asked; go online (unset "
-            "HF_HUB_OFFLINE, check the network) or give a local folder"
-        ) from None
-    except (HfHubHTTPError, OSError) as error:
-        raise SourceError(
-            f"{named}: the download failed ({_one_line(error)}); "
-            "what has arrived is kept: try again"
-        ) from None
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return "the repository has no such revision; check the branch, tag or commit"
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            "no such local path and no such Hub repository (or it is private); check the "
+            "name, or log in with `hf auth login` or set HF_TOKEN"
+        )
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+        return (
+            f"the Hub denies access ({_one_line(error)}); check HF_TOKEN, or log in again with "
+            "`hf auth login`"
+        )
+    return None
 
 
-def _shards_named_by(index: Path, named: str) -> list[str]:
+def _shards_named_by(index: Path) -> list[str]:
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         return sorted({str(shard) for shard in weight_map.values()})
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise SourceError(f"{named}: its {INDEX_NAME} has no readable weight_map") from None
+        raise SourceError(f"its {INDEX_NAME} has no readable weight_map") from None
 
 
 def no_weights_finding(files: list[str]) -> str:
     """Say what is wrong with a model that has no safetensors weights, from its file names."""
+    others = [name for name in files if name.endswith(".safetensors")]
+    if others:
+        return (
+            f"has {', '.join(others[:3])} but neither {WEIGHTS_NAME} nor {INDEX_NAME}; a merge "
+            "needs all of a model's weights, under one of these names"
+        )
     if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in files):
         return (
             "has weights only as pickle (.bin); shardmix reads safetensors alone, which cannot run "

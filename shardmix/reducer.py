@@ -83,7 +83,7 @@ def strip_num_elements(run: Run, *, strip_nbytes: int) -> int:
     if run.reduction == AGREE:
         widest = max(element_nbytes(dtype) for dtype in run.dtypes)
     else:
-        widest = _sum_dtype(run).itemsize
+        widest = max(_sum_dtype(run).itemsize, element_nbytes(run.out_dtype))
     return max(1, strip_nbytes // widest)
 
 

@@ -55,7 +55,7 @@ class _LinePrinter:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._fraction = 0.0
+        self._fraction = -_LINE_FRACTION  # so that the start has a line, too
         self._seconds = 0.0
 
     def __call__(self, event: "ProgressEvent") -> None:

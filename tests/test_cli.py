@@ -1,0 +1,176 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.models import assert_same_bits, load_model, random_model, save_model
+
+
+def shardmix(*words, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "shardmix", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return [save_model(folder / name, random_model(seed)) for seed, name in enumerate("ab")]
+
+
+def words(models, weights=(0.5, 0.5)):
+    return [f"{model}={weight}" for model, weight in zip(models, weights, strict=True)]
+
+
+def test_a_merge_reports_as_json_and_shows_progress_beside_it(models, tmp_path):
+    done = shardmix("merge", *words(models), "-o", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    for key in ["output", "num_tensors", "num_models", "bytes_read", "bytes_written", "seconds", "device", "strip_bytes", "workers", "projected_peak_bytes", "peak_rss_bytes", "peak_vram_bytes", "weights", "shards", "warnings"]:
+        assert key in report
+    assert report["weights"] == [0.5, 0.5]
+    assert {"name", "bytes"} <= set(report["shards"][0])
+    assert report["peak_rss_bytes"] <= report["projected_peak_bytes"]
+    assert "100%" in done.stderr
+    assert "\x1b" not in done.stderr  # plain lines where there is no terminal
+    assert set(load_model(tmp_path / "out")) == set(random_model(0))
+
+
+def test_quiet_prints_nothing(models, tmp_path):
+    done = shardmix("merge", *words(models), "-o", tmp_path / "out", "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_recipe_file_merges_as_its_words_would(models, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"models:\n- {{source: {models[0]}, weight: 3}}\n- {{source: {models[1]}, weight: 1}}\n"
+        "normalize: true\ndtype: bfloat16\n"
+    )
+    assert shardmix("merge", recipe, "-o", tmp_path / "a").returncode == 0
+    by_words = words(models, (0.75, 0.25))
+    assert shardmix("merge", *by_words, "-o", tmp_path / "b", "--dtype", "bfloat16").returncode == 0
+    assert_same_bits(load_model(tmp_path / "a"), load_model(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("command", [["plan"], ["merge", "--dry-run"]])
+def test_a_plan_writes_nothing_and_tells_all(models, tmp_path, command):
+    out = tmp_path / "out"
+    done = shardmix(*command, *words(models), "-o", out, "--json", "--max-memory", "2GiB")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["disk_needed_bytes"] > 0
+    assert report["disk_free_bytes"] > 0
+    assert report["projected_peak_bytes"] <= 2 * 2**30
+    assert report["shards"][0]["bytes_read"] == report["bytes_read"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_for_people_names_what_matters(models):
+    done = shardmix("plan", *words(models))
+    assert done.returncode == 0
+    for text in ("model.safetensors", "peak memory", "strips", "disk", "read", "write"):
+        assert text in done.stdout
+
+
+def test_what_the_plan_projects_the_merge_keeps(models, tmp_path):
+    plan = json.loads(shardmix("plan", *words(models), "--json").stdout)
+    done = shardmix("merge", *words(models), "-o", tmp_path / "out", "--json", "-q")
+    assert json.loads(done.stdout)["peak_rss_bytes"] <= plan["projected_peak_bytes"]
+
+
+def test_inspect_shows_the_tensors(models):
+    done = shardmix("inspect", models[0])
+    assert done.returncode == 0
+    assert "model.embed_tokens.weight" in done.stdout
+    report = json.loads(shardmix("inspect", models[0], "--json").stdout)
+    assert report["num_parameters"] == sum(t.numel() for t in random_model(0).values())
+    assert report["tensors"][0].keys() >= {"name", "dtype", "shape"}
+
+
+def test_inspect_finds_a_tied_head(reference):
+    done = shardmix("inspect", reference / "decoder-bf16-tied" / "model-a", "--json")
+    assert json.loads(done.stdout)["tied"] == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "finding"),
+    [
+        (["{a}=0.5", "{b}=0.6"], 2, "weights sum to 1.1, not 1"),
+        (["{a}=0.5"], 2, "a merge needs at least two"),
+        (["{a}", "{b}=0.5"], 2, "no weight given"),
+        (["{a}=nan", "{b}=0.5"], 2, "not a finite number"),
+        (["{a}=0.5", "none/there/at=0.5"], 1, "no such file or folder"),
+        (["{a}=0.5", "{b}=0.5", "--max-memory", "10MiB"], 1, "the least that works here is"),
+        (["{a}=0.5", "{b}=0.5", "--max-memory", "plenty"], 2, "size 'plenty'"),
+        (["{a}=0.5", "{b}=0.5", "--device", "tpu"], 2, "device 'tpu'"),
+        (["{a}=0.5", "{b}=0.5", "--dtype", "int4"], 2, "dtype 'int4'"),
+        (["{a}=0.5", "{b}=0.5", "--workers", "many"], 2, "--workers"),
+        (["{a}=0.5", "{b}=0.5", "--frobnicate"], 2, "--frobnicate"),
+        (["none.yaml"], 2, "cannot be read"),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_an_exit_status(
+    models, tmp_path, arguments, status, finding
+):
+    filled = [word.format(a=models[0], b=models[1]) for word in arguments]
+    done = shardmix("merge", *filled, "-o", tmp_path / "out")
+    assert done.returncode == status
+    assert finding in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_is_also_told_as_json(models, tmp_path):
+    done = shardmix("merge", f"{models[0]}=1", "-o", tmp_path / "out", "--json")
+    assert json.loads(done.stdout)["error"]["kind"] == "RecipeError"
+
+
+def test_an_existing_output_is_replaced_only_if_asked(models, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["merge", *words(models), "-o", out, "-q"]
+    assert shardmix(*arguments).returncode == 0
+    again = shardmix(*arguments)
+    assert again.returncode == 1
+    assert "--overwrite" in again.stderr
+    assert shardmix(*arguments, "--overwrite").returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_control_characters_of_a_strangers_file_are_never_printed_raw(tmp_path):
+    tensors = random_model(0)
+    tensors["evil\x1b[2Jname[bold]"] = tensors.pop("lm_head.weight")
+    save_model(tmp_path / "a", tensors)
+    done = shardmix("inspect", tmp_path / "a")
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout
+    assert r"evil\x1b[2Jname[bold]" in done.stdout
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_the_merge_and_leaves_nothing(tmp_path, number, status):
+    """The sources are large enough that the merge is still under way at its first progress line."""
+    import torch
+
+    tensors = {f"t{i}": torch.zeros(4_000_000) for i in range(20)}
+    models = [save_model(tmp_path / name, tensors) for name in "ab"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shardmix", "merge", *words(models), "-o", str(tmp_path / "out")],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert "merging" in process.stderr.readline()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    assert "nothing was written" in errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]

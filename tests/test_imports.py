@@ -1,0 +1,47 @@
+"""What is loaded when: planning, inspecting and --help must be quick and small."""
+
+import pytest
+
+from tests.fresh_process import python
+from tests.models import random_model, save_model
+
+HEAVY = ("torch", "transformers", "accelerate")
+
+
+def loaded_after(code):
+    check = f"print([m for m in {HEAVY!r} if m in sys.modules])"
+    return python(f"import sys\n{code}\n{check}").splitlines()[-1]
+
+
+def test_importing_shardmix_loads_next_to_nothing():
+    code = "import shardmix\nprint('numpy' in sys.modules)"
+    assert python(f"import sys\n{code}").split() == ["False"]
+    assert loaded_after("import shardmix, shardmix.api") == "[]"
+
+
+@pytest.mark.parametrize("command", ["--help", "merge --help", "plan --help", "inspect --help"])
+def test_help_loads_neither_torch_nor_the_engine(command):
+    run = (
+        f"sys.argv = ['shardmix', *{command.split()!r}]\nfrom shardmix.cli import main\n"
+        "try: main()\nexcept SystemExit as end: assert not end.code"
+    )
+    assert loaded_after(run) == "[]"
+
+
+def test_planning_and_inspecting_load_no_torch(tmp_path):
+    a, b = (save_model(tmp_path / name, random_model(1)) for name in "ab")
+    code = (
+        f"import shardmix\nshardmix.plan_merge({{{str(a)!r}: 0.5, {str(b)!r}: 0.5}}, 'out')\n"
+        f"shardmix.inspect({str(a)!r})"
+    )
+    assert loaded_after(code) == "[]"
+
+
+def test_every_public_name_is_there():
+    import shardmix
+
+    for name in shardmix.__all__:
+        assert getattr(shardmix, name) is not None
+    assert set(shardmix.__all__) <= set(dir(shardmix))
+    with pytest.raises(AttributeError):
+        shardmix.no_such_name  # noqa: B018

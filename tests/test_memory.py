@@ -1,0 +1,76 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardmix.errors import BudgetError
+from shardmix.memory import (
+    BUFFERS_PER_WORKER,
+    CPU_STRIP_NBYTES,
+    LEAST_STRIP_NBYTES,
+    fit_memory,
+    peak_resident_nbytes,
+    resident_nbytes,
+)
+from shardmix.units import MIB, parse_size
+
+RESERVED = 211 * MIB  # a prime number of MiB, so that every term shows
+
+
+def test_without_a_budget_a_strip_is_what_speed_needs():
+    fitted = fit_memory(reserved=RESERVED, on_cuda=False, workers=3)
+    assert (fitted.workers, fitted.strip_nbytes) == (3, CPU_STRIP_NBYTES)
+    assert fitted.projected_peak_nbytes >= RESERVED + 3 * BUFFERS_PER_WORKER * CPU_STRIP_NBYTES
+    assert fitted.projected_vram_nbytes == 0
+
+
+@given(
+    budget=st.integers(200, 700).map(lambda mib: mib * MIB),
+    workers=st.none() | st.integers(1, 8),
+    on_cuda=st.booleans(),
+    max_vram=st.none() | st.integers(1, 2000).map(lambda mib: mib * MIB),
+)
+def test_a_plan_keeps_every_budget_or_is_refused(budget, workers, on_cuda, max_vram):
+    options = {"reserved": RESERVED, "on_cuda": on_cuda, "workers": workers}
+    try:
+        fitted = fit_memory(**options, max_memory=budget, max_vram=max_vram)
+    except BudgetError:
+        return
+    assert RESERVED < fitted.projected_peak_nbytes <= budget
+    assert fitted.strip_nbytes >= LEAST_STRIP_NBYTES
+    if workers is not None:
+        assert fitted.workers == workers
+    if on_cuda and max_vram is not None:
+        assert 0 < fitted.projected_vram_nbytes <= max_vram
+
+
+@pytest.mark.parametrize("workers", [None, 1, 5])
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_the_least_budget_that_an_error_names_is_enough(workers, on_cuda):
+    options = {"reserved": RESERVED, "on_cuda": on_cuda, "workers": workers}
+    with pytest.raises(BudgetError) as caught:
+        fit_memory(**options, max_memory=MIB)
+    least = str(caught.value).split("least that works here is ")[1].split(" ")[0]
+    fitted = fit_memory(**options, max_memory=parse_size(least))
+    assert fitted.projected_peak_nbytes <= parse_size(least)
+    with pytest.raises(BudgetError):
+        fit_memory(**options, max_memory=parse_size(least) - MIB)
+
+
+def test_too_little_vram_is_named_as_such():
+    with pytest.raises(BudgetError, match="--max-vram 1MiB"):
+        fit_memory(reserved=RESERVED, on_cuda=True, max_memory=2048 * MIB, max_vram=MIB)
+
+
+def test_a_tight_budget_shrinks_the_strip_before_it_takes_workers_away():
+    roomy = fit_memory(reserved=RESERVED, on_cuda=False, max_memory=RESERVED + 400 * MIB)
+    tight = fit_memory(reserved=RESERVED, on_cuda=False, max_memory=RESERVED + 12 * MIB)
+    assert roomy.strip_nbytes == CPU_STRIP_NBYTES
+    assert tight.strip_nbytes < roomy.strip_nbytes
+
+
+def test_measured_memory_is_that_of_this_process():
+    before = resident_nbytes()
+    ballast = bytearray(b"x" * (64 * MIB))
+    assert resident_nbytes() - before > 60 * MIB
+    assert peak_resident_nbytes() >= resident_nbytes() - 4 * MIB
+    assert len(ballast) == 64 * MIB

@@ -1,0 +1,299 @@
+"""Merges as a library call: the bytes, the events, and what is left when one is cut off."""
+
+import dataclasses
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+import shardmix
+from shardmix import engine
+from shardmix.errors import OutputError, SourceError
+from tests.models import (
+    assert_same_bits,
+    load_model,
+    random_model,
+    random_tensor,
+    save_model,
+    weighted_sum,
+)
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+WEIGHTS = [0.5, 0.3, 0.2]
+
+
+def three_models(tmp_path, dtypes=(torch.float32,) * 3):
+    return [
+        (save_model(tmp_path / f"m{seed}", random_model(seed, dtype)), weight)
+        for seed, (dtype, weight) in enumerate(zip(dtypes, WEIGHTS, strict=True))
+    ]
+
+
+def oracle(models, out_dtype=None):
+    loaded = [load_model(folder) for folder, _ in models]
+    return {
+        name: weighted_sum(
+            [tensors[name] for tensors in loaded],
+            [weight for _, weight in models],
+            out_dtype or loaded[0][name].dtype,
+        )
+        for name in loaded[0]
+    }
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_one_shard_is_what_save_file_writes_byte_for_byte(tmp_path, dtype):
+    models = three_models(tmp_path, (dtype,) * 3)
+    shardmix.merge(models, tmp_path / "out")
+    save_file(oracle(models), tmp_path / "oracle.safetensors", metadata={"format": "pt"})
+    merged = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert merged == (tmp_path / "oracle.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_output_dtype_is_rounded_to_once(tmp_path, dtype):
+    models = three_models(tmp_path, (torch.float64, torch.bfloat16, torch.float32))
+    shardmix.merge(models, tmp_path / "out", dtype=dtype)
+    assert_same_bits(load_model(tmp_path / "out"), oracle(models, getattr(torch, dtype)))
+
+
+def test_a_report_tells_what_was_done(tmp_path):
+    models = three_models(tmp_path)
+    report = shardmix.merge(models, tmp_path / "out", workers=2)
+    file = tmp_path / "out" / "model.safetensors"
+    assert report.output == str(tmp_path / "out")
+    assert (report.num_models, report.num_tensors) == (3, len(random_model(0)))
+    assert report.weights == tuple(WEIGHTS)
+    assert report.bytes_written == file.stat().st_size
+    assert report.bytes_read == 3 * sum(t.numel() * 4 for t in random_model(0).values())
+    assert [(shard.name, shard.bytes) for shard in report.shards] == [
+        ("model.safetensors", file.stat().st_size)
+    ]
+    assert report.peak_rss_bytes > 0
+    assert report.workers == 2
+    assert report.seconds > 0
+
+
+def folder_bytes(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def layouts(names):
+    """Draw how names are divided into shards."""
+    return st.none() | st.integers(1, 4).flatmap(
+        lambda count: st.lists(
+            st.integers(0, count - 1), min_size=len(names), max_size=len(names)
+        ).map(
+            lambda places: [
+                group
+                for shard in range(count)
+                if (group := [n for n, p in zip(names, places, strict=True) if p == shard])
+            ]
+        )
+    )
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_bytes_depend_on_recipe_and_sources_alone(tmp_path_factory, data):
+    """Whatever the layouts, dtypes, number of models, strips, workers and way to read."""
+    tmp_path = tmp_path_factory.mktemp("merge")
+    names = [f"layer.{number}.weight" for number in range(data.draw(st.integers(1, 6)))]
+    shapes = {
+        name: data.draw(st.lists(st.integers(0, 30), max_size=2).map(tuple)) for name in names
+    }
+    num_models = data.draw(st.integers(2, 4))
+    models = []
+    for number in range(num_models):
+        dtypes = {name: data.draw(st.sampled_from(FLOATS)) for name in names}
+        tensors = {
+            name: random_tensor(shapes[name], dtypes[name], seed=number * 100 + i)
+            for i, name in enumerate(names)
+        }
+        shards = data.draw(layouts(names))
+        models.append((save_model(tmp_path / f"m{number}", tensors, shards=shards), 1 / num_models))
+    options = {
+        "dtype": data.draw(st.sampled_from(["keep", "float16", "bfloat16", "float32"])),
+        "max_shard_size": data.draw(st.none() | st.integers(100, 20_000)),
+        "fsync": False,
+    }
+    shardmix.merge(models, tmp_path / "out", workers=1, io="pread", **options)
+    out_dtype = None if options["dtype"] == "keep" else getattr(torch, options["dtype"])
+    with np.errstate(over="ignore"):
+        assert_same_bits(load_model(tmp_path / "out"), oracle(models, out_dtype))
+    expected = folder_bytes(tmp_path / "out")
+    for workers, io, strip_nbytes in [(2, "mmap", 40), (4, "pread", 1000), (4, "mmap", 1 << 26)]:
+        plan = shardmix.plan_merge(
+            models, tmp_path / "out", workers=workers, io=io, overwrite=True, **options
+        )
+        engine.execute(
+            plan.with_memory(dataclasses.replace(plan.memory, strip_nbytes=strip_nbytes))
+        )
+        assert folder_bytes(tmp_path / "out") == expected
+
+
+def test_budgets_do_not_change_the_bytes(tmp_path):
+    models = three_models(tmp_path)
+    shardmix.merge(models, tmp_path / "free")
+    with pytest.raises(shardmix.BudgetError) as caught:
+        shardmix.plan_merge(models, max_memory=1)
+    least = int(str(caught.value).split("works here is ")[1].split("MiB")[0])
+    # The process may hold a little more by now than when the least was named.
+    shardmix.merge(models, tmp_path / "tight", max_memory=f"{least + 8}MiB")
+    free, tight = folder_bytes(tmp_path / "free"), folder_bytes(tmp_path / "tight")
+    assert free["model.safetensors"] == tight["model.safetensors"]
+
+
+def test_any_tensor_order_in_a_file_gives_the_same_merge(tmp_path):
+    """Files of other writers: data not in order of name, and not aligned to its elements."""
+    models = three_models(tmp_path, (torch.bfloat16,) * 3)
+    tensors = load_model(models[1][0])
+    names = sorted(tensors, key=lambda name: name[::-1])
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name in names:
+        raw = tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(tensors[name].shape),
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
+        data += raw
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (1 - len(encoded) % 2)  # an odd length: no element is aligned
+    expected = oracle(models)
+    (models[1][0] / "model.safetensors").write_bytes(
+        len(encoded).to_bytes(8, "little") + encoded + data
+    )
+    for io in ("mmap", "pread"):
+        shardmix.merge(models, tmp_path / io, io=io)
+        assert_same_bits(load_model(tmp_path / io), expected)
+
+
+def test_integers_that_differ_are_reported_and_the_first_models_kept(tmp_path):
+    models = []
+    for number in range(3):
+        tensors = {"w": torch.ones(4) * number, "steps": torch.tensor([7, max(number, 1)])}
+        models.append((save_model(tmp_path / f"m{number}", tensors), WEIGHTS[number]))
+    report = shardmix.merge(models, tmp_path / "out")
+    assert load_model(tmp_path / "out")["steps"].tolist() == [7, 1]
+    (warning,) = report.warnings
+    assert warning.startswith(f"steps: differs in {models[2][0]};")
+
+
+def test_one_model_may_be_named_twice(tmp_path):
+    folder = save_model(tmp_path / "m", random_model(1))
+    shardmix.merge([(folder, 0.5), (folder, 0.5)], tmp_path / "out")
+    assert_same_bits(load_model(tmp_path / "out"), load_model(folder))
+
+
+def test_names_of_any_kind_survive(tmp_path):
+    names = [
+        "ünïcode.weight",
+        'quo"te',
+        "back\\slash",
+        "new\nline",
+        "\x7f",
+        "日本語",
+        "a b",
+        "é\x01",
+    ]
+    tensors = {name: torch.full((3,), float(number)) for number, name in enumerate(names)}
+    models = [(save_model(tmp_path / folder, tensors), 0.5) for folder in "ab"]
+    shardmix.merge(models, tmp_path / "out", max_shard_size=24)
+    assert_same_bits(load_model(tmp_path / "out"), tensors)
+
+
+def test_events_tell_the_progress_up_to_the_end(tmp_path):
+    events = []
+    report = shardmix.merge(three_models(tmp_path), tmp_path / "out", on_progress=events.append)
+    assert events[-1].num_bytes_done == events[-1].num_bytes_total == report.bytes_read
+    assert events[-1].num_shards_done == events[-1].num_shards_total == 1
+    done = [event.num_bytes_done for event in events]
+    assert done == sorted(done)
+    assert all(event.resident_nbytes > 0 for event in events)
+
+
+def only_inputs(tmp_path):
+    return sorted(path.name for path in tmp_path.iterdir()) == ["m0", "m1", "m2"]
+
+
+def test_a_cancelled_merge_leaves_nothing(tmp_path):
+    cancel = threading.Event()
+    cancel.set()
+    with pytest.raises(shardmix.MergeCancelled):
+        shardmix.merge(three_models(tmp_path), tmp_path / "out", cancel=cancel)
+    assert only_inputs(tmp_path)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupt_or_a_callbacks_error_leaves_nothing(tmp_path, error):
+    def fail(_event):
+        raise error
+
+    num_threads = threading.active_count()
+    with pytest.raises(error):
+        shardmix.merge(three_models(tmp_path), tmp_path / "out", on_progress=fail)
+    assert only_inputs(tmp_path)
+    assert threading.active_count() == num_threads
+
+
+def test_a_failing_disk_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("os.pwrite", fail)
+    with pytest.raises(OutputError, match="Input/output error"):
+        shardmix.merge(three_models(tmp_path), tmp_path / "out")
+    assert only_inputs(tmp_path)
+
+
+def test_a_source_that_cannot_be_read_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("os.preadv", fail)
+    with pytest.raises(SourceError, match="m0/model.safetensors: reading failed"):
+        shardmix.merge(three_models(tmp_path), tmp_path / "out", io="pread")
+    assert only_inputs(tmp_path)
+
+
+def test_torchs_threads_are_left_as_they_were(tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        shardmix.merge(three_models(tmp_path), tmp_path / "out")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_nothing_is_printed(tmp_path, capfd):
+    shardmix.merge(three_models(tmp_path), tmp_path / "out")
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def test_a_gpu_that_is_not_there_is_refused(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(shardmix.RecipeError, match="no usable CUDA device"):
+        shardmix.merge(three_models(tmp_path), tmp_path / "out", device="cuda")
+    assert only_inputs(tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_writes_the_same_bytes_within_its_budget(tmp_path):
+    models = three_models(tmp_path, (torch.bfloat16,) * 3)
+    shardmix.merge(models, tmp_path / "cpu", device="cpu")
+    report = shardmix.merge(models, tmp_path / "gpu", device="cuda", max_vram="64MiB")
+    assert report.peak_vram_bytes <= 64 * 2**20
+    cpu, gpu = folder_bytes(tmp_path / "cpu"), folder_bytes(tmp_path / "gpu")
+    assert cpu["model.safetensors"] == gpu["model.safetensors"]

@@ -1,0 +1,132 @@
+import os
+
+import pytest
+
+from shardmix import reader as reader_module
+from shardmix import writer as writer_module
+from shardmix.errors import OutputError, SourceError
+from shardmix.plan import SourceFile
+from shardmix.reader import open_reader
+from shardmix.writer import ShardWriter
+
+
+@pytest.fixture(params=["mmap", "pread"])
+def io(request):
+    return request.param
+
+
+def source_files(tmp_path, count=1, size=100_003):
+    contents = [os.urandom(size) for _ in range(count)]
+    paths = [tmp_path / f"f{number}" for number in range(count)]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    return contents, [SourceFile(str(path), size) for path in paths]
+
+
+def read(reader, file, offset, nbytes):
+    view = reader.view(file, offset, memoryview(bytearray(nbytes)))
+    content = bytes(view)
+    view = None
+    reader.release()
+    return content
+
+
+def test_any_range_is_read_as_it_is(tmp_path, io):
+    (content,), files = source_files(tmp_path)
+    reader = open_reader(io, files)
+    for offset, nbytes in [(0, 8), (1, 7), (4096, 4096), (99_990, 13), (17, 90_000)]:
+        assert read(reader, 0, offset, nbytes) == content[offset : offset + nbytes]
+    reader.close()
+
+
+def test_more_files_than_may_be_open_are_read_in_any_order(tmp_path, io, monkeypatch):
+    monkeypatch.setattr(reader_module, "_MAX_OPEN_FILES", 3)
+    contents, files = source_files(tmp_path, count=10, size=500)
+    before = len(os.listdir("/proc/self/fd"))
+    reader = open_reader(io, files)
+    for file in [*range(10), *reversed(range(10)), 4, 9, 4]:
+        assert read(reader, file, 8, 300) == contents[file][8:308]
+        assert len(os.listdir("/proc/self/fd")) <= before + 2 * 4
+    reader.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_read_takes_as_many_calls_as_it_needs(tmp_path, monkeypatch):
+    (content,), files = source_files(tmp_path)
+    monkeypatch.setattr(reader_module, "MAX_IO_NBYTES", 1000)
+    reader = open_reader("pread", files)
+    assert read(reader, 0, 3, 90_001) == content[3:90_004]
+    reader.close()
+
+
+def test_a_short_read_is_continued(tmp_path, monkeypatch):
+    (content,), files = source_files(tmp_path)
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, bufs, at: real(fd, [bufs[0][:777]], at))
+    reader = open_reader("pread", files)
+    assert read(reader, 0, 0, 50_000) == content[:50_000]
+    reader.close()
+
+
+def test_a_source_that_changed_size_is_refused(tmp_path, io):
+    _, files = source_files(tmp_path)
+    os.truncate(files[0].path, 5)
+    with pytest.raises(SourceError, match="changed size"):
+        open_reader(io, files).view(0, 0, memoryview(bytearray(4)))
+
+
+def test_a_source_cut_short_after_it_was_opened_is_refused(tmp_path):
+    _, files = source_files(tmp_path)
+    reader = open_reader("pread", files)
+    read(reader, 0, 0, 10)
+    os.truncate(files[0].path, 50)
+    with pytest.raises(SourceError, match="ends at byte 50"):
+        reader.view(0, 40, memoryview(bytearray(20)))
+    reader.close()
+
+
+def test_a_source_that_vanished_is_refused(tmp_path, io):
+    _, files = source_files(tmp_path)
+    os.unlink(files[0].path)
+    with pytest.raises(SourceError, match="cannot be opened"):
+        open_reader(io, files).view(0, 0, memoryview(bytearray(4)))
+
+
+def test_strips_land_at_their_offsets_in_any_order(tmp_path):
+    path = tmp_path / "shard"
+    writer = ShardWriter(path, file_nbytes=8 + 6 + 8)
+    writer.write(18, memoryview(b"4444"))
+    writer.write(14, memoryview(b"3333"))
+    assert path.read_bytes()[:14] == bytes(14)  # no header yet: not valid safetensors
+    writer.finish("{    }", fsync=True)
+    assert path.read_bytes() == (6).to_bytes(8, "little") + b"{    }" + b"33334444"
+
+
+def test_a_write_takes_as_many_calls_as_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer_module, "MAX_IO_NBYTES", 7)
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[:5], at))
+    content = os.urandom(100)
+    writer = ShardWriter(tmp_path / "shard", file_nbytes=110)
+    writer.write(10, memoryview(content))
+    writer.close()
+    assert (tmp_path / "shard").read_bytes()[10:] == content
+
+
+def test_a_file_that_exists_is_never_written_over(tmp_path):
+    (tmp_path / "shard").write_text("precious")
+    with pytest.raises(OutputError):
+        ShardWriter(tmp_path / "shard", file_nbytes=10)
+    assert (tmp_path / "shard").read_text() == "precious"
+
+
+def test_a_full_disk_is_named_as_such(tmp_path, monkeypatch):
+    writer = ShardWriter(tmp_path / "shard", file_nbytes=100)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        writer.write(0, memoryview(b"x"))
+    writer.close()

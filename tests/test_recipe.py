@@ -1,0 +1,150 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardmix.errors import RecipeError
+from shardmix.recipe import Recipe, build_recipe, load_recipe, parse_source_words
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_pairs_mappings_and_yaml_mean_the_same_recipe(tmp_path):
+    path = write(
+        tmp_path / "recipe.yaml",
+        "models:\n  - {source: a, weight: 0.75}\n  - {source: b, weight: 0.25}\n",
+    )
+    recipe = build_recipe({"a": 0.75, "b": 0.25})
+    assert recipe.sources == ("a", "b")
+    assert recipe.weights == (0.75, 0.25)
+    assert build_recipe([("a", 0.75), ("b", 0.25)]) == recipe
+    assert build_recipe(str(path)) == build_recipe(recipe) == recipe
+
+
+def test_a_yaml_recipe_gives_every_option(tmp_path):
+    path = write(
+        tmp_path / "recipe.yaml",
+        """
+models:
+  - source: org/a@main
+    weight: 2
+  - source: b
+    weight: 6e-0  # text to YAML 1.1, a number to Python
+dtype: bfloat16
+base: c
+max_shard_size: 5GB
+normalize: true
+""",
+    )
+    recipe = load_recipe(path)
+    assert recipe.weights == (0.25, 0.75)
+    assert (recipe.dtype, recipe.base, recipe.max_shard_size) == ("bfloat16", "c", 5 * 10**9)
+
+
+def test_options_given_beside_a_recipe_override_it(tmp_path):
+    path = write(
+        tmp_path / "recipe.yaml",
+        "models: [{source: a, weight: .5}, {source: b, weight: .5}]\ndtype: float16\nbase: c\n",
+    )
+    recipe = build_recipe(path, dtype="float32", base=None)
+    assert (recipe.dtype, recipe.base) == ("float32", "c")
+
+
+@pytest.mark.parametrize(
+    ("text", "finding"),
+    [
+        ("model: []", "unknown key 'model'.*did you mean 'models'"),
+        ("models: []\ndytpe: float16", "unknown key 'dytpe'.*did you mean 'dtype'"),
+        ("models: [{source: a, wieght: 1}]", "unknown key 'wieght'.*did you mean 'weight'"),
+        ("models: [{source: a}, {source: b, weight: 1}]", r"models\[1\]: `weight` is missing"),
+        ("models: 3", "`models` must be a list"),
+        ("{}", "`models` must be a list"),
+        ("- a\n- b", "must be a mapping"),
+        ("models: [a, b]", r"models\[1\]: must be a mapping"),
+        ("models: [", "not valid YAML"),
+        ("models: []\nmodels: []", "given twice"),
+        ("models: [{source: a, weight: x}, {source: b, weight: 1}]", "'x' is not a number"),
+        ("models: [{source: a, weight: true}, {source: b, weight: 1}]", "True is not a number"),
+        ("models: []\nnormalize: maybe", "must be true or false"),
+        ("models: []\nmax_shard_size: lots", "size 'lots'"),
+        ("models: [{source: a, weight: 1}]", "1 model given: a merge needs at least two"),
+        ("models: !!python/object/apply:os.system [echo]", "not valid YAML"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_by_name(tmp_path, text, finding):
+    with pytest.raises(RecipeError, match=finding):
+        load_recipe(write(tmp_path / "recipe.yaml", text))
+
+
+def test_a_recipe_file_that_is_absent_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.6), (0.1, 0.1), (1.0, 0.0011), (-1.0, 1.9)])
+def test_weights_that_do_not_sum_to_one_are_refused_unless_meant(weights):
+    pairs = list(zip("ab", weights, strict=True))
+    with pytest.raises(RecipeError, match="weights sum to .*not 1"):
+        build_recipe(pairs)
+    assert build_recipe(pairs, allow_weight_sum=True).weights == weights
+
+
+def test_a_sum_within_a_thousandth_of_one_passes_as_it_is():
+    assert build_recipe([("a", 0.3333), ("b", 0.6667 + 0.0009)]).weights == (0.3333, 0.6676)
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused_whatever_is_allowed(weight):
+    with pytest.raises(RecipeError, match="not a finite number"):
+        build_recipe([("a", weight), ("b", 0.5)], allow_weight_sum=True)
+    with pytest.raises(RecipeError, match="not a finite number"):
+        build_recipe([("a", weight), ("b", 0.5)], normalize=True)
+
+
+@given(st.lists(st.floats(0.01, 1e6), min_size=2, max_size=9))
+def test_normalised_weights_sum_to_one_and_keep_their_ratios(weights):
+    pairs = [(str(number), weight) for number, weight in enumerate(weights)]
+    normalised = build_recipe(pairs, normalize=True).weights
+    assert math.fsum(normalised) == pytest.approx(1, abs=1e-12)
+    assert normalised[0] * weights[-1] == pytest.approx(normalised[-1] * weights[0], rel=1e-12)
+
+
+def test_weights_that_cancel_cannot_be_normalised():
+    with pytest.raises(RecipeError, match="sum to 0"):
+        build_recipe([("a", 1.0), ("b", -1.0)], normalize=True)
+
+
+@pytest.mark.parametrize("models", [[], [("a", 1.0)], {"a": 1.0}])
+def test_fewer_than_two_models_are_refused(models):
+    with pytest.raises(RecipeError, match="at least two"):
+        build_recipe(models)
+
+
+@pytest.mark.parametrize("models", [["a", "bc"], [("a", 1, 2)], [3, 4], [("a", None), ("b", 1)]])
+def test_pairs_that_are_none_are_refused(models):
+    with pytest.raises(RecipeError):
+        build_recipe(models)
+
+
+def test_an_unknown_dtype_is_refused_with_a_suggestion():
+    with pytest.raises(RecipeError, match="did you mean 'bfloat16'"):
+        build_recipe({"a": 0.5, "b": 0.5}, dtype="bfloat")
+
+
+def test_the_last_equals_sign_of_a_word_divides_source_and_weight():
+    assert parse_source_words(["a=b/c=0.5", "org/x@v1=5e-1"]) == [("a=b/c", 0.5), ("org/x@v1", 0.5)]
+
+
+@pytest.mark.parametrize("word", ["a", "a=", "=0.5", "a=x", "a=0.5x"])
+def test_a_word_without_a_weight_is_refused_with_an_example(word):
+    with pytest.raises(RecipeError, match=r"weight"):
+        parse_source_words([word])
+
+
+def test_a_recipe_is_a_value():
+    assert hash(build_recipe({"a": 0.5, "b": 0.5})) == hash(build_recipe([("a", 0.5), ("b", 0.5)]))
+    assert isinstance(build_recipe({"a": 0.5, "b": 0.5}), Recipe)

@@ -1,0 +1,218 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from shardmix.plan import AGREE, LINEAR, Run
+from shardmix.reducer import make_reducers, strip_num_elements
+from tests.models import random_tensor, round_once, weighted_sum
+
+NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+FLOATS = list(NAMES)
+
+
+def run_of(dtypes, out_dtype, weights, num_elements, reduction=LINEAR):
+    num_sources = len(dtypes)
+    return Run(
+        name="t",
+        num_tensors=1,
+        num_elements=num_elements,
+        reduction=reduction,
+        out_dtype=out_dtype,
+        out_offset=0,
+        dtypes=tuple(dtypes),
+        files=(0,) * num_sources,
+        offsets=(0,) * num_sources,
+        weights=tuple(weights),
+    )
+
+
+def raw_bytes(tensor):
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def reduce(sources, weights, out_dtype, *, strip_nbytes=1 << 16, device="cpu"):
+    """Reduce whole tensors strip by strip, as the engine does, and return the result."""
+    run = run_of([NAMES[s.dtype] for s in sources], NAMES[out_dtype], weights, sources[0].numel())
+    reducer = make_reducers(device, strip_nbytes=strip_nbytes)[LINEAR]
+    step = strip_num_elements(run, strip_nbytes=strip_nbytes)
+    out = bytearray()
+    for start in range(0, run.num_elements, step):
+        num_elements = min(step, run.num_elements - start)
+        reducer.begin(run, num_elements)
+        for source, tensor in enumerate(sources):
+            staging = reducer.staging(source)
+            staging[:] = raw_bytes(tensor.view(-1)[start : start + num_elements])
+            reducer.add(source, staging)
+        out += reducer.finish()
+    return torch.frombuffer(out, dtype=out_dtype).view(sources[0].shape)
+
+
+def assert_bits(actual, expected):
+    assert actual.dtype == expected.dtype
+    assert raw_bytes(actual) == raw_bytes(expected)
+
+
+@pytest.mark.parametrize("out_dtype", FLOATS)
+@pytest.mark.parametrize("dtypes", [FLOATS[:3], FLOATS, [torch.bfloat16] * 3, [torch.float64] * 2])
+def test_a_sum_is_rounded_as_the_contract_says(dtypes, out_dtype):
+    sources = [random_tensor((1003,), dtype, seed=i) for i, dtype in enumerate(dtypes)]
+    weights = [0.5, 1 / 3, -0.123456789, 0.7][: len(sources)]
+    assert_bits(reduce(sources, weights, out_dtype), weighted_sum(sources, weights, out_dtype))
+
+
+def test_products_are_rounded_before_they_are_added():
+    """A fused multiply-add, as torch's add(alpha=) uses, gives other bits for these values."""
+    first = torch.full((64,), 1.0)
+    second = torch.full((64,), 1.0 + 2**-23)
+    weights = [-1.0 - 2**-22, 1.0 + 2**-23]
+    fused = math.fma(weights[1], 1 + 2**-23, weights[0]) if hasattr(math, "fma") else 2.0**-46
+    result = reduce([first, second], weights, torch.float32)
+    assert_bits(result, weighted_sum([first, second], weights, torch.float32))
+    assert result[0].item() != np.float32(fused)
+
+
+@pytest.mark.parametrize("out_dtype", FLOATS)
+def test_the_strip_size_does_not_change_the_bits(out_dtype):
+    dtypes = [torch.bfloat16, torch.float16, torch.float32]
+    sources = [random_tensor((1009,), dtype, seed=i) for i, dtype in enumerate(dtypes)]
+    sources[1][500] = math.nan
+    sources[2][77] = math.inf
+    sources[0][77] = -math.inf
+    weights = [0.4, 0.35, 0.25]
+    whole = reduce(sources, weights, out_dtype)
+    for strip_nbytes in (8, 24, 100, 1000, 4036, 1 << 20):
+        assert_bits(reduce(sources, weights, out_dtype, strip_nbytes=strip_nbytes), whole)
+
+
+@pytest.mark.parametrize("out_dtype", FLOATS)
+def test_every_nan_has_one_bit_pattern(out_dtype):
+    patterns = [0x7FC00001, 0xFFC12345, 0x7F800001, 0xFF800001]
+    nans = torch.from_numpy(np.array(patterns * 9 + [0x7FC00000], dtype=np.uint32).view(np.float32))
+    result = reduce([nans, torch.ones(37)], [0.5, 0.5], out_dtype)
+    assert_bits(result, torch.full((37,), math.nan, dtype=out_dtype))
+
+
+def test_infinities_and_signed_zeros_are_kept():
+    values = torch.tensor([math.inf, -math.inf, -0.0, 0.0, 3.4e38])
+    result = reduce([values, values], [0.5, 0.5], torch.bfloat16)
+    assert_bits(result, torch.tensor([math.inf, -math.inf, -0.0, 0.0, math.inf]).bfloat16())
+
+
+def test_subnormal_values_are_not_flushed():
+    values = torch.tensor([1e-45, -1e-45, 1e-40, 6e-39])
+    assert_bits(
+        reduce([values, values], [0.5, 0.25], torch.float32),
+        weighted_sum([values, values], [0.5, 0.25], torch.float32),
+    )
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16])
+def test_float64_is_rounded_to_16_bits_once(out_dtype):
+    """By way of float32, half a unit and a little would be rounded twice, and downwards."""
+    unit = 2.0**-10 if out_dtype == torch.float16 else 2.0**-7
+    halfway = np.array([1 + unit / 2 + 2.0**-40, 1 + unit / 2 - 2.0**-40, 1 + unit / 2, -1.75])
+    source = torch.from_numpy(np.concatenate([halfway, -halfway]))
+    result = reduce([source, torch.zeros(8, dtype=torch.float64)], [1.0, 0.0], out_dtype)
+    assert result[0].item() == 1 + unit
+    assert result[1].item() == 1
+    assert_bits(result, round_once(source.numpy(), out_dtype))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    values=hnp.arrays(np.float64, 16, elements=st.floats(width=64, allow_nan=False)),
+    out_dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+)
+def test_any_float64_is_rounded_to_16_bits_as_numpy_does(values, out_dtype):
+    source = torch.from_numpy(values)
+    result = reduce([source, torch.zeros_like(source)], [1.0, 0.0], out_dtype)
+    with np.errstate(over="ignore", under="ignore"):
+        expected = round_once(values, out_dtype)
+    # x · 1 + 0 · 0 turns -0.0 into 0.0; that is addition's doing.
+    assert_bits(result + 0.0, expected + 0.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtypes=st.lists(st.sampled_from(FLOATS), min_size=2, max_size=6),
+    out_dtype=st.sampled_from(FLOATS),
+    num_elements=st.integers(1, 3000),
+    strip_nbytes=st.sampled_from([8, 64, 1000, 4096, 1 << 20]),
+    seed=st.integers(0, 2**20),
+)
+def test_any_mix_of_dtypes_agrees_with_the_oracle(
+    dtypes, out_dtype, num_elements, strip_nbytes, seed
+):
+    sources = [
+        random_tensor((num_elements,), dtype, seed=seed + i) for i, dtype in enumerate(dtypes)
+    ]
+    weights = np.random.default_rng(seed).dirichlet(np.ones(len(sources))).tolist()
+    with np.errstate(over="ignore"):
+        expected = weighted_sum(sources, weights, out_dtype)
+    assert_bits(reduce(sources, weights, out_dtype, strip_nbytes=strip_nbytes), expected)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
+def test_the_result_is_within_half_an_ulp_of_the_exact_sum_but_for_ties(out_dtype):
+    sources = [random_tensor((20_000,), out_dtype, seed=i) for i in range(3)]
+    weights = [0.5, 0.3, 0.2]
+    result = reduce(sources, weights, out_dtype).double()
+    exact = sum(w * s.double() for w, s in zip(weights, sources, strict=True))
+    normal = result.abs() > 2.0**-14
+    bits = 11 if out_dtype == torch.float16 else 8
+    ulp = torch.ldexp(torch.ones_like(result), torch.frexp(exact)[1] - bits)
+    assert ((result - exact).abs() / ulp)[normal].max() < 0.51
+
+
+def agree(first, *others):
+    names = {torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL", torch.uint8: "U8"}
+    tensors = [first, *others]
+    dtypes = [names[t.dtype] for t in tensors]
+    run = run_of(dtypes, dtypes[0], [0.5] * len(tensors), first.numel(), AGREE)
+    reducer = make_reducers("cpu", strip_nbytes=1 << 12)[AGREE]
+    reducer.begin(run, run.num_elements)
+    for source, tensor in enumerate(tensors):
+        staging = reducer.staging(source)
+        staging[:] = raw_bytes(tensor)
+        reducer.add(source, staging)
+    return torch.frombuffer(bytearray(reducer.finish()), dtype=first.dtype), reducer.disagreeing
+
+
+def test_integers_that_agree_are_kept():
+    values = torch.arange(100)
+    kept, disagreeing = agree(values, values.clone(), values.int())
+    assert torch.equal(kept, values)
+    assert disagreeing == frozenset()
+
+
+def test_integers_that_disagree_are_the_first_models_and_reported():
+    values = torch.arange(100)
+    other = values.clone()
+    other[-1] = 7
+    kept, disagreeing = agree(values, values, other)
+    assert torch.equal(kept, values)
+    assert disagreeing == {2}
+
+
+def test_booleans_are_compared_as_they_are():
+    values = torch.tensor([True, False, True])
+    assert agree(values, ~values)[1] == {1}
+    assert agree(values, values)[1] == frozenset()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("out_dtype", FLOATS)
+@pytest.mark.parametrize("dtypes", [FLOATS[:3], FLOATS, [torch.bfloat16] * 3])
+def test_a_gpu_gives_the_same_bits_as_the_cpu(dtypes, out_dtype):
+    sources = [random_tensor((100_003,), dtype, seed=i) for i, dtype in enumerate(dtypes)]
+    sources[0][5000] = math.nan
+    weights = [0.5, 0.3, 0.2, 0.1][: len(sources)]
+    for strip_nbytes in (1 << 12, 1 << 20):
+        on_gpu = reduce(sources, weights, out_dtype, strip_nbytes=strip_nbytes, device="cuda")
+        assert_bits(on_gpu, reduce(sources, weights, out_dtype))

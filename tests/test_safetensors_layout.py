@@ -1,0 +1,122 @@
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from shardmix.errors import SourceError
+from shardmix.safetensors_layout import (
+    DTYPES,
+    FLOAT_DTYPES,
+    INTEGER_DTYPES,
+    MAX_HEADER_NBYTES,
+    TensorInfo,
+    decode_header,
+    encode_header,
+    header_nbytes,
+    tensor_nbytes,
+)
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+}
+
+entries = st.dictionaries(
+    st.text(max_size=12).filter(lambda name: name != "__metadata__"),
+    st.tuples(
+        st.sampled_from(sorted(TORCH_DTYPES)), st.lists(st.integers(0, 4), max_size=3).map(tuple)
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(entries)
+def test_headers_are_laid_out_as_safetensors_does(tensors):
+    saved = save(
+        {
+            name: torch.zeros(shape, dtype=TORCH_DTYPES[dtype])
+            for name, (dtype, shape) in tensors.items()
+        },
+        metadata={"format": "pt"},
+    )
+    header = encode_header((name, dtype, shape) for name, (dtype, shape) in tensors.items())
+    assert saved.startswith(header.encoded)
+    assert header.file_nbytes == len(saved)
+
+
+@given(entries)
+def test_a_decoded_header_is_the_encoded_one(tensors):
+    header = encode_header((name, dtype, shape) for name, (dtype, shape) in tensors.items())
+    decoded = decode_header(header.encoded[8:], file_nbytes=header.file_nbytes)
+    by_name = {tensor.name: tensor for tensor in header.tensors}
+    assert {tensor.name: tensor for tensor in decoded} == by_name
+    assert [tensor.start for tensor in decoded] == sorted(tensor.start for tensor in decoded)
+
+
+def test_every_dtype_is_a_float_an_integer_or_refused():
+    refused = set(DTYPES) - FLOAT_DTYPES - INTEGER_DTYPES
+    assert all(dtype.startswith(("F8_", "F4", "F6_", "C64")) for dtype in refused)
+    assert len(refused) == 9
+
+
+def test_a_zero_dimensional_tensor_has_one_element_and_an_empty_one_none():
+    assert tensor_nbytes("F32", ()) == 4
+    assert tensor_nbytes("BF16", (3, 0, 5)) == 0
+    assert TensorInfo("t", "F32", (), 8, 4).num_elements == 1
+
+
+@pytest.mark.parametrize(
+    ("prefix", "file_nbytes", "finding"),
+    [
+        (b"", 0, "too short"),
+        (b"\x01\x02\x03", 3, "too short"),
+        ((100).to_bytes(8, "little"), 50, "claims a header of 100 bytes"),
+        ((2**63).to_bytes(8, "little"), 5000, "claims a header"),
+        ((MAX_HEADER_NBYTES + 1).to_bytes(8, "little"), 2**40, "claims a header"),
+    ],
+)
+def test_an_impossible_header_length_is_refused_before_it_is_read(prefix, file_nbytes, finding):
+    with pytest.raises(SourceError, match=finding):
+        header_nbytes(prefix, file_nbytes=file_nbytes)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff\xfe",
+        b'{"t":3}',
+        b'{"t":{"dtype":"F32","shape":[1]}}',
+        b'{"t":{"dtype":"Q4","shape":[1],"data_offsets":[0,4]}}',
+        b'{"t":{"dtype":"F32","shape":1,"data_offsets":[0,4]}}',
+        b'{"t":{"dtype":"F32","shape":[1],"data_offsets":[0]}}',
+        b'{"t":{"dtype":"F32","shape":[1],"data_offsets":["0","4"]}}',
+        b'{"t":{"dtype":["F32"],"shape":[1],"data_offsets":[0,4]}}',
+    ],
+)
+def test_a_header_that_does_not_parse_is_refused(header):
+    with pytest.raises(SourceError, match="header"):
+        decode_header(header, file_nbytes=8 + len(header) + 4)
+
+
+def test_a_header_that_lies_about_the_file_size_is_refused_with_both_sizes():
+    header = json.dumps({"t": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    size = 8 + len(header)
+    with pytest.raises(
+        SourceError, match=f"describes {size + 8} bytes but the file has {size + 3}"
+    ):
+        decode_header(header, file_nbytes=size + 3)
