@@ -27,7 +27,7 @@ format: $(DEV_STAMP)
 	$(BIN)/ruff format .
 
 docs: $(DEV_STAMP)
-	$(BIN)/python -m docs.cli_reference > docs/cli.md
+	$(BIN)/python -m typer shardmix.cli.app utils docs --name shardmix --output docs/cli.md
 
 $(DEMO_STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -211,6 +211,6 @@ def _device(asked: str) -> str:
 def _donor(base: str | None, first: Checkpoint) -> planner.Donor:
     if base is None:
         return planner.Donor(first.folder, ties_word_embeddings(first.config))
-    path = locate(base).path
+    path = locate(base, with_weights=False).path
     folder = path if path.is_dir() else path.parent
     return planner.Donor(folder, ties_word_embeddings(read_config(folder)))

@@ -31,11 +31,11 @@ class LocalSource:
     """`org/name`, where it came from the Hub."""
 
 
-def locate(source: str) -> LocalSource:
+def locate(source: str, *, with_weights: bool = True) -> LocalSource:
     """Return where a source lies, downloading it first if it is a Hub id.
 
-    What exists on disk is local; `org/name` or `org/name@revision` is a Hub id. Raises
-    `SourceError`.
+    What exists on disk is local; `org/name` or `org/name@revision` is a Hub id. Without weights
+    only what goes along with them is fetched. Raises `SourceError`.
     """
     try:
         path = Path(source).expanduser()
@@ -50,10 +50,11 @@ def locate(source: str) -> LocalSource:
             "check the path"
         )
     repo_id, _, revision = source.partition("@")
-    return LocalSource(_download(repo_id, revision or None), hub_id=repo_id)
+    folder = _download(repo_id, revision or None, with_weights=with_weights)
+    return LocalSource(folder, hub_id=repo_id)
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
+def _download(repo_id: str, revision: str | None, *, with_weights: bool) -> Path:
     # Imported here: a merge of local folders needs no HTTP client.
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT, HF_HUB_OFFLINE
@@ -66,7 +67,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
         refusal = _refusal(error)
         if refusal is not None:
             raise SourceError(f"{named}: {refusal}") from None
-        cached = _cached(repo_id, revision)
+        cached = _cached(repo_id, revision, with_weights=with_weights)
         if cached is None:
             raise SourceError(
                 f"{named}: no such local path, not in the local cache, and the Hub cannot be asked "
@@ -82,7 +83,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
         return cached
     files = [sibling.rfilename for sibling in info.siblings or ()]
     try:
-        return _fetch(repo_id, revision, files, commit=info.sha)
+        return _fetch(repo_id, revision, files, commit=info.sha, with_weights=with_weights)
     except SourceError as error:
         raise SourceError(f"{named}: {error}") from None
     except Exception as error:
@@ -95,13 +96,20 @@ def _download(repo_id: str, revision: str | None) -> Path:
         raise SourceError(f"{named}: {finding}") from None
 
 
-def _fetch(repo_id: str, revision: str | None, files: list[str], *, commit: str | None) -> Path:
+def _fetch(
+    repo_id: str,
+    revision: str | None,
+    files: list[str],
+    *,
+    commit: str | None,
+    with_weights: bool,
+) -> Path:
     """Bring what a merge needs of these files into the cache, and return the folder."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
     # Both present: as in transformers, the single file counts.
-    weights = [WEIGHTS_NAME]
-    if WEIGHTS_NAME not in files:
+    weights = [WEIGHTS_NAME] if with_weights else []
+    if with_weights and WEIGHTS_NAME not in files:
         if INDEX_NAME not in files:
             raise SourceError(no_weights_finding(files))
         index = hf_hub_download(repo_id, INDEX_NAME, revision=commit)
@@ -115,12 +123,12 @@ def _fetch(repo_id: str, revision: str | None, files: list[str], *, commit: str 
     return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
 
 
-def _cached(repo_id: str, revision: str | None) -> Path | None:
-    """Return the folder of an earlier download, if there is one with weights."""
+def _cached(repo_id: str, revision: str | None, *, with_weights: bool) -> Path | None:
+    """Return the folder of an earlier download that holds what is wanted, if there is one."""
     from huggingface_hub import try_to_load_from_cache
 
     # Not snapshot_download(local_files_only=True): it takes what was never wanted for missing.
-    for name in (WEIGHTS_NAME, INDEX_NAME):
+    for name in (WEIGHTS_NAME, INDEX_NAME) if with_weights else ("config.json",):
         found = try_to_load_from_cache(repo_id, name, revision=revision)
         if isinstance(found, str):
             return Path(found).parent
@@ -151,7 +159,9 @@ def _refusal(error: BaseException | None) -> str | None:
             "no such local path and no such Hub repository (or it is private); check the "
             "name, or log in with `hf auth login` or set HF_TOKEN"
         )
-    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+    # Before huggingface_hub 1.0 an error without a response is an HfHubHTTPError too.
+    response = error.response if isinstance(error, HfHubHTTPError) else None
+    if response is not None and response.status_code in (401, 403):
         return (
             f"the Hub denies access ({_one_line(error)}); check HF_TOKEN, or log in again with "
             "`hf auth login`"
@@ -186,5 +196,5 @@ def no_weights_finding(files: list[str]) -> str:
     return f"has neither {WEIGHTS_NAME} nor {INDEX_NAME}; is it the model's folder?"
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException | None) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -51,7 +51,7 @@ def write_index(plan: MergePlan, folder: Path) -> None:
 def write_model_card(plan: MergePlan, folder: Path) -> None:
     """Write the model card: what was merged, by which weights, and how to do it again."""
     data = ModelCardData(
-        base_model=list(plan.base_models),
+        base_model=list(dict.fromkeys(_model_ids(plan))),
         base_model_relation="merge",
         library_name=_library_name(plan),
         tags=["merge", "shardmix"],
@@ -80,6 +80,11 @@ def adapted_config(config: dict[str, Any], *, dtype: str, untie: bool) -> dict[s
     return adapted
 
 
+def _model_ids(plan: MergePlan) -> list[str]:
+    """Return what the Hub links a merge to: an id without its revision, or else a name."""
+    return [hub_id or name for hub_id, name in zip(plan.hub_ids, plan.public_names, strict=True)]
+
+
 def _library_name(plan: MergePlan) -> str | None:
     if MODULES_NAME in plan.companions:
         return "sentence-transformers"
@@ -93,7 +98,7 @@ def _card_text(plan: MergePlan) -> str:
         {
             "models": [
                 {"source": name, "weight": weight}
-                for name, weight in zip(plan.base_models, plan.weights, strict=True)
+                for name, weight in zip(plan.public_names, plan.weights, strict=True)
             ],
             "dtype": plan.dtype,
         },
@@ -103,7 +108,7 @@ def _card_text(plan: MergePlan) -> str:
     rows = "\n".join(
         f"| {number} | `{name}` | {weight!r} |"
         for number, (name, weight) in enumerate(
-            zip(plan.base_models, plan.weights, strict=True), start=1
+            zip(plan.public_names, plan.weights, strict=True), start=1
         )
     )
     return f"""# {title}

@@ -110,8 +110,10 @@ class MergePlan:
 
     sources: tuple[str, ...]
     """As the user named them, in order."""
-    base_models: tuple[str, ...]
-    """What the model card calls them: Hub ids, or folder names."""
+    public_names: tuple[str, ...]
+    """What the model card calls them: Hub id with revision, or a name without a path."""
+    hub_ids: tuple[str | None, ...]
+    """`org/name` of those that came from the Hub."""
     weights: tuple[float, ...]
     """The factor of each source, in double precision."""
     dtype: str

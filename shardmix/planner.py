@@ -72,7 +72,8 @@ def plan_merge(
         )
     return MergePlan(
         sources=recipe.sources,
-        base_models=tuple(_public_name(checkpoint) for checkpoint in checkpoints),
+        public_names=tuple(_public_name(checkpoint) for checkpoint in checkpoints),
+        hub_ids=tuple(checkpoint.hub_id for checkpoint in checkpoints),
         weights=recipe.weights,
         dtype=recipe.dtype,
         output=str(output) if output is not None else "",
@@ -124,9 +125,9 @@ def _main_float_dtype(matched: MatchedTensors, out_dtypes: Sequence[str]) -> str
 
 
 def _public_name(checkpoint: Checkpoint) -> str:
-    """Return what the model card may call a source: its Hub id, or its own name without a path."""
+    """Return what may be published of a source: its Hub id, or its own name without a path."""
     if checkpoint.hub_id is not None:
-        return checkpoint.hub_id
+        return checkpoint.source
     if checkpoint.is_single_file:
         return checkpoint.shards[0].path.name
     return checkpoint.folder.resolve().name

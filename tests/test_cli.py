@@ -8,6 +8,12 @@ import pytest
 
 from tests.models import assert_same_bits, load_model, random_model, save_model
 
+REPORT_KEYS = (
+    *("output", "num_tensors", "num_models", "bytes_read", "bytes_written", "seconds", "device"),
+    *("strip_bytes", "workers", "projected_peak_bytes", "peak_rss_bytes", "peak_vram_bytes"),
+    *("weights", "shards", "warnings"),
+)
+
 
 def shardmix(*words, **options):
     return subprocess.run(
@@ -34,7 +40,7 @@ def test_a_merge_reports_as_json_and_shows_progress_beside_it(models, tmp_path):
     done = shardmix("merge", *words(models), "-o", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    for key in ["output", "num_tensors", "num_models", "bytes_read", "bytes_written", "seconds", "device", "strip_bytes", "workers", "projected_peak_bytes", "peak_rss_bytes", "peak_vram_bytes", "weights", "shards", "warnings"]:
+    for key in REPORT_KEYS:
         assert key in report
     assert report["weights"] == [0.5, 0.5]
     assert {"name", "bytes"} <= set(report["shards"][0])

@@ -301,11 +301,12 @@ def test_a_hub_out_of_reach_falls_back_on_the_cache_and_says_so(
     hub.stop()
     gone = machine.run("-c", INSPECT, "org/tuned", "org/other")
 
-    for done, reason in ((down, "Server error '503"), (silent, "timed out"), (gone, "[Errno 111]")):
+    for done, reason in ((down, "503"), (silent, "timed out"), (gone, "Connection")):
         assert [Path(json.loads(done.stdout)["org/tuned"]["folder"])] == folders
-        assert f"org/tuned: the Hub cannot be asked ({reason}" in done.stderr
+        assert "org/tuned: the Hub cannot be asked (" in done.stderr
+        assert reason in done.stderr
     message = json.loads(gone.stdout)["org/other"]["error"]
-    assert "not in the local cache, and the Hub cannot be asked ([Errno 111]" in message
+    assert "not in the local cache, and the Hub cannot be asked (" in message
     assert "check the network" in message
 
 

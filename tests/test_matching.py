@@ -77,7 +77,7 @@ def test_a_resized_vocabulary_is_recognised(tmp_path):
 def test_floats_and_integers_of_one_name_are_refused(tmp_path):
     integers = torch.zeros(2, dtype=torch.int64)
     checkpoints = opened(tmp_path, ({"a": (2,)}, {}), ({"a": integers}, {}))
-    with pytest.raises(MismatchError, match="a: F32 in .*I64"):
+    with pytest.raises(MismatchError, match=r"a: F32 in .*I64"):
         match_tensors(checkpoints, base_tied=None)
 
 

@@ -259,7 +259,7 @@ def test_a_source_that_cannot_be_read_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("os.preadv", fail)
-    with pytest.raises(SourceError, match="m0/model.safetensors: reading failed"):
+    with pytest.raises(SourceError, match=r"m0/model\.safetensors: reading failed"):
         shardmix.merge(three_models(tmp_path), tmp_path / "out", io="pread")
     assert only_inputs(tmp_path)
 

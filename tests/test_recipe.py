@@ -88,7 +88,7 @@ def test_a_recipe_file_that_is_absent_is_refused(tmp_path):
 @pytest.mark.parametrize("weights", [(0.5, 0.6), (0.1, 0.1), (1.0, 0.0011), (-1.0, 1.9)])
 def test_weights_that_do_not_sum_to_one_are_refused_unless_meant(weights):
     pairs = list(zip("ab", weights, strict=True))
-    with pytest.raises(RecipeError, match="weights sum to .*not 1"):
+    with pytest.raises(RecipeError, match=r"weights sum to .*not 1"):
         build_recipe(pairs)
     assert build_recipe(pairs, allow_weight_sum=True).weights == weights
 

