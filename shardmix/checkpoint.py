@@ -26,6 +26,7 @@ from shardmix.safetensors_layout import (
     FLOAT_DTYPES,
     HEADER_LENGTH_NBYTES,
     INTEGER_DTYPES,
+    HeaderEntry,
     TensorInfo,
     decode_header,
     header_nbytes,
@@ -226,23 +227,17 @@ def _read_table(
     nbytes: list[int] = []
     shape_pool: dict[tuple[int, ...], tuple[int, ...]] = {}
     for file_index, shard in enumerate(shards):
-        file_name = str(shard.path.relative_to(folder))
-        for tensor in _read_header(shard):
-            # An index says which file counts, should two hold a tensor of one name.
-            if weight_map is not None and weight_map.get(tensor.name) != file_name:
-                if tensor.name in weight_map:
-                    continue
-                raise SourceError(
-                    f"{source}: {file_name} holds {tensor.name}, which {INDEX_NAME} does not "
-                    "name; index and shards are from different checkpoints"
-                )
-            # Names and shapes recur in every model of a merge: keep one object of each.
-            names.append(sys.intern(tensor.name))
-            shapes.append(shape_pool.setdefault(tensor.shape, tensor.shape))
-            dtype_ranks.append(DTYPE_RANK[tensor.dtype])
-            files.append(file_index)
-            starts.append(tensor.start)
-            nbytes.append(tensor.nbytes)
+        entries, data_start = _read_header(shard)
+        if weight_map is not None:
+            entries = _named_by_index(source, shard.path.relative_to(folder), entries, weight_map)
+        ordered = sorted(entries.items(), key=_data_order)
+        # Names and shapes recur in every model of a merge: keep one object of each.
+        names += [sys.intern(name) for name, _ in ordered]
+        shapes += [shape_pool.setdefault(entry.shape, entry.shape) for _, entry in ordered]
+        dtype_ranks += [DTYPE_RANK[entry.dtype] for _, entry in ordered]
+        files += [file_index] * len(ordered)
+        starts += [data_start + entry.data_offsets[0] for _, entry in ordered]
+        nbytes += [entry.data_offsets[1] - entry.data_offsets[0] for _, entry in ordered]
     if weight_map is not None and len(names) != len(weight_map):
         missing = sorted(set(weight_map) - set(names))[:3]
         raise SourceError(
@@ -259,11 +254,30 @@ def _read_table(
     )
 
 
-def _read_header(shard: ShardFile) -> list[TensorInfo]:
+def _data_order(item: tuple[str, HeaderEntry]) -> tuple[int, int]:
+    return item[1].data_offsets
+
+
+def _named_by_index(
+    source: str, file: Path, entries: dict[str, HeaderEntry], weight_map: dict[str, str]
+) -> dict[str, HeaderEntry]:
+    """Return those entries for which the index names this file, should two files hold one name."""
+    unnamed = next((name for name in entries if name not in weight_map), None)
+    if unnamed is not None:
+        raise SourceError(
+            f"{source}: {file} holds {unnamed}, which {INDEX_NAME} does not name; index and "
+            "shards are from different checkpoints"
+        )
+    file_name = str(file)
+    return {name: entry for name, entry in entries.items() if weight_map[name] == file_name}
+
+
+def _read_header(shard: ShardFile) -> tuple[dict[str, HeaderEntry], int]:
+    """Return a file's entries, and where in the file its data starts."""
     try:
         with shard.path.open("rb") as file:
             length = header_nbytes(file.read(HEADER_LENGTH_NBYTES), file_nbytes=shard.nbytes)
-            tensors = decode_header(file.read(length), file_nbytes=shard.nbytes)
+            entries = decode_header(file.read(length), file_nbytes=shard.nbytes)
         # Our own decoding gives offsets; whether the file is valid is for safetensors to say.
         with safe_open(shard.path, framework="np"):
             pass
@@ -275,7 +289,7 @@ def _read_header(shard: ShardFile) -> list[TensorInfo]:
         ) from None
     except OSError as error:
         raise SourceError(f"{shard.path}: cannot be read ({error.strerror})") from None
-    return tensors
+    return entries, HEADER_LENGTH_NBYTES + length
 
 
 def _refuse_unmergeable(checkpoint: Checkpoint) -> None:
@@ -288,16 +302,22 @@ def _refuse_unmergeable(checkpoint: Checkpoint) -> None:
             f"{source}: is quantised ({method}, in config.json); a weighted sum of quantised codes "
             "would be silently wrong: merge the unquantised checkpoints"
         )
-    mergeable = [dtype in FLOAT_DTYPES | INTEGER_DTYPES for dtype in DTYPES]
-    for row, (name, rank) in enumerate(zip(table.names, table.dtype_ranks.tolist(), strict=True)):
-        dtype = DTYPES[rank]
-        if not mergeable[rank]:
+    # One tensor of each kind is enough to look at: 90,000 experts have few.
+    kinds = {
+        (rank, name.rpartition(".")[2]): row
+        for row, (name, rank) in enumerate(
+            zip(table.names, table.dtype_ranks.tolist(), strict=True)
+        )
+    }
+    for (rank, ending), row in kinds.items():
+        dtype, name = DTYPES[rank], table.names[row]
+        if dtype not in FLOAT_DTYPES and dtype not in INTEGER_DTYPES:
             raise SourceError(
                 f"{source}: {name} {list(table.shapes[row])} is {dtype}; a weighted sum of it "
                 "would be silently wrong: merge checkpoints in float16, bfloat16, float32 or "
                 "float64"
             )
-        if naming.marks_quantisation(name, dtype):
+        if naming.marks_quantisation(ending, dtype):
             raise SourceError(
                 f"{source}: holds {name}, a mark of quantised weights; a weighted sum of quantised "
                 "codes would be silently wrong: merge the unquantised checkpoints"

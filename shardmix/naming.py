@@ -40,22 +40,16 @@ _COMPUTED_BUFFER = re.compile(
     r"attention\.bias|attention\.masked_bias|rotary_emb\.original_inv_freq)$"
 )
 
-# Side tensors that give quantised storage away. Their weights are codes: a weighted sum of codes
-# is noise. The last two (MXFP4) are ordinary names unless they hold bytes.
-_QUANTISED_ENDINGS = (
-    ".qweight",
-    ".qzeros",
-    ".g_idx",
-    ".absmax",
-    ".quant_map",
-    ".SCB",
-    ".weight_scale",
-    ".weight_scale_inv",
-    ".weight_packed",
-    ".input_scale",
+# Side tensors that give quantised storage away, by the last part of their names. Their weights are
+# codes: a weighted sum of codes is noise.
+_QUANTISED_NAMES = frozenset(
+    (
+        *("qweight", "qzeros", "g_idx", "absmax", "quant_map", "SCB", "weight_packed"),
+        *("weight_scale", "weight_scale_inv", "input_scale"),
+    )
 )
-_QUANTISED_BYTE_ENDINGS = ("_blocks", "_scales")
-_QUANTISED_INFIX = ".quant_state."
+_QUANTISED_PREFIX = "bitsandbytes__"
+_QUANTISED_BYTE_ENDINGS = ("_blocks", "_scales")  # MXFP4; ordinary names unless they hold bytes
 
 
 def is_computed_buffer(name: str) -> bool:
@@ -97,11 +91,11 @@ def input_embedding(stored: Collection[str]) -> str | None:
     return None
 
 
-def marks_quantisation(name: str, dtype: str) -> bool:
-    """Tell whether a tensor of this name and dtype accompanies quantised weights."""
-    if name.endswith(_QUANTISED_BYTE_ENDINGS) and dtype == "U8":
+def marks_quantisation(ending: str, dtype: str) -> bool:
+    """Tell whether a tensor accompanies quantised weights, by the last part of its name."""
+    if ending.endswith(_QUANTISED_BYTE_ENDINGS) and dtype == "U8":
         return True
-    return name.endswith(_QUANTISED_ENDINGS) or _QUANTISED_INFIX in name
+    return ending in _QUANTISED_NAMES or ending.startswith(_QUANTISED_PREFIX)
 
 
 def quantisation_method(config: Mapping[str, Any]) -> str | None:

@@ -99,42 +99,40 @@ def header_nbytes(prefix: bytes, *, file_nbytes: int) -> int:
     return length
 
 
-def decode_header(header: bytes, *, file_nbytes: int) -> list[TensorInfo]:
-    """Return the tensors of a JSON header, in data order.
+class HeaderEntry(msgspec.Struct, gc=False):
+    """One tensor as the JSON has it; a struct, since there may be a million of them."""
+
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    data_offsets: tuple[int, int] = (-1, -1)
+    """First and past-the-last byte, counted from the end of the header."""
+
+
+def decode_header(header: bytes, *, file_nbytes: int) -> dict[str, HeaderEntry]:
+    """Return name → entry from a JSON header, as it stands there.
 
     Raises `SourceError` where the header does not parse or does not describe exactly the file's
     bytes. (Checkpoints also let safetensors' own parser judge each file.)
     """
     try:
-        entries = msgspec.json.decode(header, type=dict[str, dict[str, object]])
-        data_start = HEADER_LENGTH_NBYTES + len(header)
-        tensors = [
-            _decode_entry(name, entry, data_start)
-            for name, entry in entries.items()
-            if name != "__metadata__"
-        ]
+        entries = msgspec.json.decode(header, type=dict[str, HeaderEntry])
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise SourceError(f"has a header that does not parse ({error}); fetch it again") from None
-    except (KeyError, TypeError, ValueError):
-        raise SourceError(
-            "has a header entry without a valid dtype, shape and data_offsets; fetch it again"
-        ) from None
-    tensors.sort(key=lambda tensor: (tensor.start, tensor.nbytes))
-    described = tensors[-1].start + tensors[-1].nbytes if tensors else data_start
+    entries.pop("__metadata__", None)
+    for name, entry in entries.items():
+        if entry.dtype not in _DTYPE_BITS or entry.data_offsets[0] < 0:
+            raise SourceError(
+                f"has a header entry, {name!r}, without a dtype and data_offsets that "
+                "safetensors knows; fetch it again"
+            )
+    data_nbytes = max((entry.data_offsets[1] for entry in entries.values()), default=0)
+    described = HEADER_LENGTH_NBYTES + len(header) + data_nbytes
     if described != file_nbytes:
         raise SourceError(
             f"has a header that describes {described} bytes but the file has {file_nbytes}; "
             "a download may have been cut off: fetch it again"
         )
-    return tensors
-
-
-def _decode_entry(name: str, entry: dict[str, object], data_start: int) -> TensorInfo:
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _DTYPE_BITS or not isinstance(shape, list) or not isinstance(offsets, list):
-        raise ValueError
-    start, stop = offsets
-    return TensorInfo(name, str(dtype), tuple(shape), data_start + start, stop - start)
+    return entries
 
 
 @dataclass(frozen=True, slots=True)
