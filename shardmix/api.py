@@ -6,28 +6,27 @@ Puts the layers together and holds no logic of its own. Imports torch only to me
 import re
 import sys
 import threading
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
-from shardmix import planner
+from shardmix import engine, planner
 from shardmix.checkpoint import Checkpoint, open_checkpoint, read_config
-from shardmix.errors import RecipeError
+from shardmix.errors import RecipeError, SourceError
 from shardmix.filesystem import free_nbytes
 from shardmix.hub import locate
+from shardmix.matching import check_mergeable
 from shardmix.memory import cuda_device_present, torch_has_cuda_build
 from shardmix.naming import ties_word_embeddings
-from shardmix.plan import MergePlan, RunSettings
+from shardmix.plan import NUMBA, TORCH, MergePlan, RunSettings
 from shardmix.recipe import ModelsArgument, build_recipe
+from shardmix.reducer import load_backend
 from shardmix.report import MergeReport, ModelReport, PlanReport, report_merge, report_model
 from shardmix.report import report_plan as _report_plan
 from shardmix.staging import check_disk, check_output
 from shardmix.units import parse_size
-
-if TYPE_CHECKING:
-    from shardmix.engine import ProgressEvent
 
 if sys.version_info >= (3, 11):
     from typing import Unpack
@@ -35,6 +34,7 @@ else:
     from typing_extensions import Unpack
 
 IO_CHOICES = ("auto", "mmap", "pread")
+BACKEND_CHOICES = ("auto", TORCH, NUMBA)
 
 
 class MergeOptions(TypedDict, total=False):
@@ -58,6 +58,8 @@ class MergeOptions(TypedDict, total=False):
     """auto (default), cpu, cuda or cuda:N."""
     io: str
     """How sources are read: auto (default), mmap or pread. All bounded, all the same bytes."""
+    backend: str
+    """What does the sums: auto (default), torch, or numba (extra `fast`). All the same bytes."""
     workers: int | None
     """Threads; default: one a core."""
     overwrite: bool
@@ -70,7 +72,7 @@ def merge(
     models: ModelsArgument,
     output: str | PathLike[str],
     *,
-    on_progress: "Callable[[ProgressEvent], None] | None" = None,
+    on_progress: engine.OnProgress | None = None,
     cancel: threading.Event | None = None,
     **options: Unpack[MergeOptions],
 ) -> MergeReport:
@@ -98,18 +100,19 @@ def merge(
     """
     plan = plan_merge(models, output, **options)
     check_disk(Path(plan.output), plan.disk_needed_nbytes)
-    # With torch loaded, what it takes is known rather than estimated.
-    from shardmix import engine
-
     notes: tuple[str, ...] = ()
-    finding = engine.device_finding(plan.settings.device)
+    backend = load_backend(plan)
+    finding = backend.finding()
     if finding is not None:
         if options.get("device", "auto") != "auto":
             raise RecipeError(f"{finding}; use --device cpu (device='cpu')")
         notes = (f"{finding}; merged on the CPU",)
-        plan = replace(plan, settings=replace(plan.settings, device="cpu"))
+        options["device"] = "cpu"
+        plan = plan_merge(models, output, **options)
+        backend = load_backend(plan)
+    # With the backend loaded, what it takes is known rather than estimated.
     plan = plan.with_memory(planner.plan_memory(plan.settings))
-    result = engine.execute(plan, on_progress=on_progress, cancel=cancel)
+    result = engine.execute(plan, backend, on_progress=on_progress, cancel=cancel)
     return report_merge(
         plan,
         seconds=result.seconds,
@@ -148,18 +151,18 @@ def plan_merge(
         normalize=options.get("normalize"),
         allow_weight_sum=options.get("allow_weight_sum"),
     )
-    checkpoints = [open_checkpoint(source) for source in recipe.sources]
-    donor = _donor(recipe.base, checkpoints[0])
     absolute = None if output is None else Path(output).expanduser().absolute()
-    if absolute is not None:
-        inputs = [
-            checkpoint.shards[0].path if checkpoint.is_single_file else checkpoint.folder
-            for checkpoint in checkpoints
-        ]
-        if recipe.base is not None:
-            inputs.append(donor.folder)
-        check_output(absolute, overwrite=settings.overwrite, inputs=inputs)
-    return planner.plan_merge(recipe, checkpoints, donor, settings, output=absolute)
+    with _disk_errors_named():
+        if absolute is not None:
+            # Before sources are opened: that may mean hours of download.
+            check_output(absolute, overwrite=settings.overwrite, inputs=())
+        checkpoints = [_open_mergeable(source) for source in recipe.sources]
+        donor = _donor(recipe.base, checkpoints[0])
+        if absolute is not None:
+            inputs = [_extent(checkpoint) for checkpoint in checkpoints]
+            inputs += [donor.folder] if recipe.base is not None else []
+            check_output(absolute, overwrite=settings.overwrite, inputs=inputs)
+        return planner.plan_merge(recipe, checkpoints, donor, settings, output=absolute)
 
 
 def report_plan(plan: MergePlan) -> PlanReport:
@@ -171,19 +174,46 @@ def report_plan(plan: MergePlan) -> PlanReport:
 def inspect(source: str | PathLike[str]) -> ModelReport:
     """Return what a model folder, `.safetensors` file or Hub id holds, from headers alone.
 
-    Raises `SourceError` where it cannot be read or merged.
+    Raises `SourceError` where it cannot be read. What cannot be merged can still be looked at.
 
     Example:
         >>> shardmix.inspect("org/name").num_parameters
         22713216
     """
-    return report_model(open_checkpoint(str(source)))
+    with _disk_errors_named():
+        return report_model(open_checkpoint(str(source)))
+
+
+@contextmanager
+def _disk_errors_named() -> Iterator[None]:
+    """Turn what no check foresaw, such as a folder without permission, into a clear error."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(
+            f"{error.filename or 'a file'}: cannot be read ({error.strerror or error}); check its "
+            "permissions and its disk"
+        ) from None
+
+
+def _open_mergeable(source: str) -> Checkpoint:
+    checkpoint = open_checkpoint(source)
+    check_mergeable(checkpoint)
+    return checkpoint
+
+
+def _extent(checkpoint: Checkpoint) -> Path:
+    """Return what of the disk is the checkpoint's: its folder, or the one file."""
+    return checkpoint.shards[0].path if checkpoint.is_single_file else checkpoint.folder
 
 
 def _settings(options: MergeOptions) -> RunSettings:
     io = options.get("io", "auto")
     if io not in IO_CHOICES:
         raise RecipeError(f"io {io!r}: must be one of {', '.join(IO_CHOICES)}")
+    backend = options.get("backend", "auto")
+    if backend not in BACKEND_CHOICES:
+        raise RecipeError(f"backend {backend!r}: must be one of {', '.join(BACKEND_CHOICES)}")
     workers = options.get("workers")
     if workers is not None and workers < 1:
         raise RecipeError(f"workers {workers}: must be at least 1")
@@ -191,6 +221,7 @@ def _settings(options: MergeOptions) -> RunSettings:
     return RunSettings(
         device=_device(options.get("device", "auto")),
         io=io,
+        backend=backend,
         workers=workers,
         max_memory_nbytes=None if max_memory is None else parse_size(max_memory),
         max_vram_nbytes=None if max_vram is None else parse_size(max_vram),
@@ -210,7 +241,9 @@ def _device(asked: str) -> str:
 
 def _donor(base: str | None, first: Checkpoint) -> planner.Donor:
     if base is None:
-        return planner.Donor(first.folder, ties_word_embeddings(first.config))
-    path = locate(base, with_weights=False).path
-    folder = path if path.is_dir() else path.parent
-    return planner.Donor(folder, ties_word_embeddings(read_config(folder)))
+        name = planner.public_name(first)
+        return planner.Donor(name, first.folder, ties_word_embeddings(first.config))
+    located = locate(base, with_weights=False)
+    folder = located.path if located.path.is_dir() else located.path.parent
+    name = base if located.hub_id is not None else folder.resolve().name
+    return planner.Donor(name, folder, ties_word_embeddings(read_config(folder)))

@@ -17,15 +17,12 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from shardmix import naming
 from shardmix.errors import SourceError
 from shardmix.hub import INDEX_NAME, WEIGHTS_NAME, locate, no_weights_finding
 from shardmix.safetensors_layout import (
     DTYPE_RANK,
     DTYPES,
-    FLOAT_DTYPES,
     HEADER_LENGTH_NBYTES,
-    INTEGER_DTYPES,
     HeaderEntry,
     TensorInfo,
     decode_header,
@@ -104,8 +101,7 @@ class Checkpoint:
 def open_checkpoint(source: str) -> Checkpoint:
     """Open a local folder, a `.safetensors` file or a Hub id, reading headers alone.
 
-    Raises `SourceError` where files are missing, damaged, outside the folder, or hold weights
-    that cannot be averaged (quantised, FP8, pickled).
+    Raises `SourceError` where files are missing, damaged, pickled or outside the folder.
     """
     located = locate(source)
     is_single_file = not located.path.is_dir()
@@ -120,7 +116,7 @@ def open_checkpoint(source: str) -> Checkpoint:
         folder = located.path
         weight_map, paths = _weight_files(source, folder)
     shards = tuple(ShardFile(path, _regular_file_nbytes(source, path)) for path in paths)
-    checkpoint = Checkpoint(
+    return Checkpoint(
         source=source,
         folder=folder,
         hub_id=located.hub_id,
@@ -129,8 +125,6 @@ def open_checkpoint(source: str) -> Checkpoint:
         config=read_config(folder),
         table=_read_table(source, folder, shards, weight_map),
     )
-    _refuse_unmergeable(checkpoint)
-    return checkpoint
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -290,35 +284,3 @@ def _read_header(shard: ShardFile) -> tuple[dict[str, HeaderEntry], int]:
     except OSError as error:
         raise SourceError(f"{shard.path}: cannot be read ({error.strerror})") from None
     return entries, HEADER_LENGTH_NBYTES + length
-
-
-def _refuse_unmergeable(checkpoint: Checkpoint) -> None:
-    source, table = checkpoint.source, checkpoint.table
-    if not table.names:
-        raise SourceError(f"{source}: holds no tensors")
-    method = naming.quantisation_method(checkpoint.config)
-    if method is not None:
-        raise SourceError(
-            f"{source}: is quantised ({method}, in config.json); a weighted sum of quantised codes "
-            "would be silently wrong: merge the unquantised checkpoints"
-        )
-    # One tensor of each kind is enough to look at: 90,000 experts have few.
-    kinds = {
-        (rank, name.rpartition(".")[2]): row
-        for row, (name, rank) in enumerate(
-            zip(table.names, table.dtype_ranks.tolist(), strict=True)
-        )
-    }
-    for (rank, ending), row in kinds.items():
-        dtype, name = DTYPES[rank], table.names[row]
-        if dtype not in FLOAT_DTYPES and dtype not in INTEGER_DTYPES:
-            raise SourceError(
-                f"{source}: {name} {list(table.shapes[row])} is {dtype}; a weighted sum of it "
-                "would be silently wrong: merge checkpoints in float16, bfloat16, float32 or "
-                "float64"
-            )
-        if naming.marks_quantisation(ending, dtype):
-            raise SourceError(
-                f"{source}: holds {name}, a mark of quantised weights; a weighted sum of quantised "
-                "codes would be silently wrong: merge the unquantised checkpoints"
-            )

@@ -11,14 +11,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from shardmix.errors import MergeCancelled
 from shardmix.memory import peak_resident_nbytes, resident_nbytes
 from shardmix.model_folder import write_companions, write_index, write_model_card
 from shardmix.plan import MergePlan, OutputShard, Run
 from shardmix.reader import Reader, open_reader
-from shardmix.reducer import Reducer, make_reducers, strip_num_elements
+from shardmix.reducer import Backend, Reducer, make_reducers, strip_num_elements
 from shardmix.safetensors_layout import element_nbytes
 from shardmix.staging import staged_folder
 from shardmix.writer import ShardWriter
@@ -61,37 +59,24 @@ class ExecutionResult:
     """Integer tensors that differ between models; the first model's were kept."""
 
 
-def device_finding(device: str) -> str | None:
-    """Say why torch cannot use a device here, or None if it can."""
-    if device == "cpu":
-        return None
-    if not torch.cuda.is_available():
-        return f"device {device}: torch {torch.__version__} finds no usable CUDA device"
-    index = torch.device(device).index or 0
-    if index >= torch.cuda.device_count():
-        return f"device {device}: there are only {torch.cuda.device_count()} CUDA devices"
-    return None
-
-
 def execute(
     plan: MergePlan,
+    backend: Backend,
     *,
     on_progress: OnProgress | None = None,
     cancel: threading.Event | None = None,
 ) -> ExecutionResult:
-    """Carry out a plan. The output appears, whole, as the last step; or not at all.
+    """Carry out a plan on its loaded backend. The output appears as the last step, or not at all.
 
     Raises `SourceError` or `OutputError` where a disk fails, `MergeCancelled` once `cancel` is
     set; those, and KeyboardInterrupt, leave nothing behind.
     """
     started = time.perf_counter()
-    on_cuda = plan.settings.on_cuda
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats(torch.device(plan.settings.device))
-    fsync = plan.settings.fsync
-    with staged_folder(Path(plan.output), overwrite=plan.settings.overwrite, fsync=fsync) as folder:
+    settings = plan.settings
+    staging = staged_folder(Path(plan.output), overwrite=settings.overwrite, fsync=settings.fsync)
+    with staging as folder, backend.running():
         work = _Work(plan, folder)
-        _run_workers(plan, work, on_progress, cancel)
+        _run_workers(plan, backend, work, on_progress, cancel)
         write_companions(plan, folder)
         write_model_card(plan, folder)
         # Last: with it, a folder of shards becomes a model.
@@ -99,9 +84,7 @@ def execute(
     return ExecutionResult(
         seconds=time.perf_counter() - started,
         peak_resident_nbytes=peak_resident_nbytes(),
-        peak_vram_nbytes=(
-            torch.cuda.max_memory_reserved(torch.device(plan.settings.device)) if on_cuda else 0
-        ),
+        peak_vram_nbytes=backend.peak_vram_nbytes(),
         disagreements=work.disagreements(),
     )
 
@@ -135,7 +118,7 @@ class _Work:
     def __init__(self, plan: MergePlan, folder: Path) -> None:
         self._plan = plan
         self._folder = folder
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a shard of nothing ends while strips are handed out
         self._strips = self._all_strips()
         self._open: set[_OpenShard] = set()
         self._disagreeing: dict[str, set[int]] = {}
@@ -201,12 +184,14 @@ class _Work:
 
     def _finish(self, shard: _OpenShard) -> None:
         shard.writer.finish(shard.planned.header, fsync=self._plan.settings.fsync)
-        self._open.discard(shard)
-        self.num_shards_done += 1
+        with self._lock:
+            self._open.discard(shard)
+            self.num_shards_done += 1
 
 
 def _run_workers(
     plan: MergePlan,
+    backend: Backend,
     work: _Work,
     on_progress: OnProgress | None,
     cancel: threading.Event | None,
@@ -227,13 +212,14 @@ def _run_workers(
             )
 
     threads = [
-        threading.Thread(target=_work_through, args=(plan, work), name=f"shardmix-{number}")
+        threading.Thread(
+            target=_work_through, args=(plan, backend, work), name=f"shardmix-{number}"
+        )
         for number in range(plan.memory.workers)
     ]
-    num_intraop_threads = torch.get_num_threads()
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:
+            thread.start()
         report()
         for thread in threads:
             while thread.is_alive():
@@ -245,17 +231,15 @@ def _run_workers(
         # Also on KeyboardInterrupt, or an error of the callback: no thread outlives the merge.
         work.stop()
         for thread in threads:
-            thread.join()
-        torch.set_num_threads(num_intraop_threads)
+            if thread.ident is not None:
+                thread.join()
         work.close()
 
 
-def _work_through(plan: MergePlan, work: _Work) -> None:
+def _work_through(plan: MergePlan, backend: Backend, work: _Work) -> None:
     """Merge strip after strip until there is none left: what each worker does."""
     try:
-        # Workers are the parallelism; torch's own threads would only get in their way.
-        torch.set_num_threads(1)
-        reducers = make_reducers(plan.settings.device, strip_nbytes=plan.memory.strip_nbytes)
+        reducers = make_reducers(backend, strip_nbytes=plan.memory.strip_nbytes)
         with closing(open_reader(plan.settings.io, plan.files)) as reader:
             while (strip := work.next_strip()) is not None:
                 reducer = reducers[strip.run.reduction]

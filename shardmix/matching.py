@@ -1,4 +1,4 @@
-"""Which tensor of one model corresponds to which of another, or why they do not fit.
+"""Which tensor of one model corresponds to which of another, or why they cannot be merged.
 
 Works on headers alone. Handles what transformers leaves out of a checkpoint: tied parameters and
 buffers that it computes by itself.
@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from shardmix import naming
 from shardmix.checkpoint import Checkpoint
-from shardmix.errors import MismatchError
-from shardmix.safetensors_layout import DTYPES, FLOAT_DTYPES
+from shardmix.errors import MismatchError, SourceError
+from shardmix.safetensors_layout import DTYPES, FLOAT_DTYPES, INTEGER_DTYPES
 
 _NUM_LISTED = 3
 
@@ -32,6 +32,39 @@ class MatchedTensors:
     """The output must say that its head is not tied, since some model's isn't."""
     notes: tuple[str, ...]
     """What was left out or taken from elsewhere, for the user."""
+
+
+def check_mergeable(checkpoint: Checkpoint) -> None:
+    """Raise `SourceError` where a model's weights are none to average: quantised, FP8, complex."""
+    source, table = checkpoint.source, checkpoint.table
+    if not table.names:
+        raise SourceError(f"{source}: holds no tensors")
+    method = naming.quantisation_method(checkpoint.config)
+    if method is not None:
+        raise SourceError(
+            f"{source}: is quantised ({method}, in config.json); a weighted sum of quantised codes "
+            "would be silently wrong: merge the unquantised checkpoints"
+        )
+    # One tensor of each kind is enough to look at: 90,000 experts have few.
+    kinds = {
+        (rank, name.rpartition(".")[2]): row
+        for row, (name, rank) in enumerate(
+            zip(table.names, table.dtype_ranks.tolist(), strict=True)
+        )
+    }
+    for (rank, ending), row in kinds.items():
+        dtype, name = DTYPES[rank], table.names[row]
+        if dtype not in FLOAT_DTYPES and dtype not in INTEGER_DTYPES:
+            raise SourceError(
+                f"{source}: {name} {list(table.shapes[row])} is {dtype}; a weighted sum of it "
+                "would be silently wrong: merge checkpoints in float16, bfloat16, float32 or "
+                "float64"
+            )
+        if naming.marks_quantisation(ending, dtype):
+            raise SourceError(
+                f"{source}: holds {name}, a mark of quantised weights; a weighted sum of quantised "
+                "codes would be silently wrong: merge the unquantised checkpoints"
+            )
 
 
 def match_tensors(checkpoints: Sequence[Checkpoint], *, base_tied: bool | None) -> MatchedTensors:

@@ -2,8 +2,8 @@
 
     projected peak = reserved + metadata + workers × BUFFERS_PER_WORKER × strip
 
-Knows sizes alone: no files, no tensors, no torch (it looks whether torch is loaded, and how large
-its build is, without importing it).
+Knows sizes alone: no files, no tensors, no torch (it looks whether that is loaded, and what kind of
+build it is, without importing it).
 """
 
 import importlib.util
@@ -28,10 +28,11 @@ CPU_STRIP_NBYTES = 2 * MIB
 CUDA_STRIP_NBYTES = 32 * MIB
 LEAST_STRIP_NBYTES = 64 * KIB
 
-# What torch takes in memory once imported and first used, for planning in a process that has not
-# loaded it. Measured at 190-195 MiB for the CPU build of torch 2.13; a CUDA build's libraries
-# and a CUDA context add to it. Before a merge starts, the measured figure takes their place.
-_TORCH_CPU_NBYTES = 200 * MIB
+# What a library takes in memory once imported and first used, for planning in a process that has
+# not loaded it. Measured: 190-195 MiB for the CPU build of torch 2.13, 110-130 MiB for numba 0.68
+# with its kernels. A CUDA build's libraries and a CUDA context add to torch. Before a merge
+# starts, the measured figure takes the place of these.
+_LIBRARY_NBYTES = {"torch": 200 * MIB, "numba": 140 * MIB}
 _TORCH_CUDA_BUILD_NBYTES = 450 * MIB
 _CUDA_CONTEXT_NBYTES = 600 * MIB
 
@@ -71,16 +72,16 @@ def cuda_device_present() -> bool:
     return not hidden and Path("/proc/driver/nvidia/version").exists()
 
 
-def reserved_nbytes(*, on_cuda: bool) -> int:
-    """Return what the process holds, or will once torch is loaded, before any strip.
+def reserved_nbytes(*, library: str, on_cuda: bool) -> int:
+    """Return what the process holds, or will once its library is loaded, before any strip.
 
-    What is resident now counts, so that a budget is one for the whole process also where shardmix
-    is called from a larger program.
+    `library` does the sums: torch or numba. What is resident now counts, so that a budget is one
+    for the whole process also where shardmix is called from a larger program.
     """
     reserved = resident_nbytes() + _RUN_NBYTES
-    if "torch" not in sys.modules:
-        cuda_build = torch_has_cuda_build()
-        reserved += _TORCH_CUDA_BUILD_NBYTES if cuda_build else _TORCH_CPU_NBYTES
+    if library not in sys.modules:
+        cuda_build = library == "torch" and torch_has_cuda_build()
+        reserved += _TORCH_CUDA_BUILD_NBYTES if cuda_build else _LIBRARY_NBYTES[library]
     if on_cuda and not _cuda_context_exists():
         reserved += _CUDA_CONTEXT_NBYTES
     return reserved
@@ -134,7 +135,7 @@ def fit_memory(
     for count, size in choices:
         buffers = count * BUFFERS_PER_WORKER * size
         peak = reserved + buffers + count * _WORKER_NBYTES
-        vram = _round_up(buffers, 2 * MIB) + count * 4 * MIB if on_cuda else 0
+        vram = count * _vram_nbytes(BUFFERS_PER_WORKER * size) if on_cuda else 0
         fits_memory = max_memory is None or peak <= max_memory
         if fits_memory and (max_vram is None or vram <= max_vram):
             return MemoryPlan(
@@ -170,5 +171,16 @@ def _halvings(size: int, least: int) -> list[int]:
     return sizes
 
 
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+def _vram_nbytes(buffers_nbytes: int) -> int:
+    """Return what torch's caching allocator reserves for one worker's buffers and temporaries.
+
+    It takes 2 MiB from the driver for up to 1 MiB, 20 MiB for up to 10 MiB, else whole 2 MiB; a
+    worker has a stream, and so memory, of its own. Source: c10/cuda/CUDACachingAllocator.cpp.
+    """
+    if buffers_nbytes <= MIB:
+        segment = 2 * MIB
+    elif buffers_nbytes < 10 * MIB:
+        segment = 20 * MIB
+    else:
+        segment = -(-buffers_nbytes // (2 * MIB)) * 2 * MIB
+    return segment + 2 * MIB

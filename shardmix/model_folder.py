@@ -121,8 +121,7 @@ to the output's dtype.
 |---|---|---|
 {rows}
 
-Config, tokenizer and the other files beside the weights are the first model's, or those of the
-`--base` model that was named.
+Config, tokenizer and the other files beside the weights are those of `{plan.base_name}`.
 
 ## Recipe
 

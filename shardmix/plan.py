@@ -5,6 +5,7 @@ engine carries it out, and neither has to ask the other anything.
 """
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -15,6 +16,14 @@ LINEAR = "linear"
 """Reduction: the weighted sum of floats."""
 AGREE = "agree"
 """Reduction for integers and booleans: the first source's values; others are compared with it."""
+
+
+TORCH = "torch"
+"""Backend: every dtype, on the CPU and on GPUs."""
+NUMBA = "numba"
+"""Backend: compiled loops for bfloat16 and float32 on the CPU, without torch in the process."""
+NUMBA_DTYPES = frozenset({"BF16", "F32"})
+"""What those loops read and write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +92,8 @@ class RunSettings:
     """cpu, cuda or cuda:N."""
     io: str = "auto"
     """How sources are read: mmap, pread, or auto until the planner has looked at the disks."""
+    backend: str = "auto"
+    """What does the sums: TORCH, NUMBA, or auto until the planner has seen the dtypes."""
     workers: int | None = None
     """Threads; None: as many as speed needs."""
     max_memory_nbytes: int | None = None
@@ -98,10 +109,6 @@ class RunSettings:
     def on_cuda(self) -> bool:
         """Whether the arithmetic runs on a GPU."""
         return self.device.startswith("cuda")
-
-    def with_io(self, io: str) -> "RunSettings":
-        """Return the settings with another way to read."""
-        return replace(self, io=io)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +127,8 @@ class MergePlan:
     """What was asked for: keep, float32, float16 or bfloat16."""
     output: str
     """Absolute path of the output folder."""
+    base_name: str
+    """What the model card calls the model that gives config, tokenizer and other companions."""
     base_folder: str
     """Absolute path of the folder that gives config, tokenizer and other companion files."""
     companions: tuple[str, ...]
@@ -160,6 +169,10 @@ class MergePlan:
     def write_nbytes(self) -> int:
         """Bytes of weight files to write."""
         return sum(shard.file_nbytes for shard in self.shards)
+
+    def runs(self) -> Iterator[Run]:
+        """Yield every run, in output order."""
+        return (run for shard in self.shards for run in shard.runs)
 
     def with_memory(self, memory: MemoryPlan) -> "MergePlan":
         """Return the same merge within other memory; its output is the same, byte for byte."""

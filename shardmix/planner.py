@@ -4,8 +4,9 @@ Decides names, dtypes, output shards, every offset and the memory before a byte 
 Pure but for looking up files beside the weights and how much memory is in use.
 """
 
+import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,10 +16,22 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from shardmix.checkpoint import CONFIG_NAME, Checkpoint
 from shardmix.companions import find_companions, unmerged_weights
+from shardmix.errors import RecipeError
 from shardmix.filesystem import on_local_filesystem
 from shardmix.matching import MatchedTensors, match_tensors
 from shardmix.memory import MemoryPlan, fit_memory, reserved_nbytes
-from shardmix.plan import AGREE, LINEAR, MergePlan, OutputShard, Run, RunSettings, SourceFile
+from shardmix.plan import (
+    AGREE,
+    LINEAR,
+    NUMBA,
+    NUMBA_DTYPES,
+    TORCH,
+    MergePlan,
+    OutputShard,
+    Run,
+    RunSettings,
+    SourceFile,
+)
 from shardmix.recipe import OUT_DTYPES, Recipe
 from shardmix.safetensors_layout import (
     DTYPE_RANK,
@@ -38,6 +51,8 @@ _TORCH_NAMES = {"F64": "float64", **{dtype: name for name, dtype in OUT_DTYPES.i
 class Donor:
     """The model that gives the output its config, tokenizer and other companion files."""
 
+    name: str
+    """What the model card may call it."""
     folder: Path
     """Its folder."""
     tied: bool | None
@@ -60,6 +75,7 @@ def plan_merge(
     matched = match_tensors(checkpoints, base_tied=donor.tied)
     out_dtypes = _output_dtypes(recipe.dtype, checkpoints[0], matched)
     shards = _plan_shards(recipe, checkpoints, matched, out_dtypes)
+    settings = _decided(settings, checkpoints, shards)
     companions = find_companions(donor.folder)
     companion_nbytes = sum((donor.folder / name).stat().st_size for name in companions)
     warnings = [*matched.notes]
@@ -72,11 +88,12 @@ def plan_merge(
         )
     return MergePlan(
         sources=recipe.sources,
-        public_names=tuple(_public_name(checkpoint) for checkpoint in checkpoints),
+        public_names=tuple(public_name(checkpoint) for checkpoint in checkpoints),
         hub_ids=tuple(checkpoint.hub_id for checkpoint in checkpoints),
         weights=recipe.weights,
         dtype=recipe.dtype,
         output=str(output) if output is not None else "",
+        base_name=donor.name,
         base_folder=str(donor.folder.absolute()),
         companions=companions,
         config_dtype=_main_float_dtype(matched, out_dtypes),
@@ -88,7 +105,7 @@ def plan_merge(
         ),
         shards=shards,
         disk_needed_nbytes=sum(shard.file_nbytes for shard in shards) + companion_nbytes,
-        settings=_with_io_decided(settings, checkpoints),
+        settings=settings,
         memory=plan_memory(settings),
         warnings=tuple(warnings),
     )
@@ -100,7 +117,7 @@ def plan_memory(settings: RunSettings) -> MemoryPlan:
     Raises `BudgetError` where one smallest strip does not fit.
     """
     return fit_memory(
-        reserved=reserved_nbytes(on_cuda=settings.on_cuda),
+        reserved=reserved_nbytes(library=settings.backend, on_cuda=settings.on_cuda),
         on_cuda=settings.on_cuda,
         workers=settings.workers,
         max_memory=settings.max_memory_nbytes,
@@ -124,7 +141,7 @@ def _main_float_dtype(matched: MatchedTensors, out_dtypes: Sequence[str]) -> str
     return _TORCH_NAMES[max(nbytes, key=lambda dtype: nbytes[dtype])] if nbytes else ""
 
 
-def _public_name(checkpoint: Checkpoint) -> str:
+def public_name(checkpoint: Checkpoint) -> str:
     """Return what may be published of a source: its Hub id, or its own name without a path."""
     if checkpoint.hub_id is not None:
         return checkpoint.source
@@ -258,10 +275,38 @@ class _SourceColumns:
         )
 
 
-def _with_io_decided(settings: RunSettings, checkpoints: Sequence[Checkpoint]) -> RunSettings:
-    """Return the settings with `io` decided: mapped where every source's disk is local."""
-    if settings.io != "auto":
-        return settings
-    folders = {shard.path.resolve().parent for model in checkpoints for shard in model.shards}
-    local = all(on_local_filesystem(folder) for folder in folders)
-    return settings.with_io("mmap" if local else "pread")
+def _decided(
+    settings: RunSettings, checkpoints: Sequence[Checkpoint], shards: Sequence[OutputShard]
+) -> RunSettings:
+    """Return the settings with every `auto` decided.
+
+    Sources are mapped where all their disks are local. numba sums where it is installed and knows
+    all the dtypes. Raises `RecipeError` where numba was asked for and can't.
+    """
+    io, backend = settings.io, settings.backend
+    if io == "auto":
+        folders = {shard.path.resolve().parent for model in checkpoints for shard in model.shards}
+        io = "mmap" if all(map(on_local_filesystem, folders)) else "pread"
+    finding = _numba_finding(settings, shards)
+    if backend == NUMBA and finding is not None:
+        raise RecipeError(f"backend numba: {finding}; use --backend torch (backend='torch')")
+    if backend == "auto":
+        backend = NUMBA if finding is None else TORCH
+    return replace(settings, io=io, backend=backend)
+
+
+def _numba_finding(settings: RunSettings, shards: Sequence[OutputShard]) -> str | None:
+    """Say why the sums cannot be numba's, or None if they can."""
+    if settings.on_cuda:
+        return "it sums on the CPU alone"
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed (pip install 'shardmix[fast]')"
+    dtypes = {
+        dtype
+        for shard in shards
+        for run in shard.runs
+        if run.reduction == LINEAR
+        for dtype in (*run.dtypes, run.out_dtype)
+    }
+    others = sorted(dtypes - NUMBA_DTYPES)
+    return f"it does not know {', '.join(others)}" if others else None

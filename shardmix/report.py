@@ -45,6 +45,8 @@ class PlanReport:
     """cpu, cuda or cuda:N."""
     io: str
     """How sources are read: mmap or pread."""
+    backend: str
+    """What does the sums: torch or numba."""
     strip_bytes: int
     """Size of one strip's accumulator; no buffer of a strip is larger."""
     workers: int
@@ -93,6 +95,8 @@ class MergeReport:
     """cpu, cuda or cuda:N."""
     io: str
     """How sources were read: mmap or pread."""
+    backend: str
+    """What does the sums: torch or numba."""
     strip_bytes: int
     """Size of one strip's accumulator; no buffer of a strip is larger."""
     workers: int
@@ -147,6 +151,7 @@ def report_plan(plan: MergePlan, *, disk_free: int | None) -> PlanReport:
         bytes_written=plan.write_nbytes,
         device=plan.settings.device,
         io=plan.settings.io,
+        backend=plan.settings.backend,
         strip_bytes=plan.memory.strip_nbytes,
         workers=plan.memory.workers,
         reserved_bytes=plan.memory.reserved_nbytes,
@@ -181,6 +186,7 @@ def report_merge(
         seconds=seconds,
         device=plan.settings.device,
         io=plan.settings.io,
+        backend=plan.settings.backend,
         strip_bytes=plan.memory.strip_nbytes,
         workers=plan.memory.workers,
         projected_peak_bytes=plan.memory.projected_peak_nbytes,

@@ -5,14 +5,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from shardmix import api
 from shardmix.checkpoint import open_checkpoint
 from shardmix.errors import SourceError
+from shardmix.matching import check_mergeable
 from tests.models import CONFIG, random_model, save_model
 
 
 def refused(source):
     with pytest.raises(SourceError) as caught:
-        open_checkpoint(str(source))
+        check_mergeable(open_checkpoint(str(source)))
     return str(caught.value)
 
 
@@ -224,3 +226,17 @@ def test_marks_of_quantised_weights_are_refused(tmp_path, name):
 def test_a_config_that_declares_quantisation_is_refused(tmp_path):
     config = {**CONFIG, "text_config": {"quantization_config": {"quant_method": "gptq"}}}
     assert "gptq" in refused(save_model(tmp_path, random_model(1), config=config))
+
+
+def test_what_cannot_be_merged_can_still_be_inspected(tmp_path):
+    save_file({"w": torch.zeros(4, dtype=torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    assert api.inspect(tmp_path).dtypes == {"F8_E4M3": 4}
+
+
+def test_a_disk_error_is_named_and_no_traceback(tmp_path, monkeypatch):
+    def fail(*_):
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr("pathlib.Path.iterdir", fail)
+    with pytest.raises(SourceError, match="Permission denied"):
+        api.inspect(tmp_path)

@@ -1,6 +1,7 @@
 """What is loaded when: planning, inspecting and --help must be quick and small."""
 
 import pytest
+import torch
 
 from tests.fresh_process import python
 from tests.models import random_model, save_model
@@ -35,6 +36,15 @@ def test_planning_and_inspecting_load_no_torch(tmp_path):
         f"shardmix.inspect({str(a)!r})"
     )
     assert loaded_after(code) == "[]"
+
+
+def test_a_merge_of_bfloat16_on_the_cpu_needs_no_torch_where_numba_is(tmp_path):
+    pytest.importorskip("numba", reason="needs numba (extra `fast`)")
+    a, b = (save_model(tmp_path / name, random_model(1, torch.bfloat16)) for name in "ab")
+    models = f"{{{str(a)!r}: 0.5, {str(b)!r}: 0.5}}"
+    assert (
+        loaded_after(f"import shardmix\nshardmix.merge({models}, {str(tmp_path / 'o')!r})") == "[]"
+    )
 
 
 def test_every_public_name_is_there():

@@ -23,22 +23,25 @@ def large_models(tmp_path_factory):
     return [folder / "a", folder / "b"]
 
 
-def least_budget(models):
+def least_budget(models, *options):
     """Return the least budget that works, in bytes, as the refusal of a smaller one names it."""
     words = [f"{model}={1 / len(models)!r}" for model in models]
-    refusal = refused_merge(*words, "-o", "nowhere", "--workers", 2, "--max-memory", 1)
+    refusal = refused_merge(*words, "-o", "nowhere", *options, "--max-memory", 1)
     return int(refusal.split("works here is ")[1].split("MiB")[0]) * MIB
 
 
+@pytest.mark.parametrize("backend", ["torch", "numba"])
 @pytest.mark.parametrize("io", ["mmap", "pread"])
-def test_a_tensor_larger_than_the_budget_merges_within_it(large_models, tmp_path, io):
-    budget = least_budget(large_models) + MIB
+def test_a_tensor_larger_than_the_budget_merges_within_it(large_models, tmp_path, io, backend):
+    if backend == "numba":
+        pytest.importorskip("numba", reason="needs numba (extra `fast`)")
+    options = ("--io", io, "--backend", backend, "--workers", 2, "--no-fsync")
+    budget = least_budget(large_models, *options) + MIB
     assert budget < 400 * MIB
     a, b = large_models
     report = merge_report(
-        f"{a}=0.5", f"{b}=0.5", "-o", tmp_path / "out", "--io", io, "--workers", 2,
-        "--max-memory", budget,
-    )  # fmt: skip
+        f"{a}=0.5", f"{b}=0.5", "-o", tmp_path / "out", *options, "--max-memory", budget
+    )
     assert report["bytes_read"] > budget
     assert report["peak_rss_bytes"] <= report["projected_peak_bytes"] <= budget
     assert report["peak_rss_bytes"] >= report["projected_peak_bytes"] / 2
@@ -76,7 +79,7 @@ def test_a_budget_counts_what_the_process_already_holds(large_models, tmp_path):
         "import shardmix\n"
         "ballast = b'x' * (300 << 20)\n"
         f"models = [({str(a)!r}, 0.5), ({str(b)!r}, 0.5)]\n"
-        "try: shardmix.merge(models, 'nowhere', max_memory='500MiB')\n"
+        "try: shardmix.merge(models, 'nowhere', max_memory='400MiB')\n"
         "except shardmix.BudgetError as error: print('refused')\n"
         f"report = shardmix.merge(models, {str(tmp_path / 'out')!r}, max_memory='640MiB')\n"
         "print(report.peak_rss_bytes <= report.projected_peak_bytes <= 640 << 20)\n"

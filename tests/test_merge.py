@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import shardmix
 from shardmix import engine
 from shardmix.errors import OutputError, SourceError
+from shardmix.reducer import load_backend
 from tests.models import (
     assert_same_bits,
     load_model,
@@ -124,7 +125,7 @@ def test_bytes_depend_on_recipe_and_sources_alone(tmp_path_factory, data):
         "max_shard_size": data.draw(st.none() | st.integers(100, 20_000)),
         "fsync": False,
     }
-    shardmix.merge(models, tmp_path / "out", workers=1, io="pread", **options)
+    shardmix.merge(models, tmp_path / "out", workers=1, io="pread", backend="torch", **options)
     out_dtype = None if options["dtype"] == "keep" else getattr(torch, options["dtype"])
     with np.errstate(over="ignore"):
         assert_same_bits(load_model(tmp_path / "out"), oracle(models, out_dtype))
@@ -133,9 +134,8 @@ def test_bytes_depend_on_recipe_and_sources_alone(tmp_path_factory, data):
         plan = shardmix.plan_merge(
             models, tmp_path / "out", workers=workers, io=io, overwrite=True, **options
         )
-        engine.execute(
-            plan.with_memory(dataclasses.replace(plan.memory, strip_nbytes=strip_nbytes))
-        )
+        plan = plan.with_memory(dataclasses.replace(plan.memory, strip_nbytes=strip_nbytes))
+        engine.execute(plan, load_backend(plan))
         assert folder_bytes(tmp_path / "out") == expected
 
 
@@ -268,10 +268,17 @@ def test_torchs_threads_are_left_as_they_were(tmp_path):
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        shardmix.merge(three_models(tmp_path), tmp_path / "out")
+        shardmix.merge(three_models(tmp_path), tmp_path / "out", backend="torch")
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_dtypes_that_numba_does_not_know_are_torchs(tmp_path):
+    models = three_models(tmp_path, (torch.float16,) * 3)
+    assert shardmix.merge(models, tmp_path / "out").backend == "torch"
+    with pytest.raises(shardmix.RecipeError, match="does not know F16"):
+        shardmix.merge(models, tmp_path / "out2", backend="numba")
 
 
 def test_nothing_is_printed(tmp_path, capfd):

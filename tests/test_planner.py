@@ -134,6 +134,7 @@ def test_a_model_without_a_config_is_warned_about(tmp_path):
     [
         ({"io": "direct"}, "io 'direct'"),
         ({"workers": 0}, "workers 0"),
+        ({"backend": "jax"}, "backend 'jax'"),
         ({"device": "gpu"}, "device 'gpu'"),
         ({"max_memory": "much"}, "size 'much'"),
         ({"max_shard_size": "0"}, "more than zero"),

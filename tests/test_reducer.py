@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from shardmix.plan import AGREE, LINEAR, Run
-from shardmix.reducer import make_reducers, strip_num_elements
+from shardmix.reducer import strip_num_elements
+from shardmix.reducer.agree import AgreeReducer
+from shardmix.reducer.torch_sum import TorchBackend
 from tests.models import random_tensor, round_once, weighted_sum
 
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
@@ -35,10 +37,22 @@ def raw_bytes(tensor):
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def reduce(sources, weights, out_dtype, *, strip_nbytes=1 << 16, device="cpu"):
-    """Reduce whole tensors strip by strip, as the engine does, and return the result."""
+def backend_of(name, run):
+    if name == "numba":
+        pytest.importorskip("numba", reason="needs numba (extra `fast`)")
+        from shardmix.reducer.numba_sum import NumbaBackend
+
+        return NumbaBackend([run])
+    return TorchBackend(name)
+
+
+def reduce(sources, weights, out_dtype, *, strip_nbytes=1 << 16, backend="cpu"):
+    """Reduce whole tensors strip by strip, as the engine does, and return the result.
+
+    `backend` is numba, or torch's name of a device.
+    """
     run = run_of([NAMES[s.dtype] for s in sources], NAMES[out_dtype], weights, sources[0].numel())
-    reducer = make_reducers(device, strip_nbytes=strip_nbytes)[LINEAR]
+    reducer = backend_of(backend, run).make_reducer(strip_nbytes=strip_nbytes)
     step = strip_num_elements(run, strip_nbytes=strip_nbytes)
     out = bytearray()
     for start in range(0, run.num_elements, step):
@@ -63,17 +77,6 @@ def test_a_sum_is_rounded_as_the_contract_says(dtypes, out_dtype):
     sources = [random_tensor((1003,), dtype, seed=i) for i, dtype in enumerate(dtypes)]
     weights = [0.5, 1 / 3, -0.123456789, 0.7][: len(sources)]
     assert_bits(reduce(sources, weights, out_dtype), weighted_sum(sources, weights, out_dtype))
-
-
-def test_products_are_rounded_before_they_are_added():
-    """A fused multiply-add, as torch's add(alpha=) uses, gives other bits for these values."""
-    first = torch.full((64,), 1.0)
-    second = torch.full((64,), 1.0 + 2**-23)
-    weights = [-1.0 - 2**-22, 1.0 + 2**-23]
-    fused = math.fma(weights[1], 1 + 2**-23, weights[0]) if hasattr(math, "fma") else 2.0**-46
-    result = reduce([first, second], weights, torch.float32)
-    assert_bits(result, weighted_sum([first, second], weights, torch.float32))
-    assert result[0].item() != np.float32(fused)
 
 
 @pytest.mark.parametrize("out_dtype", FLOATS)
@@ -157,6 +160,70 @@ def test_any_mix_of_dtypes_agrees_with_the_oracle(
     assert_bits(reduce(sources, weights, out_dtype, strip_nbytes=strip_nbytes), expected)
 
 
+COMPILED = [torch.bfloat16, torch.float32]
+
+
+def special_values():
+    """Values where arithmetic and rounding are delicate, in every pairing of two sources."""
+    patterns = np.array(
+        [
+            *(0x00000000, 0x80000000, 0x00000001, 0x807FFFFF, 0x00800000, 0x3F800000, 0xBF800001),
+            *(0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7FFFFF, 0xFF7F8000, 0x7F7F7FFF),
+            *(0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC12345, 0x7F800001, 0x7FFFFFFF, 0x33FFFFFF),
+        ],
+        dtype=np.uint32,
+    ).view(np.float32)
+    first, second = np.meshgrid(patterns, patterns)
+    return torch.from_numpy(first.ravel().copy()), torch.from_numpy(second.ravel().copy())
+
+
+@pytest.mark.parametrize("out_dtype", COMPILED)
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [1.0, -1.0], [1 / 3, 2 / 3], [1e30, 1e-30]])
+def test_compiled_sums_have_torchs_bits_for_special_values(weights, out_dtype):
+    single = special_values()
+    for sources in (single, [values.bfloat16() for values in single]):
+        compiled = reduce(sources, weights, out_dtype, backend="numba")
+        assert_bits(compiled, reduce(sources, weights, out_dtype))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtypes=st.lists(st.sampled_from(COMPILED), min_size=2, max_size=5),
+    out_dtype=st.sampled_from(COMPILED),
+    num_elements=st.integers(1, 3000),
+    strip_nbytes=st.sampled_from([4, 64, 1000, 1 << 20]),
+    seed=st.integers(0, 2**20),
+)
+def test_compiled_sums_agree_with_the_oracle(dtypes, out_dtype, num_elements, strip_nbytes, seed):
+    sources = [
+        random_tensor((num_elements,), dtype, seed=seed + i) for i, dtype in enumerate(dtypes)
+    ]
+    weights = np.random.default_rng(seed).dirichlet(np.ones(len(sources))).tolist()
+    result = reduce(sources, weights, out_dtype, strip_nbytes=strip_nbytes, backend="numba")
+    assert_bits(result, weighted_sum(sources, weights, out_dtype))
+
+
+def test_every_bfloat16_is_widened_and_rounded_as_torch_does():
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    zeros = torch.zeros_like(every)
+    for weights in ([1.0, 0.0], [1 / 3, 1.0]):
+        compiled = reduce([every, zeros], weights, torch.bfloat16, backend="numba")
+        assert_bits(compiled, reduce([every, zeros], weights, torch.bfloat16))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "numba"])
+def test_no_backend_fuses_products_and_sums(backend):
+    """A fused multiply-add gives 2**-46 here; two roundings give 0."""
+    first, second = torch.full((64,), 1.0), torch.full((64,), 1.0 + 2**-23)
+    weights = [-1.0 - 2**-22, 1.0 + 2**-23]
+    assert not reduce(
+        [first, second, first * 0], [*weights, 1.0], torch.float32, backend=backend
+    ).any()
+    assert not reduce(
+        [first * 0, first, second], [1.0, *weights], torch.float32, backend=backend
+    ).any()
+
+
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
 def test_the_result_is_within_half_an_ulp_of_the_exact_sum_but_for_ties(out_dtype):
     sources = [random_tensor((20_000,), out_dtype, seed=i) for i in range(3)]
@@ -174,7 +241,7 @@ def agree(first, *others):
     tensors = [first, *others]
     dtypes = [names[t.dtype] for t in tensors]
     run = run_of(dtypes, dtypes[0], [0.5] * len(tensors), first.numel(), AGREE)
-    reducer = make_reducers("cpu", strip_nbytes=1 << 12)[AGREE]
+    reducer = AgreeReducer(strip_nbytes=1 << 12)
     reducer.begin(run, run.num_elements)
     for source, tensor in enumerate(tensors):
         staging = reducer.staging(source)
@@ -214,5 +281,5 @@ def test_a_gpu_gives_the_same_bits_as_the_cpu(dtypes, out_dtype):
     sources[0][5000] = math.nan
     weights = [0.5, 0.3, 0.2, 0.1][: len(sources)]
     for strip_nbytes in (1 << 12, 1 << 20):
-        on_gpu = reduce(sources, weights, out_dtype, strip_nbytes=strip_nbytes, device="cuda")
+        on_gpu = reduce(sources, weights, out_dtype, strip_nbytes=strip_nbytes, backend="cuda")
         assert_bits(on_gpu, reduce(sources, weights, out_dtype))

@@ -81,6 +81,14 @@ Io = Annotated[
         help="How sources are read; both are bounded and give the same bytes.",
     ),
 ]
+BackendName = Annotated[
+    str,
+    typer.Option(
+        "--backend",
+        metavar="auto|torch|numba",
+        help="What does the sums; numba is the faster on a CPU (extra `fast`). The same bytes.",
+    ),
+]
 Workers = Annotated[
     int | None, typer.Option(metavar="N", help="Threads. Default: one a core, at most eight.")
 ]
@@ -142,6 +150,7 @@ def merge(
     dtype: Dtype = None,
     max_shard_size: MaxShardSize = None,
     io: Io = "auto",
+    backend: BackendName = "auto",
     workers: Workers = None,
     normalize: Normalize = False,
     allow_weight_sum: AllowWeightSum = False,
@@ -177,6 +186,7 @@ def plan(
     dtype: Dtype = None,
     max_shard_size: MaxShardSize = None,
     io: Io = "auto",
+    backend: BackendName = "auto",
     workers: Workers = None,
     normalize: Normalize = False,
     allow_weight_sum: AllowWeightSum = False,

@@ -73,7 +73,7 @@ def plan_report(report: PlanReport, *, json: bool, quiet: bool = False) -> None:
             (
                 "peak memory",
                 f"{format_size(report.projected_peak_bytes)} projected, "
-                f"{format_size(report.reserved_bytes)} of it Python and torch",
+                f"{format_size(report.reserved_bytes)} of it Python and libraries",
             ),
             *(
                 [("peak VRAM", f"{format_size(report.projected_vram_bytes)} projected")]
@@ -83,7 +83,7 @@ def plan_report(report: PlanReport, *, json: bool, quiet: bool = False) -> None:
             (
                 "strips",
                 f"{format_size(report.strip_bytes)} × {report.workers} workers on {report.device}, "
-                f"read by {report.io}",
+                f"read by {report.io}, summed by {report.backend}",
             ),
         ):
             facts.add_row(name, value)

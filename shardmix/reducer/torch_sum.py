@@ -1,21 +1,17 @@
-"""The arithmetic, and the only place that has any: a strip of every source to a strip of output.
+"""The weighted sum in torch, on the CPU or a GPU: for every float dtype.
 
-    out = round_to_out_dtype(Σ float32(wᵢ) · float32(xᵢ))
-
-in source order, every product and every sum rounded by itself (multiply, then add: a fused
-multiply-add would give other bits on other machines), one rounding at the end; float64 throughout
-where any source is float64. The result depends on the values alone, not on how they were cut into
-strips, and is the same on CPU and GPU. Knows buffers, not files.
+Multiply, then add, as two operations: then CPU and GPU give the same bits. torch's `add(alpha=)`
+fuses them on some machines.
 """
 
 import math
-from typing import Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from shardmix.plan import AGREE, LINEAR, Run
+from shardmix.plan import Run
 from shardmix.safetensors_layout import element_nbytes
 
 TORCH_DTYPES = {
@@ -24,85 +20,68 @@ TORCH_DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-_NUMPY_INTEGERS: dict[str, npt.DTypeLike] = {
-    "BOOL": np.uint8,
-    "U8": np.uint8,
-    "I8": np.int8,
-    "U16": np.uint16,
-    "I16": np.int16,
-    "U32": np.uint32,
-    "I32": np.int32,
-    "U64": np.uint64,
-    "I64": np.int64,
-}
 _WIDEST_NBYTES = 8
 
 
-class Reducer(Protocol):
-    """Reduces the strips of one worker: `begin`, then `add` for each source, then `finish`."""
+class TorchBackend:
+    """Makes reducers for cpu, cuda or cuda:N; with torch, since this module imports it."""
 
-    def begin(self, run: Run, num_elements: int) -> None:
-        """Start a strip of a run."""
+    def __init__(self, device: str) -> None:
+        self._device = device
 
-    def staging(self, source: int) -> memoryview:
-        """Return the buffer to read this source's part of the strip into."""
+    def make_reducer(self, *, strip_nbytes: int) -> "CpuSum | CudaSum":
+        """Return one worker's reducer, with all its buffers allocated."""
+        # Workers are the parallelism; torch's own threads would only get in their way.
+        torch.set_num_threads(1)
+        if self._device == "cpu":
+            return CpuSum(strip_nbytes=strip_nbytes)
+        return CudaSum(torch.device(self._device), strip_nbytes=strip_nbytes)
 
-    def add(self, source: int, raw: memoryview) -> None:
-        """Take in a source's bytes, in source order; `raw` may be reused afterwards."""
+    def finding(self) -> str | None:
+        """Say why the device cannot be used here, or None if it can."""
+        if self._device == "cpu":
+            return None
+        if not torch.cuda.is_available():
+            return f"device {self._device}: torch {torch.__version__} finds no usable CUDA device"
+        if (torch.device(self._device).index or 0) >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            return f"device {self._device}: there are only {count} CUDA devices"
+        return None
 
-    def finish(self) -> memoryview:
-        """Return the strip's output bytes, valid until the next `begin`."""
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Leave torch's settings as they were once the merge has ended."""
+        num_threads = torch.get_num_threads()
+        if self._device != "cpu":
+            torch.cuda.reset_peak_memory_stats(torch.device(self._device))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(num_threads)
 
-    @property
-    def disagreeing(self) -> frozenset[int]:
-        """Sources whose values differ from the first one's, where they should be the same."""
-
-
-def make_reducers(device: str, *, strip_nbytes: int) -> dict[str, Reducer]:
-    """Return a worker's reducer for each kind of run, sharing buffers allocated here, once.
-
-    `device` is cpu, cuda or cuda:N.
-    """
-    on_cuda = device != "cpu"
-    nbytes = max(strip_nbytes, _WIDEST_NBYTES)
-    num_staging = 2 if on_cuda else 1
-    staging = [
-        torch.empty(nbytes, dtype=torch.uint8, pin_memory=on_cuda) for _ in range(num_staging)
-    ]
-    out = torch.empty(nbytes, dtype=torch.uint8, pin_memory=on_cuda)
-    linear: Reducer = (
-        CudaLinearReducer(torch.device(device), staging, out)
-        if on_cuda
-        else CpuLinearReducer(staging[0], out)
-    )
-    return {LINEAR: linear, AGREE: AgreeReducer(staging[0], out)}
-
-
-def strip_num_elements(run: Run, *, strip_nbytes: int) -> int:
-    """Return how many elements of a run one strip holds, at least one."""
-    if run.reduction == AGREE:
-        widest = max(element_nbytes(dtype) for dtype in run.dtypes)
-    else:
-        widest = max(_sum_dtype(run).itemsize, element_nbytes(run.out_dtype))
-    return max(1, strip_nbytes // widest)
+    def peak_vram_nbytes(self) -> int:
+        """Return what torch has reserved of the GPU's memory at most; 0 on the CPU."""
+        if self._device == "cpu":
+            return 0
+        return int(torch.cuda.max_memory_reserved(torch.device(self._device)))
 
 
-class CpuLinearReducer:
+class CpuSum:
     """The weighted sum on the CPU."""
 
     disagreeing: frozenset[int] = frozenset()
 
-    def __init__(self, staging: torch.Tensor, out: torch.Tensor) -> None:
-        self._staging = staging.numpy().data
-        self._out = out
-        self._wide = torch.empty_like(out)
-        self._sum = torch.empty_like(out)
+    def __init__(self, *, strip_nbytes: int) -> None:
+        self._raw, self._wide, self._sum, self._out = (
+            torch.empty(max(strip_nbytes, _WIDEST_NBYTES), dtype=torch.uint8) for _ in range(4)
+        )
+        self._staging = self._raw.numpy().data
 
     def begin(self, run: Run, num_elements: int) -> None:
         """Start a strip of a run."""
         self._run = run
         self._num_elements = num_elements
-        dtype = _sum_dtype(run)
+        dtype = sum_dtype(run)
         self._accumulator = _typed(self._sum, dtype, num_elements)
         self._values = _typed(self._wide, dtype, num_elements)
 
@@ -127,7 +106,7 @@ class CpuLinearReducer:
         return self._out.numpy().data[: out.nbytes]
 
 
-class CudaLinearReducer:
+class CudaSum:
     """The weighted sum on a GPU: pinned double buffers in, copies and kernels on its own stream.
 
     The next source is read into one buffer while the other one travels.
@@ -135,24 +114,24 @@ class CudaLinearReducer:
 
     disagreeing: frozenset[int] = frozenset()
 
-    def __init__(
-        self, device: torch.device, staging: list[torch.Tensor], out: torch.Tensor
-    ) -> None:
+    def __init__(self, device: torch.device, *, strip_nbytes: int) -> None:
+        nbytes = max(strip_nbytes, _WIDEST_NBYTES)
+        staging = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         self._stream = torch.cuda.Stream(device=device)  # type: ignore[no-untyped-call]
         self._staging = staging
         self._staging_bytes = [buffer.numpy().data for buffer in staging]
         self._copied = [torch.cuda.Event() for _ in staging]  # type: ignore[no-untyped-call]
-        self._pinned_out = out
+        self._pinned_out = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         with torch.cuda.device(device), torch.cuda.stream(self._stream):
             # One allocation, cut by hand: the allocator's rounding then costs once.
-            arena = torch.empty(4 * out.numel(), dtype=torch.uint8, device=device)
+            arena = torch.empty(4 * nbytes, dtype=torch.uint8, device=device)
         self._raw, self._wide, self._sum, self._out = arena.view(4, -1)
 
     def begin(self, run: Run, num_elements: int) -> None:
         """Start a strip of a run."""
         self._run = run
         self._num_elements = num_elements
-        dtype = _sum_dtype(run)
+        dtype = sum_dtype(run)
         self._accumulator = _typed(self._sum, dtype, num_elements)
         self._values = _typed(self._wide, dtype, num_elements)
 
@@ -192,45 +171,6 @@ class CudaLinearReducer:
             _typed(self._pinned_out, dtype, self._num_elements).copy_(out, non_blocking=True)
         self._stream.synchronize()
         return self._pinned_out.numpy().data[: out.nbytes]
-
-
-class AgreeReducer:
-    """Integers and booleans: the first source's values; the others are compared with them."""
-
-    def __init__(self, staging: torch.Tensor, out: torch.Tensor) -> None:
-        self._staging = staging.numpy().data
-        self._out = out.numpy().data
-        self._disagreeing: set[int] = set()
-
-    def begin(self, run: Run, num_elements: int) -> None:
-        """Start a strip of a run."""
-        self._run = run
-        self._num_elements = num_elements
-        self._disagreeing.clear()
-
-    def staging(self, source: int) -> memoryview:
-        """Return the buffer to read this source's part of the strip into."""
-        return self._staging[: self._num_elements * element_nbytes(self._run.dtypes[source])]
-
-    def add(self, source: int, raw: memoryview) -> None:
-        """Keep the first source's bytes; compare another source's values with them."""
-        if source == 0:
-            self._kept = self._out[: len(raw)]
-            self._kept[:] = raw
-        elif not np.array_equal(self._integers(0, self._kept), self._integers(source, raw)):
-            self._disagreeing.add(source)
-
-    def finish(self) -> memoryview:
-        """Return the strip's output bytes, valid until the next `begin`."""
-        return self._kept
-
-    @property
-    def disagreeing(self) -> frozenset[int]:
-        """Sources whose values differ from the first one's in this strip."""
-        return frozenset(self._disagreeing)
-
-    def _integers(self, source: int, raw: memoryview) -> npt.NDArray[np.generic]:
-        return np.frombuffer(raw, dtype=_NUMPY_INTEGERS[self._run.dtypes[source]])
 
 
 def accumulate(
@@ -294,7 +234,8 @@ def canonicalise_nans(out: torch.Tensor) -> None:
     out.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf)
 
 
-def _sum_dtype(run: Run) -> torch.dtype:
+def sum_dtype(run: Run) -> torch.dtype:
+    """Return the dtype that a run is summed in: float64 where a source has it."""
     return torch.float64 if "F64" in run.dtypes else torch.float32
 
 
