@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from shardmix.api import inspect as inspect
     from shardmix.api import merge as merge
     from shardmix.api import plan_merge as plan_merge
+    from shardmix.api import report_plan as report_plan
     from shardmix.engine import ProgressEvent as ProgressEvent
     from shardmix.errors import BudgetError as BudgetError
     from shardmix.errors import MergeCancelled as MergeCancelled
@@ -31,15 +32,18 @@ if TYPE_CHECKING:
     from shardmix.recipe import WeightedSource as WeightedSource
     from shardmix.report import MergeReport as MergeReport
     from shardmix.report import ModelReport as ModelReport
+    from shardmix.report import PlanReport as PlanReport
 
 _HOME = {
     "merge": "api",
     "plan_merge": "api",
     "inspect": "api",
+    "report_plan": "api",
     "MergeOptions": "api",
     "MergePlan": "plan",
     "MergeReport": "report",
     "ModelReport": "report",
+    "PlanReport": "report",
     "ProgressEvent": "engine",
     "Recipe": "recipe",
     "WeightedSource": "recipe",

@@ -8,24 +8,31 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TypedDict
 
 from shardmix import engine, planner
 from shardmix.checkpoint import Checkpoint, open_checkpoint, read_config
-from shardmix.errors import RecipeError, SourceError
+from shardmix.errors import BudgetError, MergeCancelled, RecipeError, SourceError
 from shardmix.filesystem import free_nbytes
 from shardmix.hub import locate
 from shardmix.matching import check_mergeable
-from shardmix.memory import cuda_device_present, torch_has_cuda_build
+from shardmix.memory import MOST_WORKERS, cuda_device_present, torch_has_cuda_build
 from shardmix.naming import ties_word_embeddings
 from shardmix.plan import NUMBA, TORCH, MergePlan, RunSettings
 from shardmix.recipe import ModelsArgument, build_recipe
-from shardmix.reducer import load_backend
-from shardmix.report import MergeReport, ModelReport, PlanReport, report_merge, report_model
-from shardmix.report import report_plan as _report_plan
-from shardmix.staging import check_disk, check_output
+from shardmix.reducer import Backend, load_backend
+from shardmix.report import (
+    MergeReport,
+    ModelReport,
+    PlanReport,
+    describe_merge,
+    describe_model,
+    describe_plan,
+)
+from shardmix.staging import check_disk, check_output, resolve_output
 from shardmix.units import parse_size
 
 if sys.version_info >= (3, 11):
@@ -98,22 +105,29 @@ def merge(
         >>> report.peak_rss_bytes < 2 * 2**30
         True
     """
+    if cancel is not None and cancel.is_set():
+        raise MergeCancelled("the merge was cancelled before it began")
     plan = plan_merge(models, output, **options)
     check_disk(Path(plan.output), plan.disk_needed_nbytes)
+    backend, finding = _load(plan)
     notes: tuple[str, ...] = ()
-    backend = load_backend(plan)
-    finding = backend.finding()
-    if finding is not None:
-        if options.get("device", "auto") != "auto":
-            raise RecipeError(f"{finding}; use --device cpu (device='cpu')")
-        notes = (f"{finding}; merged on the CPU",)
-        options["device"] = "cpu"
+    if backend is None:
+        # What was chosen by ourselves may be chosen anew; what was asked for may not.
+        fall_back, option = (
+            ({"device": "cpu"}, "device")
+            if plan.settings.on_cuda
+            else ({"backend": TORCH}, "backend")
+        )
+        if options.get(option, "auto") != "auto":
+            raise RecipeError(f"{finding}; use --{option} {fall_back[option]}, or leave it to auto")
+        options.update(fall_back)  # type: ignore[typeddict-item]
+        notes = (f"{finding}; merged with {option} {fall_back[option]} instead",)
         plan = plan_merge(models, output, **options)
         backend = load_backend(plan)
     # With the backend loaded, what it takes is known rather than estimated.
     plan = plan.with_memory(planner.plan_memory(plan.settings))
     result = engine.execute(plan, backend, on_progress=on_progress, cancel=cancel)
-    return report_merge(
+    return describe_merge(
         plan,
         seconds=result.seconds,
         peak_rss=result.peak_resident_nbytes,
@@ -151,24 +165,30 @@ def plan_merge(
         normalize=options.get("normalize"),
         allow_weight_sum=options.get("allow_weight_sum"),
     )
-    absolute = None if output is None else Path(output).expanduser().absolute()
+    target = None if output is None else resolve_output(output)
     with _disk_errors_named():
-        if absolute is not None:
+        if target is not None:
             # Before sources are opened: that may mean hours of download.
-            check_output(absolute, overwrite=settings.overwrite, inputs=())
+            check_output(target, overwrite=settings.overwrite, inputs=())
         checkpoints = [_open_mergeable(source) for source in recipe.sources]
         donor = _donor(recipe.base, checkpoints[0])
-        if absolute is not None:
-            inputs = [_extent(checkpoint) for checkpoint in checkpoints]
+        if target is not None:
+            inputs = [path for checkpoint in checkpoints for path in _extent(checkpoint)]
             inputs += [donor.folder] if recipe.base is not None else []
-            check_output(absolute, overwrite=settings.overwrite, inputs=inputs)
-        return planner.plan_merge(recipe, checkpoints, donor, settings, output=absolute)
+            check_output(target, overwrite=settings.overwrite, inputs=inputs)
+        try:
+            return planner.plan_merge(recipe, checkpoints, donor, settings, output=target)
+        except BudgetError as error:
+            if options.get("device", "auto") != "auto" or not settings.on_cuda:
+                raise
+            on_cpu = replace(settings, device="cpu")
+            plan = planner.plan_merge(recipe, checkpoints, donor, on_cpu, output=target)
+            return replace(plan, warnings=(*plan.warnings, f"on the CPU, since on a GPU {error}"))
 
 
 def report_plan(plan: MergePlan) -> PlanReport:
     """Return what a plan means to people, with the room that is free for its output."""
-    free = free_nbytes(Path(plan.output)) if plan.output else None
-    return _report_plan(plan, disk_free=free)
+    return describe_plan(plan, disk_free=free_nbytes(Path(plan.output)) if plan.output else None)
 
 
 def inspect(source: str | PathLike[str]) -> ModelReport:
@@ -181,7 +201,7 @@ def inspect(source: str | PathLike[str]) -> ModelReport:
         22713216
     """
     with _disk_errors_named():
-        return report_model(open_checkpoint(str(source)))
+        return describe_model(open_checkpoint(str(source)))
 
 
 @contextmanager
@@ -202,9 +222,21 @@ def _open_mergeable(source: str) -> Checkpoint:
     return checkpoint
 
 
-def _extent(checkpoint: Checkpoint) -> Path:
-    """Return what of the disk is the checkpoint's: its folder, or the one file."""
-    return checkpoint.shards[0].path if checkpoint.is_single_file else checkpoint.folder
+def _extent(checkpoint: Checkpoint) -> list[Path]:
+    """Return what of the disk is the checkpoint's: its folder, and files that may be links."""
+    files = [shard.path for shard in checkpoint.shards]
+    return files if checkpoint.is_single_file else [checkpoint.folder, *files]
+
+
+def _load(plan: MergePlan) -> tuple[Backend | None, str | None]:
+    """Return the plan's backend, or None and why it cannot be used here."""
+    try:
+        backend = load_backend(plan)
+    except (ImportError, OSError, RuntimeError) as error:  # installed, but broken
+        reason = " ".join(str(error).split())
+        return None, f"{plan.settings.backend} cannot be used here ({reason})"
+    finding = backend.finding()
+    return (backend, None) if finding is None else (None, finding)
 
 
 def _settings(options: MergeOptions) -> RunSettings:
@@ -215,8 +247,8 @@ def _settings(options: MergeOptions) -> RunSettings:
     if backend not in BACKEND_CHOICES:
         raise RecipeError(f"backend {backend!r}: must be one of {', '.join(BACKEND_CHOICES)}")
     workers = options.get("workers")
-    if workers is not None and workers < 1:
-        raise RecipeError(f"workers {workers}: must be at least 1")
+    if workers is not None and not 1 <= workers <= MOST_WORKERS:
+        raise RecipeError(f"workers {workers}: must be from 1 to {MOST_WORKERS}")
     max_memory, max_vram = options.get("max_memory"), options.get("max_vram")
     return RunSettings(
         device=_device(options.get("device", "auto")),

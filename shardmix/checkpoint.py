@@ -156,7 +156,7 @@ def _weight_files(source: str, folder: Path) -> tuple[dict[str, str] | None, lis
     """Return the index's weight_map, if the folder has one, and the weight files in name order."""
     index_path = folder / INDEX_NAME
     # Both present: as in transformers, the single file counts.
-    if (folder / WEIGHTS_NAME).exists():
+    if os.path.lexists(folder / WEIGHTS_NAME):
         return None, [folder / WEIGHTS_NAME]
     if not index_path.exists():
         files = sorted(path.name for path in folder.iterdir())
@@ -170,9 +170,12 @@ def _weight_files(source: str, folder: Path) -> tuple[dict[str, str] | None, lis
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{index_path}: has no weight_map from tensor names to files")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not name or "\0" in name:
+            raise SourceError(f"{index_path}: names {name!r} as a file; it must be a file name")
     shard_names = set(weight_map.values())
     for name in shard_names:
-        _check_inside(index_path, folder, name)
+        _check_inside(index_path, name)
     paths = [folder / name for name in sorted(shard_names)]
     for path in paths:
         if not path.exists():
@@ -183,10 +186,8 @@ def _weight_files(source: str, folder: Path) -> tuple[dict[str, str] | None, lis
     return weight_map, paths
 
 
-def _check_inside(index_path: Path, folder: Path, name: object) -> None:
+def _check_inside(index_path: Path, name: str) -> None:
     # By the name alone: in the Hub's cache every shard is itself a link out of the folder.
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise SourceError(f"{index_path}: names {name!r} as a file; it must be a file name")
     relative = os.path.normpath(name)
     if Path(name).is_absolute() or relative.startswith("..") or "\\" in name:
         raise SourceError(

@@ -6,7 +6,7 @@ Lists them; copies nothing and reads no weights.
 from pathlib import Path, PurePosixPath
 
 from shardmix import naming
-from shardmix.checkpoint import read_json
+from shardmix.checkpoint import CONFIG_NAME, read_json
 from shardmix.errors import SourceError
 
 MODULES_NAME = "modules.json"
@@ -15,9 +15,12 @@ MODULES_NAME = "modules.json"
 def find_companions(folder: Path) -> tuple[str, ...]:
     """Return the files, relative to a model's folder, that an output needs besides weights.
 
+    None where the folder has no config and so is no model's.
     For a sentence-transformers model that includes the folder of each of its modules, whole.
     Raises `SourceError` where modules.json points outside the folder.
     """
+    if not any((folder / name).exists() for name in (CONFIG_NAME, MODULES_NAME)):
+        return ()  # a folder of files, such as a download folder, and no model's
     module_folders = _module_folders(folder)
     candidates = [entry.name for entry in folder.iterdir() if entry.is_file()]
     for subfolder in (*module_folders, naming.TEMPLATE_FOLDER):

@@ -223,10 +223,11 @@ def _run_workers(
         report()
         for thread in threads:
             while thread.is_alive():
+                _stop_if_cancelled(work, cancel)
                 thread.join(_PROGRESS_SECONDS)
                 report()
-                if cancel is not None and cancel.is_set():
-                    work.stop(MergeCancelled("the merge was cancelled; nothing was written"))
+        _stop_if_cancelled(work, cancel)
+        report()
     finally:
         # Also on KeyboardInterrupt, or an error of the callback: no thread outlives the merge.
         work.stop()
@@ -234,6 +235,11 @@ def _run_workers(
             if thread.ident is not None:
                 thread.join()
         work.close()
+
+
+def _stop_if_cancelled(work: _Work, cancel: threading.Event | None) -> None:
+    if cancel is not None and cancel.is_set():
+        work.stop(MergeCancelled("the merge was cancelled; nothing was written"))
 
 
 def _work_through(plan: MergePlan, backend: Backend, work: _Work) -> None:

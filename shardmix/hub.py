@@ -8,6 +8,9 @@ import glob
 import json
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +19,9 @@ from shardmix.naming import is_companion_file
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+
+SHOW_DOWNLOADS = ContextVar("SHOW_DOWNLOADS", default=False)
+"""Whether downloads show progress bars on standard error; a library keeps still."""
 
 _LOGGER = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^@\s]+)?")
@@ -83,7 +89,8 @@ def _download(repo_id: str, revision: str | None, *, with_weights: bool) -> Path
         return cached
     files = [sibling.rfilename for sibling in info.siblings or ()]
     try:
-        return _fetch(repo_id, revision, files, commit=info.sha, with_weights=with_weights)
+        with _progress_bars(shown=SHOW_DOWNLOADS.get()):
+            return _fetch(repo_id, revision, files, commit=info.sha, with_weights=with_weights)
     except SourceError as error:
         raise SourceError(f"{named}: {error}") from None
     except Exception as error:
@@ -94,6 +101,25 @@ def _download(repo_id: str, revision: str | None, *, with_weights: bool) -> Path
             or f"the download failed ({_one_line(error)}); what has arrived is kept: try again"
         )
         raise SourceError(f"{named}: {finding}") from None
+
+
+@contextmanager
+def _progress_bars(*, shown: bool) -> Iterator[None]:
+    """Keep huggingface_hub's own bars from a terminal, unless they are wanted there."""
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    hide = not shown and not are_progress_bars_disabled()
+    if hide:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            enable_progress_bars()
 
 
 def _fetch(

@@ -17,6 +17,10 @@ from shardmix.safetensors_layout import DTYPES, FLOAT_DTYPES, INTEGER_DTYPES
 
 _NUM_LISTED = 3
 
+# Integers that quantised codes are packed into (MLX, HQQ, quanto and others, each with names of its
+# own). Models have matrices of int64 and booleans, but not of these.
+_PACKING_DTYPES = frozenset({"U8", "I8", "U16", "I16", "U32", "I32"})
+
 
 @dataclass(frozen=True, slots=True)
 class MatchedTensors:
@@ -47,12 +51,12 @@ def check_mergeable(checkpoint: Checkpoint) -> None:
         )
     # One tensor of each kind is enough to look at: 90,000 experts have few.
     kinds = {
-        (rank, name.rpartition(".")[2]): row
-        for row, (name, rank) in enumerate(
-            zip(table.names, table.dtype_ranks.tolist(), strict=True)
+        (rank, name.rpartition(".")[2], len(shape)): row
+        for row, (name, rank, shape) in enumerate(
+            zip(table.names, table.dtype_ranks.tolist(), table.shapes, strict=True)
         )
     }
-    for (rank, ending), row in kinds.items():
+    for (rank, ending, _), row in kinds.items():
         dtype, name = DTYPES[rank], table.names[row]
         if dtype not in FLOAT_DTYPES and dtype not in INTEGER_DTYPES:
             raise SourceError(
@@ -60,7 +64,10 @@ def check_mergeable(checkpoint: Checkpoint) -> None:
                 "would be silently wrong: merge checkpoints in float16, bfloat16, float32 or "
                 "float64"
             )
-        if naming.marks_quantisation(ending, dtype):
+        packed = dtype in _PACKING_DTYPES and len(table.shapes[row]) >= 2
+        if naming.marks_quantisation(ending, dtype) or (
+            packed and not naming.is_computed_buffer(name)
+        ):
             raise SourceError(
                 f"{source}: holds {name}, a mark of quantised weights; a weighted sum of quantised "
                 "codes would be silently wrong: merge the unquantised checkpoints"
@@ -79,13 +86,14 @@ def match_tensors(checkpoints: Sequence[Checkpoint], *, base_tied: bool | None) 
     notes: list[str] = []
     names = list(checkpoints[0].table.names)
     partial = _names_not_in_all(row_of)
-    left_out = [name for name in partial if naming.is_computed_buffer(name)]
+    left_out = dict.fromkeys(name for name in partial if naming.is_computed_buffer(name))
     if left_out:
         notes.append(
-            f"left out {_listed(left_out)}: not in every model; transformers computes it by itself"
+            f"left out {_listed(list(left_out))}: not in every model; transformers computes it "
+            "by itself"
         )
-        names = [name for name in names if name not in set(left_out)]
-    partial = [name for name in partial if not naming.is_computed_buffer(name)]
+        names = [name for name in names if name not in left_out]
+        partial = [name for name in partial if name not in left_out]
     aliases = [
         _aliases(checkpoint, rows, partial)
         for checkpoint, rows in zip(checkpoints, row_of, strict=True)
@@ -94,17 +102,19 @@ def match_tensors(checkpoints: Sequence[Checkpoint], *, base_tied: bool | None) 
 
     # A head that only some models store must be stored in the output, unless all of them tie it.
     untie = False
+    says_tied = [naming.ties_word_embeddings(checkpoint.config) for checkpoint in checkpoints]
     heads = {name for name in (*names, *partial) if naming.is_tied_head(name)}
     for head in sorted(heads):
         untied = [
-            head in rows and naming.ties_word_embeddings(checkpoint.config) is not True
-            for checkpoint, rows in zip(checkpoints, row_of, strict=True)
+            head in rows and tied is not True for rows, tied in zip(row_of, says_tied, strict=True)
         ]
         if not any(untied):
             continue
         if head not in row_of[0]:
             names.append(head)
-        if base_tied is True or not all(untied):
+        # A config that is silent means what its class defaults to, which may be a tie.
+        silent_base = base_tied is None and False in says_tied
+        if base_tied is True or silent_base or not all(untied):
             untie = True
             notes.append(
                 f"{head}: stored by some models and tied to the input embedding in others; the "

@@ -1,6 +1,6 @@
 """Memory as a promise: what a merge will take at its peak, and what the process took.
 
-    projected peak = reserved + metadata + workers × BUFFERS_PER_WORKER × strip
+    projected peak = reserved + workers × (BUFFERS_PER_WORKER × strip + a little)
 
 Knows sizes alone: no files, no tensors, no torch (it looks whether that is loaded, and what kind of
 build it is, without importing it).
@@ -22,10 +22,9 @@ from shardmix.units import KIB, MIB, format_mib
 # accumulator and the rounded output. A strip is sized by its accumulator, so none is larger.
 BUFFERS_PER_WORKER = 4
 
-# Strips of 2 MiB of float32 (1 MiB of a bfloat16 source) measured fastest on CPUs: large enough to
-# hide the interpreter, small enough for the caches. A GPU wants larger copies.
-CPU_STRIP_NBYTES = 2 * MIB
-CUDA_STRIP_NBYTES = 32 * MIB
+# What measured fastest: large enough to hide the interpreter (torch makes three passes of a dozen
+# calls), small enough for the caches. A GPU wants larger copies.
+BEST_STRIP_NBYTES = {"numba": 1 * MIB, "torch": 2 * MIB, "cuda": 32 * MIB}
 LEAST_STRIP_NBYTES = 64 * KIB
 
 # What a library takes in memory once imported and first used, for planning in a process that has
@@ -36,10 +35,13 @@ _LIBRARY_NBYTES = {"torch": 200 * MIB, "numba": 140 * MIB}
 _TORCH_CUDA_BUILD_NBYTES = 450 * MIB
 _CUDA_CONTEXT_NBYTES = 600 * MIB
 
-# Room for what a run adds on top of the imports: thread stacks, allocator slack, the page tables
-# and pages around a mapped strip, the model card, the progress display.
+# Room for what a run adds on top of the imports: thread stacks, allocator slack, the model card,
+# the progress display; and for each worker its stack and the pages mapped around a strip.
 _RUN_NBYTES = 16 * MIB
-_WORKER_NBYTES = 2 * MIB
+MOST_DEFAULT_WORKERS = 8
+MOST_WORKERS = 256
+"""More threads than that only stand in one another's way."""
+_WORKER_NBYTES = 4 * MIB
 
 
 def resident_nbytes() -> int:
@@ -112,23 +114,23 @@ def fit_memory(
     *,
     reserved: int,
     on_cuda: bool,
+    best_strip: int,
     workers: int | None = None,
     max_memory: int | None = None,
     max_vram: int | None = None,
 ) -> MemoryPlan:
-    """Choose the largest useful strip, and the workers, that keep both budgets.
+    """Choose the strip, at most the best one, and the workers, that keep both budgets.
 
-    Without a budget a strip is what speed needs and no more. A tight budget first shrinks the
-    strip, then takes workers away (unless their number was asked for).
+    Without a budget a strip is what speed needs (`best_strip`) and no more. A tight budget first
+    shrinks the strip, then takes workers away (unless their number was asked for).
 
     Raises `BudgetError` where not even one smallest strip fits, naming the least that works.
     """
     most_workers = workers or default_workers(on_cuda=on_cuda)
     fewest_workers = most_workers if workers else 1
-    strip = CUDA_STRIP_NBYTES if on_cuda else CPU_STRIP_NBYTES
-    small_strip = strip // 8
+    small_strip = best_strip // 8
     choices = [
-        *((most_workers, size) for size in _halvings(strip, small_strip)),
+        *((most_workers, size) for size in _halvings(best_strip, small_strip)),
         *((count, small_strip) for count in range(most_workers - 1, fewest_workers - 1, -1)),
         *((fewest_workers, size) for size in _halvings(small_strip // 2, LEAST_STRIP_NBYTES)),
     ]
@@ -146,21 +148,27 @@ def fit_memory(
                 projected_vram_nbytes=vram,
             )
     # The last choice is the smallest; what it takes is the least that works.
-    short, least, given = (
-        ("--max-vram", vram, max_vram) if fits_memory else ("--max-memory", peak, max_memory)
+    short, least, given, share = (
+        ("--max-vram", vram, max_vram, "")
+        if fits_memory
+        else (
+            "--max-memory",
+            peak,
+            max_memory,
+            f" ({format_mib(reserved)} of it for Python, libraries and what the process holds)",
+        )
     )
     workers_remedy = f", or ask for fewer than {workers} workers" if (workers or 1) > 1 else ""
     raise BudgetError(
         f"{short} {format_mib(given or 0)}: too small; the least that works here is "
-        f"{format_mib(least)} ({format_mib(reserved)} of it for Python, torch and what the process "
-        f"already holds); raise the budget{workers_remedy}"
+        f"{format_mib(least)}{share}; raise the budget{workers_remedy}"
     )
 
 
 def default_workers(*, on_cuda: bool) -> int:
     """Return how many strips to have in flight where nobody said: one a core, at most eight."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(2 if on_cuda else 1, min(cores or 1, 8))
+    return max(2 if on_cuda else 1, min(cores or 1, MOST_DEFAULT_WORKERS))
 
 
 def _halvings(size: int, least: int) -> list[int]:

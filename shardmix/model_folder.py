@@ -4,9 +4,12 @@ Copies files and writes small JSON and Markdown; reads no tensors.
 """
 
 import json
+import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
@@ -17,8 +20,11 @@ from shardmix.companions import MODULES_NAME
 from shardmix.errors import OutputError
 from shardmix.hub import INDEX_NAME
 from shardmix.plan import MergePlan
+from shardmix.recipe import WEIGHT_SUM_TOLERANCE
+from shardmix.safetensors_layout import HEADER_LENGTH_NBYTES
 
 CARD_NAME = "README.md"
+DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 def write_companions(plan: MergePlan, folder: Path) -> None:
@@ -33,6 +39,8 @@ def write_companions(plan: MergePlan, folder: Path) -> None:
     if CONFIG_NAME in plan.companions:
         config = read_json(folder / CONFIG_NAME)
         adapted = adapted_config(config, dtype=plan.config_dtype, untie=plan.untie_word_embeddings)
+        if plan.dtype != "keep" and not any(map(adapted.get, DTYPE_KEYS)):
+            adapted["torch_dtype"] = plan.config_dtype  # transformers 5 reads the old key as well
         # Untouched where nothing changes: then it stays the donor's, byte for byte.
         if adapted != config:
             _write_json(folder / CONFIG_NAME, adapted)
@@ -42,10 +50,18 @@ def write_index(plan: MergePlan, folder: Path) -> None:
     """Write the index of a sharded output, as huggingface_hub lays it out; nothing for one file."""
     if len(plan.shards) == 1:
         return
-    weight_map = {name: shard.filename for shard in plan.shards for name in shard.tensor_names}
-    data_nbytes = sum(shard.file_nbytes - len(shard.header.encode()) - 8 for shard in plan.shards)
-    index = {"metadata": {"total_size": data_nbytes}, "weight_map": weight_map}
-    _write_json(folder / INDEX_NAME, index, sort_keys=True)
+    data_nbytes = sum(
+        shard.file_nbytes - len(shard.header.encode()) - HEADER_LENGTH_NBYTES
+        for shard in plan.shards
+    )
+    places = sorted((name, shard.filename) for shard in plan.shards for name in shard.tensor_names)
+    with _writing(folder / INDEX_NAME) as file:
+        # Line by line: as one text, the index of 90,000 tensors takes 17 MiB that nobody planned.
+        file.write(f'{{\n  "metadata": {{"total_size": {data_nbytes}}},\n  "weight_map": {{')
+        for number, (name, filename) in enumerate(places):
+            quoted = json.dumps(name, ensure_ascii=False)
+            file.write(f"{',' * (number > 0)}\n    {quoted}: {json.dumps(filename)}")
+        file.write("\n  }\n}\n")
 
 
 def write_model_card(plan: MergePlan, folder: Path) -> None:
@@ -56,7 +72,9 @@ def write_model_card(plan: MergePlan, folder: Path) -> None:
         library_name=_library_name(plan),
         tags=["merge", "shardmix"],
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_card_text(plan)}").save(folder / CARD_NAME)
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_card_text(plan)}")
+    with _writing(folder / CARD_NAME) as file:
+        file.write(str(card))
 
 
 def adapted_config(config: dict[str, Any], *, dtype: str, untie: bool) -> dict[str, Any]:
@@ -71,7 +89,7 @@ def adapted_config(config: dict[str, Any], *, dtype: str, untie: bool) -> dict[s
             adapted[key] = adapted_config(value, dtype=dtype, untie=False)
             if "tie_word_embeddings" in value and untie:
                 adapted[key]["tie_word_embeddings"] = False
-        elif key in ("dtype", "torch_dtype") and isinstance(value, str) and dtype:
+        elif key in DTYPE_KEYS and isinstance(value, str) and dtype:
             adapted[key] = dtype
         else:
             adapted[key] = value
@@ -94,14 +112,21 @@ def _library_name(plan: MergePlan) -> str | None:
 def _card_text(plan: MergePlan) -> str:
     title = Path(plan.output).name
     # By public name: a card travels, and the paths of a machine are nobody else's business.
+    content: dict[str, Any] = {
+        "models": [
+            {"source": name, "weight": weight}
+            for name, weight in zip(plan.public_names, plan.weights, strict=True)
+        ],
+        "dtype": plan.dtype,
+    }
+    if plan.base_name != plan.public_names[0]:
+        content["base"] = plan.base_name
+    if plan.max_shard_size is not None:
+        content["max_shard_size"] = plan.max_shard_size
+    if abs(math.fsum(plan.weights) - 1) > WEIGHT_SUM_TOLERANCE:
+        content["allow_weight_sum"] = True
     recipe = yaml.safe_dump(
-        {
-            "models": [
-                {"source": name, "weight": weight}
-                for name, weight in zip(plan.public_names, plan.weights, strict=True)
-            ],
-            "dtype": plan.dtype,
-        },
+        content,
         sort_keys=False,
         allow_unicode=True,
     )
@@ -131,9 +156,15 @@ Config, tokenizer and the other files beside the weights are those of `{plan.bas
 """
 
 
-def _write_json(path: Path, content: dict[str, Any], *, sort_keys: bool = False) -> None:
-    text = json.dumps(content, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n"
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with _writing(path) as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[TextIO]:
     try:
-        path.write_text(text, encoding="utf-8")
+        with path.open("w", encoding="utf-8") as file:
+            yield file
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror})") from None

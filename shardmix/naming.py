@@ -13,12 +13,11 @@ from typing import Any
 _TIED_HEAD_ENDINGS = (
     "lm_head.weight",
     "embed_out.weight",
-    "proj_out.weight",
-    "output_projection.weight",
     "lm_head.decoder.weight",
     "cls.predictions.decoder.weight",
     "predictions.decoder.weight",
 )
+_TIED_HEAD_NAMES = ("proj_out.weight", "output_projection.weight")  # elsewhere, inner layers
 # ... copies of one embedding in encoder-decoder models, shared whatever the config says ...
 _TIED_INPUT_ENDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _TIED_BIAS_ENDING = ".decoder.bias"
@@ -36,8 +35,8 @@ _TIE_SOURCE_ENDINGS = (
 # Buffers that transformers computes by itself and ignores in a checkpoint. Old versions saved
 # them, newer ones don't; whether they are there says nothing about the model.
 _COMPUTED_BUFFER = re.compile(
-    r"(^|\.)(position_ids|rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|"
-    r"attention\.bias|attention\.masked_bias|rotary_emb\.original_inv_freq)$"
+    r"(^|\.)(position_ids|rotary_emb\.(original_)?inv_freq|h\.\d+\.attn\.(masked_)?bias|"
+    r"attention\.(masked_)?bias)$"
 )
 
 # Side tensors that give quantised storage away, by the last part of their names. Their weights are
@@ -48,6 +47,7 @@ _QUANTISED_NAMES = frozenset(
         *("weight_scale", "weight_scale_inv", "input_scale"),
     )
 )
+_QUANTISATION_KEYS = ("quantization_config", "compression_config", "quantization")
 _QUANTISED_PREFIX = "bitsandbytes__"
 _QUANTISED_BYTE_ENDINGS = ("_blocks", "_scales")  # MXFP4; ordinary names unless they hold bytes
 
@@ -59,7 +59,7 @@ def is_computed_buffer(name: str) -> bool:
 
 def is_tied_head(name: str) -> bool:
     """Tell whether this is an output head, left out where the config ties it."""
-    return _has_ending(name, _TIED_HEAD_ENDINGS)
+    return _has_ending(name, _TIED_HEAD_ENDINGS) or name in _TIED_HEAD_NAMES
 
 
 def is_tied_input(name: str) -> bool:
@@ -101,7 +101,7 @@ def marks_quantisation(ending: str, dtype: str) -> bool:
 def quantisation_method(config: Mapping[str, Any]) -> str | None:
     """Return the quantisation method that a config declares, or None."""
     for part in config_parts(config):
-        quantisation = part.get("quantization_config")
+        quantisation = next(filter(None, map(part.get, _QUANTISATION_KEYS)), None)
         if quantisation:
             method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
             return str(method or "unknown method")
@@ -113,7 +113,8 @@ def ties_word_embeddings(config: Mapping[str, Any]) -> bool | None:
 
     The key of the whole model counts before that of its text part.
     """
-    for part in config_parts(config):
+    text = config.get("text_config")
+    for part in (config, *([text] if isinstance(text, dict) else []), *config_parts(config)[1:]):
         value = part.get("tie_word_embeddings")
         if isinstance(value, bool):
             return value
@@ -126,7 +127,7 @@ def config_parts(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         value
         for key, value in config.items()
         if isinstance(value, dict) and (key.endswith("_config") or key in ("encoder", "decoder"))
-        if key not in ("quantization_config", "generation_config")
+        if key not in (*_QUANTISATION_KEYS, "generation_config")
     ]
     return [dict(config), *nested]
 
@@ -149,7 +150,8 @@ _COMPANION_SUFFIXES = (
 )
 _COMPANION_PREFIXES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _NOT_COMPANIONS = re.compile(
-    r".*\.index\.json|.*_results\.json|trainer_state\.json|requirements.*\.txt|shardmix\.json"
+    r".*\.index\.json|.*_results\.json|trainer_state\.json|requirements.*\.txt|shardmix\.json|"
+    r"adapter_config\.json"
 )
 TEMPLATE_FOLDER = "additional_chat_templates"
 _SENTENCE_TRANSFORMERS_FOLDER = re.compile(r"\d+_\w+")

@@ -125,6 +125,8 @@ class MergePlan:
     """The factor of each source, in double precision."""
     dtype: str
     """What was asked for: keep, float32, float16 or bfloat16."""
+    max_shard_size: int | None
+    """What was asked for; None: the first model's own shards."""
     output: str
     """Absolute path of the output folder."""
     base_name: str

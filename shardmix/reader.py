@@ -9,13 +9,15 @@ import mmap
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from shardmix.errors import SourceError
 from shardmix.filesystem import MAX_IO_NBYTES
 from shardmix.plan import SourceFile
 
-# Files that one worker keeps open; enough for the shards that are in use at one time.
+# Files that one worker keeps open (each once more where it is mapped); enough for the shards in
+# use at one time, and with eight workers still far from the usual limit of 1024.
 _MAX_OPEN_FILES = 32
 
 # A fault maps neighbours of the page it was for, up to a whole huge page: give them back too.
@@ -24,6 +26,12 @@ _GIVE_BACK_ALIGNMENT = 2 << 20
 
 # What the widest element wants of its address.
 _ELEMENT_ALIGNMENT = 8
+
+
+# Private and writable, since torch wants buffers that it could write (none is written); without
+# reserving memory for that, or no file larger than the memory could be mapped.
+_MAP_FLAGS = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
+_MAP_PROTECTION = mmap.PROT_READ | mmap.PROT_WRITE
 
 
 class Reader(Protocol):
@@ -136,8 +144,12 @@ class MmapReader:
         mapping = self._maps.get(file)
         descriptor = self._open.descriptor(file)
         if mapping is None:
-            # Private, so that the buffer counts as writable, which torch wants; none is written.
-            mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+            try:
+                mapping = mmap.mmap(descriptor, 0, flags=_MAP_FLAGS, prot=_MAP_PROTECTION)
+            except OSError as error:
+                raise SourceError(
+                    f"{self._open.path(file)}: cannot be mapped ({error.strerror}); use --io pread"
+                ) from None
             self._maps[file] = mapping
             evicted = self._open.evict_oldest()
             if evicted is not None:
@@ -156,7 +168,8 @@ class MmapReader:
             return
         mapping, view, offset, nbytes = self._mapped
         self._mapped = None
-        view.release()
+        with suppress(BufferError):  # after an error its traceback may still hold the view
+            view.release()
         start = offset - offset % _GIVE_BACK_ALIGNMENT
         stop = min(offset + nbytes + _GIVE_BACK_ALIGNMENT, len(mapping))
         mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
@@ -165,5 +178,6 @@ class MmapReader:
         """Unmap and close all files."""
         self.release()
         while self._maps:
-            self._maps.popitem()[1].close()
+            with suppress(BufferError):
+                self._maps.popitem()[1].close()
         self._open.close()

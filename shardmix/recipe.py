@@ -18,6 +18,7 @@ from shardmix.units import parse_size
 
 WEIGHT_SUM_TOLERANCE = 1e-3
 OUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_LARGEST_WEIGHT = 3.4028234663852886e38  # of float32
 RECIPE_SUFFIXES = (".yaml", ".yml")
 
 
@@ -44,7 +45,7 @@ class Recipe:
     max_shard_size: int | None = None
     """Largest output shard in bytes; None: the first model's own shard layout."""
     normalize: bool = False
-    """The weights given were rescaled to sum to 1."""
+    """The weights are still to be rescaled to sum to 1."""
     allow_weight_sum: bool = False
     """Weights whose sum is not 1 are meant."""
 
@@ -77,25 +78,32 @@ def build_recipe(models: ModelsArgument, **options: Any) -> Recipe:
     elif isinstance(models, str | Path):
         recipe = load_recipe(Path(models))
     else:
-        pairs = models.items() if isinstance(models, Mapping) else models
+        try:
+            pairs = list(models.items() if isinstance(models, Mapping) else models)
+        except TypeError:
+            raise RecipeError(
+                f"models: {type(models).__name__} given; give a mapping source → weight, pairs "
+                "(source, weight), or the path of a recipe"
+            ) from None
         recipe = Recipe(models=tuple(_weighted_source(pair) for pair in pairs))
     given = {key: value for key, value in options.items() if value is not None}
     return checked(replace(recipe, **given))
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a YAML recipe. Raises `RecipeError` naming file, key and the nearest valid key."""
+    """Read a YAML recipe, unchecked. Raises `RecipeError` naming file, key, nearest valid key."""
     try:
         content = yaml.load(path.read_bytes(), Loader=_StrictLoader)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        finding = " ".join(str(error).split())[:300]
+        raise RecipeError(f"{path}: not valid YAML: {finding}") from None
     return recipe_from_dict(content, origin=str(path))
 
 
 def recipe_from_dict(content: object, *, origin: str = "recipe") -> Recipe:
-    """Build a recipe from parsed YAML or JSON, refusing what it does not know."""
+    """Build a recipe, unchecked, from parsed YAML or JSON, refusing what it does not know."""
     top = _known_keys(content, _RECIPE_KEYS, origin)
     models = top.get("models")
     if not isinstance(models, list):
@@ -119,7 +127,7 @@ def recipe_from_dict(content: object, *, origin: str = "recipe") -> Recipe:
     for key in ("dtype", "base"):
         if key in options:
             options[key] = str(options[key])
-    return checked(Recipe(models=tuple(_weighted_source(pair) for pair in pairs), **options))
+    return Recipe(models=tuple(_weighted_source(pair) for pair in pairs), **options)
 
 
 def parse_source_words(words: list[str]) -> list[tuple[str, float]]:
@@ -127,9 +135,10 @@ def parse_source_words(words: list[str]) -> list[tuple[str, float]]:
     pairs = []
     for word in words:
         source, equals, weight = word.rpartition("=")
-        if not equals or not source:
+        if not source:
+            missing, example = ("source", "./model") if equals else ("weight", word)
             raise RecipeError(
-                f"{word!r}: no weight given; write SOURCE=WEIGHT, such as {word.rstrip('=')}=0.5"
+                f"{word!r}: no {missing} given; write SOURCE=WEIGHT, such as {example}=0.5"
             )
         pairs.append((source, _number(weight, where=word)))
     return pairs
@@ -143,9 +152,10 @@ def checked(recipe: Recipe) -> Recipe:
             f"{len(weights)} model{'s' * (len(weights) != 1)} given: a merge needs at least two; "
             "name each as SOURCE=WEIGHT"
         )
-    for model in recipe.models:
-        if not math.isfinite(model.weight):
-            raise RecipeError(f"{model.source}: weight {model.weight} is not a finite number")
+    _refuse_non_finite(recipe)
+    for source in (*recipe.sources, *([recipe.base] if recipe.base is not None else [])):
+        if not source.strip():
+            raise RecipeError("a source is empty; name a model folder, a file or a Hub id")
     if recipe.dtype != "keep" and recipe.dtype not in OUT_DTYPES:
         choices = ("keep", *OUT_DTYPES)
         raise RecipeError(
@@ -156,16 +166,23 @@ def checked(recipe: Recipe) -> Recipe:
     if recipe.normalize:
         if total == 0:
             raise RecipeError("weights sum to 0 and so cannot be normalised to sum to 1")
-        return replace(
-            recipe,
-            models=tuple(replace(model, weight=model.weight / total) for model in recipe.models),
-        )
+        models = tuple(replace(model, weight=model.weight / total) for model in recipe.models)
+        normalized = replace(recipe, models=models, normalize=False)  # done, and once only
+        _refuse_non_finite(normalized)
+        return normalized
     if abs(total - 1) > WEIGHT_SUM_TOLERANCE and not recipe.allow_weight_sum:
         raise RecipeError(
             f"weights sum to {total:.6g}, not 1; correct them, or use --normalize (normalize=True) "
             "to rescale them, or --allow-weight-sum (allow_weight_sum=True) if this sum is meant"
         )
     return recipe
+
+
+def _refuse_non_finite(recipe: Recipe) -> None:
+    for model in recipe.models:
+        # Sums are in float32: a weight beyond its range is infinite there.
+        if not abs(model.weight) <= _LARGEST_WEIGHT:
+            raise RecipeError(f"{model.source}: weight {model.weight} is not a finite number")
 
 
 def _weighted_source(pair: object) -> WeightedSource:
@@ -213,7 +230,7 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            if key_node.value in seen and isinstance(key_node, yaml.ScalarNode):
+            if isinstance(key_node, yaml.ScalarNode) and key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     problem=f"key {key_node.value!r} is given twice",
                     problem_mark=key_node.start_mark,

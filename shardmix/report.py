@@ -141,7 +141,7 @@ class ModelReport:
     """All tensors, by file and within it by offset."""
 
 
-def report_plan(plan: MergePlan, *, disk_free: int | None) -> PlanReport:
+def describe_plan(plan: MergePlan, *, disk_free: int | None) -> PlanReport:
     """Return what a plan means to people."""
     return PlanReport(
         output=plan.output,
@@ -168,7 +168,7 @@ def report_plan(plan: MergePlan, *, disk_free: int | None) -> PlanReport:
     )
 
 
-def report_merge(
+def describe_merge(
     plan: MergePlan,
     *,
     seconds: float,
@@ -198,7 +198,7 @@ def report_merge(
     )
 
 
-def report_model(checkpoint: Checkpoint) -> ModelReport:
+def describe_model(checkpoint: Checkpoint) -> ModelReport:
     """Return what a checkpoint holds."""
     tensors = tuple(checkpoint.tensors())
     dtypes: dict[str, int] = {}

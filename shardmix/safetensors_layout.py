@@ -108,6 +108,9 @@ class HeaderEntry(msgspec.Struct, gc=False):
     """First and past-the-last byte, counted from the end of the header."""
 
 
+_DECODER = msgspec.json.Decoder(HeaderEntry)
+
+
 def decode_header(header: bytes, *, file_nbytes: int) -> dict[str, HeaderEntry]:
     """Return name → entry from a JSON header, as it stands there.
 
@@ -115,10 +118,11 @@ def decode_header(header: bytes, *, file_nbytes: int) -> dict[str, HeaderEntry]:
     bytes. (Checkpoints also let safetensors' own parser judge each file.)
     """
     try:
-        entries = msgspec.json.decode(header, type=dict[str, HeaderEntry])
+        raw = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
+        raw.pop("__metadata__", None)  # has fields of its own kind; safetensors judges them
+        entries = {name: _DECODER.decode(entry) for name, entry in raw.items()}
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise SourceError(f"has a header that does not parse ({error}); fetch it again") from None
-    entries.pop("__metadata__", None)
     for name, entry in entries.items():
         if entry.dtype not in _DTYPE_BITS or entry.data_offsets[0] < 0:
             raise SourceError(

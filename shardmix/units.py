@@ -1,9 +1,11 @@
 """Sizes: "2GiB" to bytes and back."""
 
 import re
+from fractions import Fraction
 
 from shardmix.errors import RecipeError
 
+_TOO_MUCH = 1 << 63
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 _FACTORS = {
@@ -12,7 +14,7 @@ _FACTORS = {
     **{unit + "B": 1000**power for power, unit in enumerate("KMGT", start=1)},
     **{unit + "IB": 1024**power for power, unit in enumerate("KMGT", start=1)},
 }
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d{1,40}(?:\.\d{1,40})?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def parse_size(text: str | int) -> int:
@@ -20,17 +22,19 @@ def parse_size(text: str | int) -> int:
 
     An integer, or digits alone, count bytes. Raises `RecipeError` for anything else.
     """
-    if isinstance(text, int):
+    if isinstance(text, int) and not isinstance(text, bool):
         num_bytes = text
     else:
-        match = _SIZE.fullmatch(text)
+        match = _SIZE.fullmatch(text) if isinstance(text, str) else None
         factor = _FACTORS.get(match[2].upper()) if match else None
         if match is None or factor is None:
             raise RecipeError(
                 f"size {text!r}: not a size; write a number and a unit, "
                 "such as 512MiB, 2GB or 1.5GiB"
             )
-        num_bytes = int(float(match[1]) * factor)
+        num_bytes = int(Fraction(match[1]) * factor)
+    if num_bytes >= _TOO_MUCH:
+        raise RecipeError(f"size {str(text)[:40]!r}: more bytes than any machine has")
     if num_bytes <= 0:
         raise RecipeError(f"size {text!r}: must be more than zero")
     return num_bytes

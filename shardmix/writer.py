@@ -19,12 +19,14 @@ class ShardWriter:
     def __init__(self, path: Path, *, file_nbytes: int) -> None:
         self._path = path
         self._lock = threading.Lock()
+        self._descriptor = -1
         try:
             self._descriptor = os.open(
                 path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666
             )
             os.truncate(self._descriptor, file_nbytes)
         except OSError as error:
+            self.close()
             raise _output_error(path, error) from None
 
     def write(self, offset: int, data: memoryview) -> None:
@@ -43,14 +45,14 @@ class ShardWriter:
         The header comes last: until then the file is not valid safetensors.
         """
         encoded = header.encode()
-        prefix = len(encoded).to_bytes(HEADER_LENGTH_NBYTES, "little")
-        self.write(0, memoryview(prefix + encoded))
+        self.write(HEADER_LENGTH_NBYTES, memoryview(encoded))
+        self.write(0, memoryview(len(encoded).to_bytes(HEADER_LENGTH_NBYTES, "little")))
         try:
             if fsync:
                 os.fsync(self._descriptor)
+            self.close()  # network disks may say only now that they are full
         except OSError as error:
             raise _output_error(self._path, error) from None
-        self.close()
 
     def close(self) -> None:
         """Close the file, finished or not."""

@@ -176,7 +176,10 @@ def test_an_index_that_points_outside_the_folder_is_refused(tmp_path, name):
     assert "outside the model's folder" in message or "must be a file name" in message
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": ["x"]}}'],
+)
 def test_a_damaged_index_is_refused(tmp_path, content):
     folder = sharded(tmp_path)
     (folder / "model.safetensors.index.json").write_text(content)
@@ -221,6 +224,41 @@ def test_marks_of_quantised_weights_are_refused(tmp_path, name):
     tensors = {name: torch.zeros(4, dtype=torch.uint8), "w": torch.zeros(1)}
     save_file(tensors, tmp_path / "model.safetensors")
     assert "quantised" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+def test_matrices_of_packed_integers_are_refused_whatever_their_names(tmp_path, dtype):
+    tensors = {"layer.W_q": torch.zeros(4, 4, dtype=dtype), "w": torch.zeros(1)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert "layer.W_q" in refused(tmp_path)
+
+
+def test_integer_buffers_of_ordinary_models_are_fine(tmp_path):
+    tensors = {
+        "embeddings.position_ids": torch.arange(4)[None],
+        "relative_position_index": torch.zeros(4, 4, dtype=torch.int64),
+        "mask": torch.ones(4, 4, dtype=torch.bool),
+        "num_batches_tracked": torch.tensor(3, dtype=torch.int32),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    check_mergeable(open_checkpoint(str(tmp_path)))
+
+
+def test_metadata_may_have_keys_named_like_a_tensors_fields(tmp_path):
+    metadata = {"shape": "round", "dtype": "any", "data_offsets": "none"}
+    save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors", metadata=metadata)
+    assert open_checkpoint(str(tmp_path)).table.names == ("w",)
+
+
+def test_a_dangling_link_is_named(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
+    assert "model.safetensors cannot be read" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["compression_config", "quantization"])
+def test_other_ways_to_declare_quantisation_are_known(tmp_path, key):
+    config = {**CONFIG, key: {"bits": 4}}
+    assert "is quantised" in refused(save_model(tmp_path, random_model(1), config=config))
 
 
 def test_a_config_that_declares_quantisation_is_refused(tmp_path):

@@ -149,3 +149,25 @@ def test_buffers_that_transformers_computes_are_left_out_where_not_all_have_them
     matched, sources = matched_sources(opened(tmp_path / "all", models[0], models[0]))
     assert buffer in sources
     assert not matched.notes
+
+
+def test_inner_layers_named_like_an_output_head_are_no_heads(tmp_path):
+    inner = {"blocks.0.proj_out.weight": (4, 4), EMBEDDING: (32, 4)}
+    checkpoints = opened(tmp_path, (inner, TIED), (inner, UNTIED))
+    matched, sources = matched_sources(checkpoints, base_tied=True)
+    assert set(sources) == set(inner)
+    assert not matched.untie_word_embeddings
+
+
+def test_a_base_that_is_silent_about_ties_is_told_where_models_are_untied(tmp_path):
+    both = {EMBEDDING: (32, 4), HEAD: (32, 4)}
+    matched, _ = matched_sources(opened(tmp_path, (both, UNTIED), (both, UNTIED)), base_tied=None)
+    assert matched.untie_word_embeddings
+
+
+def test_an_attention_bias_that_is_a_parameter_is_not_left_out(tmp_path):
+    name = "model.layers.0.attn.bias"
+    with pytest.raises(MismatchError, match=name):
+        match_tensors(
+            opened(tmp_path, ({"a": (2,), name: (3,)}, {}), ({"a": (2,)}, {})), base_tied=None
+        )

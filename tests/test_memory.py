@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 from shardmix.errors import BudgetError
 from shardmix.memory import (
     BUFFERS_PER_WORKER,
-    CPU_STRIP_NBYTES,
     LEAST_STRIP_NBYTES,
     fit_memory,
     peak_resident_nbytes,
@@ -13,13 +12,14 @@ from shardmix.memory import (
 )
 from shardmix.units import MIB, parse_size
 
+BEST_STRIP = 2 * MIB
 RESERVED = 211 * MIB  # a prime number of MiB, so that every term shows
 
 
 def test_without_a_budget_a_strip_is_what_speed_needs():
-    fitted = fit_memory(reserved=RESERVED, on_cuda=False, workers=3)
-    assert (fitted.workers, fitted.strip_nbytes) == (3, CPU_STRIP_NBYTES)
-    assert fitted.projected_peak_nbytes >= RESERVED + 3 * BUFFERS_PER_WORKER * CPU_STRIP_NBYTES
+    fitted = fit_memory(reserved=RESERVED, best_strip=BEST_STRIP, on_cuda=False, workers=3)
+    assert (fitted.workers, fitted.strip_nbytes) == (3, BEST_STRIP)
+    assert fitted.projected_peak_nbytes >= RESERVED + 3 * BUFFERS_PER_WORKER * BEST_STRIP
     assert fitted.projected_vram_nbytes == 0
 
 
@@ -30,7 +30,12 @@ def test_without_a_budget_a_strip_is_what_speed_needs():
     max_vram=st.none() | st.integers(1, 2000).map(lambda mib: mib * MIB),
 )
 def test_a_plan_keeps_every_budget_or_is_refused(budget, workers, on_cuda, max_vram):
-    options = {"reserved": RESERVED, "on_cuda": on_cuda, "workers": workers}
+    options = {
+        "reserved": RESERVED,
+        "best_strip": BEST_STRIP,
+        "on_cuda": on_cuda,
+        "workers": workers,
+    }
     try:
         fitted = fit_memory(**options, max_memory=budget, max_vram=max_vram)
     except BudgetError:
@@ -46,7 +51,12 @@ def test_a_plan_keeps_every_budget_or_is_refused(budget, workers, on_cuda, max_v
 @pytest.mark.parametrize("workers", [None, 1, 5])
 @pytest.mark.parametrize("on_cuda", [False, True])
 def test_the_least_budget_that_an_error_names_is_enough(workers, on_cuda):
-    options = {"reserved": RESERVED, "on_cuda": on_cuda, "workers": workers}
+    options = {
+        "reserved": RESERVED,
+        "best_strip": BEST_STRIP,
+        "on_cuda": on_cuda,
+        "workers": workers,
+    }
     with pytest.raises(BudgetError) as caught:
         fit_memory(**options, max_memory=MIB)
     least = str(caught.value).split("least that works here is ")[1].split(" ")[0]
@@ -58,13 +68,23 @@ def test_the_least_budget_that_an_error_names_is_enough(workers, on_cuda):
 
 def test_too_little_vram_is_named_as_such():
     with pytest.raises(BudgetError, match="--max-vram 1MiB"):
-        fit_memory(reserved=RESERVED, on_cuda=True, max_memory=2048 * MIB, max_vram=MIB)
+        fit_memory(
+            reserved=RESERVED,
+            best_strip=BEST_STRIP,
+            on_cuda=True,
+            max_memory=2048 * MIB,
+            max_vram=MIB,
+        )
 
 
 def test_a_tight_budget_shrinks_the_strip_before_it_takes_workers_away():
-    roomy = fit_memory(reserved=RESERVED, on_cuda=False, max_memory=RESERVED + 400 * MIB)
-    tight = fit_memory(reserved=RESERVED, on_cuda=False, max_memory=RESERVED + 12 * MIB)
-    assert roomy.strip_nbytes == CPU_STRIP_NBYTES
+    roomy = fit_memory(
+        reserved=RESERVED, best_strip=BEST_STRIP, on_cuda=False, max_memory=RESERVED + 400 * MIB
+    )
+    tight = fit_memory(
+        reserved=RESERVED, best_strip=BEST_STRIP, on_cuda=False, max_memory=RESERVED + 12 * MIB
+    )
+    assert roomy.strip_nbytes == BEST_STRIP
     assert tight.strip_nbytes < roomy.strip_nbytes
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import threading
 
 import numpy as np
@@ -279,6 +280,15 @@ def test_dtypes_that_numba_does_not_know_are_torchs(tmp_path):
     assert shardmix.merge(models, tmp_path / "out").backend == "torch"
     with pytest.raises(shardmix.RecipeError, match="does not know F16"):
         shardmix.merge(models, tmp_path / "out2", backend="numba")
+
+
+def test_a_numba_that_is_broken_is_made_up_for_by_torch_and_said_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shardmix.reducer.numba_sum", None)  # its import fails
+    report = shardmix.merge(three_models(tmp_path), tmp_path / "out")
+    assert report.backend == "torch"
+    assert any("numba cannot be used here" in warning for warning in report.warnings)
+    with pytest.raises(shardmix.RecipeError, match="numba cannot be used here"):
+        shardmix.merge(three_models(tmp_path), tmp_path / "out2", backend="numba")
 
 
 def test_nothing_is_printed(tmp_path, capfd):

@@ -5,6 +5,7 @@ import torch
 import yaml
 
 import shardmix
+import shardmix.recipe
 from shardmix.companions import find_companions
 from shardmix.errors import SourceError
 from shardmix.model_folder import adapted_config
@@ -128,6 +129,37 @@ def test_the_dtype_named_is_the_outputs_also_where_the_config_was_wrong(tmp_path
     shardmix.merge([(folder, 0.5), (folder, 0.5)], tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["torch_dtype"] == "bfloat16"
+
+
+def test_a_config_without_a_dtype_gets_the_one_that_was_asked_for(tmp_path):
+    models = two_models(tmp_path, config={"model_type": "x"})
+    shardmix.merge(models, tmp_path / "out", dtype="float16")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == {"model_type": "x", "torch_dtype": "float16"}
+    shardmix.merge(models, tmp_path / "kept")
+    assert json.loads((tmp_path / "kept" / "config.json").read_text()) == {"model_type": "x"}
+
+
+def test_a_folder_of_downloads_is_not_taken_for_a_models(tmp_path):
+    models = two_models(tmp_path, config=None)
+    add_files(models[0][0], {"invoice.txt": b"private", "notes.json": b"{}"})
+    files = [(folder / "model.safetensors", weight) for folder, weight in models]
+    shardmix.merge(files, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "model.safetensors",
+        "README.md",
+    }
+
+
+def test_the_cards_recipe_merges_as_it_was_merged(tmp_path):
+    models = two_models(tmp_path)
+    options = {"max_shard_size": 2000, "allow_weight_sum": True, "dtype": "bfloat16"}
+    shardmix.merge([(models[0][0], 2.0), (models[1][0], 1.0)], tmp_path / "out", **options)
+    text = (tmp_path / "out" / "README.md").read_text()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text.split("```yaml\n")[1].split("```")[0])
+    assert shardmix.recipe.build_recipe(recipe).weights == (2.0, 1.0)
+    assert "max_shard_size: 2000" in recipe.read_text()
 
 
 def test_untying_reaches_the_config_that_says_so():

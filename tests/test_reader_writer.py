@@ -130,3 +130,22 @@ def test_a_full_disk_is_named_as_such(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="the disk is full"):
         writer.write(0, memoryview(b"x"))
     writer.close()
+
+
+def test_a_file_larger_than_memory_can_be_mapped(tmp_path):
+    size = 1 << 42
+    path = tmp_path / "huge"
+    path.touch()
+    os.truncate(path, size)  # sparse
+    reader = open_reader("mmap", [SourceFile(str(path), size)])
+    assert read(reader, 0, size - 100_000, 1000) == bytes(1000)
+    reader.close()
+
+
+def test_an_error_while_a_view_is_held_is_not_hidden_by_closing(tmp_path):
+    _, files = source_files(tmp_path)
+    reader = open_reader("mmap", files)
+    view = reader.view(0, 0, memoryview(bytearray(8)))
+    held = memoryview(view)
+    reader.close()
+    assert len(held) == 8

@@ -40,7 +40,7 @@ max_shard_size: 5GB
 normalize: true
 """,
     )
-    recipe = load_recipe(path)
+    recipe = build_recipe(path)
     assert recipe.weights == (0.25, 0.75)
     assert (recipe.dtype, recipe.base, recipe.max_shard_size) == ("bfloat16", "c", 5 * 10**9)
 
@@ -73,11 +73,20 @@ def test_options_given_beside_a_recipe_override_it(tmp_path):
         ("models: []\nmax_shard_size: lots", "size 'lots'"),
         ("models: [{source: a, weight: 1}]", "1 model given: a merge needs at least two"),
         ("models: !!python/object/apply:os.system [echo]", "not valid YAML"),
+        ("models: {{ x }}", "recipe.yaml"),
+        ("? [a]\n: b", "recipe.yaml"),
+        ("models: [{source: a, weight: 2020-13-45}, {source: b, weight: 1}]", "not valid YAML"),
+        ("models: !!int abc", "not valid YAML"),
+        ("[" * 5000, "not valid YAML"),
+        ("models: []\nmax_shard_size: true", "size True"),
+        ("models: []\nmax_shard_size: 5.0e+9", "size 5000000000.0"),
+        ("models: [{source: '', weight: 1}, {source: b, weight: 0}]", "source is empty"),
+        ("models: [{source: a, weight: .5}, {source: b, weight: .5}]\nbase: ''", "source is empty"),
     ],
 )
 def test_a_wrong_recipe_is_refused_by_name(tmp_path, text, finding):
     with pytest.raises(RecipeError, match=finding):
-        load_recipe(write(tmp_path / "recipe.yaml", text))
+        build_recipe(write(tmp_path / "recipe.yaml", text))
 
 
 def test_a_recipe_file_that_is_absent_is_refused(tmp_path):
@@ -141,10 +150,40 @@ def test_the_last_equals_sign_of_a_word_divides_source_and_weight():
 
 @pytest.mark.parametrize("word", ["a", "a=", "=0.5", "a=x", "a=0.5x"])
 def test_a_word_without_a_weight_is_refused_with_an_example(word):
-    with pytest.raises(RecipeError, match=r"weight"):
+    with pytest.raises(RecipeError, match=r"write SOURCE=WEIGHT|is not a number"):
         parse_source_words([word])
 
 
 def test_a_recipe_is_a_value():
     assert hash(build_recipe({"a": 0.5, "b": 0.5})) == hash(build_recipe([("a", 0.5), ("b", 0.5)]))
     assert isinstance(build_recipe({"a": 0.5, "b": 0.5}), Recipe)
+
+
+def test_switches_given_beside_a_recipe_count_before_its_weights_are_judged(tmp_path):
+    path = write(
+        tmp_path / "recipe.yaml", "models: [{source: a, weight: 3}, {source: b, weight: 1}]\n"
+    )
+    assert build_recipe(path, normalize=True).weights == (0.75, 0.25)
+    assert build_recipe(path, allow_weight_sum=True).weights == (3, 1)
+
+
+def test_weights_are_normalised_once_however_often_a_recipe_is_built():
+    weights = [0.1, 0.7, 0.3, 1e-9, 5.0]
+    once = build_recipe([(str(i), w) for i, w in enumerate(weights)], normalize=True)
+    assert build_recipe(build_recipe(once)) == once
+
+
+@pytest.mark.parametrize("weight", [1e39, -1e39])
+def test_weights_beyond_float32_are_refused(weight):
+    with pytest.raises(RecipeError, match="not a finite number"):
+        build_recipe([("a", weight), ("b", 0.5)], allow_weight_sum=True)
+
+
+def test_weights_that_are_infinite_once_normalised_are_refused():
+    with pytest.raises(RecipeError, match="not a finite number"):
+        build_recipe([("a", 1e30), ("b", -1e30), ("c", 1e-10)], normalize=True)
+
+
+def test_models_that_are_no_collection_are_refused():
+    with pytest.raises(RecipeError, match="int given"):
+        build_recipe(3)

@@ -2,7 +2,7 @@ import pytest
 
 from shardmix import staging as staging_module
 from shardmix.errors import OutputError
-from shardmix.staging import check_disk, check_output, staged_folder
+from shardmix.staging import check_disk, check_output, resolve_output, staged_folder
 from tests.models import random_model, save_model
 
 
@@ -70,7 +70,7 @@ def test_a_failed_overwrite_leaves_the_old_one(tmp_path):
 def test_an_output_that_appears_meanwhile_is_left_alone(tmp_path):
     out = tmp_path / "out"
     with (
-        pytest.raises(OutputError, match="has appeared"),
+        pytest.raises(OutputError, match="exists"),
         staged_folder(out, overwrite=False, fsync=False) as folder,
     ):
         fill(folder)
@@ -104,12 +104,12 @@ def test_an_output_that_is_or_touches_an_input_is_refused(tmp_path, overwrite):
     a = model(tmp_path / "x" / "a")
     options = {"overwrite": overwrite, "inputs": [a]}
     refused(a, "is the input", **options)
-    refused(tmp_path / "x" / "b" / ".." / "a", "is the input", **options)
+    refused(resolve_output(tmp_path / "x" / "b" / ".." / "a"), "is the input", **options)
     refused(a / "merged", "lies inside", **options)
     refused(tmp_path / "x", "contains the input", **options)
     link = tmp_path / "link"
     link.symlink_to(a)
-    refused(link, "is the input", **options)
+    refused(resolve_output(link), "is the input", **options)
     check_output(tmp_path / "x" / "merged", **options)
 
 
@@ -127,3 +127,81 @@ def test_too_little_disk_is_refused_with_both_figures(tmp_path, monkeypatch):
     check_disk(tmp_path / "out", 1000)
     with pytest.raises(OutputError, match=r"needs 1.00 kB \(1001 bytes\).*1.00 kB free"):
         check_disk(tmp_path / "out", 1001)
+
+
+@pytest.mark.parametrize("name", ["checkpoint-500/trainer_state.json", "other/model.safetensors"])
+def test_a_model_with_other_models_below_is_not_overwritten(tmp_path, name):
+    out = model(tmp_path / "out")
+    (out / name).parent.mkdir()
+    (out / name).write_text("precious")
+    refused(out, "besides a model", overwrite=True)
+
+
+def test_a_sentence_transformers_model_may_be_overwritten(tmp_path):
+    out = model(tmp_path / "out")
+    (out / "2_Dense").mkdir()
+    (out / "2_Dense" / "model.safetensors").write_text("weights")
+    check_output(out, overwrite=True, inputs=[])
+
+
+def test_an_output_whose_files_are_an_inputs_is_refused(tmp_path):
+    """The input is a folder of links into the output, which would be deleted with it."""
+    out = model(tmp_path / "out")
+    link = tmp_path / "in" / "model.safetensors"
+    link.parent.mkdir()
+    link.symlink_to(out / "model.safetensors")
+    refused(out, "contains the input", overwrite=True, inputs=[link])
+
+
+def test_a_path_of_dots_is_the_folder_that_it_means(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_output("new/..") == tmp_path
+    refused(resolve_output("new/.."), "exists", overwrite=False)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "surrogate\udcff"])
+def test_what_cannot_be_a_path_is_refused(name):
+    with pytest.raises(OutputError, match="cannot be a path"):
+        resolve_output(name)
+
+
+def test_a_name_that_no_disk_takes_is_refused(tmp_path):
+    refused(tmp_path / ("x" * 300), "cannot be used")
+
+
+def test_something_else_that_appears_is_not_overwritten(tmp_path):
+    out = model(tmp_path / "out")
+    with (
+        pytest.raises(OutputError, match="besides a model"),
+        staged_folder(out, overwrite=True, fsync=False) as folder,
+    ):
+        fill(folder)
+        (out / "checkpoint-1").mkdir()
+        (out / "checkpoint-1" / "trainer_state.json").write_text("precious")
+    assert (out / "checkpoint-1" / "trainer_state.json").read_text() == "precious"
+
+
+def test_a_failed_swap_in_two_steps_puts_the_old_one_back(tmp_path, monkeypatch):
+    out = model(tmp_path / "out")
+    old = (out / "model.safetensors").read_bytes()
+
+    class NoLibc:
+        def __init__(self, *_, **__):
+            pass
+
+    monkeypatch.setattr(staging_module.ctypes, "CDLL", NoLibc)
+    rename = type(out).rename
+
+    def failing_rename(self, target):
+        if target == out and ".shardmix-" in self.name and not self.name.endswith("-old"):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(type(out), "rename", failing_rename)
+    with (
+        pytest.raises(OutputError, match="Input/output error"),
+        staged_folder(out, overwrite=True, fsync=False) as folder,
+    ):
+        fill(folder)
+    assert (out / "model.safetensors").read_bytes() == old
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -21,7 +21,9 @@ def test_sizes_are_read_as_decimal_or_binary_units(text, num_bytes):
     assert parse_size(text) == num_bytes
 
 
-@pytest.mark.parametrize("text", ["", "GB", "2XB", "-1GB", "1e9", "0", 0, -5, "2GB 3"])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "2XB", "-1GB", "1e9", "0", 0, -5, "2GB 3", "9" * 400, 2**70, True, 1.5]
+)
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(RecipeError, match="size"):
         parse_size(text)

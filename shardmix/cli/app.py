@@ -162,7 +162,7 @@ def merge(
     quiet: Quiet = False,
 ) -> None:
     """Merge models into one: out = Σ weightᵢ · modelᵢ, streamed, within a memory budget."""
-    with _errors_reported(json=json):
+    with _errors_reported(json=json, quiet=quiet):
         options = _options(locals())
         if dry_run:
             _print_plan(_models(models), output, options, json=json)
@@ -197,7 +197,7 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """Show what a merge would read, write and take, from headers alone; write nothing."""
-    with _errors_reported(json=json):
+    with _errors_reported(json=json, quiet=quiet):
         _print_plan(_models(models), output, _options(locals()), json=json, quiet=quiet)
 
 
@@ -260,9 +260,13 @@ def _models(words: list[str]) -> "ModelsArgument":
 
 
 @contextmanager
-def _errors_reported(*, json: bool) -> Iterator[None]:
+def _errors_reported(*, json: bool, quiet: bool = False) -> Iterator[None]:
     """Turn a user's mistake into one message and an exit status, without a traceback."""
-    signal.signal(signal.SIGTERM, _raise_terminated)
+    from shardmix.hub import SHOW_DOWNLOADS
+
+    SHOW_DOWNLOADS.set(not quiet)
+    signal.signal(signal.SIGTERM, _raise_once)
+    signal.signal(signal.SIGINT, _raise_once)
     try:
         yield
     except ShardmixError as error:
@@ -282,5 +286,8 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM, which stops a merge as Ctrl-C does."""
 
 
-def _raise_terminated(_signal: int, _frame: object) -> None:
-    raise _Terminated
+def _raise_once(number: int, _frame: object) -> None:
+    # A second signal must not cut the clean-up short that the first one set off.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt

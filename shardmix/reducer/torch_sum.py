@@ -35,7 +35,9 @@ class TorchBackend:
         torch.set_num_threads(1)
         if self._device == "cpu":
             return CpuSum(strip_nbytes=strip_nbytes)
-        return CudaSum(torch.device(self._device), strip_nbytes=strip_nbytes)
+        device = self._cuda_device()
+        torch.cuda.set_device(device)  # of this thread, also for pinned memory
+        return CudaSum(device, strip_nbytes=strip_nbytes)
 
     def finding(self) -> str | None:
         """Say why the device cannot be used here, or None if it can."""
@@ -43,9 +45,13 @@ class TorchBackend:
             return None
         if not torch.cuda.is_available():
             return f"device {self._device}: torch {torch.__version__} finds no usable CUDA device"
-        if (torch.device(self._device).index or 0) >= torch.cuda.device_count():
+        if self._cuda_device().index >= torch.cuda.device_count():
             count = torch.cuda.device_count()
             return f"device {self._device}: there are only {count} CUDA devices"
+        # Make the context now, so that what it takes of the host's memory is measured.
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        torch.empty(1, device=self._cuda_device())
+        torch.cuda.empty_cache()
         return None
 
     @contextmanager
@@ -53,17 +59,22 @@ class TorchBackend:
         """Leave torch's settings as they were once the merge has ended."""
         num_threads = torch.get_num_threads()
         if self._device != "cpu":
-            torch.cuda.reset_peak_memory_stats(torch.device(self._device))
+            torch.cuda.reset_peak_memory_stats(self._cuda_device())
         try:
             yield
         finally:
             torch.set_num_threads(num_threads)
+            if self._device != "cpu":
+                torch.cuda.empty_cache()
 
     def peak_vram_nbytes(self) -> int:
         """Return what torch has reserved of the GPU's memory at most; 0 on the CPU."""
         if self._device == "cpu":
             return 0
-        return int(torch.cuda.max_memory_reserved(torch.device(self._device)))
+        return int(torch.cuda.max_memory_reserved(self._cuda_device()))
+
+    def _cuda_device(self) -> torch.device:
+        return torch.device("cuda", torch.device(self._device).index or 0)
 
 
 class CpuSum:
