@@ -1,4 +1,4 @@
-"""Times shardmix, the floor and mergekit side by side, alternating, with warm and cold caches.
+"""Times shardmix, the floor and mergekit side by side, shuffled, with warm and cold caches.
 
     python benchmarks/speed.py --work-dir WORK --rounds 5
 
@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import os
+import random
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ from machine import print_facts
 from speed_report import TOOLS, Sample, print_report
 
 WEIGHTS = (0.5, 0.3, 0.2)
+SHUFFLE_SEED = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +159,15 @@ def measure_all(
     models: Sequence[Path],
     output: Path,
 ) -> list[Sample]:
-    """All rounds; each begins with another contestant. Round 0 warms up and is not kept."""
+    """All rounds, each in an order of its own. Round 0 warms up and is not kept.
+
+    Shuffled, not rotated: a tool that writes right after one that freed much memory finds that
+    memory at hand, and in a rotation each tool would have the same one before it every time.
+    """
     samples = []
+    shuffler = random.Random(SHUFFLE_SEED)
     for cache, number in itertools.product(caches, range(rounds + 1)):
-        turn = number % len(everyone)
-        for contestant in (*everyone[turn:], *everyone[:turn]):
+        for contestant in shuffler.sample(everyone, len(everyone)):
             if number == 0 and contestant.tool != "floor":
                 continue
             sample = measure(contestant, cache=cache, number=number, models=models, output=output)
