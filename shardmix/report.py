@@ -6,7 +6,12 @@ The field names are those of the `--json` output. Reads no files.
 from dataclasses import dataclass
 
 from shardmix.checkpoint import Checkpoint
-from shardmix.naming import input_embedding, is_tied_head, ties_word_embeddings
+from shardmix.naming import (
+    has_language_model_head,
+    input_embedding,
+    is_tied_head,
+    ties_word_embeddings,
+)
 from shardmix.plan import MergePlan
 from shardmix.safetensors_layout import TensorInfo
 
@@ -207,7 +212,12 @@ def describe_model(checkpoint: Checkpoint) -> ModelReport:
     tie = ties_word_embeddings(checkpoint.config)
     names = checkpoint.table.names
     embedding = input_embedding(names)
-    is_tied = tie is True and embedding is not None and not any(map(is_tied_head, names))
+    # A silent config means what its class defaults to; for want of a stored head, a tie.
+    is_tied = (
+        tie is not False
+        and has_language_model_head(checkpoint.config)
+        and not any(map(is_tied_head, names))
+    )
     files = checkpoint.table.files.tolist()
     return ModelReport(
         source=checkpoint.source,

@@ -107,6 +107,11 @@ def test_inspect_finds_a_tied_head(reference):
     assert json.loads(done.stdout)["tied"] == {"lm_head.weight": "model.embed_tokens.weight"}
 
 
+def test_inspect_invents_no_head_for_an_encoder(reference):
+    done = shardmix("inspect", reference / "encoder" / "model-a", "--json")
+    assert json.loads(done.stdout)["tied"] == {}
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "finding"),
     [
