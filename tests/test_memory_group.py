@@ -52,9 +52,7 @@ def test_a_merge_of_more_than_the_limit_completes_inside_it(memory_group, tmp_pa
         f"{str(tmp_path / 'out')!r}, '--quiet', '--max-memory', '400MiB']\n"
         "from shardmix.cli import main\nmain()"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     merged = load_model(tmp_path / "out")
     assert torch.equal(merged["t2"][:1_000_000], (block.float() * 0.5 * 2).bfloat16())
