@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
 
 from shardmix._version import __version__
 from shardmix.checkpoint import CONFIG_NAME, read_json
@@ -66,6 +65,9 @@ def write_index(plan: MergePlan, folder: Path) -> None:
 
 def write_model_card(plan: MergePlan, folder: Path) -> None:
     """Write the model card: what was merged, by which weights, and how to do it again."""
+    # Imported here: it takes longer than planning a 70B merge, which has no card to write.
+    from huggingface_hub import ModelCard, ModelCardData
+
     data = ModelCardData(
         base_model=list(dict.fromkeys(_model_ids(plan))),
         base_model_relation="merge",

@@ -108,7 +108,16 @@ class HeaderEntry(msgspec.Struct, gc=False):
     """First and past-the-last byte, counted from the end of the header."""
 
 
-_DECODER = msgspec.json.Decoder(HeaderEntry)
+def _decode_entries(header: bytes) -> dict[str, HeaderEntry]:
+    try:
+        entries = msgspec.json.decode(header, type=dict[str, HeaderEntry])
+    except msgspec.ValidationError:
+        # Perhaps only metadata with a key named like a tensor's field: decode that apart.
+        raw = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
+        raw.pop("__metadata__", None)
+        return {name: msgspec.json.decode(raw[name], type=HeaderEntry) for name in raw}
+    entries.pop("__metadata__", None)
+    return entries
 
 
 def decode_header(header: bytes, *, file_nbytes: int) -> dict[str, HeaderEntry]:
@@ -118,9 +127,7 @@ def decode_header(header: bytes, *, file_nbytes: int) -> dict[str, HeaderEntry]:
     bytes. (Checkpoints also let safetensors' own parser judge each file.)
     """
     try:
-        raw = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
-        raw.pop("__metadata__", None)  # has fields of its own kind; safetensors judges them
-        entries = {name: _DECODER.decode(entry) for name, entry in raw.items()}
+        entries = _decode_entries(header)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise SourceError(f"has a header that does not parse ({error}); fetch it again") from None
     for name, entry in entries.items():
