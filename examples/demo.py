@@ -180,8 +180,8 @@ def describe_cost(report: dict[str, Any]) -> str:
         f"The merge read {report['bytes_read'] / 1e6:.0f} MB and wrote "
         f"{report['bytes_written'] / 1e6:.0f} MB ({report['num_tensors']} tensors) in "
         f"{report['seconds']:.2f} s, {moved_gb / report['seconds']:.2f} GB/s.\n"
-        f"Its process held at most {report['peak_rss_bytes'] / 1e6:.0f} MB, "
-        f"Python and its libraries included; {report['projected_peak_bytes'] / 1e6:.0f} MB were projected."
+        f"Its process held at most {report['peak_rss_bytes'] / 1e6:.0f} MB, Python and its "
+        f"libraries included; {report['projected_peak_bytes'] / 1e6:.0f} MB were projected."
     )
 
 
