@@ -38,10 +38,11 @@ _CUDA_CONTEXT_NBYTES = 600 * MIB
 # Room for what a run adds on top of the imports: thread stacks, allocator slack, the model card,
 # the progress display; and for each worker its stack and the pages mapped around a strip.
 _RUN_NBYTES = 16 * MIB
-MOST_DEFAULT_WORKERS = 8
+_WORKER_NBYTES = 4 * MIB
+
+_MOST_DEFAULT_WORKERS = 8
 MOST_WORKERS = 256
 """More threads than that only stand in one another's way."""
-_WORKER_NBYTES = 4 * MIB
 
 
 def resident_nbytes() -> int:
@@ -168,7 +169,7 @@ def fit_memory(
 def default_workers(*, on_cuda: bool) -> int:
     """Return how many strips to have in flight where nobody said: one a core, at most eight."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(2 if on_cuda else 1, min(cores or 1, MOST_DEFAULT_WORKERS))
+    return max(2 if on_cuda else 1, min(cores or 1, _MOST_DEFAULT_WORKERS))
 
 
 def _halvings(size: int, least: int) -> list[int]:

@@ -6,7 +6,7 @@ from fractions import Fraction
 from shardmix.errors import RecipeError
 
 _TOO_MUCH = 1 << 63
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+KIB, MIB = 1 << 10, 1 << 20
 
 _FACTORS = {
     "": 1,
