@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,7 @@ def mix_models(
         raise RecipeError(
             f"{len(weights)} weights given for {len(model_names_or_paths)} models; give one each"
         )
-    names = list(map(fspath, model_names_or_paths))
+    names = list(map(str, model_names_or_paths))
 
     def merge(output: Path) -> MergeReport:
         pairs = list(zip(names, weights, strict=True))
@@ -125,8 +125,8 @@ def mix_models_with_data(
 ) -> Any:
     """Mix models by weights from a few examples, and return the new model.
 
-    w_i = softmax_i(-L_i / temperature), L_i the loss of model i on the examples. Source: LM-Cocktail
-    (arXiv 2311.13534), section 3.
+    w_i = softmax_i(-L_i / temperature), L_i the loss of model i on the examples. Source:
+    LM-Cocktail (arXiv 2311.13534), section 3.
 
     Args:
         model_names_or_paths: model folders or Hub ids; the first gives config and tokenizer.
@@ -161,7 +161,7 @@ def mix_models_with_data(
     examples = example_data if example_data is not None else example_ata
     if examples is None:
         raise RecipeError("no example_data given; a few examples, five or so, are needed")
-    names, loaded = list(map(fspath, model_names_or_paths)), list(examples)
+    names, loaded = list(map(str, model_names_or_paths)), list(examples)
     scoring: ScoreOptions = {
         "temperature": temperature,
         "batch_size": batch_size,
@@ -215,7 +215,7 @@ def merge_by_examples(
     }
     scoring = {**scoring, **shared}
     load_examples(examples, check_options(model_type, scoring))
-    names = [fspath(model) for model in models]
+    names = [str(model) for model in models]
     plan = api.plan_merge(
         [(name, 1 / len(names)) for name in names], output, model_type=model_type, **options
     )

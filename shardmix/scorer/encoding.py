@@ -76,8 +76,8 @@ def encode_examples(
     """Return what the first model's tokenizer makes of the examples.
 
     `config` is the model's config.json; it tells how many positions the model has. Raises
-    `RecipeError` where the output of every example of a batch is cut off entirely, naming them: such
-    a batch has no loss. (Beside others in its batch, such an example counts for nothing.)
+    `RecipeError` where the output of every example of a batch is cut off entirely, naming them:
+    such a batch has no loss. (Beside others in its batch, such an example counts for nothing.)
     """
     max_length = _max_length(tokenizer, settings, config)
     encoder = _Encoder(tokenizer, settings, max_length)

@@ -24,7 +24,7 @@ from shardmix.units import MIB, format_mib
 
 # Of a GPU's free memory, what is taken where nobody set a bound.
 _VRAM_SHARE = 0.9
-# On a GPU, what the host holds beside its libraries: the chunk that is being read, and the examples.
+# On a GPU, what the host holds beside its libraries: the chunk being read, and the examples.
 _HOST_NBYTES = CHUNK_NBYTES + 128 * MIB
 
 OnFraction = Callable[[float], None]

@@ -206,8 +206,8 @@ class ModelWeights:
     def _stored_dtype(self, info: TensorInfo) -> torch.dtype:
         if info.dtype not in TORCH_DTYPES:
             raise SourceError(
-                f"{self._checkpoint.source}: {info.name} is stored as {info.dtype}, which cannot be "
-                "computed with; score the original model"
+                f"{self._checkpoint.source}: {info.name} is stored as {info.dtype}, which cannot "
+                "be computed with; score the original model"
             )
         return TORCH_DTYPES[info.dtype]
 

@@ -194,8 +194,8 @@ class RerankerObjective(Objective):
         logits = model(**inputs).logits.float()
         if logits.shape[-1] > 2:
             raise ValueError(
-                f"gives {logits.shape[-1]} scores a pair; a reranker gives one, or two of which the "
-                "second means relevant"
+                f"gives {logits.shape[-1]} scores a pair; a reranker gives one, or two of which "
+                "the second means relevant"
             )
         scores = logits[:, -1] - (logits[:, 0] if logits.shape[-1] == 2 else 0.0)
         return list(scores.cpu())
