@@ -25,12 +25,12 @@ from study_encoder import prepare_encoders
 from study_mixing import (
     choose_temperature,
     compute_all_losses,
-    measure_new_tasks,
+    measure_by_data,
     measure_singles,
     measure_tuned_tasks,
 )
 from study_rewriting import prepare_decoders
-from study_tables import new_task_table, temperature_table, tuned_table
+from study_tables import new_task_table, pool_table, temperature_table, tuned_table
 from transformers.utils import logging as transformers_logging
 
 PREPARE = {"decoder": prepare_decoders, "encoder": prepare_encoders}
@@ -82,7 +82,7 @@ class Result:
 
 
 def study_family(name: str, work_dir: Path, seed: int) -> Result:
-    """Train a family and run both experiments; temperatures come from development tasks alone."""
+    """Train a family and run the experiments; temperatures come from development tasks alone."""
     transformers_logging.disable_progress_bar()
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
@@ -92,9 +92,9 @@ def study_family(name: str, work_dir: Path, seed: int) -> Result:
     print(f"{name}: models ready after {time.perf_counter() - started:.0f} s", flush=True)
     rows = list(measure_singles(family))
     losses = compute_all_losses(family)
-    rows += measure_new_tasks(family, losses)
-    temperature = choose_temperature(family, rows)
-    rows += measure_tuned_tasks(family, losses, temperature)
+    rows += measure_by_data(family, losses, "new")
+    rows += measure_by_data(family, losses, "pool")
+    rows += measure_tuned_tasks(family, losses, choose_temperature(family, rows, "new"))
     print(f"{name}: measured after {time.perf_counter() - started:.0f} s", flush=True)
     return Result(
         rows=[asdict(row) for row in rows],
@@ -104,9 +104,10 @@ def study_family(name: str, work_dir: Path, seed: int) -> Result:
             for model, loss in by_model.items()
         ],
         tables=[
-            tuned_table(family, rows, temperature),
-            temperature_table(family, rows, temperature),
-            new_task_table(family, rows, losses, temperature),
+            tuned_table(family, rows),
+            new_task_table(family, rows, losses),
+            pool_table(family, rows),
+            temperature_table(family, rows),
         ],
     )
 

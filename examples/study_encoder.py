@@ -7,6 +7,7 @@ Knows nothing of merging.
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,31 @@ WRITTEN = ("clinical", "notam")
 """Domains whose pairs are in files."""
 GENERAL = "general"
 """Everyday English: measured, never trained on."""
-NUM_TRAINING = 168
+NUM_RESERVED = 40
+"""Pairs of a domain that examples are drawn from; no training or test has them."""
+NUM_TRAINING = 128
 NUM_TESTS = 100
-"""Of each domain made by rules."""
+"""Pairs of each domain that is made by rules."""
 NUM_NEGATIVES = 7
 
 
 def prepare_encoders(work_dir: Path, seed: int) -> Family:
     """Fine-tune the base once a domain, and return the family."""
-    training, tests = read_domains(seed)
+    domains = read_domains(seed)
     base = Path(get_model_path())
     folders = {"base": base}
-    for domain, pairs in training.items():
-        folders[domain] = work_dir / domain
-        seconds = finetune(base, pairs, folders[domain], TrainingSettings(seed=seed))
-        print(f"encoder {domain}: fine-tuned on {len(pairs)} pairs in {seconds:.0f} s", flush=True)
+    for name, domain in domains.items():
+        folders[name] = work_dir / name
+        seconds = finetune(base, domain.training, folders[name], TrainingSettings(seed=seed))
+        print(
+            f"encoder {name}: fine-tuned on {len(domain.training)} pairs in {seconds:.0f} s",
+            flush=True,
+        )
+    tests = {name: domain.test for name, domain in domains.items()}
+    tests[GENERAL] = read_pairs(DATA / f"{GENERAL}_test.tsv")
 
     def draw_examples(domain: str, draw: int) -> list[dict[str, Any]]:
-        return _draw_examples(training[domain], random.Random(f"{seed} {domain} {draw}"))
+        return _draw_examples(domains[domain].reserved, random.Random(f"{seed} {domain} {draw}"))
 
     def measure(folder: Path, test: str) -> float:
         return accuracy_at_1(SentenceTransformer(str(folder), device="cpu"), tests[test])
@@ -57,24 +65,36 @@ def prepare_encoders(work_dir: Path, seed: int) -> Family:
     )
 
 
-def read_domains(seed: int) -> tuple[dict[str, list[Pair]], dict[str, list[Pair]]]:
-    """Return the pairs to train on and the pairs to test with; no pair is in both."""
-    training, tests = {}, {}
-    for domain in WRITTEN:
-        training[domain] = read_pairs(DATA / f"{domain}_train.tsv")
-        tests[domain] = read_pairs(DATA / f"{domain}_test.tsv")
-    for domain in GENERATORS:
-        pairs = make_pairs(domain, NUM_TRAINING + NUM_TESTS, seed)
-        training[domain], tests[domain] = pairs[:NUM_TRAINING], pairs[NUM_TRAINING:]
-    tests[GENERAL] = read_pairs(DATA / f"{GENERAL}_test.tsv")
-    return training, tests
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """Pairs of one domain; no pair is in two of these."""
+
+    training: list[Pair]
+    reserved: list[Pair]
+    """What five examples are drawn from."""
+    test: list[Pair]
+
+
+def read_domains(seed: int) -> dict[str, Domain]:
+    """Return all domains, each split by the seed; tests that are in files stay what they are."""
+    domains = {}
+    for name in WRITTEN:
+        pairs = read_pairs(DATA / f"{name}_train.tsv")
+        random.Random(seed).shuffle(pairs)
+        test = read_pairs(DATA / f"{name}_test.tsv")
+        domains[name] = Domain(pairs[NUM_RESERVED:], pairs[:NUM_RESERVED], test)
+    for name in GENERATORS:
+        pairs = make_pairs(name, NUM_RESERVED + NUM_TRAINING + NUM_TESTS, seed)
+        domains[name] = Domain(
+            reserved=pairs[:NUM_RESERVED],
+            training=pairs[NUM_RESERVED:-NUM_TESTS],
+            test=pairs[-NUM_TESTS:],
+        )
+    return domains
 
 
 def _draw_examples(pairs: list[Pair], draw: random.Random) -> list[dict[str, Any]]:
-    """Return five pairs of the training set, each with wrong passages from the same set.
-
-    No model that is weighed by them has been trained on this set: the task's own is not weighed.
-    """
+    """Return five of the pairs, each with wrong passages from among the others."""
     drawn = draw.sample(pairs, k=NUM_EXAMPLES * (1 + NUM_NEGATIVES))
     return [
         {

@@ -1,4 +1,4 @@
-"""LM-Cocktail's two experiments, for any family of models: who is mixed with whom, and how much.
+"""LM-Cocktail's experiments, for any family of models: who is mixed with whom, and how much.
 
 A family is a base, fine-tunes of it, and a measure for each task. Mixing here means weights for
 `shardmix.merge`; those drawn from data come from `shardmix.scorer`. Knows nothing of training.
@@ -15,21 +15,21 @@ from typing import Any
 import shardmix
 from shardmix.scorer import compute_weights, score
 
-TEMPERATURES = (0.01, 0.03, 0.1, 0.3, 1.0, 5.0)
+TEMPERATURES = (0.03, 0.1, 0.3, 1.0, 5.0)
 """What the choice is made from; the last is LM-Cocktail's default."""
 NUM_EXAMPLES = 5
 """Of a task, to weigh models by."""
 DRAWS = range(5)
 """Each draws five examples of its own."""
 TUNED_DRAWS = range(2)
-"""Those with which a task's own model is mixed as well, which is measured on every test."""
+"""Those for mixes that are measured on every test."""
 TARGET_SHARE = 0.5
 """How much of a mix is the model fine-tuned on the task, as in LM-Cocktail (its α)."""
 
 Weights = dict[str, float]
 """Shares of a mix by model; they sum to one."""
 Losses = dict[tuple[str, int], dict[str, float]]
-"""By task and draw: the loss of every model but the task's own on that draw's five examples."""
+"""By task and draw: the loss of every model on that draw's five examples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,8 @@ class Row:
 
     family: str
     experiment: str
-    """`single`, `tuned` (the task's own model is in the mix) or `new` (it is not)."""
+    """`single`; `tuned` (half of the mix is the task's own model); `new` (mixed without it); `pool`
+    (it is one among all)."""
     task: str
     """The task the mix is for; of a single model, its name."""
     model: str
@@ -95,37 +96,36 @@ def measure_singles(family: Family) -> Iterator[Row]:
 
 
 def compute_all_losses(family: Family) -> Losses:
-    """Score the models of the other tasks, and the base, on each draw of examples of each task."""
+    """Score all models on each draw of examples of each task."""
     losses: Losses = {}
     for task in family.tasks:
-        others = [name for name in family.folders if name != task]
         for draw in DRAWS:
             scores = score(
-                [str(family.folders[name]) for name in others],
+                [str(folder) for folder in family.folders.values()],
                 family.model_type,
                 family.draw_examples(task, draw),
                 pooling=family.pooling,
                 device="cpu",
             )
-            losses[task, draw] = dict(zip(others, scores.losses, strict=True))
+            losses[task, draw] = dict(zip(family.folders, scores.losses, strict=True))
     return losses
 
 
-def measure_new_tasks(family: Family, losses: Losses) -> Iterator[Row]:
-    """Mix the models of the other tasks, uniformly and by data, and measure them on the task."""
+def measure_by_data(family: Family, losses: Losses, experiment: str) -> Iterator[Row]:
+    """Mix uniformly and by data, and measure on the task; `experiment` is `new` or `pool`."""
     for task in family.tasks:
-        others = [name for name in family.folders if name != task]
-        uniform = dict.fromkeys(others, 1 / len(others))
-        yield from _measure(family, ("new", task, "uniform", None, None), uniform, [task])
+        mixed = [name for name in family.folders if experiment == "pool" or name != task]
+        uniform = dict.fromkeys(mixed, 1 / len(mixed))
+        yield from _measure(family, (experiment, task, "uniform", None, None), uniform, [task])
         for draw in DRAWS:
+            known = {name: losses[task, draw][name] for name in mixed}
             for temperature in TEMPERATURES:
-                weights = weigh(losses[task, draw], temperature)
-                how = ("new", task, "data", temperature, draw)
-                yield from _measure(family, how, weights, [task])
+                how = (experiment, task, "data", temperature, draw)
+                yield from _measure(family, how, weigh(known, temperature), [task])
 
 
-def choose_temperature(family: Family, rows: list[Row]) -> float:
-    """Return the temperature with the best mean accuracy on new tasks, development tasks only.
+def choose_temperature(family: Family, rows: list[Row], experiment: str) -> float:
+    """Return the temperature of the best mean accuracy over development tasks.
 
     Of equals, the highest: it leans least on five examples.
     """
@@ -134,9 +134,8 @@ def choose_temperature(family: Family, rows: list[Row]) -> float:
         return mean(
             row.accuracy
             for row in rows
-            if (row.family, row.experiment, row.model) == (family.name, "new", "data")
+            if (row.experiment, row.model, row.temperature) == (experiment, "data", temperature)
             and row.task in family.development_tasks
-            and row.temperature == temperature
         )
 
     return max(TEMPERATURES, key=lambda temperature: (development_mean(temperature), temperature))
@@ -148,9 +147,10 @@ def measure_tuned_tasks(family: Family, losses: Losses, temperature: float) -> I
         half = {"base": 0.5, task: 0.5}
         yield from _measure(family, ("tuned", task, "half", None, None), half, family.tests)
         for draw in TUNED_DRAWS:
-            others = weigh(losses[task, draw], temperature)
-            weights = {name: (1 - TARGET_SHARE) * share for name, share in others.items()}
-            weights[task] = TARGET_SHARE
+            others = {name: loss for name, loss in losses[task, draw].items() if name != task}
+            weights = {task: TARGET_SHARE}
+            for name, share in weigh(others, temperature).items():
+                weights[name] = (1 - TARGET_SHARE) * share
             how = ("tuned", task, "data", temperature, draw)
             yield from _measure(family, how, weights, family.tests)
 

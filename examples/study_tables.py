@@ -4,124 +4,151 @@ from __future__ import annotations
 
 from statistics import mean, stdev
 
-from study_mixing import DRAWS, TEMPERATURES, Family, Losses, Row
-
-DEFAULT_TEMPERATURE = TEMPERATURES[-1]
+from study_mixing import DRAWS, TEMPERATURES, Family, Losses, Row, choose_temperature
 
 
-def tuned_table(family: Family, rows: list[Row], temperature: float) -> str:
-    """For each fine-tune: accuracy on its own task and on all other tests, alone and mixed."""
+def tuned_table(family: Family, rows: list[Row]) -> str:
+    """Fine-tunes alone and mixed: accuracy on their own task, on other tasks, on other tests.
+
+    Means over all tasks; of several draws, over these too.
+    """
+    temperature = choose_temperature(family, rows, "new")
+    names = {
+        "base": "base",
+        "tuned": "fine-tuned",
+        "half": "half fine-tuned, half base",
+        "data": f"half fine-tuned, half all others by data (T = {temperature:g})",
+    }
     lines = []
-    for task in family.tasks:
-        cells = [
-            mean(cell)
-            for model in ("base", task, "half", "data")
-            for cell in _own_and_others(family, rows, task, model)
-        ]
-        lines.append((task, cells))
-    lines.append(
-        ("mean", [mean(column) for column in zip(*(cells for _, cells in lines), strict=True)])
-    )
-    title = f"{family.name}: a fine-tune, and mixes of it, on its own task and on all others"
-    mixes = ("base", "fine-tuned", "half base", f"by data, T = {temperature:g}")
-    header = ["task", *(f"{mix}: {where}" for mix in mixes for where in ("own", "others"))]
-    return _table(title, header, [[name, *map(_points, cells)] for name, cells in lines])
+    for model, name in names.items():
+        columns: list[list[float]] = [[] for _ in range(2 + len(family.other_tests))]
+        for task in family.tasks:
+            found = _rows_for(rows, task, task if model == "tuned" else model, family)
+            other_tasks = [row for row in found if row.test in family.tasks and row.test != task]
+            columns[0].append(mean(row.accuracy for row in found if row.test == task))
+            columns[1].append(mean(row.accuracy for row in other_tasks))
+            for column, test in zip(columns[2:], family.other_tests, strict=True):
+                column.append(mean(row.accuracy for row in found if row.test == test))
+        lines.append([name, *(_points(mean(column)) for column in columns)])
+    title = f"{family.name}: fine-tunes alone and mixed, means over {len(family.tasks)} tasks"
+    return _table(title, ["model", "own task", "other tasks", *family.other_tests], lines)
 
 
-def temperature_table(family: Family, rows: list[Row], temperature: float) -> str:
-    """For each temperature: mean accuracy on new tasks, those of development and the rest."""
-    groups = (family.development_tasks, _final_tasks(family))
-    lines = [
-        [
-            f"**{each:g}**" if each == temperature else f"{each:g}",
-            *(
-                _points(mean(acc for task in group for acc in _by_data(rows, task, each)))
-                for group in groups
-            ),
-        ]
-        for each in TEMPERATURES
+def temperature_table(family: Family, rows: list[Row]) -> str:
+    """For each temperature: accuracy on development tasks, which choose it, and on the rest."""
+    columns = [
+        (experiment, tasks)
+        for experiment in ("new", "pool")
+        for tasks in (family.development_tasks, _final_tasks(family))
     ]
-    uniform = ["uniform"]
-    uniform += [_points(mean(_single(rows, "new", t, "uniform", t) for t in g)) for g in groups]
-    title = f"{family.name}: new tasks by temperature (in bold: best on development tasks)"
-    return _table(title, ["temperature", "development", "other tasks"], [*lines, uniform])
+    lines = []
+    for temperature in TEMPERATURES:
+        cells = []
+        for experiment, tasks in columns:
+            accuracies = [_by_data(rows, experiment, task, temperature) for task in tasks]
+            cell = _points(mean(map(mean, accuracies)))
+            chosen = choose_temperature(family, rows, experiment) == temperature
+            cells.append(f"**{cell}**" if chosen else cell)
+        lines.append([f"{temperature:g}", *cells])
+    uniform = [
+        _points(mean(_only(rows, experiment, task, "uniform", task) for task in tasks))
+        for experiment, tasks in columns
+    ]
+    title = f"{family.name}: by temperature (in bold: chosen on development tasks)"
+    header = ["temperature", "new, dev.", "new, other tasks", "pool, dev.", "pool, other tasks"]
+    return _table(title, header, [*lines, ["uniform", *uniform]])
 
 
-def new_task_table(family: Family, rows: list[Row], losses: Losses, temperature: float) -> str:
+def new_task_table(family: Family, rows: list[Row], losses: Losses) -> str:
     """For each task, without its own model: base, single models, and mixes by five examples."""
+    temperature = choose_temperature(family, rows, "new")
     lines, finals = [], []
     for task in (*family.development_tasks, *_final_tasks(family)):
         models = {
-            name: _single(rows, "single", task, name, task)
-            for name in family.folders
-            if name != task
+            name: _only(rows, "single", name, name, task) for name in family.folders if name != task
         }
         tuned = [accuracy for name, accuracy in models.items() if name != "base"]
-        lowest = [min(losses[task, draw], key=losses[task, draw].__getitem__) for draw in DRAWS]
-        by_data = _by_data(rows, task, temperature)
+        lowest = [min(models, key=losses[task, draw].__getitem__) for draw in DRAWS]
+        by_data = _by_data(rows, "new", task, temperature)
         cells = [
             models["base"],
             mean(tuned),
             max(tuned),
             mean(models[name] for name in lowest),
-            _single(rows, "new", task, "uniform", task),
-            mean(_by_data(rows, task, DEFAULT_TEMPERATURE)),
+            _only(rows, "new", task, "uniform", task),
             mean(by_data),
         ]
-        mark = " (dev.)" if task in family.development_tasks else ""
-        spread = f"{cells[-1]:.1f} ± {stdev(by_data):.1f}"
-        lines.append([task + mark, *map(_points, cells[:-1]), spread])
-        if not mark:
+        in_development = task in family.development_tasks
+        name = f"{task} (dev.)" if in_development else task
+        lines.append([name, *map(_points, cells), _points(stdev(by_data))])
+        if not in_development:
             finals.append(cells)
-    lines.append(
-        ["mean, without dev.", *(_points(mean(column)) for column in zip(*finals, strict=True))]
-    )
+    columns = zip(*finals, strict=True)
+    lines.append(["mean, without dev.", *(_points(mean(column)) for column in columns), ""])
     title = f"{family.name}: a new task, by models of the other tasks"
     header = [
         "new task",
         "base",
-        "singles, mean",
-        "best single, known only afterwards",
-        "single of lowest loss",
+        "mean fine-tune",
+        "best fine-tune",
+        "model of lowest loss",
         "uniform",
-        f"by data, T = {DEFAULT_TEMPERATURE:g}",
         f"by data, T = {temperature:g}",
+        "± by draw",
     ]
     return _table(title, header, lines)
+
+
+def pool_table(family: Family, rows: list[Row]) -> str:
+    """For each task, with its own model among all others: uniform weights and weights by data."""
+    temperature = choose_temperature(family, rows, "pool")
+    lines, finals = [], []
+    for task in (*family.development_tasks, *_final_tasks(family)):
+        by_data = _by_data(rows, "pool", task, temperature)
+        cells = [
+            _only(rows, "single", "base", "base", task),
+            _only(rows, "single", task, task, task),
+            _only(rows, "pool", task, "uniform", task),
+            mean(by_data),
+        ]
+        in_development = task in family.development_tasks
+        name = f"{task} (dev.)" if in_development else task
+        lines.append([name, *map(_points, cells), _points(stdev(by_data))])
+        if not in_development:
+            finals.append(cells)
+    columns = zip(*finals, strict=True)
+    lines.append(["mean, without dev.", *(_points(mean(column)) for column in columns), ""])
+    title = f"{family.name}: a task whose own model is one among all"
+    header = ["task", "base", "its fine-tune", "uniform", f"by data, T = {temperature:g}"]
+    return _table(title, [*header, "± by draw"], lines)
 
 
 def _final_tasks(family: Family) -> tuple[str, ...]:
     return tuple(task for task in family.tasks if task not in family.development_tasks)
 
 
-def _own_and_others(
-    family: Family, rows: list[Row], task: str, model: str
-) -> tuple[list[float], list[float]]:
-    """Return accuracies on the task and on all other tests; of several draws, all of them."""
+def _rows_for(rows: list[Row], task: str, model: str, family: Family) -> list[Row]:
+    """Return all measurements of a single model, or of the mix of that name for the task."""
     # A single model is measured once, whatever task is looked at; a mix is for one task.
     mix = ("single", model) if model in family.folders else ("tuned", task)
-    found = [row for row in rows if (row.experiment, row.task) == mix and row.model == model]
-    own = [row.accuracy for row in found if row.test == task]
-    return own, [row.accuracy for row in found if row.test != task]
+    return [row for row in rows if (row.experiment, row.task) == mix and row.model == model]
 
 
-def _by_data(rows: list[Row], task: str, temperature: float) -> list[float]:
-    """Return the accuracies on a new task, a draw each."""
+def _by_data(rows: list[Row], experiment: str, task: str, temperature: float) -> list[float]:
+    """Return the accuracies of mixes by data, a draw each."""
+    mix = (experiment, task, "data", temperature)
     return [
         row.accuracy
         for row in rows
-        if (row.experiment, row.model, row.task) == ("new", "data", task)
-        and row.temperature == temperature
+        if (row.experiment, row.task, row.model, row.temperature) == mix
     ]
 
 
-def _single(rows: list[Row], experiment: str, task: str, model: str, test: str) -> float:
-    """Return the one accuracy of a model, or of a mix that no draw decides."""
+def _only(rows: list[Row], experiment: str, task: str, model: str, test: str) -> float:
+    """Return the one accuracy of a single model, or of a mix that no draw decides."""
+    wanted = (experiment, task, model, test)
     (accuracy,) = (
-        row.accuracy
-        for row in rows
-        if (row.experiment, row.model, row.test) == (experiment, model, test)
-        and (experiment == "single" or row.task == task)
+        row.accuracy for row in rows if (row.experiment, row.task, row.model, row.test) == wanted
     )
     return accuracy
 
