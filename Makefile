@@ -42,4 +42,4 @@ $(DEV_STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) demo-output study-output bench-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

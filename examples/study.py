@@ -97,7 +97,7 @@ def study_family(name: str, work_dir: Path, seed: int) -> Result:
     rows += measure_tuned_tasks(family, losses, choose_temperature(family, rows, "new"))
     print(f"{name}: measured after {time.perf_counter() - started:.0f} s", flush=True)
     return Result(
-        rows=[asdict(row) for row in rows],
+        rows=[{**asdict(row), "accuracy": f"{row.accuracy:.2f}"} for row in rows],
         losses=[
             {"family": name, "task": task, "draw": draw, "model": model, "loss": f"{loss:.5f}"}
             for (task, draw), by_model in losses.items()
