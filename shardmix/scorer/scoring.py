@@ -14,7 +14,7 @@ import torch
 from shardmix.checkpoint import Checkpoint, open_checkpoint
 from shardmix.devices import resolve_device
 from shardmix.errors import RecipeError, SourceError
-from shardmix.memory import peak_resident_nbytes, resident_nbytes
+from shardmix.memory import give_back_large_blocks, peak_resident_nbytes, resident_nbytes
 from shardmix.scorer.encoding import EncodedExamples, encode_examples, load_tokenizer
 from shardmix.scorer.examples import Example, ExamplesArgument, load_examples
 from shardmix.scorer.model_scoring import ModelScore, score_model
@@ -69,6 +69,7 @@ def score(
     names = [str(source) for source in sources]
     loaded = load_examples(examples, settings)
     started = time.perf_counter()
+    give_back_large_blocks()
     device = torch.device(resolve_device(settings.device))
     _check_device(device)
     checkpoints = [open_checkpoint(name) for name in names]
