@@ -69,8 +69,8 @@ def give_back_large_blocks() -> None:
     """Make freed blocks of memory, from 1 MiB on, go back to the system, for this whole process.
 
     By default glibc soon keeps blocks of up to 32 MiB on its heap, where small ones that stay leave
-    holes between them. A process through which weights stream would grow with every layer (measured:
-    a sixth of the model). Where the C library is another, nothing is done.
+    holes between them. A process through which weights stream would grow with every layer
+    (measured: by a sixth of the model). Where the C library is another, nothing is done.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -30,6 +30,10 @@ _STATES_HELD = 4
 _OUTPUTS_HELD = 2
 
 
+# The least memory for one reading first.
+_GRAINS = (Grain.BLOCK, Grain.MODEL, Grain.LEAF)
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
     """What a model's intermediate results scale with."""
@@ -78,7 +82,7 @@ def arrange(
     """
     choices = [
         _arrangement(grain, cuts, shapes, sizes, available)
-        for grain in (Grain.BLOCK, Grain.MODEL, Grain.LEAF)
+        for grain in _GRAINS
         for shapes in _batchings(shape, best_tokens)
     ]
     fitting = [

@@ -12,9 +12,10 @@ from shardmix.checkpoint import Checkpoint
 from shardmix.errors import BudgetError, ShardmixError, SourceError
 from shardmix.memory import resident_nbytes
 from shardmix.model_types import ENCODER
+from shardmix.scorer import fit
 from shardmix.scorer.batches import shape_batches
 from shardmix.scorer.empty_model import build_empty_model, compute_dtype
-from shardmix.scorer.fit import BEST_TOKENS, Arrangement, ModelSizes, arrange
+from shardmix.scorer.fit import Arrangement, ModelSizes, arrange
 from shardmix.scorer.model_weights import CHUNK_NBYTES, ModelWeights
 from shardmix.scorer.objectives import Losses, Objective
 from shardmix.scorer.options import ScoreSettings
@@ -153,7 +154,7 @@ def _arrange(
             lambda tokens, labels: shape_batches(encoded, max_tokens=tokens, max_labels=labels),
             _sizes(model, objective),
             available=room,
-            best_tokens=BEST_TOKENS[device.type],
+            best_tokens=fit.BEST_TOKENS[device.type],
         )
     except BudgetError as error:
         least = int(str(error))
