@@ -86,6 +86,17 @@ def test_weights_are_read_once_for_all_passes(models, kind, monkeypatch):
     assert report.bytes_read <= 1.1 * report.bytes_stored
 
 
+def test_where_not_all_passes_fit_the_weights_are_read_again(models, monkeypatch):
+    only(Grain.BLOCK, monkeypatch, tokens=12)
+    monkeypatch.setattr(fit, "_RUN_NBYTES", 0)
+    monkeypatch.setattr(fit, "CHUNK_NBYTES", 0)
+    monkeypatch.setattr("shardmix.scorer.model_scoring._room", lambda budget, held: 150_000)
+    report = score([models("llama")], "decoder", TEXTS * 4)
+    assert report.num_passes[0] > 1
+    assert report.bytes_read > 1.5 * report.bytes_stored
+    assert report.losses[0] == pytest.approx(plain_loss("llama", models("llama"), TEXTS * 4))
+
+
 def test_a_model_in_bfloat16_computes_in_it_unless_told_otherwise(tmp_path):
     folder = save_language_model("llama", tmp_path / "m", dtype=torch.bfloat16)
     own = score([folder], "decoder", TEXTS)
