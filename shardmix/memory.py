@@ -54,6 +54,11 @@ def resident_nbytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def available_nbytes() -> int:
+    """Return the memory that the machine could give without taking it from other programs."""
+    return int(psutil.virtual_memory().available)
+
+
 def peak_resident_nbytes() -> int:
     """Return the largest resident set of the process so far (VmHWM on Linux)."""
     status = Path("/proc/self/status")

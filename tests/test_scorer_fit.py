@@ -2,10 +2,9 @@
 
 import pytest
 
-from shardmix.errors import BudgetError
 from shardmix.scorer.batches import BatchShape, shape_batches
 from shardmix.scorer.encoding import EncodedExamples, TokenSequence
-from shardmix.scorer.fit import ModelSizes, arrange
+from shardmix.scorer.fit import ModelSizes, NothingFits, arrange
 from shardmix.scorer.units import Grain, Kind, Partition, Unit
 from shardmix.units import MIB
 
@@ -43,7 +42,7 @@ def arranged(available, *, num_texts=64, length=251, **sizes):
 
 
 def test_blocks_hold_one_block_and_read_once():
-    arrangement = arranged(None)
+    arrangement = arranged(1 << 40)
     assert arrangement.grain is Grain.BLOCK
     assert len(arrangement.waves) == 1
     assert 101 * MIB < arrangement.projected_nbytes < 31 * 101 * MIB
@@ -57,15 +56,15 @@ def test_what_is_projected_fits(extra):
 
 
 def least_nbytes(**sizes):
-    with pytest.raises(BudgetError) as error:
+    with pytest.raises(NothingFits) as error:
         arranged(1, **sizes)
-    return int(str(error.value))
+    return error.value.least_nbytes
 
 
 def test_the_least_that_is_named_works_and_less_does_not():
     least = least_nbytes()
     assert arranged(least).projected_nbytes == least
-    with pytest.raises(BudgetError):
+    with pytest.raises(NothingFits):
         arranged(least - 1)
 
 
@@ -103,6 +102,14 @@ def test_every_sequence_is_in_one_batch_no_longer_than_it_must_be():
         assert shape.length == max(lengths[n] for n in shape.members)
         assert shape.num_tokens <= 100 or len(shape.members) == 1
     assert sum(shape.num_tokens for shape in shapes) <= sum(lengths) * 1.2
+
+
+def test_a_few_long_texts_do_not_make_many_short_ones_long():
+    lengths = [20] * 40 + [100] * 3
+    sequences = tuple(TokenSequence({"input_ids": [1] * n}, (1,), 1) for n in lengths)
+    encoded = EncodedExamples(sequences, (1,) * 43, 0, 0, 2048, is_clamped=False, silent=())
+    shapes = shape_batches(encoded, max_tokens=100_000, max_labels=1000)
+    assert [shape.length for shape in shapes] == [20, 100]
 
 
 def test_labels_bound_a_batch_too():

@@ -75,7 +75,6 @@ def score(
     checkpoints = [open_checkpoint(name) for name in names]
     encoded = _encode(loaded, checkpoints[0], settings)
     objective = objective_for(encoded, settings)
-    reserved = resident_nbytes()
     scores: list[ModelScore] = []
     for number, checkpoint in enumerate(checkpoints, start=1):
 
@@ -86,6 +85,7 @@ def score(
                     ScoreProgress(source, number, len(names), fraction, seconds, resident_nbytes())
                 )
 
+        reserved = scores[0].reserved_nbytes if scores else None
         one = score_model(
             checkpoint, objective, settings, device, reserved=reserved, on_fraction=tell
         )
