@@ -3,7 +3,6 @@
 Puts the layers together and holds no logic of its own. Imports torch only to merge.
 """
 
-import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,11 +14,12 @@ from typing import TypedDict
 
 from shardmix import engine, planner
 from shardmix.checkpoint import Checkpoint, open_checkpoint, read_config
+from shardmix.devices import resolve_device
 from shardmix.errors import BudgetError, MergeCancelled, RecipeError, SourceError
 from shardmix.filesystem import free_nbytes
 from shardmix.hub import locate
 from shardmix.matching import check_mergeable
-from shardmix.memory import MOST_WORKERS, cuda_device_present, torch_has_cuda_build
+from shardmix.memory import MOST_WORKERS
 from shardmix.naming import ties_word_embeddings
 from shardmix.plan import NUMBA, TORCH, MergePlan, RunSettings
 from shardmix.recipe import ModelsArgument, build_recipe
@@ -251,7 +251,7 @@ def _settings(options: MergeOptions) -> RunSettings:
         raise RecipeError(f"workers {workers}: must be from 1 to {MOST_WORKERS}")
     max_memory, max_vram = options.get("max_memory"), options.get("max_vram")
     return RunSettings(
-        device=_device(options.get("device", "auto")),
+        device=resolve_device(options.get("device", "auto")),
         io=io,
         backend=backend,
         workers=workers,
@@ -260,15 +260,6 @@ def _settings(options: MergeOptions) -> RunSettings:
         overwrite=options.get("overwrite", False),
         fsync=options.get("fsync", True),
     )
-
-
-def _device(asked: str) -> str:
-    """Return cpu, cuda or cuda:N, judged without importing torch."""
-    if asked == "auto":
-        return "cuda" if cuda_device_present() and torch_has_cuda_build() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", asked):
-        raise RecipeError(f"device {asked!r}: must be auto, cpu, cuda or cuda:N")
-    return asked
 
 
 def _donor(base: str | None, first: Checkpoint) -> planner.Donor:

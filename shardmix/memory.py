@@ -6,7 +6,6 @@ Knows sizes alone: no files, no tensors, no torch (it looks whether that is load
 build it is, without importing it).
 """
 
-import importlib.util
 import os
 import resource
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from shardmix.devices import torch_has_cuda_build
 from shardmix.errors import BudgetError
 from shardmix.units import KIB, MIB, format_mib
 
@@ -59,20 +59,6 @@ def peak_resident_nbytes() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def torch_has_cuda_build() -> bool:
-    """Tell whether the installed torch was built for CUDA, without importing it."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return False
-    return (Path(spec.origin).parent / "lib" / "libtorch_cuda.so").exists()
-
-
-def cuda_device_present() -> bool:
-    """Tell whether an NVIDIA driver is loaded and devices are not hidden, without torch."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return not hidden and Path("/proc/driver/nvidia/version").exists()
 
 
 def reserved_nbytes(*, library: str, on_cuda: bool) -> int:

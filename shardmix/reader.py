@@ -10,11 +10,11 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Protocol
 
 from shardmix.errors import SourceError
 from shardmix.filesystem import MAX_IO_NBYTES
-from shardmix.plan import SourceFile
 
 # Files that one worker keeps open (each once more where it is mapped); enough for the shards in
 # use at one time, and with eight workers still far from the usual limit of 1024.
@@ -34,6 +34,18 @@ _MAP_FLAGS = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
 _MAP_PROTECTION = mmap.PROT_READ | mmap.PROT_WRITE
 
 
+class SizedFile(Protocol):
+    """A file that is to be read, and the size it must still have then."""
+
+    @property
+    def path(self) -> str | Path:
+        """Where it lies."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size when its header was read."""
+
+
 class Reader(Protocol):
     """Reads byte ranges of numbered files."""
 
@@ -50,7 +62,7 @@ class Reader(Protocol):
         """Close all files."""
 
 
-def open_reader(io: str, files: Sequence[SourceFile]) -> Reader:
+def open_reader(io: str, files: Sequence[SizedFile]) -> Reader:
     """Return the reader for `--io` mmap or pread."""
     return MmapReader(files) if io == "mmap" else PreadReader(files)
 
@@ -58,7 +70,7 @@ def open_reader(io: str, files: Sequence[SourceFile]) -> Reader:
 class _OpenFiles:
     """Descriptors of the files last used, oldest closed first."""
 
-    def __init__(self, files: Sequence[SourceFile]) -> None:
+    def __init__(self, files: Sequence[SizedFile]) -> None:
         self._files = files
         self._descriptors: OrderedDict[int, int] = OrderedDict()
 
@@ -74,8 +86,8 @@ class _OpenFiles:
         if os.fstat(descriptor).st_size != source.nbytes:
             os.close(descriptor)
             raise SourceError(
-                f"{source.path}: has changed size since the merge was planned; "
-                "leave sources alone while merging, then start again"
+                f"{source.path}: has changed size since its header was read; "
+                "leave sources alone while they are in use, then start again"
             )
         self._descriptors[file] = descriptor
         return descriptor
@@ -88,7 +100,7 @@ class _OpenFiles:
         os.close(descriptor)
         return file
 
-    def path(self, file: int) -> str:
+    def path(self, file: int) -> str | Path:
         return self._files[file].path
 
     def close(self) -> None:
@@ -99,7 +111,7 @@ class _OpenFiles:
 class PreadReader:
     """Reads into the caller's buffer; right for every file system."""
 
-    def __init__(self, files: Sequence[SourceFile]) -> None:
+    def __init__(self, files: Sequence[SizedFile]) -> None:
         self._open = _OpenFiles(files)
 
     def view(self, file: int, offset: int, into: memoryview) -> memoryview:
@@ -118,10 +130,17 @@ class PreadReader:
             if count == 0:
                 raise SourceError(
                     f"{self._open.path(file)}: ends at byte {offset + filled}, before its header "
-                    "says; it was cut short while merging: fetch it again"
+                    "says; it was cut short while in use: fetch it again"
                 )
             filled += count
         return into
+
+    def will_need(self, file: int, offset: int, nbytes: int) -> None:
+        """Let the system read ahead, into its own cache, what a `view` will soon ask for."""
+        if hasattr(os, "posix_fadvise"):
+            descriptor = self._open.descriptor(file)
+            self._open.evict_oldest()
+            os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
     def release(self) -> None:
         """Do nothing: the buffer is the caller's."""
@@ -134,7 +153,7 @@ class PreadReader:
 class MmapReader:
     """Maps files and gives pages back behind each strip; saves a copy."""
 
-    def __init__(self, files: Sequence[SourceFile]) -> None:
+    def __init__(self, files: Sequence[SizedFile]) -> None:
         self._open = _OpenFiles(files)
         self._maps: dict[int, mmap.mmap] = {}
         self._mapped: tuple[mmap.mmap, memoryview, int, int] | None = None

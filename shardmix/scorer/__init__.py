@@ -1,0 +1,53 @@
+"""Merging weights from a few examples, for models that don't fit into memory.
+
+    from shardmix.scorer import compute_losses, compute_weights, score
+
+    report = score(["./base", "./tuned"], "decoder", "examples.jsonl", max_memory="2GiB")
+    report.weights, report.losses, report.per_example
+
+A package by itself: it reads checkpoints and knows nothing of merging. Its parts, in the order in
+which they are used:
+
+    options, examples      what is asked, checked before any model is opened
+    encoding, batches      texts to tokens to padded batches
+    empty_model            a model without its weights
+    model_weights          how its parameters are stored, and their values
+    units, fit             the model cut to fit into memory
+    lockstep               forward passes side by side
+    streamed_model         weights to units to passes
+    objectives             what each type of model is asked, and its loss
+    model_scoring, scoring one model, all models
+    weights, report        the result
+
+Names are loaded on first use; torch and transformers come with `score`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shardmix.scorer.options import MODEL_TYPES as MODEL_TYPES
+    from shardmix.scorer.options import ScoreOptions as ScoreOptions
+    from shardmix.scorer.report import ScoreProgress as ScoreProgress
+    from shardmix.scorer.report import ScoreReport as ScoreReport
+    from shardmix.scorer.scoring import compute_losses as compute_losses
+    from shardmix.scorer.scoring import score as score
+    from shardmix.scorer.weights import compute_weights as compute_weights
+
+_HOME = {
+    "compute_losses": "scoring",
+    "compute_weights": "weights",
+    "score": "scoring",
+    "MODEL_TYPES": "options",
+    "ScoreOptions": "options",
+    "ScoreProgress": "report",
+    "ScoreReport": "report",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'shardmix.scorer' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"shardmix.scorer.{_HOME[name]}"), name)

@@ -1,0 +1,94 @@
+"""Sequences to padded batches: as long as the longest in each, and no longer.
+
+How sequences are batched for a forward pass has no influence on the result: losses are put
+together per example and per batch of the reference afterwards.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shardmix.scorer.encoding import EncodedExamples, TokenSequence
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """Sizes of one forward pass, which its memory depends on."""
+
+    members: tuple[int, ...]
+    """Numbers of its sequences."""
+    length: int
+    """Tokens of the longest, which all are padded to."""
+    target_length: int
+    """Labels of the longest: what an encoder-decoder's decoder reads."""
+    num_labels: int
+    """Labels of all of them: rows of logits."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that a layer computes, padding included."""
+        return len(self.members) * max(self.length, self.target_length)
+
+    @property
+    def num_cells(self) -> int:
+        """Cells of the attention matrices of one head."""
+        return len(self.members) * max(self.length, self.target_length) ** 2
+
+
+def shape_batches(
+    encoded: EncodedExamples, *, max_tokens: int, max_labels: int
+) -> tuple[BatchShape, ...]:
+    """Group sequences of like length, so that each batch holds at most so many tokens and labels.
+
+    A sequence that is alone above a limit is a batch by itself.
+    """
+    lengths = [(seq.num_tokens, len(seq.labels)) for seq in encoded.sequences]
+    shapes: list[BatchShape] = []
+    members: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda n: (max(lengths[n]), lengths[n], n)):
+        grown = _shape([*members, number], lengths)
+        if members and (grown.num_tokens > max_tokens or grown.num_labels > max_labels):
+            shapes.append(_shape(members, lengths))
+            members = []
+        members.append(number)
+    return (*shapes, _shape(members, lengths))
+
+
+def _shape(members: Sequence[int], lengths: Sequence[tuple[int, int]]) -> BatchShape:
+    return BatchShape(
+        members=tuple(members),
+        length=max(lengths[number][0] for number in members),
+        target_length=max(lengths[number][1] for number in members),
+        num_labels=sum(lengths[number][1] for number in members),
+    )
+
+
+def padded_inputs(
+    sequences: Sequence[TokenSequence], pad_token_id: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Return int64 tensors [sequences, longest], padded on the right, with their attention mask."""
+    length = max(sequence.num_tokens for sequence in sequences)
+    inputs = {
+        key: _padded(
+            [sequence.inputs[key] for sequence in sequences],
+            length,
+            pad_token_id if key == "input_ids" else 0,
+        ).to(device)
+        for key in sequences[0].inputs
+    }
+    ones = _padded([[1] * sequence.num_tokens for sequence in sequences], length, 0)
+    inputs["attention_mask"] = ones.to(device)
+    return inputs
+
+
+def padded_labels(
+    sequences: Sequence[TokenSequence], pad_token_id: int, device: torch.device
+) -> torch.Tensor:
+    """Return the labels as int64 [sequences, longest], padded on the right."""
+    length = max(len(sequence.labels) for sequence in sequences)
+    return _padded([sequence.labels for sequence in sequences], length, pad_token_id).to(device)
+
+
+def _padded(rows: Sequence[Sequence[int]], length: int, filler: int) -> torch.Tensor:
+    return torch.tensor([[*row, *[filler] * (length - len(row))] for row in rows])

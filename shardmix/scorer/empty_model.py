@@ -1,0 +1,105 @@
+"""A model without its weights: built from its config on the meta device, by transformers.
+
+Reads config and code, never weights.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+
+from shardmix.checkpoint import CONFIG_NAME, Checkpoint
+from shardmix.errors import SourceError
+from shardmix.naming import quantisation_method
+from shardmix.safetensors_layout import FLOAT_DTYPES, element_nbytes
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def build_empty_model(
+    checkpoint: Checkpoint, auto_class: str, dtype: torch.dtype, *, trust_remote_code: bool
+) -> Any:
+    """Return the model in evaluation mode, parameters on the meta device, computed buffers real.
+
+    Raises `SourceError` where transformers cannot build it from the folder's config.
+    """
+    import transformers
+
+    folder = checkpoint.folder
+    if not (folder / CONFIG_NAME).exists():
+        raise SourceError(
+            f"{checkpoint.source}: has no {CONFIG_NAME}, so that it cannot be run; scoring needs a "
+            "whole model folder"
+        )
+    method = quantisation_method(checkpoint.config)
+    if method is not None:
+        raise SourceError(
+            f"{checkpoint.source}: is quantised ({method}); scoring needs the original weights"
+        )
+    try:
+        with _quiet_transformers():
+            config = transformers.AutoConfig.from_pretrained(
+                str(folder), trust_remote_code=trust_remote_code
+            )
+            # Buffers are computed, not stored: on the meta device they would be lost.
+            with init_empty_weights(include_buffers=False):
+                model = getattr(transformers, auto_class).from_config(
+                    config, dtype=dtype, trust_remote_code=trust_remote_code
+                )
+    except Exception as error:  # configs of strangers fail in every way there is
+        raise SourceError(f"{checkpoint.source}: {_build_finding(error, auto_class)}") from None
+    model.requires_grad_(False)
+    model.eval()
+    model.tie_weights()
+    return model
+
+
+def compute_dtype(checkpoint: Checkpoint, asked: str) -> torch.dtype:
+    """Return what a model computes in: as asked, or else its own, the dtype of most weights."""
+    if asked != "auto":
+        return getattr(torch, asked)  # type: ignore[no-any-return]
+    nbytes: Counter[str] = Counter()
+    for row in range(checkpoint.num_tensors):
+        info = checkpoint.tensor(row)
+        if info.dtype in FLOAT_DTYPES:
+            nbytes[info.dtype] += info.num_elements * element_nbytes(info.dtype)
+    if not nbytes:
+        raise SourceError(f"{checkpoint.source}: has no floating-point weights to compute with")
+    return TORCH_DTYPES[nbytes.most_common(1)[0][0]]
+
+
+def _build_finding(error: Exception, auto_class: str) -> str:
+    finding = " ".join(str(error).split())[:300] or type(error).__name__
+    if "trust_remote_code" in finding:
+        return (
+            "needs code from its own folder to run; if you trust it, read it and use "
+            "--trust-remote-code (trust_remote_code=True)"
+        )
+    return f"cannot be built as {auto_class} from its config ({finding}); check --model-type"
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep advice about training and generation from the user's terminal."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

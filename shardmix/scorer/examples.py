@@ -1,0 +1,178 @@
+"""Examples: read from JSON or JSON lines and checked, so that a mistake is named by line and field.
+
+Knows texts, not tokens; runs before any model is opened.
+"""
+
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shardmix.errors import RecipeError
+from shardmix.scorer.options import ENCODER, RERANKER, ScoreSettings
+
+_MAX_FILE_NBYTES = 1_000_000_000
+_MAX_SHOWN = 60
+
+
+@dataclass(frozen=True, slots=True)
+class TextExample:
+    """A text and how it should go on: for decoders and encoder-decoders."""
+
+    name: str
+    """What messages call it: its file and line, or its number."""
+    input: str
+    """The prompt."""
+    output: str
+    """What the loss is taken of."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueryExample:
+    """A query, a passage that answers it, and others that do not: for encoders and rerankers."""
+
+    name: str
+    """What messages call it: its file and line, or its number."""
+    query: str
+    positive: str
+    negatives: tuple[str, ...]
+
+
+Example = TextExample | QueryExample
+ExamplesArgument = str | Path | Iterable[Mapping[str, Any]]
+
+
+def load_examples(examples: ExamplesArgument, settings: ScoreSettings) -> tuple[Example, ...]:
+    """Return the checked examples of a file or of a list of mappings.
+
+    A file holds a JSON list, JSON lines, or a JSON object from task names to lists. Decoders and
+    encoder-decoders take `{"input": str, "output": str}`; encoders and rerankers take
+    `{"query": str, "pos": [str, ...], "neg": [str, ...]}`, of which the first positive counts.
+    Negatives are drawn here, once for all models. Raises `RecipeError`.
+    """
+    if isinstance(examples, str | Path):
+        named = _read_file(Path(examples))
+    else:
+        try:
+            named = [(f"example {number}", item) for number, item in enumerate(examples, start=1)]
+        except TypeError:
+            raise RecipeError(
+                f"examples: {type(examples).__name__} given; give a list of examples or a file"
+            ) from None
+    if not named:
+        raise RecipeError("no examples given; a few, five or so, are needed")
+    draw = random.Random(settings.seed)
+    if settings.model_type in (ENCODER, RERANKER):
+        queries = [_query_example(name, item, settings, draw) for name, item in named]
+        _check_comparable(queries, settings)
+        return tuple(queries)
+    return tuple(_text_example(name, item) for name, item in named)
+
+
+def _read_file(path: Path) -> list[tuple[str, Any]]:
+    try:
+        if path.stat().st_size > _MAX_FILE_NBYTES:
+            raise RecipeError(f"{path}: has {path.stat().st_size} bytes; a few examples are enough")
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        return _read_lines(path, text)
+    if isinstance(whole, dict) and whole and all(isinstance(v, list) for v in whole.values()):
+        if not {"query", "pos", "neg"} & set(whole):
+            return [
+                (f"{path}: {task}[{number}]", item)
+                for task, items in whole.items()
+                for number, item in enumerate(items, start=1)
+            ]
+    elif isinstance(whole, list):
+        return [(f"{path}: example {number}", item) for number, item in enumerate(whole, start=1)]
+    return [(f"{path}: example 1", whole)]  # one line of JSON lines
+
+
+def _read_lines(path: Path, text: str) -> list[tuple[str, Any]]:
+    named = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            named.append((f"{path}: line {number}", json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(
+                f"{path}: line {number}: not valid JSON ({error}); write a JSON list of examples, "
+                "or one example a line"
+            ) from None
+    return named
+
+
+def _text_example(name: str, item: object) -> TextExample:
+    fields = _mapping(name, item, needed="`input` and `output`")
+    output = _text(name, fields, "output")
+    if not output.strip():
+        raise RecipeError(f"{name}: `output` is empty; the loss is taken of it: write what is wanted")
+    return TextExample(name, _text(name, fields, "input"), output)
+
+
+def _query_example(
+    name: str, item: object, settings: ScoreSettings, draw: random.Random
+) -> QueryExample:
+    fields = _mapping(name, item, needed="`query`, `pos` and `neg`")
+    query = _text(name, fields, "query")
+    positives = _texts(name, fields, "pos")
+    if not positives:
+        raise RecipeError(f"{name}: `pos` is empty; give a passage that answers the query")
+    negatives = _texts(name, fields, "neg")
+    if len(negatives) > settings.neg_number:
+        negatives = draw.sample(negatives, settings.neg_number)
+    return QueryExample(name, query, positives[0], tuple(negatives))
+
+
+def _check_comparable(examples: Sequence[QueryExample], settings: ScoreSettings) -> None:
+    """Refuse a query with nothing to tell its positive from: its loss would be 0 for any model."""
+    alone = 1 if settings.model_type == RERANKER else settings.batch_size
+    for start in range(0, len(examples), alone):
+        batch = examples[start : start + alone]
+        if len(batch) == 1 and not batch[0].negatives:
+            raise RecipeError(
+                f"{batch[0].name}: `neg` gives no negatives, and nothing else is in its batch; "
+                "give at least one passage that does not answer the query"
+            )
+
+
+def _mapping(name: str, item: object, *, needed: str) -> Mapping[str, Any]:
+    if not isinstance(item, Mapping):
+        raise RecipeError(f"{name}: must be an object with {needed}, not {_shown(item)}")
+    return item
+
+
+def _text(name: str, fields: Mapping[str, Any], key: str) -> str:
+    if key not in fields:
+        raise RecipeError(
+            f"{name}: `{key}` is missing; it has {', '.join(map(repr, fields)) or 'nothing'}"
+        )
+    value = fields[key]
+    if not isinstance(value, str):
+        raise RecipeError(f"{name}: `{key}` must be a text, not {_shown(value)}")
+    return value
+
+
+def _texts(name: str, fields: Mapping[str, Any], key: str) -> list[str]:
+    value = fields.get(key, [] if key == "neg" else None)
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        finding = f"not {_shown(value)}" if key in fields else "but is missing"
+        raise RecipeError(f"{name}: `{key}` must be a list of texts, {finding}")
+    for text in value:
+        if not isinstance(text, str):
+            raise RecipeError(f"{name}: `{key}` must hold texts alone, not {_shown(text)}")
+    return list(value)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."

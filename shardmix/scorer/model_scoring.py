@@ -1,0 +1,207 @@
+"""One model, all examples: arranged to fit, streamed, and its losses."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from shardmix.checkpoint import Checkpoint
+from shardmix.errors import BudgetError, ShardmixError, SourceError
+from shardmix.memory import resident_nbytes
+from shardmix.scorer.batches import shape_batches
+from shardmix.scorer.empty_model import build_empty_model, compute_dtype
+from shardmix.scorer.fit import BEST_TOKENS, Arrangement, ModelSizes, arrange
+from shardmix.scorer.model_weights import CHUNK_NBYTES, ModelWeights
+from shardmix.scorer.objectives import Losses, Objective
+from shardmix.scorer.options import ENCODER, ScoreSettings
+from shardmix.scorer.streamed_model import StreamedModel
+from shardmix.scorer.units import Grain, cut
+from shardmix.units import MIB, format_mib
+
+# Of a GPU's free memory, what is taken where nobody set a bound.
+_VRAM_SHARE = 0.9
+# On a GPU, what the host holds beside its libraries: the chunk that is being read, and the examples.
+_HOST_NBYTES = CHUNK_NBYTES + 128 * MIB
+
+OnFraction = Callable[[float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelScore:
+    """What scoring one model gave and took. Sizes in bytes."""
+
+    losses: Losses
+    """Its losses."""
+    dtype: str
+    """What it computed in."""
+    bytes_read: int
+    """Weights read."""
+    num_passes: int
+    """How often its weights were read."""
+    projected_nbytes: int
+    """Resident memory of the process at its peak, at most."""
+    projected_vram_nbytes: int
+    """GPU memory at its peak, at most; 0 on the CPU."""
+
+
+def score_model(
+    checkpoint: Checkpoint,
+    objective: Objective,
+    settings: ScoreSettings,
+    device: torch.device,
+    *,
+    reserved: int | None,
+    on_fraction: OnFraction,
+) -> ModelScore:
+    """Return a model's losses on the objective's examples.
+
+    `reserved` is what the process holds before any model, None if that is now. Raises
+    `SourceError` where the model cannot be run, `BudgetError` where it does not fit.
+    """
+    dtype = compute_dtype(checkpoint, settings.dtype)
+    model = build_empty_model(
+        checkpoint, objective.auto_class, dtype, trust_remote_code=settings.trust_remote_code
+    )
+    objective.prepare(model)
+    weights = ModelWeights(checkpoint, model)
+    try:
+        _check_complete(checkpoint, weights, settings)
+        held = max(reserved or 0, resident_nbytes())
+        arrangement, projected, projected_vram = _arrange(
+            checkpoint, model, weights, objective, settings, device, held
+        )
+        results = _run(model, weights, arrangement, objective, device, on_fraction)
+        return ModelScore(
+            losses=objective.losses(results),
+            dtype=str(dtype).removeprefix("torch."),
+            bytes_read=weights.bytes_read,
+            num_passes=len(arrangement.waves),
+            projected_nbytes=projected,
+            projected_vram_nbytes=projected_vram,
+        )
+    except ShardmixError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise BudgetError(
+            f"{checkpoint.source}: out of GPU memory ({_one_line(error)}); set --max-vram to what "
+            "is free, or use --device cpu"
+        ) from None
+    except Exception as error:  # a model is a program of a stranger's
+        raise SourceError(
+            f"{checkpoint.source}: cannot be run as {objective.auto_class} on these examples "
+            f"({_one_line(error)}); check --model-type and the examples"
+        ) from error
+    finally:
+        weights.close()
+        del model
+        gc.collect()  # modules and hooks refer to one another
+
+
+def _run(
+    model: Any,
+    weights: ModelWeights,
+    arrangement: Arrangement,
+    objective: Objective,
+    device: torch.device,
+    on_fraction: OnFraction,
+) -> list[Any]:
+    """Return one result for each sequence, in order."""
+    results: list[Any] = [None] * len(objective.encoded.sequences)
+    num_waves = len(arrangement.waves)
+    with torch.inference_mode():
+        streamed = StreamedModel(model, weights, arrangement.partition, device)
+        for number, wave in enumerate(arrangement.waves):
+            of_all = num_waves * (streamed.num_stages or len(wave))
+            begun = number * (streamed.num_stages or len(wave))
+            passes = [partial(objective.run, model, shape, device) for shape in wave]
+            outcomes = streamed.run(
+                passes, on_step=lambda step: on_fraction((begun + step) / of_all)  # noqa: B023
+            )
+            for shape, outcome in zip(wave, outcomes, strict=True):
+                for member, result in zip(shape.members, outcome, strict=True):
+                    results[member] = result
+    return results
+
+
+def _arrange(
+    checkpoint: Checkpoint,
+    model: Any,
+    weights: ModelWeights,
+    objective: Objective,
+    settings: ScoreSettings,
+    device: torch.device,
+    held: int,
+) -> tuple[Arrangement, int, int]:
+    """Return how to score the model, and the peaks of memory and of GPU memory to expect."""
+    encoded = objective.encoded
+    num_labels = sum(len(sequence.labels) for sequence in encoded.sequences)
+    cuts = {grain: cut(model, weights, grain, num_labels=num_labels) for grain in Grain}
+    on_cuda = device.type == "cuda"
+    host_room = _room(settings.max_memory_nbytes, held)
+    if on_cuda:
+        if host_room is not None and host_room < _HOST_NBYTES:
+            raise _too_small("--max-memory", settings.max_memory_nbytes, held + _HOST_NBYTES)
+        room = settings.max_vram_nbytes or int(torch.cuda.mem_get_info(device)[0] * _VRAM_SHARE)
+    else:
+        room = host_room
+    try:
+        arrangement = arrange(
+            cuts,
+            lambda tokens, labels: shape_batches(encoded, max_tokens=tokens, max_labels=labels),
+            _sizes(model, objective),
+            available=room,
+            best_tokens=BEST_TOKENS[device.type],
+        )
+    except BudgetError as error:
+        least = int(str(error))
+        if on_cuda:
+            raise _too_small("--max-vram", room, least) from None
+        raise _too_small("--max-memory", settings.max_memory_nbytes, held + least) from None
+    if on_cuda:
+        return arrangement, held + _HOST_NBYTES, arrangement.projected_nbytes
+    return arrangement, held + arrangement.projected_nbytes, 0
+
+
+def _room(budget: int | None, held: int) -> int | None:
+    return None if budget is None else budget - held
+
+
+def _too_small(option: str, given: int | None, least: int) -> BudgetError:
+    return BudgetError(
+        f"{option} {format_mib(given or 0)}: too small to score with; the least that works here "
+        f"is {format_mib(least)}; raise the budget, or shorten the examples"
+    )
+
+
+def _sizes(model: Any, objective: Objective) -> ModelSizes:
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    width = model.get_input_embeddings().weight.shape[1]
+    labelled = bool(objective.encoded.sequences[0].labels)
+    return ModelSizes(
+        hidden_size=max(width, getattr(config, "hidden_size", 0) or 0),
+        num_heads=getattr(config, "num_attention_heads", None) or 1,
+        holds_attention=getattr(config, "_attn_implementation", "eager") == "eager",
+        element_nbytes=model.dtype.itemsize,
+        vocabulary=head.weight.shape[0] if labelled and head is not None else 0,
+    )
+
+
+def _check_complete(checkpoint: Checkpoint, weights: ModelWeights, settings: ScoreSettings) -> None:
+    """Refuse a model of which parts would be random; an encoder's pooler is not used."""
+    missing = weights.missing()
+    if settings.model_type == ENCODER:
+        missing = [name for name in missing if "pooler." not in name]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise SourceError(
+            f"{checkpoint.source}: stores nothing for {', '.join(missing[:3])}{more}; it is not a "
+            f"whole model of type {settings.model_type}: check --model-type"
+        )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,98 @@
+"""What a scoring run depends on besides its models and examples: checked, and without torch."""
+
+import math
+from dataclasses import dataclass
+from typing import TypedDict
+
+from shardmix.errors import RecipeError
+from shardmix.units import parse_size
+
+DECODER, ENCODER, RERANKER, ENCODER_DECODER = "decoder", "encoder", "reranker", "encoder-decoder"
+MODEL_TYPES = (DECODER, ENCODER, RERANKER, ENCODER_DECODER)
+POOLINGS = ("cls", "mean", "lasttoken")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class ScoreOptions(TypedDict, total=False):
+    """What `score` and `compute_losses` take by keyword; all of it optional."""
+
+    temperature: float
+    """Of the softmax over losses (default 5.0)."""
+    batch_size: int
+    """Examples whose token losses are averaged together, and which are one another's negatives."""
+    max_input_length: int
+    """Tokens of a text beyond which it is cut off (default 2048)."""
+    neg_number: int
+    """Negatives drawn for each query (default 7); where there are fewer, all are used."""
+    seed: int
+    """Of the draw of negatives."""
+    device: str
+    """auto (default), cpu, cuda or cuda:N."""
+    dtype: str
+    """What a model computes in: auto (default, its own), float32, bfloat16 or float16."""
+    max_memory: int | str | None
+    """Bound on the whole process's peak resident memory ("2GiB"); default: what speed needs."""
+    max_vram: int | str | None
+    """Bound on GPU memory."""
+    pooling: str
+    """How an encoder's text becomes one vector: cls (default), mean or lasttoken."""
+    chat_template: bool
+    """Put a decoder's examples into the tokenizer's chat template."""
+    trust_remote_code: bool
+    """Run code that a model's folder brings along (default: no)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreSettings:
+    """`ScoreOptions`, complete and checked."""
+
+    model_type: str
+    """decoder, encoder, reranker or encoder-decoder."""
+    temperature: float = 5.0
+    batch_size: int = 2
+    max_input_length: int = 2048
+    neg_number: int = 7
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    max_memory_nbytes: int | None = None
+    max_vram_nbytes: int | None = None
+    pooling: str = "cls"
+    chat_template: bool = False
+    trust_remote_code: bool = False
+
+
+def check_options(model_type: str, options: ScoreOptions) -> ScoreSettings:
+    """Return the options as settings; raise `RecipeError` for what makes no sense."""
+    unknown = set(options) - set(ScoreOptions.__annotations__)
+    if unknown:
+        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+    _one_of("model type", model_type, MODEL_TYPES)
+    given = dict(options)
+    max_memory, max_vram = given.pop("max_memory", None), given.pop("max_vram", None)
+    settings = ScoreSettings(
+        model_type=model_type,
+        max_memory_nbytes=None if max_memory is None else parse_size(max_memory),  # type: ignore[arg-type]
+        max_vram_nbytes=None if max_vram is None else parse_size(max_vram),  # type: ignore[arg-type]
+        **given,  # type: ignore[arg-type]
+    )
+    _one_of("pooling", settings.pooling, POOLINGS)
+    _one_of("dtype", settings.dtype, DTYPES)
+    _at_least("batch size", settings.batch_size, 1)
+    _at_least("max input length", settings.max_input_length, 2)
+    _at_least("neg number", settings.neg_number, 0)
+    if not (settings.temperature > 0 and math.isfinite(settings.temperature)):
+        raise RecipeError(f"temperature {settings.temperature}: must be a positive number")
+    if settings.chat_template and model_type != DECODER:
+        raise RecipeError(f"a chat template is for decoders, not for a model of type {model_type}")
+    return settings
+
+
+def _one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise RecipeError(f"{what} {value!r}: must be one of {', '.join(choices)}")
+
+
+def _at_least(what: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise RecipeError(f"{what} {value!r}: must be a whole number, {least} or more")

@@ -1,0 +1,178 @@
+"""The scorer's functions: examples and models in, losses and weights out.
+
+One model in memory at a time, or as much of it as the budget allows. Knows nothing of merging.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from os import PathLike
+
+import torch
+
+from shardmix.checkpoint import Checkpoint, open_checkpoint
+from shardmix.devices import resolve_device
+from shardmix.errors import RecipeError, SourceError
+from shardmix.memory import peak_resident_nbytes, resident_nbytes
+from shardmix.scorer.encoding import EncodedExamples, encode_examples, load_tokenizer
+from shardmix.scorer.examples import Example, ExamplesArgument, load_examples
+from shardmix.scorer.model_scoring import ModelScore, score_model
+from shardmix.scorer.objectives import objective_for
+from shardmix.scorer.options import ScoreOptions, ScoreSettings, check_options
+from shardmix.scorer.report import ScoreProgress, ScoreReport
+from shardmix.scorer.weights import compute_weights
+
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+else:
+    from typing_extensions import Unpack
+
+OnScoreProgress = Callable[[ScoreProgress], None]
+
+
+def score(
+    sources: Sequence[str | PathLike[str]],
+    model_type: str,
+    examples: ExamplesArgument,
+    *,
+    on_progress: OnScoreProgress | None = None,
+    **options: Unpack[ScoreOptions],
+) -> ScoreReport:
+    """Compute each model's loss on a few examples, and the merging weights that follow.
+
+    w_i = softmax_i(-L_i / temperature), L_i being the mean, over batches of `batch_size` examples,
+    of the batch's mean loss. Source: LM-Cocktail (arXiv 2311.13534), section 3.
+
+    Args:
+        sources: model folders, `.safetensors` files within one, or Hub ids. The first one's
+            tokenizer encodes the examples for all.
+        model_type: decoder, encoder, reranker or encoder-decoder.
+        examples: mappings, or the path of a JSON or JSON lines file: `{"input", "output"}` for
+            decoders and encoder-decoders, `{"query", "pos": [...], "neg": [...]}` for encoders and
+            rerankers.
+        on_progress: called with a `ScoreProgress` now and then.
+        options: see `ScoreOptions`.
+
+    Raises:
+        ShardmixError: of the kind that says what to mend; about options and examples before any
+            model is opened.
+
+    Example:
+        >>> report = score(["./base", "./tuned"], "decoder", [{"input": "2 + 2 =", "output": "4"}])
+        >>> sum(report.weights)
+        1.0
+    """
+    settings = check_options(model_type, options)
+    if isinstance(sources, str) or not sources:
+        raise RecipeError("no list of models given; name the models to score, one or more")
+    names = [str(source) for source in sources]
+    loaded = load_examples(examples, settings)
+    started = time.perf_counter()
+    device = torch.device(resolve_device(settings.device))
+    _check_device(device)
+    checkpoints = [open_checkpoint(name) for name in names]
+    encoded = _encode(loaded, checkpoints[0], settings)
+    objective = objective_for(encoded, settings)
+    reserved = resident_nbytes()
+    scores: list[ModelScore] = []
+    for number, checkpoint in enumerate(checkpoints, start=1):
+
+        def tell(fraction: float, number: int = number, source: str = checkpoint.source) -> None:
+            if on_progress is not None:
+                seconds = time.perf_counter() - started
+                on_progress(
+                    ScoreProgress(
+                        source, number, len(names), fraction, seconds, resident_nbytes()
+                    )
+                )
+
+        one = score_model(
+            checkpoint, objective, settings, device, reserved=reserved, on_fraction=tell
+        )
+        _check_finite(checkpoint, one, loaded)
+        scores.append(one)
+    losses = [one.losses.mean for one in scores]
+    return ScoreReport(
+        sources=tuple(names),
+        weights=tuple(compute_weights(losses, settings.temperature)),
+        losses=tuple(losses),
+        per_example=tuple(one.losses.per_example for one in scores),
+        model_type=model_type,
+        num_examples=len(loaded),
+        temperature=settings.temperature,
+        batch_size=settings.batch_size,
+        device=str(device),
+        dtypes=tuple(one.dtype for one in scores),
+        bytes_read=sum(one.bytes_read for one in scores),
+        bytes_stored=sum(
+            int(checkpoint.table.nbytes.sum()) for checkpoint in checkpoints
+        ),
+        num_passes=tuple(one.num_passes for one in scores),
+        seconds=time.perf_counter() - started,
+        projected_peak_bytes=max(one.projected_nbytes for one in scores),
+        peak_rss_bytes=peak_resident_nbytes(),
+        projected_vram_bytes=max(one.projected_vram_nbytes for one in scores),
+        peak_vram_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
+        warnings=_warnings(encoded, settings),
+    )
+
+
+def compute_losses(
+    sources: Sequence[str | PathLike[str]],
+    model_type: str,
+    examples: ExamplesArgument,
+    *,
+    on_progress: OnScoreProgress | None = None,
+    **options: Unpack[ScoreOptions],
+) -> list[float]:
+    """Return each model's loss on the examples, in source order; as `score`, without weights.
+
+    Example:
+        >>> compute_weights(compute_losses(["./base", "./tuned"], "decoder", examples), 5.0)
+        [0.41, 0.59]
+    """
+    report = score(sources, model_type, examples, on_progress=on_progress, **options)
+    return list(report.losses)
+
+
+def _encode(
+    examples: tuple[Example, ...], first: Checkpoint, settings: ScoreSettings
+) -> EncodedExamples:
+    tokenizer = load_tokenizer(
+        first.source, first.folder, trust_remote_code=settings.trust_remote_code
+    )
+    if settings.chat_template and not getattr(tokenizer, "chat_template", None):
+        raise RecipeError(
+            f"{first.source}: its tokenizer has no chat template; score without --chat-template"
+        )
+    return encode_examples(examples, tokenizer, settings, first.config)
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"device {device}: torch finds no such GPU; use --device cpu")
+
+
+def _check_finite(
+    checkpoint: Checkpoint, one: ModelScore, examples: tuple[Example, ...]
+) -> None:
+    for example, loss in zip(examples, one.losses.per_example, strict=True):
+        if loss is not None and not math.isfinite(loss):
+            raise SourceError(
+                f"{checkpoint.source}: its loss on {example.name} is {loss}; its weights may hold "
+                f"NaN or Inf, or it overflows in {one.dtype}: try --dtype float32, or leave the "
+                "model out"
+            )
+
+
+def _warnings(encoded: EncodedExamples, settings: ScoreSettings) -> tuple[str, ...]:
+    silent = tuple(
+        f"{name}: `output` is cut off entirely; it counts for nothing" for name in encoded.silent
+    )
+    if not encoded.num_cut:
+        return silent
+    limit = f"{encoded.max_length} tokens"
+    if encoded.is_clamped:
+        limit += f" (the model takes no more; {settings.max_input_length} were asked for)"
+    return (f"{encoded.num_cut} of {len(encoded.sequences)} texts were cut off at {limit}", *silent)

@@ -1,0 +1,207 @@
+"""A model whose weights come from the shards unit by unit, through accelerate's hooks.
+
+Puts units, weights and lockstep together. Where a model fits as a whole it is one unit, loaded
+before the first pass, and nothing waits.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.utils import set_module_tensor_to_device
+from torch import nn
+from torch.nn import functional
+
+from shardmix.scorer.lockstep import Lockstep, Stage
+from shardmix.scorer.model_weights import ModelWeights
+from shardmix.scorer.units import SLICE_NBYTES, Kind, Partition, Unit
+
+
+OnStep = Callable[[int], None]
+
+
+class StreamedModel:
+    """Runs forward passes of one model; each unit's weights are read once for all of them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: ModelWeights,
+        partition: Partition,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._weights = weights
+        self._device = device
+        self._units = partition.units
+        self._on_step: OnStep = _ignore
+        self._place(partition.resident)
+        for name, buffer in list(model.named_buffers()):
+            if buffer.device.type != "meta" and buffer.device != device:
+                set_module_tensor_to_device(model, name, device)
+        self._lockstep = Lockstep(self._stage_begins)
+        self._stages: list[Stage] = []
+        if [unit.name for unit in self._units] == [""]:
+            self._place(self._units[0].tensors)
+        else:
+            self._stages = [self._attach(unit) for unit in self._units]
+
+    @property
+    def num_stages(self) -> int:
+        """Units that passes wait for; 0 where the whole model is in memory."""
+        return len(self._stages)
+
+    def run(self, passes: Sequence[Callable[[], Any]], on_step: OnStep) -> list[Any]:
+        """Run passes, each a function that calls the model; return their results in order.
+
+        `on_step` is told the number of each stage as it begins, or else of each pass.
+        """
+        self._on_step = on_step
+        if self._stages:
+            return self._lockstep.run(passes)
+        results = []
+        for number, function in enumerate(passes):
+            on_step(number)
+            results.append(function())
+        return results
+
+    def _stage_begins(self, stage: Stage) -> None:
+        number = self._stages.index(stage)
+        self._on_step(number)
+        # What comes next is read by the system while this unit computes.
+        if number + 1 < len(self._units) and self._units[number + 1].kind is not Kind.ROWS:
+            self._weights.prefetch(self._units[number + 1].tensors)
+
+    def _place(self, names: Sequence[str]) -> None:
+        for name, value in self._weights.read(names, self._device).items():
+            set_module_tensor_to_device(self._model, name, self._device, value=value)
+
+    def _attach(self, unit: Unit) -> Stage:
+        module = self._model.get_submodule(unit.name)
+        if unit.kind is Kind.ROWS:
+            assert isinstance(module, nn.Embedding)
+            return EmbeddingStage(unit, module, self._weights, self._device, self._lockstep)
+        if unit.kind is Kind.SLICES:
+            assert isinstance(module, nn.Linear)
+            return LinearStage(unit, module, self._weights, self._device, self._lockstep)
+        return WholeStage(unit, self._model, self._weights, self._device, self._lockstep)
+
+
+def _ignore(_step: int) -> None:
+    """Take no notice of progress."""
+
+
+class WholeStage(ModelHook):
+    """A unit whose weights are all there while passes go through it."""
+
+    def __init__(
+        self,
+        unit: Unit,
+        model: nn.Module,
+        weights: ModelWeights,
+        device: torch.device,
+        lockstep: Lockstep,
+    ) -> None:
+        self._unit, self._model, self._weights = unit, model, weights
+        self._device, self._lockstep = device, lockstep
+        add_hook_to_module(model.get_submodule(unit.name), self)
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Wait for the weights."""
+        self._lockstep.pass_through(self)
+        return args, kwargs
+
+    def serve(self, payloads: Sequence[Any]) -> Sequence[Any]:
+        """Read the weights into the module."""
+        values = self._weights.read(self._unit.tensors, self._device)
+        while values:
+            name, value = values.popitem()
+            set_module_tensor_to_device(self._model, name, self._device, value=value)
+        return [None] * len(payloads)
+
+    def release(self) -> None:
+        """Leave the module without weights."""
+        for name in self._unit.tensors:
+            set_module_tensor_to_device(self._model, name, "meta")
+
+
+class EmbeddingStage(ModelHook):
+    """An embedding, of which those rows are read that the waiting passes look up."""
+
+    def __init__(
+        self,
+        unit: Unit,
+        module: nn.Embedding,
+        weights: ModelWeights,
+        device: torch.device,
+        lockstep: Lockstep,
+    ) -> None:
+        self._unit, self._module, self._weights = unit, module, weights
+        self._device, self._lockstep = device, lockstep
+        self._empty = module.weight
+        self._padding_idx = module.padding_idx
+        add_hook_to_module(module, self)
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Wait for the rows, and look up by their places among those that are there."""
+        if args:
+            return (self._lockstep.arrive(self, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "input": self._lockstep.arrive(self, kwargs["input"])}
+
+    def serve(self, payloads: Sequence[torch.Tensor]) -> Sequence[Any]:
+        """Read the rows that any pass wants."""
+        rows = torch.cat([payload.flatten() for payload in payloads]).unique()
+        num_rows = self._empty.shape[0]
+        if int(rows.max()) >= num_rows:
+            raise IndexError(f"row {int(rows.max())} of an embedding with {num_rows} rows")
+        values = self._weights.read_rows(f"{self._unit.name}.weight", rows.cpu())
+        self._module.weight = nn.Parameter(values.to(self._device), requires_grad=False)
+        self._module.padding_idx = None  # it counts rows of the whole, and matters to training
+        return [torch.searchsorted(rows, payload) for payload in payloads]
+
+    def release(self) -> None:
+        """Leave the module without weights."""
+        self._module.weight = self._empty
+        self._module.padding_idx = self._padding_idx
+
+
+class LinearStage:
+    """A large linear layer, applied to all waiting passes some of its rows at a time."""
+
+    def __init__(
+        self,
+        unit: Unit,
+        module: nn.Linear,
+        weights: ModelWeights,
+        device: torch.device,
+        lockstep: Lockstep,
+    ) -> None:
+        self._unit, self._module, self._weights = unit, module, weights
+        self._device, self._lockstep = device, lockstep
+        module.forward = self._forward  # type: ignore[method-assign]
+
+    def _forward(self, states: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self._lockstep.arrive(self, states)
+        return result
+
+    def serve(self, payloads: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Compute every pass's output, slice by slice."""
+        weight, num_rows = self._module.weight, self._module.out_features
+        outputs = [states.new_empty((*states.shape[:-1], num_rows)) for states in payloads]
+        step = max(1, SLICE_NBYTES // (weight.shape[1] * weight.element_size()))
+        for start in range(0, num_rows, step):
+            stop = min(start + step, num_rows)
+            rows = self._weights.read_rows(f"{self._unit.name}.weight", torch.arange(start, stop))
+            rows = rows.to(self._device)
+            for states, output in zip(payloads, outputs, strict=True):
+                output[..., start:stop] = functional.linear(states, rows)
+        if self._module.bias is not None:
+            name = f"{self._unit.name}.bias"
+            bias = self._weights.read([name], self._device)[name]
+            for output in outputs:
+                output += bias
+        return outputs
+
+    def release(self) -> None:
+        """Do nothing: no weights are left behind."""
