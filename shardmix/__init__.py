@@ -4,8 +4,9 @@
 
     report = shardmix.merge({"org/base": 0.6, "./tuned": 0.4}, "merged", max_memory="2GiB")
 
-`merge` does it, `plan_merge` says what it would do, `inspect` shows one checkpoint. Names are
-loaded on first use, so that importing shardmix costs nothing.
+`merge` does it, `plan_merge` says what it would do, `inspect` shows one checkpoint. `mix_models`,
+`mix_models_with_data` and `mix_models_by_layers` are LM-Cocktail's; `shardmix.scorer` computes
+weights from examples. Names are loaded on first use, so that importing shardmix costs nothing.
 """
 
 import importlib
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from shardmix.api import merge as merge
     from shardmix.api import plan_merge as plan_merge
     from shardmix.api import report_plan as report_plan
+    from shardmix.cocktail import merge_by_examples as merge_by_examples
+    from shardmix.cocktail import mix_models as mix_models
+    from shardmix.cocktail import mix_models_by_layers as mix_models_by_layers
+    from shardmix.cocktail import mix_models_with_data as mix_models_with_data
     from shardmix.engine import ProgressEvent as ProgressEvent
     from shardmix.errors import BudgetError as BudgetError
     from shardmix.errors import MergeCancelled as MergeCancelled
@@ -39,6 +44,10 @@ _HOME = {
     "plan_merge": "api",
     "inspect": "api",
     "report_plan": "api",
+    "mix_models": "cocktail",
+    "mix_models_by_layers": "cocktail",
+    "mix_models_with_data": "cocktail",
+    "merge_by_examples": "cocktail",
     "MergeOptions": "api",
     "MergePlan": "plan",
     "MergeReport": "report",

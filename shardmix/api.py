@@ -79,6 +79,7 @@ def merge(
     models: ModelsArgument,
     output: str | PathLike[str],
     *,
+    model_type: str | None = None,
     on_progress: engine.OnProgress | None = None,
     cancel: threading.Event | None = None,
     **options: Unpack[MergeOptions],
@@ -91,6 +92,9 @@ def merge(
             `org/name[@revision]`. All models have the same tensors; the first gives names,
             dtypes, shard layout, config and tokenizer.
         output: the folder to make. It appears, whole, as the last step.
+        model_type: decoder, encoder, reranker or encoder-decoder, where that is known; an encoder's
+            output also loads in sentence-transformers, with CLS pooling and normalisation where the
+            first model has no modules of its own.
         on_progress: called about ten times a second with a `ProgressEvent`.
         cancel: an event; once set, the merge stops and raises `MergeCancelled`.
         options: see `MergeOptions`.
@@ -107,7 +111,7 @@ def merge(
     """
     if cancel is not None and cancel.is_set():
         raise MergeCancelled("the merge was cancelled before it began")
-    plan = plan_merge(models, output, **options)
+    plan = plan_merge(models, output, model_type=model_type, **options)
     check_disk(Path(plan.output), plan.disk_needed_nbytes)
     backend, finding = _load(plan)
     notes: tuple[str, ...] = ()
@@ -122,7 +126,7 @@ def merge(
             raise RecipeError(f"{finding}; use --{option} {fall_back[option]}, or leave it to auto")
         options.update(fall_back)  # type: ignore[typeddict-item]
         notes = (f"{finding}; merged with {option} {fall_back[option]} instead",)
-        plan = plan_merge(models, output, **options)
+        plan = plan_merge(models, output, model_type=model_type, **options)
         backend = load_backend(plan)
     # With the backend loaded, what it takes is known rather than estimated.
     plan = plan.with_memory(planner.plan_memory(plan.settings))
@@ -139,6 +143,8 @@ def merge(
 def plan_merge(
     models: ModelsArgument,
     output: str | PathLike[str] | None = None,
+    *,
+    model_type: str | None = None,
     **options: Unpack[MergeOptions],
 ) -> MergePlan:
     """Decide everything about a merge from headers alone; write nothing, import no torch.
@@ -164,6 +170,7 @@ def plan_merge(
         max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
         normalize=options.get("normalize"),
         allow_weight_sum=options.get("allow_weight_sum"),
+        model_type=model_type,
     )
     target = None if output is None else resolve_output(output)
     with _disk_errors_named():

@@ -8,8 +8,7 @@ from pathlib import Path, PurePosixPath
 from shardmix import naming
 from shardmix.checkpoint import CONFIG_NAME, read_json
 from shardmix.errors import SourceError
-
-MODULES_NAME = "modules.json"
+from shardmix.sentence_modules import MODULES_NAME
 
 
 def find_companions(folder: Path) -> tuple[str, ...]:

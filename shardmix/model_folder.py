@@ -15,12 +15,13 @@ import yaml
 
 from shardmix._version import __version__
 from shardmix.checkpoint import CONFIG_NAME, read_json
-from shardmix.companions import MODULES_NAME
 from shardmix.errors import OutputError
 from shardmix.hub import INDEX_NAME
+from shardmix.model_types import ENCODER
 from shardmix.plan import MergePlan
 from shardmix.recipe import WEIGHT_SUM_TOLERANCE
 from shardmix.safetensors_layout import HEADER_LENGTH_NBYTES
+from shardmix.sentence_modules import MODULES_NAME, sentence_modules
 
 CARD_NAME = "README.md"
 DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -43,6 +44,10 @@ def write_companions(plan: MergePlan, folder: Path) -> None:
         # Untouched where nothing changes: then it stays the donor's, byte for byte.
         if adapted != config:
             _write_json(folder / CONFIG_NAME, adapted)
+        if _needs_sentence_modules(plan):
+            for name, content in sentence_modules(config).items():
+                (folder / name).parent.mkdir(exist_ok=True)
+                _write_json(folder / name, content)
 
 
 def write_index(plan: MergePlan, folder: Path) -> None:
@@ -105,8 +110,12 @@ def _model_ids(plan: MergePlan) -> list[str]:
     return [hub_id or name for hub_id, name in zip(plan.hub_ids, plan.public_names, strict=True)]
 
 
+def _needs_sentence_modules(plan: MergePlan) -> bool:
+    return plan.model_type == ENCODER and MODULES_NAME not in plan.companions
+
+
 def _library_name(plan: MergePlan) -> str | None:
-    if MODULES_NAME in plan.companions:
+    if MODULES_NAME in plan.companions or _needs_sentence_modules(plan):
         return "sentence-transformers"
     return "transformers" if CONFIG_NAME in plan.companions else None
 
@@ -123,6 +132,8 @@ def _card_text(plan: MergePlan) -> str:
     }
     if plan.base_name != plan.public_names[0]:
         content["base"] = plan.base_name
+    if plan.model_type is not None:
+        content["model_type"] = plan.model_type
     if plan.max_shard_size is not None:
         content["max_shard_size"] = plan.max_shard_size
     if abs(math.fsum(plan.weights) - 1) > WEIGHT_SUM_TOLERANCE:
@@ -158,7 +169,7 @@ Config, tokenizer and the other files beside the weights are those of `{plan.bas
 """
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
     with _writing(path) as file:
         file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 

@@ -127,6 +127,8 @@ class MergePlan:
     """What was asked for: keep, float32, float16 or bfloat16."""
     max_shard_size: int | None
     """What was asked for; None: the first model's own shards."""
+    model_type: str | None
+    """What was asked for; an encoder's output also loads in sentence-transformers."""
     output: str
     """Absolute path of the output folder."""
     base_name: str

@@ -77,6 +77,7 @@ def plan_merge(
         weights=recipe.weights,
         dtype=recipe.dtype,
         max_shard_size=recipe.max_shard_size,
+        model_type=recipe.model_type,
         output=str(output) if output is not None else "",
         base_name=donor.name,
         base_folder=str(donor.folder.absolute()),

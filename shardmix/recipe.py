@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from shardmix.errors import RecipeError
+from shardmix.model_types import check_model_type
 from shardmix.units import parse_size
 
 WEIGHT_SUM_TOLERANCE = 1e-3
@@ -48,6 +49,9 @@ class Recipe:
     """The weights are still to be rescaled to sum to 1."""
     allow_weight_sum: bool = False
     """Weights whose sum is not 1 are meant."""
+    model_type: str | None = None
+    """decoder, encoder, reranker or encoder-decoder. The output of encoders also loads in
+    sentence-transformers: with its own modules, or else with CLS pooling and normalisation."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -124,7 +128,7 @@ def recipe_from_dict(content: object, *, origin: str = "recipe") -> Recipe:
             raise RecipeError(f"{origin}: `{key}` is {options[key]!r}; it must be true or false")
     if "max_shard_size" in options:
         options["max_shard_size"] = parse_size(options["max_shard_size"])
-    for key in ("dtype", "base"):
+    for key in ("dtype", "base", "model_type"):
         if key in options:
             options[key] = str(options[key])
     return Recipe(models=tuple(_weighted_source(pair) for pair in pairs), **options)
@@ -162,6 +166,8 @@ def checked(recipe: Recipe) -> Recipe:
             f"dtype {recipe.dtype!r}: must be one of {', '.join(choices)}"
             + _suggestion(recipe.dtype, choices)
         )
+    if recipe.model_type is not None:
+        check_model_type(recipe.model_type)
     total = math.fsum(weights)
     if recipe.normalize:
         if total == 0:

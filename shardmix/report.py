@@ -14,6 +14,7 @@ from shardmix.naming import (
 )
 from shardmix.plan import MergePlan
 from shardmix.safetensors_layout import TensorInfo
+from shardmix.scorer.report import ScoreReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,8 @@ class MergeReport:
     """The files written."""
     warnings: tuple[str, ...]
     """What to know about the output."""
+    scores: ScoreReport | None = None
+    """Where the weights come from examples: the losses that they follow from."""
 
 
 @dataclass(frozen=True, slots=True)

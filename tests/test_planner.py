@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import shardmix
-from shardmix import api
+from shardmix import devices
 from shardmix.memory import reserved_nbytes
 from shardmix.plan import AGREE, LINEAR, MergePlan
 from shardmix.units import MIB
@@ -162,8 +162,8 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_written(tmp_pa
 
 
 def gpu_machine(monkeypatch):
-    monkeypatch.setattr(api, "cuda_device_present", lambda: True)
-    monkeypatch.setattr(api, "torch_has_cuda_build", lambda: True)
+    monkeypatch.setattr(devices, "cuda_device_present", lambda: True)
+    monkeypatch.setattr(devices, "torch_has_cuda_build", lambda: True)
 
 
 def test_a_gpu_is_chosen_where_there_is_one(tmp_path, monkeypatch):

@@ -4,15 +4,17 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from shardmix._version import __version__
-from shardmix.errors import ShardmixError
+from shardmix.cli import options as opt
+from shardmix.errors import RecipeError, ShardmixError
 
 if TYPE_CHECKING:
     from shardmix.recipe import ModelsArgument
+    from shardmix.scorer.options import ScoreOptions
 
 app = typer.Typer(
     name="shardmix",
@@ -26,98 +28,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Models = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="SOURCE=WEIGHT...",
-        help="Two or more models with their weights, or one recipe.yaml. A SOURCE is a model "
-        "folder, a .safetensors file, or a Hub id org/name[@revision].",
-        show_default=False,
-    ),
-]
-Output = Annotated[
-    Path,
-    typer.Option(
-        "--output", "-o", metavar="OUT", help="The model folder to make.", show_default=False
-    ),
-]
-OptionalOutput = Annotated[
-    Path | None,
-    typer.Option(
-        "--output", "-o", metavar="OUT", help="The model folder to make; may be left out."
-    ),
-]
-MaxMemory = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="Bound on the whole process's peak resident memory, such as 512MiB or 2GB. "
-        "Default: only what speed needs.",
-    ),
-]
-MaxVram = Annotated[str | None, typer.Option(metavar="SIZE", help="The same for GPU memory.")]
-Device = Annotated[
-    str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Where the arithmetic runs.")
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        metavar="keep|float32|float16|bfloat16",
-        help="Output dtype; keep (the default) is each tensor's dtype in the first model.",
-    ),
-]
-MaxShardSize = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="Largest output shard, such as 5GB. Default: the first model's own shard layout.",
-    ),
-]
-Io = Annotated[
-    str,
-    typer.Option(
-        metavar="auto|mmap|pread",
-        help="How sources are read; both are bounded and give the same bytes.",
-    ),
-]
-BackendName = Annotated[
-    str,
-    typer.Option(
-        "--backend",
-        metavar="auto|torch|numba",
-        help="What does the sums; numba is the faster on a CPU (extra `fast`). The same bytes.",
-    ),
-]
-Workers = Annotated[
-    int | None, typer.Option(metavar="N", help="Threads. Default: one a core, at most eight.")
-]
-Normalize = Annotated[bool, typer.Option("--normalize", help="Rescale the weights to sum to 1.")]
-AllowWeightSum = Annotated[
-    bool,
-    typer.Option("--allow-weight-sum", help="Accept weights whose sum is not 1 (else an error)."),
-]
-Base = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SOURCE",
-        help="Model that gives config, tokenizer and chat template. Default: the first model.",
-    ),
-]
-Overwrite = Annotated[
-    bool,
-    typer.Option(
-        "--overwrite", help="Replace an existing OUT, which stays until the new is whole."
-    ),
-]
-NoFsync = Annotated[
-    bool,
-    typer.Option(
-        "--no-fsync", help="Don't force files to disk before OUT appears (for scratch disks)."
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print a JSON report to standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -142,59 +52,132 @@ def shardmix(
     epilog="Example: `shardmix merge org/base=0.6 ./tuned=0.4 -o merged --max-memory 2GiB`"
 )
 def merge(
-    models: Models,
-    output: Output,
-    max_memory: MaxMemory = None,
-    max_vram: MaxVram = None,
-    device: Device = "auto",
-    dtype: Dtype = None,
-    max_shard_size: MaxShardSize = None,
-    io: Io = "auto",
-    backend: BackendName = "auto",
-    workers: Workers = None,
-    normalize: Normalize = False,
-    allow_weight_sum: AllowWeightSum = False,
-    base: Base = None,
-    overwrite: Overwrite = False,
-    no_fsync: NoFsync = False,
+    models: opt.Models,
+    output: opt.Output,
+    max_memory: opt.MaxMemory = None,
+    max_vram: opt.MaxVram = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = None,
+    max_shard_size: opt.MaxShardSize = None,
+    io: opt.Io = "auto",
+    backend: opt.BackendName = "auto",
+    workers: opt.Workers = None,
+    normalize: opt.Normalize = False,
+    allow_weight_sum: opt.AllowWeightSum = False,
+    base: opt.Base = None,
+    weights_from: opt.WeightsFrom = None,
+    model_type: opt.OptionalModelType = None,
+    temperature: opt.Temperature = None,
+    batch_size: opt.BatchSize = None,
+    max_input_length: opt.MaxInputLength = None,
+    neg_number: opt.NegNumber = None,
+    seed: opt.Seed = None,
+    pooling: opt.Pooling = None,
+    score_dtype: opt.ScoreDtype = "auto",
+    chat_template: opt.ChatTemplate = False,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    overwrite: opt.Overwrite = False,
+    no_fsync: opt.NoFsync = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Merge models into one: out = Σ weightᵢ · modelᵢ, streamed, within a memory budget."""
     with _errors_reported(json=json, quiet=quiet):
         options = _options(locals())
+        scoring = _scoring(locals(), dtype=score_dtype)
+        if weights_from is None and scoring:
+            raise RecipeError(f"--{_word(scoring)} is for --weights-from: name the examples, too")
         if dry_run:
-            _print_plan(_models(models), output, options, json=json)
+            pairs = _models(models) if weights_from is None else _equal_weights(models)
+            _print_plan(pairs, output, options, model_type, json=json)
             return
-        from shardmix import api
+        from shardmix import api, cocktail
         from shardmix.cli import render
-        from shardmix.cli.progress import progress_display
+        from shardmix.cli.progress import progress_display, score_display
 
-        with progress_display(quiet=quiet) as on_progress:
-            report = api.merge(_models(models), output, on_progress=on_progress, **options)
+        with score_display(quiet=quiet) as on_score, progress_display(quiet=quiet) as on_progress:
+            if weights_from is None:
+                report = api.merge(
+                    _models(models),
+                    output,
+                    model_type=model_type,
+                    on_progress=on_progress,
+                    **options,
+                )
+            else:
+                names = [source for source, _ in _equal_weights(models)]
+                report = cocktail.merge_by_examples(
+                    names,
+                    output,
+                    weights_from,
+                    _required_type(model_type),
+                    scoring=scoring,
+                    on_score=on_score,
+                    on_progress=on_progress,
+                    **options,
+                )
         render.merge_report(report, json=json, quiet=quiet)
+
+
+@app.command(
+    epilog="Example: `shardmix score org/base ./tuned --data examples.jsonl --model-type decoder`"
+)
+def score(
+    sources: opt.Sources,
+    data: opt.Data,
+    model_type: opt.ModelType,
+    temperature: opt.Temperature = None,
+    batch_size: opt.BatchSize = None,
+    max_input_length: opt.MaxInputLength = None,
+    neg_number: opt.NegNumber = None,
+    seed: opt.Seed = None,
+    device: opt.Device = "auto",
+    dtype: opt.ScoreDtype = "auto",
+    max_memory: opt.MaxMemory = None,
+    max_vram: opt.MaxVram = None,
+    pooling: opt.Pooling = None,
+    chat_template: opt.ChatTemplate = False,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Compute merging weights from a few examples: softmax(-loss / temperature) over the models."""
+    with _errors_reported(json=json, quiet=quiet):
+        options: ScoreOptions = {
+            **_scoring(locals(), dtype=dtype),
+            "device": device,
+            "max_memory": max_memory,
+            "max_vram": max_vram,
+        }
+        from shardmix.cli import render
+        from shardmix.cli.progress import score_display
+        from shardmix.scorer import score as score_models
+
+        with score_display(quiet=quiet) as on_progress:
+            report = score_models(sources, model_type, data, on_progress=on_progress, **options)
+        render.score_report(report, json=json, quiet=quiet)
 
 
 @app.command(epilog="Example: `shardmix plan org/base=0.6 ./tuned=0.4 --max-memory 2GiB`")
 def plan(
-    models: Models,
-    output: OptionalOutput = None,
-    max_memory: MaxMemory = None,
-    max_vram: MaxVram = None,
-    device: Device = "auto",
-    dtype: Dtype = None,
-    max_shard_size: MaxShardSize = None,
-    io: Io = "auto",
-    backend: BackendName = "auto",
-    workers: Workers = None,
-    normalize: Normalize = False,
-    allow_weight_sum: AllowWeightSum = False,
-    base: Base = None,
-    overwrite: Overwrite = False,
-    no_fsync: NoFsync = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    models: opt.Models,
+    output: opt.OptionalOutput = None,
+    max_memory: opt.MaxMemory = None,
+    max_vram: opt.MaxVram = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = None,
+    max_shard_size: opt.MaxShardSize = None,
+    io: opt.Io = "auto",
+    backend: opt.BackendName = "auto",
+    workers: opt.Workers = None,
+    normalize: opt.Normalize = False,
+    allow_weight_sum: opt.AllowWeightSum = False,
+    base: opt.Base = None,
+    overwrite: opt.Overwrite = False,
+    no_fsync: opt.NoFsync = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Show what a merge would read, write and take, from headers alone; write nothing."""
     with _errors_reported(json=json, quiet=quiet):
@@ -209,7 +192,7 @@ def inspect(
     all_tensors: Annotated[
         bool, typer.Option("--all", help="List every tensor, not the first 40.")
     ] = False,
-    json: Json = False,
+    json: opt.Json = False,
 ) -> None:
     """Show a checkpoint's tensors, dtypes, shapes, shards, parameter count and tied weights."""
     with _errors_reported(json=json):
@@ -228,6 +211,7 @@ def _print_plan(
     models: "ModelsArgument",
     output: Path | None,
     options: dict[str, Any],
+    model_type: str | None = None,
     *,
     json: bool,
     quiet: bool = False,
@@ -235,7 +219,7 @@ def _print_plan(
     from shardmix import api
     from shardmix.cli import render
 
-    plan = api.plan_merge(models, output, **options)
+    plan = api.plan_merge(models, output, model_type=model_type, **options)
     render.plan_report(api.report_plan(plan), json=json, quiet=quiet)
 
 
@@ -249,6 +233,45 @@ def _options(arguments: dict[str, Any]) -> dict[str, Any]:
     for switch in ("normalize", "allow_weight_sum"):
         options[switch] = options[switch] or None
     return options
+
+
+def _scoring(arguments: dict[str, Any], *, dtype: str) -> "ScoreOptions":
+    """Return those scoring options that were given; the library knows the defaults."""
+    from shardmix.scorer.options import ScoreOptions
+
+    names = set(ScoreOptions.__annotations__) - {"dtype", "device", "max_memory", "max_vram"}
+    given = {
+        name: value
+        for name in sorted(names)
+        if (value := arguments[name]) is not None and value is not False
+    }
+    if dtype != "auto":
+        given["dtype"] = dtype
+    return cast("ScoreOptions", given)
+
+
+def _word(scoring: "ScoreOptions") -> str:
+    name = next(iter(scoring))
+    return "score-dtype" if name == "dtype" else name.replace("_", "-")
+
+
+def _required_type(model_type: str | None) -> str:
+    if model_type is None:
+        raise RecipeError(
+            "--weights-from needs --model-type: decoder, encoder, reranker or encoder-decoder"
+        )
+    return model_type
+
+
+def _equal_weights(words: list[str]) -> list[tuple[str, float]]:
+    """Return the models of a command line without weights, each with the same."""
+    for word in words:
+        if "=" in word and not Path(word).exists():
+            raise RecipeError(
+                f"{word!r}: no such model; with --weights-from the weights come from the examples: "
+                "name the models alone"
+            )
+    return [(word, 1 / len(words)) for word in words]
 
 
 def _models(words: list[str]) -> "ModelsArgument":

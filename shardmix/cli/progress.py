@@ -1,22 +1,26 @@
-"""Progress of a merge: a bar on a terminal, plain lines elsewhere, on standard error."""
+"""Progress of a merge or of scoring: a bar on a terminal, else plain lines, on standard error."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from shardmix.cli.render import printable
 from shardmix.units import format_size
 
 if TYPE_CHECKING:
     from shardmix.engine import ProgressEvent
+    from shardmix.scorer.report import ScoreProgress
 
 # Without a terminal: a line when this much has passed, so that a log of hours stays short.
 _LINE_FRACTION = 0.1
 _LINE_SECONDS = 30.0
 
 OnProgress = Callable[["ProgressEvent"], None]
+OnScoreProgress = Callable[["ScoreProgress"], None]
 
 
 @contextmanager
@@ -50,6 +54,26 @@ def progress_display(*, quiet: bool) -> Iterator[OnProgress | None]:
         yield _LinePrinter(console)
 
 
+@contextmanager
+def score_display(*, quiet: bool) -> Iterator[OnScoreProgress | None]:
+    """Give a callback that shows which model is being scored, and how far; None with `quiet`."""
+    console = Console(stderr=True, highlight=False)
+    if quiet:
+        yield None
+    elif console.is_terminal:
+        with console.status("scoring") as status:
+            yield lambda event: status.update(escape(_score_status(event)))
+    else:
+        seen: set[int] = set()
+
+        def print_once(event: "ScoreProgress") -> None:
+            if event.model not in seen:
+                seen.add(event.model)
+                console.print(_score_status(event), soft_wrap=True, markup=False)
+
+        yield print_once
+
+
 class _LinePrinter:
     """Prints a line now and then, and one at the end."""
 
@@ -65,6 +89,13 @@ class _LinePrinter:
         if moved_on or ended or event.seconds >= self._seconds + _LINE_SECONDS:
             self._fraction, self._seconds = fraction, event.seconds
             self._console.print(f"merging: {fraction:4.0%}  {_status(event)}", soft_wrap=True)
+
+
+def _score_status(event: "ScoreProgress") -> str:
+    return (
+        f"scoring model {event.model} of {event.num_models}: {event.fraction:4.0%}  "
+        f"{printable(event.source)}  memory {format_size(event.resident_nbytes)}"
+    )
 
 
 def _status(event: "ProgressEvent") -> str:

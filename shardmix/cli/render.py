@@ -7,6 +7,7 @@ from rich.table import Table
 
 from shardmix.errors import ShardmixError
 from shardmix.report import MergeReport, ModelReport, PlanReport, ShardReport
+from shardmix.scorer.report import ScoreReport
 from shardmix.units import format_size
 
 _NUM_ROWS = 40
@@ -31,6 +32,8 @@ def merge_report(report: MergeReport, *, json: bool, quiet: bool) -> None:
         _print_json(report)
     elif not quiet:
         console = _console()
+        if report.scores is not None:
+            console.print(_score_table(report.scores))
         rate = (report.bytes_read + report.bytes_written) / max(report.seconds, 1e-9)
         console.print(
             f"[bold green]merged[/] {report.num_models} models, {report.num_tensors} tensors: "
@@ -46,6 +49,31 @@ def merge_report(report: MergeReport, *, json: bool, quiet: bool) -> None:
         )
     if not quiet:
         _warnings(report.warnings)
+
+
+def score_report(report: ScoreReport, *, json: bool, quiet: bool) -> None:
+    """Print what the examples say of the models."""
+    if json:
+        _print_json(report)
+    elif not quiet:
+        console = _console()
+        console.print(_score_table(report))
+        console.print(
+            f"{report.num_examples} examples, temperature {report.temperature:g}; read "
+            f"{format_size(report.bytes_read)} in {report.seconds:.2f} s on {report.device}; peak "
+            f"memory {format_size(report.peak_rss_bytes)} of "
+            f"{format_size(report.projected_peak_bytes)} projected",
+            soft_wrap=True,
+        )
+    if not quiet:
+        _warnings(report.warnings)
+
+
+def _score_table(report: ScoreReport) -> Table:
+    table = _table("model", "loss", "weight")
+    for source, loss, weight in zip(report.sources, report.losses, report.weights, strict=True):
+        table.add_row(_plain(source), f"{loss:.4f}", f"{weight:.4f}")
+    return table
 
 
 def plan_report(report: PlanReport, *, json: bool, quiet: bool = False) -> None:

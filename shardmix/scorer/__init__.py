@@ -25,8 +25,9 @@ Names are loaded on first use; torch and transformers come with `score`.
 import importlib
 from typing import TYPE_CHECKING
 
+from shardmix.errors import RecipeError
+
 if TYPE_CHECKING:
-    from shardmix.scorer.options import MODEL_TYPES as MODEL_TYPES
     from shardmix.scorer.options import ScoreOptions as ScoreOptions
     from shardmix.scorer.report import ScoreProgress as ScoreProgress
     from shardmix.scorer.report import ScoreReport as ScoreReport
@@ -38,7 +39,6 @@ _HOME = {
     "compute_losses": "scoring",
     "compute_weights": "weights",
     "score": "scoring",
-    "MODEL_TYPES": "options",
     "ScoreOptions": "options",
     "ScoreProgress": "report",
     "ScoreReport": "report",
@@ -50,4 +50,10 @@ __all__ = list(_HOME)
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'shardmix.scorer' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"shardmix.scorer.{_HOME[name]}"), name)
+    try:
+        module = importlib.import_module(f"shardmix.scorer.{_HOME[name]}")
+    except ModuleNotFoundError as error:
+        raise RecipeError(
+            f"scoring needs {error.name}, which is not installed; pip install 'shardmix[models]'"
+        ) from None
+    return getattr(module, name)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from shardmix.errors import RecipeError, SourceError
+from shardmix.model_types import ENCODER, ENCODER_DECODER, RERANKER
 from shardmix.scorer.examples import Example, QueryExample, TextExample
-from shardmix.scorer.options import ENCODER, ENCODER_DECODER, RERANKER, ScoreSettings
+from shardmix.scorer.options import ScoreSettings
 
 _NO_LIMIT = 1_000_000
 """A tokenizer without a limit of its own says a number larger than this."""
@@ -75,8 +76,8 @@ def encode_examples(
     """Return what the first model's tokenizer makes of the examples.
 
     `config` is the model's config.json; it tells how many positions the model has. Raises
-    `RecipeError` where the output of every example of a batch is cut off entirely, naming them: such
-    a batch has no loss. (Beside others in its batch, such an example counts for nothing.)
+    `RecipeError` where the output of every example of a batch is cut off entirely, naming them:
+    such a batch has no loss. (Beside others in its batch, such an example counts for nothing.)
     """
     max_length = _max_length(tokenizer, settings, config)
     encoder = _Encoder(tokenizer, settings, max_length)
@@ -127,7 +128,9 @@ def _max_length(tokenizer: Any, settings: ScoreSettings, config: Mapping[str, An
         limits += [limit for key in keys if isinstance(limit := part.get(key), int) and limit > 0]
     own = tokenizer.model_max_length
     if settings.model_type in (ENCODER, RERANKER) and 0 < own < _NO_LIMIT:
-        limits.append(int(own))  # RoBERTa's positions start at 2: its tokenizer knows, not its config
+        limits.append(
+            int(own)
+        )  # RoBERTa's positions start at 2: its tokenizer knows, not its config
     return min(limits)
 
 

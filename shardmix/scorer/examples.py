@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from shardmix.errors import RecipeError
-from shardmix.scorer.options import ENCODER, RERANKER, ScoreSettings
+from shardmix.model_types import ENCODER, RERANKER
+from shardmix.scorer.options import ScoreSettings
 
 _MAX_FILE_NBYTES = 1_000_000_000
 _MAX_SHOWN = 60
@@ -115,7 +116,9 @@ def _text_example(name: str, item: object) -> TextExample:
     fields = _mapping(name, item, needed="`input` and `output`")
     output = _text(name, fields, "output")
     if not output.strip():
-        raise RecipeError(f"{name}: `output` is empty; the loss is taken of it: write what is wanted")
+        raise RecipeError(
+            f"{name}: `output` is empty; the loss is taken of it: write what is wanted"
+        )
     return TextExample(name, _text(name, fields, "input"), output)
 
 

@@ -11,19 +11,20 @@ import torch
 from shardmix.checkpoint import Checkpoint
 from shardmix.errors import BudgetError, ShardmixError, SourceError
 from shardmix.memory import resident_nbytes
+from shardmix.model_types import ENCODER
 from shardmix.scorer.batches import shape_batches
 from shardmix.scorer.empty_model import build_empty_model, compute_dtype
 from shardmix.scorer.fit import BEST_TOKENS, Arrangement, ModelSizes, arrange
 from shardmix.scorer.model_weights import CHUNK_NBYTES, ModelWeights
 from shardmix.scorer.objectives import Losses, Objective
-from shardmix.scorer.options import ENCODER, ScoreSettings
+from shardmix.scorer.options import ScoreSettings
 from shardmix.scorer.streamed_model import StreamedModel
 from shardmix.scorer.units import Grain, cut
 from shardmix.units import MIB, format_mib
 
 # Of a GPU's free memory, what is taken where nobody set a bound.
 _VRAM_SHARE = 0.9
-# On a GPU, what the host holds beside its libraries: the chunk that is being read, and the examples.
+# On a GPU, what the host holds beside its libraries: the chunk being read, and the examples.
 _HOST_NBYTES = CHUNK_NBYTES + 128 * MIB
 
 OnFraction = Callable[[float], None]
@@ -118,7 +119,8 @@ def _run(
             begun = number * (streamed.num_stages or len(wave))
             passes = [partial(objective.run, model, shape, device) for shape in wave]
             outcomes = streamed.run(
-                passes, on_step=lambda step: on_fraction((begun + step) / of_all)  # noqa: B023
+                passes,
+                on_step=lambda step: on_fraction((begun + step) / of_all),  # noqa: B023
             )
             for shape, outcome in zip(wave, outcomes, strict=True):
                 for member, result in zip(shape.members, outcome, strict=True):
@@ -140,13 +142,11 @@ def _arrange(
     num_labels = sum(len(sequence.labels) for sequence in encoded.sequences)
     cuts = {grain: cut(model, weights, grain, num_labels=num_labels) for grain in Grain}
     on_cuda = device.type == "cuda"
-    host_room = _room(settings.max_memory_nbytes, held)
+    room = host_room = _room(settings.max_memory_nbytes, held)
     if on_cuda:
         if host_room is not None and host_room < _HOST_NBYTES:
             raise _too_small("--max-memory", settings.max_memory_nbytes, held + _HOST_NBYTES)
         room = settings.max_vram_nbytes or int(torch.cuda.mem_get_info(device)[0] * _VRAM_SHARE)
-    else:
-        room = host_room
     try:
         arrangement = arrange(
             cuts,

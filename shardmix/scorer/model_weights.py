@@ -165,9 +165,7 @@ class ModelWeights:
             name = self._checkpoint.tensor(row).name
             tensor = self._read_tensor(row, dtype, device)
             converter.add_tensor(recipe.target, name, pattern, tensor)
-        converted = converter.convert(
-            recipe.target, model=self._model, config=self._model.config
-        )
+        converted = converter.convert(recipe.target, model=self._model, config=self._model.config)
         return {
             name: value[0] if isinstance(value, list) else value
             for name, value in converted.items()
@@ -198,7 +196,7 @@ class ModelWeights:
 
     def _read_into(self, tensor: torch.Tensor, file: int, offset: int) -> None:
         if tensor.numel():
-            room = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            room = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
             self._reader.view(file, offset, room)
             self.bytes_read += len(room)
 
@@ -208,8 +206,8 @@ class ModelWeights:
     def _stored_dtype(self, info: TensorInfo) -> torch.dtype:
         if info.dtype not in TORCH_DTYPES:
             raise SourceError(
-                f"{self._checkpoint.source}: {info.name} is stored as {info.dtype}, which cannot be "
-                "computed with; score the original model"
+                f"{self._checkpoint.source}: {info.name} is stored as {info.dtype}, which cannot "
+                "be computed with; score the original model"
             )
         return TORCH_DTYPES[info.dtype]
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from shardmix.model_types import AUTO_CLASSES, DECODER, ENCODER, ENCODER_DECODER, RERANKER
 from shardmix.scorer.batches import BatchShape, padded_inputs, padded_labels
 from shardmix.scorer.encoding import EncodedExamples, TokenSequence
-from shardmix.scorer.options import DECODER, ENCODER, ENCODER_DECODER, ScoreSettings
+from shardmix.scorer.options import ScoreSettings
 
 CONTRASTIVE_TEMPERATURE = 0.05
 """What cosines are divided by before the softmax over passages."""
@@ -43,11 +44,9 @@ class Losses:
 class Objective:
     """What all types of models have in common."""
 
-    auto_class: str
-    """The transformers class that loads such a model."""
-
     def __init__(self, encoded: EncodedExamples, settings: ScoreSettings) -> None:
         self.encoded = encoded
+        self.auto_class = AUTO_CLASSES[settings.model_type]
         self._settings = settings
 
     def prepare(self, model: Any) -> None:
@@ -115,21 +114,19 @@ class _TokenObjective(Objective):
             [
                 functional.cross_entropy(part.float(), target, reduction="none")
                 for part, target in zip(
-                    flat.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True
+                    torch.split(flat, LOGIT_ROWS), torch.split(targets, LOGIT_ROWS), strict=True
                 )
             ]
         ).double()
         counts = [len(sequence.labels) for sequence in sequences]
         return [
             (float(part.sum()), count)
-            for part, count in zip(losses.cpu().split(counts), counts, strict=True)
+            for part, count in zip(torch.split(losses.cpu(), counts), counts, strict=True)
         ]
 
 
 class DecoderObjective(_TokenObjective):
     """Mean loss of the output's tokens, each predicted by the token before it."""
-
-    auto_class = "AutoModelForCausalLM"
 
     def run(self, model: Any, shape: BatchShape, device: torch.device) -> list[Any]:
         """Return (sum of losses, number of labels) for each sequence."""
@@ -143,8 +140,6 @@ class DecoderObjective(_TokenObjective):
 
 class EncoderDecoderObjective(_TokenObjective):
     """Mean loss of the target's tokens, given the source and the tokens before."""
-
-    auto_class = "AutoModelForSeq2SeqLM"
 
     def run(self, model: Any, shape: BatchShape, device: torch.device) -> list[Any]:
         """Return (sum of losses, number of labels) for each sequence."""
@@ -162,8 +157,6 @@ class EncoderDecoderObjective(_TokenObjective):
 
 class EncoderObjective(Objective):
     """Contrastive loss of a query's passage among all passages of its batch."""
-
-    auto_class = "AutoModel"
 
     def run(self, model: Any, shape: BatchShape, device: torch.device) -> list[Any]:
         """Return one normalised float32 vector for each sequence."""
@@ -192,8 +185,6 @@ class EncoderObjective(Objective):
 class RerankerObjective(Objective):
     """Cross-entropy of the positive among its own candidates, over relevance scores."""
 
-    auto_class = "AutoModelForSequenceClassification"
-
     def run(self, model: Any, shape: BatchShape, device: torch.device) -> list[Any]:
         """Return one relevance score for each pair.
 
@@ -203,8 +194,8 @@ class RerankerObjective(Objective):
         logits = model(**inputs).logits.float()
         if logits.shape[-1] > 2:
             raise ValueError(
-                f"gives {logits.shape[-1]} scores a pair; a reranker gives one, or two of which the "
-                "second means relevant"
+                f"gives {logits.shape[-1]} scores a pair; a reranker gives one, or two of which "
+                "the second means relevant"
             )
         scores = logits[:, -1] - (logits[:, 0] if logits.shape[-1] == 2 else 0.0)
         return list(scores.cpu())
@@ -225,9 +216,10 @@ def objective_for(encoded: EncodedExamples, settings: ScoreSettings) -> Objectiv
     kinds: dict[str, type[Objective]] = {
         DECODER: DecoderObjective,
         ENCODER: EncoderObjective,
+        RERANKER: RerankerObjective,
         ENCODER_DECODER: EncoderDecoderObjective,
     }
-    return kinds.get(settings.model_type, RerankerObjective)(encoded, settings)
+    return kinds[settings.model_type](encoded, settings)
 
 
 @contextmanager

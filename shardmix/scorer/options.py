@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from shardmix.errors import RecipeError
+from shardmix.model_types import DECODER, check_model_type
 from shardmix.units import parse_size
 
-DECODER, ENCODER, RERANKER, ENCODER_DECODER = "decoder", "encoder", "reranker", "encoder-decoder"
-MODEL_TYPES = (DECODER, ENCODER, RERANKER, ENCODER_DECODER)
 POOLINGS = ("cls", "mean", "lasttoken")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -67,7 +66,7 @@ def check_options(model_type: str, options: ScoreOptions) -> ScoreSettings:
     unknown = set(options) - set(ScoreOptions.__annotations__)
     if unknown:
         raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
-    _one_of("model type", model_type, MODEL_TYPES)
+    check_model_type(model_type)
     given = dict(options)
     max_memory, max_vram = given.pop("max_memory", None), given.pop("max_vram", None)
     settings = ScoreSettings(

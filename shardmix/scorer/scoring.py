@@ -82,9 +82,7 @@ def score(
             if on_progress is not None:
                 seconds = time.perf_counter() - started
                 on_progress(
-                    ScoreProgress(
-                        source, number, len(names), fraction, seconds, resident_nbytes()
-                    )
+                    ScoreProgress(source, number, len(names), fraction, seconds, resident_nbytes())
                 )
 
         one = score_model(
@@ -105,9 +103,7 @@ def score(
         device=str(device),
         dtypes=tuple(one.dtype for one in scores),
         bytes_read=sum(one.bytes_read for one in scores),
-        bytes_stored=sum(
-            int(checkpoint.table.nbytes.sum()) for checkpoint in checkpoints
-        ),
+        bytes_stored=sum(int(checkpoint.table.nbytes.sum()) for checkpoint in checkpoints),
         num_passes=tuple(one.num_passes for one in scores),
         seconds=time.perf_counter() - started,
         projected_peak_bytes=max(one.projected_nbytes for one in scores),
@@ -154,9 +150,7 @@ def _check_device(device: torch.device) -> None:
         raise RecipeError(f"device {device}: torch finds no such GPU; use --device cpu")
 
 
-def _check_finite(
-    checkpoint: Checkpoint, one: ModelScore, examples: tuple[Example, ...]
-) -> None:
+def _check_finite(checkpoint: Checkpoint, one: ModelScore, examples: tuple[Example, ...]) -> None:
     for example, loss in zip(examples, one.losses.per_example, strict=True):
         if loss is not None and not math.isfinite(loss):
             raise SourceError(

@@ -17,7 +17,6 @@ from shardmix.scorer.lockstep import Lockstep, Stage
 from shardmix.scorer.model_weights import ModelWeights
 from shardmix.scorer.units import SLICE_NBYTES, Kind, Partition, Unit
 
-
 OnStep = Callable[[int], None]
 
 
@@ -92,7 +91,7 @@ def _ignore(_step: int) -> None:
     """Take no notice of progress."""
 
 
-class WholeStage(ModelHook):
+class WholeStage(ModelHook):  # type: ignore[misc]
     """A unit whose weights are all there while passes go through it."""
 
     def __init__(
@@ -126,7 +125,7 @@ class WholeStage(ModelHook):
             set_module_tensor_to_device(self._model, name, "meta")
 
 
-class EmbeddingStage(ModelHook):
+class EmbeddingStage(ModelHook):  # type: ignore[misc]
     """An embedding, of which those rows are read that the waiting passes look up."""
 
     def __init__(
@@ -151,14 +150,14 @@ class EmbeddingStage(ModelHook):
 
     def serve(self, payloads: Sequence[torch.Tensor]) -> Sequence[Any]:
         """Read the rows that any pass wants."""
-        rows = torch.cat([payload.flatten() for payload in payloads]).unique()
+        rows = torch.unique(torch.cat([payload.flatten() for payload in payloads]))  # sorted
         num_rows = self._empty.shape[0]
         if int(rows.max()) >= num_rows:
             raise IndexError(f"row {int(rows.max())} of an embedding with {num_rows} rows")
         values = self._weights.read_rows(f"{self._unit.name}.weight", rows.cpu())
         self._module.weight = nn.Parameter(values.to(self._device), requires_grad=False)
         self._module.padding_idx = None  # it counts rows of the whole, and matters to training
-        return [torch.searchsorted(rows, payload) for payload in payloads]
+        return [torch.searchsorted(rows, payload.contiguous()) for payload in payloads]
 
     def release(self) -> None:
         """Leave the module without weights."""
@@ -179,7 +178,7 @@ class LinearStage:
     ) -> None:
         self._unit, self._module, self._weights = unit, module, weights
         self._device, self._lockstep = device, lockstep
-        module.forward = self._forward  # type: ignore[method-assign]
+        module.forward = self._forward  # type: ignore[assignment, method-assign]
 
     def _forward(self, states: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self._lockstep.arrive(self, states)

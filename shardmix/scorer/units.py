@@ -69,7 +69,7 @@ class Partition:
     intermediate results scale with."""
 
 
-def cut(model: nn.Module, weights: ModelWeights, grain: Grain, *, num_labels: int) -> Partition:
+def cut(model: Any, weights: ModelWeights, grain: Grain, *, num_labels: int) -> Partition:
     """Cut a model into units.
 
     `num_labels` is how many rows of logits all passes have: a head is sliced where that saves

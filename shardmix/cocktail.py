@@ -1,0 +1,279 @@
+"""The LM-Cocktail functions: mix models by given weights, or by weights from a few examples.
+
+    from shardmix import mix_models, mix_models_with_data, mix_models_by_layers
+
+Thin: `api` merges, `scorer` scores, transformers loads the result. Names, arguments and their order
+are those of LM_Cocktail (arXiv 2311.13534), so that a program changes its import alone.
+"""
+
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shardmix import api, engine
+from shardmix.errors import RecipeError
+from shardmix.model_types import AUTO_CLASSES, check_model_type
+from shardmix.report import MergeReport
+from shardmix.scorer.options import ScoreOptions, check_options
+from shardmix.staging import check_disk
+
+if TYPE_CHECKING:
+    from shardmix.scorer.examples import ExamplesArgument
+    from shardmix.scorer.scoring import OnScoreProgress
+
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+else:
+    from typing_extensions import Unpack
+
+Source = str | PathLike[str]
+
+
+def mix_models(
+    model_names_or_paths: Sequence[Source],
+    model_type: str,
+    weights: Sequence[float],
+    output_path: Source | None = None,
+    *,
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+    **options: Unpack[api.MergeOptions],
+) -> Any:
+    """Mix models by the given weights, and return the new model, loaded by transformers.
+
+    Args:
+        model_names_or_paths: model folders or Hub ids; the first gives config and tokenizer.
+        model_type: decoder, encoder, reranker or encoder-decoder.
+        weights: one a model; their sum must be 1 (see `normalize`, `allow_weight_sum`).
+        output_path: where to save the new model; an existing model there is replaced, as
+            LM-Cocktail does (`overwrite=False` refuses). None: it is not kept on disk.
+        trust_remote_code: run code that a model's folder brings along (LM-Cocktail does).
+        quiet: don't print the weights, as LM-Cocktail does.
+        options: see `MergeOptions` (`max_memory`, `device`, `dtype`, ...).
+
+    Raises:
+        ShardmixError: as `merge`.
+
+    Example:
+        >>> model = mix_models(["org/base", "./tuned"], "decoder", [0.7, 0.3], "./mixed")
+    """
+    _check_names(model_names_or_paths)
+    if len(weights) != len(model_names_or_paths):
+        raise RecipeError(
+            f"{len(weights)} weights given for {len(model_names_or_paths)} models; give one each"
+        )
+    names = list(map(str, model_names_or_paths))
+
+    def merge(output: Path) -> MergeReport:
+        pairs = list(zip(names, weights, strict=True))
+        return api.merge(pairs, output, model_type=model_type, **_mixing(options, output_path))
+
+    return _mixed(
+        merge, names, model_type, output_path, trust_remote_code=trust_remote_code, quiet=quiet
+    )
+
+
+def mix_models_by_layers(
+    model_names_or_paths: Sequence[Source],
+    model_type: str,
+    weights: Sequence[float],
+    output_path: Source | None = None,
+    *,
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+    **options: Unpack[api.MergeOptions],
+) -> Any:
+    """Mix models as `mix_models` does, which always streams: the two are the same here.
+
+    LM-Cocktail has this function for models that do not fit into memory together.
+    """
+    return mix_models(
+        model_names_or_paths,
+        model_type,
+        weights,
+        output_path,
+        trust_remote_code=trust_remote_code,
+        quiet=quiet,
+        **options,
+    )
+
+
+def mix_models_with_data(
+    model_names_or_paths: Sequence[Source],
+    model_type: str,
+    example_data: Iterable[Mapping[str, Any]] | None = None,
+    temperature: float = 5.0,
+    batch_size: int = 2,
+    max_input_length: int = 2048,
+    neg_number: int = 7,
+    output_path: Source | None = None,
+    *,
+    example_ata: Iterable[Mapping[str, Any]] | None = None,
+    seed: int = 0,
+    pooling: str = "cls",
+    chat_template: bool = False,
+    score_dtype: str = "auto",
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+    **options: Unpack[api.MergeOptions],
+) -> Any:
+    """Mix models by weights from a few examples, and return the new model.
+
+    w_i = softmax_i(-L_i / temperature), L_i the loss of model i on the examples. Source:
+    LM-Cocktail (arXiv 2311.13534), section 3.
+
+    Args:
+        model_names_or_paths: model folders or Hub ids; the first gives config and tokenizer.
+        model_type: decoder, encoder, reranker or encoder-decoder.
+        example_data: five or so of `{"input": str, "output": str}` for decoders and
+            encoder-decoders, of `{"query": str, "pos": [str], "neg": [str]}` for the others.
+        temperature: high brings the weights together, low gives all to the best model.
+        batch_size: examples whose token losses are averaged together, and which are one another's
+            negatives.
+        max_input_length: tokens beyond which a text is cut off.
+        neg_number: negatives drawn for each query; where there are fewer, all are used.
+        output_path: as for `mix_models`.
+        example_ata: `example_data` under the name that LM-Cocktail 0.0.4 has for it.
+        seed: of the draw of negatives.
+        pooling: how an encoder's text becomes one vector for scoring: cls, mean or lasttoken.
+        chat_template: put a decoder's examples into the tokenizer's chat template.
+        score_dtype: what models compute in for scoring: auto (their own dtype), float32, bfloat16
+            or float16.
+        trust_remote_code: run code that a model's folder brings along (LM-Cocktail does).
+        quiet: don't print the weights, as LM-Cocktail does.
+        options: see `MergeOptions`; `max_memory`, `max_vram` and `device` hold for scoring, too.
+
+    Raises:
+        ShardmixError: as `merge` and `shardmix.scorer.score`; about examples before any model is
+            opened.
+
+    Example:
+        >>> examples = [{"input": "Is it good? 'a charming film' Answer:", "output": "yes"}]
+        >>> model = mix_models_with_data(["org/base", "./tuned"], "decoder", examples)
+    """
+    _check_names(model_names_or_paths)
+    examples = example_data if example_data is not None else example_ata
+    if examples is None:
+        raise RecipeError("no example_data given; a few examples, five or so, are needed")
+    names, loaded = list(map(str, model_names_or_paths)), list(examples)
+    scoring: ScoreOptions = {
+        "temperature": temperature,
+        "batch_size": batch_size,
+        "max_input_length": max_input_length,
+        "neg_number": neg_number,
+        "seed": seed,
+        "pooling": pooling,
+        "chat_template": chat_template,
+        "dtype": score_dtype,
+        "trust_remote_code": trust_remote_code,
+    }
+
+    def merge(output: Path) -> MergeReport:
+        mixing = _mixing(options, output_path)
+        return merge_by_examples(names, output, loaded, model_type, scoring=scoring, **mixing)
+
+    return _mixed(
+        merge, names, model_type, output_path, trust_remote_code=trust_remote_code, quiet=quiet
+    )
+
+
+def merge_by_examples(
+    models: Sequence[Source],
+    output: Source,
+    examples: "ExamplesArgument",
+    model_type: str,
+    *,
+    scoring: ScoreOptions,
+    on_score: "OnScoreProgress | None" = None,
+    on_progress: engine.OnProgress | None = None,
+    cancel: threading.Event | None = None,
+    **options: Unpack[api.MergeOptions],
+) -> MergeReport:
+    """Score models on examples and merge them by the weights that follow.
+
+    Whatever headers, examples and the output's place can tell is checked before the first model is
+    run. `max_memory`, `max_vram` and `device` hold for scoring as well. The report's `scores` holds
+    losses and weights. Raises `ShardmixError`.
+
+    Example:
+        >>> report = merge_by_examples(["a", "b"], "out", "examples.jsonl", "decoder", scoring={})
+        >>> report.weights == report.scores.weights
+        True
+    """
+    from shardmix.scorer.examples import load_examples
+
+    shared: ScoreOptions = {
+        "max_memory": options.get("max_memory"),
+        "max_vram": options.get("max_vram"),
+        "device": options.get("device", "auto"),
+    }
+    scoring = {**scoring, **shared}
+    load_examples(examples, check_options(model_type, scoring))
+    names = [str(model) for model in models]
+    plan = api.plan_merge(
+        [(name, 1 / len(names)) for name in names], output, model_type=model_type, **options
+    )
+    check_disk(Path(plan.output), plan.disk_needed_nbytes)
+
+    from shardmix.scorer import score
+
+    scores = score(names, model_type, examples, on_progress=on_score, **scoring)
+    report = api.merge(
+        list(zip(names, scores.weights, strict=True)),
+        output,
+        model_type=model_type,
+        on_progress=on_progress,
+        cancel=cancel,
+        **options,
+    )
+    return replace(report, scores=scores, warnings=scores.warnings + report.warnings)
+
+
+def _mixing(options: api.MergeOptions, output_path: Source | None) -> api.MergeOptions:
+    """Return the options of a merge as LM-Cocktail does it: what is there is replaced.
+
+    What is deleted once it is loaded need not reach the disk.
+    """
+    return {"overwrite": True, "fsync": output_path is not None, **options}
+
+
+def _mixed(
+    merge: Callable[[Path], MergeReport],
+    names: list[str],
+    model_type: str,
+    output_path: Source | None,
+    *,
+    trust_remote_code: bool,
+    quiet: bool,
+) -> Any:
+    """Merge into the output path, or into a folder for the time being, and load the result."""
+    check_model_type(model_type)
+    place = (
+        nullcontext(None)
+        if output_path is not None
+        else tempfile.TemporaryDirectory(prefix="shardmix-")
+    )
+    with place as folder:
+        output = Path(output_path) if output_path is not None else Path(folder or "") / "mixed"
+        report = merge(output)
+        if not quiet:
+            print("***weight for each model***: ")
+            for name, weight in zip(names, report.weights, strict=True):
+                print(name, weight)
+            if output_path is not None:
+                print(f"Saved the new model to {output}")
+        import transformers
+
+        auto_class = getattr(transformers, AUTO_CLASSES[model_type])
+        return auto_class.from_pretrained(str(output), trust_remote_code=trust_remote_code)
+
+
+def _check_names(model_names_or_paths: Sequence[Source]) -> None:
+    if isinstance(model_names_or_paths, str) or len(model_names_or_paths) < 2:
+        raise RecipeError("mixing takes a list of two models or more")
