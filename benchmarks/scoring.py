@@ -195,7 +195,9 @@ def main() -> None:
     print_report(by_tool)
     losses = largest_difference(everything, lambda sample: sample.losses)
     weights = largest_difference(everything, lambda sample: sample.weights)
-    print(f"\nlargest difference: {losses:.2e} in a loss, {weights:.2e} in a weight")
+    noisy = sum(sample.busy_before > 0.2 for sample in everything)
+    print(f"\n{noisy} of {len(everything)} measurements began with other processes on the cores")
+    print(f"largest difference: {losses:.2e} in a loss, {weights:.2e} in a weight")
     write_csv(args.csv, [asdict(sample) for sample in everything])
     raise SystemExit(0 if weights <= MAX_WEIGHT_DIFFERENCE else 1)
 

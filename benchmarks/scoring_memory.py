@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -161,6 +162,7 @@ def measure(
     case: Case, args: argparse.Namespace, models: Sequence[Path], task: ScoringTask, counts: Path
 ) -> Peak:
     """Score once, with the models out of the page cache and the libraries in it."""
+    print(f"scoring: {case.title} ...", file=sys.stderr)
     if can_drop_caches():
         drop_caches()
     run_or_exit([args.python, "-c", "import torch, transformers, accelerate"])
