@@ -258,7 +258,7 @@ def main() -> None:
     )
     parser.add_argument("--preset", default="llama-2b", help="shape of the checkpoint")
     parser.add_argument("--data", type=Path, help="file of examples; default: 45 made-up ones")
-    parser.add_argument("--num-examples", type=int, help="the first so many; default: all")
+    parser.add_argument("--num-examples", type=int, default=8, help="the first so many")
     parser.add_argument("--group-size", type=parse_size, default=parse_size("2GiB"))
     parser.add_argument("--accelerate", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--csv", type=Path, default=Path("scoring-memory.csv"), help="raw figures")
