@@ -117,17 +117,16 @@ def _run(
 ) -> list[Any]:
     """Return one result for each sequence, in order."""
     results: list[Any] = [None] * len(objective.encoded.sequences)
-    num_waves = len(arrangement.waves)
     with torch.inference_mode():
         streamed = StreamedModel(model, weights, arrangement.partition, device)
         for number, wave in enumerate(arrangement.waves):
-            of_all = num_waves * (streamed.num_stages or len(wave))
-            begun = number * (streamed.num_stages or len(wave))
+            num_steps = streamed.num_stages or len(wave)
+
+            def tell(step: int, wave: int = number, num_steps: int = num_steps) -> None:
+                on_fraction((wave + step / num_steps) / len(arrangement.waves))
+
             passes = [partial(objective.run, model, shape, device) for shape in wave]
-            outcomes = streamed.run(
-                passes,
-                on_step=lambda step: on_fraction((begun + step) / of_all),  # noqa: B023
-            )
+            outcomes = streamed.run(passes, on_step=tell)
             for shape, outcome in zip(wave, outcomes, strict=True):
                 for member, result in zip(shape.members, outcome, strict=True):
                     results[member] = result

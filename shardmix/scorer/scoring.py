@@ -71,7 +71,7 @@ def score(
     started = time.perf_counter()
     give_back_large_blocks()
     device = torch.device(resolve_device(settings.device))
-    _check_device(device)
+    _open_device(device)
     checkpoints = [open_checkpoint(name) for name in names]
     encoded = _encode(loaded, checkpoints[0], settings)
     objective = objective_for(encoded, settings)
@@ -146,9 +146,14 @@ def _encode(
     return encode_examples(examples, tokenizer, settings, first.config)
 
 
-def _check_device(device: torch.device) -> None:
-    if device.type == "cuda" and not torch.cuda.is_available():
+def _open_device(device: torch.device) -> None:
+    """Make the GPU ready, so that what that takes is there before memory is planned."""
+    if device.type != "cuda":
+        return
+    if (device.index or 0) >= torch.cuda.device_count():
         raise RecipeError(f"device {device}: torch finds no such GPU; use --device cpu")
+    torch.empty(1, device=device)
+    torch.cuda.reset_peak_memory_stats(device)
 
 
 def _check_finite(checkpoint: Checkpoint, one: ModelScore, examples: tuple[Example, ...]) -> None:
