@@ -52,9 +52,10 @@ class Checkpoint:
 
 PRESETS = {
     "llama-1b": (LlamaShape(2048, 5632, 22, 32, 4, 32000), 480_000_000),
+    "llama-2b": (LlamaShape(2560, 6912, 30, 20, 4, 32000), 600_000_000),
     "llama-3-70b": (LlamaShape(8192, 28672, 80, 64, 8, 128256), 5_000_000_000),
 }
-"""Name -> shape and bytes per shard: TinyLlama's 1.1B in 5 shards, Llama-3-70B in its 30."""
+"""Name -> shape and bytes per shard: TinyLlama's 1.1B in 5, 2.2B in 8, Llama-3-70B in its 30."""
 
 
 def _attention(prefix: str, hidden: int, kv: int) -> list[TensorSpec]:

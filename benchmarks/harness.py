@@ -21,6 +21,9 @@ from pathlib import Path
 BENCHMARKS = Path(__file__).resolve().parent
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
+# Nothing to look up: the models are folders.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
 
 @dataclass(frozen=True, slots=True)
 class Finished:

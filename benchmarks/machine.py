@@ -8,7 +8,16 @@ from pathlib import Path
 
 from harness import run
 
-PACKAGES = ("shardmix", "mergekit", "torch", "safetensors", "transformers", "numpy")
+PACKAGES = (
+    "shardmix",
+    "mergekit",
+    "LM_Cocktail",
+    "torch",
+    "safetensors",
+    "transformers",
+    "accelerate",
+    "numpy",
+)
 
 VERSIONS_PROGRAM = """
 import importlib.metadata, json, platform, sys

@@ -15,9 +15,6 @@ REQUIREMENTS = ("torch==2.13.0", "mergekit==0.1.5")
 # shards of the sources' size gained much over the default of one shard for everything.
 DEFAULT_OPTIONS = "--quiet --no-copy-tokenizer --no-write-model-card --out-shard-size 500M"
 
-# Nothing to look up: the models are folders.
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say which mergekit to run and how."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import Finished
+from scoring_task import ScoringTask
 
 
 def merge_command(
@@ -27,6 +28,14 @@ def plan_command(python: str, models: Sequence[Path], output: Path) -> list[str]
     """A plan of the merge of the models, in JSON."""
     sources = [f"{model}={1 / len(models)}" for model in models]
     return [python, "-m", "shardmix", "plan", *sources, "-o", str(output), "--json"]
+
+
+def score_command(
+    python: str, models: Sequence[Path], task: ScoringTask, *, extra: Sequence[str] = ()
+) -> list[str]:
+    """A scoring of the models, decoders, that reports in JSON."""
+    command = [python, "-m", "shardmix", "score", *map(str, models), "--model-type", "decoder"]
+    return [*command, *task.options(), *extra, "--json"]
 
 
 def report_of(finished: Finished) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import mergekit_command
 import shardmix_command
 from harness import (
     BENCHMARKS,
+    OFFLINE,
     Workspace,
     can_drop_caches,
     drop_caches,
@@ -130,7 +131,7 @@ def measure(
 ) -> Sample:
     """Run one contestant once and check that it wrote as many bytes as a model has."""
     busy = prepare(cache, contestant, models, output)
-    finished = run_or_exit(contestant.command(output), environment=mergekit_command.ENVIRONMENT)
+    finished = run_or_exit(contestant.command(output), environment=OFFLINE)
     written = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     expected = sum(path.stat().st_size for path in models[0].glob("*.safetensors"))
     # Headers differ with the number of shards; the data do not.

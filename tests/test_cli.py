@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from shardmix.scorer import compute_weights
+from tests.language_models import TEXTS, save_language_model, write_examples
 from tests.models import assert_same_bits, load_model, random_model, save_model
 
 REPORT_KEYS = (
@@ -185,3 +187,86 @@ def test_a_signal_stops_the_merge_and_leaves_nothing(tmp_path, number, status):
     assert process.returncode == status, errors
     assert "nothing was written" in errors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("decoders")
+    for seed, name in enumerate("ab"):
+        save_language_model("llama", folder / name, seed=seed)
+    write_examples(folder / "examples.jsonl", TEXTS)
+    return folder
+
+
+def test_score_reports_as_json(decoders):
+    done = shardmix(
+        *("score", decoders / "a", decoders / "b", "--data", decoders / "examples.jsonl"),
+        *("--model-type", "decoder", "--temperature", "0.5", "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["weights"] == pytest.approx(compute_weights(report["losses"], 0.5))
+    assert [len(row) for row in report["per_example"]] == [len(TEXTS)] * 2
+    assert "scoring model 2 of 2" in done.stderr
+    assert "\x1b" not in done.stderr
+
+
+def test_score_for_people_is_a_table(decoders):
+    done = shardmix(
+        *("score", decoders / "a", decoders / "b", "--data", decoders / "examples.jsonl"),
+        *("--model-type", "decoder"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "loss" in done.stdout
+    assert "5 examples, temperature 5" in done.stdout
+
+
+def test_a_merge_from_examples_scores_and_merges_in_one_go(decoders, tmp_path):
+    done = shardmix(
+        *("merge", decoders / "a", decoders / "b", "--weights-from", decoders / "examples.jsonl"),
+        *("--model-type", "decoder", "--temperature", "0.5", "-o", tmp_path / "out", "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["weights"] == report["scores"]["weights"]
+    by_hand = [f"{decoders}/{n}={w!r}" for n, w in zip("ab", report["weights"], strict=True)]
+    assert shardmix("merge", *by_hand, "-o", tmp_path / "by-hand").returncode == 0
+    assert_same_bits(load_model(tmp_path / "out"), load_model(tmp_path / "by-hand"))
+
+
+def test_a_dry_run_from_examples_scores_nothing(decoders, tmp_path):
+    done = shardmix(
+        *("merge", decoders / "a", decoders / "b", "--weights-from", decoders / "examples.jsonl"),
+        *("--model-type", "decoder", "-o", tmp_path / "out", "--json", "--dry-run"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["weights"] == [0.5, 0.5]
+    assert "scoring" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "finding"),
+    [
+        (["score", "{a}", "--data", "none.json", "--model-type", "decoder"], 2, "cannot be read"),
+        (["score", "{a}", "--data", "{x}", "--model-type", "llm"], 2, "model type 'llm'"),
+        (["score", "{a}", "--data", "{x}", "--model-type", "encoder"], 2, "`query` is missing"),
+        (["score", "{a}", "--data", "{x}"], 2, "--model-type"),
+        (["score", "none/at/all", "--data", "{x}", "--model-type", "decoder"], 1, "no such file"),
+        (["merge", "{a}", "{b}", "--weights-from", "{x}", "-o", "o"], 2, "needs --model-type"),
+        (
+            ["merge", "{a}=0.5", "{b}", "--weights-from", "{x}", "--model-type", "decoder"],
+            2,
+            "name the models alone",
+        ),
+        (["merge", "{a}=0.5", "{b}=0.5", "--temperature", "1"], 2, "is for --weights-from"),
+    ],
+)
+def test_a_mistake_in_scoring_is_one_message(decoders, tmp_path, words, status, finding):
+    places = {"a": decoders / "a", "b": decoders / "b", "x": decoders / "examples.jsonl"}
+    filled = [word.format(**places) for word in words]
+    output = ["-o", tmp_path / "out"] if words[0] == "merge" and "-o" not in words else []
+    done = shardmix(*filled, *output, cwd=tmp_path)
+    assert done.returncode == status, done.stderr
+    assert finding in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []

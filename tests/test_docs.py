@@ -23,14 +23,14 @@ def test_the_cli_reference_is_what_help_says():
 def test_every_command_shows_an_example():
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     commands = re.findall(r"^## `shardmix (\w+)`", text, flags=re.MULTILINE)
-    assert commands == ["merge", "plan", "inspect"]
+    assert commands == ["merge", "score", "plan", "inspect"]
     assert re.findall(r"^Example: `shardmix (\w+) ", text, flags=re.MULTILINE) == commands
 
 
 def test_the_design_has_a_line_for_every_module():
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     table = "\n".join(line for line in text.splitlines() if re.match(r"\| \d+ \|", line))
-    assert MODULES | {"cli"} <= set(re.findall(r"`(\w+)`", table))
+    assert MODULES | {"cli", "reducer", "scorer"} <= set(re.findall(r"`(\w+)`", table))
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])

@@ -17,10 +17,23 @@ def loaded_after(code):
 def test_importing_shardmix_loads_next_to_nothing():
     code = "import shardmix\nprint('numpy' in sys.modules)"
     assert python(f"import sys\n{code}").split() == ["False"]
-    assert loaded_after("import shardmix, shardmix.api") == "[]"
+    assert loaded_after("import shardmix, shardmix.api, shardmix.scorer") == "[]"
+    weigh = "import shardmix.scorer\nshardmix.scorer.compute_weights([1.0, 2.0], 5.0)"
+    assert loaded_after(weigh) == "[]"
 
 
-@pytest.mark.parametrize("command", ["--help", "merge --help", "plan --help", "inspect --help"])
+def test_examples_are_checked_without_torch(tmp_path):
+    code = (
+        "import shardmix\n"
+        "try: shardmix.mix_models_with_data(['a', 'b'], 'decoder', [{'input': 'x'}])\n"
+        "except shardmix.RecipeError: pass"
+    )
+    assert loaded_after(code) == "[]"
+
+
+@pytest.mark.parametrize(
+    "command", ["--help", "merge --help", "score --help", "plan --help", "inspect --help"]
+)
 def test_help_loads_neither_torch_nor_the_engine(command):
     run = (
         f"sys.argv = ['shardmix', *{command.split()!r}]\nfrom shardmix.cli import main\n"

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import shardmix
+from shardmix.scorer import score
 from tests.models import assert_same_bits, load_model, weighted_sum
 
 CASES = ("decoder/merged", "encoder/merged", "encoder-decoder/merged", "reranker/merged")
@@ -50,3 +51,32 @@ def test_a_bfloat16_merge_is_rounded_by_the_contract(reference, expected, tmp_pa
         for name in models[0]
     }
     assert_same_bits(load_model(tmp_path / "out"), oracle)
+
+
+SCORED = [
+    "decoder@5.0",
+    "decoder@0.5",
+    "decoder-short@0.5",
+    "decoder-bf16-tied@5.0",
+    "encoder@5.0",
+    "encoder@0.5",
+    "encoder-decoder@0.5",
+]
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_losses_and_weights_are_the_references(reference, name):
+    case = json.loads((reference / "expected.json").read_text())[name]
+    report = score(
+        [reference / model for model in case["models"]],
+        case["model_type"],
+        reference / case["examples"],
+        **case["arguments"],
+    )
+    assert report.losses == pytest.approx(case["losses"], rel=1e-3)
+    assert report.weights == pytest.approx(case["weights"], abs=1e-4)
+
+
+def test_every_scored_case_of_the_reference_is_tested(reference):
+    cases = json.loads((reference / "expected.json").read_text())
+    assert {name for name, case in cases.items() if "losses" in case} == set(SCORED)

@@ -11,6 +11,10 @@ import torch
 
 from shardmix.scorer.encoding import EncodedExamples, TokenSequence
 
+# A batch of this many tokens keeps a processor busy; beyond it, this share must not be padding.
+_ENOUGH_TOKENS = 256
+_LEAST_SHARE = 0.9
+
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
@@ -48,11 +52,18 @@ def shape_batches(
     members: list[int] = []
     for number in sorted(range(len(lengths)), key=lambda n: (max(lengths[n]), lengths[n], n)):
         grown = _shape([*members, number], lengths)
-        if members and (grown.num_tokens > max_tokens or grown.num_labels > max_labels):
+        is_full = grown.num_tokens > max_tokens or grown.num_labels > max_labels
+        if members and (is_full or _is_wasteful(grown, lengths)):
             shapes.append(_shape(members, lengths))
             members = []
         members.append(number)
     return (*shapes, _shape(members, lengths))
+
+
+def _is_wasteful(shape: BatchShape, lengths: Sequence[tuple[int, int]]) -> bool:
+    """Tell whether too much of a batch is padding, unless it is too small for that to matter."""
+    num_real = sum(max(lengths[number]) for number in shape.members)
+    return num_real >= _ENOUGH_TOKENS and num_real < shape.num_tokens * _LEAST_SHARE
 
 
 def _shape(members: Sequence[int], lengths: Sequence[tuple[int, int]]) -> BatchShape:

@@ -85,7 +85,7 @@ def compute_dtype(checkpoint: Checkpoint, asked: str) -> torch.dtype:
 
 def _build_finding(error: Exception, auto_class: str) -> str:
     finding = " ".join(str(error).split())[:300] or type(error).__name__
-    if "trust_remote_code" in finding:
+    if "trust_remote_code" in str(error):
         return (
             "needs code from its own folder to run; if you trust it, read it and use "
             "--trust-remote-code (trust_remote_code=True)"

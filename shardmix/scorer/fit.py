@@ -8,7 +8,6 @@ Pure arithmetic on sizes.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from shardmix.errors import BudgetError
 from shardmix.scorer.batches import BatchShape
 from shardmix.scorer.model_weights import CHUNK_NBYTES
 from shardmix.scorer.objectives import LOGIT_ROWS
@@ -18,6 +17,8 @@ from shardmix.units import MIB
 # Tokens of one pass: enough to keep the processor busy, few enough to stay small in memory.
 BEST_TOKENS = {"cpu": 2048, "cuda": 16384}
 _LEAST_TOKENS = 128
+# Logits of a pass, for each of its tokens on average: 64 MiB for 2048.
+_LOGIT_NBYTES = 32 << 10
 
 # Room for thread stacks, allocator slack and the tokenised examples.
 _RUN_NBYTES = 64 * MIB
@@ -28,6 +29,19 @@ _SLACK = 1.15
 # an encoder-decoder; and within a block, besides the outputs of its matrices.
 _STATES_HELD = 4
 _OUTPUTS_HELD = 2
+
+
+# The least memory for one reading first.
+_GRAINS = (Grain.BLOCK, Grain.MODEL, Grain.LEAF)
+
+
+class NothingFits(Exception):  # noqa: N818 - it is a finding, which becomes an error elsewhere
+    """There is no arrangement within the bytes that are available."""
+
+    def __init__(self, least_nbytes: int) -> None:
+        super().__init__(f"{least_nbytes} bytes are needed")
+        self.least_nbytes = least_nbytes
+        """What the smallest arrangement takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +79,7 @@ def arrange(
     shape: Callable[[int, int], tuple[BatchShape, ...]],
     sizes: ModelSizes,
     *,
-    available: int | None,
+    available: int,
     best_tokens: int,
 ) -> Arrangement:
     """Choose how to score a model within `available` bytes, reading its weights once if it can be.
@@ -74,31 +88,30 @@ def arrange(
     the least memory for the same reading. Where the passes do not all fit beside a block, the whole
     model is held if there is room for it, or else it is cut finer, or read more than once.
 
-    Raises `BudgetError`, whose message is the least bytes that would do.
+    Raises `NothingFits`.
     """
     choices = [
         _arrangement(grain, cuts, shapes, sizes, available)
-        for grain in (Grain.BLOCK, Grain.MODEL, Grain.LEAF)
-        for shapes in _batchings(shape, best_tokens)
+        for grain in _GRAINS
+        for shapes in _batchings(shape, sizes, best_tokens)
     ]
-    fitting = [
-        choice for choice in choices if available is None or choice.projected_nbytes <= available
-    ]
+    fitting = [choice for choice in choices if choice.projected_nbytes <= available]
     if not fitting:
-        raise BudgetError(str(min(choice.projected_nbytes for choice in choices)))
+        raise NothingFits(min(choice.projected_nbytes for choice in choices))
     # The first of those that read least, in the order above.
     return min(fitting, key=lambda choice: len(choice.waves))
 
 
 def _batchings(
-    shape: Callable[[int, int], tuple[BatchShape, ...]], best_tokens: int
+    shape: Callable[[int, int], tuple[BatchShape, ...]], sizes: ModelSizes, best_tokens: int
 ) -> list[tuple[BatchShape, ...]]:
     """Return the batches for the best size and for ever smaller ones."""
     batchings: list[tuple[BatchShape, ...]] = []
     tokens = best_tokens
     while tokens >= _LEAST_TOKENS:
         # A row of logits takes far more than a token: bound them, too.
-        batches = shape(tokens, max(LOGIT_ROWS, tokens // 8))
+        row_nbytes = max(sizes.vocabulary * sizes.element_nbytes, 1)
+        batches = shape(tokens, max(LOGIT_ROWS, tokens * _LOGIT_NBYTES // row_nbytes))
         if batches not in batchings:
             batchings.append(batches)
         tokens //= 2
@@ -110,13 +123,13 @@ def _arrangement(
     cuts: dict[Grain, Partition],
     shapes: tuple[BatchShape, ...],
     sizes: ModelSizes,
-    available: int | None,
+    available: int,
 ) -> Arrangement:
     partition, block_width = cuts[grain], cuts[Grain.BLOCK].width
     fixed = _RUN_NBYTES + CHUNK_NBYTES + partition.resident_nbytes
     fixed += max(_unit_nbytes(unit) for unit in partition.units)
     fixed += max(_computing_nbytes(shape, sizes, block_width) for shape in shapes)
-    room = None if available is None else available / _SLACK - fixed
+    room = available / _SLACK - fixed
     is_sliced = any(unit.kind is Kind.SLICES for unit in partition.units)
     waves: list[list[BatchShape]] = [[]]
     held = most_held = 0
@@ -126,7 +139,7 @@ def _arrangement(
             nbytes += shape.num_labels * sizes.vocabulary * sizes.element_nbytes
         if grain is Grain.MODEL:
             held = 0  # nothing waits: passes run one after the other
-        elif waves[-1] and room is not None and held + nbytes > room:
+        elif waves[-1] and held + nbytes > room:
             waves.append([])
             held = 0
         waves[-1].append(shape)

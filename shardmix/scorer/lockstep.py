@@ -3,8 +3,8 @@
 A pass runs as an ordinary call of the model until it comes to a unit whose weights are not there.
 There it waits (as a greenlet: one thread, no locks), and the next pass runs. When all wait, the
 unit that the hindmost wants is brought into memory, all passes that wait for it go on, and its
-memory is given back. No knowledge of any model's architecture is needed, and what a pass computes is what it
-would compute alone.
+memory is given back. No knowledge of any model's architecture is needed, and what a pass computes
+is what it would compute alone.
 
 Knows neither tensors nor files.
 """

@@ -10,11 +10,12 @@ import torch
 
 from shardmix.checkpoint import Checkpoint
 from shardmix.errors import BudgetError, ShardmixError, SourceError
-from shardmix.memory import resident_nbytes
+from shardmix.memory import available_nbytes, resident_nbytes
 from shardmix.model_types import ENCODER
+from shardmix.scorer import fit
 from shardmix.scorer.batches import shape_batches
 from shardmix.scorer.empty_model import build_empty_model, compute_dtype
-from shardmix.scorer.fit import BEST_TOKENS, Arrangement, ModelSizes, arrange
+from shardmix.scorer.fit import Arrangement, ModelSizes, NothingFits, arrange
 from shardmix.scorer.model_weights import CHUNK_NBYTES, ModelWeights
 from shardmix.scorer.objectives import Losses, Objective
 from shardmix.scorer.options import ScoreSettings
@@ -22,7 +23,8 @@ from shardmix.scorer.streamed_model import StreamedModel
 from shardmix.scorer.units import Grain, cut
 from shardmix.units import MIB, format_mib
 
-# Of a GPU's free memory, what is taken where nobody set a bound.
+# Of the free memory, and of a GPU's, what is taken at most where nobody set a bound.
+_MEMORY_SHARE = 0.8
 _VRAM_SHARE = 0.9
 # On a GPU, what the host holds beside its libraries: the chunk being read, and the examples.
 _HOST_NBYTES = CHUNK_NBYTES + 128 * MIB
@@ -42,6 +44,8 @@ class ModelScore:
     """Weights read."""
     num_passes: int
     """How often its weights were read."""
+    reserved_nbytes: int
+    """What the process held before the first model's weights."""
     projected_nbytes: int
     """Resident memory of the process at its peak, at most."""
     projected_vram_nbytes: int
@@ -59,7 +63,7 @@ def score_model(
 ) -> ModelScore:
     """Return a model's losses on the objective's examples.
 
-    `reserved` is what the process holds before any model, None if that is now. Raises
+    `reserved` is what the process held before the first model, None where this is the first. Raises
     `SourceError` where the model cannot be run, `BudgetError` where it does not fit.
     """
     dtype = compute_dtype(checkpoint, settings.dtype)
@@ -70,7 +74,8 @@ def score_model(
     weights = ModelWeights(checkpoint, model)
     try:
         _check_complete(checkpoint, weights, settings)
-        held = max(reserved or 0, resident_nbytes())
+        # What an earlier model left on the heap is used again.
+        held = resident_nbytes() if reserved is None else reserved
         arrangement, projected, projected_vram = _arrange(
             checkpoint, model, weights, objective, settings, device, held
         )
@@ -80,6 +85,7 @@ def score_model(
             dtype=str(dtype).removeprefix("torch."),
             bytes_read=weights.bytes_read,
             num_passes=len(arrangement.waves),
+            reserved_nbytes=held,
             projected_nbytes=projected,
             projected_vram_nbytes=projected_vram,
         )
@@ -111,17 +117,16 @@ def _run(
 ) -> list[Any]:
     """Return one result for each sequence, in order."""
     results: list[Any] = [None] * len(objective.encoded.sequences)
-    num_waves = len(arrangement.waves)
     with torch.inference_mode():
         streamed = StreamedModel(model, weights, arrangement.partition, device)
         for number, wave in enumerate(arrangement.waves):
-            of_all = num_waves * (streamed.num_stages or len(wave))
-            begun = number * (streamed.num_stages or len(wave))
+            num_steps = streamed.num_stages or len(wave)
+
+            def tell(step: int, wave: int = number, num_steps: int = num_steps) -> None:
+                on_fraction((wave + step / num_steps) / len(arrangement.waves))
+
             passes = [partial(objective.run, model, shape, device) for shape in wave]
-            outcomes = streamed.run(
-                passes,
-                on_step=lambda step: on_fraction((begun + step) / of_all),  # noqa: B023
-            )
+            outcomes = streamed.run(passes, on_step=tell)
             for shape, outcome in zip(wave, outcomes, strict=True):
                 for member, result in zip(shape.members, outcome, strict=True):
                     results[member] = result
@@ -142,10 +147,11 @@ def _arrange(
     num_labels = sum(len(sequence.labels) for sequence in encoded.sequences)
     cuts = {grain: cut(model, weights, grain, num_labels=num_labels) for grain in Grain}
     on_cuda = device.type == "cuda"
-    room = host_room = _room(settings.max_memory_nbytes, held)
+    budget = settings.max_memory_nbytes or held + int(available_nbytes() * _MEMORY_SHARE)
+    room = _room(budget, held)
     if on_cuda:
-        if host_room is not None and host_room < _HOST_NBYTES:
-            raise _too_small("--max-memory", settings.max_memory_nbytes, held + _HOST_NBYTES)
+        if room < _HOST_NBYTES:
+            raise _too_small("--max-memory", budget, held + _HOST_NBYTES)
         room = settings.max_vram_nbytes or int(torch.cuda.mem_get_info(device)[0] * _VRAM_SHARE)
     try:
         arrangement = arrange(
@@ -153,25 +159,25 @@ def _arrange(
             lambda tokens, labels: shape_batches(encoded, max_tokens=tokens, max_labels=labels),
             _sizes(model, objective),
             available=room,
-            best_tokens=BEST_TOKENS[device.type],
+            best_tokens=fit.BEST_TOKENS[device.type],
         )
-    except BudgetError as error:
-        least = int(str(error))
+    except NothingFits as error:
+        least = error.least_nbytes
         if on_cuda:
             raise _too_small("--max-vram", room, least) from None
-        raise _too_small("--max-memory", settings.max_memory_nbytes, held + least) from None
+        raise _too_small("--max-memory", budget, held + least) from None
     if on_cuda:
         return arrangement, held + _HOST_NBYTES, arrangement.projected_nbytes
     return arrangement, held + arrangement.projected_nbytes, 0
 
 
-def _room(budget: int | None, held: int) -> int | None:
-    return None if budget is None else budget - held
+def _room(budget: int, held: int) -> int:
+    return budget - held
 
 
-def _too_small(option: str, given: int | None, least: int) -> BudgetError:
+def _too_small(option: str, given: int, least: int) -> BudgetError:
     return BudgetError(
-        f"{option} {format_mib(given or 0)}: too small to score with; the least that works here "
+        f"{option} {format_mib(given)}: too small to score with; the least that works here "
         f"is {format_mib(least)}; raise the budget, or shorten the examples"
     )
 

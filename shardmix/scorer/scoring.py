@@ -14,7 +14,7 @@ import torch
 from shardmix.checkpoint import Checkpoint, open_checkpoint
 from shardmix.devices import resolve_device
 from shardmix.errors import RecipeError, SourceError
-from shardmix.memory import peak_resident_nbytes, resident_nbytes
+from shardmix.memory import give_back_large_blocks, peak_resident_nbytes, resident_nbytes
 from shardmix.scorer.encoding import EncodedExamples, encode_examples, load_tokenizer
 from shardmix.scorer.examples import Example, ExamplesArgument, load_examples
 from shardmix.scorer.model_scoring import ModelScore, score_model
@@ -69,12 +69,12 @@ def score(
     names = [str(source) for source in sources]
     loaded = load_examples(examples, settings)
     started = time.perf_counter()
+    give_back_large_blocks()
     device = torch.device(resolve_device(settings.device))
-    _check_device(device)
+    _open_device(device)
     checkpoints = [open_checkpoint(name) for name in names]
     encoded = _encode(loaded, checkpoints[0], settings)
     objective = objective_for(encoded, settings)
-    reserved = resident_nbytes()
     scores: list[ModelScore] = []
     for number, checkpoint in enumerate(checkpoints, start=1):
 
@@ -85,6 +85,7 @@ def score(
                     ScoreProgress(source, number, len(names), fraction, seconds, resident_nbytes())
                 )
 
+        reserved = scores[0].reserved_nbytes if scores else None
         one = score_model(
             checkpoint, objective, settings, device, reserved=reserved, on_fraction=tell
         )
@@ -145,9 +146,14 @@ def _encode(
     return encode_examples(examples, tokenizer, settings, first.config)
 
 
-def _check_device(device: torch.device) -> None:
-    if device.type == "cuda" and not torch.cuda.is_available():
+def _open_device(device: torch.device) -> None:
+    """Make the GPU ready, so that what that takes is there before memory is planned."""
+    if device.type != "cuda":
+        return
+    if (device.index or 0) >= torch.cuda.device_count():
         raise RecipeError(f"device {device}: torch finds no such GPU; use --device cpu")
+    torch.empty(1, device=device)
+    torch.cuda.reset_peak_memory_stats(device)
 
 
 def _check_finite(checkpoint: Checkpoint, one: ModelScore, examples: tuple[Example, ...]) -> None:

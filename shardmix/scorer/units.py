@@ -144,7 +144,7 @@ def _is_small(block: nn.Module) -> bool:
 
 def _kind(module: nn.Module, name: str, weights: ModelWeights, *, num_labels: int) -> Kind:
     is_plain = weights.is_plain(f"{name}.weight")
-    if isinstance(module, nn.Embedding) and module.max_norm is None and is_plain:
+    if isinstance(module, nn.Embedding) and _looks_up_rows(module) and is_plain:
         return Kind.ROWS
     if type(module) is nn.Linear and is_plain and module.weight.nbytes > SLICE_NBYTES:
         # Held together: the slice and all passes' outputs; otherwise: the matrix.
@@ -152,6 +152,16 @@ def _kind(module: nn.Module, name: str, weights: ModelWeights, *, num_labels: in
         if SLICE_NBYTES + outputs_nbytes < module.weight.nbytes:
             return Kind.SLICES
     return Kind.WHOLE
+
+
+def _looks_up_rows(module: nn.Embedding) -> bool:
+    """Tell whether all that it does with its argument is to look up rows by it.
+
+    Embeddings of positions often compute the rows from something else.
+    """
+    is_plain = type(module).forward is nn.Embedding.forward
+    is_scaled = type(module).__name__.endswith("ScaledWordEmbedding")
+    return (is_plain or is_scaled) and module.max_norm is None
 
 
 def _unit(

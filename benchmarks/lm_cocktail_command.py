@@ -1,0 +1,47 @@
+"""Installs LM-Cocktail 0.0.4 beside the benchmark, where none is given, and runs its scoring."""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness import BENCHMARKS, Workspace
+from scoring_task import ScoringTask
+
+# It names no versions and leaves out sentence-transformers, which it imports.
+REQUIREMENTS = (
+    "torch==2.13.0",
+    "transformers==5.23.0",
+    "sentence-transformers==6.2.0",
+    "lm-cocktail==0.0.4",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The option that says which LM-Cocktail to run."""
+    parser.add_argument(
+        "--lm-cocktail-python",
+        default=os.environ.get("LM_COCKTAIL_PYTHON"),
+        help="python that has it; also $LM_COCKTAIL_PYTHON; default: a venv in the work folder",
+    )
+
+
+def lm_cocktail_python(given: str | None, workspace: Workspace) -> str:
+    """The python that has LM-Cocktail: the given one, or a new virtual environment's."""
+    if given:
+        return given
+    folder = workspace.lasting("lm-cocktail-venv")
+    python = folder / "bin" / "python"
+    if not python.exists():
+        print(f"installing {' '.join(REQUIREMENTS)} ...", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
+    return str(python)
+
+
+def score_command(python: str, models: Sequence[Path], task: ScoringTask) -> list[str]:
+    """Its scoring of the models, as `mix_models_with_data` calls it."""
+    script = str(BENCHMARKS / "score_with_lm_cocktail.py")
+    return [python, script, *map(str, models), *task.options()]
