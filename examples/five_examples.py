@@ -83,7 +83,7 @@ def job_table(results: dict[str, JobResult]) -> Table:
     table = Table(title="Weights from five examples of a job, and held-out accuracy on it, in %")
     table.add_column("five examples of")
     for name in next(iter(results.values())).weights:
-        table.add_column(f"weight of\n{name}", justify="right")
+        table.add_column(f"share:\n{name}", justify="right")
     for column in ("base", "uniform\nweights", "weights\nby data"):
         table.add_column(column, justify="right")
     for job, result in results.items():
