@@ -177,13 +177,14 @@ def main() -> None:
             args.lm_cocktail_python, workspace
         )
         print_facts(args.work_dir, pythons=[args.python, args.lm_cocktail_python])
+        examples = read_examples(args.data) if args.data else made_up_examples()
+        path = write_examples(workspace.scratch("examples.json"), examples)
         models = [workspace.lasting(f"decoder-{seed}") for seed in range(NUM_MODELS)]
         for seed, model in enumerate(models):
             if not model.exists():
                 script = BENCHMARKS / "small_decoders.py"
-                run_or_exit([args.python, script, "decoder", model, "--seed", str(seed)])
-        examples = read_examples(args.data) if args.data else made_up_examples()
-        path = write_examples(workspace.scratch("examples.json"), examples)
+                words = ["decoder", model, "--seed", str(seed), "--texts", path]
+                run_or_exit([args.python, script, *words])
         print(f"{len(examples)} examples: {args.data.name if args.data else 'made up'}")
         by_tool: dict[str, list[Sample]] = {}
         for contestant in contestants(args, models, ScoringTask(path)):

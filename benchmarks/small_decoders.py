@@ -17,15 +17,22 @@ VOCAB_SIZE = 32000
 INITIALIZER_RANGES = (0.02, 0.05, 0.08)
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE with bos, eos and pad, trained on the English text that python ships."""
+def write_tokenizer(folder: Path, texts: Path | None) -> None:
+    """A byte-level BPE with bos, eos and pad, trained on the English text that python ships.
+
+    That text is small: with `texts`, what is to be scored is trained on as well, so that it takes
+    about as few tokens as a real tokenizer, which has seen all of English, would make of it.
+    """
     from tokenizers import ByteLevelBPETokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     tokenizer = ByteLevelBPETokenizer()
+    corpus = [*pydoc_data.topics.topics.values()]
+    if texts is not None:
+        corpus += [texts.read_text()] * 2  # a pair that occurs once is never joined
     tokenizer.train_from_iterator(
-        pydoc_data.topics.topics.values(),
+        corpus,
         vocab_size=VOCAB_SIZE,
         show_progress=False,
         special_tokens=["<unk>", *special.values()],
@@ -42,14 +49,14 @@ def write_tokenizer(folder: Path) -> None:
     wrapped.save_pretrained(folder)
 
 
-def write_decoder(folder: Path, seed: int) -> None:
+def write_decoder(folder: Path, seed: int, texts: Path | None) -> None:
     """A Llama of 58 million random float32 values in shards, with its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     # In another folder first: the one that has the final name is complete.
     partial = folder.with_name(f"{folder.name}.part")
-    write_tokenizer(partial)
+    write_tokenizer(partial, texts)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=512,
@@ -76,11 +83,12 @@ def main() -> None:
     parser.add_argument("kind", choices=("decoder", "tokenizer"))
     parser.add_argument("out", type=Path, help="folder to write, or to add the tokenizer to")
     parser.add_argument("--seed", type=int, default=0, help="other seeds give other values")
+    parser.add_argument("--texts", type=Path, help="file that the tokenizer learns from as well")
     args = parser.parse_args()
     if args.kind == "decoder":
-        write_decoder(args.out, args.seed)
+        write_decoder(args.out, args.seed, args.texts)
     else:
-        write_tokenizer(args.out)
+        write_tokenizer(args.out, args.texts)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ are those of LM_Cocktail (arXiv 2311.13534), so that a program changes its impor
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from os import PathLike
@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardmix import api, engine
-from shardmix.errors import RecipeError
+from shardmix.errors import RecipeError, ShardmixError, SourceError
+from shardmix.hub import locate
 from shardmix.model_types import AUTO_CLASSES, check_model_type
+from shardmix.recipe import build_recipe
 from shardmix.report import MergeReport
+from shardmix.scorer.examples import ExamplesArgument, load_examples
 from shardmix.scorer.options import ScoreOptions, check_options
 from shardmix.staging import check_disk
 
 if TYPE_CHECKING:
-    from shardmix.scorer.examples import ExamplesArgument
-    from shardmix.scorer.scoring import OnScoreProgress
+    from shardmix.scorer.report import OnScoreProgress
 
 if sys.version_info >= (3, 11):
     from typing import Unpack
@@ -69,9 +71,16 @@ def mix_models(
             f"{len(weights)} weights given for {len(model_names_or_paths)} models; give one each"
         )
     names = list(map(str, model_names_or_paths))
+    pairs = list(zip(names, weights, strict=True))
+    # Before the model's config is asked for, which may be a download.
+    build_recipe(
+        pairs,
+        normalize=options.get("normalize"),
+        allow_weight_sum=options.get("allow_weight_sum"),
+        model_type=model_type,
+    )
 
     def merge(output: Path) -> MergeReport:
-        pairs = list(zip(names, weights, strict=True))
         return api.merge(pairs, output, model_type=model_type, **_mixing(options, output_path))
 
     return _mixed(
@@ -107,14 +116,14 @@ def mix_models_by_layers(
 def mix_models_with_data(
     model_names_or_paths: Sequence[Source],
     model_type: str,
-    example_data: Iterable[Mapping[str, Any]] | None = None,
+    example_data: ExamplesArgument | None = None,
     temperature: float = 5.0,
     batch_size: int = 2,
     max_input_length: int = 2048,
     neg_number: int = 7,
     output_path: Source | None = None,
     *,
-    example_ata: Iterable[Mapping[str, Any]] | None = None,
+    example_ata: ExamplesArgument | None = None,
     seed: int = 0,
     pooling: str = "cls",
     chat_template: bool = False,
@@ -132,7 +141,8 @@ def mix_models_with_data(
         model_names_or_paths: model folders or Hub ids; the first gives config and tokenizer.
         model_type: decoder, encoder, reranker or encoder-decoder.
         example_data: five or so of `{"input": str, "output": str}` for decoders and
-            encoder-decoders, of `{"query": str, "pos": [str], "neg": [str]}` for the others.
+            encoder-decoders, of `{"query": str, "pos": [str], "neg": [str]}` for the others; or the
+            path of a JSON or JSON lines file of them.
         temperature: high brings the weights together, low gives all to the best model.
         batch_size: examples whose token losses are averaged together, and which are one another's
             negatives.
@@ -158,10 +168,14 @@ def mix_models_with_data(
         >>> model = mix_models_with_data(["org/base", "./tuned"], "decoder", examples)
     """
     _check_names(model_names_or_paths)
-    examples = example_data if example_data is not None else example_ata
-    if examples is None:
-        raise RecipeError("no example_data given; a few examples, five or so, are needed")
-    names, loaded = list(map(str, model_names_or_paths)), list(examples)
+    given = [each for each in (example_data, example_ata) if each is not None]
+    if len(given) != 1:
+        raise RecipeError(
+            "example_data and example_ata are one argument: give one of them"
+            if given
+            else "no example_data given; a few examples, five or so, are needed"
+        )
+    names = list(map(str, model_names_or_paths))
     scoring: ScoreOptions = {
         "temperature": temperature,
         "batch_size": batch_size,
@@ -173,6 +187,8 @@ def mix_models_with_data(
         "dtype": score_dtype,
         "trust_remote_code": trust_remote_code,
     }
+
+    loaded = load_examples(given[0], check_options(model_type, scoring))
 
     def merge(output: Path) -> MergeReport:
         mixing = _mixing(options, output_path)
@@ -186,7 +202,7 @@ def mix_models_with_data(
 def merge_by_examples(
     models: Sequence[Source],
     output: Source,
-    examples: "ExamplesArgument",
+    examples: ExamplesArgument,
     model_type: str,
     *,
     scoring: ScoreOptions,
@@ -206,32 +222,36 @@ def merge_by_examples(
         >>> report.weights == report.scores.weights
         True
     """
-    from shardmix.scorer.examples import load_examples
-
     shared: ScoreOptions = {
         "max_memory": options.get("max_memory"),
         "max_vram": options.get("max_vram"),
         "device": options.get("device", "auto"),
     }
+    for name in shared:
+        if name in scoring:
+            raise RecipeError(f"{name} holds for scoring and merging alike: not in `scoring`")
     scoring = {**scoring, **shared}
-    load_examples(examples, check_options(model_type, scoring))
+    loaded = load_examples(examples, check_options(model_type, scoring))
     names = [str(model) for model in models]
-    plan = api.plan_merge(
-        [(name, 1 / len(names)) for name in names], output, model_type=model_type, **options
-    )
-    check_disk(Path(plan.output), plan.disk_needed_nbytes)
-
+    # First, since it stays in memory: what is left for the merge must be known before it is scored.
     from shardmix.scorer import score
 
-    scores = score(names, model_type, examples, on_progress=on_score, **scoring)
-    report = api.merge(
-        list(zip(names, scores.weights, strict=True)),
-        output,
-        model_type=model_type,
-        on_progress=on_progress,
-        cancel=cancel,
-        **options,
-    )
+    equal = [(name, 1 / len(names)) for name in names]
+    plan = api.plan_merge(equal, output, model_type=model_type, **options)
+    check_disk(Path(plan.output), plan.disk_needed_nbytes)
+    scores = score(names, model_type, loaded, on_progress=on_score, **scoring)
+    try:
+        report = api.merge(
+            list(zip(names, scores.weights, strict=True)),
+            output,
+            model_type=model_type,
+            on_progress=on_progress,
+            cancel=cancel,
+            **options,
+        )
+    except ShardmixError as error:
+        words = " ".join(map(repr, scores.weights))
+        raise type(error)(f"{error}; the weights that the examples gave: {words}") from None
     return replace(report, scores=scores, warnings=scores.warnings + report.warnings)
 
 
@@ -253,7 +273,7 @@ def _mixed(
     quiet: bool,
 ) -> Any:
     """Merge into the output path, or into a folder for the time being, and load the result."""
-    check_model_type(model_type)
+    _check_loadable(names[0], model_type, trust_remote_code=trust_remote_code)
     place = (
         nullcontext(None)
         if output_path is not None
@@ -274,6 +294,28 @@ def _mixed(
         return auto_class.from_pretrained(str(output), trust_remote_code=trust_remote_code)
 
 
+def _check_loadable(source: str, model_type: str, *, trust_remote_code: bool) -> None:
+    """Refuse, before anything is merged, what could not be loaded as this type afterwards."""
+    check_model_type(model_type)
+    import transformers
+
+    folder = locate(source, with_weights=False).path
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # configs of strangers fail in every way there is
+        finding = " ".join(str(error).split())[:200]
+        raise SourceError(f"{source}: its config cannot be loaded ({finding})") from None
+    auto_class = AUTO_CLASSES[model_type]
+    known = type(config) in getattr(transformers, auto_class)._model_mapping
+    if not known and auto_class not in getattr(config, "auto_map", {}):
+        raise SourceError(
+            f"{source}: is a {config.model_type} model, which {auto_class} does not load; check "
+            f"the model type, {model_type!r}"
+        )
+
+
 def _check_names(model_names_or_paths: Sequence[Source]) -> None:
-    if isinstance(model_names_or_paths, str) or len(model_names_or_paths) < 2:
+    if isinstance(model_names_or_paths, str | PathLike) or len(model_names_or_paths) < 2:
         raise RecipeError("mixing takes a list of two models or more")

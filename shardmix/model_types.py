@@ -18,5 +18,5 @@ AUTO_CLASSES = {
 
 def check_model_type(model_type: str) -> None:
     """Raise `RecipeError` where this is no type of model."""
-    if model_type not in AUTO_CLASSES:
+    if not isinstance(model_type, str) or model_type not in AUTO_CLASSES:
         raise RecipeError(f"model type {model_type!r}: must be one of {', '.join(AUTO_CLASSES)}")

@@ -68,6 +68,29 @@ _BART = {
 _GPT2 = {"n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4}
 _OPT = {"word_embed_proj_dim": 32, "ffn_dim": 48, "init_std": 0.3}
 _GEMMA2 = {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0}
+_DEEPSEEK = {
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+_MARIAN = {**_BART, "decoder_start_token_id": 0, "max_position_embeddings": 64}
+_MAMBA = {"state_size": 4, "expand": 2, "conv_kernel": 4, "time_step_rank": 4}
+_DEBERTA = {
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_buckets": 16,
+    "norm_rel_ebd": "layer_norm",
+}
 _ONE_LABEL = {"num_labels": 1}
 
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -77,13 +100,18 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "opt": ("decoder", "OPTForCausalLM", _OPT),
     "gemma2": ("decoder", "Gemma2ForCausalLM", _GEMMA2),
     "mixtral": ("decoder", "MixtralForCausalLM", _EXPERTS),
+    "deepseek": ("decoder", "DeepseekV3ForCausalLM", _DEEPSEEK),
+    "mamba": ("decoder", "MambaForCausalLM", _MAMBA),
     "bert": ("encoder", "BertModel", {}),
+    "deberta": ("encoder", "DebertaV2Model", _DEBERTA),
     "roberta": ("encoder", "RobertaModel", {}),
     "bert-masked": ("encoder", "BertForMaskedLM", {}),
     "bert-reranker": ("reranker", "BertForSequenceClassification", _ONE_LABEL),
     "roberta-reranker": ("reranker", "XLMRobertaForSequenceClassification", _ONE_LABEL),
     "bert-two-labels": ("reranker", "BertForSequenceClassification", {"num_labels": 2}),
+    "llama-reranker": ("reranker", "LlamaForSequenceClassification", _ONE_LABEL),
     "t5": ("encoder-decoder", "T5ForConditionalGeneration", _T5),
+    "marian": ("encoder-decoder", "MarianMTModel", _MARIAN),
     "bart": ("encoder-decoder", "BartForConditionalGeneration", _BART),
 }
 """Name → type of model, class, and what its config has of its own."""

@@ -259,6 +259,16 @@ def test_a_dry_run_from_examples_scores_nothing(decoders, tmp_path):
             "name the models alone",
         ),
         (["merge", "{a}=0.5", "{b}=0.5", "--temperature", "1"], 2, "is for --weights-from"),
+        (
+            ["merge", "r.yaml", "--weights-from", "{x}", "--model-type", "decoder"],
+            2,
+            "r.yaml: is a recipe, which has weights",
+        ),
+        (
+            ["merge", "{a}", "{b}", "--weights-from", "n", "--model-type", "decoder", "--dry-run"],
+            2,
+            "n: cannot be read",
+        ),
     ],
 )
 def test_a_mistake_in_scoring_is_one_message(decoders, tmp_path, words, status, finding):

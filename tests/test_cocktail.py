@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shardmix
 from shardmix import mix_models, mix_models_by_layers, mix_models_with_data
-from shardmix.errors import MismatchError, OutputError, RecipeError
+from shardmix.errors import MismatchError, OutputError, RecipeError, SourceError
 from tests.language_models import (
     QUERIES,
     TEXTS,
@@ -169,6 +169,29 @@ def test_examples_are_checked_before_any_model_is_opened(tmp_path):
         mix_models_with_data(["none/a", "none/b"], "decoder", [{"input": "x"}])
     with pytest.raises(RecipeError, match="no example_data given"):
         mix_models_with_data(["none/a", "none/b"], "decoder")
+
+
+def test_a_type_that_could_not_be_loaded_is_refused_before_anything_is_written(models, tmp_path):
+    with pytest.raises(SourceError, match="which AutoModelForSeq2SeqLM does not load"):
+        mix_models(models("llama"), "encoder-decoder", [0.5, 0.5], tmp_path / "mixed")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_examples_may_come_from_a_generator_and_under_one_name_only(models):
+    model = mix_models_with_data(models("llama"), "decoder", (text for text in TEXTS))
+    same = mix_models_with_data(models("llama"), "decoder", TEXTS)
+    assert_same_bits(model.state_dict(), same.state_dict())
+    with pytest.raises(RecipeError, match="give one of them"):
+        mix_models_with_data(models("llama"), "decoder", TEXTS, example_ata=TEXTS)
+
+
+def test_weights_survive_a_merge_that_fails(models, tmp_path, monkeypatch):
+    def fail(*_arguments, **_options):
+        raise OutputError("the disk is full")
+
+    monkeypatch.setattr("shardmix.api.merge", fail)
+    with pytest.raises(OutputError, match=r"the disk is full; the weights .* gave: 0\.\d+ 0\.\d+"):
+        mix_models_with_data(models("llama"), "decoder", TEXTS, output_path=tmp_path / "mixed")
 
 
 def test_what_cannot_be_merged_is_found_before_it_is_scored(models, tmp_path, monkeypatch):

@@ -77,6 +77,7 @@ def test_an_encoders_query_may_have_only_its_batch_for_negatives():
         ([{"input": 3, "output": "x"}], "decoder", "example 1: `input` must be a text, not 3"),
         ([{"input": "x", "output": " "}], "decoder", "example 1: `output` is empty"),
         ([TEXT], "encoder", "example 1: `query` is missing; it has 'input', 'output'"),
+        ([{"input": "x", "output": "\ud800"}], "decoder", "`output` is not valid Unicode"),
         ([{**QUERY, "pos": "x"}], "encoder", "example 1: `pos` must be a list of texts, not 'x'"),
         ([{**QUERY, "pos": []}], "reranker", "example 1: `pos` is empty"),
         ([{"query": "x"}], "encoder", "`pos` must be a list of texts, but is missing"),
@@ -120,6 +121,9 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "finding"),
     [
+        ({"temperature": "5"}, "temperature '5': must be a positive number"),
+        ({"seed": [1]}, "seed [1]: must be a whole number"),
+        ({"max_input_length": 10**30}, "max input length 1000"),
         ({"temperature": 0}, "temperature 0: must be a positive number"),
         ({"batch_size": 0}, "batch size 0: must be a whole number, 1 or more"),
         ({"max_input_length": 1}, "max input length 1"),

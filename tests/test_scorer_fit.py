@@ -9,7 +9,12 @@ from shardmix.scorer.units import Grain, Kind, Partition, Unit
 from shardmix.units import MIB
 
 SIZES = ModelSizes(
-    hidden_size=1021, num_heads=7, holds_attention=False, element_nbytes=2, vocabulary=30011
+    hidden_size=1021,
+    num_heads=7,
+    holds_attention=False,
+    holds_position_bias=False,
+    element_nbytes=2,
+    vocabulary=30011,
 )
 
 

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from shardmix.errors import RecipeError, SourceError
 from shardmix.scorer import compute_losses, fit, score, units
@@ -12,6 +14,7 @@ from tests.language_models import (
     KINDS,
     QUERIES,
     TEXTS,
+    VOCABULARY,
     examples_for,
     plain_loss,
     save_language_model,
@@ -152,6 +155,52 @@ def test_a_tokenizer_without_a_pad_token_will_do(tmp_path):
     assert compute_losses([folder], "decoder", TEXTS) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("pad_token", ["</s>", None])
+def test_batches_are_filled_with_what_the_model_takes_for_padding(tmp_path, pad_token):
+    """Its config and its tokenizer may differ; some models look for the last token by it."""
+    folder = save_language_model("llama-reranker", tmp_path / "m")
+    expected = plain_loss("llama-reranker", folder, QUERIES)
+    save_tokenizer(folder, pad_token=pad_token)
+    assert compute_losses([folder], "reranker", QUERIES)[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_transformers_keeps_in_float32_stays_so(tmp_path):
+    """The bias by which a router picks experts: rounded, it picks others."""
+    folder = save_language_model("deepseek", tmp_path / "m", dtype=torch.bfloat16)
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in tensors:
+            if name.endswith("e_score_correction_bias"):
+                tensors[name] = 100 + torch.arange(tensors[name].numel()) % 7 / 100
+        save_file(tensors, path, metadata={"format": "pt"})
+    expected = plain_loss("deepseek", folder, TEXTS)
+    assert compute_losses([folder], "decoder", TEXTS)[0] == pytest.approx(expected, rel=5e-3)
+
+
+def test_tensors_that_the_config_does_not_use_are_told(tmp_path):
+    folder = save_language_model("llama", tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    report = score([folder], "decoder", TEXTS)
+    assert any("model.layers.2" in text and "does not use" in text for text in report.warnings)
+
+
+def test_a_model_that_cannot_be_cut_is_held_whole(models, monkeypatch):
+    """Mamba hands the weights of a layer to a kernel, without calling the layer."""
+    only(Grain.LEAF, monkeypatch)
+    report = score([models("mamba")], "decoder", TEXTS)
+    assert report.losses[0] == pytest.approx(plain_loss("mamba", models("mamba"), TEXTS), rel=1e-5)
+    assert any("held in memory as a whole" in text for text in report.warnings)
+
+
+def test_an_error_of_the_callers_own_stays_it(models):
+    def stop(_event):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        score([models("llama")], "decoder", TEXTS, on_progress=stop)
+
+
 def test_a_tied_head_that_is_stored_all_the_same_counts_as_stored(tmp_path):
     untied = save_language_model("llama", tmp_path / "m", tie_word_embeddings=False)
     expected = compute_losses([untied], "decoder", TEXTS)
@@ -161,8 +210,6 @@ def test_a_tied_head_that_is_stored_all_the_same_counts_as_stored(tmp_path):
 
 
 def test_weights_that_are_not_finite_name_the_model_and_the_example(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     folder = save_language_model("llama", tmp_path / "m")
     for path in folder.glob("*.safetensors"):
         tensors = load_file(path)
@@ -236,10 +283,8 @@ def test_a_chat_template_puts_the_example_into_a_conversation(models, tmp_path):
     save_tokenizer(folder, chat_template=template)
     example = {"input": "why does it rain", "output": "because of cold"}
     # By hand: the same words with the template's around them, and neither [CLS] nor </s>.
-    model = __import__("transformers").AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     words = ["the", "why", "does", "it", "rain", "mat", "a", "because", "of", "cold", "tree"]
-    from tests.language_models import VOCABULARY
-
     ids = torch.tensor([VOCABULARY.index(word) for word in words])
     with torch.no_grad():
         logits = model(ids[None]).logits[0]
@@ -260,4 +305,5 @@ def test_progress_tells_which_model_and_how_far(models):
     assert {event.model for event in events} == {1, 2}
     fractions = [event.fraction for event in events if event.model == 2]
     assert fractions == sorted(fractions)
-    assert 0 <= fractions[0] < fractions[-1] < 1
+    assert 0 <= fractions[0] < fractions[-1] == 1
+    assert [event for event in events if event.is_end] == events[-1:]

@@ -88,6 +88,8 @@ def merge(
         scoring = _scoring(locals(), dtype=score_dtype)
         if weights_from is None and scoring:
             raise RecipeError(f"--{_word(scoring)} is for --weights-from: name the examples, too")
+        if weights_from is not None:
+            _check_examples(weights_from, _required_type(model_type), scoring)
         if dry_run:
             pairs = _models(models) if weights_from is None else _equal_weights(models)
             _print_plan(pairs, output, options, model_type, json=json)
@@ -263,9 +265,23 @@ def _required_type(model_type: str | None) -> str:
     return model_type
 
 
+def _check_examples(path: Path, model_type: str, scoring: "ScoreOptions") -> None:
+    from shardmix.scorer.examples import load_examples
+    from shardmix.scorer.options import check_options
+
+    load_examples(path, check_options(model_type, scoring))
+
+
 def _equal_weights(words: list[str]) -> list[tuple[str, float]]:
     """Return the models of a command line without weights, each with the same."""
+    from shardmix.recipe import RECIPE_SUFFIXES
+
     for word in words:
+        if word.endswith(RECIPE_SUFFIXES):
+            raise RecipeError(
+                f"{word}: is a recipe, which has weights; with --weights-from they come from the "
+                "examples: name the models alone"
+            )
         if "=" in word and not Path(word).exists():
             raise RecipeError(
                 f"{word!r}: no such model; with --weights-from the weights come from the examples: "

@@ -13,14 +13,13 @@ from shardmix.units import format_size
 
 if TYPE_CHECKING:
     from shardmix.engine import ProgressEvent
-    from shardmix.scorer.report import ScoreProgress
+    from shardmix.scorer.report import OnScoreProgress, ScoreProgress
 
 # Without a terminal: a line when this much has passed, so that a log of hours stays short.
 _LINE_FRACTION = 0.1
 _LINE_SECONDS = 30.0
 
 OnProgress = Callable[["ProgressEvent"], None]
-OnScoreProgress = Callable[["ScoreProgress"], None]
 
 
 @contextmanager
@@ -30,7 +29,7 @@ def progress_display(*, quiet: bool) -> Iterator[OnProgress | None]:
     if quiet:
         yield None
     elif console.is_terminal:
-        with Progress(
+        progress = Progress(
             TextColumn("merging"),
             BarColumn(),
             TaskProgressColumn(),
@@ -38,36 +37,54 @@ def progress_display(*, quiet: bool) -> Iterator[OnProgress | None]:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-        ) as progress:
-            task = progress.add_task("merge", total=None, status="")
+        )
+        task = progress.add_task("merge", total=None, status="")
 
-            def update(event: "ProgressEvent") -> None:
-                progress.update(
-                    task,
-                    total=event.num_bytes_total,
-                    completed=event.num_bytes_done,
-                    status=_status(event),
-                )
+        def update(event: "ProgressEvent") -> None:
+            progress.start()  # not before the first event: models may be scored before
+            progress.update(
+                task,
+                total=event.num_bytes_total,
+                completed=event.num_bytes_done,
+                status=_status(event),
+            )
 
+        try:
             yield update
+        finally:
+            progress.stop()
     else:
         yield _LinePrinter(console)
 
 
 @contextmanager
-def score_display(*, quiet: bool) -> Iterator[OnScoreProgress | None]:
-    """Give a callback that shows which model is being scored, and how far; None with `quiet`."""
+def score_display(*, quiet: bool) -> Iterator["OnScoreProgress | None"]:
+    """Give a callback that shows which model is being scored, and how far; None with `quiet`.
+
+    What it shows is gone once the last model is scored, so that a merge can show its own.
+    """
     console = Console(stderr=True, highlight=False)
     if quiet:
         yield None
     elif console.is_terminal:
-        with console.status("scoring") as status:
-            yield lambda event: status.update(escape(_score_status(event)))
+        status = console.status("scoring")
+
+        def show(event: "ScoreProgress") -> None:
+            status.update(escape(_score_status(event)))
+            if event.is_end:
+                status.stop()
+            else:
+                status.start()
+
+        try:
+            yield show
+        finally:
+            status.stop()
     else:
         seen: set[int] = set()
 
         def print_once(event: "ScoreProgress") -> None:
-            if event.model not in seen:
+            if event.model not in seen and not event.is_end:
                 seen.add(event.model)
                 console.print(_score_status(event), soft_wrap=True, markup=False)
 

@@ -1,7 +1,8 @@
 """Sequences to padded batches: as long as the longest in each, and no longer.
 
-How sequences are batched for a forward pass has no influence on the result: losses are put
-together per example and per batch of the reference afterwards.
+How sequences are batched for a forward pass has no influence on the result, where a model heeds its
+attention mask (FNet and ConvBERT don't): losses are put together per example and per batch of the
+reference afterwards.
 """
 
 from collections.abc import Sequence
@@ -76,30 +77,21 @@ def _shape(members: Sequence[int], lengths: Sequence[tuple[int, int]]) -> BatchS
 
 
 def padded_inputs(
-    sequences: Sequence[TokenSequence], pad_token_id: int, device: torch.device
+    sequences: Sequence[TokenSequence], filler: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Return int64 tensors [sequences, longest], padded on the right, with their attention mask."""
-    length = max(sequence.num_tokens for sequence in sequences)
     inputs = {
-        key: _padded(
-            [sequence.inputs[key] for sequence in sequences],
-            length,
-            pad_token_id if key == "input_ids" else 0,
-        ).to(device)
+        key: padded(
+            [sequence.inputs[key] for sequence in sequences], filler if key == "input_ids" else 0
+        )
         for key in sequences[0].inputs
     }
-    ones = _padded([[1] * sequence.num_tokens for sequence in sequences], length, 0)
-    inputs["attention_mask"] = ones.to(device)
-    return inputs
+    inputs["attention_mask"] = padded([[1] * sequence.num_tokens for sequence in sequences], 0)
+    return {key: tensor.to(device) for key, tensor in inputs.items()}
 
 
-def padded_labels(
-    sequences: Sequence[TokenSequence], pad_token_id: int, device: torch.device
-) -> torch.Tensor:
-    """Return the labels as int64 [sequences, longest], padded on the right."""
-    length = max(len(sequence.labels) for sequence in sequences)
-    return _padded([sequence.labels for sequence in sequences], length, pad_token_id).to(device)
-
-
-def _padded(rows: Sequence[Sequence[int]], length: int, filler: int) -> torch.Tensor:
-    return torch.tensor([[*row, *[filler] * (length - len(row))] for row in rows])
+def padded(rows: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
+    """Return rows of integers as one int64 tensor [rows, longest], filled up on the right."""
+    length = max(map(len, rows))
+    filled = [[*row, *[filler] * (length - len(row))] for row in rows]
+    return torch.tensor(filled, dtype=torch.long)

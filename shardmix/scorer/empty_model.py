@@ -4,9 +4,10 @@ Reads config and code, never weights.
 """
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -63,10 +64,49 @@ def build_empty_model(
                 )
     except Exception as error:  # configs of strangers fail in every way there is
         raise SourceError(f"{checkpoint.source}: {_build_finding(error, auto_class)}") from None
+    _keep_float32(model, dtype)
+    _compute_sinusoids(model)
     model.requires_grad_(False)
     model.eval()
     model.tie_weights()
     return model
+
+
+def import_model_code(checkpoint: Checkpoint, auto_class: str) -> None:
+    """Load what transformers needs for such a model, where it has the code for it.
+
+    That takes seconds, once, and is no part of what a model costs.
+    """
+    import transformers
+
+    with suppress(Exception):  # what is wrong with the model is said when it is built
+        config = transformers.AutoConfig.from_pretrained(str(checkpoint.folder))
+        _ = getattr(transformers, auto_class)._model_mapping[type(config)]
+
+
+def _keep_float32(model: Any, dtype: torch.dtype) -> None:
+    """Let those parameters be float32 that transformers keeps so in a model of 16 bits."""
+    patterns = list(model._get_dtype_plan(dtype))
+    if not patterns:
+        return
+    kept = re.compile("|".join(rf"(^|\.){re.escape(pattern)}($|\.)" for pattern in patterns))
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if kept.search(f"{path}.{name}"):
+                setattr(module, name, torch.nn.Parameter(parameter.float(), requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            if kept.search(f"{path}.{name}") and buffer.is_floating_point():
+                setattr(module, name, buffer.float())
+
+
+def _compute_sinusoids(model: Any) -> None:
+    """Fill tables of positions that are never stored, since they follow from a formula."""
+    for module in model.modules():
+        if "Sinusoidal" in type(module).__name__ and isinstance(module, torch.nn.Embedding):
+            empty = torch.empty(module.weight.shape, dtype=module.weight.dtype)
+            module.weight = torch.nn.Parameter(empty, requires_grad=False)
+            with torch.no_grad():
+                model._init_weights(module)
 
 
 def compute_dtype(checkpoint: Checkpoint, asked: str) -> torch.dtype:

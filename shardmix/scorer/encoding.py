@@ -44,7 +44,7 @@ class EncodedExamples:
     """Sequences of each example: 1 for texts; for queries the candidates, and for an encoder the
     query before them."""
     pad_token_id: int
-    """What fills a batch up; it is masked."""
+    """What fills a batch up where a model's config names nothing; it is masked."""
     num_cut: int
     """How many sequences were cut off at the limit."""
     max_length: int
@@ -65,8 +65,8 @@ def load_tokenizer(source: str, folder: Path, *, trust_remote_code: bool) -> Any
     except Exception as error:
         finding = " ".join(str(error).split())[:200] or type(error).__name__
         raise SourceError(
-            f"{source}: its tokenizer cannot be loaded ({finding}); examples are turned into "
-            "tokens by the first model's: put its tokenizer files into the folder"
+            f"{source}: its config or tokenizer cannot be loaded ({finding}); examples are "
+            "turned into tokens by the first model's: put its tokenizer files into the folder"
         ) from None
 
 
@@ -123,18 +123,15 @@ def _max_length(tokenizer: Any, settings: ScoreSettings, config: Mapping[str, An
     parts = (config, text_config) if isinstance(text_config, Mapping) else (config,)
     limits = [settings.max_input_length]
     for part in parts:
-        # T5 writes `n_positions` and has relative positions, without a limit.
-        keys = ("max_position_embeddings",) if part.get("model_type") == "t5" else _POSITION_KEYS
-        limits += [limit for key in keys if isinstance(limit := part.get(key), int) and limit > 0]
+        limit = part.get("max_position_embeddings", part.get("n_positions"))
+        # T5 and its kin write `n_positions` and have relative positions, without a limit.
+        if "relative_attention_num_buckets" not in part and isinstance(limit, int) and limit > 0:
+            limits.append(limit)
     own = tokenizer.model_max_length
+    # RoBERTa's positions start at 2: its tokenizer knows how many are left, not its config.
     if settings.model_type in (ENCODER, RERANKER) and 0 < own < _NO_LIMIT:
-        limits.append(
-            int(own)
-        )  # RoBERTa's positions start at 2: its tokenizer knows, not its config
+        limits.append(int(own))
     return min(limits)
-
-
-_POSITION_KEYS = ("max_position_embeddings", "n_positions")
 
 
 class _Encoder:
@@ -153,13 +150,17 @@ class _Encoder:
                 return [self._source_and_target(example)]
             return [self._prompt_and_output(example)]
         if model_type == RERANKER:
-            return [self._text(example.query, passage) for passage in _candidates(example)]
-        return [self._text(text) for text in (example.query, *_candidates(example))]
+            pairs = [(example.query, passage) for passage in _candidates(example)]
+            return [self._text(example.name, *pair) for pair in pairs]
+        texts = (example.query, *_candidates(example))
+        return [self._text(example.name, text) for text in texts]
 
-    def _text(self, *texts: str) -> TokenSequence:
+    def _text(self, name: str, *texts: str) -> TokenSequence:
         """Encode a text, or a pair of texts, with the tokenizer's own truncation."""
         encoded = self._tokenizer(*texts, truncation=True, max_length=self._max_length)
         inputs = {key: list(value) for key, value in encoded.items() if key != "attention_mask"}
+        if not inputs["input_ids"]:
+            raise RecipeError(f"{name}: {texts[0]!r} gives no tokens; write a text that says more")
         if len(inputs["input_ids"]) >= self._max_length:
             # The tokenizer doesn't say whether it cut: at the limit, ask for the whole.
             whole = self._tokenizer(*texts, verbose=False)["input_ids"]
@@ -167,10 +168,12 @@ class _Encoder:
         return TokenSequence(inputs)
 
     def _source_and_target(self, example: TextExample) -> TokenSequence:
-        source = self._text(example.input)
+        source = self._text(example.name, example.input)
         target = self._tokenizer(
             text_target=example.output, truncation=True, max_length=self._max_length
         )
+        if not target["input_ids"]:
+            raise _says_nothing(example)
         return TokenSequence(source.inputs, labels=tuple(target["input_ids"]))
 
     def _prompt_and_output(self, example: TextExample) -> TokenSequence:
@@ -183,9 +186,11 @@ class _Encoder:
             if self._tokenizer.eos_token_id is not None:
                 ids = [*ids, self._tokenizer.eos_token_id]
             num_prompt = len(prompt)
+        start = max(num_prompt, 1)  # nothing precedes the first token, so nothing predicts it
+        if start >= len(ids):
+            raise _says_nothing(example)
         self.num_cut += len(ids) > self._max_length
         ids = ids[: self._max_length]
-        start = max(num_prompt, 1)  # nothing precedes the first token, so nothing predicts it
         return TokenSequence({"input_ids": ids}, labels=tuple(ids[start:]), label_start=start)
 
     def _templated(self, example: TextExample) -> tuple[list[int], int]:
@@ -215,6 +220,13 @@ class _Encoder:
         prompt_ids = encode(prompt, add_special_tokens=False, verbose=False)
         output_ids = encode(whole[len(prompt) :], add_special_tokens=False, verbose=False)
         return [*prompt_ids, *output_ids], len(prompt_ids)
+
+
+def _says_nothing(example: TextExample) -> RecipeError:
+    return RecipeError(
+        f"{example.name}: `output` gives no tokens after those of the prompt; the loss is taken of "
+        "them: write a longer output, or score without --chat-template"
+    )
 
 
 def _candidates(example: QueryExample) -> tuple[str, ...]:

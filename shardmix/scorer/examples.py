@@ -42,7 +42,7 @@ class QueryExample:
 
 
 Example = TextExample | QueryExample
-ExamplesArgument = str | Path | Iterable[Mapping[str, Any]]
+ExamplesArgument = str | Path | Iterable[Mapping[str, Any]] | tuple[Example, ...]
 
 
 def load_examples(examples: ExamplesArgument, settings: ScoreSettings) -> tuple[Example, ...]:
@@ -53,6 +53,8 @@ def load_examples(examples: ExamplesArgument, settings: ScoreSettings) -> tuple[
     `{"query": str, "pos": [str, ...], "neg": [str, ...]}`, of which the first positive counts.
     Negatives are drawn here, once for all models. Raises `RecipeError`.
     """
+    if isinstance(examples, tuple) and examples and isinstance(examples[0], Example):
+        return examples  # loaded already
     if isinstance(examples, str | Path):
         named = _read_file(Path(examples))
     else:
@@ -81,12 +83,14 @@ def _read_file(path: Path) -> list[tuple[str, Any]]:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+    except ValueError as error:  # a path with a NUL
+        raise RecipeError(f"{str(path)!r}: cannot be a path ({error})") from None
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError):
         return _read_lines(path, text)
     if isinstance(whole, dict) and whole and all(isinstance(v, list) for v in whole.values()):
-        if not {"query", "pos", "neg"} & set(whole):
+        if not {"query", "pos", "neg", "input", "output"} & set(whole):
             return [
                 (f"{path}: {task}[{number}]", item)
                 for task, items in whole.items()
@@ -162,6 +166,7 @@ def _text(name: str, fields: Mapping[str, Any], key: str) -> str:
     value = fields[key]
     if not isinstance(value, str):
         raise RecipeError(f"{name}: `{key}` must be a text, not {_shown(value)}")
+    _check_unicode(name, key, value)
     return value
 
 
@@ -173,7 +178,18 @@ def _texts(name: str, fields: Mapping[str, Any], key: str) -> list[str]:
     for text in value:
         if not isinstance(text, str):
             raise RecipeError(f"{name}: `{key}` must hold texts alone, not {_shown(text)}")
+        _check_unicode(name, key, text)
     return list(value)
+
+
+def _check_unicode(name: str, key: str, text: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can write and no tokenizer can read."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RecipeError(
+            f"{name}: `{key}` is not valid Unicode (character {error.start}); write the text anew"
+        ) from None
 
 
 def _shown(value: object) -> str:

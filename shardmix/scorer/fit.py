@@ -5,7 +5,7 @@
 Pure arithmetic on sizes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shardmix.scorer.batches import BatchShape
@@ -29,7 +29,7 @@ _SLACK = 1.15
 # an encoder-decoder; and within a block, besides the outputs of its matrices.
 _STATES_HELD = 4
 _OUTPUTS_HELD = 2
-
+_MATRICES_HELD = 5
 
 # The least memory for one reading first.
 _GRAINS = (Grain.BLOCK, Grain.MODEL, Grain.LEAF)
@@ -54,6 +54,8 @@ class ModelSizes:
     """Attention heads."""
     holds_attention: bool
     """Attention matrices of all heads are computed in memory (the "eager" implementation)."""
+    holds_position_bias: bool
+    """A matrix a head, of relative positions, goes along from the first block to the last."""
     element_nbytes: int
     """Bytes of one value of the dtype that it computes in."""
     vocabulary: int
@@ -81,18 +83,20 @@ def arrange(
     *,
     available: int,
     best_tokens: int,
+    grains: Sequence[Grain] | None = None,
 ) -> Arrangement:
     """Choose how to score a model within `available` bytes, reading its weights once if it can be.
 
     `shape` gives the batches for so many tokens and labels a batch. Blocks come first: they take
     the least memory for the same reading. Where the passes do not all fit beside a block, the whole
-    model is held if there is room for it, or else it is cut finer, or read more than once.
+    model is held if there is room for it, or else it is cut finer, or read more than once. `grains`
+    allows but some ways to cut.
 
     Raises `NothingFits`.
     """
     choices = [
         _arrangement(grain, cuts, shapes, sizes, available)
-        for grain in _GRAINS
+        for grain in grains or _GRAINS
         for shapes in _batchings(shape, sizes, best_tokens)
     ]
     fitting = [choice for choice in choices if choice.projected_nbytes <= available]
@@ -163,8 +167,9 @@ def _computing_nbytes(shape: BatchShape, sizes: ModelSizes, block_width: int) ->
     """Return what one pass holds at most while it computes: in a block, or its logits."""
     size = sizes.element_nbytes
     states = shape.num_tokens * sizes.hidden_size * size * _STATES_HELD
-    matrices = sizes.num_heads * 3 if sizes.holds_attention else 2
-    attention = shape.num_cells * matrices * size
+    # Scores, mask, softmax in float32 and what it is copied to; or a mask and its like.
+    matrices = sizes.num_heads * _MATRICES_HELD if sizes.holds_attention else 2
+    attention = shape.num_cells * matrices * max(size, 4)
     outputs = shape.num_tokens * block_width * size * _OUTPUTS_HELD
     rows = min(shape.num_labels, LOGIT_ROWS)
     logits = shape.num_labels * sizes.vocabulary * size + rows * sizes.vocabulary * 4 * 3
@@ -174,4 +179,7 @@ def _computing_nbytes(shape: BatchShape, sizes: ModelSizes, block_width: int) ->
 def _waiting_nbytes(shape: BatchShape, sizes: ModelSizes, width: int) -> int:
     """Return what a pass holds while it waits; within a block, also that block's outputs."""
     states = shape.num_tokens * (sizes.hidden_size * _STATES_HELD + width * _OUTPUTS_HELD)
-    return (states + shape.num_cells) * sizes.element_nbytes
+    matrices = 1 + sizes.num_heads * 2 * sizes.holds_position_bias
+    if width and sizes.holds_attention:
+        matrices += sizes.num_heads * _MATRICES_HELD
+    return states * sizes.element_nbytes + shape.num_cells * matrices * max(sizes.element_nbytes, 4)

@@ -1,12 +1,12 @@
 """One model, all examples: arranged to fit, streamed, and its losses."""
 
-import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import set_module_tensor_to_device
 
 from shardmix.checkpoint import Checkpoint
 from shardmix.errors import BudgetError, ShardmixError, SourceError
@@ -50,6 +50,8 @@ class ModelScore:
     """Resident memory of the process at its peak, at most."""
     projected_vram_nbytes: int
     """GPU memory at its peak, at most; 0 on the CPU."""
+    notes: tuple[str, ...]
+    """What to know of it."""
 
 
 def score_model(
@@ -63,21 +65,69 @@ def score_model(
 ) -> ModelScore:
     """Return a model's losses on the objective's examples.
 
-    `reserved` is what the process held before the first model, None where this is the first. Raises
-    `SourceError` where the model cannot be run, `BudgetError` where it does not fit.
+    `reserved` is what the process held before the first model, None where this is the first. A
+    model that cannot be cut, since it uses weights of a part without calling it, is held whole if
+    there is room. Raises `SourceError` where the model cannot be run, `BudgetError` where it does
+    not fit.
     """
+    score = partial(_score_cut, checkpoint, objective, settings, device, reserved, on_fraction)
+    try:
+        return score(None)
+    except _NotRunError as streamed:
+        try:
+            whole = score((Grain.MODEL,))
+        except BudgetError:
+            raise _not_run(checkpoint, objective, streamed.cause) from None
+        except _NotRunError as error:
+            raise _not_run(checkpoint, objective, error.cause) from None
+        note = (
+            f"{checkpoint.source}: held in memory as a whole, since its layers cannot be run one "
+            f"at a time ({_one_line(streamed.cause)})"
+        )
+        return replace(whole, notes=(note, *whole.notes))
+
+
+class _NotRunError(Exception):
+    """A model's own code failed."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+        """What it raised."""
+
+
+class _ProgressError(Exception):
+    """The caller's function for progress failed: that is no fault of the model."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+        """What it raised."""
+
+
+def _score_cut(
+    checkpoint: Checkpoint,
+    objective: Objective,
+    settings: ScoreSettings,
+    device: torch.device,
+    reserved: int | None,
+    on_fraction: OnFraction,
+    grains: tuple[Grain, ...] | None,
+) -> ModelScore:
+    """Score a model that is cut in one of these ways; raise `_NotRunError` where it fails."""
     dtype = compute_dtype(checkpoint, settings.dtype)
     model = build_empty_model(
         checkpoint, objective.auto_class, dtype, trust_remote_code=settings.trust_remote_code
     )
-    objective.prepare(model)
-    weights = ModelWeights(checkpoint, model)
+    weights = None
     try:
+        objective.prepare(model)
+        weights = ModelWeights(checkpoint, model)
         _check_complete(checkpoint, weights, settings)
         # What an earlier model left on the heap is used again.
         held = resident_nbytes() if reserved is None else reserved
         arrangement, projected, projected_vram = _arrange(
-            checkpoint, model, weights, objective, settings, device, held
+            model, weights, objective, settings, device, held, grains
         )
         results = _run(model, weights, arrangement, objective, device, on_fraction)
         return ModelScore(
@@ -88,23 +138,54 @@ def score_model(
             reserved_nbytes=held,
             projected_nbytes=projected,
             projected_vram_nbytes=projected_vram,
+            notes=_notes(checkpoint, weights, settings, num_readings=len(arrangement.waves)),
         )
     except ShardmixError:
         raise
+    except _ProgressError as error:
+        raise error.cause from None
     except torch.OutOfMemoryError as error:
         raise BudgetError(
             f"{checkpoint.source}: out of GPU memory ({_one_line(error)}); set --max-vram to what "
             "is free, or use --device cpu"
         ) from None
     except Exception as error:  # a model is a program of a stranger's
-        raise SourceError(
-            f"{checkpoint.source}: cannot be run as {objective.auto_class} on these examples "
-            f"({_one_line(error)}); check --model-type and the examples"
-        ) from error
+        # Without its traceback, whose frames hold the passes' results.
+        raise _NotRunError(error.with_traceback(None)) from None
     finally:
-        weights.close()
-        del model
-        gc.collect()  # modules and hooks refer to one another
+        if weights is not None:
+            weights.close()
+        # Modules and hooks refer to one another, and so live on for a while: without weights.
+        for name, _ in model.named_parameters():
+            set_module_tensor_to_device(model, name, "meta")
+
+
+def _not_run(checkpoint: Checkpoint, objective: Objective, cause: Exception) -> SourceError:
+    return SourceError(
+        f"{checkpoint.source}: cannot be run as {objective.auto_class} on these examples "
+        f"({_one_line(cause)}); check --model-type and the examples"
+    )
+
+
+def _notes(
+    checkpoint: Checkpoint, weights: ModelWeights, settings: ScoreSettings, *, num_readings: int
+) -> tuple[str, ...]:
+    """Say what a user would want to know of how the model was read."""
+    notes = []
+    unused = weights.unused()
+    if unused and settings.model_type != ENCODER:  # an encoder is often stored with some head
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        notes.append(
+            f"{checkpoint.source}: stores {', '.join(unused[:3])}{more}, which its config does not "
+            "use; scored without"
+        )
+    stored = int(checkpoint.table.nbytes.sum())
+    if weights.bytes_read > 1.25 * stored:
+        reason = "the budget" if num_readings > 1 else "parts of it that are used several times"
+        notes.append(
+            f"{checkpoint.source}: read {weights.bytes_read / stored:.1f} times, for {reason}"
+        )
+    return tuple(notes)
 
 
 def _run(
@@ -123,7 +204,10 @@ def _run(
             num_steps = streamed.num_stages or len(wave)
 
             def tell(step: int, wave: int = number, num_steps: int = num_steps) -> None:
-                on_fraction((wave + step / num_steps) / len(arrangement.waves))
+                try:
+                    on_fraction((wave + step / num_steps) / len(arrangement.waves))
+                except Exception as error:
+                    raise _ProgressError(error) from None
 
             passes = [partial(objective.run, model, shape, device) for shape in wave]
             outcomes = streamed.run(passes, on_step=tell)
@@ -134,13 +218,13 @@ def _run(
 
 
 def _arrange(
-    checkpoint: Checkpoint,
     model: Any,
     weights: ModelWeights,
     objective: Objective,
     settings: ScoreSettings,
     device: torch.device,
     held: int,
+    grains: tuple[Grain, ...] | None,
 ) -> tuple[Arrangement, int, int]:
     """Return how to score the model, and the peaks of memory and of GPU memory to expect."""
     encoded = objective.encoded
@@ -160,6 +244,7 @@ def _arrange(
             _sizes(model, objective),
             available=room,
             best_tokens=fit.BEST_TOKENS[device.type],
+            grains=grains,
         )
     except NothingFits as error:
         least = error.least_nbytes
@@ -191,6 +276,7 @@ def _sizes(model: Any, objective: Objective) -> ModelSizes:
         hidden_size=max(width, getattr(config, "hidden_size", 0) or 0),
         num_heads=getattr(config, "num_attention_heads", None) or 1,
         holds_attention=getattr(config, "_attn_implementation", "eager") == "eager",
+        holds_position_bias=hasattr(config, "relative_attention_num_buckets"),
         element_nbytes=model.dtype.itemsize,
         vocabulary=head.weight.shape[0] if labelled and head is not None else 0,
     )

@@ -17,6 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from shardmix.checkpoint import Checkpoint
 from shardmix.errors import SourceError
+from shardmix.naming import is_computed_buffer
 from shardmix.reader import PreadReader
 from shardmix.safetensors_layout import TensorInfo
 from shardmix.scorer.empty_model import TORCH_DTYPES
@@ -74,6 +75,15 @@ class ModelWeights:
             name
             for name, target in self._targets.items()
             if name not in self._by_name and target.device.type == "meta"
+        ]
+
+    def unused(self) -> list[str]:
+        """Return the stored tensors that no parameter comes from."""
+        used = {row for recipe in self._recipes for row in recipe.rows}
+        return [
+            name
+            for row, name in enumerate(self._checkpoint.table.names)
+            if row not in used and not is_computed_buffer(name)
         ]
 
     def comes_and_goes(self, name: str) -> bool:

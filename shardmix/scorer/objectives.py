@@ -17,17 +17,17 @@ import torch
 from torch.nn import functional
 
 from shardmix.model_types import AUTO_CLASSES, DECODER, ENCODER, ENCODER_DECODER, RERANKER
-from shardmix.scorer.batches import BatchShape, padded_inputs, padded_labels
+from shardmix.scorer.batches import BatchShape, padded, padded_inputs
 from shardmix.scorer.encoding import EncodedExamples, TokenSequence
 from shardmix.scorer.options import ScoreSettings
 
 CONTRASTIVE_TEMPERATURE = 0.05
 """What cosines are divided by before the softmax over passages."""
 
-_LABEL_ROWS: ContextVar[torch.Tensor | None] = ContextVar("_LABEL_ROWS", default=None)
-
-# Rows of logits that are widened to float32 at a time.
 LOGIT_ROWS = 64
+"""Rows of logits that are widened to float32 at a time."""
+
+_LABEL_ROWS: ContextVar[torch.Tensor | None] = ContextVar("_LABEL_ROWS", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,22 @@ class Objective:
         self.encoded = encoded
         self.auto_class = AUTO_CLASSES[settings.model_type]
         self._settings = settings
+        self._filler = encoded.pad_token_id
 
     def prepare(self, model: Any) -> None:
-        """Attach to a model what saves needless work; weights need not be there yet."""
+        """Make ready for a model, whose weights need not be there yet.
+
+        Some models look for the padding by their config's `pad_token_id`: batches are filled up
+        with it, and where there is none it is told to the config.
+        """
+        config = model.config.get_text_config()
+        filler = getattr(config, "pad_token_id", None)
+        if filler is None:
+            filler = self.encoded.pad_token_id
+        num_tokens = model.get_input_embeddings().weight.shape[0]
+        self._filler = filler if 0 <= filler < num_tokens else 0
+        for each in (config, model.config):
+            each.pad_token_id = self._filler
 
     def run(self, model: Any, shape: BatchShape, device: torch.device) -> list[Any]:
         """Return one result for each sequence of the batch, on the CPU."""
@@ -73,7 +86,8 @@ class _TokenObjective(Objective):
     """Loss of tokens: a result is the sum of a sequence's losses, and their number."""
 
     def prepare(self, model: Any) -> None:
-        """Have the output head compute rows of logits at labels alone."""
+        """Have the output head compute rows of logits at labels alone, too."""
+        super().prepare(model)
         head = model.get_output_embeddings()
         if head is not None:
             head.register_forward_pre_hook(_keep_label_rows)
@@ -131,7 +145,7 @@ class DecoderObjective(_TokenObjective):
     def run(self, model: Any, shape: BatchShape, device: torch.device) -> list[Any]:
         """Return (sum of losses, number of labels) for each sequence."""
         sequences = self._sequences(shape)
-        inputs = padded_inputs(sequences, self.encoded.pad_token_id, device)
+        inputs = padded_inputs(sequences, self._filler, device)
         rows = _label_rows(sequences, inputs["input_ids"].shape[1], shift=1).to(device)
         with _labels_at(rows):
             logits = model(**inputs, use_cache=False).logits
@@ -144,14 +158,12 @@ class EncoderDecoderObjective(_TokenObjective):
     def run(self, model: Any, shape: BatchShape, device: torch.device) -> list[Any]:
         """Return (sum of losses, number of labels) for each sequence."""
         sequences = self._sequences(shape)
-        pad = self.encoded.pad_token_id
-        inputs = padded_inputs(sequences, pad, device)
-        labels = padded_labels(sequences, pad, device)
-        rows = _label_rows(sequences, labels.shape[1], shift=0).to(device)
+        inputs = padded_inputs(sequences, self._filler, device)
+        read = [_shifted(model, sequence.labels) for sequence in sequences]
+        decoder_ids = padded(read, self._filler).to(device)
+        rows = _label_rows(sequences, decoder_ids.shape[1], shift=0).to(device)
         with _labels_at(rows):
-            logits = model(
-                **inputs, decoder_input_ids=_shifted(model, labels), use_cache=False
-            ).logits
+            logits = model(**inputs, decoder_input_ids=decoder_ids, use_cache=False).logits
         return self._token_losses(logits, rows, sequences)
 
 
@@ -160,7 +172,7 @@ class EncoderObjective(Objective):
 
     def run(self, model: Any, shape: BatchShape, device: torch.device) -> list[Any]:
         """Return one normalised float32 vector for each sequence."""
-        inputs = padded_inputs(self._sequences(shape), self.encoded.pad_token_id, device)
+        inputs = padded_inputs(self._sequences(shape), self._filler, device)
         states = model(**inputs).last_hidden_state.float()
         vectors = _pooled(states, inputs["attention_mask"], self._settings.pooling)
         return list(functional.normalize(vectors, dim=-1).cpu())
@@ -190,7 +202,7 @@ class RerankerObjective(Objective):
 
         One label: its logit. Two: how much likelier the second, "relevant", is.
         """
-        inputs = padded_inputs(self._sequences(shape), self.encoded.pad_token_id, device)
+        inputs = padded_inputs(self._sequences(shape), self._filler, device)
         logits = model(**inputs).logits.float()
         if logits.shape[-1] > 2:
             raise ValueError(
@@ -250,13 +262,13 @@ def _label_rows(sequences: Sequence[TokenSequence], length: int, *, shift: int) 
     return torch.tensor(rows, dtype=torch.long)
 
 
-def _shifted(model: Any, labels: torch.Tensor) -> torch.Tensor:
-    """Return what the decoder reads: the labels moved one to the right."""
-    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        shifted: torch.Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
-        return shifted
-    start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
-    return torch.cat([start, labels[:, :-1]], dim=1)
+def _shifted(model: Any, labels: Sequence[int]) -> list[int]:
+    """Return what the decoder reads: one sequence's labels, moved one to the right."""
+    if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return [model.config.decoder_start_token_id, *labels[:-1]]
+    # One by one: some models count the labels that are not padding.
+    row = model.prepare_decoder_input_ids_from_labels(labels=torch.tensor([labels]))
+    return row[0].tolist()  # type: ignore[no-any-return]
 
 
 def _pooled(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """What a scoring run depends on besides its models and examples: checked, and without torch."""
 
 import math
-from dataclasses import dataclass
+import operator
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 from shardmix.errors import RecipeError
@@ -10,6 +11,7 @@ from shardmix.units import parse_size
 
 POOLINGS = ("cls", "mean", "lasttoken")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_MOST = 1 << 31
 
 
 class ScoreOptions(TypedDict, total=False):
@@ -77,11 +79,17 @@ def check_options(model_type: str, options: ScoreOptions) -> ScoreSettings:
     )
     _one_of("pooling", settings.pooling, POOLINGS)
     _one_of("dtype", settings.dtype, DTYPES)
-    _at_least("batch size", settings.batch_size, 1)
-    _at_least("max input length", settings.max_input_length, 2)
-    _at_least("neg number", settings.neg_number, 0)
-    if not (settings.temperature > 0 and math.isfinite(settings.temperature)):
-        raise RecipeError(f"temperature {settings.temperature}: must be a positive number")
+    settings = replace(
+        settings,
+        batch_size=_whole_number("batch size", settings.batch_size, least=1),
+        max_input_length=_whole_number("max input length", settings.max_input_length, least=2),
+        neg_number=_whole_number("neg number", settings.neg_number, least=0),
+        seed=_whole_number("seed", settings.seed, least=0),
+    )
+    temperature = settings.temperature
+    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not (is_number and temperature > 0 and math.isfinite(temperature)):
+        raise RecipeError(f"temperature {temperature!r}: must be a positive number")
     if settings.chat_template and model_type != DECODER:
         raise RecipeError(f"a chat template is for decoders, not for a model of type {model_type}")
     return settings
@@ -92,6 +100,11 @@ def _one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
         raise RecipeError(f"{what} {value!r}: must be one of {', '.join(choices)}")
 
 
-def _at_least(what: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def _whole_number(what: str, value: object, *, least: int) -> int:
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if isinstance(value, bool) or not least <= number <= _MOST:
         raise RecipeError(f"{what} {value!r}: must be a whole number, {least} or more")
+    return number

@@ -1,5 +1,6 @@
 """What is told of a scoring run: flat, typed, ready for JSON. The field names are the JSON's."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -33,9 +34,10 @@ class ScoreReport:
     bytes_stored: int
     """Size of all weights of all models, as stored."""
     num_passes: tuple[int, ...]
-    """How often each model's weights were read; more than once only for a tight budget."""
+    """In how many rounds each model was run, its weights read in each; more than one only for a
+    tight budget."""
     seconds: float
-    """Time spent on the models: from the first header to the last loss."""
+    """Time spent on the models, weights read and losses computed; libraries were loaded before."""
     projected_peak_bytes: int
     """What the peak was promised to stay within."""
     peak_rss_bytes: int
@@ -64,3 +66,11 @@ class ScoreProgress:
     """Since the run began."""
     resident_nbytes: int
     """Resident memory of the process now."""
+
+    @property
+    def is_end(self) -> bool:
+        """All models are scored."""
+        return self.model == self.num_models and self.fraction >= 1
+
+
+OnScoreProgress = Callable[[ScoreProgress], None]

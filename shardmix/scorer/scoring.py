@@ -6,7 +6,7 @@ One model in memory at a time, or as much of it as the budget allows. Knows noth
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from os import PathLike
 
 import torch
@@ -15,20 +15,19 @@ from shardmix.checkpoint import Checkpoint, open_checkpoint
 from shardmix.devices import resolve_device
 from shardmix.errors import RecipeError, SourceError
 from shardmix.memory import give_back_large_blocks, peak_resident_nbytes, resident_nbytes
+from shardmix.scorer.empty_model import import_model_code
 from shardmix.scorer.encoding import EncodedExamples, encode_examples, load_tokenizer
 from shardmix.scorer.examples import Example, ExamplesArgument, load_examples
 from shardmix.scorer.model_scoring import ModelScore, score_model
 from shardmix.scorer.objectives import objective_for
 from shardmix.scorer.options import ScoreOptions, ScoreSettings, check_options
-from shardmix.scorer.report import ScoreProgress, ScoreReport
+from shardmix.scorer.report import OnScoreProgress, ScoreProgress, ScoreReport
 from shardmix.scorer.weights import compute_weights
 
 if sys.version_info >= (3, 11):
     from typing import Unpack
 else:
     from typing_extensions import Unpack
-
-OnScoreProgress = Callable[[ScoreProgress], None]
 
 
 def score(
@@ -64,17 +63,18 @@ def score(
         1.0
     """
     settings = check_options(model_type, options)
-    if isinstance(sources, str) or not sources:
+    if isinstance(sources, str | PathLike) or not sources:
         raise RecipeError("no list of models given; name the models to score, one or more")
     names = [str(source) for source in sources]
     loaded = load_examples(examples, settings)
-    started = time.perf_counter()
     give_back_large_blocks()
     device = torch.device(resolve_device(settings.device))
     _open_device(device)
     checkpoints = [open_checkpoint(name) for name in names]
     encoded = _encode(loaded, checkpoints[0], settings)
     objective = objective_for(encoded, settings)
+    import_model_code(checkpoints[0], objective.auto_class)
+    started = time.perf_counter()
     scores: list[ModelScore] = []
     for number, checkpoint in enumerate(checkpoints, start=1):
 
@@ -89,6 +89,7 @@ def score(
         one = score_model(
             checkpoint, objective, settings, device, reserved=reserved, on_fraction=tell
         )
+        tell(1.0)
         _check_finite(checkpoint, one, loaded)
         scores.append(one)
     losses = [one.losses.mean for one in scores]
@@ -111,7 +112,7 @@ def score(
         peak_rss_bytes=peak_resident_nbytes(),
         projected_vram_bytes=max(one.projected_vram_nbytes for one in scores),
         peak_vram_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
-        warnings=_warnings(encoded, settings),
+        warnings=_warnings(encoded, settings) + tuple(note for one in scores for note in one.notes),
     )
 
 

@@ -77,22 +77,21 @@ class StreamedModel:
             set_module_tensor_to_device(self._model, name, self._device, value=value)
 
     def _attach(self, unit: Unit) -> Stage:
-        module = self._model.get_submodule(unit.name)
-        if unit.kind is Kind.ROWS:
-            assert isinstance(module, nn.Embedding)
-            return EmbeddingStage(unit, module, self._weights, self._device, self._lockstep)
-        if unit.kind is Kind.SLICES:
-            assert isinstance(module, nn.Linear)
-            return LinearStage(unit, module, self._weights, self._device, self._lockstep)
-        return WholeStage(unit, self._model, self._weights, self._device, self._lockstep)
+        kinds: dict[Kind, Callable[..., Stage]] = {
+            Kind.ROWS: EmbeddingStage,
+            Kind.SLICES: LinearStage,
+            Kind.WHOLE: WholeStage,
+        }
+        others = (self._model, self._weights, self._device, self._lockstep)
+        return kinds[unit.kind](unit, *others)
 
 
 def _ignore(_step: int) -> None:
     """Take no notice of progress."""
 
 
-class WholeStage(ModelHook):  # type: ignore[misc]
-    """A unit whose weights are all there while passes go through it."""
+class _ModuleStage(Stage):
+    """What all stages have: the unit, its module, and where its weights come from and go to."""
 
     def __init__(
         self,
@@ -104,6 +103,14 @@ class WholeStage(ModelHook):  # type: ignore[misc]
     ) -> None:
         self._unit, self._model, self._weights = unit, model, weights
         self._device, self._lockstep = device, lockstep
+        self._weight_name = f"{unit.name}.weight"
+
+
+class WholeStage(_ModuleStage, ModelHook):  # type: ignore[misc]
+    """A unit whose weights are all there while passes go through it."""
+
+    def __init__(self, unit: Unit, model: nn.Module, *others: Any) -> None:
+        super().__init__(unit, model, *others)
         add_hook_to_module(model.get_submodule(unit.name), self)
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -125,59 +132,53 @@ class WholeStage(ModelHook):  # type: ignore[misc]
             set_module_tensor_to_device(self._model, name, "meta")
 
 
-class EmbeddingStage(ModelHook):  # type: ignore[misc]
+class EmbeddingStage(_ModuleStage, ModelHook):  # type: ignore[misc]
     """An embedding, of which those rows are read that the waiting passes look up."""
 
-    def __init__(
-        self,
-        unit: Unit,
-        module: nn.Embedding,
-        weights: ModelWeights,
-        device: torch.device,
-        lockstep: Lockstep,
-    ) -> None:
-        self._unit, self._module, self._weights = unit, module, weights
-        self._device, self._lockstep = device, lockstep
-        self._empty = module.weight
+    def __init__(self, unit: Unit, model: nn.Module, *others: Any) -> None:
+        super().__init__(unit, model, *others)
+        module = model.get_submodule(unit.name)
+        assert isinstance(module, nn.Embedding)
+        self._module = module
         self._padding_idx = module.padding_idx
+        # Of the right shape and on the right device, for models that ask; one element in memory.
+        one = torch.empty(1, dtype=module.weight.dtype, device=self._device)
+        self._placeholder = nn.Parameter(one.expand(module.weight.shape), requires_grad=False)
+        self.release()
         add_hook_to_module(module, self)
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Wait for the rows, and look up by their places among those that are there."""
         if args:
             return (self._lockstep.arrive(self, args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "input": self._lockstep.arrive(self, kwargs["input"])}
+        (key,) = kwargs
+        return args, {key: self._lockstep.arrive(self, kwargs[key])}
 
     def serve(self, payloads: Sequence[torch.Tensor]) -> Sequence[Any]:
         """Read the rows that any pass wants."""
         rows = torch.unique(torch.cat([payload.flatten() for payload in payloads]))  # sorted
-        num_rows = self._empty.shape[0]
-        if int(rows.max()) >= num_rows:
-            raise IndexError(f"row {int(rows.max())} of an embedding with {num_rows} rows")
-        values = self._weights.read_rows(f"{self._unit.name}.weight", rows.cpu())
+        num_rows = self._placeholder.shape[0]
+        if int(rows[0]) < 0 or int(rows[-1]) >= num_rows:
+            raise IndexError(f"token {int(rows[-1])} of a vocabulary of {num_rows}")
+        values = self._weights.read_rows(self._weight_name, rows.cpu())
         self._module.weight = nn.Parameter(values.to(self._device), requires_grad=False)
         self._module.padding_idx = None  # it counts rows of the whole, and matters to training
         return [torch.searchsorted(rows, payload.contiguous()) for payload in payloads]
 
     def release(self) -> None:
         """Leave the module without weights."""
-        self._module.weight = self._empty
+        self._module.weight = self._placeholder
         self._module.padding_idx = self._padding_idx
 
 
-class LinearStage:
+class LinearStage(_ModuleStage):
     """A large linear layer, applied to all waiting passes some of its rows at a time."""
 
-    def __init__(
-        self,
-        unit: Unit,
-        module: nn.Linear,
-        weights: ModelWeights,
-        device: torch.device,
-        lockstep: Lockstep,
-    ) -> None:
-        self._unit, self._module, self._weights = unit, module, weights
-        self._device, self._lockstep = device, lockstep
+    def __init__(self, unit: Unit, model: nn.Module, *others: Any) -> None:
+        super().__init__(unit, model, *others)
+        module = model.get_submodule(unit.name)
+        assert isinstance(module, nn.Linear)
+        self._module = module
         module.forward = self._forward  # type: ignore[assignment, method-assign]
 
     def _forward(self, states: torch.Tensor) -> torch.Tensor:
@@ -191,7 +192,7 @@ class LinearStage:
         step = max(1, SLICE_NBYTES // (weight.shape[1] * weight.element_size()))
         for start in range(0, num_rows, step):
             stop = min(start + step, num_rows)
-            rows = self._weights.read_rows(f"{self._unit.name}.weight", torch.arange(start, stop))
+            rows = self._weights.read_rows(self._weight_name, torch.arange(start, stop))
             rows = rows.to(self._device)
             for states, output in zip(payloads, outputs, strict=True):
                 output[..., start:stop] = functional.linear(states, rows)

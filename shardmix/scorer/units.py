@@ -15,6 +15,11 @@ from shardmix.scorer.model_weights import ModelWeights
 
 # A head larger than this is worth computing in slices of its rows.
 SLICE_NBYTES = 64 << 20
+# Embeddings smaller than this stay: some are used without being called, such as relative positions.
+_SMALL_EMBEDDING_NBYTES = 16 << 20
+# Other layers smaller than this stay when single layers are units: norms, and convolutions whose
+# weights a model hands to a kernel.
+_SMALL_LAYER_NBYTES = 1 << 20
 
 
 class Kind(Enum):
@@ -36,7 +41,7 @@ class Grain(Enum):
     BLOCK = "block"
     """Into embeddings, the layers that transformers never splits, and what is left."""
     LEAF = "leaf"
-    """Into single modules, as accelerate's offloading does."""
+    """Into single layers; what is small stays in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +90,11 @@ def cut(model: Any, weights: ModelWeights, grain: Grain, *, num_labels: int) -> 
     resident: list[str] = []
     units: list[Unit] = []
     width = 0
+    inputs = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     for name, module, is_unit in _walk(model, blocks, grain):
+        if is_unit and module is not inputs and _stays(module, grain):
+            resident += filter(weights.comes_and_goes, _tensor_names(module, name, recurse=True))
+            continue
         own = list(filter(weights.comes_and_goes, _tensor_names(module, name, recurse=is_unit)))
         if is_unit:
             kind = _kind(module, name, weights, num_labels=num_labels)
@@ -115,7 +124,7 @@ def _walk(
         children = [
             (key, child)
             for key, child in module.named_children()
-            if next(child.parameters(), None) is not None
+            if next(child.parameters(), None) is not None or next(child.buffers(), None) is not None
         ]
         is_block = grain is Grain.BLOCK and (type(module).__name__ in blocks or in_list)
         if is_block and any(isinstance(inner, nn.Embedding) for inner in module.modules()):
@@ -133,6 +142,15 @@ def _walk(
             yield from visit(child, path, in_list=isinstance(module, nn.ModuleList))
 
     yield from visit(model, "", in_list=False)
+
+
+def _stays(module: nn.Module, grain: Grain) -> bool:
+    """Tell whether a layer is so small that it need not come and go."""
+    nbytes = sum(parameter.nbytes for parameter in module.parameters())
+    if isinstance(module, nn.Embedding):
+        return nbytes < _SMALL_EMBEDDING_NBYTES
+    is_called = isinstance(module, nn.Linear)
+    return grain is Grain.LEAF and not is_called and nbytes < _SMALL_LAYER_NBYTES
 
 
 def _is_small(block: nn.Module) -> bool:
