@@ -288,17 +288,14 @@ def _mixed(
                 print(name, weight)
             if output_path is not None:
                 print(f"Saved the new model to {output}")
-        import transformers
-
-        auto_class = getattr(transformers, AUTO_CLASSES[model_type])
+        auto_class = getattr(_transformers(), AUTO_CLASSES[model_type])
         return auto_class.from_pretrained(str(output), trust_remote_code=trust_remote_code)
 
 
 def _check_loadable(source: str, model_type: str, *, trust_remote_code: bool) -> None:
     """Refuse, before anything is merged, what could not be loaded as this type afterwards."""
     check_model_type(model_type)
-    import transformers
-
+    transformers = _transformers()
     folder = locate(source, with_weights=False).path
     try:
         config = transformers.AutoConfig.from_pretrained(
@@ -314,6 +311,17 @@ def _check_loadable(source: str, model_type: str, *, trust_remote_code: bool) ->
             f"{source}: is a {config.model_type} model, which {auto_class} does not load; check "
             f"the model type, {model_type!r}"
         )
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise RecipeError(
+            f"the new model is loaded by {error.name}, which is not installed; "
+            "pip install 'shardmix[models]'"
+        ) from None
+    return transformers
 
 
 def _check_names(model_names_or_paths: Sequence[Source]) -> None:

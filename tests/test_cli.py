@@ -234,6 +234,16 @@ def test_a_merge_from_examples_scores_and_merges_in_one_go(decoders, tmp_path):
     assert_same_bits(load_model(tmp_path / "out"), load_model(tmp_path / "by-hand"))
 
 
+def test_examples_may_come_through_a_pipe(decoders, tmp_path):
+    done = shardmix(
+        *("merge", decoders / "a", decoders / "b", "--weights-from", "/dev/stdin", "-q"),
+        *("--model-type", "decoder", "-o", tmp_path / "out"),
+        input="".join(json.dumps(text) + "\n" for text in TEXTS),
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
 def test_a_dry_run_from_examples_scores_nothing(decoders, tmp_path):
     done = shardmix(
         *("merge", decoders / "a", decoders / "b", "--weights-from", decoders / "examples.jsonl"),

@@ -84,12 +84,18 @@ def merge(
 ) -> None:
     """Merge models into one: out = Σ weightᵢ · modelᵢ, streamed, within a memory budget."""
     with _errors_reported(json=json, quiet=quiet):
+        from shardmix.scorer.examples import Example, load_examples
+        from shardmix.scorer.options import check_options
+
         options = _options(locals())
         scoring = _scoring(locals(), dtype=score_dtype)
         if weights_from is None and scoring:
             raise RecipeError(f"--{_word(scoring)} is for --weights-from: name the examples, too")
+        examples: tuple[Example, ...] = ()
         if weights_from is not None:
-            _check_examples(weights_from, _required_type(model_type), scoring)
+            # Read once, and now: it may be a pipe.
+            settings = check_options(_required_type(model_type), scoring)
+            examples = load_examples(weights_from, settings)
         if dry_run:
             pairs = _models(models) if weights_from is None else _equal_weights(models)
             _print_plan(pairs, output, options, model_type, json=json)
@@ -112,7 +118,7 @@ def merge(
                 report = cocktail.merge_by_examples(
                     names,
                     output,
-                    weights_from,
+                    examples,
                     _required_type(model_type),
                     scoring=scoring,
                     on_score=on_score,
@@ -263,13 +269,6 @@ def _required_type(model_type: str | None) -> str:
             "--weights-from needs --model-type: decoder, encoder, reranker or encoder-decoder"
         )
     return model_type
-
-
-def _check_examples(path: Path, model_type: str, scoring: "ScoreOptions") -> None:
-    from shardmix.scorer.examples import load_examples
-    from shardmix.scorer.options import check_options
-
-    load_examples(path, check_options(model_type, scoring))
 
 
 def _equal_weights(words: list[str]) -> list[tuple[str, float]]:
