@@ -180,6 +180,7 @@ def _waiting_nbytes(shape: BatchShape, sizes: ModelSizes, width: int) -> int:
     """Return what a pass holds while it waits; within a block, also that block's outputs."""
     states = shape.num_tokens * (sizes.hidden_size * _STATES_HELD + width * _OUTPUTS_HELD)
     matrices = 1 + sizes.num_heads * 2 * sizes.holds_position_bias
-    if width and sizes.holds_attention:
-        matrices += sizes.num_heads * _MATRICES_HELD
+    if sizes.holds_attention:
+        # Some models return a block's attention, and keep it until the next block returns its own.
+        matrices += sizes.num_heads * (_MATRICES_HELD if width else 1)
     return states * sizes.element_nbytes + shape.num_cells * matrices * max(sizes.element_nbytes, 4)
