@@ -179,6 +179,16 @@ class Workspace:
             run_or_exit([sys.executable, script, kind, folder, *options])
         return folder
 
+    def environment(self, name: str, requirements: Sequence[str]) -> str:
+        """The python of a virtual environment with these packages, made where it isn't there yet."""
+        folder = self.lasting(name)
+        python = folder / "bin" / "python"
+        if not python.exists():
+            print(f"installing {' '.join(requirements)} ...", file=sys.stderr)
+            run_or_exit([sys.executable, "-m", "venv", folder])
+            run_or_exit([python, "-m", "pip", "install", "--quiet", *requirements])
+        return str(python)
+
     def linked_copy(self, folder: Path, name: str) -> Path:
         """A folder of hard links to the files of `folder`: another checkpoint of the same bytes."""
         copy = self.scratch(name)

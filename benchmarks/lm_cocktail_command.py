@@ -2,8 +2,6 @@
 
 import argparse
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,15 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def lm_cocktail_python(given: str | None, workspace: Workspace) -> str:
     """The python that has LM-Cocktail: the given one, or a new virtual environment's."""
-    if given:
-        return given
-    folder = workspace.lasting("lm-cocktail-venv")
-    python = folder / "bin" / "python"
-    if not python.exists():
-        print(f"installing {' '.join(REQUIREMENTS)} ...", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
-    return str(python)
+    return given or workspace.environment("lm-cocktail-venv", REQUIREMENTS)
 
 
 def score_command(python: str, models: Sequence[Path], task: ScoringTask) -> list[str]:
