@@ -180,7 +180,7 @@ class Workspace:
         return folder
 
     def environment(self, name: str, requirements: Sequence[str]) -> str:
-        """The python of a virtual environment with these packages, made where it isn't there yet."""
+        """The python of a virtual environment with these packages, made if it isn't there."""
         folder = self.lasting(name)
         python = folder / "bin" / "python"
         if not python.exists():
