@@ -31,7 +31,7 @@ class Merged:
 
 def merge(sources: list[str], output: Path, options: list[str], console: Console) -> Merged:
     """Merge `sources`, as the command line takes them, show the command, return the report."""
-    arguments = ["merge", *sources, *options, "-o", str(output), "--overwrite", "--json"]
+    arguments = ["merge", *sources, *options, "-o", str(output), "--overwrite", "--json", "--quiet"]
     console.print(f"[bold]{output.name:9}[/] shardmix {' '.join(arguments)}", soft_wrap=True)
     process = subprocess.run(
         [sys.executable, "-m", "shardmix", *arguments], stdout=subprocess.PIPE, text=True
