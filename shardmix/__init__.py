@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from shardmix.api import merge as merge
     from shardmix.api import plan_merge as plan_merge
     from shardmix.api import report_plan as report_plan
-    from shardmix.cocktail import merge_by_examples as merge_by_examples
+    from shardmix.by_examples import merge_by_examples as merge_by_examples
     from shardmix.cocktail import mix_models as mix_models
     from shardmix.cocktail import mix_models_by_layers as mix_models_by_layers
     from shardmix.cocktail import mix_models_with_data as mix_models_with_data
@@ -47,7 +47,7 @@ _HOME = {
     "mix_models": "cocktail",
     "mix_models_by_layers": "cocktail",
     "mix_models_with_data": "cocktail",
-    "merge_by_examples": "cocktail",
+    "merge_by_examples": "by_examples",
     "MergeOptions": "api",
     "MergePlan": "plan",
     "MergeReport": "report",

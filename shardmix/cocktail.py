@@ -8,26 +8,21 @@ are those of LM_Cocktail (arXiv 2311.13534), so that a program changes its impor
 
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from shardmix import api, engine
-from shardmix.errors import RecipeError, ShardmixError, SourceError
+from shardmix import api
+from shardmix.by_examples import merge_by_examples
+from shardmix.errors import RecipeError, SourceError
 from shardmix.hub import locate
 from shardmix.model_types import AUTO_CLASSES, check_model_type
 from shardmix.recipe import build_recipe
 from shardmix.report import MergeReport
 from shardmix.scorer.examples import ExamplesArgument, load_examples
 from shardmix.scorer.options import ScoreOptions, check_options
-from shardmix.staging import check_disk
-
-if TYPE_CHECKING:
-    from shardmix.scorer.report import OnScoreProgress
 
 if sys.version_info >= (3, 11):
     from typing import Unpack
@@ -197,62 +192,6 @@ def mix_models_with_data(
     return _mixed(
         merge, names, model_type, output_path, trust_remote_code=trust_remote_code, quiet=quiet
     )
-
-
-def merge_by_examples(
-    models: Sequence[Source],
-    output: Source,
-    examples: ExamplesArgument,
-    model_type: str,
-    *,
-    scoring: ScoreOptions,
-    on_score: "OnScoreProgress | None" = None,
-    on_progress: engine.OnProgress | None = None,
-    cancel: threading.Event | None = None,
-    **options: Unpack[api.MergeOptions],
-) -> MergeReport:
-    """Score models on examples and merge them by the weights that follow.
-
-    Whatever headers, examples and the output's place can tell is checked before the first model is
-    run. `max_memory`, `max_vram` and `device` hold for scoring as well. The report's `scores` holds
-    losses and weights. Raises `ShardmixError`.
-
-    Example:
-        >>> report = merge_by_examples(["a", "b"], "out", "examples.jsonl", "decoder", scoring={})
-        >>> report.weights == report.scores.weights
-        True
-    """
-    shared: ScoreOptions = {
-        "max_memory": options.get("max_memory"),
-        "max_vram": options.get("max_vram"),
-        "device": options.get("device", "auto"),
-    }
-    for name in shared:
-        if name in scoring:
-            raise RecipeError(f"{name} holds for scoring and merging alike: not in `scoring`")
-    scoring = {**scoring, **shared}
-    loaded = load_examples(examples, check_options(model_type, scoring))
-    names = [str(model) for model in models]
-    # First, since it stays in memory: what is left for the merge must be known before it is scored.
-    from shardmix.scorer import score
-
-    equal = [(name, 1 / len(names)) for name in names]
-    plan = api.plan_merge(equal, output, model_type=model_type, **options)
-    check_disk(Path(plan.output), plan.disk_needed_nbytes)
-    scores = score(names, model_type, loaded, on_progress=on_score, **scoring)
-    try:
-        report = api.merge(
-            list(zip(names, scores.weights, strict=True)),
-            output,
-            model_type=model_type,
-            on_progress=on_progress,
-            cancel=cancel,
-            **options,
-        )
-    except ShardmixError as error:
-        words = " ".join(map(repr, scores.weights))
-        raise type(error)(f"{error}; the weights that the examples gave: {words}") from None
-    return replace(report, scores=scores, warnings=scores.warnings + report.warnings)
 
 
 def _mixing(options: api.MergeOptions, output_path: Source | None) -> api.MergeOptions:

@@ -4,11 +4,12 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shardmix._version import __version__
+from shardmix.cli import arguments
 from shardmix.cli import options as opt
 from shardmix.errors import RecipeError, ShardmixError
 
@@ -87,39 +88,41 @@ def merge(
         from shardmix.scorer.examples import Example, load_examples
         from shardmix.scorer.options import check_options
 
-        options = _options(locals())
-        scoring = _scoring(locals(), dtype=score_dtype)
+        options = arguments.merge_options(locals())
+        scoring = arguments.score_options(locals(), dtype=score_dtype)
         if weights_from is None and scoring:
-            raise RecipeError(f"--{_word(scoring)} is for --weights-from: name the examples, too")
+            word = arguments.first_word(scoring)
+            raise RecipeError(f"{word} is for --weights-from: name the examples, too")
         examples: tuple[Example, ...] = ()
         if weights_from is not None:
             # Read once, and now: it may be a pipe.
-            settings = check_options(_required_type(model_type), scoring)
+            settings = check_options(arguments.required_model_type(model_type), scoring)
             examples = load_examples(weights_from, settings)
         if dry_run:
-            pairs = _models(models) if weights_from is None else _equal_weights(models)
-            _print_plan(pairs, output, options, model_type, json=json)
+            is_weighted = weights_from is None
+            parse = arguments.weighted_models if is_weighted else arguments.equally_weighted
+            _print_plan(parse(models), output, options, model_type, json=json)
             return
-        from shardmix import api, cocktail
+        from shardmix import api, by_examples
         from shardmix.cli import render
         from shardmix.cli.progress import progress_display, score_display
 
         with score_display(quiet=quiet) as on_score, progress_display(quiet=quiet) as on_progress:
             if weights_from is None:
                 report = api.merge(
-                    _models(models),
+                    arguments.weighted_models(models),
                     output,
                     model_type=model_type,
                     on_progress=on_progress,
                     **options,
                 )
             else:
-                names = [source for source, _ in _equal_weights(models)]
-                report = cocktail.merge_by_examples(
+                names = [source for source, _ in arguments.equally_weighted(models)]
+                report = by_examples.merge_by_examples(
                     names,
                     output,
                     examples,
-                    _required_type(model_type),
+                    arguments.required_model_type(model_type),
                     scoring=scoring,
                     on_score=on_score,
                     on_progress=on_progress,
@@ -153,7 +156,7 @@ def score(
     """Compute merging weights from a few examples: softmax(-loss / temperature) over the models."""
     with _errors_reported(json=json, quiet=quiet):
         options: ScoreOptions = {
-            **_scoring(locals(), dtype=dtype),
+            **arguments.score_options(locals(), dtype=dtype),
             "device": device,
             "max_memory": max_memory,
             "max_vram": max_vram,
@@ -189,7 +192,13 @@ def plan(
 ) -> None:
     """Show what a merge would read, write and take, from headers alone; write nothing."""
     with _errors_reported(json=json, quiet=quiet):
-        _print_plan(_models(models), output, _options(locals()), json=json, quiet=quiet)
+        _print_plan(
+            arguments.weighted_models(models),
+            output,
+            arguments.merge_options(locals()),
+            json=json,
+            quiet=quiet,
+        )
 
 
 @app.command(epilog="Example: `shardmix inspect org/name --json`")
@@ -229,72 +238,6 @@ def _print_plan(
 
     plan = api.plan_merge(models, output, model_type=model_type, **options)
     render.plan_report(api.report_plan(plan), json=json, quiet=quiet)
-
-
-def _options(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the library's options from a command's arguments, which have the same names."""
-    from shardmix.api import MergeOptions
-
-    options = {name: arguments[name] for name in MergeOptions.__annotations__ if name in arguments}
-    options["fsync"] = not arguments["no_fsync"]
-    # An absent switch must not override a recipe's own.
-    for switch in ("normalize", "allow_weight_sum"):
-        options[switch] = options[switch] or None
-    return options
-
-
-def _scoring(arguments: dict[str, Any], *, dtype: str) -> "ScoreOptions":
-    """Return those scoring options that were given; the library knows the defaults."""
-    from shardmix.scorer.options import ScoreOptions
-
-    names = set(ScoreOptions.__annotations__) - {"dtype", "device", "max_memory", "max_vram"}
-    given = {
-        name: value
-        for name in sorted(names)
-        if (value := arguments[name]) is not None and value is not False
-    }
-    if dtype != "auto":
-        given["dtype"] = dtype
-    return cast("ScoreOptions", given)
-
-
-def _word(scoring: "ScoreOptions") -> str:
-    name = next(iter(scoring))
-    return "score-dtype" if name == "dtype" else name.replace("_", "-")
-
-
-def _required_type(model_type: str | None) -> str:
-    if model_type is None:
-        raise RecipeError(
-            "--weights-from needs --model-type: decoder, encoder, reranker or encoder-decoder"
-        )
-    return model_type
-
-
-def _equal_weights(words: list[str]) -> list[tuple[str, float]]:
-    """Return the models of a command line without weights, each with the same."""
-    from shardmix.recipe import RECIPE_SUFFIXES
-
-    for word in words:
-        if word.endswith(RECIPE_SUFFIXES):
-            raise RecipeError(
-                f"{word}: is a recipe, which has weights; with --weights-from they come from the "
-                "examples: name the models alone"
-            )
-        if "=" in word and not Path(word).exists():
-            raise RecipeError(
-                f"{word!r}: no such model; with --weights-from the weights come from the examples: "
-                "name the models alone"
-            )
-    return [(word, 1 / len(words)) for word in words]
-
-
-def _models(words: list[str]) -> "ModelsArgument":
-    from shardmix.recipe import RECIPE_SUFFIXES, parse_source_words
-
-    if len(words) == 1 and words[0].endswith(RECIPE_SUFFIXES):
-        return words[0]
-    return parse_source_words(words)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ over the batch's tokens (decoders) or queries (encoders, rerankers).
 Source: LM-Cocktail (arXiv 2311.13534), section 3, and its implementation.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -41,7 +42,7 @@ class Losses:
     is left."""
 
 
-class Objective:
+class Objective(ABC):
     """What all types of models have in common."""
 
     def __init__(self, encoded: EncodedExamples, settings: ScoreSettings) -> None:
@@ -65,13 +66,13 @@ class Objective:
         for each in (config, model.config):
             each.pad_token_id = self._filler
 
+    @abstractmethod
     def run(self, model: Any, shape: BatchShape, device: torch.device) -> list[Any]:
         """Return one result for each sequence of the batch, on the CPU."""
-        raise NotImplementedError
 
+    @abstractmethod
     def losses(self, results: Sequence[Any]) -> Losses:
         """Return the losses, from the results of all sequences in order."""
-        raise NotImplementedError
 
     def _sequences(self, shape: BatchShape) -> list[TokenSequence]:
         return [self.encoded.sequences[number] for number in shape.members]

@@ -1,0 +1,79 @@
+"""From the words of a command line to the library's arguments. Loads no torch."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from shardmix.errors import RecipeError
+
+if TYPE_CHECKING:
+    from shardmix.recipe import ModelsArgument
+    from shardmix.scorer.options import ScoreOptions
+
+
+def merge_options(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the library's options from a command's arguments, which have the same names."""
+    from shardmix.api import MergeOptions
+
+    options = {name: arguments[name] for name in MergeOptions.__annotations__ if name in arguments}
+    options["fsync"] = not arguments["no_fsync"]
+    # An absent switch must not override a recipe's own.
+    for switch in ("normalize", "allow_weight_sum"):
+        options[switch] = options[switch] or None
+    return options
+
+
+def score_options(arguments: dict[str, Any], *, dtype: str) -> "ScoreOptions":
+    """Return those scoring options that were given; the library knows the defaults."""
+    from shardmix.scorer.options import ScoreOptions
+
+    names = set(ScoreOptions.__annotations__) - {"dtype", "device", "max_memory", "max_vram"}
+    given = {
+        name: value
+        for name in sorted(names)
+        if (value := arguments[name]) is not None and value is not False
+    }
+    if dtype != "auto":
+        given["dtype"] = dtype
+    return cast("ScoreOptions", given)
+
+
+def first_word(scoring: "ScoreOptions") -> str:
+    """Return one of these options as it is typed."""
+    name = next(iter(scoring))
+    return "--score-dtype" if name == "dtype" else f"--{name.replace('_', '-')}"
+
+
+def required_model_type(model_type: str | None) -> str:
+    """Return the model type; raise `RecipeError` where there is none."""
+    if model_type is None:
+        raise RecipeError(
+            "--weights-from needs --model-type: decoder, encoder, reranker or encoder-decoder"
+        )
+    return model_type
+
+
+def equally_weighted(words: list[str]) -> list[tuple[str, float]]:
+    """Return the models of a command line without weights, each with the same."""
+    from shardmix.recipe import RECIPE_SUFFIXES
+
+    for word in words:
+        if word.endswith(RECIPE_SUFFIXES):
+            raise RecipeError(
+                f"{word}: is a recipe, which has weights; with --weights-from they come from the "
+                "examples: name the models alone"
+            )
+        if "=" in word and not Path(word).exists():
+            raise RecipeError(
+                f"{word!r}: no such model; with --weights-from the weights come from the examples: "
+                "name the models alone"
+            )
+    return [(word, 1 / len(words)) for word in words]
+
+
+def weighted_models(words: list[str]) -> "ModelsArgument":
+    """Return the models of `SOURCE=WEIGHT` words, or the recipe that the one word names."""
+    from shardmix.recipe import RECIPE_SUFFIXES, parse_source_words
+
+    if len(words) == 1 and words[0].endswith(RECIPE_SUFFIXES):
+        return words[0]
+    return parse_source_words(words)
