@@ -16,7 +16,7 @@ from typing import Any
 
 from shardmix import api
 from shardmix.by_examples import merge_by_examples
-from shardmix.errors import RecipeError, SourceError
+from shardmix.errors import RecipeError, SourceError, one_line
 from shardmix.hub import locate
 from shardmix.model_types import AUTO_CLASSES, check_model_type
 from shardmix.recipe import build_recipe
@@ -241,8 +241,7 @@ def _check_loadable(source: str, model_type: str, *, trust_remote_code: bool) ->
             str(folder), trust_remote_code=trust_remote_code
         )
     except Exception as error:  # configs of strangers fail in every way there is
-        finding = " ".join(str(error).split())[:200]
-        raise SourceError(f"{source}: its config cannot be loaded ({finding})") from None
+        raise SourceError(f"{source}: its config cannot be loaded ({one_line(error)})") from None
     auto_class = AUTO_CLASSES[model_type]
     known = type(config) in getattr(transformers, auto_class)._model_mapping
     if not known and auto_class not in getattr(config, "auto_map", {}):

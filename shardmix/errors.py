@@ -35,3 +35,8 @@ class OutputError(ShardmixError):
 
 class MergeCancelled(ShardmixError):  # noqa: N818 - it is an outcome, not a fault
     """The merge was cancelled through its cancel event; nothing was left behind."""
+
+
+def one_line(error: BaseException | None, limit: int = 200) -> str:
+    """Return what an error of someone else's says, on one line and cut short, for a message."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

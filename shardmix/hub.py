@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardmix.errors import SourceError
+from shardmix.errors import SourceError, one_line
 from shardmix.naming import is_companion_file
 
 WEIGHTS_NAME = "model.safetensors"
@@ -47,7 +47,7 @@ def locate(source: str, *, with_weights: bool = True) -> LocalSource:
         path = Path(source).expanduser()
         is_local = path.exists()
     except (OSError, RuntimeError) as error:  # no such user's home, or a name that no disk takes
-        raise SourceError(f"{source}: cannot be a path ({_one_line(error)}); check it") from None
+        raise SourceError(f"{source}: cannot be a path ({one_line(error)}); check it") from None
     if is_local:
         return LocalSource(path)
     if not _HUB_ID.fullmatch(source):
@@ -77,14 +77,14 @@ def _download(repo_id: str, revision: str | None, *, with_weights: bool) -> Path
         if cached is None:
             raise SourceError(
                 f"{named}: no such local path, not in the local cache, and the Hub cannot be asked "
-                f"({_one_line(error)}); go online (unset HF_HUB_OFFLINE, check the network) or "
+                f"({one_line(error)}); go online (unset HF_HUB_OFFLINE, check the network) or "
                 "give a local folder"
             ) from None
         if not HF_HUB_OFFLINE:
             _LOGGER.warning(
                 "%s: the Hub cannot be asked (%s); the copy in the local cache is used",
                 named,
-                _one_line(error),
+                one_line(error),
             )
         return cached
     files = [sibling.rfilename for sibling in info.siblings or ()]
@@ -98,7 +98,7 @@ def _download(repo_id: str, revision: str | None, *, with_weights: bool) -> Path
         finding = (
             _refusal(error)
             or _refusal(error.__cause__)
-            or f"the download failed ({_one_line(error)}); what has arrived is kept: try again"
+            or f"the download failed ({one_line(error)}); what has arrived is kept: try again"
         )
         raise SourceError(f"{named}: {finding}") from None
 
@@ -172,7 +172,7 @@ def _refusal(error: BaseException | None) -> str | None:
     )
 
     if isinstance(error, HFValidationError):
-        return f"no such file or folder, and not a Hub id ({_one_line(error)}); check the path"
+        return f"no such file or folder, and not a Hub id ({one_line(error)}); check the path"
     if isinstance(error, GatedRepoError):
         return (
             "the repository is gated; ask for access on its page, then log in with "
@@ -189,7 +189,7 @@ def _refusal(error: BaseException | None) -> str | None:
     response = error.response if isinstance(error, HfHubHTTPError) else None
     if response is not None and response.status_code in (401, 403):
         return (
-            f"the Hub denies access ({_one_line(error)}); check HF_TOKEN, or log in again with "
+            f"the Hub denies access ({one_line(error)}); check HF_TOKEN, or log in again with "
             "`hf auth login`"
         )
     return None
@@ -220,7 +220,3 @@ def no_weights_finding(files: list[str]) -> str:
     if any(name.endswith(".gguf") for name in files):
         return "has weights only as GGUF; shardmix merges safetensors: use the original checkpoint"
     return f"has neither {WEIGHTS_NAME} nor {INDEX_NAME}; is it the model's folder?"
-
-
-def _one_line(error: BaseException | None) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from shardmix.errors import RecipeError
+from shardmix.errors import RecipeError, one_line
 from shardmix.model_types import check_model_type
 from shardmix.units import parse_size
 
@@ -101,7 +101,7 @@ def load_recipe(path: Path) -> Recipe:
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        finding = " ".join(str(error).split())[:300]
+        finding = one_line(error, limit=300)
         raise RecipeError(f"{path}: not valid YAML: {finding}") from None
     return recipe_from_dict(content, origin=str(path))
 

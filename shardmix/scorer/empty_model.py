@@ -14,9 +14,9 @@ import torch
 from accelerate import init_empty_weights
 
 from shardmix.checkpoint import CONFIG_NAME, Checkpoint
-from shardmix.errors import SourceError
+from shardmix.errors import SourceError, one_line
 from shardmix.naming import quantisation_method
-from shardmix.safetensors_layout import FLOAT_DTYPES, element_nbytes
+from shardmix.safetensors_layout import FLOAT_DTYPES
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -117,14 +117,14 @@ def compute_dtype(checkpoint: Checkpoint, asked: str) -> torch.dtype:
     for row in range(checkpoint.num_tensors):
         info = checkpoint.tensor(row)
         if info.dtype in FLOAT_DTYPES:
-            nbytes[info.dtype] += info.num_elements * element_nbytes(info.dtype)
+            nbytes[info.dtype] += info.nbytes
     if not nbytes:
         raise SourceError(f"{checkpoint.source}: has no floating-point weights to compute with")
     return TORCH_DTYPES[nbytes.most_common(1)[0][0]]
 
 
 def _build_finding(error: Exception, auto_class: str) -> str:
-    finding = " ".join(str(error).split())[:300] or type(error).__name__
+    finding = one_line(error, limit=300)
     if "trust_remote_code" in str(error):
         return (
             "needs code from its own folder to run; if you trust it, read it and use "

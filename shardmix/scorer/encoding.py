@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardmix.errors import RecipeError, SourceError
+from shardmix.errors import RecipeError, SourceError, one_line
 from shardmix.model_types import ENCODER, ENCODER_DECODER, RERANKER
 from shardmix.scorer.examples import Example, QueryExample, TextExample
 from shardmix.scorer.options import ScoreSettings
@@ -63,9 +63,8 @@ def load_tokenizer(source: str, folder: Path, *, trust_remote_code: bool) -> Any
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:
-        finding = " ".join(str(error).split())[:200] or type(error).__name__
         raise SourceError(
-            f"{source}: its config or tokenizer cannot be loaded ({finding}); examples are "
+            f"{source}: its config or tokenizer cannot be loaded ({one_line(error)}); examples are "
             "turned into tokens by the first model's: put its tokenizer files into the folder"
         ) from None
 
@@ -206,10 +205,9 @@ class _Encoder:
             prompt = render(turn, tokenize=False, add_generation_prompt=True)
             whole = render(turn + answer, tokenize=False)
         except Exception as error:  # a template is a program of a stranger's
-            finding = " ".join(str(error).split())[:200]
             raise RecipeError(
-                f"{example.name}: the chat template cannot be applied ({finding}); score without "
-                "--chat-template"
+                f"{example.name}: the chat template cannot be applied ({one_line(error)}); score "
+                "without --chat-template"
             ) from None
         if not whole.startswith(prompt):
             raise RecipeError(

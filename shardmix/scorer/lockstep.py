@@ -43,8 +43,7 @@ class _Pass:
 class Lockstep:
     """Runs passes to their ends, each stage served to all of them before the next."""
 
-    def __init__(self, on_stage: Callable[[Stage], None] | None = None) -> None:
-        self._on_stage = on_stage
+    def __init__(self) -> None:
         self._served: Stage | None = None
 
     def arrive(self, stage: Stage, payload: Any) -> Any:
@@ -56,10 +55,14 @@ class Lockstep:
         if self._served is not stage:
             self.arrive(stage, None)
 
-    def run(self, passes: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Run all passes and return their results in order.
+    def run(
+        self,
+        passes: Sequence[Callable[[], Any]],
+        on_stage: Callable[[Stage], None] = lambda _stage: None,
+    ) -> list[Any]:
+        """Run all passes and return their results in order; `on_stage` is told what comes next.
 
-        What a pass or a stage raises ends them all.
+        What a pass, a stage or `on_stage` raises ends them all.
         """
         running = [_Pass(greenlet(function)) for function in passes]
         try:
@@ -70,8 +73,7 @@ class Lockstep:
                 stage = hindmost.stage
                 assert stage is not None
                 together = [each for each in waiting if each.stage is stage]
-                if self._on_stage is not None:
-                    self._on_stage(stage)
+                on_stage(stage)
                 replies = stage.serve([each.payload for each in together])
                 self._served = stage
                 try:

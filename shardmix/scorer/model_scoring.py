@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 
 from shardmix.checkpoint import Checkpoint
-from shardmix.errors import BudgetError, ShardmixError, SourceError
+from shardmix.errors import BudgetError, ShardmixError, SourceError, one_line
 from shardmix.memory import available_nbytes, resident_nbytes
 from shardmix.model_types import ENCODER
 from shardmix.scorer import fit
@@ -82,27 +82,26 @@ def score_model(
             raise _not_run(checkpoint, objective, error.cause) from None
         note = (
             f"{checkpoint.source}: held in memory as a whole, since its layers cannot be run one "
-            f"at a time ({_one_line(streamed.cause)})"
+            f"at a time ({one_line(streamed.cause, limit=300)})"
         )
         return replace(whole, notes=(note, *whole.notes))
 
 
-class _NotRunError(Exception):
+class _CarriedError(Exception):
+    """Brings an error out from under a model's forward pass, and tells whose it is."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+        """What was raised."""
+
+
+class _NotRunError(_CarriedError):
     """A model's own code failed."""
 
-    def __init__(self, cause: Exception) -> None:
-        super().__init__(str(cause))
-        self.cause = cause
-        """What it raised."""
 
-
-class _ProgressError(Exception):
+class _ProgressError(_CarriedError):
     """The caller's function for progress failed: that is no fault of the model."""
-
-    def __init__(self, cause: Exception) -> None:
-        super().__init__(str(cause))
-        self.cause = cause
-        """What it raised."""
 
 
 def _score_cut(
@@ -146,8 +145,8 @@ def _score_cut(
         raise error.cause from None
     except torch.OutOfMemoryError as error:
         raise BudgetError(
-            f"{checkpoint.source}: out of GPU memory ({_one_line(error)}); set --max-vram to what "
-            "is free, or use --device cpu"
+            f"{checkpoint.source}: out of GPU memory ({one_line(error, limit=300)}); set "
+            "--max-vram to what is free, or use --device cpu"
         ) from None
     except Exception as error:  # a model is a program of a stranger's
         # Without its traceback, whose frames hold the passes' results.
@@ -163,7 +162,7 @@ def _score_cut(
 def _not_run(checkpoint: Checkpoint, objective: Objective, cause: Exception) -> SourceError:
     return SourceError(
         f"{checkpoint.source}: cannot be run as {objective.auto_class} on these examples "
-        f"({_one_line(cause)}); check --model-type and the examples"
+        f"({one_line(cause, limit=300)}); check --model-type and the examples"
     )
 
 
@@ -174,10 +173,9 @@ def _notes(
     notes = []
     unused = weights.unused()
     if unused and settings.model_type != ENCODER:  # an encoder is often stored with some head
-        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
         notes.append(
-            f"{checkpoint.source}: stores {', '.join(unused[:3])}{more}, which its config does not "
-            "use; scored without"
+            f"{checkpoint.source}: stores {_first_names(unused)}, which its config does not use; "
+            "scored without"
         )
     stored = int(checkpoint.table.nbytes.sum())
     if weights.bytes_read > 1.25 * stored:
@@ -288,12 +286,12 @@ def _check_complete(checkpoint: Checkpoint, weights: ModelWeights, settings: Sco
     if settings.model_type == ENCODER:
         missing = [name for name in missing if "pooler." not in name]
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise SourceError(
-            f"{checkpoint.source}: stores nothing for {', '.join(missing[:3])}{more}; it is not a "
-            f"whole model of type {settings.model_type}: check --model-type"
+            f"{checkpoint.source}: stores nothing for {_first_names(missing)}; it is not a whole "
+            f"model of type {settings.model_type}: check --model-type"
         )
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def _first_names(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"

@@ -99,7 +99,7 @@ class ModelWeights:
         """Return the room that conversions among these need beside their result, at most."""
         return max(
             (
-                _nbytes(self._targets[name])
+                self._targets[name].nbytes
                 for name in names
                 if name in self._by_name and not self.is_plain(name)
             ),
@@ -146,7 +146,7 @@ class ModelWeights:
         info = self._checkpoint.tensor(row)
         self._check_shape(name, info.shape, self._targets[name].shape)
         width_nbytes = info.nbytes // info.shape[0]
-        stored = torch.empty((len(rows), *info.shape[1:]), dtype=TORCH_DTYPES[info.dtype])
+        stored = torch.empty((len(rows), *info.shape[1:]), dtype=self._stored_dtype(info))
         numbers = rows.tolist()
         start = 0
         while start < len(numbers):
@@ -275,7 +275,3 @@ def _natural(name: str) -> tuple[tuple[int, int, str], ...]:
     """Return a key that sorts numbers in names by value: experts are stacked in that order."""
     parts = re.split(r"(\d+)", name)
     return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts)
-
-
-def _nbytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

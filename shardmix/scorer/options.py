@@ -1,12 +1,12 @@
 """What a scoring run depends on besides its models and examples: checked, and without torch."""
 
-import math
 import operator
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
 from shardmix.errors import RecipeError
 from shardmix.model_types import DECODER, check_model_type
+from shardmix.scorer.weights import check_temperature
 from shardmix.units import parse_size
 
 POOLINGS = ("cls", "mean", "lasttoken")
@@ -86,10 +86,7 @@ def check_options(model_type: str, options: ScoreOptions) -> ScoreSettings:
         neg_number=_whole_number("neg number", settings.neg_number, least=0),
         seed=_whole_number("seed", settings.seed, least=0),
     )
-    temperature = settings.temperature
-    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
-    if not (is_number and temperature > 0 and math.isfinite(temperature)):
-        raise RecipeError(f"temperature {temperature!r}: must be a positive number")
+    check_temperature(settings.temperature)
     if settings.chat_template and model_type != DECODER:
         raise RecipeError(f"a chat template is for decoders, not for a model of type {model_type}")
     return settings

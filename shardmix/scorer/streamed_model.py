@@ -5,6 +5,7 @@ before the first pass, and nothing waits.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,12 +35,11 @@ class StreamedModel:
         self._weights = weights
         self._device = device
         self._units = partition.units
-        self._on_step: OnStep = _ignore
         self._place(partition.resident)
         for name, buffer in list(model.named_buffers()):
             if buffer.device.type != "meta" and buffer.device != device:
                 set_module_tensor_to_device(model, name, device)
-        self._lockstep = Lockstep(self._stage_begins)
+        self._lockstep = Lockstep()
         self._stages: list[Stage] = []
         if [unit.name for unit in self._units] == [""]:
             self._place(self._units[0].tensors)
@@ -56,18 +56,17 @@ class StreamedModel:
 
         `on_step` is told the number of each stage as it begins, or else of each pass.
         """
-        self._on_step = on_step
         if self._stages:
-            return self._lockstep.run(passes)
+            return self._lockstep.run(passes, partial(self._stage_begins, on_step))
         results = []
         for number, function in enumerate(passes):
             on_step(number)
             results.append(function())
         return results
 
-    def _stage_begins(self, stage: Stage) -> None:
+    def _stage_begins(self, on_step: OnStep, stage: Stage) -> None:
         number = self._stages.index(stage)
-        self._on_step(number)
+        on_step(number)
         # What comes next is read by the system while this unit computes.
         if number + 1 < len(self._units) and self._units[number + 1].kind is not Kind.ROWS:
             self._weights.prefetch(self._units[number + 1].tensors)
@@ -84,10 +83,6 @@ class StreamedModel:
         }
         others = (self._model, self._weights, self._device, self._lockstep)
         return kinds[unit.kind](unit, *others)
-
-
-def _ignore(_step: int) -> None:
-    """Take no notice of progress."""
 
 
 class _ModuleStage(Stage):

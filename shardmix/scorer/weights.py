@@ -6,6 +6,13 @@ from collections.abc import Sequence
 from shardmix.errors import RecipeError
 
 
+def check_temperature(temperature: float) -> None:
+    """Raise `RecipeError` where no softmax has this temperature."""
+    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not (is_number and temperature > 0 and math.isfinite(temperature)):
+        raise RecipeError(f"temperature {temperature!r}: must be a positive number")
+
+
 def compute_weights(losses: Sequence[float], temperature: float = 5.0) -> list[float]:
     """Return w_i = softmax_i(-L_i / temperature): the lower a model's loss, the more it counts.
 
@@ -18,8 +25,7 @@ def compute_weights(losses: Sequence[float], temperature: float = 5.0) -> list[f
         >>> compute_weights([1.0, 1.0])
         [0.5, 0.5]
     """
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise RecipeError(f"temperature {temperature}: must be a positive number")
+    check_temperature(temperature)
     if not losses:
         raise RecipeError("no losses given; weights need at least one")
     for number, loss in enumerate(losses, start=1):
