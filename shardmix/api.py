@@ -6,7 +6,7 @@ Puts the layers together and holds no logic of its own. Imports torch only to me
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -15,13 +15,21 @@ from typing import TypedDict
 from shardmix import engine, planner
 from shardmix.checkpoint import Checkpoint, open_checkpoint, read_config
 from shardmix.devices import resolve_device
-from shardmix.errors import BudgetError, MergeCancelled, RecipeError, SourceError
+from shardmix.digests import LEAF_NBYTES, XXH3, check_algorithm
+from shardmix.errors import (
+    BudgetError,
+    MergeCancelled,
+    RecipeError,
+    ShardmixError,
+    SourceError,
+)
 from shardmix.filesystem import free_nbytes
 from shardmix.hub import locate
+from shardmix.journal import Journal, open_journal
 from shardmix.matching import check_mergeable
 from shardmix.memory import MOST_WORKERS
 from shardmix.naming import ties_word_embeddings
-from shardmix.plan import NUMBA, TORCH, MergePlan, RunSettings
+from shardmix.plan import ERROR, NUMBA, TORCH, WARN, MergePlan, RunSettings
 from shardmix.recipe import ModelsArgument, build_recipe
 from shardmix.reducer import Backend, load_backend
 from shardmix.report import (
@@ -32,8 +40,15 @@ from shardmix.report import (
     describe_model,
     describe_plan,
 )
-from shardmix.staging import check_disk, check_output, resolve_output
-from shardmix.units import parse_size
+from shardmix.staging import (
+    Staging,
+    check_disk,
+    check_output,
+    open_staging,
+    resolve_output,
+    settle,
+)
+from shardmix.units import format_size, parse_size
 
 if sys.version_info >= (3, 11):
     from typing import Unpack
@@ -73,6 +88,14 @@ class MergeOptions(TypedDict, total=False):
     """Replace an existing output, which stays until the new one is whole."""
     fsync: bool
     """Force everything to disk before the output appears (default); False for scratch disks."""
+    restart: bool
+    """Throw away what an earlier run of a merge to this output has left, instead of going on."""
+    on_nonfinite: str
+    """NaN or Inf in the output: "warn" (default: they are counted, by tensor) or "error"."""
+    digest: str
+    """What the output's files are hashed with: xxh3 (default), blake3 or sha256."""
+    record_paths: bool
+    """Tell in the output's shardmix.json where on this machine the sources lie."""
 
 
 def merge(
@@ -101,8 +124,8 @@ def merge(
 
     Raises:
         ShardmixError: of the kind that says what to mend. All that can be known from headers is
-            found before any weight is read. Nothing is left at `output`, as after
-            KeyboardInterrupt.
+            found before any weight is read. Nothing new is at `output` then, nor after
+            KeyboardInterrupt; what is done is kept beside it, and the same call goes on from there.
 
     Example:
         >>> report = shardmix.merge({"org/base": 0.6, "./tuned": 0.4}, "merged", max_memory="2GiB")
@@ -111,8 +134,37 @@ def merge(
     """
     if cancel is not None and cancel.is_set():
         raise MergeCancelled("the merge was cancelled before it began")
+    settle(resolve_output(output))
     plan = plan_merge(models, output, model_type=model_type, **options)
-    check_disk(Path(plan.output), plan.disk_needed_nbytes)
+    with (
+        open_staging(Path(plan.output), restart=plan.settings.restart) as staging,
+        closing(open_journal(staging.journal_path, plan)) as journal,
+    ):
+        check_disk(staging.output, plan.disk_needed_nbytes)
+        try:
+            plan, backend, notes = _ready(plan, models, output, model_type, options)
+            result = engine.execute(
+                plan, backend, staging, journal, on_progress=on_progress, cancel=cancel
+            )
+        except BaseException as error:
+            staging.is_worth_keeping = journal.num_leaves_done > 0
+            kept = _kept(staging, journal, plan)
+            if isinstance(error, KeyboardInterrupt):
+                error.args = (kept,)
+            elif isinstance(error, ShardmixError) and kept:
+                raise type(error)(f"{error}; {kept}") from None
+            raise
+    return describe_merge(plan, result, notes=notes)
+
+
+def _ready(
+    plan: MergePlan,
+    models: ModelsArgument,
+    output: str | PathLike[str],
+    model_type: str | None,
+    options: MergeOptions,
+) -> tuple[MergePlan, Backend, tuple[str, ...]]:
+    """Return the plan with its memory measured, its backend, and what is to be said of that."""
     backend, finding = _load(plan)
     notes: tuple[str, ...] = ()
     if backend is None:
@@ -129,15 +181,7 @@ def merge(
         plan = plan_merge(models, output, model_type=model_type, **options)
         backend = load_backend(plan)
     # With the backend loaded, what it takes is known rather than estimated.
-    plan = plan.with_memory(planner.plan_memory(plan.settings))
-    result = engine.execute(plan, backend, on_progress=on_progress, cancel=cancel)
-    return describe_merge(
-        plan,
-        seconds=result.seconds,
-        peak_rss=result.peak_resident_nbytes,
-        peak_vram=result.peak_vram_nbytes,
-        warnings=notes + result.disagreements,
-    )
+    return plan.with_memory(planner.plan_memory(plan.settings)), backend, notes
 
 
 def plan_merge(
@@ -161,6 +205,8 @@ def plan_merge(
     if unknown:
         raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
     settings = _settings(options)
+    digest = options.get("digest", XXH3)
+    check_algorithm(digest)
     base = options.get("base")
     max_shard_size = options.get("max_shard_size")
     recipe = build_recipe(
@@ -183,13 +229,18 @@ def plan_merge(
             inputs = [path for checkpoint in checkpoints for path in _extent(checkpoint)]
             inputs += [donor.folder] if recipe.base is not None else []
             check_output(target, overwrite=settings.overwrite, inputs=inputs)
+        outcome: planner.Outcome = {
+            "output": target,
+            "digest_algorithm": digest,
+            "record_paths": options.get("record_paths", False),
+        }
         try:
-            return planner.plan_merge(recipe, checkpoints, donor, settings, output=target)
+            return planner.plan_merge(recipe, checkpoints, donor, settings, **outcome)
         except BudgetError as error:
             if options.get("device", "auto") != "auto" or not settings.on_cuda:
                 raise
             on_cpu = replace(settings, device="cpu")
-            plan = planner.plan_merge(recipe, checkpoints, donor, on_cpu, output=target)
+            plan = planner.plan_merge(recipe, checkpoints, donor, on_cpu, **outcome)
             return replace(plan, warnings=(*plan.warnings, f"on the CPU, since on a GPU {error}"))
 
 
@@ -246,6 +297,17 @@ def _load(plan: MergePlan) -> tuple[Backend | None, str | None]:
     return (backend, None) if finding is None else (None, finding)
 
 
+def _kept(staging: Staging, journal: Journal, plan: MergePlan) -> str:
+    """Say what is kept of an unfinished merge, and how to go on; "" where nothing is."""
+    if not staging.is_worth_keeping:
+        return ""
+    done = min(journal.num_leaves_done * LEAF_NBYTES, plan.write_nbytes)
+    return (
+        f"{format_size(done)} of {format_size(plan.write_nbytes)} are done and kept in "
+        f"{staging.path}: the same again goes on from there"
+    )
+
+
 def _settings(options: MergeOptions) -> RunSettings:
     io = options.get("io", "auto")
     if io not in IO_CHOICES:
@@ -253,6 +315,9 @@ def _settings(options: MergeOptions) -> RunSettings:
     backend = options.get("backend", "auto")
     if backend not in BACKEND_CHOICES:
         raise RecipeError(f"backend {backend!r}: must be one of {', '.join(BACKEND_CHOICES)}")
+    on_nonfinite = options.get("on_nonfinite", WARN)
+    if on_nonfinite not in (WARN, ERROR):
+        raise RecipeError(f"on_nonfinite {on_nonfinite!r}: must be {WARN} or {ERROR}")
     workers = options.get("workers")
     if workers is not None and not 1 <= workers <= MOST_WORKERS:
         raise RecipeError(f"workers {workers}: must be from 1 to {MOST_WORKERS}")
@@ -266,6 +331,8 @@ def _settings(options: MergeOptions) -> RunSettings:
         max_vram_nbytes=None if max_vram is None else parse_size(max_vram),
         overwrite=options.get("overwrite", False),
         fsync=options.get("fsync", True),
+        restart=options.get("restart", False),
+        on_nonfinite=on_nonfinite,
     )
 
 

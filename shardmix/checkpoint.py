@@ -4,12 +4,13 @@ Reads headers and small JSON files, never tensor data. Tensors are kept in colum
 tensor), so that ten checkpoints of 90,000 tensors fit beside a tight budget.
 """
 
+import hashlib
 import json
 import os
 import stat
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,10 @@ class ShardFile:
     """Where it lies."""
     nbytes: int
     """Its size."""
+    mtime_ns: int
+    """When it was last modified, in nanoseconds since 1970."""
+    header_sha256: str = ""
+    """SHA-256 (hex) of its header; with size and time, what it is known by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,8 @@ class Checkpoint:
     """The model's folder, with config and tokenizer."""
     hub_id: str | None
     """`org/name`, where it came from the Hub."""
+    commit: str | None
+    """The commit on the Hub that its files are of."""
     is_single_file: bool
     """The source is a file, not a folder."""
     shards: tuple[ShardFile, ...]
@@ -115,15 +122,18 @@ def open_checkpoint(source: str) -> Checkpoint:
     else:
         folder = located.path
         weight_map, paths = _weight_files(source, folder)
-    shards = tuple(ShardFile(path, _regular_file_nbytes(source, path)) for path in paths)
+    shards, table = _read_table(
+        source, folder, [_regular_file(source, path) for path in paths], weight_map
+    )
     return Checkpoint(
         source=source,
         folder=folder,
         hub_id=located.hub_id,
+        commit=located.commit,
         is_single_file=is_single_file,
         shards=shards,
         config=read_config(folder),
-        table=_read_table(source, folder, shards, weight_map),
+        table=table,
     )
 
 
@@ -198,22 +208,24 @@ def _check_inside(index_path: Path, name: str) -> None:
         raise SourceError(f"{index_path}: names {name!r}, which is not a .safetensors file")
 
 
-def _regular_file_nbytes(source: str, path: Path) -> int:
+def _regular_file(source: str, path: Path) -> ShardFile:
     try:
         status = path.stat()
     except OSError as error:
         raise SourceError(f"{source}: {path.name} cannot be read ({error.strerror})") from None
     if not stat.S_ISREG(status.st_mode):
         raise SourceError(f"{source}: {path.name} is not a regular file")
-    return status.st_size
+    return ShardFile(path, status.st_size, status.st_mtime_ns)
 
 
 def _read_table(
     source: str,
     folder: Path,
-    shards: tuple[ShardFile, ...],
+    shards: Sequence[ShardFile],
     weight_map: dict[str, str] | None,
-) -> TensorTable:
+) -> tuple[tuple[ShardFile, ...], TensorTable]:
+    """Return the files, now known by their headers, and the tensors in them."""
+    known: list[ShardFile] = []
     names: list[str] = []
     shapes: list[tuple[int, ...]] = []
     dtype_ranks: list[int] = []
@@ -222,7 +234,8 @@ def _read_table(
     nbytes: list[int] = []
     shape_pool: dict[tuple[int, ...], tuple[int, ...]] = {}
     for file_index, shard in enumerate(shards):
-        entries, data_start = _read_header(shard)
+        entries, data_start, header_sha256 = _read_header(shard)
+        known.append(replace(shard, header_sha256=header_sha256))
         if weight_map is not None:
             entries = _named_by_index(source, shard.path.relative_to(folder), entries, weight_map)
         ordered = sorted(entries.items(), key=_data_order)
@@ -239,7 +252,7 @@ def _read_table(
             f"{source}: {INDEX_NAME} names tensors that their files do not hold: "
             f"{', '.join(missing)}; fetch the checkpoint again"
         )
-    return TensorTable(
+    table = TensorTable(
         names=tuple(names),
         shapes=tuple(shapes),
         dtype_ranks=np.array(dtype_ranks, dtype=np.uint8),
@@ -247,6 +260,7 @@ def _read_table(
         starts=np.array(starts, dtype=np.int64),
         nbytes=np.array(nbytes, dtype=np.int64),
     )
+    return tuple(known), table
 
 
 def _data_order(item: tuple[str, HeaderEntry]) -> tuple[int, int]:
@@ -267,12 +281,13 @@ def _named_by_index(
     return {name: entry for name, entry in entries.items() if weight_map[name] == file_name}
 
 
-def _read_header(shard: ShardFile) -> tuple[dict[str, HeaderEntry], int]:
-    """Return a file's entries, and where in the file its data starts."""
+def _read_header(shard: ShardFile) -> tuple[dict[str, HeaderEntry], int, str]:
+    """Return a file's entries, where in the file its data starts, and its header's SHA-256."""
     try:
         with shard.path.open("rb") as file:
             length = header_nbytes(file.read(HEADER_LENGTH_NBYTES), file_nbytes=shard.nbytes)
-            entries = decode_header(file.read(length), file_nbytes=shard.nbytes)
+            header = file.read(length)
+            entries = decode_header(header, file_nbytes=shard.nbytes)
         # Our own decoding gives offsets; whether the file is valid is for safetensors to say.
         with safe_open(shard.path, framework="np"):
             pass
@@ -284,4 +299,4 @@ def _read_header(shard: ShardFile) -> tuple[dict[str, HeaderEntry], int]:
         ) from None
     except OSError as error:
         raise SourceError(f"{shard.path}: cannot be read ({error.strerror})") from None
-    return entries, HEADER_LENGTH_NBYTES + length
+    return entries, HEADER_LENGTH_NBYTES + length, hashlib.sha256(header).hexdigest()

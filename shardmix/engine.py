@@ -1,4 +1,4 @@
-"""Carries a `MergePlan` out: strips from readers through reducers to writers, on several threads.
+"""Carries a `MergePlan` out: strips from readers through reducers to output, on several threads.
 
 Decides nothing about the output: names, offsets and strip size are the plan's. Prints nothing:
 progress goes to a callback, as events.
@@ -6,20 +6,26 @@ progress goes to a callback, as events.
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
+from shardmix.blocks import Block, Strip, strips
+from shardmix.digests import READ_NBYTES
 from shardmix.errors import MergeCancelled
+from shardmix.findings import LeafFindings
+from shardmix.journal import Journal
 from shardmix.memory import peak_resident_nbytes, resident_nbytes
 from shardmix.model_folder import write_companions, write_index, write_model_card
-from shardmix.plan import MergePlan, OutputShard, Run
-from shardmix.reader import Reader, open_reader
-from shardmix.reducer import Backend, Reducer, make_reducers, strip_num_elements
+from shardmix.output_shard import GrowingShard
+from shardmix.plan import MergePlan
+from shardmix.provenance import write_provenance
+from shardmix.reader import Reader, check_unchanged, open_reader
+from shardmix.reducer import Backend, Reducer, make_reducers
 from shardmix.safetensors_layout import element_nbytes
-from shardmix.staging import staged_folder
-from shardmix.writer import ShardWriter
+from shardmix.staging import Staging
+from shardmix.tensor_findings import strip_findings
+from shardmix.work import ShardTarget, Work
 
 _PROGRESS_SECONDS = 0.1
 
@@ -29,7 +35,9 @@ class ProgressEvent:
     """How far a merge is; sent about ten times a second, and once at its end."""
 
     num_bytes_done: int
-    """Source bytes merged."""
+    """Source bytes whose part of the output is done."""
+    num_bytes_kept: int
+    """Of these, the bytes whose part an earlier run had done."""
     num_bytes_total: int
     """Source bytes of the whole merge."""
     num_shards_done: int
@@ -55,147 +63,54 @@ class ExecutionResult:
     """Largest resident set of the process so far (VmHWM)."""
     peak_vram_nbytes: int
     """GPU memory that torch had reserved at most; 0 on the CPU."""
-    disagreements: tuple[str, ...]
-    """Integer tensors that differ between models; the first model's were kept."""
+    num_bytes_kept: int
+    """Source bytes not read, since an earlier run had done their part of the output."""
+    findings: LeafFindings
+    """NaN and Inf in the output, and integer tensors that differ between models."""
 
 
 def execute(
     plan: MergePlan,
     backend: Backend,
+    staging: Staging,
+    journal: Journal,
     *,
     on_progress: OnProgress | None = None,
     cancel: threading.Event | None = None,
 ) -> ExecutionResult:
     """Carry out a plan on its loaded backend. The output appears as the last step, or not at all.
 
-    Raises `SourceError` or `OutputError` where a disk fails, `MergeCancelled` once `cancel` is
-    set; those, and KeyboardInterrupt, leave nothing behind.
+    Goes on from what the journal claims and the staging folder holds. Raises `SourceError` or
+    `OutputError` where a disk fails, `NonfiniteError` where that was asked for, `MergeCancelled`
+    once `cancel` is set; after those, and KeyboardInterrupt, a later run can go on.
     """
     started = time.perf_counter()
-    settings = plan.settings
-    staging = staged_folder(Path(plan.output), overwrite=settings.overwrite, fsync=settings.fsync)
-    with staging as folder, backend.running():
-        work = _Work(plan, folder)
-        _run_workers(plan, backend, work, on_progress, cancel)
-        write_companions(plan, folder)
-        write_model_card(plan, folder)
-        # Last: with it, a folder of shards becomes a model.
-        write_index(plan, folder)
+    settings, folder = plan.settings, staging.folder
+    work = Work(plan, lambda number: GrowingShard(plan, number, folder, journal))
+    run_blocks(plan, backend, work, on_progress, cancel)
+    write_companions(plan, folder)
+    write_model_card(plan, folder)
+    write_index(plan, folder)
+    write_provenance(plan, folder, work.file_digests, work.findings)
+    check_unchanged(plan.files)
+    staging.place(overwrite=settings.overwrite, fsync=settings.fsync)
     return ExecutionResult(
         seconds=time.perf_counter() - started,
         peak_resident_nbytes=peak_resident_nbytes(),
         peak_vram_nbytes=backend.peak_vram_nbytes(),
-        disagreements=work.disagreements(),
+        num_bytes_kept=work.num_bytes_kept,
+        findings=work.findings,
     )
 
 
-class _OpenShard:
-    """An output file being written, and how many of its strips are still to come."""
-
-    def __init__(self, folder: Path, planned: OutputShard, *, num_strips: int) -> None:
-        self.planned = planned
-        self.writer = ShardWriter(folder / planned.filename, file_nbytes=planned.file_nbytes)
-        self.num_strips_left = num_strips
-
-
-@dataclass(frozen=True, slots=True)
-class _Strip:
-    """A flat range of elements of a run, the same in every source and in the output."""
-
-    shard: _OpenShard
-    run: Run
-    start: int
-    num_elements: int
-
-    @property
-    def source_nbytes(self) -> int:
-        return self.num_elements * sum(element_nbytes(dtype) for dtype in self.run.dtypes)
-
-
-class _Work:
-    """Hands strips to the workers in plan order, and ends each shard with its last strip."""
-
-    def __init__(self, plan: MergePlan, folder: Path) -> None:
-        self._plan = plan
-        self._folder = folder
-        self._lock = threading.RLock()  # a shard of nothing ends while strips are handed out
-        self._strips = self._all_strips()
-        self._open: set[_OpenShard] = set()
-        self._disagreeing: dict[str, set[int]] = {}
-        self._error: BaseException | None = None
-        self._stopped = False
-        self.num_bytes_done = 0
-        self.num_shards_done = 0
-
-    def _all_strips(self) -> Iterator[_Strip]:
-        for planned in self._plan.shards:
-            steps = [
-                strip_num_elements(run, strip_nbytes=self._plan.memory.strip_nbytes)
-                for run in planned.runs
-            ]
-            num_strips = sum(
-                -(-run.num_elements // step) for run, step in zip(planned.runs, steps, strict=True)
-            )
-            shard = _OpenShard(self._folder, planned, num_strips=num_strips)
-            self._open.add(shard)
-            if num_strips == 0:  # nothing but empty tensors
-                self._finish(shard)
-            for run, step in zip(planned.runs, steps, strict=True):
-                for start in range(0, run.num_elements, step):
-                    yield _Strip(shard, run, start, min(step, run.num_elements - start))
-
-    def next_strip(self) -> _Strip | None:
-        """Return a strip that nobody has yet, or None at the end or after `stop`."""
-        with self._lock:
-            return None if self._stopped else next(self._strips, None)
-
-    def strip_written(self, strip: _Strip, disagreeing: frozenset[int]) -> None:
-        """Count a strip as done; the worker that ends a shard's last strip ends the shard."""
-        with self._lock:
-            self.num_bytes_done += strip.source_nbytes
-            strip.shard.num_strips_left -= 1
-            is_last = strip.shard.num_strips_left == 0
-            if disagreeing:
-                self._disagreeing.setdefault(strip.run.name, set()).update(disagreeing)
-        if is_last:
-            self._finish(strip.shard)
-
-    def stop(self, error: BaseException | None = None) -> None:
-        """Hand out no more strips; the first error is the one to raise."""
-        with self._lock:
-            self._stopped = True
-            self._error = self._error or error
-
-    def close(self) -> None:
-        """Close what is still open, then raise the first worker's error, if there was one."""
-        for shard in list(self._open):
-            shard.writer.close()
-        if self._error is not None:
-            raise self._error
-
-    def disagreements(self) -> tuple[str, ...]:
-        """Say which integer tensors differ between models."""
-        sources = self._plan.sources
-        return tuple(
-            f"{name}: differs in {', '.join(sources[model] for model in sorted(models))}; integers "
-            f"are not averaged: {sources[0]}'s were kept"
-            for name, models in sorted(self._disagreeing.items())
-        )
-
-    def _finish(self, shard: _OpenShard) -> None:
-        shard.writer.finish(shard.planned.header, fsync=self._plan.settings.fsync)
-        with self._lock:
-            self._open.discard(shard)
-            self.num_shards_done += 1
-
-
-def _run_workers(
+def run_blocks(
     plan: MergePlan,
     backend: Backend,
-    work: _Work,
-    on_progress: OnProgress | None,
-    cancel: threading.Event | None,
+    work: Work,
+    on_progress: OnProgress | None = None,
+    cancel: threading.Event | None = None,
 ) -> None:
+    """Merge every block of the work, on the plan's workers; raise the first error of any."""
     started = time.perf_counter()
 
     def report() -> None:
@@ -203,6 +118,7 @@ def _run_workers(
             on_progress(
                 ProgressEvent(
                     num_bytes_done=work.num_bytes_done,
+                    num_bytes_kept=work.num_bytes_kept,
                     num_bytes_total=plan.read_nbytes,
                     num_shards_done=work.num_shards_done,
                     num_shards_total=len(plan.shards),
@@ -217,45 +133,85 @@ def _run_workers(
         )
         for number in range(plan.memory.workers)
     ]
-    try:
-        for thread in threads:
-            thread.start()
-        report()
-        for thread in threads:
-            while thread.is_alive():
-                _stop_if_cancelled(work, cancel)
-                thread.join(_PROGRESS_SECONDS)
-                report()
-        _stop_if_cancelled(work, cancel)
-        report()
-    finally:
-        # Also on KeyboardInterrupt, or an error of the callback: no thread outlives the merge.
-        work.stop()
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
-        work.close()
+    with backend.running():
+        try:
+            for thread in threads:
+                thread.start()
+            report()
+            for thread in threads:
+                while thread.is_alive():
+                    _stop_if_cancelled(work, cancel)
+                    thread.join(_PROGRESS_SECONDS)
+                    report()
+            _stop_if_cancelled(work, cancel)
+            report()
+        finally:
+            # Also on KeyboardInterrupt, or an error of the callback: no thread outlives the merge.
+            work.stop()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+            work.close()
 
 
-def _stop_if_cancelled(work: _Work, cancel: threading.Event | None) -> None:
+def _stop_if_cancelled(work: Work, cancel: threading.Event | None) -> None:
     if cancel is not None and cancel.is_set():
-        work.stop(MergeCancelled("the merge was cancelled; nothing was written"))
+        work.stop(MergeCancelled("the merge was cancelled"))
 
 
-def _work_through(plan: MergePlan, backend: Backend, work: _Work) -> None:
-    """Merge strip after strip until there is none left: what each worker does."""
+def _work_through(plan: MergePlan, backend: Backend, work: Work) -> None:
+    """Merge block after block until there is none left: what each worker does."""
     try:
         reducers = make_reducers(backend, strip_nbytes=plan.memory.strip_nbytes)
+        buffer = memoryview(bytearray(READ_NBYTES))
         with closing(open_reader(plan.settings.io, plan.files)) as reader:
-            while (strip := work.next_strip()) is not None:
-                reducer = reducers[strip.run.reduction]
-                _merge_strip(strip, reader, reducer)
-                work.strip_written(strip, reducer.disagreeing)
+            while (handed_out := work.next_block()) is not None:
+                shard, block = handed_out
+                if _merge_block(plan, work, shard.target, block, reader, reducers, buffer):
+                    work.block_done(shard)
     except BaseException as error:
         work.stop(error)
 
 
-def _merge_strip(strip: _Strip, reader: Reader, reducer: Reducer) -> None:
+def _merge_block(
+    plan: MergePlan,
+    work: Work,
+    target: ShardTarget,
+    block: Block,
+    reader: Reader,
+    reducers: Mapping[str, Reducer],
+    buffer: memoryview,
+) -> bool:
+    """Merge what is not there yet of a block; return whether it was not stopped before its end."""
+    planned, strip_nbytes = plan.shards[block.shard], plan.memory.strip_nbytes
+    leaf = block.first_leaf
+    while leaf < block.stop_leaf:
+        if work.is_stopped:
+            return False
+        findings = target.kept(leaf, buffer)
+        if findings is not None:
+            for strip in strips(planned, leaf, leaf + 1, strip_nbytes=strip_nbytes):
+                work.count(strip.source_nbytes, kept=True)
+            work.found(findings)
+            leaf += 1
+            continue
+        first, leaf = leaf, target.next_claimed(leaf + 1, block.stop_leaf)
+        leaves = target.begin(first, leaf)
+        for strip in strips(planned, first, leaf, strip_nbytes=strip_nbytes):
+            if work.is_stopped:
+                return False
+            reducer = reducers[strip.run.reduction]
+            data = _merge_strip(strip, reader, reducer)
+            if reducer.disagreeing or not reducer.is_finite:
+                for found_in, findings in strip_findings(strip, reducer, planned):
+                    work.found(findings)
+                    leaves.note(found_in, findings)
+            leaves.write(strip.out_position, data)
+            work.count(strip.source_nbytes)
+    return True
+
+
+def _merge_strip(strip: Strip, reader: Reader, reducer: Reducer) -> memoryview:
     run, start = strip.run, strip.start
     reducer.begin(run, strip.num_elements)
     for source, (file, offset, dtype) in enumerate(
@@ -264,5 +220,4 @@ def _merge_strip(strip: _Strip, reader: Reader, reducer: Reducer) -> None:
         position = offset + start * element_nbytes(dtype)
         reducer.add(source, reader.view(file, position, reducer.staging(source)))
         reader.release()
-    position = run.out_offset + start * element_nbytes(run.out_dtype)
-    strip.shard.writer.write(position, reducer.finish())
+    return reducer.finish()

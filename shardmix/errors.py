@@ -29,12 +29,16 @@ class BudgetError(ShardmixError):
     """The memory budget is too small to work in."""
 
 
+class NonfiniteError(ShardmixError):
+    """The merged weights hold NaN or Inf, and that was to be an error."""
+
+
 class OutputError(ShardmixError):
     """The output cannot be written where it was asked for."""
 
 
 class MergeCancelled(ShardmixError):  # noqa: N818 - it is an outcome, not a fault
-    """The merge was cancelled through its cancel event; nothing was left behind."""
+    """The merge was cancelled through its cancel event; what is done is kept for another run."""
 
 
 def one_line(error: BaseException | None, limit: int = 200) -> str:

@@ -1,6 +1,9 @@
-"""What the disks are like: free space, and how much one call moves."""
+"""What the disks are like: free space, how much one call moves, when data goes to disk."""
 
+import ctypes
+import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 MAX_IO_NBYTES = 0x7FFFF000
@@ -12,3 +15,22 @@ def free_nbytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
+    """Start to write a range of a file to disk, without waiting for it; a hint, no promise."""
+    sync_file_range = _sync_file_range()
+    if sync_file_range is not None:
+        sync_file_range(descriptor, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
+
+
+_SYNC_FILE_RANGE_WRITE = 2
+
+
+@functools.cache
+def _sync_file_range() -> Callable[..., int] | None:
+    """Return Linux's call; None on other systems."""
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if call is not None:
+        call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return call

@@ -35,6 +35,8 @@ class LocalSource:
     """A model folder, or one `.safetensors` file."""
     hub_id: str | None = None
     """`org/name`, where it came from the Hub."""
+    commit: str | None = None
+    """The commit that its files are of, where it came from the Hub."""
 
 
 def locate(source: str, *, with_weights: bool = True) -> LocalSource:
@@ -57,7 +59,8 @@ def locate(source: str, *, with_weights: bool = True) -> LocalSource:
         )
     repo_id, _, revision = source.partition("@")
     folder = _download(repo_id, revision or None, with_weights=with_weights)
-    return LocalSource(folder, hub_id=repo_id)
+    # The cache keeps each commit's files in a folder of that name.
+    return LocalSource(folder, hub_id=repo_id, commit=folder.name)
 
 
 def _download(repo_id: str, revision: str | None, *, with_weights: bool) -> Path:

@@ -7,10 +7,12 @@ engine carries it out, and neither has to ask the other anything.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import msgspec
 
 from shardmix.memory import MemoryPlan
+from shardmix.safetensors_layout import HEADER_LENGTH_NBYTES
 
 LINEAR = "linear"
 """Reduction: the weighted sum of floats."""
@@ -25,6 +27,11 @@ NUMBA = "numba"
 NUMBA_DTYPES = frozenset({"BF16", "F32"})
 """What those loops read and write."""
 
+WARN = "warn"
+"""On NaN and Inf in the output: count them, and tell of them."""
+ERROR = "error"
+"""On NaN and Inf in the output: stop at the first."""
+
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
@@ -34,6 +41,12 @@ class SourceFile:
     """Absolute path."""
     nbytes: int
     """Its size when planned."""
+    mtime_ns: int | None = None
+    """When it was last modified, in nanoseconds since 1970; None: not looked at."""
+    header_sha256: str = ""
+    """SHA-256 (hex) of its header."""
+    model: int = 0
+    """Whose it is: an index into `MergePlan.sources`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +96,11 @@ class OutputShard:
     runs: tuple[Run, ...]
     """Its data, in order."""
 
+    def head(self) -> bytes:
+        """Return the file's first bytes: the header's length, then the header."""
+        encoded = self.header.encode()
+        return len(encoded).to_bytes(HEADER_LENGTH_NBYTES, "little") + encoded
+
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
@@ -104,6 +122,10 @@ class RunSettings:
     """Replace an existing output."""
     fsync: bool = True
     """Force files to disk before the output appears."""
+    restart: bool = False
+    """Throw away what an earlier run has left, rather than go on from it."""
+    on_nonfinite: str = WARN
+    """WARN or ERROR: what to do about NaN and Inf in the output."""
 
     @property
     def on_cuda(self) -> bool:
@@ -121,6 +143,8 @@ class MergePlan:
     """What the model card calls them: Hub id with revision, or a name without a path."""
     hub_ids: tuple[str | None, ...]
     """`org/name` of those that came from the Hub."""
+    commits: tuple[str | None, ...]
+    """The commits that these are of."""
     weights: tuple[float, ...]
     """The factor of each source, in double precision."""
     dtype: str
@@ -129,6 +153,10 @@ class MergePlan:
     """What was asked for; None: the first model's own shards."""
     model_type: str | None
     """What was asked for; an encoder's output also loads in sentence-transformers."""
+    digest_algorithm: str
+    """What the output's files are hashed with: one of `digests.ALGORITHMS`."""
+    record_paths: bool
+    """The output's provenance tells where on this machine the sources lie."""
     output: str
     """Absolute path of the output folder."""
     base_name: str
@@ -185,15 +213,35 @@ class MergePlan:
     def digest(self) -> str:
         """Return a SHA-256 (hex) of all that decides the output's bytes.
 
-        Where the output goes, how it is read and how much memory it takes are left out: two plans
-        of one digest write the same files.
+        Where sources lie and the output goes, how they are read and how much memory that takes are
+        left out: from the same bytes, two plans of one digest write the same files.
         """
-        irrelevant = {"output", "settings", "memory", "warnings"}
+        irrelevant = {"sources", "output", "base_folder", "settings", "memory", "warnings"}
         content = {
             key: value for key, value in msgspec.to_builtins(self).items() if key not in irrelevant
         }
+        content["files"] = [
+            (Path(file.path).name, file.nbytes, file.header_sha256, file.model)
+            for file in self.files
+        ]
         encoded = msgspec.json.encode(content, order="deterministic")
         return hashlib.sha256(encoded).hexdigest()
+
+    def file_identities(self) -> list[dict[str, str | int | None]]:
+        """Return what every weight file is known by: its place, size, age and header.
+
+        Of a file from the Hub neither place nor age matter, since its commit stands for it.
+        """
+        return [
+            {
+                "file": Path(file.path).name if self.commits[file.model] else file.path,
+                "commit": self.commits[file.model],
+                "size": file.nbytes,
+                "modified": None if self.commits[file.model] else file.mtime_ns,
+                "header": file.header_sha256,
+            }
+            for file in self.files
+        ]
 
     def to_json(self) -> bytes:
         """Return the plan as JSON; `from_json` gives an equal plan back."""

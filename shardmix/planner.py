@@ -5,12 +5,15 @@ Pure but for looking up files beside the weights and how much memory is in use.
 """
 
 import importlib.util
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 from shardmix.checkpoint import CONFIG_NAME, Checkpoint
 from shardmix.companions import find_companions, unmerged_weights
+from shardmix.digests import XXH3
 from shardmix.errors import RecipeError
 from shardmix.matching import MatchedTensors, match_tensors
 from shardmix.memory import BEST_STRIP_NBYTES, MemoryPlan, fit_memory, reserved_nbytes
@@ -28,6 +31,11 @@ from shardmix.recipe import OUT_DTYPES, Recipe
 from shardmix.safetensors_layout import DTYPES, FLOAT_DTYPES, tensor_nbytes
 from shardmix.shard_layout import plan_shards
 
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+else:
+    from typing_extensions import Unpack
+
 _TORCH_NAMES = {"F64": "float64", **{dtype: name for name, dtype in OUT_DTYPES.items()}}
 
 
@@ -43,13 +51,23 @@ class Donor:
     """What its config says of `tie_word_embeddings`."""
 
 
+class Outcome(TypedDict, total=False):
+    """Where an output goes, and what it tells of itself."""
+
+    output: Path | None
+    """The folder to make; None where that is left open."""
+    digest_algorithm: str
+    """What its files are hashed with; default: XXH3."""
+    record_paths: bool
+    """Its provenance tells where on this machine the sources lie; default: it doesn't."""
+
+
 def plan_merge(
     recipe: Recipe,
     checkpoints: Sequence[Checkpoint],
     donor: Donor,
     settings: RunSettings,
-    *,
-    output: Path | None,
+    **outcome: Unpack[Outcome],
 ) -> MergePlan:
     """Plan a merge of the recipe's checkpoints, given in its order.
 
@@ -74,19 +92,24 @@ def plan_merge(
         sources=recipe.sources,
         public_names=tuple(public_name(checkpoint) for checkpoint in checkpoints),
         hub_ids=tuple(checkpoint.hub_id for checkpoint in checkpoints),
+        commits=tuple(checkpoint.commit for checkpoint in checkpoints),
         weights=recipe.weights,
         dtype=recipe.dtype,
         max_shard_size=recipe.max_shard_size,
         model_type=recipe.model_type,
-        output=str(output) if output is not None else "",
+        digest_algorithm=outcome.get("digest_algorithm", XXH3),
+        record_paths=outcome.get("record_paths", False),
+        output=str(outcome.get("output") or ""),
         base_name=donor.name,
         base_folder=str(donor.folder.absolute()),
         companions=companions,
         config_dtype=_main_float_dtype(matched, out_dtypes),
         untie_word_embeddings=matched.untie_word_embeddings,
         files=tuple(
-            SourceFile(str(shard.path.absolute()), shard.nbytes)
-            for checkpoint in checkpoints
+            SourceFile(
+                str(shard.path.absolute()), shard.nbytes, shard.mtime_ns, shard.header_sha256, model
+            )
+            for model, checkpoint in enumerate(checkpoints)
             for shard in checkpoint.shards
         ),
         shards=shards,

@@ -3,9 +3,12 @@
 The field names are those of the `--json` output. Reads no files.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shardmix.checkpoint import Checkpoint
+from shardmix.engine import ExecutionResult
+from shardmix.findings import LeafFindings
 from shardmix.naming import (
     has_language_model_head,
     input_embedding,
@@ -15,6 +18,9 @@ from shardmix.naming import (
 from shardmix.plan import MergePlan
 from shardmix.safetensors_layout import TensorInfo
 from shardmix.scorer.report import ScoreReport
+from shardmix.work import nonfinite_finding
+
+_MOST_NAMED = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +78,29 @@ class PlanReport:
     companions: tuple[str, ...]
     """Files that go along with the weights."""
     plan_digest: str
-    """Plans of one digest write the same bytes."""
+    """Plans of one digest write the same bytes from the same sources."""
     warnings: tuple[str, ...]
     """What to know beforehand."""
+    digest: str
+    """What the output's files are to be hashed with: xxh3, blake3 or sha256."""
     disk_needed_bytes: int
     """What the output takes."""
     disk_free_bytes: int | None
     """Room on the output's disk; None where no output was named."""
+
+
+@dataclass(frozen=True, slots=True)
+class NonfiniteReport:
+    """What a tensor of an output holds that is not finite."""
+
+    name: str
+    """The tensor."""
+    num_nan: int
+    """Values that are not a number."""
+    num_inf: int
+    """Values that are infinite."""
+    num_overflowed: int
+    """Of these, the values that rounding to the output's dtype made so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +115,10 @@ class MergeReport:
     """Models merged."""
     bytes_read: int
     """Weights read."""
+    bytes_kept: int
+    """Weights not read, since an earlier run had done their part of the output."""
     bytes_written: int
-    """Weight files written."""
+    """Weight files of the output."""
     seconds: float
     """From the first read until the output was in place."""
     device: str
@@ -117,6 +141,10 @@ class MergeReport:
     """In source order, as used."""
     shards: tuple[ShardReport, ...]
     """The files written."""
+    digest: str
+    """What the output's files are hashed with: xxh3, blake3 or sha256."""
+    nonfinite: tuple[NonfiniteReport, ...]
+    """Tensors of the output that hold NaN or Inf."""
     warnings: tuple[str, ...]
     """What to know about the output."""
     scores: ScoreReport | None = None
@@ -170,6 +198,7 @@ def describe_plan(plan: MergePlan, *, disk_free: int | None) -> PlanReport:
         shards=_shard_reports(plan),
         companions=plan.companions,
         plan_digest=plan.digest(),
+        digest=plan.digest_algorithm,
         warnings=plan.warnings,
         disk_needed_bytes=plan.disk_needed_nbytes,
         disk_free_bytes=disk_free,
@@ -178,32 +207,60 @@ def describe_plan(plan: MergePlan, *, disk_free: int | None) -> PlanReport:
 
 def describe_merge(
     plan: MergePlan,
+    result: ExecutionResult,
     *,
-    seconds: float,
-    peak_rss: int,
-    peak_vram: int,
-    warnings: tuple[str, ...],
+    notes: tuple[str, ...],
 ) -> MergeReport:
-    """Return what carrying out a plan came to; `warnings` come after the plan's own."""
+    """Return what carrying out a plan came to; `notes` come after the plan's own warnings."""
     return MergeReport(
         output=plan.output,
         num_tensors=plan.num_tensors,
         num_models=plan.num_models,
-        bytes_read=plan.read_nbytes,
+        bytes_read=plan.read_nbytes - result.num_bytes_kept,
+        bytes_kept=result.num_bytes_kept,
         bytes_written=plan.write_nbytes,
-        seconds=seconds,
+        seconds=result.seconds,
         device=plan.settings.device,
         io=plan.settings.io,
         backend=plan.settings.backend,
         strip_bytes=plan.memory.strip_nbytes,
         workers=plan.memory.workers,
         projected_peak_bytes=plan.memory.projected_peak_nbytes,
-        peak_rss_bytes=peak_rss,
-        peak_vram_bytes=peak_vram,
+        peak_rss_bytes=result.peak_resident_nbytes,
+        peak_vram_bytes=result.peak_vram_nbytes,
         weights=plan.weights,
         shards=_shard_reports(plan),
-        warnings=plan.warnings + warnings,
+        digest=plan.digest_algorithm,
+        nonfinite=tuple(
+            NonfiniteReport(name, *counts)
+            for name, counts in sorted(result.findings.nonfinite.items())
+        ),
+        warnings=(
+            *plan.warnings,
+            *notes,
+            *_nonfinite_warnings(plan, result.findings),
+            *_disagreements(plan, result.findings),
+        ),
     )
+
+
+def _nonfinite_warnings(plan: MergePlan, findings: LeafFindings) -> Iterator[str]:
+    """Name the tensors that hold NaN or Inf: the first ones, since it may be all of a model."""
+    found = sorted(findings.nonfinite.items())
+    for name, counts in found[:_MOST_NAMED]:
+        yield f"{name}: {nonfinite_finding(counts, plan)}"
+    if len(found) > _MOST_NAMED:
+        yield f"{len(found) - _MOST_NAMED} more tensors hold NaN or Inf; --json lists them"
+
+
+def _disagreements(plan: MergePlan, findings: LeafFindings) -> Iterator[str]:
+    """Say which integer tensors differ between models."""
+    sources = plan.sources
+    for name, models in sorted(findings.disagreeing.items()):
+        yield (
+            f"{name}: differs in {', '.join(sources[model] for model in models)}; integers are not "
+            f"averaged: {sources[0]}'s were kept"
+        )
 
 
 def describe_model(checkpoint: Checkpoint) -> ModelReport:

@@ -6,24 +6,24 @@ No shard is ever buffered. Knows bytes and offsets, not tensors.
 import errno
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+from shardmix.digests import read_range
 from shardmix.errors import OutputError
-from shardmix.filesystem import MAX_IO_NBYTES
-from shardmix.safetensors_layout import HEADER_LENGTH_NBYTES
+from shardmix.filesystem import MAX_IO_NBYTES, start_writeback
 
 
 class ShardWriter:
-    """One output file, open for strips from several threads."""
+    """One output file, new or begun by an earlier run, open for strips from several threads."""
 
     def __init__(self, path: Path, *, file_nbytes: int) -> None:
         self._path = path
         self._lock = threading.Lock()
         self._descriptor = -1
         try:
-            self._descriptor = os.open(
-                path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666
-            )
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._descriptor = os.open(path, flags, 0o666)
             os.truncate(self._descriptor, file_nbytes)
         except OSError as error:
             self.close()
@@ -39,14 +39,23 @@ class ShardWriter:
         except OSError as error:
             raise _output_error(self._path, error) from None
 
-    def finish(self, header: str, *, fsync: bool) -> None:
-        """Write the header, force the file to disk if wanted, and close it.
+    def read(self, start: int, stop: int, buffer: memoryview) -> Iterator[memoryview]:
+        """Yield what was written in a range, in pieces as large as the buffer read into."""
+        try:
+            yield from read_range(self._descriptor, start, stop, buffer)
+        except OSError as error:
+            raise OutputError(f"{self._path}: cannot be read ({error.strerror})") from None
 
-        The header comes last: until then the file is not valid safetensors.
+    def start_writeback(self, offset: int, nbytes: int) -> None:
+        """Have the system start to write a range to disk, so that `finish` has little to wait for."""
+        start_writeback(self._descriptor, offset, nbytes)
+
+    def finish(self, head: bytes, *, fsync: bool) -> None:
+        """Write the file's first bytes, force it to disk if wanted, and close it.
+
+        They come last: until then the file is not valid safetensors.
         """
-        encoded = header.encode()
-        self.write(HEADER_LENGTH_NBYTES, memoryview(encoded))
-        self.write(0, memoryview(len(encoded).to_bytes(HEADER_LENGTH_NBYTES, "little")))
+        self.write(0, memoryview(head))
         try:
             if fsync:
                 os.fsync(self._descriptor)

@@ -1,0 +1,90 @@
+"""How an output file's bytes are divided into work: blocks of leaves, and strips within them.
+
+A block is a range of whole leaves and belongs to one worker, which goes through it in order: so
+leaves are hashed as they are written. A strip is what is in memory at once. Pure: counts, reads
+nothing.
+"""
+
+import bisect
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from shardmix.digests import LEAF_NBYTES, is_sequential, num_leaves
+from shardmix.plan import MergePlan, OutputShard, Run
+from shardmix.reducer import strip_num_elements
+from shardmix.safetensors_layout import element_nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Leaves of one output file, for one worker."""
+
+    shard: int
+    """Index into `MergePlan.shards`."""
+    first_leaf: int
+    """The first of them."""
+    stop_leaf: int
+    """One past the last."""
+    is_last: bool
+    """Whether the file ends with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """A flat range of elements of a run, the same in every source and in the output."""
+
+    run: Run
+    """What it is part of."""
+    start: int
+    """Its first element within the run."""
+    num_elements: int
+    """Its length."""
+
+    @property
+    def out_position(self) -> int:
+        """Its first byte in the output file."""
+        return self.run.out_offset + self.start * element_nbytes(self.run.out_dtype)
+
+    @property
+    def source_nbytes(self) -> int:
+        """What is read for it, of all sources."""
+        return self.num_elements * sum(element_nbytes(dtype) for dtype in self.run.dtypes)
+
+
+def blocks(plan: MergePlan) -> Iterator[Block]:
+    """Yield all work, in output order."""
+    for shard, planned in enumerate(plan.shards):
+        count = num_leaves(planned.file_nbytes)
+        step = count if is_sequential(plan.digest_algorithm) else _leaves_per_block(plan)
+        for first in range(0, count, step):
+            stop = min(first + step, count)
+            yield Block(shard, first, stop, is_last=stop == count)
+
+
+def strips(
+    planned: OutputShard, first_leaf: int, stop_leaf: int, *, strip_nbytes: int
+) -> Iterator[Strip]:
+    """Yield the strips that make up the data of some leaves, in order."""
+    position = max(first_leaf * LEAF_NBYTES, data_start(planned))
+    stop = min(stop_leaf * LEAF_NBYTES, planned.file_nbytes)
+    number = bisect.bisect_right(planned.runs, position, key=lambda run: run.out_offset) - 1
+    while position < stop:
+        run = planned.runs[number]
+        # Data is aligned to its elements, and so are leaves: a boundary never cuts one in two.
+        width = element_nbytes(run.out_dtype)
+        start = (position - run.out_offset) // width
+        end = min(run.num_elements, (stop - run.out_offset) // width)
+        step = strip_num_elements(run, strip_nbytes=strip_nbytes)
+        for first in range(start, end, step):
+            yield Strip(run, first, min(step, end - first))
+        position = run.out_offset + end * width
+        number += 1
+
+
+def data_start(planned: OutputShard) -> int:
+    """Return where in an output file its header ends."""
+    return planned.runs[0].out_offset if planned.runs else planned.file_nbytes
+
+
+def _leaves_per_block(plan: MergePlan) -> int:
+    return max(1, plan.memory.strip_nbytes // LEAF_NBYTES)

@@ -1,0 +1,246 @@
+"""The journal of a merge: which leaves of which output files are done, for a later run to go on.
+
+One JSON value a line: first what merge it is, then a line for each leaf. A line is a claim, no
+more: whoever goes on from it hashes the leaf's bytes again, so that neither a torn line nor data
+that a power cut took back can do harm. Nothing here needs to be forced to disk for that.
+"""
+
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from shardmix._version import __version__
+from shardmix.digests import LeafDigests
+from shardmix.errors import OutputError
+from shardmix.findings import NOTHING_FOUND, LeafFindings
+from shardmix.plan import MergePlan
+
+_FORMAT = 1
+
+
+class _Head(msgspec.Struct):
+    format: int
+    version: str
+    plan_digest: str
+    merge: dict[str, Any]
+    num_leaves: list[int]
+    shards: list[str]
+
+
+class _Line(msgspec.Struct, array_like=True):
+    shard: int
+    leaf: int
+    digest: str
+    findings: LeafFindings = NOTHING_FOUND
+
+
+@dataclass(frozen=True, slots=True)
+class JournalSummary:
+    """What a journal claims, for people who ask."""
+
+    merge: dict[str, Any]
+    """The merge, as `describe` has it."""
+    num_leaves_done: int
+    """Leaves claimed."""
+    num_leaves: int
+    """Leaves of the whole output."""
+    num_shards_done: int
+    """Output files all of whose leaves are claimed."""
+    num_shards: int
+    """Output files."""
+
+
+class Journal:
+    """A journal open for one merge: what was there, and what is added."""
+
+    def __init__(
+        self,
+        path: Path,
+        descriptor: int,
+        leaves: Sequence[LeafDigests],
+        findings: dict[str, LeafFindings],
+    ) -> None:
+        self._path = path
+        self._descriptor = descriptor
+        self._findings = findings
+        self._lock = threading.Lock()
+        self.leaves = leaves
+        """For each output file, the leaves that are claimed; those added join them."""
+
+    @property
+    def num_leaves_done(self) -> int:
+        """How many leaves are claimed."""
+        return sum(leaves.num_known for leaves in self.leaves)
+
+    def findings(self, shard: int, leaf: int) -> LeafFindings:
+        """Return what a claimed leaf's line told of it."""
+        return self._findings.get(f"{shard}/{leaf}", NOTHING_FOUND)
+
+    def add(self, shard: int, leaf: int, digest: bytes, findings: LeafFindings) -> None:
+        """Claim a leaf whose bytes are written. Raises `OutputError`."""
+        line = msgspec.json.encode(_Line(shard, leaf, digest.hex(), findings)) + b"\n"
+        with self._lock:
+            try:
+                os.write(self._descriptor, line)
+            except OSError as error:
+                raise OutputError(f"{self._path}: cannot be written ({error.strerror})") from None
+            self.leaves[shard].put(leaf, digest)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+
+def open_journal(path: Path, plan: MergePlan) -> Journal:
+    """Open a merge's journal, new or left by an earlier run of the same merge.
+
+    Raises `OutputError` where it is another merge's, and names the difference.
+    """
+    leaves = [LeafDigests(plan.digest_algorithm, shard.file_nbytes) for shard in plan.shards]
+    head = _Head(
+        _FORMAT,
+        __version__,
+        plan.digest(),
+        describe(plan),
+        list(map(len, leaves)),
+        [shard.filename for shard in plan.shards],
+    )
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            left = _read_head(path)
+            if left is None:  # new, or cut off before it said anything
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, msgspec.json.encode(head) + b"\n")
+                return Journal(path, descriptor, leaves, {})
+            _check_same(path, left, head)
+            findings, valid_nbytes = _read_lines(path, leaves)
+            os.ftruncate(descriptor, valid_nbytes)
+        except BaseException:
+            os.close(descriptor)
+            raise
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be used ({error.strerror}); check the disk") from None
+    return Journal(path, descriptor, leaves, findings)
+
+
+def describe(plan: MergePlan) -> dict[str, Any]:
+    """Return what makes a merge this one and no other, in words that its user knows."""
+    return {
+        "models": list(plan.public_names),
+        "weights": list(plan.weights),
+        "dtype": plan.dtype,
+        "base": plan.base_name,
+        "max_shard_size": plan.max_shard_size,
+        "model_type": plan.model_type,
+        "digest": plan.digest_algorithm,
+        "record_paths": plan.record_paths,
+        "files": plan.file_identities(),
+    }
+
+
+def summarise(path: Path) -> JournalSummary | None:
+    """Return what a journal claims; None where it says nothing. Raises OSError."""
+    head = _read_head(path)
+    if head is None:
+        return None
+    done: dict[int, set[int]] = {}
+    with path.open("rb") as file:
+        next(file)
+        for encoded in file:
+            try:
+                line = msgspec.json.decode(encoded, type=_Line)
+            except msgspec.MsgspecError:
+                break
+            done.setdefault(line.shard, set()).add(line.leaf)
+    return JournalSummary(
+        merge=head.merge,
+        num_leaves_done=sum(map(len, done.values())),
+        num_leaves=sum(head.num_leaves),
+        num_shards_done=sum(
+            len(done.get(shard, ())) == count for shard, count in enumerate(head.num_leaves)
+        ),
+        num_shards=len(head.num_leaves),
+    )
+
+
+def _read_head(path: Path) -> _Head | None:
+    with path.open("rb") as file:
+        encoded = file.readline()
+    if not encoded.endswith(b"\n"):
+        return None
+    try:
+        return msgspec.json.decode(encoded, type=_Head)
+    except msgspec.MsgspecError:
+        return None
+
+
+def _read_lines(path: Path, leaves: Sequence[LeafDigests]) -> tuple[dict[str, LeafFindings], int]:
+    """Take in the claims; return their findings, and where in the file the last good line ends."""
+    findings: dict[str, LeafFindings] = {}
+    with path.open("rb") as file:
+        end = len(file.readline())
+        for encoded in file:
+            try:
+                line = msgspec.json.decode(encoded, type=_Line)
+                digest = bytes.fromhex(line.digest)
+            except ValueError:  # torn; msgspec's errors are ValueErrors
+                break
+            if not encoded.endswith(b"\n"):
+                break
+            if not 0 <= line.shard < len(leaves) or not leaves[line.shard].fits(line.leaf, digest):
+                break
+            leaves[line.shard].put(line.leaf, digest)
+            key = f"{line.shard}/{line.leaf}"
+            findings.pop(key, None)
+            if line.findings:
+                findings[key] = line.findings
+            end += len(encoded)
+    return findings, end
+
+
+def _check_same(path: Path, then: _Head, now: _Head) -> None:
+    if (then.format, then.plan_digest, then.merge) == (now.format, now.plan_digest, now.merge):
+        return
+    remedy = (
+        "give the same again to go on from there, or throw it away with --restart (restart=True)"
+    )
+    if then.format != now.format:
+        found = f"was left by shardmix {then.version}, whose journal this one cannot read"
+    else:
+        differences = _differences(then.merge, now.merge)
+        found = "holds the beginning of another merge: " + ("; ".join(differences[:3]) or "")
+        if len(differences) > 3:
+            found += f"; and {len(differences) - 3} more differences"
+        if not differences:
+            found = f"holds a merge that shardmix {then.version} planned otherwise"
+    raise OutputError(f"{path.parent}: {found}; {remedy}")
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    found = [
+        f"{key.replace('_', ' ')} {_shown(then.get(key))} then, {_shown(now[key])} now"
+        for key in now
+        if key != "files" and then.get(key) != now[key]
+    ]
+    was = {file["file"]: file for file in then.get("files", [])}
+    for file in now["files"]:
+        before = was.get(file["file"])
+        if before is None and not found:
+            found.append(f"{file['file']} was not among its files")
+        elif before is not None and before != file:
+            parts = [key for key in ("commit", "size", "header") if before.get(key) != file[key]]
+            what = ", ".join(parts) if parts else "time of modification"
+            found.append(f"{file['file']} has changed since ({what})")
+    return found
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "none" if value is None else str(value)

@@ -1,0 +1,107 @@
+"""One process at a time in a folder: a lock that ends with its process, however that ends.
+
+The system's own lock on a file in the folder (`flock`), which no crash can leave behind; the file
+tells whose it is. Where a file system knows no locks, that telling has to do.
+"""
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+from shardmix.errors import OutputError
+
+LOCK_NAME = "lock"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
+
+
+def lock_folder(folder: Path) -> int:
+    """Make a folder if need be and lock it; return the descriptor whose closing unlocks it.
+
+    Raises `OutputError` where another process has it, or where it is a link; and OSError.
+    """
+    path = folder / LOCK_NAME
+    while True:
+        if folder.is_symlink():
+            raise OutputError(f"{folder}: is a link where a folder should be; remove it")
+        folder.mkdir(exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:  # whoever had it has just removed the folder
+            continue
+        try:
+            _lock(descriptor, folder)
+            if _is_at(descriptor, path):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # removed between opening and locking: nobody else would see it
+
+
+def lock_owner(folder: Path) -> int | None:
+    """Return the process that has a folder locked, or None; 0 where it cannot be told."""
+    try:
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _told(descriptor)
+    except OSError:
+        told = _told(descriptor)
+        return told if _is_alive(told) else None
+    else:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _taken(folder, _told(descriptor)) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        owner = _told(descriptor)
+        if owner != os.getpid() and _is_alive(owner):
+            raise _taken(folder, owner) from None
+
+
+def _taken(folder: Path, owner: int) -> OutputError:
+    who = f"process {owner}" if owner else "another process"
+    if owner == os.getpid():
+        who += " (this one)"
+    return OutputError(
+        f"{folder}: {who} is at work on this output; wait for it, stop it, or choose another output"
+    )
+
+
+def _told(descriptor: int) -> int:
+    told = os.pread(descriptor, 20, 0)
+    return int(told) if told.isdigit() else 0
+
+
+def _is_alive(process: int) -> bool:
+    if not process:
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        there = path.lstat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(descriptor), there)

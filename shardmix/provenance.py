@@ -1,0 +1,231 @@
+"""`shardmix.json`: what an output was made from, by what, and the digests of its files.
+
+Written into the output, and read back to verify it. Tells nothing of the machine that it was made
+on, unless that was asked for. What is read back may come from anyone.
+"""
+
+import os
+import stat
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import msgspec
+
+from shardmix._version import __version__
+from shardmix.digests import ALGORITHMS, LEAF_NBYTES, file_digest
+from shardmix.errors import OutputError, SourceError, one_line
+from shardmix.findings import LeafFindings
+from shardmix.plan import MergePlan
+
+PROVENANCE_NAME = "shardmix.json"
+_FORMAT = 1
+_MAX_NBYTES = 64_000_000
+_NOT_DIGESTED = ("README.md", PROVENANCE_NAME)
+"""A model card is for people to edit."""
+
+
+class SourceFileRecord(msgspec.Struct, frozen=True):
+    """One weight file of a source."""
+
+    name: str
+    """File name."""
+    bytes: int
+    """Its size."""
+    header_sha256: str
+    """SHA-256 (hex) of its header."""
+
+
+class SourceRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One model that was merged."""
+
+    name: str
+    """Hub id with revision, or the folder's or file's own name."""
+    weight: float
+    """Its factor, in full precision."""
+    files: tuple[SourceFileRecord, ...]
+    """Its weight files, in name order."""
+    hub_id: str | None = None
+    """`org/name`, where it came from the Hub."""
+    commit: str | None = None
+    """The commit on the Hub."""
+    path: str | None = None
+    """Where it lay, if that was to be recorded."""
+
+
+class FileRecord(msgspec.Struct, frozen=True):
+    """One file of the output."""
+
+    bytes: int
+    """Its size."""
+    digest: str
+    """Its digest (hex), by the algorithm of `Digests`."""
+
+
+class Digests(msgspec.Struct, frozen=True):
+    """What the output's files are to be."""
+
+    algorithm: str
+    """One of `digests.ALGORITHMS`."""
+    leaf_bytes: int
+    """Size of the leaves that files are hashed in (xxh3 and blake3)."""
+    files: dict[str, FileRecord]
+    """Path within the output → file."""
+
+
+class NonfiniteRecord(msgspec.Struct, frozen=True):
+    """What a merged tensor holds that is not finite."""
+
+    nan: int
+    """Values that are not a number."""
+    inf: int
+    """Values that are infinite."""
+    overflowed: int
+    """Of these, the values that rounding to the output's dtype made so."""
+
+
+class Provenance(msgspec.Struct, frozen=True, omit_defaults=True):
+    """All of `shardmix.json`."""
+
+    format: int
+    """Version of this layout."""
+    shardmix: str
+    """Version of shardmix."""
+    torch: str
+    """Version of torch."""
+    safetensors: str
+    """Version of safetensors."""
+    plan: str
+    """SHA-256 (hex) of all that decides the output's bytes."""
+    sources: tuple[SourceRecord, ...]
+    """The models, in the order in which they were added up."""
+    dtype: str
+    """The output dtype that was asked for."""
+    base: str
+    """What gave config, tokenizer and the other companion files."""
+    digests: Digests
+    """What the output's files are to be."""
+    max_shard_size: int | None = None
+    """Largest output shard that was asked for, in bytes."""
+    model_type: str | None = None
+    """What the models were said to be."""
+    nonfinite: dict[str, NonfiniteRecord] = {}
+    """NaN and Inf in the output, by tensor."""
+
+
+def write_provenance(
+    plan: MergePlan, folder: Path, shard_digests: Mapping[str, str], findings: LeafFindings
+) -> None:
+    """Write an output's `shardmix.json`, as its last file. Raises `OutputError`."""
+    try:
+        files = dict(_file_records(plan, folder, shard_digests))
+        provenance = Provenance(
+            format=_FORMAT,
+            shardmix=__version__,
+            torch=_installed("torch"),
+            safetensors=_installed("safetensors"),
+            plan=plan.digest(),
+            sources=tuple(_source_record(plan, model) for model in range(plan.num_models)),
+            dtype=plan.dtype,
+            base=plan.base_name,
+            digests=Digests(plan.digest_algorithm, LEAF_NBYTES, files),
+            max_shard_size=plan.max_shard_size,
+            model_type=plan.model_type,
+            nonfinite={
+                name: NonfiniteRecord(*counts)
+                for name, counts in sorted(findings.nonfinite.items())
+            },
+        )
+        text = msgspec.json.format(msgspec.json.encode(provenance), indent=2)
+        (folder / PROVENANCE_NAME).write_bytes(text + b"\n")
+    except OSError as error:
+        raise OutputError(
+            f"{folder / PROVENANCE_NAME}: cannot be written ({error.strerror})"
+        ) from None
+
+
+def read_provenance(folder: Path) -> Provenance:
+    """Read an output's `shardmix.json`. Raises `SourceError` where that is missing or strange."""
+    path = folder / PROVENANCE_NAME
+    try:
+        with open_regular(path) as file:
+            encoded = file.read(_MAX_NBYTES + 1)
+    except FileNotFoundError:
+        raise SourceError(
+            f"{folder}: has no {PROVENANCE_NAME}, which a merge by shardmix writes; there is "
+            "nothing to verify it against"
+        ) from None
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from None
+    try:
+        provenance = msgspec.json.decode(encoded, type=Provenance)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise SourceError(
+            f"{path}: is not a merge's {PROVENANCE_NAME} ({one_line(error)})"
+        ) from None
+    digests = provenance.digests
+    if provenance.format != _FORMAT or digests.leaf_bytes != LEAF_NBYTES:
+        raise SourceError(
+            f"{path}: was written by shardmix {provenance.shardmix} in a format that "
+            f"{__version__} does not know; verify it with that version"
+        )
+    if digests.algorithm not in ALGORITHMS:
+        raise SourceError(f"{path}: names the digest {digests.algorithm!r}, which is unknown")
+    for name in digests.files:
+        relative = PurePosixPath(name)
+        if relative.is_absolute() or ".." in relative.parts or "\0" in name or not relative.parts:
+            raise SourceError(f"{path}: names {name!r}, which lies outside the model's folder")
+    return provenance
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, but never wait for a pipe, nor read a device. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path.name} is not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _file_records(
+    plan: MergePlan, folder: Path, shard_digests: Mapping[str, str]
+) -> list[tuple[str, FileRecord]]:
+    """Return every file's record, by name; the shards were hashed as they were written."""
+    records = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name in _NOT_DIGESTED:
+            continue
+        digest = shard_digests.get(name)
+        if digest is None:
+            with path.open("rb") as file:
+                digest = file_digest(file.fileno(), plan.digest_algorithm)
+        records.append((name, FileRecord(path.stat().st_size, digest)))
+    return records
+
+
+def _source_record(plan: MergePlan, model: int) -> SourceRecord:
+    files = [file for file in plan.files if file.model == model]
+    return SourceRecord(
+        name=plan.public_names[model],
+        weight=plan.weights[model],
+        hub_id=plan.hub_ids[model],
+        commit=plan.commits[model],
+        path=str(Path(plan.sources[model]).absolute()) if _tells_path(plan, model) else None,
+        files=tuple(
+            SourceFileRecord(Path(file.path).name, file.nbytes, file.header_sha256)
+            for file in files
+        ),
+    )
+
+
+def _tells_path(plan: MergePlan, model: int) -> bool:
+    return plan.record_paths and plan.hub_ids[model] is None
+
+
+def _installed(package: str) -> str:
+    with suppress(PackageNotFoundError):
+        return version(package)
+    return ""

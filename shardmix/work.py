@@ -1,0 +1,153 @@
+"""Hands the blocks of a merge to its workers, and keeps count of what they have done and found.
+
+Knows no bytes: where output goes is behind `ShardTarget`.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from shardmix.blocks import Block, blocks
+from shardmix.errors import NonfiniteError
+from shardmix.findings import NOTHING_FOUND, LeafFindings, combined
+from shardmix.plan import ERROR, MergePlan
+
+
+class LeafTarget(Protocol):
+    """Where one worker puts a range of leaves, strip by strip, in order."""
+
+    def note(self, leaf: int, findings: LeafFindings) -> None:
+        """Remember what was found in the next strip's part of a leaf."""
+
+    def write(self, position: int, data: memoryview) -> None:
+        """Take the next strip's bytes."""
+
+
+class ShardTarget(Protocol):
+    """Where an output file's bytes go: into a file, or against one that exists."""
+
+    def kept(self, leaf: int, buffer: memoryview) -> LeafFindings | None:
+        """Return what is known of a leaf that is there already; None where it is to be merged."""
+
+    def next_claimed(self, leaf: int, stop_leaf: int) -> int:
+        """Return the first leaf from `leaf` on that may be there already, at most `stop_leaf`."""
+
+    def begin(self, first_leaf: int, stop_leaf: int) -> LeafTarget:
+        """Start a range of leaves."""
+
+    def finish(self) -> str:
+        """End the file, all of whose leaves are there; return its digest (hex)."""
+
+    def close(self) -> None:
+        """Close the file, finished or not."""
+
+
+class ShardInWork:
+    """An output file that workers are at, and how many of its blocks are still to come."""
+
+    def __init__(self, number: int, target: ShardTarget) -> None:
+        self.number = number
+        self.target = target
+        self.num_blocks_left = 0
+        self.is_all_handed_out = False
+
+
+class Work:
+    """Blocks in plan order, each to one worker; whoever ends a file's last block ends the file."""
+
+    def __init__(self, plan: MergePlan, open_shard: Callable[[int], ShardTarget]) -> None:
+        self._plan = plan
+        self._open_shard = open_shard
+        self._lock = threading.Lock()
+        self._blocks = self._all_blocks()
+        self._open: set[ShardInWork] = set()
+        self._findings: LeafFindings = NOTHING_FOUND
+        self._error: BaseException | None = None
+        self.is_stopped = False
+        self.num_bytes_done = 0
+        self.num_bytes_kept = 0
+        self.file_digests: dict[str, str] = {}
+
+    def _all_blocks(self) -> Iterator[tuple[ShardInWork, Block]]:
+        shard: ShardInWork | None = None
+        for block in blocks(self._plan):
+            if shard is None or shard.number != block.shard:
+                shard = ShardInWork(block.shard, self._open_shard(block.shard))
+                self._open.add(shard)
+            shard.num_blocks_left += 1
+            shard.is_all_handed_out = block.is_last
+            yield shard, block
+
+    def next_block(self) -> tuple[ShardInWork, Block] | None:
+        """Return a block that nobody has yet, or None at the end or after `stop`."""
+        with self._lock:
+            return None if self.is_stopped else next(self._blocks, None)
+
+    def count(self, num_bytes: int, *, kept: bool = False) -> None:
+        """Count source bytes as merged, or as not needed since their output is there already."""
+        with self._lock:
+            self.num_bytes_done += num_bytes
+            self.num_bytes_kept += num_bytes * kept
+
+    def found(self, findings: LeafFindings) -> None:
+        """Take in findings. Raises `NonfiniteError` where there are NaN or Inf, and may not be."""
+        if not findings:
+            return
+        with self._lock:
+            self._findings = combined((self._findings, findings))
+        if findings.nonfinite and self._plan.settings.on_nonfinite == ERROR:
+            name, counts = next(iter(findings.nonfinite.items()))
+            raise NonfiniteError(
+                f"{name}: {nonfinite_finding(counts, self._plan)}; mend the model that holds them, "
+                "or go on with --on-nonfinite warn"
+            )
+
+    def block_done(self, shard: ShardInWork) -> None:
+        """Count a block as done, and end its file if it was the last."""
+        with self._lock:
+            shard.num_blocks_left -= 1
+            is_last = shard.num_blocks_left == 0 and shard.is_all_handed_out
+        if is_last:
+            digest = shard.target.finish()
+            with self._lock:
+                self._open.discard(shard)
+                self.file_digests[self._plan.shards[shard.number].filename] = digest
+
+    @property
+    def num_shards_done(self) -> int:
+        """How many output files are complete."""
+        return len(self.file_digests)
+
+    def stop(self, error: BaseException | None = None) -> None:
+        """Hand out no more blocks; the first error is the one to raise."""
+        with self._lock:
+            self.is_stopped = True
+            self._error = self._error or error
+
+    def close(self) -> None:
+        """Close what is still open, then raise the first worker's error, if there was one."""
+        for shard in list(self._open):
+            shard.target.close()
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def findings(self) -> LeafFindings:
+        """What was found in all that is done."""
+        return self._findings
+
+
+def nonfinite_finding(counts: tuple[int, int, int], plan: MergePlan) -> str:
+    """Say what a merged tensor holds that is not finite."""
+    num_nan, num_inf, num_overflowed = counts
+    parts = []
+    if num_nan:
+        parts.append(f"{num_nan} NaN")
+    if num_inf - num_overflowed:
+        parts.append(f"{num_inf - num_overflowed} Inf")
+    if num_overflowed:
+        parts.append(
+            f"{num_overflowed} values too large for {plan.config_dtype}, which rounding made Inf "
+            "(--dtype bfloat16 or float32 has room for them)"
+        )
+    return " and ".join(parts) + " in the merged tensor"
