@@ -7,63 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from shardmix.plan import AGREE, LINEAR, Run
-from shardmix.reducer import strip_num_elements
+from shardmix.plan import AGREE
 from shardmix.reducer.agree import AgreeReducer
-from shardmix.reducer.torch_sum import TorchBackend
 from tests.models import random_tensor, round_once, weighted_sum
-
-NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
-FLOATS = list(NAMES)
-
-
-def run_of(dtypes, out_dtype, weights, num_elements, reduction=LINEAR):
-    num_sources = len(dtypes)
-    return Run(
-        name="t",
-        num_tensors=1,
-        num_elements=num_elements,
-        reduction=reduction,
-        out_dtype=out_dtype,
-        out_offset=0,
-        dtypes=tuple(dtypes),
-        files=(0,) * num_sources,
-        offsets=(0,) * num_sources,
-        weights=tuple(weights),
-    )
-
-
-def raw_bytes(tensor):
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def backend_of(name, run):
-    if name == "numba":
-        pytest.importorskip("numba", reason="needs numba (extra `fast`)")
-        from shardmix.reducer.numba_sum import NumbaBackend
-
-        return NumbaBackend([run])
-    return TorchBackend(name)
-
-
-def reduce(sources, weights, out_dtype, *, strip_nbytes=1 << 16, backend="cpu"):
-    """Reduce whole tensors strip by strip, as the engine does, and return the result.
-
-    `backend` is numba, or torch's name of a device.
-    """
-    run = run_of([NAMES[s.dtype] for s in sources], NAMES[out_dtype], weights, sources[0].numel())
-    reducer = backend_of(backend, run).make_reducer(strip_nbytes=strip_nbytes)
-    step = strip_num_elements(run, strip_nbytes=strip_nbytes)
-    out = bytearray()
-    for start in range(0, run.num_elements, step):
-        num_elements = min(step, run.num_elements - start)
-        reducer.begin(run, num_elements)
-        for source, tensor in enumerate(sources):
-            staging = reducer.staging(source)
-            staging[:] = raw_bytes(tensor.view(-1)[start : start + num_elements])
-            reducer.add(source, staging)
-        out += reducer.finish()
-    return torch.frombuffer(out, dtype=out_dtype).view(sources[0].shape)
+from tests.reducing import COMPILED, FLOATS, raw_bytes, reduce, run_of
 
 
 def assert_bits(actual, expected):
@@ -158,9 +105,6 @@ def test_any_mix_of_dtypes_agrees_with_the_oracle(
     with np.errstate(over="ignore"):
         expected = weighted_sum(sources, weights, out_dtype)
     assert_bits(reduce(sources, weights, out_dtype, strip_nbytes=strip_nbytes), expected)
-
-
-COMPILED = [torch.bfloat16, torch.float32]
 
 
 def special_values():

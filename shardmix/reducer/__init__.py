@@ -7,6 +7,9 @@ throughout where any source is float64. The result depends on the values alone: 
 were cut into strips, nor on which backend computes it. There are two, chosen by the plan: torch
 (every dtype, CPU and GPU) and, where numba is installed, compiled loops (bfloat16 and float32 on
 the CPU: faster, and no torch in the process). A backend is imported when it is loaded, not before.
+
+Whether a strip is finite costs no pass of its own. What is not finite is counted afterwards, by
+whoever asks (`nonfinite`).
 """
 
 from contextlib import AbstractContextManager
@@ -14,7 +17,17 @@ from typing import Protocol
 
 from shardmix.plan import AGREE, LINEAR, NUMBA, MergePlan, Run
 from shardmix.reducer.agree import AgreeReducer
+from shardmix.reducer.nonfinite import NonfiniteCounts
 from shardmix.safetensors_layout import element_nbytes
+
+__all__ = [
+    "Backend",
+    "NonfiniteCounts",
+    "Reducer",
+    "load_backend",
+    "make_reducers",
+    "strip_num_elements",
+]
 
 _AGREE_STRIP_NBYTES = 1 << 16  # integers are few: small buffers do
 
@@ -37,6 +50,13 @@ class Reducer(Protocol):
     @property
     def disagreeing(self) -> frozenset[int]:
         """Sources whose values differ from the first one's, where they should be the same."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the strip last finished holds neither NaN nor infinity."""
+
+    def count_nonfinite(self, start: int, stop: int) -> NonfiniteCounts:
+        """Count in a range of elements of the strip last finished; where it is not finite."""
 
 
 class Backend(Protocol):

@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardmix.plan import Run
+from shardmix.reducer.nonfinite import NonfiniteCounts
 from shardmix.safetensors_layout import element_nbytes
 
 _INTEGERS: dict[str, npt.DTypeLike] = {
@@ -22,6 +23,8 @@ _WIDEST_NBYTES = 8
 
 class AgreeReducer:
     """Integers and booleans: the first source's values; the others are compared with them."""
+
+    is_finite = True
 
     def __init__(self, *, strip_nbytes: int) -> None:
         self._staging = memoryview(bytearray(max(strip_nbytes, _WIDEST_NBYTES)))
@@ -54,6 +57,10 @@ class AgreeReducer:
     def disagreeing(self) -> frozenset[int]:
         """Sources whose values differ from the first one's in this strip."""
         return frozenset(self._disagreeing)
+
+    def count_nonfinite(self, start: int, stop: int) -> NonfiniteCounts:
+        """Return zeros: integers are finite."""
+        return NonfiniteCounts(num_nan=0, num_inf=0, num_overflowed=0)
 
     def _integers(self, source: int, raw: memoryview) -> npt.NDArray[np.generic]:
         return np.frombuffer(raw, dtype=_INTEGERS[self._run.dtypes[source]])

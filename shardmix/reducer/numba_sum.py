@@ -3,6 +3,9 @@
 One pass a source instead of torch's three, and no torch in the process. numba does not contract a
 product and a sum into one rounding (fastmath is off), so the bits are torch's. Kernels are
 compiled once on a machine and cached, beside this file or in the user's cache folder.
+
+The compiled loops don't look at NaNs. The last one keeps the sum's largest magnitude instead, which
+takes no longer and finds infinities as well; a strip that has either is rounded anew, in numpy.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -17,11 +20,15 @@ import numpy.typing as npt
 from numba.extending import overload
 
 from shardmix.plan import Run
+from shardmix.reducer.nonfinite import NonfiniteCounts, count_nonfinite, pieces
 from shardmix.safetensors_layout import element_nbytes
 
 # bfloat16 has no type here: its bits are the upper half of a float32's.
 _STORED: dict[str, npt.DTypeLike] = {"BF16": np.uint16, "F32": np.float32}
 _FLOAT32_NBYTES = 4
+# The least float32, as bits, that rounding makes infinite; all above are infinite, too, or NaN.
+_LEAST_INFINITE = {"BF16": 0x7F7F8000, "F32": 0x7F800000}
+_NAN = {"BF16": np.uint16(0x7FC0), "F32": np.float32(np.nan)}
 
 
 def _widen(stored):
@@ -29,8 +36,8 @@ def _widen(stored):
     raise TypeError("for compiled code alone")
 
 
-def _rounded(value, out):
-    """Return a float32 as an element of `out`, to nearest even; every NaN in one bit pattern."""
+def _rounded(bits, out):
+    """Return a float32, given as bits, as an element of `out`, to nearest even; not for NaNs."""
     raise TypeError("for compiled code alone")
 
 
@@ -42,15 +49,13 @@ def _compile_widen(stored):
 
 
 @overload(_rounded, inline="always")
-def _compile_rounded(value, out):
+def _compile_rounded(bits, out):
     if isinstance(out.dtype, numba.types.Float):
-        return lambda value, out: value if value == value else np.float32(np.nan)
+        return lambda bits, out: np.uint32(bits).view(np.float32)
 
-    def to_bfloat16(value, out):
-        bits = np.float32(value).view(np.uint32)
+    def to_bfloat16(bits, out):
         odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
-        rounded = np.uint32(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
-        return np.uint16(rounded if value == value else np.uint32(0x7FC0))
+        return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
 
     return to_bfloat16
 
@@ -66,11 +71,32 @@ def _add(stored, weight, total):
 
 
 def _add_and_round(stored, weight, total, out):
+    """Round the whole sum; return its largest magnitude, as bits, where a NaN is the largest."""
+    largest = np.uint32(0)
     for index in range(total.size):
-        out[index] = _rounded(total[index] + weight * _widen(stored[index]), out)
+        bits = np.float32(total[index] + weight * _widen(stored[index])).view(np.uint32)
+        out[index] = _rounded(bits, out)
+        largest = max(largest, np.uint32(bits & np.uint32(0x7FFFFFFF)))
+    return largest
 
 
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+def _add_and_round_any(stored, weight, total, out, nan):
+    """Do the same in numpy, with every NaN in one bit pattern, and keep the sum in `total`."""
+    for piece in pieces(0, total.size):
+        values, part = stored[piece], total[piece]
+        if values.dtype == np.uint16:
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            part += weight * values
+        if out.dtype == np.uint16:
+            bits = part.view(np.uint32)
+            out[piece] = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        else:
+            out[piece] = part
+        out[piece][np.isnan(part)] = nan
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     try:
         return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # there is nowhere to keep a cache: each process compiles anew
@@ -114,12 +140,13 @@ class CompiledSum:
     """The weighted sum of one worker."""
 
     disagreeing: frozenset[int] = frozenset()
+    is_finite = True
 
     def __init__(
         self,
         start: Callable[..., None],
         add: Callable[..., None],
-        add_and_round: Callable[..., None],
+        add_and_round: Callable[..., int],
         *,
         strip_nbytes: int,
     ) -> None:
@@ -150,11 +177,21 @@ class CompiledSum:
         elif source < len(run.dtypes) - 1:
             self._add(stored, weight, self._total)
         else:
-            self._add_and_round(stored, weight, self._total, self._typed_out())
+            out = self._typed_out()
+            largest = self._add_and_round(stored, weight, self._total, out)
+            self.is_finite = largest < _LEAST_INFINITE[run.out_dtype]
+            if not self.is_finite:  # anew, and now, while the source's bytes are there
+                _add_and_round_any(stored, weight, self._total, out, _NAN[run.out_dtype])
 
     def finish(self) -> memoryview:
         """Return the strip's output bytes, valid until the next `begin`."""
         return self._typed_out().view(np.uint8).data
+
+    def count_nonfinite(self, start: int, stop: int) -> NonfiniteCounts:
+        """Count in a range of elements of the strip last finished."""
+        # `_total` lacks the last source where the strip is finite, but then nothing asks for it.
+        out, total = self.finish(), self._total
+        return count_nonfinite(out, self._run.out_dtype, total.__getitem__, start, stop)
 
     def _typed_out(self) -> npt.NDArray[Any]:
         nbytes = self._num_elements * element_nbytes(self._run.out_dtype)

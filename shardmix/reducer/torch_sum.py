@@ -5,13 +5,15 @@ fuses them on some machines.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from shardmix.plan import Run
+from shardmix.reducer.nonfinite import NonfiniteCounts, count_nonfinite
 from shardmix.safetensors_layout import element_nbytes
 
 TORCH_DTYPES = {
@@ -81,8 +83,10 @@ class _Sum:
     """What both share: an accumulator and a buffer for widened values, wherever they lie."""
 
     disagreeing: frozenset[int] = frozenset()
+    is_finite = True
     _sum: torch.Tensor
     _wide: torch.Tensor
+    _finished: memoryview
 
     def begin(self, run: Run, num_elements: int) -> None:
         """Start a strip of a run."""
@@ -91,6 +95,13 @@ class _Sum:
         dtype = sum_dtype(run)
         self._accumulator = _typed(self._sum, dtype, num_elements)
         self._values = _typed(self._wide, dtype, num_elements)
+
+    def count_nonfinite(self, start: int, stop: int) -> NonfiniteCounts:
+        """Count in a range of elements of the strip last finished."""
+        return count_nonfinite(self._finished, self._run.out_dtype, self._sums, start, stop)
+
+    def _sums(self, piece: slice) -> npt.NDArray[np.floating]:
+        return self._accumulator[piece].cpu().numpy()  # no copy where it lies on the CPU
 
 
 class CpuSum(_Sum):
@@ -117,10 +128,13 @@ class CpuSum(_Sum):
         """Return the strip's output bytes, valid until the next `begin`."""
         out = _typed(self._out, TORCH_DTYPES[self._run.out_dtype], self._num_elements)
         round_into(out, self._accumulator, self._values)
-        # A sum is not a number if any value isn't: one cheap pass finds the rare case.
-        if math.isnan(self._accumulator.sum().item()):
+        # A sum is not finite if any value isn't: one cheap pass finds the rare case. It may have
+        # overflowed by itself; the extremes can't, but take twice as long.
+        self.is_finite = math.isfinite(out.sum().item()) or _are_finite(torch.aminmax(out))
+        if not self.is_finite:
             canonicalise_nans(out)
-        return self._out.numpy().data[: out.nbytes]
+        self._finished = self._out.numpy().data[: out.nbytes]
+        return self._finished
 
 
 class CudaSum(_Sum):
@@ -130,13 +144,14 @@ class CudaSum(_Sum):
     """
 
     def __init__(self, device: torch.device, *, strip_nbytes: int) -> None:
-        nbytes = max(strip_nbytes, _WIDEST_NBYTES)
+        nbytes = max(strip_nbytes, 2 * _WIDEST_NBYTES)  # there is room for the extremes, too
         staging = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         self._stream = torch.cuda.Stream(device=device)  # type: ignore[no-untyped-call]
         self._staging = staging
         self._staging_bytes = [buffer.numpy().data for buffer in staging]
         self._copied = [torch.cuda.Event() for _ in staging]  # type: ignore[no-untyped-call]
         self._pinned_out = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        self._pinned_extremes = torch.empty(2 * _WIDEST_NBYTES, dtype=torch.uint8, pin_memory=True)
         with torch.cuda.device(device), torch.cuda.stream(self._stream):
             # One allocation, cut by hand: the allocator's rounding then costs once.
             arena = torch.empty(4 * nbytes, dtype=torch.uint8, device=device)
@@ -176,8 +191,16 @@ class CudaSum(_Sum):
             round_into(out, self._accumulator, self._values)
             canonicalise_nans(out)
             _typed(self._pinned_out, dtype, self._num_elements).copy_(out, non_blocking=True)
+            # The widened values have been used: their buffer takes the extremes, so that the
+            # allocator gives no more than the reduction's few KiB.
+            on_gpu = _typed(self._wide, dtype, 2)
+            torch.aminmax(out, out=(on_gpu[0], on_gpu[1]))
+            extremes = _typed(self._pinned_extremes, dtype, 2)
+            extremes.copy_(on_gpu, non_blocking=True)
         self._stream.synchronize()
-        return self._pinned_out.numpy().data[: out.nbytes]
+        self.is_finite = _are_finite(extremes)
+        self._finished = self._pinned_out.numpy().data[: out.nbytes]
+        return self._finished
 
 
 def accumulate(
@@ -202,7 +225,7 @@ def accumulate(
 
 
 def round_into(out: torch.Tensor, accumulator: torch.Tensor, scratch: torch.Tensor) -> None:
-    """Round a finished sum to the output's dtype, once, to nearest even; may change the inputs.
+    """Round a finished sum to the output's dtype, once, to nearest even; may change `scratch`.
 
     torch converts float64 to 16 bits by way of float32, which rounds twice. Rounding that first
     step to odd makes the second one right (Boldo and Melquiond, "Emulation of FMA and correctly
@@ -239,6 +262,11 @@ def canonicalise_nans(out: torch.Tensor) -> None:
     a vector or into the rest of a strip.
     """
     out.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf)
+
+
+def _are_finite(extremes: Iterable[torch.Tensor]) -> bool:
+    """Say whether values with these extremes are all finite: both are NaN if any value is."""
+    return all(math.isfinite(extreme.item()) for extreme in extremes)
 
 
 def sum_dtype(run: Run) -> torch.dtype:

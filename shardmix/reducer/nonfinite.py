@@ -1,0 +1,64 @@
+"""NaNs and infinities of a strip, counted where a backend has found that there are some.
+
+In numpy and on bit patterns, for every backend and dtype alike; in pieces, since a strip's memory
+is spoken for. Knows arrays, not how they were summed.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+_PIECE = 1 << 15  # elements; their temporaries stay below 1 MiB, also where they are float64
+
+# The bits of infinity without the sign, which is shifted out. All that lies above is a NaN.
+_INFINITY = {
+    "F16": np.uint16(0x7C00 << 1),
+    "BF16": np.uint16(0x7F80 << 1),
+    "F32": np.uint32(0x7F800000 << 1),
+    "F64": np.uint64(0x7FF0000000000000 << 1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class NonfiniteCounts:
+    """How many elements of some output are not finite."""
+
+    num_nan: int
+    """NaNs."""
+    num_inf: int
+    """Infinities of either sign, those that overflowed among them."""
+    num_overflowed: int
+    """Infinities whose sum was finite: rounding it to the output's dtype made them."""
+
+
+def count_nonfinite(
+    out: memoryview,
+    out_dtype: str,
+    sums: Callable[[slice], npt.NDArray[np.floating]],
+    start: int,
+    stop: int,
+) -> NonfiniteCounts:
+    """Count among the elements from `start` to `stop` of a strip.
+
+    `out` has the whole strip's bytes; `sums` gives a part of what was rounded to them, and is
+    asked only where there are infinities.
+    """
+    infinity = _INFINITY[out_dtype]
+    elements = np.frombuffer(out, dtype=infinity.dtype)
+    num_nan = num_inf = num_overflowed = 0
+    for piece in pieces(start, stop):
+        magnitudes = elements[piece] << 1
+        num_nan += int(np.count_nonzero(magnitudes > infinity))
+        infinite = magnitudes == infinity
+        if infinite.any():
+            num_inf += int(np.count_nonzero(infinite))
+            num_overflowed += int(np.count_nonzero(infinite & np.isfinite(sums(piece))))
+    return NonfiniteCounts(num_nan=num_nan, num_inf=num_inf, num_overflowed=num_overflowed)
+
+
+def pieces(start: int, stop: int) -> Iterator[slice]:
+    """Cut a range of elements, so that temporaries of one piece are small."""
+    for first in range(start, stop, _PIECE):
+        yield slice(first, min(first + _PIECE, stop))

@@ -1,0 +1,68 @@
+"""Runs a reducer on whole tensors, without files or engine."""
+
+import pytest
+import torch
+
+from shardmix.plan import LINEAR, Run
+from shardmix.reducer import strip_num_elements
+from shardmix.reducer.torch_sum import TorchBackend
+
+NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+FLOATS = list(NAMES)
+COMPILED = [torch.bfloat16, torch.float32]
+
+
+def run_of(dtypes, out_dtype, weights, num_elements, reduction=LINEAR):
+    num_sources = len(dtypes)
+    return Run(
+        name="t",
+        num_tensors=1,
+        num_elements=num_elements,
+        reduction=reduction,
+        out_dtype=out_dtype,
+        out_offset=0,
+        dtypes=tuple(dtypes),
+        files=(0,) * num_sources,
+        offsets=(0,) * num_sources,
+        weights=tuple(weights),
+    )
+
+
+def raw_bytes(tensor):
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def backend_of(name, run):
+    if name == "numba":
+        pytest.importorskip("numba", reason="needs numba (extra `fast`)")
+        from shardmix.reducer.numba_sum import NumbaBackend
+
+        return NumbaBackend([run])
+    return TorchBackend(name)
+
+
+def reduced_strips(sources, weights, out_dtype, *, strip_nbytes=1 << 16, backend="cpu"):
+    """Reduce whole tensors strip by strip, as the engine does; yield each strip's first element,
+    its reducer and its bytes, before the next one takes their place.
+
+    `backend` is numba, or torch's name of a device.
+    """
+    run = run_of([NAMES[s.dtype] for s in sources], NAMES[out_dtype], weights, sources[0].numel())
+    reducer = backend_of(backend, run).make_reducer(strip_nbytes=strip_nbytes)
+    step = strip_num_elements(run, strip_nbytes=strip_nbytes)
+    for start in range(0, run.num_elements, step):
+        num_elements = min(step, run.num_elements - start)
+        reducer.begin(run, num_elements)
+        for source, tensor in enumerate(sources):
+            staging = reducer.staging(source)
+            staging[:] = raw_bytes(tensor.view(-1)[start : start + num_elements])
+            reducer.add(source, staging)
+        yield start, reducer, reducer.finish()
+
+
+def reduce(sources, weights, out_dtype, **options):
+    """Reduce whole tensors and return the result."""
+    out = bytearray()
+    for _start, _reducer, strip in reduced_strips(sources, weights, out_dtype, **options):
+        out += strip
+    return torch.frombuffer(out, dtype=out_dtype).view(sources[0].shape)
