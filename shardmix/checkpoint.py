@@ -41,6 +41,8 @@ class ShardFile:
     """Where it lies."""
     nbytes: int
     """Its size."""
+    mtime_ns: int | None = None
+    """When it was last modified, in nanoseconds since 1970; None: not checked."""
 
 
 @dataclass(frozen=True, slots=True)

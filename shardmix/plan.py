@@ -34,6 +34,8 @@ class SourceFile:
     """Absolute path."""
     nbytes: int
     """Its size when planned."""
+    mtime_ns: int | None = None
+    """When it was last modified, in nanoseconds since 1970; None: not checked."""
 
 
 @dataclass(frozen=True, slots=True)
