@@ -3,18 +3,24 @@
 A reader belongs to one worker. `view` returns a range, either mapped or read into the caller's
 buffer; the caller says `release` when it is done, and mapped pages go back to the system at once.
 Without that, resident memory would grow to the size of all sources.
+
+Files may change while they are read. What `view` and `release` let pass was in the file; that it is
+still the file whose header was read is for `check_unchanged` to say, at the end.
 """
 
+import errno
 import mmap
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from shardmix.errors import SourceError
 from shardmix.filesystem import MAX_IO_NBYTES
+from shardmix.mapped_faults import GuardedRange, guard, unguard
 
 # Files that one worker keeps open (each once more where it is mapped); enough for the shards in
 # use at one time, and with eight workers still far from the usual limit of 1024.
@@ -35,7 +41,7 @@ _MAP_PROTECTION = mmap.PROT_READ | mmap.PROT_WRITE
 
 
 class SizedFile(Protocol):
-    """A file that is to be read, and the size it must still have then."""
+    """A file that is to be read, and what it must still be like then."""
 
     @property
     def path(self) -> str | Path:
@@ -44,6 +50,10 @@ class SizedFile(Protocol):
     @property
     def nbytes(self) -> int:
         """Its size when its header was read."""
+
+    @property
+    def mtime_ns(self) -> int | None:
+        """When it was last modified, then; None: not known, and not looked at."""
 
 
 class Reader(Protocol):
@@ -56,7 +66,10 @@ class Reader(Protocol):
         """
 
     def release(self) -> None:
-        """Give back what the last `view` mapped."""
+        """End the use of the last view; whatever came of it counts only after this.
+
+        Raises `SourceError` where a mapped view held bytes that the file did not.
+        """
 
     def close(self) -> None:
         """Close all files."""
@@ -65,6 +78,43 @@ class Reader(Protocol):
 def open_reader(io: str, files: Sequence[SizedFile]) -> Reader:
     """Return the reader for `--io` mmap or pread."""
     return MmapReader(files) if io == "mmap" else PreadReader(files)
+
+
+def check_unchanged(files: Sequence[SizedFile]) -> None:
+    """Raise `SourceError` for the first file that is not, at its path, what it was when planned.
+
+    What is found: another size, another time of modification (replaced, or written in place),
+    or no file at all.
+    """
+    for source in files:
+        try:
+            status = Path(source.path).stat()
+        except OSError as error:
+            raise SourceError(
+                f"{source.path}: was there when its header was read and is not now "
+                f"({error.strerror}); leave sources alone while they are in use, then start again"
+            ) from None
+        _check_same(source, status)
+
+
+def _check_same(source: SizedFile, status: os.stat_result) -> None:
+    same_time = source.mtime_ns is None or source.mtime_ns == status.st_mtime_ns
+    if status.st_size != source.nbytes or not same_time:
+        raise SourceError(
+            f"{source.path}: has changed since its header was read; "
+            "leave sources alone while they are in use, then start again"
+        )
+
+
+def _cut_short(path: str | Path, end: int) -> SourceError:
+    return SourceError(
+        f"{path}: ends at byte {end}, before its header says; "
+        "it was cut short while in use: fetch it again"
+    )
+
+
+def _reading_failed(path: str | Path, number: int | None) -> SourceError:
+    return SourceError(f"{path}: reading failed ({os.strerror(number or errno.EIO)})")
 
 
 class _OpenFiles:
@@ -83,12 +133,11 @@ class _OpenFiles:
             descriptor = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise SourceError(f"{source.path}: cannot be opened ({error.strerror})") from None
-        if os.fstat(descriptor).st_size != source.nbytes:
+        try:
+            _check_same(source, os.fstat(descriptor))
+        except SourceError:
             os.close(descriptor)
-            raise SourceError(
-                f"{source.path}: has changed size since its header was read; "
-                "leave sources alone while they are in use, then start again"
-            )
+            raise
         self._descriptors[file] = descriptor
         return descriptor
 
@@ -102,6 +151,15 @@ class _OpenFiles:
 
     def path(self, file: int) -> str | Path:
         return self._files[file].path
+
+    def nbytes(self, file: int) -> int:
+        return self._files[file].nbytes
+
+    def nbytes_now(self, file: int) -> int:
+        try:
+            return os.fstat(self.descriptor(file)).st_size
+        except OSError as error:
+            raise _reading_failed(self.path(file), error.errno) from None
 
     def close(self) -> None:
         while self._descriptors:
@@ -124,14 +182,9 @@ class PreadReader:
             try:
                 count = os.preadv(descriptor, [part], offset + filled)
             except OSError as error:
-                raise SourceError(
-                    f"{self._open.path(file)}: reading failed ({error.strerror})"
-                ) from None
+                raise _reading_failed(self._open.path(file), error.errno) from None
             if count == 0:
-                raise SourceError(
-                    f"{self._open.path(file)}: ends at byte {offset + filled}, before its header "
-                    "says; it was cut short while in use: fetch it again"
-                )
+                raise _cut_short(self._open.path(file), offset + filled)
             filled += count
         return into
 
@@ -150,53 +203,92 @@ class PreadReader:
         self._open.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _View:
+    """A range that is in use, and where it comes from."""
+
+    file: int
+    mapping: mmap.mmap
+    content: memoryview
+    offset: int
+    nbytes: int
+
+
 class MmapReader:
-    """Maps files and gives pages back behind each strip; saves a copy."""
+    """Maps files and gives pages back behind each strip; saves a copy.
+
+    A page that cannot be loaded reads as zeros and is found by `release`: see `mapped_faults`.
+    """
 
     def __init__(self, files: Sequence[SizedFile]) -> None:
         self._open = _OpenFiles(files)
-        self._maps: dict[int, mmap.mmap] = {}
-        self._mapped: tuple[mmap.mmap, memoryview, int, int] | None = None
+        self._maps: dict[int, tuple[mmap.mmap, GuardedRange]] = {}
+        self._used: _View | None = None
 
     def view(self, file: int, offset: int, into: memoryview) -> memoryview:
         """Return the mapped range; `into` gives its length."""
-        mapping = self._maps.get(file)
+        self.release()
+        mapping = self._mapping(file)
+        content = memoryview(mapping)[offset : offset + len(into)]
+        self._used = _View(file, mapping, content, offset, len(into))
+        if offset % _ELEMENT_ALIGNMENT:
+            # A header of odd length, or an odd tensor before this one: typed loads want alignment.
+            into[:] = content
+            return into
+        return content
+
+    def _mapping(self, file: int) -> mmap.mmap:
         descriptor = self._open.descriptor(file)
-        if mapping is None:
+        if file not in self._maps:
             try:
-                mapping = mmap.mmap(descriptor, 0, flags=_MAP_FLAGS, prot=_MAP_PROTECTION)
+                # The length that views count on, also where the file has just become shorter.
+                nbytes = self._open.nbytes(file)
+                mapping = mmap.mmap(descriptor, nbytes, flags=_MAP_FLAGS, prot=_MAP_PROTECTION)
+                self._maps[file] = mapping, guard(mapping)
+            except ValueError:  # it has
+                raise _cut_short(self._open.path(file), self._open.nbytes_now(file)) from None
             except OSError as error:
                 raise SourceError(
                     f"{self._open.path(file)}: cannot be mapped ({error.strerror}); use --io pread"
                 ) from None
-            self._maps[file] = mapping
             evicted = self._open.evict_oldest()
             if evicted is not None:
-                self._maps.pop(evicted).close()
-        view = memoryview(mapping)[offset : offset + len(into)]
-        self._mapped = (mapping, view, offset, len(into))
-        if offset % _ELEMENT_ALIGNMENT:
-            # A header of odd length, or an odd tensor before this one: typed loads want alignment.
-            into[:] = view
-            return into
-        return view
+                self._unmap(evicted)
+        return self._maps[file][0]
 
     def release(self) -> None:
-        """Give the pages of the last view back to the system."""
-        if self._mapped is None:
+        """Give the pages of the last view back to the system; raise if they were not the file's."""
+        used = self._used
+        if used is None:
             return
-        mapping, view, offset, nbytes = self._mapped
-        self._mapped = None
+        self._give_back()
+        # After the use: what was cut off before it is seen now, in the middle of a page, too,
+        # where the rest of the page reads as zeros and nothing faults.
+        nbytes_now = self._open.nbytes_now(used.file)
+        if nbytes_now < used.offset + used.nbytes:
+            raise _cut_short(self._open.path(used.file), nbytes_now)
+        if self._maps[used.file][1].failed:
+            raise _reading_failed(self._open.path(used.file), errno.EIO)
+
+    def _give_back(self) -> None:
+        if self._used is None:
+            return
+        used, self._used = self._used, None
         with suppress(BufferError):  # after an error its traceback may still hold the view
-            view.release()
-        start = offset - offset % _GIVE_BACK_ALIGNMENT
-        stop = min(offset + nbytes + _GIVE_BACK_ALIGNMENT, len(mapping))
-        mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
+            used.content.release()
+        start = used.offset - used.offset % _GIVE_BACK_ALIGNMENT
+        stop = min(used.offset + used.nbytes + _GIVE_BACK_ALIGNMENT, len(used.mapping))
+        used.mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+    def _unmap(self, file: int) -> None:
+        mapping, guarded = self._maps.pop(file)
+        unguard(guarded)
+        mapping.close()
 
     def close(self) -> None:
         """Unmap and close all files."""
-        self.release()
+        self._give_back()
         while self._maps:
             with suppress(BufferError):
-                self._maps.popitem()[1].close()
+                self._unmap(next(iter(self._maps)))
         self._open.close()

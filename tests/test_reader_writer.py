@@ -71,7 +71,7 @@ def test_a_short_read_is_continued(tmp_path, monkeypatch):
 def test_a_source_that_changed_size_is_refused(tmp_path, io):
     _, files = source_files(tmp_path)
     os.truncate(files[0].path, 5)
-    with pytest.raises(SourceError, match="changed size"):
+    with pytest.raises(SourceError, match="has changed since"):
         open_reader(io, files).view(0, 0, memoryview(bytearray(4)))
 
 
