@@ -5,7 +5,7 @@ Puts the layers together and holds no logic of its own. Imports torch only to me
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from os import PathLike
@@ -142,7 +142,11 @@ def merge(
     ):
         check_disk(staging.output, plan.disk_needed_nbytes)
         try:
-            plan, backend, notes = _ready(plan, models, output, model_type, options)
+            plan, backend, notes = ready(
+                plan,
+                options,
+                lambda chosen: plan_merge(models, output, model_type=model_type, **chosen),
+            )
             result = engine.execute(
                 plan, backend, staging, journal, on_progress=on_progress, cancel=cancel
             )
@@ -157,14 +161,13 @@ def merge(
     return describe_merge(plan, result, notes=notes)
 
 
-def _ready(
-    plan: MergePlan,
-    models: ModelsArgument,
-    output: str | PathLike[str],
-    model_type: str | None,
-    options: MergeOptions,
+def ready(
+    plan: MergePlan, options: MergeOptions, replan: Callable[[MergeOptions], MergePlan]
 ) -> tuple[MergePlan, Backend, tuple[str, ...]]:
-    """Return the plan with its memory measured, its backend, and what is to be said of that."""
+    """Return a plan with its memory measured, its backend, and what is to be said of that.
+
+    Where a backend that nobody asked for cannot be used here, another is chosen and `replan` asked.
+    """
     backend, finding = _load(plan)
     notes: tuple[str, ...] = ()
     if backend is None:
@@ -176,9 +179,9 @@ def _ready(
         )
         if options.get(option, "auto") != "auto":
             raise RecipeError(f"{finding}; use --{option} {fall_back[option]}, or leave it to auto")
-        options.update(fall_back)  # type: ignore[typeddict-item]
+        options = {**options, **fall_back}  # type: ignore[typeddict-item]
         notes = (f"{finding}; merged with {option} {fall_back[option]} instead",)
-        plan = plan_merge(models, output, model_type=model_type, **options)
+        plan = replan(options)
         backend = load_backend(plan)
     # With the backend loaded, what it takes is known rather than estimated.
     return plan.with_memory(planner.plan_memory(plan.settings)), backend, notes

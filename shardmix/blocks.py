@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from shardmix.digests import LEAF_NBYTES, is_sequential, num_leaves
 from shardmix.plan import MergePlan, OutputShard, Run
 from shardmix.reducer import strip_num_elements
-from shardmix.safetensors_layout import element_nbytes
+from shardmix.safetensors_layout import HEADER_LENGTH_NBYTES, decode_header, element_nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,16 @@ def strips(
 def data_start(planned: OutputShard) -> int:
     """Return where in an output file its header ends."""
     return planned.runs[0].out_offset if planned.runs else planned.file_nbytes
+
+
+def tensors_between(planned: OutputShard, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
+    """Yield name, first and past-the-last byte of each tensor's part of a range of a file."""
+    encoded = planned.header.encode()
+    data_start = HEADER_LENGTH_NBYTES + len(encoded)
+    for name, entry in decode_header(encoded, file_nbytes=planned.file_nbytes).items():
+        first, last = (data_start + offset for offset in entry.data_offsets)
+        if first < stop and last > start:
+            yield name, max(first, start), min(last, stop)
 
 
 def _leaves_per_block(plan: MergePlan) -> int:

@@ -143,7 +143,7 @@ def file_hasher(algorithm: str) -> Hasher | None:
 def read_range(descriptor: int, start: int, stop: int, buffer: memoryview) -> Iterator[memoryview]:
     """Yield a file's bytes from `start` to `stop`, in pieces as large as the buffer that they are
     read into; fewer where the file ends before. Raises OSError.
-    """  # noqa: D205, D209
+    """
     while start < stop:
         count = os.preadv(descriptor, [buffer[: min(len(buffer), stop - start)]], start)
         if count == 0:

@@ -27,7 +27,8 @@ from shardmix.staging import Staging
 from shardmix.tensor_findings import strip_findings
 from shardmix.work import ShardTarget, Work
 
-_PROGRESS_SECONDS = 0.1
+PROGRESS_SECONDS = 0.1
+"""How often progress is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,7 @@ def run_blocks(
             for thread in threads:
                 while thread.is_alive():
                     _stop_if_cancelled(work, cancel)
-                    thread.join(_PROGRESS_SECONDS)
+                    thread.join(PROGRESS_SECONDS)
                     report()
             _stop_if_cancelled(work, cancel)
             report()

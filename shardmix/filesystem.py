@@ -2,9 +2,12 @@
 
 import ctypes
 import functools
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 MAX_IO_NBYTES = 0x7FFFF000
 """What one read or write call moves at most on Linux; more takes several."""
@@ -15,6 +18,15 @@ def free_nbytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, but never wait for a pipe, nor read a device. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path.name} is not a regular file")
+    return os.fdopen(descriptor, "rb")
 
 
 def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:

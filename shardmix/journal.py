@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from shardmix._version import __version__
-from shardmix.digests import LeafDigests
+from shardmix.digests import LEAF_NBYTES, LeafDigests, num_leaves
 from shardmix.errors import OutputError
 from shardmix.findings import NOTHING_FOUND, LeafFindings
 from shardmix.plan import MergePlan
@@ -28,8 +28,7 @@ class _Head(msgspec.Struct):
     version: str
     plan_digest: str
     merge: dict[str, Any]
-    num_leaves: list[int]
-    shards: list[str]
+    file_nbytes: list[int]
 
 
 class _Line(msgspec.Struct, array_like=True):
@@ -45,10 +44,10 @@ class JournalSummary:
 
     merge: dict[str, Any]
     """The merge, as `describe` has it."""
-    num_leaves_done: int
-    """Leaves claimed."""
-    num_leaves: int
-    """Leaves of the whole output."""
+    num_bytes_done: int
+    """Bytes of weight files claimed."""
+    num_bytes: int
+    """Bytes of all weight files."""
     num_shards_done: int
     """Output files all of whose leaves are claimed."""
     num_shards: int
@@ -107,8 +106,7 @@ def open_journal(path: Path, plan: MergePlan) -> Journal:
         __version__,
         plan.digest(),
         describe(plan),
-        list(map(len, leaves)),
-        [shard.filename for shard in plan.shards],
+        [shard.file_nbytes for shard in plan.shards],
     )
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
@@ -149,7 +147,8 @@ def summarise(path: Path) -> JournalSummary | None:
     head = _read_head(path)
     if head is None:
         return None
-    done: dict[int, set[int]] = {}
+    counts = list(map(num_leaves, head.file_nbytes))
+    done: list[set[int]] = [set() for _ in counts]
     with path.open("rb") as file:
         next(file)
         for encoded in file:
@@ -157,15 +156,16 @@ def summarise(path: Path) -> JournalSummary | None:
                 line = msgspec.json.decode(encoded, type=_Line)
             except msgspec.MsgspecError:
                 break
-            done.setdefault(line.shard, set()).add(line.leaf)
+            if 0 <= line.shard < len(done):
+                done[line.shard].add(line.leaf)
     return JournalSummary(
         merge=head.merge,
-        num_leaves_done=sum(map(len, done.values())),
-        num_leaves=sum(head.num_leaves),
+        num_bytes_done=min(sum(map(len, done)) * LEAF_NBYTES, sum(head.file_nbytes)),
+        num_bytes=sum(head.file_nbytes),
         num_shards_done=sum(
-            len(done.get(shard, ())) == count for shard, count in enumerate(head.num_leaves)
+            len(leaves) == count for leaves, count in zip(done, counts, strict=True)
         ),
-        num_shards=len(head.num_leaves),
+        num_shards=len(counts),
     )
 
 

@@ -4,19 +4,17 @@ Written into the output, and read back to verify it. Tells nothing of the machin
 on, unless that was asked for. What is read back may come from anyone.
 """
 
-import os
-import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 import msgspec
 
 from shardmix._version import __version__
 from shardmix.digests import ALGORITHMS, LEAF_NBYTES, file_digest
 from shardmix.errors import OutputError, SourceError, one_line
+from shardmix.filesystem import open_regular
 from shardmix.findings import LeafFindings
 from shardmix.plan import MergePlan
 
@@ -178,15 +176,6 @@ def read_provenance(folder: Path) -> Provenance:
         if relative.is_absolute() or ".." in relative.parts or "\0" in name or not relative.parts:
             raise SourceError(f"{path}: names {name!r}, which lies outside the model's folder")
     return provenance
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading, but never wait for a pipe, nor read a device. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(f"{path.name} is not a regular file")
-    return os.fdopen(descriptor, "rb")
 
 
 def _file_records(

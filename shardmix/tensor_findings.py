@@ -5,12 +5,12 @@ Only for the rare strip in which something was found.
 
 from collections.abc import Iterator
 
-from shardmix.blocks import Strip
+from shardmix.blocks import Strip, tensors_between
 from shardmix.digests import LEAF_NBYTES
 from shardmix.findings import LeafFindings, combined
 from shardmix.plan import OutputShard
 from shardmix.reducer import Reducer
-from shardmix.safetensors_layout import HEADER_LENGTH_NBYTES, decode_header, element_nbytes
+from shardmix.safetensors_layout import element_nbytes
 
 
 def strip_findings(
@@ -29,19 +29,9 @@ def strip_findings(
                 LeafFindings(disagreeing={strip.run.name: tuple(sorted(reducer.disagreeing))})
             )
         if not reducer.is_finite:
-            for name, start, end in _tensors(planned, start_in_leaf, stop_in_leaf):
+            for name, start, end in tensors_between(planned, start_in_leaf, stop_in_leaf):
                 counts = reducer.count_nonfinite((start - first) // width, (end - first) // width)
                 if counts.num_nan or counts.num_inf:
                     triple = (counts.num_nan, counts.num_inf, counts.num_overflowed)
                     found.append(LeafFindings(nonfinite={name: triple}))
         yield leaf, combined(found)
-
-
-def _tensors(planned: OutputShard, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
-    """Yield name, first and past-the-last byte of each tensor's part of a range of a file."""
-    encoded = planned.header.encode()
-    data_start = HEADER_LENGTH_NBYTES + len(encoded)
-    for name, entry in decode_header(encoded, file_nbytes=planned.file_nbytes).items():
-        first, last = (data_start + offset for offset in entry.data_offsets)
-        if first < stop and last > start:
-            yield name, max(first, start), min(last, stop)

@@ -47,7 +47,7 @@ class ShardWriter:
             raise OutputError(f"{self._path}: cannot be read ({error.strerror})") from None
 
     def start_writeback(self, offset: int, nbytes: int) -> None:
-        """Have the system start to write a range to disk, so that `finish` has little to wait for."""
+        """Start to write a range to disk, so that `finish` has little to wait for."""
         start_writeback(self._descriptor, offset, nbytes)
 
     def finish(self, head: bytes, *, fsync: bool) -> None:

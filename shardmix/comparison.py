@@ -1,0 +1,104 @@
+"""Holds recomputed output against files that exist, byte for byte, in place of writing it."""
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from shardmix.blocks import tensors_between
+from shardmix.digests import READ_NBYTES, read_range
+from shardmix.errors import SourceError
+from shardmix.filesystem import open_regular
+from shardmix.findings import LeafFindings
+from shardmix.plan import OutputShard
+
+
+class Differences:
+    """Which parts of an output are not what a merge of its sources gives."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.num_bytes: dict[tuple[str, str], int] = {}
+        """(File, tensor) → bytes that differ."""
+
+    def add(self, file: str, tensor: str, num_bytes: int) -> None:
+        """Count bytes that differ."""
+        with self._lock:
+            key = file, tensor
+            self.num_bytes[key] = self.num_bytes.get(key, 0) + num_bytes
+
+
+class ComparedShard:
+    """One existing file that stands where a merge would write one (a `work.ShardTarget`)."""
+
+    def __init__(self, planned: OutputShard, folder: Path, differences: Differences) -> None:
+        self._planned = planned
+        self._path = folder / planned.filename
+        self._differences = differences
+        self._local = threading.local()
+        try:
+            self._file = open_regular(self._path)
+            nbytes = os.fstat(self._file.fileno()).st_size
+        except OSError as error:
+            raise SourceError(f"{self._path}: cannot be read ({error.strerror or error})") from None
+        if nbytes != planned.file_nbytes:
+            differences.add(planned.filename, "its size", abs(nbytes - planned.file_nbytes))
+
+    def kept(self, leaf: int, buffer: memoryview) -> LeafFindings | None:
+        """Return None: everything is computed again."""
+        return None
+
+    def next_claimed(self, leaf: int, stop_leaf: int) -> int:
+        """Return the end: everything is computed again."""
+        return stop_leaf
+
+    def begin(self, first_leaf: int, stop_leaf: int) -> "ComparedShard":
+        """Start a range of leaves."""
+        return self
+
+    def note(self, leaf: int, findings: LeafFindings) -> None:
+        """Do nothing: the merge has told of its findings."""
+
+    def write(self, position: int, data: memoryview) -> None:
+        """Compare a strip's bytes with the file's."""
+        for there in self._read(position, position + len(data)):
+            wanted, data = data[: len(there)], data[len(there) :]
+            self._compare(position, np.frombuffer(there, np.uint8), np.frombuffer(wanted, np.uint8))
+            position += len(there)
+        if len(data):
+            self._differences.add(self._planned.filename, "its end", len(data))
+
+    def finish(self) -> str:
+        """Compare the file's header."""
+        head = self._planned.head()
+        if b"".join(map(bytes, self._read(0, len(head)))) != head:
+            self._differences.add(self._planned.filename, "its header", len(head))
+        self.close()
+        return ""
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _compare(
+        self, position: int, there: npt.NDArray[np.uint8], wanted: npt.NDArray[np.uint8]
+    ) -> None:
+        if np.array_equal(there, wanted):
+            return
+        stop = position + len(there)
+        for name, first, last in tensors_between(self._planned, position, stop):
+            part = slice(first - position, last - position)
+            num_bytes = int(np.count_nonzero(there[part] != wanted[part]))
+            if num_bytes:
+                self._differences.add(self._planned.filename, name, num_bytes)
+
+    def _read(self, start: int, stop: int) -> Iterator[memoryview]:
+        if not hasattr(self._local, "buffer"):
+            self._local.buffer = memoryview(bytearray(READ_NBYTES))
+        try:
+            yield from read_range(self._file.fileno(), start, stop, self._local.buffer)
+        except OSError as error:
+            raise SourceError(f"{self._path}: cannot be read ({error.strerror})") from None

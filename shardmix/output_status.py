@@ -1,0 +1,119 @@
+"""`status`: what is at an output path, and what a merge to it has left unfinished. Reads little."""
+
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from shardmix.errors import OutputError, SourceError
+from shardmix.journal import summarise
+from shardmix.locks import lock_owner
+from shardmix.provenance import PROVENANCE_NAME, read_provenance
+from shardmix.staging import Staging, resolve_output
+
+
+@dataclass(frozen=True, slots=True)
+class CompleteReport:
+    """A merged model that is whole, since it appears in one step; `verify` says if it still is."""
+
+    shardmix: str
+    """Version that wrote it."""
+    sources: tuple[str, ...]
+    """The models, by public name."""
+    weights: tuple[float, ...]
+    """Their weights."""
+    num_files: int
+    """Files with a digest."""
+    bytes: int
+    """Their size."""
+    digest: str
+    """What they are hashed with."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnfinishedReport:
+    """A merge that has begun: at work, or cut off."""
+
+    staging: str
+    """The hidden folder where it grows."""
+    process: int | None
+    """Who is at work on it (0: somebody); None: nobody, and the same merge would go on from it."""
+    merge: dict[str, Any]
+    """What merge it is; empty where it had not begun to write."""
+    bytes_done: int
+    """Bytes of weight files that are there."""
+    bytes_total: int
+    """Bytes of weight files to come to."""
+    num_shards_done: int
+    """Weight files that are complete."""
+    num_shards: int
+    """Weight files."""
+
+
+@dataclass(frozen=True, slots=True)
+class StatusReport:
+    """What is at an output path, and beside it."""
+
+    output: str
+    """The path."""
+    exists: bool
+    """Whether anything is there."""
+    complete: CompleteReport | None
+    """The merged model that is there, if shardmix wrote it."""
+    note: str
+    """What else there is to say of what is there."""
+    unfinished: UnfinishedReport | None
+    """What a merge to it has left, or is at."""
+
+
+def status(output: str | PathLike[str]) -> StatusReport:
+    """Return what is at an output path, and what a merge to it has left unfinished.
+
+    Raises `OutputError` where that cannot be read.
+
+    Example:
+        >>> shardmix.status("merged").unfinished is None
+        True
+    """
+    path = resolve_output(output)
+    try:
+        exists = path.exists()
+        complete, note = None, ""
+        if (path / PROVENANCE_NAME).exists():
+            try:
+                complete = _complete(path)
+            except SourceError as error:
+                note = str(error)
+        elif exists:
+            note = f"has no {PROVENANCE_NAME}: it is no merge by shardmix"
+        return StatusReport(str(path), exists, complete, note, _unfinished(Staging(path)))
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _complete(path: Path) -> CompleteReport:
+    provenance = read_provenance(path)
+    files = provenance.digests.files
+    return CompleteReport(
+        shardmix=provenance.shardmix,
+        sources=tuple(source.name for source in provenance.sources),
+        weights=tuple(source.weight for source in provenance.sources),
+        num_files=len(files),
+        bytes=sum(record.bytes for record in files.values()),
+        digest=provenance.digests.algorithm,
+    )
+
+
+def _unfinished(staging: Staging) -> UnfinishedReport | None:
+    if not staging.path.is_dir():
+        return None
+    summary = summarise(staging.journal_path) if staging.journal_path.exists() else None
+    return UnfinishedReport(
+        staging=str(staging.path),
+        process=lock_owner(staging.path),
+        merge=summary.merge if summary else {},
+        bytes_done=summary.num_bytes_done if summary else 0,
+        bytes_total=summary.num_bytes if summary else 0,
+        num_shards_done=summary.num_shards_done if summary else 0,
+        num_shards=summary.num_shards if summary else 0,
+    )
