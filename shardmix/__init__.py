@@ -28,22 +28,29 @@ if TYPE_CHECKING:
     from shardmix.errors import BudgetError as BudgetError
     from shardmix.errors import MergeCancelled as MergeCancelled
     from shardmix.errors import MismatchError as MismatchError
+    from shardmix.errors import NonfiniteError as NonfiniteError
     from shardmix.errors import OutputError as OutputError
     from shardmix.errors import RecipeError as RecipeError
     from shardmix.errors import ShardmixError as ShardmixError
     from shardmix.errors import SourceError as SourceError
+    from shardmix.output_status import StatusReport as StatusReport
+    from shardmix.output_status import status as status
     from shardmix.plan import MergePlan as MergePlan
     from shardmix.recipe import Recipe as Recipe
     from shardmix.recipe import WeightedSource as WeightedSource
     from shardmix.report import MergeReport as MergeReport
     from shardmix.report import ModelReport as ModelReport
     from shardmix.report import PlanReport as PlanReport
+    from shardmix.verification import VerifyReport as VerifyReport
+    from shardmix.verification import verify as verify
 
 _HOME = {
     "merge": "api",
     "plan_merge": "api",
     "inspect": "api",
     "report_plan": "api",
+    "status": "output_status",
+    "verify": "verification",
     "mix_models": "cocktail",
     "mix_models_by_layers": "cocktail",
     "mix_models_with_data": "cocktail",
@@ -54,6 +61,8 @@ _HOME = {
     "ModelReport": "report",
     "PlanReport": "report",
     "ProgressEvent": "engine",
+    "StatusReport": "output_status",
+    "VerifyReport": "verification",
     "Recipe": "recipe",
     "WeightedSource": "recipe",
     "ShardmixError": "errors",
@@ -61,6 +70,7 @@ _HOME = {
     "SourceError": "errors",
     "MismatchError": "errors",
     "BudgetError": "errors",
+    "NonfiniteError": "errors",
     "OutputError": "errors",
     "MergeCancelled": "errors",
 }

@@ -79,6 +79,10 @@ def merge(
     trust_remote_code: opt.TrustRemoteCode = False,
     overwrite: opt.Overwrite = False,
     no_fsync: opt.NoFsync = False,
+    restart: opt.Restart = False,
+    on_nonfinite: opt.OnNonfinite = "warn",
+    digest: opt.Digest = "xxh3",
+    record_paths: opt.RecordPaths = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -201,6 +205,62 @@ def plan(
         )
 
 
+@app.command(epilog="Example: `shardmix verify merged --recompute`")
+def verify(
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A model folder that `shardmix merge` wrote.")
+    ],
+    recompute: Annotated[
+        bool,
+        typer.Option(
+            "--recompute", help="Read the sources again, too, and compare every byte of weights."
+        ),
+    ] = False,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH",
+            help="Where a source lies, by its name or number in shardmix.json; may be repeated. "
+            "Those on the Hub or beside OUT are found.",
+        ),
+    ] = None,
+    max_memory: opt.MaxMemory = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Read a merged model again, all of it, and compare it with the digests made at the merge."""
+    with _errors_reported(json=json, quiet=quiet):
+        sources = arguments.places(source or [])
+        from shardmix import verification
+        from shardmix.cli import render
+        from shardmix.cli.progress import progress_display
+
+        with progress_display("verifying", quiet=quiet) as on_progress:
+            report = verification.verify(
+                output,
+                recompute=recompute,
+                sources=sources,
+                max_memory=max_memory,
+                on_progress=on_progress,
+            )
+        render.verify_report(report, json=json, quiet=quiet)
+    if not report.is_verified:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `shardmix status merged`")
+def status(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Where a merge writes to.")],
+    json: opt.Json = False,
+) -> None:
+    """Show what is at an output path: a whole model, or a merge at work or cut off."""
+    with _errors_reported(json=json):
+        from shardmix import output_status
+        from shardmix.cli import render
+
+        render.status_report(output_status.status(output), json=json)
+
+
 @app.command(epilog="Example: `shardmix inspect org/name --json`")
 def inspect(
     source: Annotated[
@@ -255,12 +315,11 @@ def _errors_reported(*, json: bool, quiet: bool = False) -> Iterator[None]:
 
         render.error(error, json=json)
         raise typer.Exit(error.exit_status) from None
-    except _Terminated:
-        typer.echo("terminated: nothing was written", err=True)
-        raise typer.Exit(143) from None
-    except KeyboardInterrupt:
-        typer.echo("interrupted: nothing was written", err=True)
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as error:
+        is_terminated = isinstance(error, _Terminated)
+        word, status = ("terminated", 143) if is_terminated else ("interrupted", 130)
+        typer.echo(f"{word}: {error or 'nothing was written'}", err=True)
+        raise typer.Exit(status) from None
 
 
 class _Terminated(KeyboardInterrupt):

@@ -77,3 +77,14 @@ def weighted_models(words: list[str]) -> "ModelsArgument":
     if len(words) == 1 and words[0].endswith(RECIPE_SUFFIXES):
         return words[0]
     return parse_source_words(words)
+
+
+def places(words: list[str]) -> dict[str, str]:
+    """Return name → path of `NAME=PATH` words."""
+    found = {}
+    for word in words:
+        name, _, path = word.partition("=")
+        if not name or not path:
+            raise RecipeError(f"--source {word!r}: must be NAME=PATH, such as tuned=./tuned")
+        found[name] = path
+    return found

@@ -94,6 +94,34 @@ NoFsync = Annotated[
         "--no-fsync", help="Don't force files to disk before OUT appears (for scratch disks)."
     ),
 ]
+Restart = Annotated[
+    bool,
+    typer.Option(
+        "--restart",
+        help="Throw away what an earlier run of a merge to OUT has left, instead of going on.",
+    ),
+]
+OnNonfinite = Annotated[
+    str,
+    typer.Option(
+        metavar="warn|error",
+        help="What to do about NaN or Inf in the output: count them by tensor, or stop at one.",
+    ),
+]
+Digest = Annotated[
+    str,
+    typer.Option(
+        metavar="xxh3|blake3|sha256",
+        help="What OUT's files are hashed with, for `shardmix verify`: xxh3 finds damage at no "
+        "cost, blake3 tampering too; sha256 is what the Hub shows, and slower.",
+    ),
+]
+RecordPaths = Annotated[
+    bool,
+    typer.Option(
+        "--record-paths", help="Tell in OUT's shardmix.json where on this machine the models lie."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print a JSON report to standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
 

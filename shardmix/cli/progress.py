@@ -23,14 +23,14 @@ OnProgress = Callable[["ProgressEvent"], None]
 
 
 @contextmanager
-def progress_display(*, quiet: bool) -> Iterator[OnProgress | None]:
-    """Give a callback that shows progress; None with `quiet`."""
+def progress_display(word: str = "merging", *, quiet: bool) -> Iterator[OnProgress | None]:
+    """Give a callback that shows progress of what a word says; None with `quiet`."""
     console = Console(stderr=True, highlight=False)
     if quiet:
         yield None
     elif console.is_terminal:
         progress = Progress(
-            TextColumn("merging"),
+            TextColumn(word),
             BarColumn(),
             TaskProgressColumn(),
             TextColumn("{task.fields[status]}"),
@@ -38,7 +38,7 @@ def progress_display(*, quiet: bool) -> Iterator[OnProgress | None]:
             console=console,
             transient=True,
         )
-        task = progress.add_task("merge", total=None, status="")
+        task = progress.add_task(word, total=None, status="")
 
         def update(event: "ProgressEvent") -> None:
             progress.start()  # not before the first event: models may be scored before
@@ -54,7 +54,7 @@ def progress_display(*, quiet: bool) -> Iterator[OnProgress | None]:
         finally:
             progress.stop()
     else:
-        yield _LinePrinter(console)
+        yield _LinePrinter(console, word)
 
 
 @contextmanager
@@ -94,8 +94,9 @@ def score_display(*, quiet: bool) -> Iterator["OnScoreProgress | None"]:
 class _LinePrinter:
     """Prints a line now and then, and one at the end."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, word: str) -> None:
         self._console = console
+        self._word = word
         self._fraction = -_LINE_FRACTION  # so that the start has a line, too
         self._seconds = 0.0
 
@@ -105,7 +106,7 @@ class _LinePrinter:
         ended = fraction >= 1 > self._fraction
         if moved_on or ended or event.seconds >= self._seconds + _LINE_SECONDS:
             self._fraction, self._seconds = fraction, event.seconds
-            self._console.print(f"merging: {fraction:4.0%}  {_status(event)}", soft_wrap=True)
+            self._console.print(f"{self._word}: {fraction:4.0%}  {_status(event)}", soft_wrap=True)
 
 
 def _score_status(event: "ScoreProgress") -> str:
@@ -116,9 +117,10 @@ def _score_status(event: "ScoreProgress") -> str:
 
 
 def _status(event: "ProgressEvent") -> str:
-    rate = event.num_bytes_done / max(event.seconds, 1e-9)
+    rate = (event.num_bytes_done - event.num_bytes_kept) / max(event.seconds, 1e-9)
+    kept = f" ({format_size(event.num_bytes_kept)} by an earlier run)" * bool(event.num_bytes_kept)
     return (
-        f"{format_size(event.num_bytes_done)} of {format_size(event.num_bytes_total)}  "
+        f"{format_size(event.num_bytes_done)} of {format_size(event.num_bytes_total)}{kept}  "
         f"{format_size(rate)}/s  shards {event.num_shards_done}/{event.num_shards_total}  "
         f"memory {format_size(event.resident_nbytes)}"
     )

@@ -1,14 +1,18 @@
 """Reports for people (rich tables) and for machines (JSON)."""
 
+from collections.abc import Sequence
+
 import msgspec
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from shardmix.errors import ShardmixError
+from shardmix.output_status import StatusReport
 from shardmix.report import MergeReport, ModelReport, PlanReport, ShardReport
 from shardmix.scorer.report import ScoreReport
 from shardmix.units import format_size
+from shardmix.verification import VerifyReport
 
 _NUM_ROWS = 40
 
@@ -47,8 +51,75 @@ def merge_report(report: MergeReport, *, json: bool, quiet: bool) -> None:
             "projected",
             soft_wrap=True,
         )
+        if report.bytes_kept:
+            console.print(
+                f"went on where an earlier run was cut off: {format_size(report.bytes_kept)} did "
+                "not have to be read again",
+                soft_wrap=True,
+            )
     if not quiet:
         _warnings(report.warnings)
+
+
+def verify_report(report: VerifyReport, *, json: bool, quiet: bool) -> None:
+    """Print what a verification found; what is wrong also with `quiet`, on standard error."""
+    if json:
+        _print_json(report)
+    elif report.is_verified and not quiet:
+        how = "and are what the sources give, " if report.recomputed else ""
+        _console().print(
+            f"[bold green]verified[/] {_plain(report.output)}: {report.num_files} files, "
+            f"{format_size(report.bytes_read)} read in {report.seconds:.2f} s, are as the merge "
+            f"wrote them, {how}by their {report.digest} digests",
+            soft_wrap=True,
+        )
+    console = _console(stderr=True)
+    for problem in report.problems:
+        console.print(f"[bold red]error:[/] {_plain(problem)}", soft_wrap=True)
+
+
+def status_report(report: StatusReport, *, json: bool) -> None:
+    """Print what is at an output path, and what a merge to it has left."""
+    if json:
+        _print_json(report)
+        return
+    console = _console()
+    output = _plain(report.output)
+    if report.complete is not None:
+        models = _models(report.complete.sources, report.complete.weights)
+        console.print(
+            f"{output}: [bold green]complete[/], {models}; {report.complete.num_files} files, "
+            f"{format_size(report.complete.bytes)}, merged by shardmix "
+            f"{_plain(report.complete.shardmix)}; `shardmix verify` reads them again",
+            soft_wrap=True,
+        )
+    else:
+        finding = report.note if report.exists else "does not exist"
+        console.print(f"{output}: {_plain(finding)}", soft_wrap=True)
+    unfinished = report.unfinished
+    if unfinished is None:
+        return
+    merge = unfinished.merge
+    models = _models(merge.get("models", ()), merge.get("weights", ()))
+    console.print(
+        f"{_plain(unfinished.staging)}: [bold yellow]unfinished[/], {models}; "
+        f"{format_size(unfinished.bytes_done)} of {format_size(unfinished.bytes_total)}, "
+        f"{unfinished.num_shards_done} of {unfinished.num_shards} files",
+        soft_wrap=True,
+    )
+    if unfinished.process is None:
+        console.print(
+            "nobody is at work on it; the same merge goes on from there, and --restart throws it "
+            "away",
+            soft_wrap=True,
+        )
+    else:
+        console.print(f"process {unfinished.process or '(unknown)'} is at work on it")
+
+
+def _models(sources: Sequence[str], weights: Sequence[float]) -> str:
+    pairs = zip(sources, weights, strict=False)
+    return ", ".join(f"{_plain(str(source))} × {weight:g}" for source, weight in pairs)
 
 
 def score_report(report: ScoreReport, *, json: bool, quiet: bool) -> None:
