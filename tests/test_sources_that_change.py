@@ -75,6 +75,7 @@ def run(code: str, *words: object) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
+        timeout=600,  # a fault met again for ever would be a failure, too
         cwd=Path(__file__).resolve().parents[1],
     )
 
