@@ -98,7 +98,7 @@ class Work:
         if findings.nonfinite and self._plan.settings.on_nonfinite == ERROR:
             name, counts = next(iter(findings.nonfinite.items()))
             raise NonfiniteError(
-                f"{name}: {nonfinite_finding(counts, self._plan)}; mend the model that holds them, "
+                f"{name}: {nonfinite_finding(name, counts, self._plan)}; mend the model that holds them, "
                 "or go on with --on-nonfinite warn"
             )
 
@@ -137,7 +137,7 @@ class Work:
         return self._findings
 
 
-def nonfinite_finding(counts: tuple[int, int, int], plan: MergePlan) -> str:
+def nonfinite_finding(name: str, counts: tuple[int, int, int], plan: MergePlan) -> str:
     """Say what a merged tensor holds that is not finite."""
     num_nan, num_inf, num_overflowed = counts
     parts = []
@@ -147,7 +147,7 @@ def nonfinite_finding(counts: tuple[int, int, int], plan: MergePlan) -> str:
         parts.append(f"{num_inf - num_overflowed} Inf")
     if num_overflowed:
         parts.append(
-            f"{num_overflowed} values too large for {plan.config_dtype}, which rounding made Inf "
+            f"{num_overflowed} values too large for {plan.tensor_dtype(name)}, made Inf by rounding "
             "(--dtype bfloat16 or float32 has room for them)"
         )
     return " and ".join(parts) + " in the merged tensor"

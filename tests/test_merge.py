@@ -366,7 +366,7 @@ def test_values_too_large_for_the_output_are_named_as_such(tmp_path):
     (finding,) = report.nonfinite
     assert (finding.num_nan, finding.num_inf, finding.num_overflowed) == (0, 3, 2)
     assert report.warnings == (
-        "w: 1 Inf and 2 values too large for float16, which rounding made Inf (--dtype bfloat16 or "
+        "w: 1 Inf and 2 values too large for F16, made Inf by rounding (--dtype bfloat16 or "
         "float32 has room for them) in the merged tensor",
     )
     assert shardmix.merge(models, tmp_path / "wide", dtype="bfloat16").nonfinite[0].num_inf == 1
