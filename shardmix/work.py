@@ -99,7 +99,8 @@ class Work:
             name, counts = next(iter(findings.nonfinite.items()))
             finding = nonfinite_finding(name, counts, self._plan)
             raise NonfiniteError(
-                f"{name}: {finding}; mend the model that holds them, or go on with --on-nonfinite warn"
+                f"{name}: {finding}; mend the model that holds them, or allow them: "
+                "--on-nonfinite warn"
             )
 
     def block_done(self, shard: ShardInWork) -> None:
