@@ -42,7 +42,7 @@ def claim_nothing(
     self.leaves[shard].put(leaf, digest)
 
 
-def round_only(stored, weight, total, out):  # type: ignore[no-untyped-def] # noqa: ANN001
+def round_only(stored, weight, total, out):  # type: ignore[no-untyped-def]
     """The last loop as it would be if nobody asked for NaN and Inf, but for NaNs' one pattern."""
     for index in range(total.size):
         bits = np.float32(total[index] + weight * widen(stored[index])).view(np.uint32)
@@ -64,7 +64,7 @@ def nothing_safe(backend: str) -> Iterator[None]:
     """Leave the work out that is measured."""
     with contextlib.ExitStack() as stack:
         patches = [
-            mock.patch.object(digests, "_leaf_hasher", lambda algorithm: NoHasher()),
+            mock.patch.object(digests, "_leaf_hasher", return_value=NoHasher()),
             mock.patch.object(journal.Journal, "add", claim_nothing),
         ]
         if backend == "numba":
