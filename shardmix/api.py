@@ -302,6 +302,8 @@ def _load(plan: MergePlan) -> tuple[Backend | None, str | None]:
 
 def _kept(staging: Staging, journal: Journal, plan: MergePlan) -> str:
     """Say what is kept of an unfinished merge, and how to go on; "" where nothing is."""
+    if staging.is_placed:
+        return f"{staging.output} is the new model all the same, and whole"
     if not staging.is_worth_keeping:
         return ""
     done = min(journal.num_leaves_done * LEAF_NBYTES, plan.write_nbytes)

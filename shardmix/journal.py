@@ -228,14 +228,17 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for key in now
         if key != "files" and then.get(key) != now[key]
     ]
-    was = {file["file"]: file for file in then.get("files", [])}
+    was = {(file["model"], file["file"]): file for file in then.get("files", [])}
     for file in now["files"]:
-        before = was.get(file["file"])
+        before = was.get((file["model"], file["file"]))
         if before is None and not found:
             found.append(f"{file['file']} was not among its files")
         elif before is not None and before != file:
-            parts = [key for key in ("commit", "size", "header") if before.get(key) != file[key]]
-            what = ", ".join(parts) if parts else "time of modification"
+            if before.get("commit") != file["commit"]:
+                what = f"commit {before.get('commit')} then, {file['commit']} now"
+            else:
+                parts = [key for key in ("size", "header") if before.get(key) != file[key]]
+                what = ", ".join(parts) if parts else "time of modification"
             found.append(f"{file['file']} has changed since ({what})")
     return found
 

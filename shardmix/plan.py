@@ -240,6 +240,7 @@ class MergePlan:
         """
         return [
             {
+                "model": self.public_names[file.model],
                 "file": Path(file.path).name if self.commits[file.model] else file.path,
                 "commit": self.commits[file.model],
                 "size": file.nbytes,

@@ -96,6 +96,8 @@ class Staging:
         """What becomes the output."""
         self.journal_path = self.path / "journal"
         """What is done already; whoever writes it keeps it."""
+        self.is_placed = False
+        """The output is the new model."""
         self.is_worth_keeping = False
         """After a failure, leave it all for a later run; at first, whether there is anything."""
 
@@ -212,6 +214,7 @@ def _put_in_place(staging: Staging, *, overwrite: bool, fsync: bool) -> None:
         _exchange(folder, output, aside=staging.path / _ASIDE)
     else:
         folder.rename(output)
+    staging.is_placed = True
     if fsync:
         # And the rename is, before anyone is told of it, in both folders that it changed.
         _fsync(output.parent)

@@ -29,8 +29,9 @@ def _merge(words: tuple[object, ...]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def python(code: str) -> str:
-    """Return what a fresh interpreter prints for this code."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def python(code: str, *words: object) -> str:
+    """Return what a fresh interpreter prints for this code, which finds the words in `sys.argv`."""
+    command = [sys.executable, "-c", code, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

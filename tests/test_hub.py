@@ -159,6 +159,59 @@ def test_branches_tags_and_commits_merge_with_a_local_model(
     assert card["base_model_relation"] == "merge"
 
 
+# What is recorded, and gone on with
+
+
+CUT_OFF = """
+import json, sys, shardmix
+from unittest import mock
+with mock.patch("shardmix.engine.write_companions", side_effect=KeyboardInterrupt):
+    try: shardmix.merge(json.loads(sys.argv[1]), sys.argv[2], fsync=False)
+    except KeyboardInterrupt as error: print(error)
+"""
+
+
+def test_a_commit_stands_for_a_model_of_the_hub(
+    hub: HubServer, machine: Machine, tmp_path: Path
+) -> None:
+    """Its files may be downloaded anew, elsewhere, and later: it is the same merge."""
+    commit = hub.push("org/tuned", model(1.0))
+    local = save_locally(tmp_path / "mine", model(2.0))
+    words = json.dumps({"org/tuned": 0.5, str(local): 0.5}), str(tmp_path / "merged")
+    begun = machine.run("-c", CUT_OFF, *words)
+    assert "are done and kept" in begun.stdout, begun.stderr
+    another_machine = Machine(hub, tmp_path / "another-home")
+
+    done = another_machine.run(
+        "-c",
+        "import json, sys, shardmix\nprint(shardmix.merge("
+        "json.loads(sys.argv[1]), sys.argv[2], fsync=False).bytes_kept)",
+        *words,
+    )
+
+    assert done.stdout.strip() == "120", done.stderr
+    recorded = json.loads((tmp_path / "merged" / "shardmix.json").read_text())["sources"]
+    assert (recorded[0]["hub_id"], recorded[0]["commit"]) == ("org/tuned", commit)
+    verified = another_machine.run(
+        "-m", "shardmix", "verify", words[1], "--recompute", "--source", f"mine={local}"
+    )
+    assert verified.returncode == 0, verified.stderr
+
+
+def test_a_branch_that_has_moved_since_is_another_merge(
+    hub: HubServer, machine: Machine, tmp_path: Path
+) -> None:
+    first = hub.push("org/tuned", model(1.0))
+    local = save_locally(tmp_path / "mine", model(2.0))
+    words = json.dumps({"org/tuned": 0.5, str(local): 0.5}), str(tmp_path / "merged")
+    machine.run("-c", CUT_OFF, *words)
+    second = hub.push("org/tuned", model(3.0))
+
+    done = machine.run("-c", MERGE, *words)
+
+    assert f"commit {first} then, {second} now" in done.stderr
+
+
 # What is fetched
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import shardmix
 from tests.fresh_process import python
 from tests.models import random_model, save_model
 
@@ -32,22 +33,25 @@ def test_examples_are_checked_without_torch(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["--help", "merge --help", "score --help", "plan --help", "inspect --help"]
+    "command",
+    ["--help", "merge --help", "score --help", "plan --help", "verify --help", "inspect --help"],
 )
 def test_help_loads_neither_torch_nor_the_engine(command):
     run = (
-        f"sys.argv = ['shardmix', *{command.split()!r}]\nfrom shardmix.cli import main\n"
+        f"sys.argv = ['shardmix', *{command.split()!r}, '--help']\nfrom shardmix.cli import main\n"
         "try: main()\nexcept SystemExit as end: assert not end.code"
     )
     assert loaded_after(run) == "[]"
 
 
-def test_planning_and_inspecting_load_no_torch(tmp_path):
+def test_planning_inspecting_status_and_verifying_load_no_torch(tmp_path):
     a, b = (save_model(tmp_path / name, random_model(1)) for name in "ab")
     code = (
         f"import shardmix\nshardmix.plan_merge({{{str(a)!r}: 0.5, {str(b)!r}: 0.5}}, 'out')\n"
-        f"shardmix.inspect({str(a)!r})"
+        f"shardmix.inspect({str(a)!r})\nshardmix.status({str(tmp_path / 'out')!r})\n"
+        f"assert shardmix.verify({str(tmp_path / 'out')!r}).is_verified"
     )
+    shardmix.merge({a: 0.5, b: 0.5}, tmp_path / "out")
     assert loaded_after(code) == "[]"
 
 

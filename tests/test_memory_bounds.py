@@ -87,3 +87,35 @@ def test_a_budget_counts_what_the_process_already_holds(large_models, tmp_path):
         "print(report.peak_rss_bytes <= report.projected_peak_bytes <= 640 << 20)\n"
     )
     assert python(code).split() == ["refused", "True"]
+
+
+def test_verifying_and_recomputing_stay_small_whatever_the_size(large_models, tmp_path):
+    a, b = large_models
+    report = merge_report(f"{a}=0.5", f"{b}=0.5", "-o", tmp_path / "out", "--no-fsync")
+    verify = (
+        "import json, sys, shardmix\n"
+        "report = shardmix.verify(sys.argv[1], **json.loads(sys.argv[2]))\n"
+        "assert report.is_verified\nprint(report.peak_rss_bytes)"
+    )
+    places = {"a": str(a), "b": str(b)}
+    by_digest = int(python(verify, tmp_path / "out", "{}"))
+    assert by_digest < 128 * MIB
+    budget = report["projected_peak_bytes"]
+    options = json.dumps({"recompute": True, "sources": places, "max_memory": budget})
+    assert int(python(verify, tmp_path / "out", options)) <= budget
+
+
+def test_going_on_stays_within_the_projection(large_models, tmp_path):
+    """What an earlier run has done is read again in small pieces."""
+    a, b = large_models
+    words = json.dumps({str(a): 0.5, str(b): 0.5})
+    cut_off = (
+        "import json, sys, shardmix\nfrom unittest import mock\n"
+        "with mock.patch('shardmix.engine.write_companions', side_effect=KeyboardInterrupt):\n"
+        "    try: shardmix.merge(json.loads(sys.argv[1]), sys.argv[2], fsync=False)\n"
+        "    except KeyboardInterrupt as error: print(error)"
+    )
+    assert "are done and kept" in python(cut_off, words, tmp_path / "out")
+    report = merge_report(f"{a}=0.5", f"{b}=0.5", "-o", tmp_path / "out", "--no-fsync")
+    assert report["bytes_kept"] == 600_000_000
+    assert report["peak_rss_bytes"] <= report["projected_peak_bytes"]
