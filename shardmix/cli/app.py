@@ -318,7 +318,7 @@ def _errors_reported(*, json: bool, quiet: bool = False) -> Iterator[None]:
     except KeyboardInterrupt as error:
         is_terminated = isinstance(error, _Terminated)
         word, status = ("terminated", 143) if is_terminated else ("interrupted", 130)
-        typer.echo(f"{word}: {error or 'nothing was written'}", err=True)
+        typer.echo(f"{word}: {str(error) or 'nothing was written'}", err=True)
         raise typer.Exit(status) from None
 
 
