@@ -35,7 +35,7 @@ def read_json(path: Path, *, expected: type = dict) -> Any:
     """Read a JSON object (or list) from a small file; raise `SourceError` where it isn't one."""
     content = _read(path, _MAX_JSON_NBYTES)
     try:
-        decoded = json.loads(content, object_pairs_hook=_without_duplicates)
+        decoded = json.loads(content.decode(), object_pairs_hook=_without_duplicates)
         if _ESCAPED_SURROGATE.search(content):
             json.dumps(decoded, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:

@@ -22,6 +22,8 @@ WEIGHT_SUM_TOLERANCE = 1e-3
 OUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _LARGEST_WEIGHT = 3.4028234663852886e38  # of float32
 _MAX_RECIPE_NBYTES = 128 * 1024
+# What PyYAML raises where a value is not what its tag says: `!!int ""`, `!!bool maybe`, ...
+_YAML_STUMBLES = (ValueError, TypeError, LookupError, AttributeError)
 RECIPE_SUFFIXES = (".yaml", ".yml")
 
 
@@ -104,14 +106,7 @@ def load_recipe(path: Path) -> Recipe:
         content = yaml.load(text, Loader=_StrictLoader)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+    except (yaml.YAMLError, RecursionError, *_YAML_STUMBLES) as error:
         finding = one_line(error, limit=300)
         raise RecipeError(f"{path}: not valid YAML: {finding}") from None
     return recipe_from_dict(content, origin=str(path))

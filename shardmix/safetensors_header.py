@@ -187,8 +187,9 @@ def _refuse_a_name_twice(names: list[str]) -> None:
     """Raise `SourceError` where a name stands in two pieces; within one that was seen already."""
     hashes = np.fromiter(map(hash, names), dtype=np.int64, count=len(names))
     hashes.sort()
-    if (hashes[:-1] == hashes[1:]).any():
-        _refuse_duplicates([(name, None) for name in names])
+    repeated = set(hashes[1:][hashes[:-1] == hashes[1:]].tolist())
+    if repeated:
+        _refuse_duplicates([(name, None) for name in names if hash(name) in repeated])
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:

@@ -20,6 +20,7 @@ from shardmix.units import format_size
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_MOST_NAME_NBYTES = 200  # of 255, and the folder that the work goes into has a longer one
 _NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
@@ -32,6 +33,12 @@ def resolve_output(output: str | os.PathLike[str]) -> Path:
         raise OutputError(
             f"{output!r}: cannot be a path ({error}); choose another output"
         ) from None
+    longest = max(len(os.fsencode(part)) for part in resolved.parts)
+    if longest > _MOST_NAME_NBYTES:
+        raise OutputError(
+            f"{resolved}: has a name of {longest} bytes; an output's have {_MOST_NAME_NBYTES} at "
+            "most: choose a shorter one"
+        )
     return resolved
 
 

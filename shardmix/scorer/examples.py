@@ -168,7 +168,8 @@ def _mapping(name: str, item: object, *, needed: str) -> Mapping[str, Any]:
 def _text(name: str, fields: Mapping[str, Any], key: str) -> str:
     if key not in fields:
         raise RecipeError(
-            f"{name}: `{key}` is missing; it has {', '.join(map(shown, list(fields)[:9])) or 'nothing'}"
+            f"{name}: `{key}` is missing; it has "
+            f"{', '.join(map(shown, list(fields)[:9])) or 'nothing'}"
         )
     value = fields[key]
     if not isinstance(value, str):
