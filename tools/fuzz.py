@@ -8,6 +8,7 @@ valid files, made anew for each run; inputs that crashed are kept in the work di
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -32,8 +33,10 @@ Target = Callable[[bytes, Path], None]
 
 def header(content: bytes, folder: Path) -> None:
     """A JSON header, in as many pieces as there can be; what we accept safetensors must, too."""
-    nbytes = int.from_bytes(content[:2], "little")
-    header_json = content[2:]
+    header_json = content[1:]
+    numbers = map(int, re.findall(rb"\d{1,5}", header_json))
+    # Or hardly any would be of the right length.
+    nbytes = content[0] if content[:1] > b"\x20" else max(numbers, default=0)
     file_nbytes = 8 + len(header_json) + nbytes
     safetensors_header._PIECE_NBYTES = 64
     table = safetensors_header.decode_header(header_json, file_nbytes=file_nbytes)
@@ -183,8 +186,7 @@ def seeds(target: str) -> list[bytes]:
     query = {"query": "who?", "pos": ["she"], "neg": ["it", "they"]}
     contents: dict[str, list[bytes] | list[object]] = {
         "header": [
-            (len(content) - 8 - length).to_bytes(2, "little") + content[8 : 8 + length]
-            for content, length in zip(files, lengths, strict=True)
+            b"\0" + content[8 : 8 + length] for content, length in zip(files, lengths, strict=True)
         ],
         "file": files,
         "index": [{"metadata": {"total_size": 64}, "weight_map": weight_map}],
