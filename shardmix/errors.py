@@ -10,6 +10,10 @@ class ShardmixError(Exception):
 
     exit_status = 1
 
+    def __str__(self) -> str:
+        """Return the message, escaped: it names what strangers named."""
+        return printable(super().__str__())
+
 
 class RecipeError(ShardmixError):
     """What was asked for makes no sense: weights, options or a recipe file."""

@@ -29,6 +29,18 @@ def run(*words: object) -> tuple[str, str]:
     return result.stdout, result.stderr
 
 
+def test_an_error_is_escaped_also_where_a_program_prints_it():
+    assert str(shardmix.SourceError(f"{HOSTILE}: bad")) == f"{ESCAPED}: bad"
+
+
+def test_what_looks_like_markup_or_a_picture_is_shown_as_it_is(tmp_path):
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    content = safetensors_file(json.dumps({"[bold]:smile:.weight": entry}), 4)
+    stdout, _ = run("inspect", a_model(tmp_path / ":heart:", {"model.safetensors": content}))
+    assert "[bold]:smile:.weight" in stdout
+    assert ":heart:" in stdout
+
+
 def hostile_model(folder: Path) -> Path:
     """A model that can be merged, with such names wherever a model has names."""
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}

@@ -20,7 +20,7 @@ _MAX_SHOWN, _SHOWN_START, _SHOWN_END = 2_000, 1_500, 300
 
 def error(problem: ShardmixError, *, json: bool) -> None:
     """Print an error: one line on standard error, and an object on standard output for machines."""
-    message = _shortened(printable(str(problem)))
+    message = _shortened(str(problem))
     _console(stderr=True).print(f"[bold red]error:[/] {_plain(message)}", soft_wrap=True)
     if json:
         _print_json({"error": {"kind": type(problem).__name__, "message": message}})
@@ -189,7 +189,7 @@ def _shortened(text: str) -> str:
 
 
 def _console(*, stderr: bool = False) -> Console:
-    return Console(stderr=stderr, highlight=False)
+    return Console(stderr=stderr, highlight=False, emoji=False)
 
 
 def _print_json(content: object) -> None:
