@@ -59,10 +59,12 @@ def read_index(path: Path, *, max_memory: int | None = None) -> dict[str, str]:
     Raises `SourceError` also where it names a file outside of that folder, `BudgetError` where
     `max_memory` (bytes, for the whole process) might not suffice to decode it.
     """
+    purpose = f"{path}: to decode it"
+    if path.is_file() and path.stat().st_size > _SMALL_INDEX_NBYTES:
+        check_room(path.stat().st_size, max_memory=max_memory, purpose=purpose)
     content = _read(path, _MAX_INDEX_NBYTES)
     if len(content) > _SMALL_INDEX_NBYTES:
-        needed = 2 * len(content) + _PAIR_NBYTES * content.count(b":")
-        purpose = f"{path}: to decode its {len(content)} bytes"
+        needed = 4 * len(content) + _PAIR_NBYTES * content.count(b":")
         check_room(needed, max_memory=max_memory, purpose=purpose)
     try:
         raw = msgspec.json.decode(content, type=_Index).weight_map

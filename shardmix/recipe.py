@@ -106,9 +106,15 @@ def load_recipe(path: Path) -> Recipe:
         content = yaml.load(text, Loader=_StrictLoader)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except (yaml.YAMLError, RecursionError, *_YAML_STUMBLES) as error:
+    except yaml.YAMLError as error:
         finding = one_line(error, limit=300)
         raise RecipeError(f"{path}: not valid YAML: {finding}") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: not valid YAML: nests too deeply for a recipe") from None
+    except _YAML_STUMBLES as error:
+        raise RecipeError(
+            f"{path}: not valid YAML: a value is not what its tag says ({one_line(error)})"
+        ) from None
     return recipe_from_dict(content, origin=str(path))
 
 

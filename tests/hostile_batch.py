@@ -22,6 +22,7 @@ from tests.hostile_inputs import Words
 
 CASES = (*hostile_headers.CASES, *hostile_folders.CASES, *hostile_words.CASES)
 _LONGEST_SECONDS = 10
+_WEIGHT = "=0.5"
 
 
 def run(words: Words) -> dict[str, object]:
@@ -53,7 +54,7 @@ def listing(folder: Path) -> list[str]:
 
 
 def main() -> None:
-    """Run a range of the cases, each for people and for machines."""
+    """Run a range of the cases, each for people and for machines, and look at its model."""
     folder, first, stop = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 
     def hangs(*_: object) -> None:
@@ -65,10 +66,12 @@ def main() -> None:
         place.mkdir()
         words = case.build(place)
         before = listing(place)
-        for more in ((), ("--json",)):
-            told = run([*words, *more])
-            told |= {"name": case.name, "json": bool(more), "changed": listing(place) != before}
-            print(json.dumps(told), flush=True)
+        runs = {"people": words, "machines": [*words, "--json"]}
+        if words[1].endswith(_WEIGHT):
+            runs["inspect"] = ["inspect", words[1].removesuffix(_WEIGHT)]
+        for kind, command in runs.items():
+            told = run(command) | {"name": case.name, "kind": kind}
+            print(json.dumps(told | {"changed": listing(place) != before}), flush=True)
 
 
 if __name__ == "__main__":

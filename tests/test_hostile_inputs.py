@@ -17,12 +17,12 @@ from tests.hostile_batch import CASES
 _NUM_BATCHES = 4
 _MOST_NBYTES = 300_000_000
 
-Outcomes = dict[str, list[dict[str, Any]]]
+Outcomes = dict[str, dict[str, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    """What became of each input: once for people, once for machines."""
+    """What became of each input: refused for people, for machines, and looked at."""
     folder = tmp_path_factory.mktemp("hostile")
     told: Outcomes = {}
     size = -(-len(CASES) // _NUM_BATCHES)
@@ -34,7 +34,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
         assert done.returncode == 0, done.stderr
         for line in done.stdout.splitlines():
             outcome = json.loads(line)
-            told.setdefault(outcome["name"], []).append(outcome)
+            told.setdefault(outcome["name"], {})[outcome["kind"]] = outcome
     return told
 
 
@@ -45,7 +45,7 @@ def test_there_are_many_of_them_and_no_two_of_one_name():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_it_is_refused_in_one_clear_line(outcomes, case):
-    for outcome in outcomes[case.name]:
+    for outcome in (outcomes[case.name]["people"], outcomes[case.name]["machines"]):
         assert outcome["traceback"] == ""
         lines = outcome["stderr"].splitlines()
         assert len(lines) == 1, lines
@@ -60,7 +60,7 @@ def test_it_is_refused_in_one_clear_line(outcomes, case):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_machines_are_told_the_same_and_nothing_that_a_terminal_obeys(outcomes, case):
-    for_people, for_machines = outcomes[case.name]
+    for_people, for_machines = (outcomes[case.name][kind] for kind in ("people", "machines"))
     assert for_people["stdout"] == ""
     assert "".join(for_machines["stdout"].split("\n")).isprintable()
     error = json.loads(for_machines["stdout"])["error"]
@@ -68,8 +68,21 @@ def test_machines_are_told_the_same_and_nothing_that_a_terminal_obeys(outcomes, 
     assert error["kind"].endswith("Error")
 
 
-def test_none_takes_much_memory_or_time(outcomes):
-    all_outcomes = [outcome for told in outcomes.values() for outcome in told]
+def test_what_cannot_be_merged_may_be_looked_at_but_does_no_more_harm(outcomes):
+    looked_at = [told["inspect"] for told in outcomes.values() if "inspect" in told]
+    assert len(looked_at) > 200
+    for outcome in looked_at:
+        assert outcome["traceback"] == ""
+        assert outcome["status"] in (0, 1)
+        assert outcome["stderr"].count("\n") == outcome["status"]  # an error, or nothing
+        assert all(
+            line.isprintable() for line in (outcome["stdout"] + outcome["stderr"]).split("\n")
+        )
+        assert not outcome["changed"]
+
+
+def test_none_takes_much_memory(outcomes):
+    all_outcomes = [outcome for told in outcomes.values() for outcome in told.values()]
     largest = max(all_outcomes, key=lambda outcome: outcome["peak_nbytes"])
     assert largest["peak_nbytes"] < _MOST_NBYTES, largest["name"]
 

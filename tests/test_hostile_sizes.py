@@ -127,7 +127,7 @@ def test_what_a_header_may_take_is_refused_before_it_is_taken(tmp_path, many, co
 def test_an_index_is_held_to_the_budget_too(tmp_path):
     weight_map = {f"model.layers.{n}.weight": SHARD for n in range(50_000)}
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(BudgetError, match=r"index\.json: to decode its \d+ bytes may take"):
+    with pytest.raises(BudgetError, match=r"index\.json: to decode it may take"):
         open_checkpoint(str(tmp_path), max_memory=1)
     with pytest.raises(SourceError, match="which is not in the folder"):
         open_checkpoint(str(tmp_path))
