@@ -14,6 +14,7 @@ import pytest
 
 from tests.hostile_batch import CASES
 
+_ROOT = Path(__file__).parents[1]
 _NUM_BATCHES = 4
 _MOST_NBYTES = 300_000_000
 
@@ -29,7 +30,12 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     for first in range(0, len(CASES), size):
         words = [sys.executable, "-m", "tests.hostile_batch", folder, first, first + size]
         done = subprocess.run(
-            list(map(str, words)), capture_output=True, text=True, check=False, timeout=120
+            list(map(str, words)),
+            cwd=_ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
         )
         assert done.returncode == 0, done.stderr
         for line in done.stdout.splitlines():
