@@ -226,7 +226,7 @@ def plan_merge(
         if target is not None:
             # Before sources are opened: that may mean hours of download.
             check_output(target, overwrite=settings.overwrite, inputs=())
-        checkpoints = [_open_mergeable(source) for source in recipe.sources]
+        checkpoints = [_open_mergeable(source, settings) for source in recipe.sources]
         donor = _donor(recipe.base, checkpoints[0])
         if target is not None:
             inputs = [path for checkpoint in checkpoints for path in _extent(checkpoint)]
@@ -277,8 +277,8 @@ def _disk_errors_named() -> Iterator[None]:
         ) from None
 
 
-def _open_mergeable(source: str) -> Checkpoint:
-    checkpoint = open_checkpoint(source)
+def _open_mergeable(source: str, settings: RunSettings) -> Checkpoint:
+    checkpoint = open_checkpoint(source, max_memory=settings.max_memory_nbytes)
     check_mergeable(checkpoint)
     return checkpoint
 

@@ -9,10 +9,13 @@ import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from shardmix.digests import LEAF_NBYTES, is_sequential, num_leaves
 from shardmix.plan import MergePlan, OutputShard, Run
 from shardmix.reducer import strip_num_elements
-from shardmix.safetensors_layout import HEADER_LENGTH_NBYTES, decode_header, element_nbytes
+from shardmix.safetensors_header import decode_header
+from shardmix.safetensors_layout import HEADER_LENGTH_NBYTES, element_nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +93,11 @@ def tensors_between(planned: OutputShard, start: int, stop: int) -> Iterator[tup
     """Yield name, first and past-the-last byte of each tensor's part of a range of a file."""
     encoded = planned.header.encode()
     data_start = HEADER_LENGTH_NBYTES + len(encoded)
-    for name, entry in decode_header(encoded, file_nbytes=planned.file_nbytes).items():
-        first, last = (data_start + offset for offset in entry.data_offsets)
-        if first < stop and last > start:
-            yield name, max(first, start), min(last, stop)
+    header = decode_header(encoded, file_nbytes=planned.file_nbytes)
+    firsts = header.starts + data_start
+    lasts = firsts + header.nbytes
+    for row in np.flatnonzero((firsts < stop) & (lasts > start)).tolist():
+        yield header.names[row], max(int(firsts[row]), start), min(int(lasts[row]), stop)
 
 
 def _leaves_per_block(plan: MergePlan) -> int:

@@ -5,10 +5,8 @@ tensor), so that ten checkpoints of 90,000 tensors fit beside a tight budget.
 """
 
 import hashlib
-import json
 import os
 import stat
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,20 +16,25 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from shardmix.errors import SourceError
+from shardmix.errors import SourceError, one_line
+from shardmix.filesystem import open_regular, refuse_link_outside
 from shardmix.hub import INDEX_NAME, WEIGHTS_NAME, locate, no_weights_finding
-from shardmix.safetensors_layout import (
-    DTYPE_RANK,
-    DTYPES,
-    HEADER_LENGTH_NBYTES,
-    HeaderEntry,
-    TensorInfo,
-    decode_header,
-    header_nbytes,
-)
+from shardmix.json_files import read_index, read_json
+from shardmix.memory import check_room
+from shardmix.safetensors_header import HeaderTable, decode_header
+from shardmix.safetensors_layout import DTYPES, HEADER_LENGTH_NBYTES, TensorInfo, header_nbytes
 
 CONFIG_NAME = "config.json"
-_MAX_JSON_NBYTES = 256_000_000  # an index of a million tensors has about half of it
+
+# What decoding takes for each byte of a header: 3 to 5 measured, and 11 where each tensor has the
+# shortest of names and a shape of its own.
+_MEMORY_PER_HEADER_BYTE = 12
+# What planning takes for each tensor: at most 1,350 bytes measured.
+_MEMORY_PER_TENSOR = 1_600
+# Up to here, some ten thousand tensors, the planner's own check, which names the least that works,
+# is early enough; and safetensors' parser, which takes 13 bytes for each of the header's, judges a
+# file as well. Our rules for the rest are the same.
+_SHORT_HEADER_NBYTES = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +108,11 @@ class Checkpoint:
         return (self.tensor(row) for row in range(self.num_tensors))
 
 
-def open_checkpoint(source: str) -> Checkpoint:
+def open_checkpoint(source: str, *, max_memory: int | None = None) -> Checkpoint:
     """Open a local folder, a `.safetensors` file or a Hub id, reading headers alone.
 
-    Raises `SourceError` where files are missing, damaged, pickled or outside the folder.
+    Raises `SourceError` where files are missing, damaged, pickled or outside the folder,
+    `BudgetError` where to decode headers might take the process beyond `max_memory` (bytes).
     """
     located = locate(source)
     is_single_file = not located.path.is_dir()
@@ -121,10 +125,9 @@ def open_checkpoint(source: str) -> Checkpoint:
         folder, weight_map, paths = located.path.parent, None, [located.path]
     else:
         folder = located.path
-        weight_map, paths = _weight_files(source, folder)
-    shards, table = _read_table(
-        source, folder, [_regular_file(source, path) for path in paths], weight_map
-    )
+        weight_map, paths = _weight_files(source, folder, max_memory)
+    files = [_regular_file(source, path) for path in paths]
+    shards, table = _read_table(source, folder, files, weight_map, max_memory)
     return Checkpoint(
         source=source,
         folder=folder,
@@ -140,35 +143,23 @@ def open_checkpoint(source: str) -> Checkpoint:
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the content of a model folder's config.json; empty where there is none."""
     path = folder / CONFIG_NAME
-    config: dict[str, Any] = read_json(path) if path.exists() else {}
+    if not os.path.lexists(path):
+        return {}
+    refuse_link_outside(folder, path)
+    config: dict[str, Any] = read_json(path)
     return config
 
 
-def read_json(path: Path, *, expected: type = dict) -> Any:
-    """Read a JSON object (or list) from a file; raise `SourceError` where it isn't one."""
-    try:
-        if path.stat().st_size > _MAX_JSON_NBYTES:
-            raise SourceError(f"{path}: has {path.stat().st_size} bytes; that is no model's JSON")
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: not valid JSON ({error}); fetch it again") from None
-    if not isinstance(content, expected):
-        raise SourceError(
-            f"{path}: must hold a JSON {'list' if expected is list else 'object'}, "
-            f"not {type(content).__name__}"
-        )
-    return content
-
-
-def _weight_files(source: str, folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
+def _weight_files(
+    source: str, folder: Path, max_memory: int | None
+) -> tuple[dict[str, str] | None, list[Path]]:
     """Return the index's weight_map, if the folder has one, and the weight files in name order."""
     index_path = folder / INDEX_NAME
     # Both present: as in transformers, the single file counts.
     if os.path.lexists(folder / WEIGHTS_NAME):
+        refuse_link_outside(folder, folder / WEIGHTS_NAME)
         return None, [folder / WEIGHTS_NAME]
-    if not index_path.exists():
+    if not os.path.lexists(index_path):
         files = sorted(path.name for path in folder.iterdir())
         others = [name for name in files if name.endswith(".safetensors")]
         if others:
@@ -177,35 +168,17 @@ def _weight_files(source: str, folder: Path) -> tuple[dict[str, str] | None, lis
                 f"{INDEX_NAME}; give the file itself as the source, or add the index"
             )
         raise SourceError(f"{source}: {no_weights_finding(files)}")
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError(f"{index_path}: has no weight_map from tensor names to files")
-    for name in weight_map.values():
-        if not isinstance(name, str) or not name or "\0" in name:
-            raise SourceError(f"{index_path}: names {name!r} as a file; it must be a file name")
-    shard_names = set(weight_map.values())
-    for name in shard_names:
-        _check_inside(index_path, name)
-    paths = [folder / name for name in sorted(shard_names)]
+    refuse_link_outside(folder, index_path)
+    weight_map = read_index(index_path, max_memory=max_memory)
+    paths = [folder / name for name in sorted(set(weight_map.values()))]
     for path in paths:
+        refuse_link_outside(folder, path)
         if not path.exists():
             raise SourceError(
                 f"{index_path}: names {path.name}, which is not in the folder; "
                 "a download may be incomplete: fetch it again"
             )
     return weight_map, paths
-
-
-def _check_inside(index_path: Path, name: str) -> None:
-    # By the name alone: in the Hub's cache every shard is itself a link out of the folder.
-    relative = os.path.normpath(name)
-    if Path(name).is_absolute() or relative.startswith("..") or "\\" in name:
-        raise SourceError(
-            f"{index_path}: names {name!r}, which lies outside the model's folder; "
-            "an index may name files in its own folder alone"
-        )
-    if not name.endswith(".safetensors"):
-        raise SourceError(f"{index_path}: names {name!r}, which is not a .safetensors file")
 
 
 def _regular_file(source: str, path: Path) -> ShardFile:
@@ -223,80 +196,90 @@ def _read_table(
     folder: Path,
     shards: Sequence[ShardFile],
     weight_map: dict[str, str] | None,
+    max_memory: int | None,
 ) -> tuple[tuple[ShardFile, ...], TensorTable]:
     """Return the files, now known by their headers, and the tensors in them."""
     known: list[ShardFile] = []
     names: list[str] = []
     shapes: list[tuple[int, ...]] = []
-    dtype_ranks: list[int] = []
-    files: list[int] = []
-    starts: list[int] = []
-    nbytes: list[int] = []
-    shape_pool: dict[tuple[int, ...], tuple[int, ...]] = {}
-    for file_index, shard in enumerate(shards):
-        entries, data_start, header_sha256 = _read_header(shard)
-        known.append(replace(shard, header_sha256=header_sha256))
+    columns: list[tuple[npt.NDArray[Any], ...]] = []
+    num_header_bytes = 0
+    for number, shard in enumerate(shards):
+        header, data_start, sha256 = _read_header(shard, max_memory, num_before=num_header_bytes)
+        known.append(replace(shard, header_sha256=sha256))
+        num_header_bytes += data_start
+        kept: slice | npt.NDArray[np.int64] = slice(None)
         if weight_map is not None:
-            entries = _named_by_index(source, shard.path.relative_to(folder), entries, weight_map)
-        ordered = sorted(entries.items(), key=_data_order)
-        # Names and shapes recur in every model of a merge: keep one object of each.
-        names += [sys.intern(name) for name, _ in ordered]
-        shapes += [shape_pool.setdefault(entry.shape, entry.shape) for _, entry in ordered]
-        dtype_ranks += [DTYPE_RANK[entry.dtype] for _, entry in ordered]
-        files += [file_index] * len(ordered)
-        starts += [data_start + entry.data_offsets[0] for _, entry in ordered]
-        nbytes += [entry.data_offsets[1] - entry.data_offsets[0] for _, entry in ordered]
+            file = shard.path.relative_to(folder)
+            kept = _named_by_index(source, file, header.names, weight_map)
+        if isinstance(kept, slice):
+            names += header.names
+            shapes += header.shapes
+        else:
+            names += [header.names[row] for row in kept.tolist()]
+            shapes += [header.shapes[row] for row in kept.tolist()]
+        starts = header.starts[kept] + data_start
+        files = np.full(len(starts), number, dtype=np.int32)
+        columns.append((header.dtype_ranks[kept], files, starts, header.nbytes[kept]))
     if weight_map is not None and len(names) != len(weight_map):
         missing = sorted(set(weight_map) - set(names))[:3]
         raise SourceError(
             f"{source}: {INDEX_NAME} names tensors that their files do not hold: "
             f"{', '.join(missing)}; fetch the checkpoint again"
         )
-    table = TensorTable(
-        names=tuple(names),
-        shapes=tuple(shapes),
-        dtype_ranks=np.array(dtype_ranks, dtype=np.uint8),
-        files=np.array(files, dtype=np.int32),
-        starts=np.array(starts, dtype=np.int64),
-        nbytes=np.array(nbytes, dtype=np.int64),
-    )
+    if num_header_bytes > _SHORT_HEADER_NBYTES:
+        check_room(
+            _MEMORY_PER_TENSOR * len(names),
+            max_memory=max_memory,
+            purpose=f"{source}: to plan with its {len(names)} tensors",
+        )
+    dtype_ranks, all_files, all_starts, nbytes = map(np.concatenate, zip(*columns, strict=True))
+    table = TensorTable(tuple(names), tuple(shapes), dtype_ranks, all_files, all_starts, nbytes)
     return tuple(known), table
 
 
-def _data_order(item: tuple[str, HeaderEntry]) -> tuple[int, int]:
-    return item[1].data_offsets
-
-
 def _named_by_index(
-    source: str, file: Path, entries: dict[str, HeaderEntry], weight_map: dict[str, str]
-) -> dict[str, HeaderEntry]:
-    """Return those entries for which the index names this file, should two files hold one name."""
-    unnamed = next((name for name in entries if name not in weight_map), None)
+    source: str, file: Path, names: list[str], weight_map: dict[str, str]
+) -> slice | npt.NDArray[np.int64]:
+    """Return the rows for which the index names this file, should two files hold one name."""
+    unnamed = next((name for name in names if name not in weight_map), None)
     if unnamed is not None:
         raise SourceError(
             f"{source}: {file} holds {unnamed}, which {INDEX_NAME} does not name; index and "
             "shards are from different checkpoints"
         )
     file_name = str(file)
-    return {name: entry for name, entry in entries.items() if weight_map[name] == file_name}
+    rows = [row for row, name in enumerate(names) if weight_map[name] == file_name]
+    return slice(None) if len(rows) == len(names) else np.array(rows, dtype=np.int64)
 
 
-def _read_header(shard: ShardFile) -> tuple[dict[str, HeaderEntry], int, str]:
-    """Return a file's entries, where in the file its data starts, and its header's SHA-256."""
+def _read_header(
+    shard: ShardFile, max_memory: int | None, *, num_before: int
+) -> tuple[HeaderTable, int, str]:
+    """Return a file's tensors, where in the file its data starts, and its header's SHA-256.
+
+    `num_before` counts the header bytes of the checkpoint's files before this one.
+    """
     try:
-        with shard.path.open("rb") as file:
+        with open_regular(shard.path) as file:
             length = header_nbytes(file.read(HEADER_LENGTH_NBYTES), file_nbytes=shard.nbytes)
+            if num_before + length > _SHORT_HEADER_NBYTES:
+                check_room(
+                    _MEMORY_PER_HEADER_BYTE * length,
+                    max_memory=max_memory,
+                    purpose=f"{shard.path}: to decode its header of {length} bytes",
+                )
             header = file.read(length)
-            entries = decode_header(header, file_nbytes=shard.nbytes)
-        # Our own decoding gives offsets; whether the file is valid is for safetensors to say.
-        with safe_open(shard.path, framework="np"):
-            pass
+            table = decode_header(header, file_nbytes=shard.nbytes)
+        if length <= _SHORT_HEADER_NBYTES:
+            with safe_open(shard.path, framework="np"):
+                pass
     except SourceError as error:
         raise SourceError(f"{shard.path}: {error}") from None
     except SafetensorError as error:
         raise SourceError(
-            f"{shard.path}: not a valid safetensors file ({error}); fetch it again"
+            f"{shard.path}: not a valid safetensors file ({one_line(error)}); fetch it again"
         ) from None
     except OSError as error:
         raise SourceError(f"{shard.path}: cannot be read ({error.strerror})") from None
-    return entries, HEADER_LENGTH_NBYTES + length, hashlib.sha256(header).hexdigest()
+    return table, HEADER_LENGTH_NBYTES + length, hashlib.sha256(header).hexdigest()

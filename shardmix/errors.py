@@ -10,6 +10,10 @@ class ShardmixError(Exception):
 
     exit_status = 1
 
+    def __str__(self) -> str:
+        """Return the message, escaped: it names what strangers named."""
+        return printable(super().__str__())
+
 
 class RecipeError(ShardmixError):
     """What was asked for makes no sense: weights, options or a recipe file."""
@@ -43,4 +47,32 @@ class MergeCancelled(ShardmixError):  # noqa: N818 - it is an outcome, not a fau
 
 def one_line(error: BaseException | None, limit: int = 200) -> str:
     """Return what an error of someone else's says, on one line and cut short, for a message."""
-    return " ".join(str(error).split())[:limit] or type(error).__name__
+    return printable(" ".join(str(error).split())[:limit]) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Return text with what a terminal would obey escaped: names come from strangers' files.
+
+    That is control characters, newlines and marks that turn the direction of writing.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def is_unicode(text: str) -> bool:
+    """Tell whether a text is one, and not the bytes of a file name that are none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """Return a value of a stranger's file for a message, cut short, whatever it is."""
+    try:
+        text = printable(repr(value))
+    except (ValueError, RecursionError):  # an integer of many digits, or deep nesting
+        return f"a large {type(value).__name__}"
+    return text if len(text) <= limit else text[:limit] + "..."

@@ -1,6 +1,11 @@
-"""What the disks are like: free space, how much one call moves, when data goes to disk."""
+"""What disks are like: free space, what one call moves, and files that may be opened at all.
+
+A model's folder comes from a stranger. What looks like a file in it may be a pipe that nobody
+writes to, a device without an end, or a link to what is none of the model's business.
+"""
 
 import ctypes
+import errno
 import functools
 import os
 import shutil
@@ -8,6 +13,8 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+from shardmix.errors import SourceError, printable
 
 MAX_IO_NBYTES = 0x7FFFF000
 """What one read or write call moves at most on Linux; more takes several."""
@@ -21,12 +28,50 @@ def free_nbytes(path: Path) -> int:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading, but never wait for a pipe, nor read a device. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    """Open a file for reading; raise `OSError` where it is none, never waiting for anybody."""
+    if not stat.S_ISREG(path.stat().st_mode):  # a device is not even opened
+        raise _not_a_file(path)
+    # Should it be another by now: a pipe would keep a call that opens it waiting for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(f"{path.name} is not a regular file")
+        raise _not_a_file(path)
     return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: Path, *, max_nbytes: int) -> bytes:
+    """Return what a small file holds; raise `OSError` where it is none, or not small."""
+    with open_regular(path) as file:
+        nbytes = os.fstat(file.fileno()).st_size
+        if nbytes > max_nbytes:
+            raise OSError(errno.EFBIG, f"{nbytes} bytes, more than the {max_nbytes} allowed")
+        return file.read(max_nbytes)
+
+
+def refuse_link_outside(folder: Path, path: Path) -> None:
+    """Raise `SourceError` where a path in a model's folder is, by a link, somewhere else.
+
+    The Hub's cache is made of such links, `snapshots/<commit>/<file>` to `blobs/<etag>` beside it;
+    these and no others are followed.
+    """
+    home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    if target.is_relative_to(home):
+        return
+    for snapshot in (home, *home.parents):
+        repository = snapshot.parent.parent
+        if snapshot.parent.name == "snapshots" and repository.name.startswith("models--"):
+            if target.parent == repository / "blobs":
+                return
+            break
+    raise SourceError(
+        f"{path}: is a link to {printable(str(target))}, outside the model's folder; links are "
+        "followed in the Hub's cache alone: put the file itself there, or name the folder that it "
+        "lies in"
+    )
+
+
+def _not_a_file(path: Path) -> OSError:
+    return OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:

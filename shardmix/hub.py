@@ -5,8 +5,8 @@ are huggingface_hub's own (`HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`). Knows n
 """
 
 import glob
-import json
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardmix.errors import SourceError, one_line
+from shardmix.errors import SourceError, is_unicode, one_line, printable, shown
+from shardmix.json_files import file_name_finding, read_index
 from shardmix.naming import is_companion_file
 
 WEIGHTS_NAME = "model.safetensors"
@@ -51,6 +52,10 @@ def locate(source: str, *, with_weights: bool = True) -> LocalSource:
     except (OSError, RuntimeError) as error:  # no such user's home, or a name that no disk takes
         raise SourceError(f"{source}: cannot be a path ({one_line(error)}); check it") from None
     if is_local:
+        if not (is_unicode(source) and is_unicode(os.path.realpath(path))):
+            raise SourceError(
+                f"{source}: is not valid Unicode, so no report could name it; rename the folder"
+            )
         return LocalSource(path)
     if not _HUB_ID.fullmatch(source):
         raise SourceError(
@@ -68,7 +73,7 @@ def _download(repo_id: str, revision: str | None, *, with_weights: bool) -> Path
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT, HF_HUB_OFFLINE
 
-    named = repo_id if revision is None else f"{repo_id}@{revision}"
+    named = repo_id if revision is None else f"{repo_id}@{printable(revision)}"
     # Every `except Exception`: HTTP clients, and what they raise, change with huggingface_hub.
     try:
         info = HfApi().model_info(repo_id, revision=revision, timeout=HF_HUB_ETAG_TIMEOUT)
@@ -142,13 +147,18 @@ def _fetch(
         if INDEX_NAME not in files:
             raise SourceError(no_weights_finding(files))
         index = hf_hub_download(repo_id, INDEX_NAME, revision=commit)
-        weights = [INDEX_NAME, *_shards_named_by(Path(index))]
-    companions = [glob.escape(name) for name in files if is_companion_file(name)]
+        weights = [INDEX_NAME, *sorted(set(read_index(Path(index)).values()))]
+    companions = [name for name in files if is_companion_file(name)]
+    for name in (*companions, *weights):
+        finding = file_name_finding(name)
+        if finding is not None:
+            raise SourceError(f"has a file {shown(name)}, which {finding}; it cannot be fetched")
     # Weights last: where they are in the cache, the rest is, so that a copy can be trusted offline.
     if companions:
-        snapshot_download(repo_id, revision=commit, allow_patterns=companions)
+        patterns = [glob.escape(name) for name in companions]
+        snapshot_download(repo_id, revision=commit, allow_patterns=patterns)
     # By name, not by commit: only then does the cache know, offline, what the name stands for.
-    patterns = [*companions, *map(glob.escape, weights)]
+    patterns = [glob.escape(name) for name in (*companions, *weights)]
     return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
 
 
@@ -196,14 +206,6 @@ def _refusal(error: BaseException | None) -> str | None:
             "`hf auth login`"
         )
     return None
-
-
-def _shards_named_by(index: Path) -> list[str]:
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        return sorted({str(shard) for shard in weight_map.values()})
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise SourceError(f"its {INDEX_NAME} has no readable weight_map") from None
 
 
 def no_weights_finding(files: list[str]) -> str:

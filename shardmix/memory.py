@@ -44,6 +44,9 @@ _LARGE_BLOCK_NBYTES = 1 * MIB
 _RUN_NBYTES = 16 * MIB
 _WORKER_NBYTES = 4 * MIB
 
+# What may be taken without asking how much there is.
+_LITTLE_NBYTES = 64 * MIB
+
 _MOST_DEFAULT_WORKERS = 8
 MOST_WORKERS = 256
 """More threads than that only stand in one another's way."""
@@ -68,6 +71,25 @@ def peak_resident_nbytes() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def check_room(needed: int, *, max_memory: int | None, purpose: str) -> None:
+    """Raise `BudgetError` where taking so many bytes more could exceed the process's budget.
+
+    Without a budget, four fifths of the machine's free memory is one. `purpose` opens the message.
+    """
+    if max_memory is None:
+        if needed <= _LITTLE_NBYTES:
+            return
+        budget, whose = resident_nbytes() + available_nbytes() * 4 // 5, "this machine can spare"
+    else:
+        budget, whose = max_memory, "--max-memory is"
+    least = resident_nbytes() + needed
+    if least > budget:
+        raise BudgetError(
+            f"{purpose} may take {format_mib(least)} in all but {whose} {format_mib(budget)}; "
+            "raise the budget, or use a machine with more memory"
+        )
 
 
 def give_back_large_blocks() -> None:

@@ -14,9 +14,10 @@ from typing import Any, TextIO
 import yaml
 
 from shardmix._version import __version__
-from shardmix.checkpoint import CONFIG_NAME, read_json
-from shardmix.errors import OutputError
+from shardmix.checkpoint import CONFIG_NAME
+from shardmix.errors import OutputError, printable
 from shardmix.hub import INDEX_NAME
+from shardmix.json_files import read_json
 from shardmix.model_types import ENCODER
 from shardmix.plan import MergePlan
 from shardmix.recipe import WEIGHT_SUM_TOLERANCE
@@ -107,7 +108,10 @@ def adapted_config(config: dict[str, Any], *, dtype: str, untie: bool) -> dict[s
 
 def _model_ids(plan: MergePlan) -> list[str]:
     """Return what the Hub links a merge to: an id without its revision, or else a name."""
-    return [hub_id or name for hub_id, name in zip(plan.hub_ids, plan.public_names, strict=True)]
+    return [
+        hub_id or printable(name)
+        for hub_id, name in zip(plan.hub_ids, plan.public_names, strict=True)
+    ]
 
 
 def _needs_sentence_modules(plan: MergePlan) -> bool:
@@ -121,17 +125,17 @@ def _library_name(plan: MergePlan) -> str | None:
 
 
 def _card_text(plan: MergePlan) -> str:
-    title = Path(plan.output).name
+    title = printable(Path(plan.output).name)
     # By public name: a card travels, and the paths of a machine are nobody else's business.
     content: dict[str, Any] = {
         "models": [
-            {"source": name, "weight": weight}
+            {"source": printable(name), "weight": weight}
             for name, weight in zip(plan.public_names, plan.weights, strict=True)
         ],
         "dtype": plan.dtype,
     }
     if plan.base_name != plan.public_names[0]:
-        content["base"] = plan.base_name
+        content["base"] = printable(plan.base_name)
     if plan.model_type is not None:
         content["model_type"] = plan.model_type
     if plan.max_shard_size is not None:
@@ -144,7 +148,7 @@ def _card_text(plan: MergePlan) -> str:
         allow_unicode=True,
     )
     rows = "\n".join(
-        f"| {number} | `{name}` | {weight!r} |"
+        f"| {number} | {_as_code(name)} | {weight!r} |"
         for number, (name, weight) in enumerate(
             zip(plan.public_names, plan.weights, strict=True), start=1
         )
@@ -159,7 +163,7 @@ to the output's dtype.
 |---|---|---|
 {rows}
 
-Config, tokenizer and the other files beside the weights are those of `{plan.base_name}`.
+Config, tokenizer and the other files beside the weights are those of {_as_code(plan.base_name)}.
 
 ## Recipe
 
@@ -167,6 +171,12 @@ Config, tokenizer and the other files beside the weights are those of `{plan.bas
 {recipe.rstrip()}
 ```
 """
+
+
+def _as_code(name: str) -> str:
+    """Return a name as Markdown code that stays within its cell of a table."""
+    plain = printable(name).replace("`", "'").replace("|", "/")
+    return f"`{plain}`"
 
 
 def _write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import msgspec
 
 from shardmix.memory import MemoryPlan
-from shardmix.safetensors_layout import HEADER_LENGTH_NBYTES, decode_header
+from shardmix.safetensors_header import decode_header
+from shardmix.safetensors_layout import DTYPES, HEADER_LENGTH_NBYTES
 
 LINEAR = "linear"
 """Reduction: the weighted sum of floats."""
@@ -209,8 +210,8 @@ class MergePlan:
     def tensor_dtype(self, name: str) -> str:
         """Return the safetensors dtype that the output stores a tensor in. Slow: reads a header."""
         shard = next(shard for shard in self.shards if name in shard.tensor_names)
-        entries = decode_header(shard.header.encode(), file_nbytes=shard.file_nbytes)
-        return entries[name].dtype
+        header = decode_header(shard.header.encode(), file_nbytes=shard.file_nbytes)
+        return DTYPES[int(header.dtype_ranks[header.names.index(name)])]
 
     def with_memory(self, memory: MemoryPlan) -> "MergePlan":
         """Return the same merge within other memory; its output is the same, byte for byte."""

@@ -13,13 +13,17 @@ from typing import Any
 
 import yaml
 
-from shardmix.errors import RecipeError, one_line
+from shardmix.errors import RecipeError, is_unicode, one_line, shown
+from shardmix.filesystem import read_regular
 from shardmix.model_types import check_model_type
 from shardmix.units import parse_size
 
 WEIGHT_SUM_TOLERANCE = 1e-3
 OUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _LARGEST_WEIGHT = 3.4028234663852886e38  # of float32
+_MAX_RECIPE_NBYTES = 128 * 1024
+# What PyYAML raises where a value is not what its tag says: `!!int ""`, `!!bool maybe`, ...
+_YAML_STUMBLES = (ValueError, TypeError, LookupError, AttributeError)
 RECIPE_SUFFIXES = (".yaml", ".yml")
 
 
@@ -97,12 +101,20 @@ def build_recipe(models: ModelsArgument, **options: Any) -> Recipe:
 def load_recipe(path: Path) -> Recipe:
     """Read a YAML recipe, unchecked. Raises `RecipeError` naming file, key, nearest valid key."""
     try:
-        content = yaml.load(path.read_bytes(), Loader=_StrictLoader)
+        # More takes minutes to parse; a hundred models take a tenth of it.
+        text = read_regular(path, max_nbytes=_MAX_RECIPE_NBYTES)
+        content = yaml.load(text, Loader=_StrictLoader)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+    except yaml.YAMLError as error:
         finding = one_line(error, limit=300)
         raise RecipeError(f"{path}: not valid YAML: {finding}") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: not valid YAML: nests too deeply for a recipe") from None
+    except _YAML_STUMBLES as error:
+        raise RecipeError(
+            f"{path}: not valid YAML: a value is not what its tag says ({one_line(error)})"
+        ) from None
     return recipe_from_dict(content, origin=str(path))
 
 
@@ -121,16 +133,18 @@ def recipe_from_dict(content: object, *, origin: str = "recipe") -> Recipe:
         for key in _MODEL_KEYS:
             if entry.get(key) is None:
                 raise RecipeError(f"{where}: `{key}` is missing; a model has a source and a weight")
-        pairs.append((str(entry["source"]), entry["weight"]))
+        pairs.append((_text(entry["source"], key="source", where=where), entry["weight"]))
     options = {key: value for key, value in top.items() if key != "models" and value is not None}
     for key in ("normalize", "allow_weight_sum"):
         if not isinstance(options.get(key, False), bool):
-            raise RecipeError(f"{origin}: `{key}` is {options[key]!r}; it must be true or false")
+            raise RecipeError(
+                f"{origin}: `{key}` is {shown(options[key])}; it must be true or false"
+            )
     if "max_shard_size" in options:
         options["max_shard_size"] = parse_size(options["max_shard_size"])
     for key in ("dtype", "base", "model_type"):
         if key in options:
-            options[key] = str(options[key])
+            options[key] = _text(options[key], key=key, where=origin)
     return Recipe(models=tuple(_weighted_source(pair) for pair in pairs), **options)
 
 
@@ -160,6 +174,10 @@ def checked(recipe: Recipe) -> Recipe:
     for source in (*recipe.sources, *([recipe.base] if recipe.base is not None else [])):
         if not source.strip():
             raise RecipeError("a source is empty; name a model folder, a file or a Hub id")
+        if not is_unicode(source):
+            raise RecipeError(
+                f"{source}: is not valid Unicode, so no report could name it; rename the folder"
+            )
     if recipe.dtype != "keep" and recipe.dtype not in OUT_DTYPES:
         choices = ("keep", *OUT_DTYPES)
         raise RecipeError(
@@ -197,7 +215,7 @@ def _weighted_source(pair: object) -> WeightedSource:
     try:
         source, weight = pair  # type: ignore[misc]
     except (TypeError, ValueError):
-        raise RecipeError(f"{pair!r}: must be a pair (source, weight)") from None
+        raise RecipeError(f"{shown(pair)}: must be a pair (source, weight)") from None
     return WeightedSource(str(source), _number(weight, where=str(source)))
 
 
@@ -208,7 +226,16 @@ def _number(value: object, *, where: str) -> float:
             raise TypeError
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
-        raise RecipeError(f"{where}: weight {value!r} is not a number") from None
+        raise RecipeError(f"{where}: weight {shown(value)} is not a number") from None
+
+
+def _text(value: object, *, key: str, where: str) -> str:
+    # YAML reads a folder's name such as 010 or 2024-01-01 as something else than its letters.
+    if not isinstance(value, str):
+        raise RecipeError(
+            f"{where}: `{key}` is {shown(value)}, not text; if it is a name, put it into quotes"
+        )
+    return value
 
 
 def _known_keys(content: object, known: tuple[str, ...], where: str) -> dict[str, Any]:
@@ -218,9 +245,9 @@ def _known_keys(content: object, known: tuple[str, ...], where: str) -> dict[str
         )
     for key in content:
         if key not in known:
+            suggestion = _suggestion(key, known) if isinstance(key, str) else ""
             raise RecipeError(
-                f"{where}: unknown key {key!r}{_suggestion(str(key), known)}; "
-                f"known keys: {', '.join(known)}"
+                f"{where}: unknown key {shown(key)}{suggestion}; known keys: {', '.join(known)}"
             )
     return content
 
@@ -231,7 +258,19 @@ def _suggestion(word: str, known: Iterable[str]) -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice; plain YAML would keep the last in silence."""
+    """A safe loader that refuses a key given twice; plain YAML would keep the last in silence.
+
+    Aliases are refused, too: a few lines of them stand for more text than any memory holds.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(
+                problem="aliases (*name) are not for recipes; write the value out",
+                problem_mark=event.start_mark,
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

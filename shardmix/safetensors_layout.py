@@ -1,4 +1,4 @@
-"""The safetensors byte layout: headers decoded, headers encoded, and nothing else.
+"""The safetensors byte layout: dtypes, the length of a header, headers encoded, and nothing else.
 
 Knows bytes, not files, and neither torch nor numpy. A file is `<u64 header length><JSON header>
 <tensor data>`; a tensor's `data_offsets` count from the first byte after the header. Format:
@@ -9,8 +9,6 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-import msgspec
 
 from shardmix.errors import SourceError
 
@@ -48,6 +46,11 @@ DTYPES = tuple(_DTYPE_BITS)
 DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(DTYPES)}
 FLOAT_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
 INTEGER_DTYPES = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
+
+
+def dtype_bits(dtype: str) -> int:
+    """Return the bits of one element of any dtype; some have fewer than a byte's."""
+    return _DTYPE_BITS[dtype]
 
 
 def element_nbytes(dtype: str) -> int:
@@ -91,59 +94,17 @@ def header_nbytes(prefix: bytes, *, file_nbytes: int) -> int:
             "a download may have been cut off: fetch it again"
         )
     length = int.from_bytes(prefix, "little")
-    if length > MAX_HEADER_NBYTES or length > file_nbytes - HEADER_LENGTH_NBYTES:
+    if length > file_nbytes - HEADER_LENGTH_NBYTES:
         raise SourceError(
             f"claims a header of {length} bytes but the file has {file_nbytes}; it is not a "
             "safetensors file, or a download was cut off: fetch it again"
         )
-    return length
-
-
-class HeaderEntry(msgspec.Struct, gc=False):
-    """One tensor as the JSON has it; a struct, since there may be a million of them."""
-
-    dtype: str = ""
-    shape: tuple[int, ...] = ()
-    data_offsets: tuple[int, int] = (-1, -1)
-    """First and past-the-last byte, counted from the end of the header."""
-
-
-def _decode_entries(header: bytes) -> dict[str, HeaderEntry]:
-    try:
-        entries = msgspec.json.decode(header, type=dict[str, HeaderEntry])
-    except msgspec.ValidationError:
-        # Perhaps only metadata with a key named like a tensor's field: decode that apart.
-        raw = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
-        raw.pop("__metadata__", None)
-        return {name: msgspec.json.decode(raw[name], type=HeaderEntry) for name in raw}
-    entries.pop("__metadata__", None)
-    return entries
-
-
-def decode_header(header: bytes, *, file_nbytes: int) -> dict[str, HeaderEntry]:
-    """Return name → entry from a JSON header, as it stands there.
-
-    Raises `SourceError` where the header does not parse or does not describe exactly the file's
-    bytes. (Checkpoints also let safetensors' own parser judge each file.)
-    """
-    try:
-        entries = _decode_entries(header)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise SourceError(f"has a header that does not parse ({error}); fetch it again") from None
-    for name, entry in entries.items():
-        if entry.dtype not in _DTYPE_BITS or entry.data_offsets[0] < 0:
-            raise SourceError(
-                f"has a header entry, {name!r}, without a dtype and data_offsets that "
-                "safetensors knows; fetch it again"
-            )
-    data_nbytes = max((entry.data_offsets[1] for entry in entries.values()), default=0)
-    described = HEADER_LENGTH_NBYTES + len(header) + data_nbytes
-    if described != file_nbytes:
+    if length > MAX_HEADER_NBYTES:
         raise SourceError(
-            f"has a header that describes {described} bytes but the file has {file_nbytes}; "
-            "a download may have been cut off: fetch it again"
+            f"has a header of {length} bytes; safetensors allows {MAX_HEADER_NBYTES} at most: "
+            "save it in several files"
         )
-    return entries
+    return length
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ _RENAME_EXCHANGE = 2
 _RENAME_SWAP = 2
 _PLACING = "placing"  # there while new and old change places: the new one's inode
 _ASIDE = "old"  # where the old one is meanwhile, on systems that cannot exchange in one step
+_MOST_NAME_NBYTES = 240  # of 255, and the folder that the work goes into has a longer one
 _NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
@@ -42,6 +43,12 @@ def resolve_output(output: str | os.PathLike[str]) -> Path:
         raise OutputError(
             f"{output!r}: cannot be a path ({error}); choose another output"
         ) from None
+    length = len(os.fsencode(resolved.name))
+    if length > _MOST_NAME_NBYTES:
+        raise OutputError(
+            f"{resolved}: has a name of {length} bytes; an output's have {_MOST_NAME_NBYTES} at "
+            "most: choose a shorter one"
+        )
     return resolved
 
 

@@ -3,7 +3,7 @@
 import re
 from fractions import Fraction
 
-from shardmix.errors import RecipeError
+from shardmix.errors import RecipeError, shown
 
 _TOO_MUCH = 1 << 63
 KIB, MIB = 1 << 10, 1 << 20
@@ -29,14 +29,14 @@ def parse_size(text: str | int) -> int:
         factor = _FACTORS.get(match[2].upper()) if match else None
         if match is None or factor is None:
             raise RecipeError(
-                f"size {text!r}: not a size; write a number and a unit, "
+                f"size {shown(text)}: not a size; write a number and a unit, "
                 "such as 512MiB, 2GB or 1.5GiB"
             )
         num_bytes = int(Fraction(match[1]) * factor)
     if num_bytes >= _TOO_MUCH:
-        raise RecipeError(f"size {str(text)[:40]!r}: more bytes than any machine has")
+        raise RecipeError(f"size {shown(text)}: more bytes than any machine has")
     if num_bytes <= 0:
-        raise RecipeError(f"size {text!r}: must be more than zero")
+        raise RecipeError(f"size {shown(text)}: must be more than zero")
     return num_bytes
 
 

@@ -50,10 +50,12 @@ def test_a_file_is_a_source_and_its_folder_gives_the_config(tmp_path):
 
 
 def test_links_out_of_the_folder_are_followed_as_in_the_hub_cache(tmp_path):
-    real = save_model(tmp_path / "blobs", random_model(1))
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
-    (snapshot / "model.safetensors").symlink_to(real / "model.safetensors")
+    repository = tmp_path / "models--org--name"
+    blobs = save_model(repository / "blobs", random_model(1), config=None)
+    (blobs / "model.safetensors").rename(blobs / "0123abcd")
+    snapshot = repository / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").symlink_to("../../blobs/0123abcd")
     assert open_checkpoint(str(snapshot)).num_tensors == len(random_model(1))
 
 
@@ -173,7 +175,7 @@ def test_an_index_that_points_outside_the_folder_is_refused(tmp_path, name):
     save_model(tmp_path / "m2", random_model(1))
     edit_index(folder, lambda index: index["weight_map"].update({"lm_head.weight": name}))
     message = refused(folder)
-    assert "outside the model's folder" in message or "must be a file name" in message
+    assert "outside the model's folder" in message or "no weight_map from tensor names" in message
 
 
 @pytest.mark.parametrize(

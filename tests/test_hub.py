@@ -448,7 +448,7 @@ def test_what_cannot_be_merged_is_refused_before_any_weights_are_fetched(
         "org/gguf": "has weights only as GGUF",
         "org/adapter": "has adapter_model.safetensors but neither model.safetensors nor",
         "org/empty": f"has neither model.safetensors nor {INDEX}",
-        "org/damaged": f"its {INDEX} has no readable weight_map",
+        "org/damaged": f"{INDEX}: has no weight_map from tensor names to files",
         "org/na--me": "not a Hub id (Cannot have -- or .. in repo_id",
         "nothing/to/see": "no such file or folder, and not a Hub id",
         "~nobody-of-this-name/model": "cannot be a path",

@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shardmix import memory
 from shardmix.errors import BudgetError
 from shardmix.memory import (
     BUFFERS_PER_WORKER,
@@ -99,3 +100,25 @@ def test_measured_memory_is_that_of_the_process():
         "print(resident_nbytes() - before < 4 << 20)\n"
     )
     assert python(code).split() == ["True"] * 3
+
+
+def test_room_is_asked_for_within_the_budget_for_the_whole_process(monkeypatch):
+    monkeypatch.setattr(memory, "resident_nbytes", lambda: 100 * MIB)
+    memory.check_room(50 * MIB, max_memory=150 * MIB, purpose="x: to decode it")
+    with pytest.raises(
+        BudgetError,
+        match="x: to decode it may take 151MiB in all but --max-memory is 150MiB; raise",
+    ):
+        memory.check_room(51 * MIB, max_memory=150 * MIB, purpose="x: to decode it")
+
+
+def test_without_a_budget_four_fifths_of_the_free_memory_is_one(monkeypatch):
+    monkeypatch.setattr(memory, "resident_nbytes", lambda: 100 * MIB)
+    monkeypatch.setattr(memory, "available_nbytes", lambda: 1000 * MIB)
+    memory.check_room(800 * MIB, max_memory=None, purpose="x: to decode it")
+    with pytest.raises(
+        BudgetError, match="may take 901MiB in all but this machine can spare 900MiB"
+    ):
+        memory.check_room(801 * MIB, max_memory=None, purpose="x: to decode it")
+    monkeypatch.setattr(memory, "available_nbytes", lambda: 0)
+    memory.check_room(64 * MIB, max_memory=None, purpose="what takes little is not asked about")

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from shardmix.cli.render import printable
+from shardmix.errors import printable
 from shardmix.units import format_size
 
 if TYPE_CHECKING:

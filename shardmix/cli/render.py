@@ -1,13 +1,14 @@
 """Reports for people (rich tables) and for machines (JSON)."""
 
 from collections.abc import Sequence
+from json import dumps
 
 import msgspec
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from shardmix.errors import ShardmixError
+from shardmix.errors import ShardmixError, printable
 from shardmix.output_status import StatusReport
 from shardmix.report import MergeReport, ModelReport, PlanReport, ShardReport
 from shardmix.scorer.report import ScoreReport
@@ -16,15 +17,13 @@ from shardmix.verification import VerifyReport
 
 _NUM_ROWS = 40
 
-
-def printable(text: str) -> str:
-    """Return text with control characters escaped, since names come from files of strangers."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+# The longest text that is printed whole, and what of a longer one: where it begins, and its remedy.
+_MAX_SHOWN, _SHOWN_START, _SHOWN_END = 2_000, 1_500, 300
 
 
 def error(problem: ShardmixError, *, json: bool) -> None:
     """Print an error: one line on standard error, and an object on standard output for machines."""
-    message = printable(str(problem))
+    message = _shortened(str(problem))
     _console(stderr=True).print(f"[bold red]error:[/] {_plain(message)}", soft_wrap=True)
     if json:
         _print_json({"error": {"kind": type(problem).__name__, "message": message}})
@@ -250,13 +249,21 @@ def _warnings(warnings: tuple[str, ...]) -> None:
 
 def _plain(text: str) -> str:
     """Return text that rich prints as it is: no markup, no control characters."""
-    return escape(printable(text))
+    return escape(_shortened(printable(text)))
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= _MAX_SHOWN:
+        return text
+    return f"{text[:_SHOWN_START]} [...] {text[-_SHOWN_END:]}"
 
 
 def _console(*, stderr: bool = False) -> Console:
-    return Console(stderr=stderr, highlight=False)
+    return Console(stderr=stderr, highlight=False, emoji=False)
 
 
 def _print_json(content: object) -> None:
-    encoded = msgspec.json.format(msgspec.json.encode(content), indent=2)
-    print(encoded.decode())
+    text = msgspec.json.format(msgspec.json.encode(content), indent=2).decode()
+    # JSON may hold them as they are, but a terminal would obey them.
+    obeyed = [char for char in set(text) if not char.isprintable() and char != "\n"]
+    print(text.translate({ord(char): dumps(char)[1:-1] for char in obeyed}))

@@ -5,17 +5,17 @@ Knows texts, not tokens; runs before any model is opened.
 
 import json
 import random
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardmix.errors import RecipeError
+from shardmix.errors import RecipeError, one_line, shown
 from shardmix.model_types import ENCODER, RERANKER
 from shardmix.scorer.options import ScoreSettings
 
-_MAX_FILE_NBYTES = 1_000_000_000
-_MAX_SHOWN = 60
+_MAX_FILE_NBYTES = 8_000_000  # as Python objects, JSON may take 26 times as much
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +76,16 @@ def load_examples(examples: ExamplesArgument, settings: ScoreSettings) -> tuple[
 
 def _read_file(path: Path) -> list[tuple[str, Any]]:
     try:
-        if path.stat().st_size > _MAX_FILE_NBYTES:
-            raise RecipeError(f"{path}: has {path.stat().st_size} bytes; a few examples are enough")
-        text = path.read_bytes().decode("utf-8-sig")
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+            raise RecipeError(f"{path}: is neither a file nor a pipe; name a file of examples")
+        with path.open("rb") as file:
+            content = file.read(_MAX_FILE_NBYTES + 1)
+        if len(content) > _MAX_FILE_NBYTES:
+            raise RecipeError(
+                f"{path}: has more than {_MAX_FILE_NBYTES} bytes; a few examples are enough"
+            )
+        text = content.decode("utf-8-sig")
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except UnicodeDecodeError as error:
@@ -110,8 +117,8 @@ def _read_lines(path: Path, text: str) -> list[tuple[str, Any]]:
             named.append((f"{path}: line {number}", json.loads(line)))
         except (ValueError, RecursionError) as error:
             raise RecipeError(
-                f"{path}: line {number}: not valid JSON ({error}); write a JSON list of examples, "
-                "or one example a line"
+                f"{path}: line {number}: not valid JSON ({one_line(error)}); write a JSON "
+                "list of examples, or one example a line"
             ) from None
     return named
 
@@ -154,18 +161,19 @@ def _check_comparable(examples: Sequence[QueryExample], settings: ScoreSettings)
 
 def _mapping(name: str, item: object, *, needed: str) -> Mapping[str, Any]:
     if not isinstance(item, Mapping):
-        raise RecipeError(f"{name}: must be an object with {needed}, not {_shown(item)}")
+        raise RecipeError(f"{name}: must be an object with {needed}, not {shown(item)}")
     return item
 
 
 def _text(name: str, fields: Mapping[str, Any], key: str) -> str:
     if key not in fields:
         raise RecipeError(
-            f"{name}: `{key}` is missing; it has {', '.join(map(repr, fields)) or 'nothing'}"
+            f"{name}: `{key}` is missing; it has "
+            f"{', '.join(map(shown, list(fields)[:9])) or 'nothing'}"
         )
     value = fields[key]
     if not isinstance(value, str):
-        raise RecipeError(f"{name}: `{key}` must be a text, not {_shown(value)}")
+        raise RecipeError(f"{name}: `{key}` must be a text, not {shown(value)}")
     _check_unicode(name, key, value)
     return value
 
@@ -173,11 +181,11 @@ def _text(name: str, fields: Mapping[str, Any], key: str) -> str:
 def _texts(name: str, fields: Mapping[str, Any], key: str) -> list[str]:
     value = fields.get(key, [] if key == "neg" else None)
     if isinstance(value, str) or not isinstance(value, Sequence):
-        finding = f"not {_shown(value)}" if key in fields else "but is missing"
+        finding = f"not {shown(value)}" if key in fields else "but is missing"
         raise RecipeError(f"{name}: `{key}` must be a list of texts, {finding}")
     for text in value:
         if not isinstance(text, str):
-            raise RecipeError(f"{name}: `{key}` must hold texts alone, not {_shown(text)}")
+            raise RecipeError(f"{name}: `{key}` must hold texts alone, not {shown(text)}")
         _check_unicode(name, key, text)
     return list(value)
 
@@ -190,8 +198,3 @@ def _check_unicode(name: str, key: str, text: str) -> None:
         raise RecipeError(
             f"{name}: `{key}` is not valid Unicode (character {error.start}); write the text anew"
         ) from None
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."

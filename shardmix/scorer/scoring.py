@@ -70,7 +70,7 @@ def score(
     give_back_large_blocks()
     device = torch.device(resolve_device(settings.device))
     _open_device(device)
-    checkpoints = [open_checkpoint(name) for name in names]
+    checkpoints = [open_checkpoint(name, max_memory=settings.max_memory_nbytes) for name in names]
     encoded = _encode(loaded, checkpoints[0], settings)
     objective = objective_for(encoded, settings)
     import_model_code(checkpoints[0], objective.auto_class)
