@@ -16,7 +16,7 @@ from shardmix import api, engine
 from shardmix.comparison import ComparedShard, Differences
 from shardmix.digests import check_algorithm, file_digest
 from shardmix.errors import MergeCancelled, SourceError
-from shardmix.filesystem import open_regular
+from shardmix.filesystem import open_regular, refuse_link_outside
 from shardmix.memory import default_workers, peak_resident_nbytes, resident_nbytes
 from shardmix.plan import MergePlan
 from shardmix.provenance import PROVENANCE_NAME, Provenance, SourceRecord, read_provenance
@@ -153,6 +153,7 @@ def _check_digests(
     def check(name: str) -> str | None:
         record, path = files[name], folder / name
         try:
+            refuse_link_outside(folder, path)
             with open_regular(path) as file:
                 nbytes = os.fstat(file.fileno()).st_size
                 if nbytes != record.bytes:
@@ -160,6 +161,8 @@ def _check_digests(
                 digest = file_digest(
                     file.fileno(), provenance.digests.algorithm, on_bytes=progress.count
                 )
+        except SourceError as error:
+            return str(error)
         except FileNotFoundError:
             return f"{path}: is missing"
         except OSError as error:

@@ -267,6 +267,13 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(copied):
     assert problem.endswith("config.json: cannot be read (not a regular file)")
 
 
+def test_a_link_out_of_the_folder_is_not_followed(copied, tmp_path):
+    (copied / "config.json").rename(tmp_path / "secret.json")
+    (copied / "config.json").symlink_to(tmp_path / "secret.json")
+    (problem,) = problems(copied)
+    assert "is a link to" in problem
+
+
 def test_status_tells_what_is_there(tmp_path):
     out = tmp_path / "out"
     models = large_models(tmp_path)
