@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from shardmix.errors import RecipeError as RecipeError
     from shardmix.errors import ShardmixError as ShardmixError
     from shardmix.errors import SourceError as SourceError
+    from shardmix.model_report import ModelReport as ModelReport
     from shardmix.output_status import StatusReport as StatusReport
     from shardmix.output_status import status as status
     from shardmix.plan import MergePlan as MergePlan
     from shardmix.recipe import Recipe as Recipe
     from shardmix.recipe import WeightedSource as WeightedSource
     from shardmix.report import MergeReport as MergeReport
-    from shardmix.report import ModelReport as ModelReport
     from shardmix.report import PlanReport as PlanReport
     from shardmix.verification import VerifyReport as VerifyReport
     from shardmix.verification import verify as verify
@@ -58,7 +58,7 @@ _HOME = {
     "MergeOptions": "api",
     "MergePlan": "plan",
     "MergeReport": "report",
-    "ModelReport": "report",
+    "ModelReport": "model_report",
     "PlanReport": "report",
     "ProgressEvent": "engine",
     "StatusReport": "output_status",

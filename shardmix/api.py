@@ -28,18 +28,12 @@ from shardmix.hub import locate
 from shardmix.journal import Journal, open_journal
 from shardmix.matching import check_mergeable
 from shardmix.memory import MOST_WORKERS
+from shardmix.model_report import ModelReport, describe_model
 from shardmix.naming import ties_word_embeddings
 from shardmix.plan import ERROR, NUMBA, TORCH, WARN, MergePlan, RunSettings
 from shardmix.recipe import ModelsArgument, build_recipe
 from shardmix.reducer import Backend, load_backend
-from shardmix.report import (
-    MergeReport,
-    ModelReport,
-    PlanReport,
-    describe_merge,
-    describe_model,
-    describe_plan,
-)
+from shardmix.report import MergeReport, PlanReport, describe_merge, describe_plan
 from shardmix.staging import (
     Staging,
     check_disk,

@@ -9,8 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from shardmix.errors import ShardmixError, printable
+from shardmix.model_report import ModelReport, ShardReport
 from shardmix.output_status import StatusReport
-from shardmix.report import MergeReport, ModelReport, PlanReport, ShardReport
+from shardmix.report import MergeReport, PlanReport
 from shardmix.scorer.report import ScoreReport
 from shardmix.units import format_size
 from shardmix.verification import VerifyReport
