@@ -33,7 +33,7 @@ def lock_folder(folder: Path) -> int:
             _lock(descriptor, folder)
             if _is_at(descriptor, path):
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+                os.write(descriptor, str(os.getpid()).encode())
                 return descriptor
         except BaseException:
             os.close(descriptor)

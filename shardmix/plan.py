@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from shardmix.memory import MemoryPlan
-from shardmix.safetensors_layout import HEADER_LENGTH_NBYTES
+from shardmix.safetensors_layout import HEADER_LENGTH_NBYTES, decode_header
 
 LINEAR = "linear"
 """Reduction: the weighted sum of floats."""
@@ -205,6 +205,12 @@ class MergePlan:
     def runs(self) -> Iterator[Run]:
         """Yield every run, in output order."""
         return (run for shard in self.shards for run in shard.runs)
+
+    def tensor_dtype(self, name: str) -> str:
+        """Return the safetensors dtype that the output stores a tensor in. Slow: reads a header."""
+        shard = next(shard for shard in self.shards if name in shard.tensor_names)
+        entries = decode_header(shard.header.encode(), file_nbytes=shard.file_nbytes)
+        return entries[name].dtype
 
     def with_memory(self, memory: MemoryPlan) -> "MergePlan":
         """Return the same merge within other memory; its output is the same, byte for byte."""

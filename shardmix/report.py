@@ -248,7 +248,7 @@ def _nonfinite_warnings(plan: MergePlan, findings: LeafFindings) -> Iterator[str
     """Name the tensors that hold NaN or Inf: the first ones, since it may be all of a model."""
     found = sorted(findings.nonfinite.items())
     for name, counts in found[:_MOST_NAMED]:
-        yield f"{name}: {nonfinite_finding(counts, plan)}"
+        yield f"{name}: {nonfinite_finding(name, counts, plan)}"
     if len(found) > _MOST_NAMED:
         yield f"{len(found) - _MOST_NAMED} more tensors hold NaN or Inf; --json lists them"
 

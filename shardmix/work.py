@@ -97,9 +97,10 @@ class Work:
             self._findings = combined((self._findings, findings))
         if findings.nonfinite and self._plan.settings.on_nonfinite == ERROR:
             name, counts = next(iter(findings.nonfinite.items()))
+            finding = nonfinite_finding(name, counts, self._plan)
             raise NonfiniteError(
-                f"{name}: {nonfinite_finding(counts, self._plan)}; mend the model that holds them, "
-                "or go on with --on-nonfinite warn"
+                f"{name}: {finding}; mend the model that holds them, or allow them: "
+                "--on-nonfinite warn"
             )
 
     def block_done(self, shard: ShardInWork) -> None:
@@ -137,7 +138,7 @@ class Work:
         return self._findings
 
 
-def nonfinite_finding(counts: tuple[int, int, int], plan: MergePlan) -> str:
+def nonfinite_finding(name: str, counts: tuple[int, int, int], plan: MergePlan) -> str:
     """Say what a merged tensor holds that is not finite."""
     num_nan, num_inf, num_overflowed = counts
     parts = []
@@ -147,7 +148,7 @@ def nonfinite_finding(counts: tuple[int, int, int], plan: MergePlan) -> str:
         parts.append(f"{num_inf - num_overflowed} Inf")
     if num_overflowed:
         parts.append(
-            f"{num_overflowed} values too large for {plan.config_dtype}, which rounding made Inf "
-            "(--dtype bfloat16 or float32 has room for them)"
+            f"{num_overflowed} values too large for {plan.tensor_dtype(name)}, made Inf by "
+            "rounding (--dtype bfloat16 or float32 has room for them)"
         )
     return " and ".join(parts) + " in the merged tensor"

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from shardmix.scorer import compute_weights
+from tests.cut_off import cut_off, large_models
 from tests.language_models import TEXTS, save_language_model, write_examples
 from tests.models import assert_same_bits, load_model, random_model, save_model
 
@@ -169,7 +170,7 @@ def test_control_characters_of_a_strangers_file_are_never_printed_raw(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_stops_the_merge_and_leaves_nothing(tmp_path, number, status):
+def test_a_signal_stops_the_merge_which_the_same_command_goes_on_with(tmp_path, number, status):
     """The sources are large enough that the merge is still under way at its first progress line."""
     import torch
 
@@ -185,8 +186,16 @@ def test_a_signal_stops_the_merge_and_leaves_nothing(tmp_path, number, status):
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
-    assert "nothing was written" in errors
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    kept = tmp_path / ".out.shardmix"
+    if kept.exists():
+        assert f"are done and kept in {kept}: the same again goes on from there" in errors
+    else:
+        assert "nothing was written" in errors
+    assert not (tmp_path / "out").exists()
+    done = shardmix("merge", *words(models), "-o", tmp_path / "out", "--json", "--quiet")
+    assert done.returncode == 0
+    assert (json.loads(done.stdout)["bytes_kept"] > 0) == ("are done and kept" in errors)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "out"]
 
 
 @pytest.fixture(scope="module")
@@ -290,3 +299,52 @@ def test_a_mistake_in_scoring_is_one_message(decoders, tmp_path, words, status, 
     assert finding in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_says_what_is_right_and_exits_with_1_where_something_is_not(models, tmp_path):
+    out = tmp_path / "out"
+    assert shardmix("merge", *words(models), "-o", out, "--quiet").returncode == 0
+    places = [f"--source={model.name}={model}" for model in models]
+    done = shardmix("verify", out, "--recompute", *places)
+    assert done.returncode == 0, done.stderr
+    assert "verified" in done.stdout
+    assert "are what the sources give" in done.stdout
+    with (out / "config.json").open("a") as file:
+        file.write(" ")
+    for quiet in ([], ["--quiet"]):
+        done = shardmix("verify", out, *quiet)
+        assert done.returncode == 1
+        assert "config.json: has" in done.stderr
+    done = shardmix("verify", out, "--json", "--quiet")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["is_verified"] is False
+    done = shardmix("verify", out, "--recompute", "--source", "nonsense")
+    assert (done.returncode, "must be NAME=PATH" in done.stderr) == (2, True)
+
+
+def test_status_shows_what_is_there_and_what_is_not(models, tmp_path):
+    out = tmp_path / "out"
+    assert "does not exist" in shardmix("status", out).stdout
+    shardmix("merge", *words(models), "-o", out, "--quiet")
+    done = shardmix("status", out)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "complete, a × 0.5, b × 0.5; 2 files" in done.stdout
+    cut_off(large_models(tmp_path), out, overwrite=True)
+    done = shardmix("status", out)
+    assert "complete, a × 0.5" in done.stdout
+    assert "unfinished, m0 × 0.6, m1 × 0.4; 12.6 MB of 28.0 MB, 0 of 2 files" in done.stdout
+    assert "nobody is at work on it" in done.stdout
+    assert json.loads(shardmix("status", out, "--json").stdout)["unfinished"]["num_shards"] == 2
+
+
+def test_a_merge_that_goes_on_says_so(tmp_path):
+    models = large_models(tmp_path)
+    cut_off(models, tmp_path / "out")
+    done = shardmix(
+        "merge", *words([model for model, _ in models], (0.6, 0.4)), "-o", tmp_path / "out"
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        "went on where an earlier run was cut off: 25.2 MB did not have to be read" in done.stdout
+    )
+    assert "by an earlier run)" in done.stderr

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import threading
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from safetensors.torch import save_file
 import shardmix
 from shardmix import engine
 from shardmix.errors import OutputError, SourceError
+from shardmix.journal import open_journal
 from shardmix.reducer import load_backend
+from shardmix.staging import open_staging
 from tests.models import (
     assert_same_bits,
     load_model,
@@ -136,7 +139,11 @@ def test_bytes_depend_on_recipe_and_sources_alone(tmp_path_factory, data):
             models, tmp_path / "out", workers=workers, io=io, overwrite=True, **options
         )
         plan = plan.with_memory(dataclasses.replace(plan.memory, strip_nbytes=strip_nbytes))
-        engine.execute(plan, load_backend(plan))
+        with (
+            open_staging(tmp_path / "out", restart=True) as staging,
+            closing(open_journal(staging.journal_path, plan)) as journal,
+        ):
+            engine.execute(plan, load_backend(plan), staging, journal)
         assert folder_bytes(tmp_path / "out") == expected
 
 
@@ -234,15 +241,18 @@ def test_a_cancelled_merge_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupt_or_a_callbacks_error_leaves_nothing(tmp_path, error):
+def test_an_interrupt_or_a_callbacks_error_leaves_no_output_and_no_thread(tmp_path, error):
     def fail(_event):
         raise error
 
     num_threads = threading.active_count()
+    models = three_models(tmp_path)
     with pytest.raises(error):
-        shardmix.merge(three_models(tmp_path), tmp_path / "out", on_progress=fail)
-    assert only_inputs(tmp_path)
+        shardmix.merge(models, tmp_path / "out", on_progress=fail)
+    assert not (tmp_path / "out").exists()
     assert threading.active_count() == num_threads
+    shardmix.merge(models, tmp_path / "out")
+    assert_same_bits(load_model(tmp_path / "out"), oracle(models))
 
 
 def test_a_failing_disk_leaves_nothing(tmp_path, monkeypatch):
@@ -314,3 +324,63 @@ def test_a_gpu_writes_the_same_bytes_within_its_budget(tmp_path):
     assert report.peak_vram_bytes <= 64 * 2**20
     cpu, gpu = folder_bytes(tmp_path / "cpu"), folder_bytes(tmp_path / "gpu")
     assert cpu["model.safetensors"] == gpu["model.safetensors"]
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("strip_nbytes", [40, 1 << 20])
+def test_nan_and_inf_are_counted_by_tensor(tmp_path, backend, strip_nbytes):
+    """Many small tensors are one run: each is named for what is its own."""
+    tensors = {f"t{number:02d}": torch.ones(3, number + 1) for number in range(20)}
+    tensors["t03"][0, 0] = torch.nan
+    tensors["t07"][2, 7] = torch.inf
+    tensors["t07"][0, 0] = -torch.inf
+    tensors["t08"][0, 0] = torch.nan
+    first = save_model(tmp_path / "a", tensors)
+    second = save_model(tmp_path / "b", {name: torch.ones_like(t) for name, t in tensors.items()})
+    models = [(first, 0.5), (second, 0.5)]
+    plan = shardmix.plan_merge(models, tmp_path / "out", backend=backend)
+    plan = plan.with_memory(dataclasses.replace(plan.memory, strip_nbytes=strip_nbytes))
+    with (
+        open_staging(tmp_path / "out") as staging,
+        closing(open_journal(staging.journal_path, plan)) as journal,
+    ):
+        result = engine.execute(plan, load_backend(plan), staging, journal)
+    assert result.findings.nonfinite == {"t03": (1, 0, 0), "t07": (0, 2, 0), "t08": (1, 0, 0)}
+    report = shardmix.merge(models, tmp_path / "again")
+    assert report.warnings[:3] == (
+        "t03: 1 NaN in the merged tensor",
+        "t07: 2 Inf in the merged tensor",
+        "t08: 1 NaN in the merged tensor",
+    )
+    provenance = json.loads((tmp_path / "again" / "shardmix.json").read_text())
+    assert provenance["nonfinite"]["t07"] == {"nan": 0, "inf": 2, "overflowed": 0}
+    with pytest.raises(shardmix.NonfiniteError, match=r"t0\d: .* in the merged tensor; mend"):
+        shardmix.merge(models, tmp_path / "strict", on_nonfinite="error")
+    assert not (tmp_path / "strict").exists()
+
+
+def test_values_too_large_for_the_output_are_named_as_such(tmp_path):
+    values = torch.tensor([1.0, 65519.0, 65520.0, -1e9, torch.inf])
+    models = [(save_model(tmp_path / name, {"w": values}), 0.5) for name in "ab"]
+    report = shardmix.merge(models, tmp_path / "out", dtype="float16")
+    (finding,) = report.nonfinite
+    assert (finding.num_nan, finding.num_inf, finding.num_overflowed) == (0, 3, 2)
+    assert report.warnings == (
+        "w: 1 Inf and 2 values too large for F16, made Inf by rounding (--dtype bfloat16 or "
+        "float32 has room for them) in the merged tensor",
+    )
+    assert shardmix.merge(models, tmp_path / "wide", dtype="bfloat16").nonfinite[0].num_inf == 1
+
+
+def test_many_tensors_that_are_not_finite_do_not_flood_the_warnings(tmp_path):
+    tensors = {f"t{number}": torch.full((4,), torch.nan) for number in range(30)}
+    models = [(save_model(tmp_path / name, tensors), 0.5) for name in "ab"]
+    report = shardmix.merge(models, tmp_path / "out")
+    assert len(report.nonfinite) == 30
+    assert len(report.warnings) == 11
+    assert report.warnings[-1] == "20 more tensors hold NaN or Inf; --json lists them"
+
+
+def test_an_unknown_word_for_what_to_do_about_nan_is_refused(tmp_path):
+    with pytest.raises(shardmix.RecipeError, match="on_nonfinite 'stop': must be warn or error"):
+        shardmix.merge(three_models(tmp_path), tmp_path / "out", on_nonfinite="stop")

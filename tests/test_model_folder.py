@@ -57,7 +57,8 @@ def test_what_makes_a_model_goes_along_and_nothing_else(tmp_path):
     shardmix.merge(models, tmp_path / "out")
     out = tmp_path / "out"
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    assert files == {*COMPANIONS, "config.json", "model.safetensors", "README.md"}
+    made = {"config.json", "model.safetensors", "README.md", "shardmix.json"}
+    assert files == {*COMPANIONS, *made}
     for name, content in COMPANIONS.items():
         assert (out / name).read_bytes() == content
     assert (out / "config.json").read_bytes() == (models[0][0] / "config.json").read_bytes()
@@ -148,6 +149,7 @@ def test_a_folder_of_downloads_is_not_taken_for_a_models(tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "model.safetensors",
         "README.md",
+        "shardmix.json",
     }
 
 

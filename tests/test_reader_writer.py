@@ -98,7 +98,7 @@ def test_strips_land_at_their_offsets_in_any_order(tmp_path):
     writer.write(18, memoryview(b"4444"))
     writer.write(14, memoryview(b"3333"))
     assert path.read_bytes()[:14] == bytes(14)  # no header yet: not valid safetensors
-    writer.finish("{    }", fsync=True)
+    writer.finish((6).to_bytes(8, "little") + b"{    }", fsync=True)
     assert path.read_bytes() == (6).to_bytes(8, "little") + b"{    }" + b"33334444"
 
 
@@ -113,11 +113,20 @@ def test_a_write_takes_as_many_calls_as_it_needs(tmp_path, monkeypatch):
     assert (tmp_path / "shard").read_bytes()[10:] == content
 
 
-def test_a_file_that_exists_is_never_written_over(tmp_path):
-    (tmp_path / "shard").write_text("precious")
+def test_a_file_that_an_earlier_run_began_is_gone_on_with(tmp_path):
+    (tmp_path / "shard").write_bytes(b"done")
+    writer = ShardWriter(tmp_path / "shard", file_nbytes=8)
+    pieces = [bytes(piece) for piece in writer.read(0, 8, memoryview(bytearray(3)))]
+    assert pieces == [b"don", b"e\0\0", b"\0\0"]
+    writer.close()
+
+
+def test_a_link_is_not_written_through(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "shard").symlink_to(tmp_path / "precious")
     with pytest.raises(OutputError):
         ShardWriter(tmp_path / "shard", file_nbytes=10)
-    assert (tmp_path / "shard").read_text() == "precious"
+    assert (tmp_path / "precious").read_text() == "precious"
 
 
 def test_a_full_disk_is_named_as_such(tmp_path, monkeypatch):

@@ -1,9 +1,21 @@
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+
 import pytest
 
 from shardmix import staging as staging_module
 from shardmix.errors import OutputError
-from shardmix.staging import check_disk, check_output, resolve_output, staged_folder
+from shardmix.staging import check_disk, check_output, open_staging, resolve_output, settle
 from tests.models import random_model, save_model
+
+
+@contextmanager
+def staged_folder(output, *, overwrite, fsync):
+    with open_staging(output) as staging:
+        yield staging.folder
+        staging.place(overwrite=overwrite, fsync=fsync)
 
 
 def model(folder, seed=1):
@@ -19,7 +31,8 @@ def test_the_output_appears_whole_as_the_last_step(tmp_path):
     with staged_folder(out, overwrite=False, fsync=True) as folder:
         fill(folder)
         assert not out.exists()
-        assert folder.parent == out.parent  # same file system, so that a rename is possible
+        # Beside the output: the same file system, so that a rename is possible.
+        assert folder.parent.parent == out.parent
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert (out / "model.safetensors").read_text() == "new"
 
@@ -193,7 +206,7 @@ def test_a_failed_swap_in_two_steps_puts_the_old_one_back(tmp_path, monkeypatch)
     rename = type(out).rename
 
     def failing_rename(self, target):
-        if target == out and ".shardmix-" in self.name and not self.name.endswith("-old"):
+        if target == out and self.name == "model":
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
@@ -205,3 +218,131 @@ def test_a_failed_swap_in_two_steps_puts_the_old_one_back(tmp_path, monkeypatch)
         fill(folder)
     assert (out / "model.safetensors").read_bytes() == old
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_worth_keeping_is_found_by_the_next_run(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError), open_staging(out) as staging:
+        fill(staging.folder, "half")
+        staging.journal_path.write_text("half of it is done")
+        staging.is_worth_keeping = True
+        raise RuntimeError
+    assert not out.exists()
+    with open_staging(out) as staging:
+        assert (staging.folder / "model.safetensors").read_text() == "half"
+        fill(staging.folder, "whole")
+        staging.place(overwrite=False, fsync=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "model.safetensors").read_text() == "whole"
+
+
+def test_a_restart_throws_away_what_is_kept(tmp_path):
+    with open_staging(tmp_path / "out") as staging:
+        fill(staging.folder)
+        staging.journal_path.write_text("journal")
+        staging.is_worth_keeping = True
+    with open_staging(tmp_path / "out", restart=True) as staging:
+        assert list(staging.folder.iterdir()) == []
+        assert not staging.journal_path.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_another_merge_has_left_is_not_removed_by_a_refusal(tmp_path):
+    with open_staging(tmp_path / "out") as staging:
+        staging.journal_path.write_text("another merge's")
+        staging.is_worth_keeping = True
+    with pytest.raises(OutputError), open_staging(tmp_path / "out") as staging:
+        raise OutputError("it is another merge's")
+    assert staging.journal_path.read_text() == "another merge's"
+
+
+def test_folders_made_for_an_output_go_with_it(tmp_path):
+    with pytest.raises(RuntimeError), open_staging(tmp_path / "deep" / "er" / "out"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_run_is_refused_naming_the_first(tmp_path):
+    with (
+        open_staging(tmp_path / "out"),
+        pytest.raises(OutputError, match=rf"process {os.getpid()} \(this one\) is at work"),
+        open_staging(tmp_path / "out"),
+    ):
+        pass
+    with open_staging(tmp_path / "out"):  # and not for longer than that
+        pass
+
+
+def test_a_dead_process_lock_is_taken_over(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from shardmix.staging import open_staging\n"
+        "manager = open_staging(Path(sys.argv[1])); manager.__enter__()\n"
+        "print(os.getpid(), flush=True); os.kill(os.getpid(), 9)"
+    )
+    out = tmp_path / "out"
+    died = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, check=False)
+    assert died.returncode == -9
+    lock = tmp_path / ".out.shardmix" / "lock"
+    assert lock.read_text() == died.stdout.decode().strip()  # it is there, and still names the dead
+    with open_staging(out):
+        assert lock.read_text() == str(os.getpid())
+
+
+@pytest.mark.parametrize("name", [".out.shardmix", ".out.shardmix/lock"])
+def test_a_link_where_the_staging_folder_should_be_is_refused(tmp_path, name):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputError), open_staging(tmp_path / "out"):
+        pass
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing is tidied up after it."""
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_kill_around_the_exchange_leaves_the_old_or_the_new(tmp_path, monkeypatch, moment):
+    out = model(tmp_path / "out")
+    old = (out / "model.safetensors").read_bytes()
+    exchange = staging_module._exchange
+
+    def killed(*args, **kwargs):
+        if moment == "after":
+            exchange(*args, **kwargs)
+        raise Killed
+
+    monkeypatch.setattr(staging_module, "_exchange", killed)
+    with pytest.raises(Killed), open_staging(out) as staging:
+        fill(staging.folder)
+        staging.is_worth_keeping = True
+        staging.place(overwrite=True, fsync=False)
+    monkeypatch.undo()
+    settle(out)
+    if moment == "after":
+        assert (out / "model.safetensors").read_text() == "new"
+        assert not (staging.folder / "model.safetensors").exists()  # the old one is gone
+    else:
+        assert (out / "model.safetensors").read_bytes() == old
+        assert (staging.folder / "model.safetensors").read_text() == "new"
+
+
+def test_a_kill_between_the_two_steps_of_a_swap_brings_the_old_one_back(tmp_path, monkeypatch):
+    """Where a system cannot exchange two folders in one step."""
+    out = model(tmp_path / "out")
+    old = (out / "model.safetensors").read_bytes()
+
+    def killed(folder, output, *, aside):
+        output.rename(aside)
+        raise Killed
+
+    monkeypatch.setattr(staging_module, "_exchange", killed)
+    with pytest.raises(Killed), open_staging(out) as staging:
+        fill(staging.folder)
+        staging.is_worth_keeping = True
+        staging.place(overwrite=True, fsync=False)
+    assert not out.exists()
+    settle(out)
+    assert (out / "model.safetensors").read_bytes() == old
+    assert (staging.folder / "model.safetensors").read_text() == "new"

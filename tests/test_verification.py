@@ -1,0 +1,296 @@
+"""`verify`: what differs from the merge is found, in the output and against its sources."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+
+import msgspec
+import pytest
+import torch
+
+import shardmix
+from shardmix.digests import file_digest
+from shardmix.errors import RecipeError, SourceError
+from tests.cut_off import cut_off, folder_bytes, large_models
+from tests.models import random_model, save_model
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    """Return a merged model, not to be changed, beside its sources."""
+    folder = tmp_path_factory.mktemp("merged")
+    shardmix.merge(large_models(folder), folder / "out", max_shard_size="13MB")
+    return folder / "out"
+
+
+@pytest.fixture
+def copied(merged, tmp_path):
+    """Return a copy of it to damage, with its sources out of sight."""
+    shutil.copytree(merged, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def overwrite(path, position, content):
+    with path.open("r+b") as file:
+        file.seek(position)
+        file.write(content)
+
+
+def problems(folder, **options):
+    report = shardmix.verify(folder, **options)
+    assert report.is_verified == (not report.problems)
+    return report.problems
+
+
+def test_an_output_is_verified_reading_every_byte_and_changing_none(merged):
+    before = folder_bytes(merged)
+    report = shardmix.verify(merged)
+    assert report.is_verified
+    digested = {name for name in before if name not in ("README.md", "shardmix.json")}
+    assert report.num_files == len(digested) == 5  # three shards, index, config
+    assert report.bytes_read == sum(len(before[name]) for name in digested)
+    assert folder_bytes(merged) == before
+
+
+@pytest.mark.parametrize("position", [0, 9, 4 * 2**20, 5_000_001, -1])
+def test_one_bit_anywhere_is_found(copied, position):
+    path = copied / "model-00002-of-00003.safetensors"
+    position %= path.stat().st_size
+    byte = path.read_bytes()[position]
+    overwrite(path, position, bytes([byte ^ 1]))
+    assert problems(copied) == (f"{path}: its bytes are not those that the merge wrote",)
+
+
+def test_what_is_missing_cut_short_added_or_edited_is_found(copied):
+    (copied / "model-00001-of-00003.safetensors").unlink()
+    overwrite(copied / "config.json", 0, b" ")
+    with (copied / "model-00003-of-00003.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    (copied / "model-more.safetensors").write_bytes(b"x")
+    (copied / "README.md").write_text("a card is for people to edit\n")
+    found = problems(copied)
+    assert [problem.split("/")[-1].split(":")[0] for problem in found] == [
+        "config.json",
+        "model-00001-of-00003.safetensors",
+        "model-00003-of-00003.safetensors",
+        "model-more.safetensors",
+    ]
+    assert "is missing" in found[1]
+    assert "has 1000 bytes, not" in found[2]
+    assert "did not write" in found[3]
+
+
+def test_a_digest_is_of_leaves_or_of_the_whole_file(tmp_path):
+    """The definition, computed otherwise."""
+    blake3 = pytest.importorskip("blake3").blake3
+    xxhash = pytest.importorskip("xxhash")
+    models = large_models(tmp_path, shards=False)
+    for algorithm, leaf_hash in (
+        ("xxh3", lambda data: xxhash.xxh3_128(data).digest()),
+        ("blake3", lambda data: blake3(data).digest()),
+        ("sha256", None),
+    ):
+        shardmix.merge(models, tmp_path / algorithm, digest=algorithm)
+        content = (tmp_path / algorithm / "model.safetensors").read_bytes()
+        record = json.loads((tmp_path / algorithm / "shardmix.json").read_text())["digests"]
+        assert record["algorithm"] == algorithm
+        leaf_nbytes = record["leaf_bytes"]
+        if leaf_hash is None:
+            expected = hashlib.sha256(content).hexdigest()
+        else:
+            leaves = [
+                content[start : start + leaf_nbytes]
+                for start in range(0, len(content), leaf_nbytes)
+            ]
+            assert len(leaves) == 7
+            expected = leaf_hash(b"".join(map(leaf_hash, leaves))).hex()
+        assert record["files"]["model.safetensors"] == {
+            "bytes": len(content),
+            "digest": expected,
+        }
+        assert problems(tmp_path / algorithm) == ()
+        with (tmp_path / algorithm / "model.safetensors").open("rb") as file:
+            assert file_digest(file.fileno(), algorithm) == expected
+
+
+def test_an_unknown_digest_is_refused(tmp_path):
+    models = large_models(tmp_path)
+    with pytest.raises(RecipeError, match="digest 'md5': must be one of xxh3, blake3, sha256"):
+        shardmix.merge(models, tmp_path / "out", digest="md5")
+
+
+def test_a_digest_that_is_not_installed_is_refused(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "blake3" else find(name)
+    )
+    models = large_models(tmp_path)
+    with pytest.raises(RecipeError, match=r"pip install 'shardmix\[blake3\]'"):
+        shardmix.plan_merge(models, tmp_path / "out", digest="blake3")
+
+
+def test_recomputing_compares_with_sources_beside_the_output(merged):
+    report = shardmix.verify(merged, recompute=True)
+    assert report.is_verified
+    assert report.recomputed
+    assert report.bytes_read > 3 * 28_000_000
+
+
+def forge(folder, name):
+    """Make the digest of a damaged file right."""
+    path = folder / "shardmix.json"
+    content = json.loads(path.read_text())
+    record = content["digests"]["files"][name]
+    with (folder / name).open("rb") as file:
+        record["digest"] = file_digest(file.fileno(), content["digests"]["algorithm"])
+    path.write_text(json.dumps(content))
+
+
+def test_recomputing_finds_what_a_forged_digest_hides(merged, copied):
+    name = "model-00002-of-00003.safetensors"
+    overwrite(copied / name, 1_000_000, b"\1\2\3\4\5\6\7\10")
+    forge(copied, name)
+    sources = {f"m{number}": merged.parent / f"m{number}" for number in range(2)}
+    assert problems(copied) == ()
+    (problem,) = problems(copied, recompute=True, sources=sources)
+    assert "8 bytes of layer" in problem
+    assert problem.endswith("are not what the sources give")
+
+
+def test_recomputing_finds_a_changed_header(merged, copied):
+    name = "model-00002-of-00003.safetensors"
+    content = (copied / name).read_bytes()
+    (copied / name).write_bytes(content.replace(b'"format":"pt"', b'"format":"tp"'))
+    forge(copied, name)
+    sources = {"1": merged.parent / "m0", "2": merged.parent / "m1"}
+    (problem,) = problems(copied, recompute=True, sources=sources)
+    assert "its header" in problem
+
+
+def test_sources_that_are_nowhere_to_be_found_are_asked_for(copied):
+    with pytest.raises(SourceError, match=r"m0: .* cannot be found.*--source m0=PATH"):
+        shardmix.verify(copied, recompute=True)
+
+
+def test_other_sources_are_refused(merged, copied, tmp_path):
+    other = save_model(tmp_path / "m0", random_model(9))
+    with pytest.raises(shardmix.ShardmixError):
+        shardmix.verify(copied, recompute=True, sources={"m1": merged.parent / "m1", "m0": other})
+    third = large_models(tmp_path / "third", shards=False)[0][0]
+    with pytest.raises(SourceError, match=r"third/m0: is not the m0 that was merged"):
+        shardmix.verify(copied, recompute=True, sources={"m1": merged.parent / "m1", "m0": third})
+
+
+def test_sources_in_the_wrong_places_do_not_give_the_output(merged, copied):
+    """Their headers are the same: the bytes tell."""
+    found = problems(
+        copied, recompute=True, sources={"1": merged.parent / "m1", "2": merged.parent / "m0"}
+    )
+    assert len(found) == 8  # every tensor, and integers are the first model's
+
+
+def test_sources_are_found_where_they_were_if_that_was_recorded(tmp_path):
+    models = large_models(tmp_path / "far" / "away")
+    shardmix.merge(models, tmp_path / "out", record_paths=True)
+    text = (tmp_path / "out" / "shardmix.json").read_text()
+    assert json.loads(text)["sources"][1]["path"] == str(models[1][0])
+    assert shardmix.verify(tmp_path / "out", recompute=True).is_verified
+
+
+def test_by_default_nothing_of_the_machine_is_told(merged):
+    for name, content in folder_bytes(merged).items():
+        assert str(merged.parent).encode() not in content, name
+
+
+def test_provenance_tells_what_was_merged_and_by_what(merged):
+    content = json.loads((merged / "shardmix.json").read_text())
+    assert [source["weight"] for source in content["sources"]] == [0.6, 0.4]
+    assert [source["name"] for source in content["sources"]] == ["m0", "m1"]
+    header = (merged.parent / "m0" / "model-00001-of-00002.safetensors").read_bytes()
+    length = int.from_bytes(header[:8], "little")
+    first = content["sources"][0]["files"][0]
+    assert first["header_sha256"] == hashlib.sha256(header[8 : 8 + length]).hexdigest()
+    assert content["shardmix"] == shardmix.__version__
+    assert content["torch"] == torch.__version__
+    assert len(content["plan"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        ({"format": 2}, "in a format"),
+        ({"digests": {"algorithm": "md5", "leaf_bytes": 4194304, "files": {}}}, "unknown"),
+        ({"digests": {"algorithm": "xxh3", "leaf_bytes": 1, "files": {}}}, "in a format"),
+        *[
+            (
+                {
+                    "digests": {
+                        "algorithm": "xxh3",
+                        "leaf_bytes": 4194304,
+                        "files": {name: {"bytes": 1, "digest": ""}},
+                    }
+                },
+                "outside the model's folder",
+            )
+            for name in ("../x", "/etc/passwd", "", "a/../../x", "nul\0")
+        ],
+        ({"sources": 1}, "is not a merge's shardmix.json"),
+        ({"digests": None}, "is not a merge's shardmix.json"),
+    ],
+)
+def test_a_strange_provenance_is_refused(copied, change, finding):
+    path = copied / "shardmix.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(SourceError, match=finding):
+        shardmix.verify(copied)
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff", b"{}"])
+def test_a_provenance_that_is_none_is_refused(copied, content):
+    (copied / "shardmix.json").write_bytes(content)
+    with pytest.raises(SourceError, match=r"is not a merge's shardmix\.json"):
+        shardmix.verify(copied)
+
+
+def test_what_shardmix_did_not_merge_cannot_be_verified(tmp_path):
+    save_model(tmp_path / "m", random_model(1))
+    with pytest.raises(SourceError, match=r"has no shardmix\.json.*nothing to verify it against"):
+        shardmix.verify(tmp_path / "m")
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(copied):
+    (copied / "config.json").unlink()
+    os.mkfifo(copied / "config.json")
+    (problem,) = problems(copied)
+    assert "config.json is not a regular file" in problem
+
+
+def test_status_tells_what_is_there(tmp_path):
+    out = tmp_path / "out"
+    models = large_models(tmp_path)
+    absent = shardmix.status(out)
+    assert (absent.exists, absent.complete, absent.unfinished) == (False, None, None)
+    cut_off(models, out, num_leaves=5)
+    unfinished = shardmix.status(out).unfinished
+    assert unfinished.process is None
+    assert (unfinished.num_shards_done, unfinished.num_shards) == (1, 2)
+    assert unfinished.bytes_done == 5 * 4 * 2**20
+    assert unfinished.merge["weights"] == [0.6, 0.4]
+    seen = []
+
+    def look(_event):
+        seen.append(shardmix.status(out).unfinished.process)
+
+    shardmix.merge(models, out, on_progress=look)
+    assert set(seen) == {os.getpid()}
+    complete = shardmix.status(out)
+    assert complete.unfinished is None
+    assert complete.complete.sources == ("m0", "m1")
+    assert complete.complete.weights == (0.6, 0.4)
+    foreign = shardmix.status(models[0][0])
+    assert foreign.exists
+    assert foreign.complete is None
+    assert "no merge by shardmix" in foreign.note
+    msgspec.json.encode(complete)
