@@ -30,6 +30,13 @@ SECONDS_AT_MOST = 120  # whoever takes as long hangs
 UNHARMED = Fault()
 
 
+def told(fault: Fault) -> str:
+    """Return what is special about a fault."""
+    fields = dataclasses.fields(fault)
+    special = {f.name: getattr(fault, f.name) for f in fields}
+    return str({f.name: special[f.name] for f in fields if special[f.name] != f.default})
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """How a command line has ended."""
@@ -259,7 +266,9 @@ class Merge:
     def trouble(self) -> str:
         """Return what may not be at the output path at any time; "" where all is well."""
         found = self.found
-        allowed = (OLD, NEW) if self.variation.overwrite else (NONE, NEW)
+        allowed = {OLD, NEW} if self.variation.overwrite else {NONE, NEW}
+        if (self.staging / "old").exists():
+            allowed.add(NONE)  # between the two renames of a system that has no exchange
         return "" if found in allowed else found
 
     def trouble_after_end(self, *words: str, **changed) -> str:

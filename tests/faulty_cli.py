@@ -1,8 +1,9 @@
 """A shardmix command line that is harmed on purpose: what runs in the process that comes to harm.
 
 `python -m tests.faulty_cli merge ...` is `shardmix merge ...` with the fault that the environment
-variable SHARDMIX_FAULT names (JSON of `Fault`). `python -m tests.faulty_cli --serve` loads all that
-a merge needs, once, and forks such a command line for each request. The library knows nothing of it.
+variable SHARDMIX_FAULT names (JSON of `Fault`). `python -m tests.faulty_cli --serve 0` loads all
+that a merge needs, once, and forks such a command line for each request. The library itself knows
+nothing of faults.
 """
 
 import builtins
@@ -10,6 +11,7 @@ import contextlib
 import ctypes
 import dataclasses
 import fcntl
+import gc
 import io
 import json
 import os
@@ -47,6 +49,8 @@ class Fault:
     """How much longer than it needs each call takes that counts."""
     wait_for: str = ""
     """A file that each strip's writing waits for."""
+    reached: str = ""
+    """A pipe that is opened, and closed, when that waiting begins."""
     alarm_seconds: float = 0.0
     """A signal that nobody minds comes as often as this, and interrupts what the system is at."""
     is_blind: bool = False
@@ -107,16 +111,17 @@ class _Harm:
             os.kill(os.getpid(), fault.number)
             return function()
         if not fault.is_after and operation != "close":
-            self.strike()
+            self.strike(operation, path)
         result = function()
-        self.strike()
+        self.strike(operation, path)
         return result
 
-    def strike(self):
+    def strike(self, operation, path):
         if self.fault.action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.fault.action == "error":
-            raise OSError(self.fault.number, os.strerror(self.fault.number))
+            named = (path,) if operation in NAMING else ()
+            raise OSError(self.fault.number, os.strerror(self.fault.number), *named)
 
 
 REAL = {
@@ -127,6 +132,9 @@ REAL = {
         *("lstat", "scandir", "listdir", "statvfs"),
     )
 }
+
+NAMING = ("open", "mkdir", "rename", "unlink", "rmdir", "stat", "lstat", "scandir", "listdir")
+"""Calls whose errors tell the path."""
 
 
 def install(fault):
@@ -143,9 +151,7 @@ def install(fault):
     if fault.strip_nbytes:
         from shardmix import memory
 
-        memory.BEST_STRIP_NBYTES.update(
-            dict.fromkeys(memory.BEST_STRIP_NBYTES, fault.strip_nbytes)
-        )
+        memory.BEST_STRIP_NBYTES.update(dict.fromkeys(memory.BEST_STRIP_NBYTES, fault.strip_nbytes))
     if fault.is_blind:
         import shutil
 
@@ -298,10 +304,13 @@ def _wait(harm):
     fault = harm.fault
     if not fault.wait_for:
         return
-    pwrite = os.pwrite
+    pwrite, told = os.pwrite, []
 
     def patiently(descriptor, data, offset):
         while harm.path_of(descriptor).endswith(".safetensors"):
+            if fault.reached and not told:
+                told.append(fault.reached)
+                REAL["close"](REAL["open"](fault.reached, os.O_WRONLY))
             with contextlib.suppress(FileNotFoundError):
                 REAL["stat"](fault.wait_for)
                 break
@@ -333,19 +342,21 @@ def serve(leaf_nbytes):
         digests.LEAF_NBYTES = leaf_nbytes  # before any module takes the figure from there
     import blake3  # noqa: F401
 
-    import shardmix
-    import shardmix.cli.app
-    import shardmix.cli.progress
-    import shardmix.cli.render
-    import shardmix.verification  # noqa: F401
+    from shardmix.cli import main
     from tests.models import random_model, save_model
 
     # A merge by each backend loads whatever a merge needs; what is forked has it then.
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        models = {save_model(place / name, random_model(1, torch.bfloat16)): 0.5 for name in "ab"}
+        models = [save_model(place / name, random_model(1, torch.bfloat16)) for name in "ab"]
+        words = ["merge", *(f"{model}=0.5" for model in models), "--quiet", "--device", "cpu"]
         for backend in ("torch", "numba"):
-            shardmix.merge(models, place / backend, backend=backend, device="cpu")
+            sys.argv = ["shardmix", *words, "--backend", backend, "-o", str(place / backend)]
+            with contextlib.suppress(SystemExit):
+                main()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.freeze()  # what is shared with what is forked stays shared
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)

@@ -70,6 +70,7 @@ class Tally:
         self._lock = threading.Lock()
 
     def add(self, kind: str, count: int = 1) -> None:
+        """Count what was done."""
         with self._lock:
             self.counts[kind] += count
 
@@ -82,6 +83,7 @@ class Tally:
         return not trouble
 
     def show(self, title: str, seconds: float) -> None:
+        """Print the table."""
         print(f"\n{title}: {seconds:.0f} s")
         for kind, count in sorted(self.counts.items()):
             print(f"  {kind:<44} {count:>8,}")
@@ -125,6 +127,7 @@ class Harness:
             self.tally.judge(traceback.format_exc(), argument)
 
     def close(self) -> None:
+        """End what was started."""
         self._pool.shutdown()
         for bench in self._made:
             bench.commands.close()
@@ -161,13 +164,18 @@ def _kills(harness: Harness, seed: int) -> None:
         running = merge.start(fault, *words, workers=workers, io=io)
         # What to wait for, and how long after it to strike.
         landmark, num_calls = chance.choice(
-            [("journal", 60), ("journal", 150), ("model/README.md", 30), ("placing", 50)]
+            [
+                *(("journal", 300), ("model/*.safetensors", 80), ("model/*.safetensors", 150)),
+                *(("model/README.md", 30), ("placing", 50)),
+            ]
         )
-        _await(merge.staging / landmark, running)
+        _await(merge.staging, landmark, running)
         time.sleep(chance.uniform(0, num_calls * fault.seconds_per_call))
         running.kill()
         done = running.wait()
-        story = f"kills --seed {harness.options.seed}, episode {seed}: {merge.variation}, {landmark}"
+        story = (
+            f"kills --seed {harness.options.seed}, episode {seed}: {merge.variation}, {landmark}"
+        )
         if not tally.judge(merge.trouble(), story):
             return
         if done.status != -signal.SIGKILL:
@@ -186,9 +194,9 @@ def _kills(harness: Harness, seed: int) -> None:
     _end(merge, tally, seed)
 
 
-def _await(path: Path, running) -> None:
-    """Wait until a file is there, or the process is not."""
-    while not path.exists():
+def _await(folder: Path, pattern: str, running) -> None:
+    """Wait until such a file is there, or the process is not."""
+    while not _is_there(folder, pattern):
         try:
             os.kill(running.process, 0)
             state = Path(f"/proc/{running.process}/stat").read_text().rsplit(")", 1)[1].split()[0]
@@ -197,6 +205,13 @@ def _await(path: Path, running) -> None:
         if state == "Z":
             return
         time.sleep(0.0005)
+
+
+def _is_there(folder: Path, pattern: str) -> bool:
+    try:
+        return any(folder.glob(pattern))
+    except FileNotFoundError:  # it is just being removed
+        return False
 
 
 def _end(merge: Merge, tally: Tally, story: object) -> None:
@@ -236,7 +251,7 @@ def points(harness: Harness) -> None:
         todo += [(variation, how, at, False) for at in range(first, len(made) + 1)]
         todo.append((variation, how, len(made), True))
     harness.run(lambda point: _point(harness, *point), todo)
-    harness.run(lambda point: _point(harness, *point, is_twice=True), todo[:: 3])
+    harness.run(lambda point: _point(harness, *point, is_twice=True), todo[::3])
 
 
 def _point(harness, variation, how, at, is_after, *, is_twice=False) -> None:
@@ -349,7 +364,7 @@ def _injected(harness: Harness, variation: Variation, fault: Fault) -> None:
         root = str(bench.source("a", variation.sharded))
         fault = dataclasses.replace(fault, root=root, operations=("open", "preadv", "read"))
     merge = bench.merge(variation)
-    story = f"{variation}, {fault}"
+    story = f"{variation}, {faults.told(fault)}"
     done = merge.run(fault)
     found = merge.found
     tally.add("errors injected")
@@ -359,7 +374,7 @@ def _injected(harness: Harness, variation: Variation, fault: Fault) -> None:
         trouble = trouble or ("" if found == NEW else f"succeeded, and there is {found}")
     elif done.status != 1 or not done.is_one_clear_line:
         trouble = trouble or f"no clear error: {done}"
-    elif fault.number == errno.ENOSPC and "disk is full" not in done.stderr:
+    elif found != NEW and fault.number == errno.ENOSPC and "disk is full" not in done.stderr:
         trouble = trouble or f"a full disk, not named: {done}"
     elif merge.num_claims and found != NEW and "goes on from there" not in done.stderr:
         trouble = trouble or f"does not say how to go on: {done}"
@@ -378,7 +393,7 @@ def _smooth(harness: Harness, variation: Variation, fault: Fault) -> None:
         done = merge.run(fault)
         trouble = "" if done.status == 0 and merge.found == NEW else f"{merge.found}: {done}"
         harness.tally.add("merges of short reads and writes, or of interrupted calls")
-        if harness.tally.judge(trouble, f"{variation}, {fault}"):
+        if harness.tally.judge(trouble, f"{variation}, {faults.told(fault)}"):
             merge.remove()
 
 
@@ -494,7 +509,7 @@ CHANGES = {
 def _replace(path: Path) -> None:
     other = path.with_name("other")
     other.write_bytes(path.read_bytes()[::-1])
-    os.replace(other, path)
+    other.replace(path)
 
 
 def sources(harness: Harness) -> None:
@@ -522,8 +537,7 @@ def _source(harness, kind, is_during, io, is_sharded, name) -> None:
         if is_during:
             gate = bench.folder / "gate"
             running = merge.start(Fault(wait_for=str(gate)))
-            _await(merge.staging / "model" / "model-00001-of-00004.safetensors"
-                   if is_sharded else merge.staging / "model" / "model.safetensors", running)
+            _await(merge.staging, "model/*.safetensors", running)
             CHANGES[kind](path)
             gate.touch()
             done = running.wait()

@@ -132,6 +132,7 @@ def merge(
                     on_progress=on_progress,
                     **options,
                 )
+            _ignore_signals()  # it is done: there is nothing left to stop
         render.merge_report(report, json=json, quiet=quiet)
 
 
@@ -318,7 +319,7 @@ def _errors_reported(*, json: bool, quiet: bool = False) -> Iterator[None]:
     except KeyboardInterrupt as error:
         is_terminated = isinstance(error, _Terminated)
         word, status = ("terminated", 143) if is_terminated else ("interrupted", 130)
-        typer.echo(f"{word}: {error or 'nothing was written'}", err=True)
+        typer.echo(f"{word}: {str(error) or 'nothing was written'}", err=True)
         raise typer.Exit(status) from None
 
 
@@ -326,8 +327,12 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM, which stops a merge as Ctrl-C does."""
 
 
-def _raise_once(number: int, _frame: object) -> None:
-    # A second signal must not cut the clean-up short that the first one set off.
+def _ignore_signals() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _raise_once(number: int, _frame: object) -> None:
+    # A second signal must not cut the clean-up short that the first one set off.
+    _ignore_signals()
     raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
