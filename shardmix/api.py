@@ -130,29 +130,29 @@ def merge(
         raise MergeCancelled("the merge was cancelled before it began")
     settle(resolve_output(output))
     plan = plan_merge(models, output, model_type=model_type, **options)
-    with (
-        open_staging(Path(plan.output), restart=plan.settings.restart) as staging,
-        closing(open_journal(staging.journal_path, plan)) as journal,
-    ):
-        check_disk(staging.output, plan.disk_needed_nbytes)
-        try:
-            plan, backend, notes = ready(
-                plan,
-                options,
-                lambda chosen: plan_merge(models, output, model_type=model_type, **chosen),
-            )
-            result = engine.execute(
-                plan, backend, staging, journal, on_progress=on_progress, cancel=cancel
-            )
-        except BaseException as error:
-            staging.is_worth_keeping = journal.num_leaves_done > 0
-            kept = _kept(staging, journal, plan)
-            if isinstance(error, KeyboardInterrupt):
-                error.args = (kept,)
-            elif isinstance(error, ShardmixError) and kept:
-                raise type(error)(f"{error}; {kept}") from None
-            raise
-    return describe_merge(plan, result, notes=notes)
+    with open_staging(Path(plan.output), restart=plan.settings.restart) as staging:
+        # Again: another process may have made it just before this one had the lock.
+        check_output(staging.output, overwrite=plan.settings.overwrite, inputs=())
+        with closing(open_journal(staging.journal_path, plan)) as journal:
+            try:
+                check_disk(staging.output, plan.disk_needed_nbytes)
+                plan, backend, notes = ready(
+                    plan,
+                    options,
+                    lambda chosen: plan_merge(models, output, model_type=model_type, **chosen),
+                )
+                result = engine.execute(
+                    plan, backend, staging, journal, on_progress=on_progress, cancel=cancel
+                )
+            except BaseException as error:
+                staging.is_worth_keeping = not staging.is_placed and journal.num_leaves_done > 0
+                kept = _kept(staging, journal, plan)
+                if isinstance(error, KeyboardInterrupt):
+                    error.args = (kept,)
+                elif isinstance(error, ShardmixError) and kept:
+                    raise type(error)(f"{error}; {kept}") from None
+                raise
+        return describe_merge(plan, result, notes=notes)
 
 
 def ready(

@@ -87,6 +87,8 @@ def execute(
     """
     started = time.perf_counter()
     settings, folder = plan.settings, staging.folder
+    # All but the weights is written anew.
+    staging.drop_all_but({shard.filename for shard in plan.shards})
     work = Work(plan, lambda number: GrowingShard(plan, number, folder, journal))
     run_blocks(plan, backend, work, on_progress, cancel)
     write_companions(plan, folder)

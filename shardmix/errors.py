@@ -4,6 +4,9 @@ A message names the object, the finding, the rule and the remedy. The kinds exis
 can tell apart what it can do something about; `exit_status` is what the command line leaves with.
 """
 
+import errno
+from pathlib import Path
+
 
 class ShardmixError(Exception):
     """Something the user can mend; the message says how."""
@@ -43,6 +46,16 @@ class OutputError(ShardmixError):
 
 class MergeCancelled(ShardmixError):  # noqa: N818 - it is an outcome, not a fault
     """The merge was cancelled through its cancel event; what is done is kept for another run."""
+
+
+def writing_failed(path: Path, error: OSError, what: str = "cannot be written") -> OutputError:
+    """Return the error for a file or folder of an output; a full disk is called by its name."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(
+            f"{path.parent}: the disk is full ({error.strerror}); free some space, or write "
+            "elsewhere with -o"
+        )
+    return OutputError(f"{path}: {what} ({error.strerror})")
 
 
 def one_line(error: BaseException | None, limit: int = 200) -> str:

@@ -8,6 +8,7 @@ that a power cut took back can do harm. Nothing here needs to be forced to disk 
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import msgspec
 
 from shardmix._version import __version__
 from shardmix.digests import LEAF_NBYTES, LeafDigests, num_leaves
-from shardmix.errors import OutputError
+from shardmix.errors import OutputError, writing_failed
 from shardmix.findings import NOTHING_FOUND, LeafFindings
 from shardmix.plan import MergePlan
 
@@ -85,14 +86,15 @@ class Journal:
         line = msgspec.json.encode(_Line(shard, leaf, digest.hex(), findings)) + b"\n"
         with self._lock:
             try:
-                os.write(self._descriptor, line)
+                _write(self._descriptor, line)
             except OSError as error:
-                raise OutputError(f"{self._path}: cannot be written ({error.strerror})") from None
+                raise writing_failed(self._path, error) from None
             self.leaves[shard].put(leaf, digest)
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._descriptor)
+        with suppress(OSError):  # a claim that is lost costs work, not bytes
+            os.close(self._descriptor)
 
 
 def open_journal(path: Path, plan: MergePlan) -> Journal:
@@ -114,7 +116,7 @@ def open_journal(path: Path, plan: MergePlan) -> Journal:
             left = _read_head(path)
             if left is None:  # new, or cut off before it said anything
                 os.ftruncate(descriptor, 0)
-                os.write(descriptor, msgspec.json.encode(head) + b"\n")
+                _write(descriptor, msgspec.json.encode(head) + b"\n")
                 return Journal(path, descriptor, leaves, {})
             _check_same(path, left, head)
             findings, valid_nbytes = _read_lines(path, leaves)
@@ -123,7 +125,7 @@ def open_journal(path: Path, plan: MergePlan) -> Journal:
             os.close(descriptor)
             raise
     except OSError as error:
-        raise OutputError(f"{path}: cannot be used ({error.strerror}); check the disk") from None
+        raise writing_failed(path, error, "cannot be used") from None
     return Journal(path, descriptor, leaves, findings)
 
 
@@ -167,6 +169,12 @@ def summarise(path: Path) -> JournalSummary | None:
         ),
         num_shards=len(counts),
     )
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    """Append all of it, however many calls that takes."""
+    while data:
+        data = data[os.write(descriptor, data) :]
 
 
 def _read_head(path: Path) -> _Head | None:

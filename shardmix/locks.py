@@ -24,11 +24,13 @@ def lock_folder(folder: Path) -> int:
     while True:
         if folder.is_symlink():
             raise OutputError(f"{folder}: is a link where a folder should be; remove it")
-        folder.mkdir(exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:  # whoever had it has just removed the folder
-            continue
+        except (FileNotFoundError, FileExistsError):
+            if folder.exists() and not folder.is_dir():
+                raise
+            continue  # whoever had it has just removed the folder
         try:
             _lock(descriptor, folder)
             if _is_at(descriptor, path):

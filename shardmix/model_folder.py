@@ -15,7 +15,7 @@ import yaml
 
 from shardmix._version import __version__
 from shardmix.checkpoint import CONFIG_NAME
-from shardmix.errors import OutputError, printable
+from shardmix.errors import SourceError, printable, writing_failed
 from shardmix.hub import INDEX_NAME
 from shardmix.json_files import read_json
 from shardmix.model_types import ENCODER
@@ -31,12 +31,14 @@ DTYPE_KEYS = ("dtype", "torch_dtype")
 def write_companions(plan: MergePlan, folder: Path) -> None:
     """Copy the donor's companion files, with a config that is true of the output."""
     for name in plan.companions:
-        target = folder / name
+        source, target = Path(plan.base_folder) / name, folder / name
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(Path(plan.base_folder) / name, target)
+            shutil.copyfile(source, target)
         except OSError as error:
-            raise OutputError(f"{target}: cannot be written ({error.strerror})") from None
+            if str(error.filename) == str(source) and error.filename2 is None:
+                raise SourceError(f"{source}: cannot be read ({error.strerror})") from None
+            raise writing_failed(target, error) from None
     if CONFIG_NAME in plan.companions:
         config = read_json(folder / CONFIG_NAME)
         adapted = adapted_config(config, dtype=plan.config_dtype, untie=plan.untie_word_embeddings)
@@ -190,4 +192,4 @@ def _writing(path: Path) -> Iterator[TextIO]:
         with path.open("w", encoding="utf-8") as file:
             yield file
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+        raise writing_failed(path, error) from None

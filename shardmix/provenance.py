@@ -13,7 +13,7 @@ import msgspec
 
 from shardmix._version import __version__
 from shardmix.digests import ALGORITHMS, LEAF_NBYTES, file_digest
-from shardmix.errors import OutputError, SourceError, one_line
+from shardmix.errors import SourceError, one_line, writing_failed
 from shardmix.filesystem import open_regular
 from shardmix.findings import LeafFindings
 from shardmix.plan import MergePlan
@@ -139,9 +139,7 @@ def write_provenance(
         text = msgspec.json.format(msgspec.json.encode(provenance), indent=2)
         (folder / PROVENANCE_NAME).write_bytes(text + b"\n")
     except OSError as error:
-        raise OutputError(
-            f"{folder / PROVENANCE_NAME}: cannot be written ({error.strerror})"
-        ) from None
+        raise writing_failed(folder / PROVENANCE_NAME, error) from None
 
 
 def read_provenance(folder: Path) -> Provenance:

@@ -117,6 +117,11 @@ def _reading_failed(path: str | Path, number: int | None) -> SourceError:
     return SourceError(f"{path}: reading failed ({os.strerror(number or errno.EIO)})")
 
 
+def _close(descriptor: int) -> None:
+    with suppress(OSError):  # of no consequence: what was read has been read
+        os.close(descriptor)
+
+
 class _OpenFiles:
     """Descriptors of the files last used, oldest closed first."""
 
@@ -135,8 +140,11 @@ class _OpenFiles:
             raise SourceError(f"{source.path}: cannot be opened ({error.strerror})") from None
         try:
             _check_same(source, os.fstat(descriptor))
+        except OSError as error:
+            _close(descriptor)
+            raise _reading_failed(source.path, error.errno) from None
         except SourceError:
-            os.close(descriptor)
+            _close(descriptor)
             raise
         self._descriptors[file] = descriptor
         return descriptor
@@ -146,7 +154,7 @@ class _OpenFiles:
         if len(self._descriptors) <= _MAX_OPEN_FILES:
             return None
         file, descriptor = self._descriptors.popitem(last=False)
-        os.close(descriptor)
+        _close(descriptor)
         return file
 
     def path(self, file: int) -> str | Path:
@@ -163,7 +171,7 @@ class _OpenFiles:
 
     def close(self) -> None:
         while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+            _close(self._descriptors.popitem()[1])
 
 
 class PreadReader:

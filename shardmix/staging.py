@@ -15,11 +15,11 @@ import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from shardmix.errors import OutputError
+from shardmix.errors import OutputError, writing_failed
 from shardmix.filesystem import free_nbytes
 from shardmix.locks import LOCK_NAME, lock_folder
 from shardmix.naming import is_companion_file
@@ -83,7 +83,10 @@ def check_output(output: Path, *, overwrite: bool, inputs: Sequence[Path]) -> No
 
 def check_disk(output: Path, needed_nbytes: int) -> None:
     """Raise `OutputError` where the output's disk lacks room for it, staged files included."""
-    free = free_nbytes(output) + Staging(output).nbytes
+    try:
+        free = free_nbytes(output) + Staging(output).nbytes
+    except OSError as error:
+        raise OutputError(f"{output}: its disk cannot be looked at ({error.strerror})") from None
     if free < needed_nbytes:
         raise OutputError(
             f"{output}: needs {format_size(needed_nbytes)} ({needed_nbytes} bytes) but its disk "
@@ -103,10 +106,18 @@ class Staging:
         """What becomes the output."""
         self.journal_path = self.path / "journal"
         """What is done already; whoever writes it keeps it."""
-        self.is_placed = False
-        """The output is the new model."""
+        self.marker = self.path / _PLACING
+        """There while old and new change places."""
         self.is_worth_keeping = False
         """After a failure, leave it all for a later run; at first, whether there is anything."""
+        self._is_placed = False
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether its folder has become the output."""
+        with suppress(OSError):
+            self._is_placed = self._is_placed or _is_placed(self)
+        return self._is_placed
 
     @property
     def nbytes(self) -> int:
@@ -116,6 +127,18 @@ class Staging:
             total = sum(path.lstat().st_blocks * 512 for path in self.folder.rglob("*"))
         return total
 
+    def drop_all_but(self, names: Collection[str]) -> None:
+        """Remove what is in its folder besides some files: what an earlier run left there.
+
+        That may be another merge's, whose journal is lost, or the model that was replaced.
+        """
+        try:
+            for entry in self.folder.iterdir():
+                if entry.name not in names:
+                    _remove(entry)
+        except OSError as error:
+            raise writing_failed(self.folder, error, "cannot be tidied up") from None
+
     def place(self, *, overwrite: bool, fsync: bool) -> None:
         """Make the filled folder the output: the one step in which anything is seen to change.
 
@@ -124,7 +147,13 @@ class Staging:
         try:
             _put_in_place(self, overwrite=overwrite, fsync=fsync)
         except OSError as error:
-            raise OutputError(f"{self.output}: cannot be finished ({error.strerror})") from None
+            if self.is_placed:
+                raise OutputError(
+                    f"{self.output}: is complete and in place, but the disk does not confirm it "
+                    f"({error.strerror}); check the disk"
+                ) from None
+            raise writing_failed(self.output, error, "cannot be finished") from None
+        self._is_placed = True
         self.is_worth_keeping = False
 
 
@@ -136,49 +165,48 @@ def open_staging(output: Path, *, restart: bool = False) -> Iterator[Staging]:
     another process is at work on the same output.
     """
     staging = Staging(output)
-    made = [folder for folder in output.parents if not folder.exists()]
+    made: list[Path] = []
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        made += [folder for folder in output.parents if not folder.exists()]
         lock = lock_folder(staging.path)
     except OSError as error:
-        raise OutputError(f"{output}: cannot be made ({error.strerror})") from None
+        _remove_empty(staging.path, *made)
+        raise writing_failed(output, error, "cannot be made") from None
     try:
+        staging.is_worth_keeping = True  # until it is known what there is
+        _take_up(staging, restart=restart)
         try:
-            _settle(staging)
-            if restart:
-                _clear(staging.path)
-            staging.is_worth_keeping = staging.journal_path.exists()
-            staging.folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"{staging.path}: cannot be used ({error.strerror}); remove it by hand"
-            ) from None
-        yield staging
+            yield staging
+        finally:
+            if not staging.is_worth_keeping:
+                # After success this is nothing, or the model that was replaced.
+                with suppress(OSError):  # what cannot be removed now is at the next run
+                    _clear(staging.path)
+                    _remove_lock(staging.path, *made)
+    except KeyboardInterrupt as error:
+        if staging.is_placed:
+            error.args = (f"{output} is complete and in place",)
+        raise
     finally:
-        if not staging.is_worth_keeping:
-            # After success this is nothing, or the model that was replaced.
-            with suppress(OSError):  # what cannot be removed now is at the next run
-                _clear(staging.path)
-                # Last, and the folder after it: whoever comes now makes a lock of its own.
-                (staging.path / LOCK_NAME).unlink()
-                for folder in (staging.path, *made):
-                    folder.rmdir()
-        os.close(lock)
+        _unlock(lock)
 
 
 def settle(output: Path) -> None:
     """Finish what a run had begun that was killed in the moment of putting its output in place."""
     staging = Staging(output)
-    if not (staging.path / _PLACING).exists():
-        return
     try:
+        is_waiting = staging.journal_path.exists() and not staging.marker.exists()
+        if is_waiting or not staging.path.exists():
+            return
         lock = lock_folder(staging.path)
+        try:
+            _settle(staging)
+            if [entry.name for entry in staging.path.iterdir()] == [LOCK_NAME]:
+                _remove_lock(staging.path)
+        finally:
+            _unlock(lock)
     except OSError as error:
-        raise OutputError(f"{staging.path}: cannot be used ({error.strerror})") from None
-    try:
-        _settle(staging)
-    finally:
-        os.close(lock)
+        raise writing_failed(staging.path, error, "cannot be used") from None
 
 
 def staging_path(output: Path) -> Path:
@@ -186,32 +214,77 @@ def staging_path(output: Path) -> Path:
     return output.with_name(f".{output.name}.shardmix")
 
 
+def _take_up(staging: Staging, *, restart: bool) -> None:
+    try:
+        _settle(staging)
+        if restart:
+            _clear(staging.path)
+        staging.is_worth_keeping = staging.journal_path.exists()
+        staging.folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise writing_failed(staging.path, error, "cannot be used") from None
+
+
 def _settle(staging: Staging) -> None:
     """Tidy up after a run that was killed while old and new changed places."""
-    aside, marker = staging.path / _ASIDE, staging.path / _PLACING
+    aside = staging.path / _ASIDE
     if aside.exists() and not staging.output.exists():
         aside.rename(staging.output)
-    if marker.exists() and staging.output.exists():
+    if _is_placed(staging):
+        _clear(staging.path)  # what is left is the old model
+    else:
+        staging.marker.unlink(missing_ok=True)
+
+
+def _is_placed(staging: Staging) -> bool:
+    """Tell whether the folder that was about to become the output is no longer in its old place."""
+    try:
+        told = staging.marker.read_bytes()
+    except FileNotFoundError:
+        return False
+    try:
         # An inode's number stays with a folder through every rename.
-        if marker.read_text() == str(staging.output.stat().st_ino):
-            _clear(staging.path)  # the output is the new model: what is left is the old one
-        else:
-            marker.unlink()
+        return told.isdigit() and int(told) != staging.folder.stat().st_ino
+    except FileNotFoundError:
+        return True
 
 
 def _clear(folder: Path) -> None:
     """Remove what is in a staging folder, but for its lock."""
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif entry.name != LOCK_NAME:
-            entry.unlink()
+    # The marker last: as long as anything is there, it says that it is not to be gone on with.
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == _PLACING):
+        if entry.name != LOCK_NAME:
+            _remove(entry)
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()
+
+
+def _remove_lock(folder: Path, *made: Path) -> None:
+    """Remove a staging folder that is empty but for its lock, and folders made around it."""
+    # The folder after the lock: whoever comes now makes a lock of its own.
+    (folder / LOCK_NAME).unlink()
+    _remove_empty(folder, *made)
+
+
+def _remove_empty(*folders: Path) -> None:
+    with suppress(OSError):  # it is not empty: others are at work there
+        for folder in folders:
+            folder.rmdir()
+
+
+def _unlock(lock: int) -> None:
+    with suppress(OSError):  # the system says how the last write went; a lock has none
+        os.close(lock)
 
 
 def _put_in_place(staging: Staging, *, overwrite: bool, fsync: bool) -> None:
     folder, output = staging.folder, staging.output
-    marker = staging.path / _PLACING
-    marker.write_text(str(folder.stat().st_ino))
+    staging.marker.write_text(str(folder.stat().st_ino))
     if fsync:
         # What is renamed is on the disk before it is renamed.
         _fsync_tree(staging.path)
@@ -221,7 +294,6 @@ def _put_in_place(staging: Staging, *, overwrite: bool, fsync: bool) -> None:
         _exchange(folder, output, aside=staging.path / _ASIDE)
     else:
         folder.rename(output)
-    staging.is_placed = True
     if fsync:
         # And the rename is, before anyone is told of it, in both folders that it changed.
         _fsync(output.parent)

@@ -3,14 +3,14 @@
 No shard is ever buffered. Knows bytes and offsets, not tensors.
 """
 
-import errno
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from shardmix.digests import read_range
-from shardmix.errors import OutputError
+from shardmix.errors import OutputError, writing_failed
 from shardmix.filesystem import MAX_IO_NBYTES, start_writeback
 
 
@@ -27,7 +27,7 @@ class ShardWriter:
             os.truncate(self._descriptor, file_nbytes)
         except OSError as error:
             self.close()
-            raise _output_error(path, error) from None
+            raise writing_failed(path, error) from None
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write bytes at an offset of the file, however many calls that takes."""
@@ -37,7 +37,7 @@ class ShardWriter:
                 part = data[written : written + MAX_IO_NBYTES]
                 written += os.pwrite(self._descriptor, part, offset + written)
         except OSError as error:
-            raise _output_error(self._path, error) from None
+            raise writing_failed(self._path, error) from None
 
     def read(self, start: int, stop: int, buffer: memoryview) -> Iterator[memoryview]:
         """Yield what was written in a range, in pieces as large as the buffer read into."""
@@ -59,22 +59,18 @@ class ShardWriter:
         try:
             if fsync:
                 os.fsync(self._descriptor)
-            self.close()  # network disks may say only now that they are full
+            self._close()  # network disks may say only now that they are full
         except OSError as error:
-            raise _output_error(self._path, error) from None
+            raise writing_failed(self._path, error) from None
 
     def close(self) -> None:
         """Close the file, finished or not."""
+        # Of what is not finished each leaf is hashed again before it counts.
+        with suppress(OSError):
+            self._close()
+
+    def _close(self) -> None:
         with self._lock:
             descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
-
-
-def _output_error(path: Path, error: OSError) -> OutputError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(
-            f"{path.parent}: the disk is full ({error.strerror}); free some space, or write "
-            "elsewhere with -o"
-        )
-    return OutputError(f"{path}: cannot be written ({error.strerror})")

@@ -1,9 +1,15 @@
 """Fixtures that several test files use."""
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.faults import Bench
 
 # Nothing in the tests may reach the network; the Hub is played by a local server where needed.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,3 +24,17 @@ def reference() -> Path:
     if not (REFERENCE / "expected.json").exists():
         pytest.skip("the reference models are not beside the project (../shared/reference)")
     return REFERENCE
+
+
+@pytest.fixture(scope="session")
+def bench() -> "Iterator[Bench]":
+    """Return what merges that come to harm are started from; see tests/faults.py."""
+    from tests.faults import Bench, CommandLines
+
+    # Not pytest's own folder, which other users of the machine may not enter.
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder).resolve()
+        place.chmod(0o755)
+        commands = CommandLines(place, leaf_nbytes=64 * 1024)
+        yield Bench(place, commands, num_elements=100_000)
+        commands.close()

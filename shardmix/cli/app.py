@@ -132,6 +132,7 @@ def merge(
                     on_progress=on_progress,
                     **options,
                 )
+            _ignore_signals()  # it is done: there is nothing left to stop
         render.merge_report(report, json=json, quiet=quiet)
 
 
@@ -326,8 +327,12 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM, which stops a merge as Ctrl-C does."""
 
 
-def _raise_once(number: int, _frame: object) -> None:
-    # A second signal must not cut the clean-up short that the first one set off.
+def _ignore_signals() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _raise_once(number: int, _frame: object) -> None:
+    # A second signal must not cut the clean-up short that the first one set off.
+    _ignore_signals()
     raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt

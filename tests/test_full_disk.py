@@ -1,0 +1,51 @@
+"""A disk that is full is called by its name; given room, the same merge goes on.
+
+The long form is `tools/fault_harness.py disk`.
+"""
+
+import pytest
+
+from tests.faults import NONE, Variation, resize, small_disk
+from tests.faulty_cli import Fault
+
+
+@pytest.fixture
+def disk(bench, request):
+    """A disk of a few bytes, mounted for one test."""
+    folder = bench.folder / f"disk-{abs(hash(request.node.name))}"
+    try:
+        mounted = small_disk(folder, 400_000)
+        place = mounted.__enter__()
+    except PermissionError as error:
+        pytest.skip(f"this process may not mount a disk: {error}")
+    try:
+        yield place
+    finally:
+        mounted.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("nbytes", [16_384, 300_000, 825_000], ids=["lock", "weights", "card"])
+def test_a_disk_that_runs_full_is_named_and_with_more_room_the_merge_goes_on(bench, disk, nbytes):
+    resize(disk, nbytes)
+    merge = bench.merge(Variation(sharded=nbytes > 500_000), disk)
+    # It looks roomy beforehand: somebody else fills it meanwhile.
+    done = merge.run(Fault(is_blind=True))
+    assert done.status == 1
+    assert done.is_one_clear_line, done
+    assert "the disk is full (No space left on device); free some space" in done.stderr
+    kept = f"are done and kept in {merge.staging}: the same again goes on from there"
+    assert (kept in done.stderr) == (nbytes > 200_000)
+    assert merge.found == NONE
+    resize(disk, 4_000_000)
+    assert merge.trouble_after_end() == ""
+
+
+def test_on_too_small_a_disk_a_merge_that_goes_on_says_what_is_kept(bench, disk):
+    merge = bench.merge(Variation(), disk)
+    merge.run(Fault(is_blind=True))
+    done = merge.run()
+    assert done.status == 1
+    assert "needs 8" in done.stderr
+    assert "goes on from there" in done.stderr
+    resize(disk, 4_000_000)
+    assert merge.trouble_after_end() == ""

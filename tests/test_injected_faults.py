@@ -1,0 +1,167 @@
+"""Whatever call fails: one clear line, nothing half-done, and the same merge goes on.
+
+The long form is `tools/fault_harness.py injected`.
+"""
+
+import errno
+
+import pytest
+
+from tests.faults import NEW, Variation, calls_of
+from tests.faulty_cli import Fault
+
+NEW_OUTPUT = Variation(sharded=False, fsync=True)
+OVERWRITING = Variation(overwrite=True, sharded=False)
+SHARD = ".out.shardmix/model/model.safetensors"
+JOURNAL = ".out.shardmix/journal"
+MARKER = ".out.shardmix/placing"
+
+
+def nth(made, operation, path, number=-1):
+    """Return which call that is: by default, the last of its kind."""
+    return [at for at, call in enumerate(made, 1) if call[:2] == [operation, path]][number]
+
+
+@pytest.fixture(scope="module")
+def made(bench):
+    """The calls of a merge that nothing disturbs."""
+    return {
+        variation: [list(call) for call in calls_of(bench.merge(variation))]
+        for variation in (NEW_OUTPUT, OVERWRITING)
+    }
+
+
+@pytest.mark.parametrize(
+    ("operation", "path", "number", "error", "finding"),
+    [
+        ("stat", JOURNAL, 0, errno.EACCES, "cannot be used (Permission denied)"),
+        ("stat", ".", 0, errno.EIO, "Input/output error"),
+        ("mkdir", ".out.shardmix", 0, errno.EACCES, "cannot be made (Permission denied)"),
+        ("flock", ".out.shardmix/lock", 0, errno.EIO, "cannot be made (Input/output error)"),
+        ("open", JOURNAL, 0, errno.ENOSPC, "the disk is full"),
+        ("write", JOURNAL, 4, errno.EIO, "journal: cannot be written (Input/output error); "),
+        ("statvfs", ".", 0, errno.EIO, "its disk cannot be looked at"),
+        ("truncate", SHARD, 0, errno.ENOSPC, "the disk is full"),
+        ("pwrite", SHARD, 9, errno.EIO, "cannot be written (Input/output error); "),
+        ("fsync", SHARD, 0, errno.EIO, "cannot be written (Input/output error); "),
+        ("close", SHARD, 0, errno.EIO, "cannot be written (Input/output error); "),
+        ("write", ".out.shardmix/model/README.md", -1, errno.ENOSPC, "the disk is full"),
+        ("close", ".out.shardmix/model/shardmix.json", 0, errno.EIO, "shardmix.json: cannot be"),
+        ("write", MARKER, -1, errno.ENOSPC, "the disk is full"),
+        (
+            "fsync",
+            ".out.shardmix/model",
+            -1,
+            errno.EIO,
+            "cannot be finished (Input/output error); ",
+        ),
+        (
+            "rename",
+            ".out.shardmix/model",
+            -1,
+            errno.EIO,
+            "cannot be finished (Input/output error); ",
+        ),
+    ],
+)
+def test_a_call_that_fails_is_one_clear_line(bench, made, operation, path, number, error, finding):
+    merge = bench.merge(NEW_OUTPUT)
+    at = nth(made[NEW_OUTPUT], operation, path, number)
+    done = merge.run(Fault(at=at, action="error", number=error))
+    assert done.status == 1, done
+    assert done.is_one_clear_line, done.stderr
+    assert finding in done.stderr
+    kept = "are done and kept in" in done.stderr
+    assert kept == (merge.num_claims > 0)
+    assert merge.trouble() == ""
+    assert merge.trouble_after_end() == ""
+
+
+@pytest.mark.parametrize(
+    ("variation", "operation", "path"),
+    [
+        (NEW_OUTPUT, "fsync", "."),
+        (OVERWRITING, "fsync", ".out.shardmix"),
+    ],
+)
+def test_where_the_disk_does_not_confirm_what_is_in_place_that_is_said(
+    bench, made, variation, operation, path
+):
+    merge = bench.merge(variation)
+    at = nth(made[variation], operation, path)
+    done = merge.run(Fault(at=at, action="error", number=errno.EIO))
+    assert done.status == 1
+    assert "is complete and in place, but the disk does not confirm it" in done.stderr
+    assert "goes on" not in done.stderr
+    assert merge.found == NEW
+    assert not merge.staging.exists()
+
+
+@pytest.mark.parametrize(
+    ("operation", "path"),
+    [
+        ("close", JOURNAL),
+        ("close", ".out.shardmix/lock"),
+        ("unlink", ".out.shardmix/model/merges.txt"),
+        ("unlink", MARKER),
+        ("rmdir", ".out.shardmix"),
+    ],
+)
+def test_what_fails_once_the_output_is_in_place_is_made_up_for_by_the_next_run(
+    bench, made, operation, path
+):
+    merge = bench.merge(OVERWRITING)
+    at = nth(made[OVERWRITING], operation, path)
+    done = merge.run(Fault(at=at, action="error", number=errno.EIO))
+    assert done.status == 0, done
+    assert merge.found == NEW
+    assert merge.trouble_after_end() == ""
+
+
+def test_a_failed_exchange_leaves_the_old_model(bench, made):
+    merge = bench.merge(OVERWRITING)
+    at = nth(made[OVERWRITING], "renameat2", ".out.shardmix/model")
+    done = merge.run(Fault(at=at, action="error", number=errno.EIO))
+    assert "cannot be finished (Input/output error); " in done.stderr
+    assert merge.trouble_after_end() == ""
+
+
+def test_a_system_that_knows_no_locks_and_no_exchange_will_do(bench, made):
+    merge = bench.merge(OVERWRITING)
+    at = nth(made[OVERWRITING], "flock", ".out.shardmix/lock", 0)
+    fault = Fault(at=at, action="error", number=errno.ENOLCK, has_no_exchange=True)
+    assert merge.run(fault).status == 0
+    assert merge.found == NEW
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [Fault(action="short"), Fault(alarm_seconds=0.001)],
+    ids=["short reads and writes", "interrupted calls"],
+)
+def test_calls_that_do_a_part_only_or_are_interrupted_are_made_again(bench, fault):
+    merge = bench.merge(Variation(sharded=False, digest="sha256"))
+    merge.run(Fault(at=15, action="kill", operations=("pwrite", "write", "fsync")))
+    assert merge.num_claims > 0
+    done = merge.run(fault)
+    assert done.status == 0, done
+    assert merge.found == NEW
+
+
+def test_a_source_that_cannot_be_read_is_named(bench):
+    merge = bench.merge(NEW_OUTPUT)
+    source = bench.source("b", False)
+    fault = Fault(at=3, action="error", number=errno.EIO, root=str(source), operations=("preadv",))
+    done = merge.run(fault)
+    assert done.status == 1
+    assert f"{source}/model.safetensors: reading failed (Input/output error)" in done.stderr
+    assert merge.trouble_after_end() == ""
+
+
+def test_a_companion_that_is_gone_when_it_is_to_be_copied_is_named(bench):
+    merge = bench.merge(NEW_OUTPUT)
+    source = bench.source("a", False) / "tokenizer.json"
+    fault = Fault(at=1, action="error", number=errno.ENOENT, root=str(source), operations=("open",))
+    done = merge.run(fault)
+    assert f"{source}: cannot be read" in done.stderr
+    assert merge.trouble_after_end() == ""

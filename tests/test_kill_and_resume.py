@@ -1,0 +1,107 @@
+"""A merge that is killed at any moment leaves nothing half-done, and can be gone on with.
+
+The long form is `tools/fault_harness.py kills`, `points` and `losses`.
+"""
+
+import dataclasses
+import random
+import signal
+
+import pytest
+
+from tests.faults import NEW, NONE, OLD, Variation, calls_of, lose_writes
+from tests.faulty_cli import Fault
+
+CHANGING = (
+    *("open", "write", "pwrite", "sendfile", "truncate", "ftruncate", "fsync", "mkdir"),
+    *("rename", "renameat2", "unlink", "rmdir"),
+)
+OVERWRITING = Variation(overwrite=True, sharded=False, fsync=False)
+
+
+def killed(merge, fault, **changed):
+    """Run a merge to the call at which it kills itself."""
+    done = merge.run(dataclasses.replace(fault, action="kill", operations=CHANGING), **changed)
+    assert done.status == -signal.SIGKILL, done
+    assert merge.trouble() == ""
+
+
+@pytest.mark.parametrize(
+    ("variation", "how"),
+    [
+        (Variation(sharded=False, fsync=True), {}),
+        (OVERWRITING, {}),
+        (OVERWRITING, {"has_no_exchange": True}),
+    ],
+    ids=["new", "exchanged", "two renames"],
+)
+def test_killed_at_any_step_of_the_placing_nothing_is_lost(bench, variation, how):
+    """From the marker on, before each call that changes what is there; at every second fsync."""
+    made = calls_of(bench.merge(variation), operations=CHANGING, **how)
+    first = [path for _, path, _ in made].index(".out.shardmix/placing") + 1
+    steps = [
+        at
+        for at, (operation, path, _) in enumerate(made, 1)
+        if at >= first
+        and operation not in ("open", "fsync")
+        and path != ".out.shardmix/model/merges.txt"
+    ]
+    assert len(steps) >= 4
+    founds = set()
+    for at in [first, *steps]:
+        merge = bench.merge(variation)
+        killed(merge, Fault(at=at, **how))
+        founds.add(merge.found)
+        assert merge.trouble_after_end() == "", f"killed at {made[at - 1]}"
+    before = {OLD} if variation.overwrite else {NONE}
+    # Between the two renames of a system that has no exchange there is nothing for a moment.
+    assert founds - {NONE} | before == before | {NEW}
+
+
+@pytest.mark.parametrize(
+    ("variation", "changes"),
+    [
+        (Variation(), {"io": "mmap", "backend": "numba", "workers": 2}),
+        (Variation(sharded=False, digest="sha256", backend="numba"), {"workers": 2}),
+        (Variation(overwrite=True, digest="blake3", workers=2), {"backend": "numba"}),
+    ],
+    ids=["xxh3", "sha256", "blake3"],
+)
+def test_killed_again_and_again_it_ends_as_if_nothing_had_been(bench, variation, changes):
+    """Each time it is another way to run it; what was found in the data is told in the end."""
+    merge, claims = bench.merge(variation), []
+    for at, strip_nbytes in [(60, 64 * 1024), (40, 2**20), (50, 128 * 1024)]:
+        killed(merge, Fault(at=at, strip_nbytes=strip_nbytes), **changes)
+        claims.append(merge.num_claims)
+    assert 0 < claims[0] <= claims[1] <= claims[2]
+    assert bench.wanted(variation).findings["nonfinite"]
+    assert merge.trouble_after_end() == ""
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_writes_that_a_power_cut_has_taken_back_cost_work_and_not_bytes(bench, seed):
+    chance = random.Random(seed)
+    merge = bench.merge(Variation(sharded=seed % 2 == 0, digest=("xxh3", "sha256")[seed % 3 == 0]))
+    killed(merge, Fault(at=chance.randrange(60, 90)))
+    done = [lose_writes(merge, chance) for _ in range(2)]
+    assert merge.trouble() == ""
+    assert merge.trouble_after_end() == "", done
+
+
+def test_of_a_merge_whose_journal_is_lost_no_file_gets_into_another(bench):
+    """Of the same name, but of more and of other files."""
+    merge = bench.merge(Variation(sharded=True))
+    killed(merge, Fault(at=90))
+    (merge.staging / "journal").write_bytes(b"")
+    single = bench.merge(Variation(sharded=False), merge.place)
+    assert single.trouble_after_end() == ""
+
+
+def test_what_a_killed_clean_up_has_left_of_the_old_model_is_not_gone_on_with(bench):
+    merge = bench.merge(OVERWRITING)
+    made = calls_of(bench.merge(OVERWRITING), operations=CHANGING)
+    at = [path for _, path, _ in made].index(".out.shardmix/model/merges.txt") + 1
+    killed(merge, Fault(at=at))
+    assert merge.found == NEW
+    assert (merge.staging / "model" / "merges.txt").exists()
+    assert merge.trouble_after_end() == ""

@@ -1,0 +1,105 @@
+"""Two merges to one output, and merges that are told to stop.
+
+The long form is `tools/fault_harness.py races` and `signals`.
+"""
+
+import contextlib
+import os
+import signal
+
+import pytest
+
+from tests.faults import NEW, NONE, OLD, Variation, calls, calls_of
+from tests.faulty_cli import Fault
+
+
+@pytest.fixture
+def held(bench):
+    """A merge that waits in the midst of its work until a file is there."""
+    gate = bench.folder / "gate"
+    gate.unlink(missing_ok=True)
+    merge = bench.merge(Variation(sharded=False))
+    reached = bench.folder / "reached"
+    reached.unlink(missing_ok=True)
+    os.mkfifo(reached)
+    running = merge.start(Fault(wait_for=str(gate), reached=str(reached)))
+    with open(reached) as pipe:  # opens once the other end does
+        pipe.read()
+    yield merge, running, gate
+    with contextlib.suppress(ProcessLookupError):
+        running.kill()
+
+
+def test_a_second_merge_to_an_output_is_refused_and_names_the_first(held):
+    merge, running, gate = held
+    second = merge.run()
+    assert second.status == 1
+    assert f"process {running.process} is at work on this output; wait for it" in second.stderr
+    assert second.is_one_clear_line
+    gate.touch()
+    assert running.wait().status == 0
+    assert merge.found == NEW
+
+
+def test_the_lock_of_a_killed_merge_is_taken_over(held):
+    merge, running, _ = held
+    running.kill()
+    assert running.wait().status == -signal.SIGKILL
+    assert merge.trouble_after_end() == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_does_not_cut_short_what_the_first_set_off(held, number):
+    merge, running, gate = held
+    running.kill(number)
+    running.kill(number)
+    gate.touch()
+    done = running.wait()
+    assert done.status == 128 + number
+    assert done.is_one_clear_line, done.stderr
+    assert merge.found == NONE
+    assert merge.trouble_after_end() == ""
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_of_many_at_once_never_two_are_at_work(bench, seed):
+    merge = bench.merge(Variation(overwrite=seed == 1, fsync=False))
+    log = bench.folder / f"race-{seed}.log"
+    running = [merge.start(Fault(log=str(log))) for _ in range(4)]
+    ends = [each.wait() for each in running]
+    assert any(end.status == 0 for end in ends)
+    for end in ends:
+        refused = "is at work on this output" in end.stderr or ": exists; " in end.stderr
+        assert end.status == 0 or (end.status == 1 and refused and end.is_one_clear_line), end
+    writers = [process for _, path, process in calls(log) if "/model/model" in path]
+    in_turn = [process for i, process in enumerate(writers) if i == 0 or writers[i - 1] != process]
+    assert len(in_turn) == len(set(in_turn))
+    assert merge.found == NEW
+    assert not merge.staging.exists()
+
+
+def step(made, operation, path):
+    return [call[:2] for call in made].index((operation, path)) + 1
+
+
+@pytest.mark.parametrize(
+    ("operation", "path", "finding", "is_new"),
+    [
+        ("mkdir", ".out.shardmix", "nothing was written", False),
+        ("fsync", ".out.shardmix/model/model.safetensors", "goes on from there", False),
+        ("write", ".out.shardmix/model/README.md", "goes on from there", False),
+        ("write", ".out.shardmix/placing", "goes on from there", False),
+        ("unlink", ".out.shardmix/model/merges.txt", "out is complete and in place", True),
+        ("unlink", ".out.shardmix/journal", "out is complete and in place", True),
+    ],
+)
+def test_a_signal_says_what_there_is_and_how_to_go_on(bench, operation, path, finding, is_new):
+    variation = Variation(overwrite=True, sharded=False)
+    at = step(calls_of(bench.merge(variation)), operation, path)
+    merge = bench.merge(variation)
+    done = merge.run(Fault(at=at, action="signal", number=signal.SIGTERM))
+    assert done.status == 143, done
+    assert done.is_one_clear_line, done.stderr
+    assert finding in done.stderr
+    assert merge.found == (NEW if is_new else OLD)
+    assert merge.trouble_after_end() == ""
