@@ -30,18 +30,12 @@ from shardmix.matching import check_mergeable
 from shardmix.memory import MOST_WORKERS
 from shardmix.model_report import ModelReport, describe_model
 from shardmix.naming import ties_word_embeddings
+from shardmix.output_path import check_disk, check_output, resolve_output
 from shardmix.plan import ERROR, NUMBA, TORCH, WARN, MergePlan, RunSettings
 from shardmix.recipe import ModelsArgument, build_recipe
 from shardmix.reducer import Backend, load_backend
 from shardmix.report import MergeReport, PlanReport, describe_merge, describe_plan
-from shardmix.staging import (
-    Staging,
-    check_disk,
-    check_output,
-    open_staging,
-    resolve_output,
-    settle,
-)
+from shardmix.staging import Staging, open_staging, settle
 from shardmix.units import format_size, parse_size
 
 if sys.version_info >= (3, 11):
@@ -135,7 +129,7 @@ def merge(
         check_output(staging.output, overwrite=plan.settings.overwrite, inputs=())
         with closing(open_journal(staging.journal_path, plan)) as journal:
             try:
-                check_disk(staging.output, plan.disk_needed_nbytes)
+                check_disk(staging.output, plan.disk_needed_nbytes, staged_nbytes=staging.nbytes)
                 plan, backend, notes = ready(
                     plan,
                     options,

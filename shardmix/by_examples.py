@@ -12,11 +12,12 @@ from pathlib import Path
 
 from shardmix import api, engine
 from shardmix.errors import RecipeError, ShardmixError
+from shardmix.output_path import check_disk
 from shardmix.report import MergeReport
 from shardmix.scorer.examples import ExamplesArgument, load_examples
 from shardmix.scorer.options import ScoreOptions, check_options
 from shardmix.scorer.report import OnScoreProgress
-from shardmix.staging import check_disk
+from shardmix.staging import Staging
 
 if sys.version_info >= (3, 11):
     from typing import Unpack
@@ -63,7 +64,8 @@ def merge_by_examples(
 
     equal = [(name, 1 / len(names)) for name in names]
     plan = api.plan_merge(equal, output, model_type=model_type, **options)
-    check_disk(Path(plan.output), plan.disk_needed_nbytes)
+    target = Path(plan.output)
+    check_disk(target, plan.disk_needed_nbytes, staged_nbytes=Staging(target).nbytes)
     scores = score(names, model_type, loaded, on_progress=on_score, **scoring)
     try:
         report = api.merge(

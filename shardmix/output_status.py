@@ -8,8 +8,9 @@ from typing import Any
 from shardmix.errors import OutputError, SourceError
 from shardmix.journal import summarise
 from shardmix.locks import lock_owner
+from shardmix.output_path import resolve_output
 from shardmix.provenance import PROVENANCE_NAME, read_provenance
-from shardmix.staging import Staging, resolve_output
+from shardmix.staging import Staging
 
 
 @dataclass(frozen=True, slots=True)

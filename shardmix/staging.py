@@ -1,4 +1,4 @@
-"""The output folder: checked beforehand, filled out of sight, put in place by one rename.
+"""The output folder: filled out of sight, put in place by one rename.
 
 Until the rename the output path does not exist, or still is the old model. It grows in a hidden
 folder beside the output, `.NAME.shardmix`, which a failed or killed run leaves behind for the next:
@@ -15,83 +15,20 @@ import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shardmix.errors import OutputError, writing_failed
-from shardmix.filesystem import free_nbytes
 from shardmix.locks import LOCK_NAME, lock_folder
-from shardmix.naming import is_companion_file
-from shardmix.units import format_size
+from shardmix.output_path import check_output
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _RENAME_SWAP = 2
 _PLACING = "placing"  # there while new and old change places: the new one's inode
 _ASIDE = "old"  # where the old one is meanwhile, on systems that cannot exchange in one step
-_MOST_NAME_NBYTES = 240  # of 255, and the folder that the work goes into has a longer one
 _NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
-
-
-def resolve_output(output: str | os.PathLike[str]) -> Path:
-    """Return the one absolute path that all checks and the rename use; links and `..` resolved."""
-    try:
-        resolved = Path(output).expanduser().resolve()
-        os.fsencode(resolved).decode()
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, ~nobody, not UTF-8
-        raise OutputError(
-            f"{output!r}: cannot be a path ({error}); choose another output"
-        ) from None
-    length = len(os.fsencode(resolved.name))
-    if length > _MOST_NAME_NBYTES:
-        raise OutputError(
-            f"{resolved}: has a name of {length} bytes; an output's have {_MOST_NAME_NBYTES} at "
-            "most: choose a shorter one"
-        )
-    return resolved
-
-
-def check_output(output: Path, *, overwrite: bool, inputs: Sequence[Path]) -> None:
-    """Refuse an output that would destroy something: an input, or what isn't just a model.
-
-    `output` is resolved; `inputs` are model folders and weight files. Raises `OutputError`.
-    """
-    if output.suffix == ".safetensors":
-        raise OutputError(
-            f"{output}: names a file; the output is a model folder: leave .safetensors off"
-        )
-    for source in inputs:
-        source_path = source.resolve()
-        if output == source_path or source_path in output.parents:
-            raise OutputError(
-                f"{output}: is the input {source} or lies inside it; choose a folder outside "
-                "all inputs"
-            )
-        if output in source_path.parents and (source.is_dir() or overwrite):
-            raise OutputError(
-                f"{output}: contains the input {source}; choose a folder that holds no input"
-            )
-    try:
-        _check_replaceable(output, overwrite=overwrite)
-        parent = next(folder for folder in output.parents if folder.exists())
-        if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
-            raise OutputError(f"{parent}: cannot be written to; choose another output")
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be used ({error.strerror}); choose another") from None
-
-
-def check_disk(output: Path, needed_nbytes: int) -> None:
-    """Raise `OutputError` where the output's disk lacks room for it, staged files included."""
-    try:
-        free = free_nbytes(output) + Staging(output).nbytes
-    except OSError as error:
-        raise OutputError(f"{output}: its disk cannot be looked at ({error.strerror})") from None
-    if free < needed_nbytes:
-        raise OutputError(
-            f"{output}: needs {format_size(needed_nbytes)} ({needed_nbytes} bytes) but its disk "
-            f"has {format_size(free)} free; free some space or write elsewhere with -o"
-        )
 
 
 class Staging:
@@ -298,45 +235,6 @@ def _put_in_place(staging: Staging, *, overwrite: bool, fsync: bool) -> None:
         # And the rename is, before anyone is told of it, in both folders that it changed.
         _fsync(output.parent)
         _fsync(staging.path)
-
-
-def _check_replaceable(output: Path, *, overwrite: bool) -> None:
-    try:
-        output.lstat()
-    except FileNotFoundError:
-        return
-    if not overwrite:
-        raise OutputError(
-            f"{output}: exists; choose another output, or replace it with --overwrite "
-            "(overwrite=True)"
-        )
-    if not output.is_dir():
-        raise OutputError(f"{output}: exists and is not a folder; remove it or choose another")
-    if output.is_mount():
-        raise OutputError(f"{output}: is a mount point; name a folder in it")
-    entries = list(output.iterdir())
-    is_model = any(entry.suffix == ".safetensors" for entry in entries)
-    if entries and not is_model:
-        raise OutputError(
-            f"{output}: holds no safetensors weights, so it isn't a model that --overwrite may "
-            "replace; choose another output"
-        )
-    # Where there are checkpoints below, or a whole collection of models, it is more than a model.
-    kept = [entry.name for entry in entries if entry.is_dir() and _is_a_model(entry)]
-    kept += [entry.name for entry in entries if entry.name == ".git" or entry.suffix == ".pt"]
-    if kept:
-        raise OutputError(
-            f"{output}: holds {', '.join(sorted(kept)[:3])} besides a model, which --overwrite "
-            "would delete; choose another output"
-        )
-
-
-def _is_a_model(folder: Path) -> bool:
-    """Tell whether a folder is a model of its own, and not a module of the one around it."""
-    if is_companion_file(f"{folder.name}/config.json"):
-        return False
-    marks = ("tokenizer_config.json", "trainer_state.json", ".git", "optimizer.pt")
-    return any((folder / name).exists() for name in marks) or any(folder.glob("*.safetensors"))
 
 
 def _exchange(folder: Path, output: Path, *, aside: Path) -> None:

@@ -1,0 +1,101 @@
+import pytest
+
+from shardmix import output_path
+from shardmix.errors import OutputError
+from shardmix.output_path import check_disk, check_output, resolve_output
+from tests.models import random_model, save_model
+
+
+def model(folder, seed=1):
+    return save_model(folder, random_model(seed))
+
+
+def refused(output, finding, *, overwrite=False, inputs=()):
+    with pytest.raises(OutputError, match=finding):
+        check_output(output, overwrite=overwrite, inputs=list(inputs))
+
+
+def test_an_existing_output_is_refused_unless_overwritten(tmp_path):
+    out = model(tmp_path / "out")
+    refused(out, "exists.*--overwrite")
+    check_output(out, overwrite=True, inputs=[])
+
+
+def test_only_a_model_is_overwritten(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("precious")
+    refused(tmp_path / "home", "holds no safetensors weights", overwrite=True)
+    (tmp_path / "file").write_text("x")
+    refused(tmp_path / "file", "not a folder", overwrite=True)
+    (tmp_path / "empty").mkdir()
+    check_output(tmp_path / "empty", overwrite=True, inputs=[])
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_an_output_that_is_or_touches_an_input_is_refused(tmp_path, overwrite):
+    a = model(tmp_path / "x" / "a")
+    options = {"overwrite": overwrite, "inputs": [a]}
+    refused(a, "is the input", **options)
+    refused(resolve_output(tmp_path / "x" / "b" / ".." / "a"), "is the input", **options)
+    refused(a / "merged", "lies inside", **options)
+    refused(tmp_path / "x", "contains the input", **options)
+    link = tmp_path / "link"
+    link.symlink_to(a)
+    refused(resolve_output(link), "is the input", **options)
+    check_output(tmp_path / "x" / "merged", **options)
+
+
+def test_a_folder_beside_a_single_file_input_is_fine(tmp_path):
+    path = model(tmp_path / "a") / "model.safetensors"
+    check_output(tmp_path / "a" / "merged", overwrite=False, inputs=[path])
+
+
+def test_an_output_named_like_a_file_is_refused(tmp_path):
+    refused(tmp_path / "out.safetensors", "names a file")
+
+
+def test_too_little_disk_is_refused_with_both_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(output_path, "free_nbytes", lambda path: 1000)
+    check_disk(tmp_path / "out", 1000)
+    with pytest.raises(OutputError, match=r"needs 1.00 kB \(1001 bytes\).*1.00 kB free"):
+        check_disk(tmp_path / "out", 1001)
+
+
+@pytest.mark.parametrize("name", ["checkpoint-500/trainer_state.json", "other/model.safetensors"])
+def test_a_model_with_other_models_below_is_not_overwritten(tmp_path, name):
+    out = model(tmp_path / "out")
+    (out / name).parent.mkdir()
+    (out / name).write_text("precious")
+    refused(out, "besides a model", overwrite=True)
+
+
+def test_a_sentence_transformers_model_may_be_overwritten(tmp_path):
+    out = model(tmp_path / "out")
+    (out / "2_Dense").mkdir()
+    (out / "2_Dense" / "model.safetensors").write_text("weights")
+    check_output(out, overwrite=True, inputs=[])
+
+
+def test_an_output_whose_files_are_an_inputs_is_refused(tmp_path):
+    """The input is a folder of links into the output, which would be deleted with it."""
+    out = model(tmp_path / "out")
+    link = tmp_path / "in" / "model.safetensors"
+    link.parent.mkdir()
+    link.symlink_to(out / "model.safetensors")
+    refused(out, "contains the input", overwrite=True, inputs=[link])
+
+
+def test_a_path_of_dots_is_the_folder_that_it_means(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_output("new/..") == tmp_path
+    refused(resolve_output("new/.."), "exists", overwrite=False)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "surrogate\udcff"])
+def test_what_cannot_be_a_path_is_refused(name):
+    with pytest.raises(OutputError, match="cannot be a path"):
+        resolve_output(name)
+
+
+def test_a_name_that_no_disk_takes_is_refused(tmp_path):
+    refused(tmp_path / ("x" * 300), "cannot be used")
