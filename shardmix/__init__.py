@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from shardmix._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from shardmix.api import MergeOptions as MergeOptions
     from shardmix.api import inspect as inspect
     from shardmix.api import merge as merge
     from shardmix.api import plan_merge as plan_merge
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from shardmix.errors import RecipeError as RecipeError
     from shardmix.errors import ShardmixError as ShardmixError
     from shardmix.errors import SourceError as SourceError
+    from shardmix.merge_options import MergeOptions as MergeOptions
     from shardmix.model_report import ModelReport as ModelReport
     from shardmix.output_status import StatusReport as StatusReport
     from shardmix.output_status import status as status
@@ -55,7 +55,7 @@ _HOME = {
     "mix_models_by_layers": "cocktail",
     "mix_models_with_data": "cocktail",
     "merge_by_examples": "by_examples",
-    "MergeOptions": "api",
+    "MergeOptions": "merge_options",
     "MergePlan": "plan",
     "MergeReport": "report",
     "ModelReport": "model_report",

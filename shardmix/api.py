@@ -10,12 +10,10 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import TypedDict
 
 from shardmix import engine, planner
 from shardmix.checkpoint import Checkpoint, open_checkpoint, read_config
-from shardmix.devices import resolve_device
-from shardmix.digests import LEAF_NBYTES, XXH3, check_algorithm
+from shardmix.digests import LEAF_NBYTES
 from shardmix.errors import (
     BudgetError,
     MergeCancelled,
@@ -27,11 +25,11 @@ from shardmix.filesystem import free_nbytes
 from shardmix.hub import locate
 from shardmix.journal import Journal, open_journal
 from shardmix.matching import check_mergeable
-from shardmix.memory import MOST_WORKERS
+from shardmix.merge_options import MergeOptions, digest_algorithm, run_settings
 from shardmix.model_report import ModelReport, describe_model
 from shardmix.naming import ties_word_embeddings
 from shardmix.output_path import check_disk, check_output, resolve_output
-from shardmix.plan import ERROR, NUMBA, TORCH, WARN, MergePlan, RunSettings
+from shardmix.plan import TORCH, MergePlan, RunSettings
 from shardmix.recipe import ModelsArgument, build_recipe
 from shardmix.reducer import Backend, load_backend
 from shardmix.report import MergeReport, PlanReport, describe_merge, describe_plan
@@ -42,48 +40,6 @@ if sys.version_info >= (3, 11):
     from typing import Unpack
 else:
     from typing_extensions import Unpack
-
-IO_CHOICES = ("auto", "mmap", "pread")
-BACKEND_CHOICES = ("auto", TORCH, NUMBA)
-
-
-class MergeOptions(TypedDict, total=False):
-    """What `merge` and `plan_merge` take by keyword; all of it optional."""
-
-    dtype: str | None
-    """Output dtype: "keep" (each tensor's in the first model), float32, float16 or bfloat16."""
-    base: str | PathLike[str] | None
-    """Source of config, tokenizer and other companion files; default: the first model."""
-    max_shard_size: int | str | None
-    """Largest output shard ("5GB"); default: the first model's own shard layout."""
-    normalize: bool | None
-    """Rescale the weights to sum to 1."""
-    allow_weight_sum: bool | None
-    """Accept weights whose sum is not 1."""
-    max_memory: int | str | None
-    """Bound on the whole process's peak resident memory ("2GiB"); default: what speed needs."""
-    max_vram: int | str | None
-    """Bound on GPU memory."""
-    device: str
-    """auto (default), cpu, cuda or cuda:N."""
-    io: str
-    """How sources are read: auto (default), mmap or pread. All bounded, all the same bytes."""
-    backend: str
-    """What does the sums: auto (default), torch, or numba (extra `fast`). All the same bytes."""
-    workers: int | None
-    """Threads; default: one a core."""
-    overwrite: bool
-    """Replace an existing output, which stays until the new one is whole."""
-    fsync: bool
-    """Force everything to disk before the output appears (default); False for scratch disks."""
-    restart: bool
-    """Throw away what an earlier run of a merge to this output has left, instead of going on."""
-    on_nonfinite: str
-    """NaN or Inf in the output: "warn" (default: they are counted, by tensor) or "error"."""
-    digest: str
-    """What the output's files are hashed with: xxh3 (default), blake3 or sha256."""
-    record_paths: bool
-    """Tell in the output's shardmix.json where on this machine the sources lie."""
 
 
 def merge(
@@ -195,9 +151,7 @@ def plan_merge(
     unknown = set(options) - set(MergeOptions.__annotations__)
     if unknown:
         raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
-    settings = _settings(options)
-    digest = options.get("digest", XXH3)
-    check_algorithm(digest)
+    settings, digest = run_settings(options), digest_algorithm(options)
     base = options.get("base")
     max_shard_size = options.get("max_shard_size")
     recipe = build_recipe(
@@ -298,34 +252,6 @@ def _kept(staging: Staging, journal: Journal, plan: MergePlan) -> str:
     return (
         f"{format_size(done)} of {format_size(plan.write_nbytes)} are done and kept in "
         f"{staging.path}: the same again goes on from there"
-    )
-
-
-def _settings(options: MergeOptions) -> RunSettings:
-    io = options.get("io", "auto")
-    if io not in IO_CHOICES:
-        raise RecipeError(f"io {io!r}: must be one of {', '.join(IO_CHOICES)}")
-    backend = options.get("backend", "auto")
-    if backend not in BACKEND_CHOICES:
-        raise RecipeError(f"backend {backend!r}: must be one of {', '.join(BACKEND_CHOICES)}")
-    on_nonfinite = options.get("on_nonfinite", WARN)
-    if on_nonfinite not in (WARN, ERROR):
-        raise RecipeError(f"on_nonfinite {on_nonfinite!r}: must be {WARN} or {ERROR}")
-    workers = options.get("workers")
-    if workers is not None and not 1 <= workers <= MOST_WORKERS:
-        raise RecipeError(f"workers {workers}: must be from 1 to {MOST_WORKERS}")
-    max_memory, max_vram = options.get("max_memory"), options.get("max_vram")
-    return RunSettings(
-        device=resolve_device(options.get("device", "auto")),
-        io=io,
-        backend=backend,
-        workers=workers,
-        max_memory_nbytes=None if max_memory is None else parse_size(max_memory),
-        max_vram_nbytes=None if max_vram is None else parse_size(max_vram),
-        overwrite=options.get("overwrite", False),
-        fsync=options.get("fsync", True),
-        restart=options.get("restart", False),
-        on_nonfinite=on_nonfinite,
     )
 
 

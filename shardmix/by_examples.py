@@ -12,6 +12,7 @@ from pathlib import Path
 
 from shardmix import api, engine
 from shardmix.errors import RecipeError, ShardmixError
+from shardmix.merge_options import MergeOptions
 from shardmix.output_path import check_disk
 from shardmix.report import MergeReport
 from shardmix.scorer.examples import ExamplesArgument, load_examples
@@ -35,7 +36,7 @@ def merge_by_examples(
     on_score: OnScoreProgress | None = None,
     on_progress: engine.OnProgress | None = None,
     cancel: threading.Event | None = None,
-    **options: Unpack[api.MergeOptions],
+    **options: Unpack[MergeOptions],
 ) -> MergeReport:
     """Score models on examples and merge them by the weights that follow.
 

@@ -18,6 +18,7 @@ from shardmix import api
 from shardmix.by_examples import merge_by_examples
 from shardmix.errors import RecipeError, SourceError, one_line
 from shardmix.hub import locate
+from shardmix.merge_options import MergeOptions
 from shardmix.model_types import AUTO_CLASSES, check_model_type
 from shardmix.recipe import build_recipe
 from shardmix.report import MergeReport
@@ -40,7 +41,7 @@ def mix_models(
     *,
     trust_remote_code: bool = False,
     quiet: bool = False,
-    **options: Unpack[api.MergeOptions],
+    **options: Unpack[MergeOptions],
 ) -> Any:
     """Mix models by the given weights, and return the new model, loaded by transformers.
 
@@ -91,7 +92,7 @@ def mix_models_by_layers(
     *,
     trust_remote_code: bool = False,
     quiet: bool = False,
-    **options: Unpack[api.MergeOptions],
+    **options: Unpack[MergeOptions],
 ) -> Any:
     """Mix models as `mix_models` does, which always streams: the two are the same here.
 
@@ -125,7 +126,7 @@ def mix_models_with_data(
     score_dtype: str = "auto",
     trust_remote_code: bool = False,
     quiet: bool = False,
-    **options: Unpack[api.MergeOptions],
+    **options: Unpack[MergeOptions],
 ) -> Any:
     """Mix models by weights from a few examples, and return the new model.
 
@@ -194,7 +195,7 @@ def mix_models_with_data(
     )
 
 
-def _mixing(options: api.MergeOptions, output_path: Source | None) -> api.MergeOptions:
+def _mixing(options: MergeOptions, output_path: Source | None) -> MergeOptions:
     """Return the options of a merge as LM-Cocktail does it: what is there is replaced.
 
     What is deleted once it is loaded need not reach the disk.

@@ -18,6 +18,7 @@ from shardmix.digests import check_algorithm, file_digest
 from shardmix.errors import MergeCancelled, SourceError
 from shardmix.filesystem import open_regular, refuse_link_outside
 from shardmix.memory import default_workers, peak_resident_nbytes, resident_nbytes
+from shardmix.merge_options import MergeOptions
 from shardmix.plan import MergePlan
 from shardmix.provenance import PROVENANCE_NAME, Provenance, SourceRecord, read_provenance
 from shardmix.recipe import Recipe, WeightedSource
@@ -206,7 +207,7 @@ def _recompute(
         allow_weight_sum=True,
         model_type=provenance.model_type,
     )
-    options: api.MergeOptions = {"max_memory": max_memory}
+    options: MergeOptions = {"max_memory": max_memory}
     plan = api.plan_merge(recipe, **options)
     for model, source in enumerate(provenance.sources):
         _check_identity(plan, model, source)

@@ -1,8 +1,5 @@
 """Commands and their options. Loads the library inside a command, so that `--help` is instant."""
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +8,8 @@ import typer
 from shardmix._version import __version__
 from shardmix.cli import arguments
 from shardmix.cli import options as opt
-from shardmix.errors import RecipeError, ShardmixError
+from shardmix.cli.ending import errors_reported, ignore_signals
+from shardmix.errors import RecipeError
 
 if TYPE_CHECKING:
     from shardmix.recipe import ModelsArgument
@@ -88,7 +86,7 @@ def merge(
     quiet: opt.Quiet = False,
 ) -> None:
     """Merge models into one: out = Σ weightᵢ · modelᵢ, streamed, within a memory budget."""
-    with _errors_reported(json=json, quiet=quiet):
+    with errors_reported(json=json, quiet=quiet):
         from shardmix.scorer.examples import Example, load_examples
         from shardmix.scorer.options import check_options
 
@@ -132,7 +130,7 @@ def merge(
                     on_progress=on_progress,
                     **options,
                 )
-            _ignore_signals()  # it is done: there is nothing left to stop
+            ignore_signals()  # it is done: there is nothing left to stop
         render.merge_report(report, json=json, quiet=quiet)
 
 
@@ -159,7 +157,7 @@ def score(
     quiet: opt.Quiet = False,
 ) -> None:
     """Compute merging weights from a few examples: softmax(-loss / temperature) over the models."""
-    with _errors_reported(json=json, quiet=quiet):
+    with errors_reported(json=json, quiet=quiet):
         options: ScoreOptions = {
             **arguments.score_options(locals(), dtype=dtype),
             "device": device,
@@ -196,7 +194,7 @@ def plan(
     quiet: opt.Quiet = False,
 ) -> None:
     """Show what a merge would read, write and take, from headers alone; write nothing."""
-    with _errors_reported(json=json, quiet=quiet):
+    with errors_reported(json=json, quiet=quiet):
         _print_plan(
             arguments.weighted_models(models),
             output,
@@ -230,7 +228,7 @@ def verify(
     quiet: opt.Quiet = False,
 ) -> None:
     """Read a merged model again, all of it, and compare it with the digests made at the merge."""
-    with _errors_reported(json=json, quiet=quiet):
+    with errors_reported(json=json, quiet=quiet):
         sources = arguments.places(source or [])
         from shardmix import verification
         from shardmix.cli import render
@@ -255,7 +253,7 @@ def status(
     json: opt.Json = False,
 ) -> None:
     """Show what is at an output path: a whole model, or a merge at work or cut off."""
-    with _errors_reported(json=json):
+    with errors_reported(json=json):
         from shardmix import output_status
         from shardmix.cli import render
 
@@ -273,7 +271,7 @@ def inspect(
     json: opt.Json = False,
 ) -> None:
     """Show a checkpoint's tensors, dtypes, shapes, shards, parameter count and tied weights."""
-    with _errors_reported(json=json):
+    with errors_reported(json=json):
         from shardmix import api
         from shardmix.cli import render
 
@@ -299,40 +297,3 @@ def _print_plan(
 
     plan = api.plan_merge(models, output, model_type=model_type, **options)
     render.plan_report(api.report_plan(plan), json=json, quiet=quiet)
-
-
-@contextmanager
-def _errors_reported(*, json: bool, quiet: bool = False) -> Iterator[None]:
-    """Turn a user's mistake into one message and an exit status, without a traceback."""
-    from shardmix.hub import SHOW_DOWNLOADS
-
-    SHOW_DOWNLOADS.set(not quiet)
-    signal.signal(signal.SIGTERM, _raise_once)
-    signal.signal(signal.SIGINT, _raise_once)
-    try:
-        yield
-    except ShardmixError as error:
-        from shardmix.cli import render
-
-        render.error(error, json=json)
-        raise typer.Exit(error.exit_status) from None
-    except KeyboardInterrupt as error:
-        is_terminated = isinstance(error, _Terminated)
-        word, status = ("terminated", 143) if is_terminated else ("interrupted", 130)
-        typer.echo(f"{word}: {str(error) or 'nothing was written'}", err=True)
-        raise typer.Exit(status) from None
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which stops a merge as Ctrl-C does."""
-
-
-def _ignore_signals() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _raise_once(number: int, _frame: object) -> None:
-    # A second signal must not cut the clean-up short that the first one set off.
-    _ignore_signals()
-    raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def merge_options(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the library's options from a command's arguments, which have the same names."""
-    from shardmix.api import MergeOptions
+    from shardmix.merge_options import MergeOptions
 
     options = {name: arguments[name] for name in MergeOptions.__annotations__ if name in arguments}
     options["fsync"] = not arguments["no_fsync"]

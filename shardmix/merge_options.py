@@ -1,0 +1,89 @@
+"""The options of a merge, by keyword: what they are, and whether they make sense. Opens nothing."""
+
+from os import PathLike
+from typing import TypedDict
+
+from shardmix.devices import resolve_device
+from shardmix.digests import XXH3, check_algorithm
+from shardmix.errors import RecipeError
+from shardmix.memory import MOST_WORKERS
+from shardmix.plan import ERROR, NUMBA, TORCH, WARN, RunSettings
+from shardmix.units import parse_size
+
+IO_CHOICES = ("auto", "mmap", "pread")
+BACKEND_CHOICES = ("auto", TORCH, NUMBA)
+
+
+class MergeOptions(TypedDict, total=False):
+    """What `merge` and `plan_merge` take by keyword; all of it optional."""
+
+    dtype: str | None
+    """Output dtype: "keep" (each tensor's in the first model), float32, float16 or bfloat16."""
+    base: str | PathLike[str] | None
+    """Source of config, tokenizer and other companion files; default: the first model."""
+    max_shard_size: int | str | None
+    """Largest output shard ("5GB"); default: the first model's own shard layout."""
+    normalize: bool | None
+    """Rescale the weights to sum to 1."""
+    allow_weight_sum: bool | None
+    """Accept weights whose sum is not 1."""
+    max_memory: int | str | None
+    """Bound on the whole process's peak resident memory ("2GiB"); default: what speed needs."""
+    max_vram: int | str | None
+    """Bound on GPU memory."""
+    device: str
+    """auto (default), cpu, cuda or cuda:N."""
+    io: str
+    """How sources are read: auto (default), mmap or pread. All bounded, all the same bytes."""
+    backend: str
+    """What does the sums: auto (default), torch, or numba (extra `fast`). All the same bytes."""
+    workers: int | None
+    """Threads; default: one a core."""
+    overwrite: bool
+    """Replace an existing output, which stays until the new one is whole."""
+    fsync: bool
+    """Force everything to disk before the output appears (default); False for scratch disks."""
+    restart: bool
+    """Throw away what an earlier run of a merge to this output has left, instead of going on."""
+    on_nonfinite: str
+    """NaN or Inf in the output: "warn" (default: they are counted, by tensor) or "error"."""
+    digest: str
+    """What the output's files are hashed with: xxh3 (default), blake3 or sha256."""
+    record_paths: bool
+    """Tell in the output's shardmix.json where on this machine the sources lie."""
+
+
+def run_settings(options: MergeOptions) -> RunSettings:
+    """Return the options that change no byte of the output, checked. Raises `RecipeError`."""
+    io = options.get("io", "auto")
+    if io not in IO_CHOICES:
+        raise RecipeError(f"io {io!r}: must be one of {', '.join(IO_CHOICES)}")
+    backend = options.get("backend", "auto")
+    if backend not in BACKEND_CHOICES:
+        raise RecipeError(f"backend {backend!r}: must be one of {', '.join(BACKEND_CHOICES)}")
+    on_nonfinite = options.get("on_nonfinite", WARN)
+    if on_nonfinite not in (WARN, ERROR):
+        raise RecipeError(f"on_nonfinite {on_nonfinite!r}: must be {WARN} or {ERROR}")
+    workers = options.get("workers")
+    if workers is not None and not 1 <= workers <= MOST_WORKERS:
+        raise RecipeError(f"workers {workers}: must be from 1 to {MOST_WORKERS}")
+    max_memory, max_vram = options.get("max_memory"), options.get("max_vram")
+    return RunSettings(
+        device=resolve_device(options.get("device", "auto")),
+        io=io,
+        backend=backend,
+        workers=workers,
+        max_memory_nbytes=None if max_memory is None else parse_size(max_memory),
+        max_vram_nbytes=None if max_vram is None else parse_size(max_vram),
+        overwrite=options.get("overwrite", False),
+        fsync=options.get("fsync", True),
+        restart=options.get("restart", False),
+        on_nonfinite=on_nonfinite,
+    )
+
+
+def digest_algorithm(options: MergeOptions) -> str:
+    """Return what the output's files are to be hashed with. Raises `RecipeError`."""
+    algorithm = options.get("digest", XXH3)
+    check_algorithm(algorithm)
+    return algorithm
