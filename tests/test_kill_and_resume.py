@@ -29,26 +29,28 @@ def killed(merge, fault, **changed):
 @pytest.mark.parametrize(
     ("variation", "how"),
     [
-        (Variation(sharded=False, fsync=True), {}),
+        (Variation(sharded=False, fsync=False), {}),
         (OVERWRITING, {}),
         (OVERWRITING, {"has_no_exchange": True}),
     ],
     ids=["new", "exchanged", "two renames"],
 )
 def test_killed_at_any_step_of_the_placing_nothing_is_lost(bench, variation, how):
-    """From the marker on, before each call that changes what is there; at every second fsync."""
+    """From the marker on, before each call that changes what is there."""
     made = calls_of(bench.merge(variation), operations=CHANGING, **how)
-    first = [path for _, path, _ in made].index(".out.shardmix/placing") + 1
+    first = [call[:2] for call in made].index(("write", ".out.shardmix/placing")) + 1
     steps = [
         at
         for at, (operation, path, _) in enumerate(made, 1)
         if at >= first
         and operation not in ("open", "fsync")
-        and path != ".out.shardmix/model/merges.txt"
+        and not path.endswith(".json")  # of the old model's files one or two will do
     ]
     assert len(steps) >= 4
     founds = set()
-    for at in [first, *steps]:
+    if how:
+        steps = steps[:6]  # what comes then is as where there is an exchange
+    for at in steps:
         merge = bench.merge(variation)
         killed(merge, Fault(at=at, **how))
         founds.add(merge.found)

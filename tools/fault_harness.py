@@ -296,6 +296,8 @@ def _disk(harness: Harness, seed: int) -> None:
         merge = bench.merge(variation, place)
         for _ in range(chance.choice([1, 2])):
             done = merge.run(Fault(is_blind=True))
+            if done.status == 0 and merge.found == NEW:
+                break  # with what was added it had room enough
             tally.add("full disks")
             trouble = merge.trouble()
             if done.status != 1 or not done.is_one_clear_line or "disk is full" not in done.stderr:
