@@ -9,27 +9,46 @@ import os
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from shardmix._version import __version__
 from shardmix.digests import LEAF_NBYTES, LeafDigests, num_leaves
 from shardmix.errors import OutputError, writing_failed
+from shardmix.filesystem import open_regular
 from shardmix.findings import NOTHING_FOUND, LeafFindings
-from shardmix.plan import MergePlan
+from shardmix.plan import FileIdentity, MergePlan
 
 _FORMAT = 1
+_LONGEST_LINE_NBYTES = 64_000_000  # the first one names every file, others what was found in a leaf
+
+
+@dataclass(frozen=True, slots=True)
+class MergeDescription:
+    """What makes a merge this one and no other, in words that its user knows."""
+
+    models: tuple[str, ...]
+    """By public name, in order."""
+    weights: tuple[float, ...]
+    """In full precision."""
+    dtype: str
+    base: str
+    max_shard_size: int | None
+    model_type: str | None
+    digest: str
+    record_paths: bool
+    files: tuple[FileIdentity, ...]
+    """The weight files of all models."""
 
 
 class _Head(msgspec.Struct):
     format: int
     version: str
     plan_digest: str
-    merge: dict[str, Any]
-    file_nbytes: list[int]
+    merge: MergeDescription
+    file_nbytes: tuple[int, ...]
 
 
 class _Line(msgspec.Struct, array_like=True):
@@ -43,8 +62,8 @@ class _Line(msgspec.Struct, array_like=True):
 class JournalSummary:
     """What a journal claims, for people who ask."""
 
-    merge: dict[str, Any]
-    """The merge, as `describe` has it."""
+    merge: MergeDescription
+    """The merge."""
     num_bytes_done: int
     """Bytes of weight files claimed."""
     num_bytes: int
@@ -108,7 +127,7 @@ def open_journal(path: Path, plan: MergePlan) -> Journal:
         __version__,
         plan.digest(),
         describe(plan),
-        [shard.file_nbytes for shard in plan.shards],
+        tuple(shard.file_nbytes for shard in plan.shards),
     )
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
@@ -129,19 +148,19 @@ def open_journal(path: Path, plan: MergePlan) -> Journal:
     return Journal(path, descriptor, leaves, findings)
 
 
-def describe(plan: MergePlan) -> dict[str, Any]:
-    """Return what makes a merge this one and no other, in words that its user knows."""
-    return {
-        "models": list(plan.public_names),
-        "weights": list(plan.weights),
-        "dtype": plan.dtype,
-        "base": plan.base_name,
-        "max_shard_size": plan.max_shard_size,
-        "model_type": plan.model_type,
-        "digest": plan.digest_algorithm,
-        "record_paths": plan.record_paths,
-        "files": plan.file_identities(),
-    }
+def describe(plan: MergePlan) -> MergeDescription:
+    """Return what makes a merge this one and no other."""
+    return MergeDescription(
+        models=plan.public_names,
+        weights=plan.weights,
+        dtype=plan.dtype,
+        base=plan.base_name,
+        max_shard_size=plan.max_shard_size,
+        model_type=plan.model_type,
+        digest=plan.digest_algorithm,
+        record_paths=plan.record_paths,
+        files=plan.file_identities(),
+    )
 
 
 def summarise(path: Path) -> JournalSummary | None:
@@ -151,12 +170,12 @@ def summarise(path: Path) -> JournalSummary | None:
         return None
     counts = list(map(num_leaves, head.file_nbytes))
     done: list[set[int]] = [set() for _ in counts]
-    with path.open("rb") as file:
-        next(file)
-        for encoded in file:
+    with open_regular(path) as file:
+        file.readline(_LONGEST_LINE_NBYTES)
+        while encoded := file.readline(_LONGEST_LINE_NBYTES):
             try:
                 line = msgspec.json.decode(encoded, type=_Line)
-            except msgspec.MsgspecError:
+            except ValueError:  # torn; msgspec's errors are ValueErrors
                 break
             if 0 <= line.shard < len(done):
                 done[line.shard].add(line.leaf)
@@ -178,26 +197,26 @@ def _write(descriptor: int, data: bytes) -> None:
 
 
 def _read_head(path: Path) -> _Head | None:
-    with path.open("rb") as file:
-        encoded = file.readline()
+    with open_regular(path) as file:
+        encoded = file.readline(_LONGEST_LINE_NBYTES)
     if not encoded.endswith(b"\n"):
         return None
     try:
         return msgspec.json.decode(encoded, type=_Head)
-    except msgspec.MsgspecError:
+    except (ValueError, RecursionError):
         return None
 
 
 def _read_lines(path: Path, leaves: Sequence[LeafDigests]) -> tuple[dict[str, LeafFindings], int]:
     """Take in the claims; return their findings, and where in the file the last good line ends."""
     findings: dict[str, LeafFindings] = {}
-    with path.open("rb") as file:
-        end = len(file.readline())
-        for encoded in file:
+    with open_regular(path) as file:
+        end = len(file.readline(_LONGEST_LINE_NBYTES))
+        while encoded := file.readline(_LONGEST_LINE_NBYTES):
             try:
                 line = msgspec.json.decode(encoded, type=_Line)
                 digest = bytes.fromhex(line.digest)
-            except ValueError:  # torn; msgspec's errors are ValueErrors
+            except (ValueError, RecursionError):  # torn; msgspec's errors are ValueErrors
                 break
             if not encoded.endswith(b"\n"):
                 break
@@ -230,28 +249,30 @@ def _check_same(path: Path, then: _Head, now: _Head) -> None:
     raise OutputError(f"{path.parent}: {found}; {remedy}")
 
 
-def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    found = [
-        f"{key.replace('_', ' ')} {_shown(then.get(key))} then, {_shown(now[key])} now"
-        for key in now
-        if key != "files" and then.get(key) != now[key]
-    ]
-    was = {(file["model"], file["file"]): file for file in then.get("files", [])}
-    for file in now["files"]:
-        before = was.get((file["model"], file["file"]))
-        if before is None and not found:
-            found.append(f"{file['file']} was not among its files")
-        elif before is not None and before != file:
-            if before.get("commit") != file["commit"]:
-                what = f"commit {before.get('commit')} then, {file['commit']} now"
+def _differences(then: MergeDescription, now: MergeDescription) -> list[str]:
+    found = []
+    for field in fields(MergeDescription):
+        before, after = getattr(then, field.name), getattr(now, field.name)
+        if field.name != "files" and before != after:
+            name = field.name.replace("_", " ")
+            found.append(f"{name} {_shown(before)} then, {_shown(after)} now")
+    was = {(file.model, file.file): file for file in then.files}
+    for file in now.files:
+        earlier = was.get((file.model, file.file))
+        if earlier is None and not found:
+            found.append(f"{file.file} was not among its files")
+        elif earlier is not None and earlier != file:
+            if earlier.commit != file.commit:
+                what = f"commit {earlier.commit} then, {file.commit} now"
+            elif (earlier.size, earlier.header) == (file.size, file.header):
+                what = "time of modification"
             else:
-                parts = [key for key in ("size", "header") if before.get(key) != file[key]]
-                what = ", ".join(parts) if parts else "time of modification"
-            found.append(f"{file['file']} has changed since ({what})")
+                what = "size" if earlier.size != file.size else "header"
+            found.append(f"{file.file} has changed since ({what})")
     return found
 
 
 def _shown(value: object) -> str:
-    if isinstance(value, list):
+    if isinstance(value, tuple):
         return ", ".join(map(str, value))
     return "none" if value is None else str(value)

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from shardmix.errors import OutputError, SourceError
-from shardmix.journal import summarise
+from shardmix.journal import MergeDescription, summarise
 from shardmix.locks import lock_owner
 from shardmix.output_path import resolve_output
 from shardmix.provenance import PROVENANCE_NAME, read_provenance
@@ -39,8 +38,8 @@ class UnfinishedReport:
     """The hidden folder where it grows."""
     process: int | None
     """Who is at work on it (0: somebody); None: nobody, and the same merge would go on from it."""
-    merge: dict[str, Any]
-    """What merge it is; empty where it had not begun to write."""
+    merge: MergeDescription | None
+    """What merge it is; None where it had not begun to write."""
     bytes_done: int
     """Bytes of weight files that are there."""
     bytes_total: int
@@ -112,7 +111,7 @@ def _unfinished(staging: Staging) -> UnfinishedReport | None:
     return UnfinishedReport(
         staging=str(staging.path),
         process=lock_owner(staging.path),
-        merge=summary.merge if summary else {},
+        merge=summary.merge if summary else None,
         bytes_done=summary.num_bytes_done if summary else 0,
         bytes_total=summary.num_bytes if summary else 0,
         num_shards_done=summary.num_shards_done if summary else 0,

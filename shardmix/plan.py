@@ -51,6 +51,24 @@ class SourceFile:
 
 
 @dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """What a source's file is known by: as long as it is the same, so is the file."""
+
+    model: str
+    """Whose it is, by public name."""
+    file: str
+    """Absolute path, or the name alone of a file from the Hub."""
+    commit: str | None
+    """The commit on the Hub."""
+    size: int
+    """In bytes."""
+    modified: int | None
+    """In nanoseconds since 1970; None from the Hub."""
+    header: str
+    """SHA-256 (hex) of its header."""
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """A range of elements that lies in one piece in the output and in every source.
 
@@ -234,22 +252,22 @@ class MergePlan:
         encoded = msgspec.json.encode(content, order="deterministic")
         return hashlib.sha256(encoded).hexdigest()
 
-    def file_identities(self) -> list[dict[str, str | int | None]]:
-        """Return what every weight file is known by: its place, size, age and header.
+    def file_identities(self) -> tuple[FileIdentity, ...]:
+        """Return what every weight file is known by.
 
         Of a file from the Hub neither place nor age matter, since its commit stands for it.
         """
-        return [
-            {
-                "model": self.public_names[file.model],
-                "file": Path(file.path).name if self.commits[file.model] else file.path,
-                "commit": self.commits[file.model],
-                "size": file.nbytes,
-                "modified": None if self.commits[file.model] else file.mtime_ns,
-                "header": file.header_sha256,
-            }
+        return tuple(
+            FileIdentity(
+                model=self.public_names[file.model],
+                file=Path(file.path).name if self.commits[file.model] else file.path,
+                commit=self.commits[file.model],
+                size=file.nbytes,
+                modified=None if self.commits[file.model] else file.mtime_ns,
+                header=file.header_sha256,
+            )
             for file in self.files
-        ]
+        )
 
     def to_json(self) -> bytes:
         """Return the plan as JSON; `from_json` gives an equal plan back."""

@@ -174,12 +174,26 @@ def test_a_journal_with_a_torn_or_wrong_end_does_no_harm(tmp_path, models, undis
     assert folder_bytes(tmp_path / "out") == undisturbed
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\0" * 100])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\0" * 100, b"[" * 100_000 + b"\n", b'{"format":1,"merge":5}\n']
+)
 def test_a_journal_without_a_beginning_claims_nothing(tmp_path, models, undisturbed, content):
     cut_off(models, tmp_path / "out")
     (staged(tmp_path) / "journal").write_bytes(content)
+    assert shardmix.status(tmp_path / "out").unfinished.merge is None
     assert shardmix.merge(models, tmp_path / "out").bytes_kept == 0
     assert folder_bytes(tmp_path / "out") == undisturbed
+
+
+def test_a_pipe_in_place_of_the_journal_is_not_waited_for(tmp_path, models):
+    cut_off(models, tmp_path / "out")
+    (staged(tmp_path) / "journal").unlink()
+    os.mkfifo(staged(tmp_path) / "journal")
+    with pytest.raises(OutputError, match="journal: cannot be used"):
+        shardmix.merge(models, tmp_path / "out")
+    with pytest.raises(OutputError, match="cannot be read"):
+        shardmix.status(tmp_path / "out")
+    shardmix.merge(models, tmp_path / "out", restart=True)
 
 
 def test_staged_files_that_are_gone_are_merged_again(tmp_path, models, undisturbed):

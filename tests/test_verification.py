@@ -284,7 +284,7 @@ def test_status_tells_what_is_there(tmp_path):
     assert unfinished.process is None
     assert (unfinished.num_shards_done, unfinished.num_shards) == (1, 2)
     assert unfinished.bytes_done == 5 * 4 * 2**20
-    assert unfinished.merge["weights"] == [0.6, 0.4]
+    assert unfinished.merge.weights == (0.6, 0.4)
     seen = []
 
     def look(_event):

@@ -100,7 +100,7 @@ def status_report(report: StatusReport, *, json: bool) -> None:
     if unfinished is None:
         return
     merge = unfinished.merge
-    models = _models(merge.get("models", ()), merge.get("weights", ()))
+    models = _models(merge.models, merge.weights) if merge else "nothing written yet"
     console.print(
         f"{_plain(unfinished.staging)}: [bold yellow]unfinished[/], {models}; "
         f"{format_size(unfinished.bytes_done)} of {format_size(unfinished.bytes_total)}, "
