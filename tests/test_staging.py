@@ -255,3 +255,36 @@ def test_a_link_where_the_staging_folder_should_be_is_refused(tmp_path, name):
     with pytest.raises(OutputError), open_staging(tmp_path / "out"):
         pass
     assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs /proc")
+def test_data_is_on_disk_before_the_rename_and_the_rename_before_success(
+    tmp_path, monkeypatch, overwrite
+):
+    out = tmp_path / "out"
+    if overwrite:
+        model(out)
+    forced = []
+    fsync = os.fsync
+
+    def noted(descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        weights = out / "model.safetensors"
+        is_placed = weights.exists() and weights.read_bytes() == b"new"
+        forced.append((os.path.relpath(path, tmp_path), is_placed))
+        fsync(descriptor)
+
+    with open_staging(out) as staging:
+        (staging.folder / "deep").mkdir()
+        (staging.folder / "deep" / "file").write_text("x")
+        (staging.folder / "model.safetensors").write_text("new")
+        monkeypatch.setattr(os, "fsync", noted)
+        staging.place(overwrite=overwrite, fsync=True)
+        monkeypatch.undo()
+    before = {path for path, is_placed in forced if not is_placed}
+    after = {path for path, is_placed in forced if is_placed}
+    new = ".out.shardmix/model"
+    assert before >= {f"{new}/model.safetensors", f"{new}/deep/file", f"{new}/deep", new}
+    assert before >= {".out.shardmix", ".out.shardmix/placing"}
+    assert after == {".", ".out.shardmix"}
