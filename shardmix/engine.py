@@ -130,29 +130,33 @@ def run_blocks(
                 )
             )
 
+    ends = [threading.Event() for _ in range(plan.memory.workers)]
     threads = [
         threading.Thread(
-            target=_work_through, args=(plan, backend, work), name=f"shardmix-{number}"
+            target=_work_through, args=(plan, backend, work, end), name=f"shardmix-{number}"
         )
-        for number in range(plan.memory.workers)
+        for number, end in enumerate(ends)
     ]
     with backend.running():
         try:
             for thread in threads:
                 thread.start()
             report()
-            for thread in threads:
-                while thread.is_alive():
+            # Not `Thread.join`: interrupted by a signal, it may take a thread that runs for ended
+            # (CPython 3.10 to 3.12), whose files would be closed under its hands.
+            for end in ends:
+                while not end.is_set():
                     _stop_if_cancelled(work, cancel)
-                    thread.join(PROGRESS_SECONDS)
+                    end.wait(PROGRESS_SECONDS)
                     report()
             _stop_if_cancelled(work, cancel)
             report()
         finally:
             # Also on KeyboardInterrupt, or an error of the callback: no thread outlives the merge.
             work.stop()
-            for thread in threads:
+            for thread, end in zip(threads, ends, strict=True):
                 if thread.ident is not None:
+                    end.wait()
                     thread.join()
             work.close()
 
@@ -162,7 +166,7 @@ def _stop_if_cancelled(work: Work, cancel: threading.Event | None) -> None:
         work.stop(MergeCancelled("the merge was cancelled"))
 
 
-def _work_through(plan: MergePlan, backend: Backend, work: Work) -> None:
+def _work_through(plan: MergePlan, backend: Backend, work: Work, end: threading.Event) -> None:
     """Merge block after block until there is none left: what each worker does."""
     try:
         reducers = make_reducers(backend, strip_nbytes=plan.memory.strip_nbytes)
@@ -174,6 +178,8 @@ def _work_through(plan: MergePlan, backend: Backend, work: Work) -> None:
                     work.block_done(shard)
     except BaseException as error:
         work.stop(error)
+    finally:
+        end.set()
 
 
 def _merge_block(

@@ -90,7 +90,6 @@ class Staging:
                     f"({error.strerror}); check the disk"
                 ) from None
             raise writing_failed(self.output, error, "cannot be finished") from None
-        self._is_placed = True
         self.is_worth_keeping = False
 
 
@@ -110,9 +109,9 @@ def open_staging(output: Path, *, restart: bool = False) -> Iterator[Staging]:
         _remove_empty(staging.path, *made)
         raise writing_failed(output, error, "cannot be made") from None
     try:
-        staging.is_worth_keeping = True  # until it is known what there is
-        _take_up(staging, restart=restart)
         try:
+            staging.is_worth_keeping = True  # until it is known what there is
+            _take_up(staging, restart=restart)
             yield staging
         finally:
             if not staging.is_worth_keeping:
@@ -120,12 +119,11 @@ def open_staging(output: Path, *, restart: bool = False) -> Iterator[Staging]:
                 with suppress(OSError):  # what cannot be removed now is at the next run
                     _clear(staging.path)
                     _remove_lock(staging.path, *made)
+            _unlock(lock)
     except KeyboardInterrupt as error:
         if staging.is_placed:
             error.args = (f"{output} is complete and in place",)
         raise
-    finally:
-        _unlock(lock)
 
 
 def settle(output: Path) -> None:
@@ -231,6 +229,7 @@ def _put_in_place(staging: Staging, *, overwrite: bool, fsync: bool) -> None:
         _exchange(folder, output, aside=staging.path / _ASIDE)
     else:
         folder.rename(output)
+    staging._is_placed = True  # the marker tells it to whom this is not told, such as a later run
     if fsync:
         # And the rename is, before anyone is told of it, in both folders that it changed.
         _fsync(output.parent)

@@ -43,6 +43,8 @@ class Fault:
     """Whether later calls of the same kind fail as well, as on a disk that is full."""
     operations: tuple[str, ...] = ()
     """Only these calls count; empty: all."""
+    seconds_after_signal: float = 0.0
+    """How long the call that a signal comes with takes after it."""
     log: str = ""
     """A file to write each call that counts into."""
     seconds_per_call: float = 0.0
@@ -100,21 +102,27 @@ class _Harm:
             if is_it:
                 self.harmed = operation
             is_it = is_it or (fault.is_lasting and self.harmed == operation)
-            if self.log >= 0:
-                line = json.dumps([operation, os.path.relpath(path, fault.root), os.getpid()])
-                REAL["write"](self.log, line.encode() + b"\n")
+            self.note(operation, path)
         if fault.action == "short" and short is not None and fault.at in (0, self.count):
             return short()
         if not is_it:
             return function()
         if fault.action == "signal":
             os.kill(os.getpid(), fault.number)
-            return function()
+            time.sleep(fault.seconds_after_signal)
+            result = function()
+            self.note(f"{operation}, ended", path)
+            return result
         if not fault.is_after and operation != "close":
             self.strike(operation, path)
         result = function()
         self.strike(operation, path)
         return result
+
+    def note(self, operation, path):
+        if self.log >= 0:
+            line = json.dumps([operation, os.path.relpath(path, self.fault.root), os.getpid()])
+            REAL["write"](self.log, line.encode() + b"\n")
 
     def strike(self, operation, path):
         if self.fault.action == "kill":

@@ -4,6 +4,7 @@ The long form is `tools/fault_harness.py races` and `signals`.
 """
 
 import contextlib
+import dataclasses
 import os
 import signal
 
@@ -76,6 +77,18 @@ def test_of_many_at_once_never_two_are_at_work(bench, seed):
     assert len(in_turn) == len(set(in_turn))
     assert merge.found == NEW
     assert not merge.staging.exists()
+
+
+def test_a_signal_waits_for_the_workers_before_their_files_are_closed(bench):
+    """Thread.join takes a running thread for ended when a signal interrupts it."""
+    merge, log = bench.merge(Variation(sharded=False)), bench.folder / "interrupted.log"
+    fault = Fault(action="signal", number=signal.SIGINT, seconds_after_signal=0.3, log=str(log))
+    done = merge.run(dataclasses.replace(fault, at=3, operations=("pwrite", "close")))
+    assert done.status == 130
+    assert done.is_one_clear_line, done.stderr
+    made = [call[:2] for call in calls(log)]
+    shard = ".out.shardmix/model/model.safetensors"
+    assert made.index(("pwrite, ended", shard)) < made.index(("close", shard))
 
 
 def step(made, operation, path):

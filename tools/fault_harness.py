@@ -376,7 +376,11 @@ def _injected(harness: Harness, variation: Variation, fault: Fault) -> None:
         trouble = trouble or ("" if found == NEW else f"succeeded, and there is {found}")
     elif done.status != 1 or not done.is_one_clear_line:
         trouble = trouble or f"no clear error: {done}"
-    elif found != NEW and fault.number == errno.ENOSPC and "disk is full" not in done.stderr:
+    elif (
+        found != NEW
+        and fault.number == errno.ENOSPC
+        and not any(words in done.stderr for words in ("disk is full", "cannot be read"))
+    ):
         trouble = trouble or f"a full disk, not named: {done}"
     elif merge.num_claims and found != NEW and "goes on from there" not in done.stderr:
         trouble = trouble or f"does not say how to go on: {done}"
@@ -483,6 +487,8 @@ def _signal(harness: Harness, variation, at: int, number: int, is_twice: bool) -
     if done.status == 0:
         trouble = trouble or ("" if found == NEW else f"succeeded, and there is {found}")
         tally.add("signals: too late to stop anything")
+    elif not merge.staging.exists() and found != NEW and not done.stdout + done.stderr:
+        tally.add("signals: before there was anything to say")
     elif done.status != 128 + number or not done.is_one_clear_line:
         trouble = trouble or f"no clear end: {done}"
     elif found == NEW and "complete" not in done.stderr:
