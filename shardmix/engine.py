@@ -7,7 +7,7 @@ progress goes to a callback, as events.
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 from shardmix.blocks import Block, Strip, strips
@@ -156,9 +156,16 @@ def run_blocks(
             work.stop()
             for thread, end in zip(threads, ends, strict=True):
                 if thread.ident is not None:
-                    end.wait()
+                    _wait_for(end)
                     thread.join()
             work.close()
+
+
+def _wait_for(end: threading.Event) -> None:
+    """Wait whatever comes: a second interrupt changes nothing, the first has told all to stop."""
+    while not end.is_set():
+        with suppress(KeyboardInterrupt):
+            end.wait()
 
 
 def _stop_if_cancelled(work: Work, cancel: threading.Event | None) -> None:
