@@ -90,10 +90,13 @@ def execute(
     # All but the weights is written anew.
     staging.drop_all_but({shard.filename for shard in plan.shards})
     work = Work(plan, lambda number: GrowingShard(plan, number, folder, journal))
-    run_blocks(plan, backend, work, on_progress, cancel)
-    write_companions(plan, folder)
-    write_model_card(plan, folder)
-    write_index(plan, folder)
+
+    def write_the_rest() -> None:
+        write_companions(plan, folder)
+        write_model_card(plan, folder)
+        write_index(plan, folder)
+
+    run_blocks(plan, backend, work, on_progress, cancel, meanwhile=write_the_rest)
     write_provenance(plan, folder, work.file_digests, work.findings)
     check_unchanged(plan.files)
     staging.place(overwrite=settings.overwrite, fsync=settings.fsync)
@@ -112,8 +115,13 @@ def run_blocks(
     work: Work,
     on_progress: OnProgress | None = None,
     cancel: threading.Event | None = None,
+    *,
+    meanwhile: Callable[[], None] | None = None,
 ) -> None:
-    """Merge every block of the work, on the plan's workers; raise the first error of any."""
+    """Merge every block of the work, on the plan's workers; raise the first error of any.
+
+    `meanwhile` is called on the calling thread, which has nothing else to do.
+    """
     started = time.perf_counter()
 
     def report() -> None:
@@ -142,6 +150,8 @@ def run_blocks(
             for thread in threads:
                 thread.start()
             report()
+            if meanwhile is not None:
+                meanwhile()
             # Not `Thread.join`: interrupted by a signal, it may take a thread that runs for ended
             # (CPython 3.10 to 3.12), whose files would be closed under its hands.
             for end in ends:
