@@ -401,8 +401,10 @@ def lose_writes(merge: Merge, chance: random.Random) -> str:
 
 def _false_claims(lines: list[bytes]) -> bytes:
     """Return claims of the first leaves, with digests that are another's."""
-    claims = [json.loads(line) for line in lines[1:]]
-    digests = [claim[2] for claim in claims] or ["00" * 16]
+    digests = ["00" * 16]
+    for line in lines[1:]:
+        with contextlib.suppress(ValueError):  # torn before
+            digests.append(json.loads(line)[2])
     return b"".join(
         json.dumps([shard, leaf, digests[-1], []]).encode() + b"\n"
         for shard in range(4)
