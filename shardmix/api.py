@@ -1,6 +1,6 @@
 """The library's functions: `merge`, `plan_merge`, `inspect`. They print nothing.
 
-Puts the layers together and holds no logic of its own. Imports torch only to merge.
+Puts the layers together. Imports torch only to merge.
 """
 
 import sys
@@ -17,8 +17,10 @@ from shardmix.digests import LEAF_NBYTES
 from shardmix.errors import (
     BudgetError,
     MergeCancelled,
+    NonfiniteError,
     RecipeError,
     ShardmixError,
+    SourceChangedError,
     SourceError,
 )
 from shardmix.filesystem import free_nbytes
@@ -96,7 +98,7 @@ def merge(
                 )
             except BaseException as error:
                 staging.is_worth_keeping = not staging.is_placed and journal.num_leaves_done > 0
-                kept = _kept(staging, journal, plan)
+                kept = _kept(staging, journal, plan, error)
                 if isinstance(error, KeyboardInterrupt):
                     error.args = (kept,)
                 elif isinstance(error, ShardmixError) and kept:
@@ -191,7 +193,11 @@ def plan_merge(
 
 def report_plan(plan: MergePlan) -> PlanReport:
     """Return what a plan means to people, with the room that is free for its output."""
-    return describe_plan(plan, disk_free=free_nbytes(Path(plan.output)) if plan.output else None)
+    if not plan.output:
+        return describe_plan(plan, disk_free=None)
+    target = Path(plan.output)
+    # What an earlier run has done is not needed once more.
+    return describe_plan(plan, disk_free=free_nbytes(target) + Staging(target).nbytes)
 
 
 def inspect(source: str | PathLike[str]) -> ModelReport:
@@ -242,16 +248,24 @@ def _load(plan: MergePlan) -> tuple[Backend | None, str | None]:
     return (backend, None) if finding is None else (None, finding)
 
 
-def _kept(staging: Staging, journal: Journal, plan: MergePlan) -> str:
+def _kept(staging: Staging, journal: Journal, plan: MergePlan, error: BaseException) -> str:
     """Say what is kept of an unfinished merge, and how to go on; "" where nothing is."""
     if staging.is_placed:
         return f"{staging.output} is the new model all the same, and whole"
     if not staging.is_worth_keeping:
         return ""
     done = min(journal.num_leaves_done * LEAF_NBYTES, plan.write_nbytes)
+    if isinstance(error, SourceChangedError):
+        way = "that is of no use to other sources: begin anew with --restart"
+    elif isinstance(error, NonfiniteError):
+        way = "with --on-nonfinite warn it goes on from there"
+    elif plan.settings.restart:
+        way = "the same without --restart goes on from there"
+    else:
+        way = "the same again goes on from there"
     return (
         f"{format_size(done)} of {format_size(plan.write_nbytes)} are done and kept in "
-        f"{staging.path}: the same again goes on from there"
+        f"{staging.path}: {way}"
     )
 
 

@@ -79,5 +79,8 @@ def merge_by_examples(
         )
     except ShardmixError as error:
         words = " ".join(map(repr, scores.weights))
-        raise type(error)(f"{error}; the weights that the examples gave: {words}") from None
+        raise type(error)(
+            f"{error}; the examples gave the weights {words}: with these no model has to be scored "
+            "again"
+        ) from None
     return replace(report, scores=scores, warnings=scores.warnings + report.warnings)

@@ -18,7 +18,7 @@ from shardmix.sentence_modules import MODULES_NAME
 def find_companions(folder: Path) -> tuple[str, ...]:
     """Return the files, relative to a model's folder, that an output needs besides weights.
 
-    None where the folder has no config and so is no model's.
+    No file where the folder has no config and so is no model's.
     For a sentence-transformers model that includes the folder of each of its modules, whole.
     Raises `SourceError` where modules.json or a link points outside the folder, or where one of
     these is no file.

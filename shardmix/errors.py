@@ -28,6 +28,10 @@ class SourceError(ShardmixError):
     """A checkpoint is missing, damaged, or of a kind that cannot be merged."""
 
 
+class SourceChangedError(SourceError):
+    """A checkpoint is not what it was when the merge began."""
+
+
 class MismatchError(ShardmixError):
     """The checkpoints are each fine, but do not fit one another."""
 

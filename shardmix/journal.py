@@ -43,9 +43,12 @@ class MergeDescription:
     """The weight files of all models."""
 
 
-class _Head(msgspec.Struct):
+class _Format(msgspec.Struct):
     format: int
     version: str
+
+
+class _Head(_Format):
     plan_digest: str
     merge: MergeDescription
     file_nbytes: tuple[int, ...]
@@ -202,6 +205,7 @@ def _read_head(path: Path) -> _Head | None:
     if not encoded.endswith(b"\n"):
         return None
     try:
+        _check_format(path, msgspec.json.decode(encoded, type=_Format))
         return msgspec.json.decode(encoded, type=_Head)
     except (ValueError, RecursionError):
         return None
@@ -231,45 +235,57 @@ def _read_lines(path: Path, leaves: Sequence[LeafDigests]) -> tuple[dict[str, Le
     return findings, end
 
 
+def _check_format(path: Path, then: _Format) -> None:
+    if then.format != _FORMAT:
+        raise OutputError(
+            f"{path.parent}: was left by shardmix {then.version}, whose journal this one cannot "
+            "read; go on with that version, or throw it away with --restart (restart=True)"
+        )
+
+
 def _check_same(path: Path, then: _Head, now: _Head) -> None:
-    if (then.format, then.plan_digest, then.merge) == (now.format, now.plan_digest, now.merge):
+    if (then.plan_digest, then.merge) == (now.plan_digest, now.merge):
         return
-    remedy = (
-        "give the same again to go on from there, or throw it away with --restart (restart=True)"
+    differences = _differences(then.merge, now.merge)
+    remedy = "give the same again to go on from there, or throw it away with --restart"
+    if not differences:
+        differences = _file_differences(then.merge, now.merge)
+        remedy = "throw it away with --restart"
+    found = "; ".join(differences[:3]) or f"shardmix {then.version} planned it otherwise"
+    if len(differences) > 3:
+        found += f"; and {len(differences) - 3} more differences"
+    raise OutputError(
+        f"{path.parent}: holds the beginning of another merge: {found}; {remedy} (restart=True)"
     )
-    if then.format != now.format:
-        found = f"was left by shardmix {then.version}, whose journal this one cannot read"
-    else:
-        differences = _differences(then.merge, now.merge)
-        found = "holds the beginning of another merge: " + ("; ".join(differences[:3]) or "")
-        if len(differences) > 3:
-            found += f"; and {len(differences) - 3} more differences"
-        if not differences:
-            found = f"holds a merge that shardmix {then.version} planned otherwise"
-    raise OutputError(f"{path.parent}: {found}; {remedy}")
 
 
 def _differences(then: MergeDescription, now: MergeDescription) -> list[str]:
+    """Say what was asked for otherwise."""
     found = []
     for field in fields(MergeDescription):
         before, after = getattr(then, field.name), getattr(now, field.name)
         if field.name != "files" and before != after:
             name = field.name.replace("_", " ")
             found.append(f"{name} {_shown(before)} then, {_shown(after)} now")
-    was = {(file.model, file.file): file for file in then.files}
-    for file in now.files:
-        earlier = was.get((file.model, file.file))
-        if earlier is None and not found:
-            found.append(f"{file.file} was not among its files")
-        elif earlier is not None and earlier != file:
-            if earlier.commit != file.commit:
-                what = f"commit {earlier.commit} then, {file.commit} now"
-            elif (earlier.size, earlier.header) == (file.size, file.header):
-                what = "time of modification"
-            else:
-                what = "size" if earlier.size != file.size else "header"
-            found.append(f"{file.file} has changed since ({what})")
     return found
+
+
+def _file_differences(then: MergeDescription, now: MergeDescription) -> list[str]:
+    """Say which sources are not what they were."""
+    was = {(file.model, file.file): file for file in then.files}
+    found = []
+    for file in now.files:
+        earlier = was.pop((file.model, file.file), None)
+        if earlier is None:
+            found.append(f"{file.file} was not among its files")
+        elif earlier.commit != file.commit:
+            found.append(f"{file.file}: commit {earlier.commit} then, {file.commit} now")
+        elif (earlier.size, earlier.header) != (file.size, file.header):
+            what = "size" if earlier.size != file.size else "header"
+            found.append(f"{file.file} has changed since ({what})")
+        elif earlier != file:
+            found.append(f"{file.file} has changed since (time of modification)")
+    return found + [f"{file} is no longer among its files" for _, file in was]
 
 
 def _shown(value: object) -> str:

@@ -7,11 +7,15 @@ tells whose it is. Where a file system knows no locks, that telling has to do.
 import errno
 import fcntl
 import os
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from shardmix.errors import OutputError
 
 LOCK_NAME = "lock"
+_NUM_TRIES = 5
+_PAUSE_SECONDS = 0.02
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
 
 
@@ -64,6 +68,10 @@ def lock_owner(folder: Path) -> int | None:
 
 def _lock(descriptor: int, folder: Path) -> None:
     try:
+        for _ in range(_NUM_TRIES - 1):  # who only looks whose it is has it for a moment
+            with suppress(BlockingIOError):
+                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            time.sleep(_PAUSE_SECONDS)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise _taken(folder, _told(descriptor)) from None

@@ -1,14 +1,19 @@
 """Where an output may go: a path that destroys nothing, on a disk that has room. Writes nothing."""
 
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from shardmix.errors import OutputError
+from shardmix.errors import OutputError, SourceError
 from shardmix.filesystem import free_nbytes
 from shardmix.naming import is_companion_file
+from shardmix.provenance import PROVENANCE_NAME, read_provenance
 from shardmix.units import format_size
 
+_BESIDE_A_MODEL = ("README.md", PROVENANCE_NAME, ".gitattributes")
+_HUB_LEFTOVERS = ".cache/huggingface/"  # of a download into a folder
 _MOST_NAME_NBYTES = 240  # of 255, and the folder that the work goes into has a longer one
 
 
@@ -93,19 +98,32 @@ def _check_replaceable(output: Path, *, overwrite: bool) -> None:
             f"{output}: holds no safetensors weights, so it isn't a model that --overwrite may "
             "replace; choose another output"
         )
-    # Where there are checkpoints below, or a whole collection of models, it is more than a model.
-    kept = [entry.name for entry in entries if entry.is_dir() and _is_a_model(entry)]
-    kept += [entry.name for entry in entries if entry.name == ".git" or entry.suffix == ".pt"]
-    if kept:
+    others = list(itertools.islice(_not_the_models(output), 4))
+    if others:
+        named = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
         raise OutputError(
-            f"{output}: holds {', '.join(sorted(kept)[:3])} besides a model, which --overwrite "
-            "would delete; choose another output"
+            f"{output}: holds {named} besides a model, which --overwrite would delete; move that "
+            "elsewhere, or choose another output"
         )
 
 
-def _is_a_model(folder: Path) -> bool:
-    """Tell whether a folder is a model of its own, and not a module of the one around it."""
-    if is_companion_file(f"{folder.name}/config.json"):
-        return False
-    marks = ("tokenizer_config.json", "trainer_state.json", ".git", "optimizer.pt")
-    return any((folder / name).exists() for name in marks) or any(folder.glob("*.safetensors"))
+def _not_the_models(folder: Path) -> Iterator[str]:
+    """Yield the files below a folder that are none of the model's in it: they are somebody's work.
+
+    What shardmix wrote is known by name; of a model from elsewhere, what loaders read is taken for
+    its own: weights in safetensors, and what goes along with weights.
+    """
+    written: Collection[str] = ()
+    with suppress(SourceError):
+        written = read_provenance(folder).digests.files
+    for path, _, names in os.walk(folder):
+        for name in names:
+            file = (Path(path) / name).relative_to(folder).as_posix()
+            is_own = file in written if written else _may_be_a_models(file)
+            if not is_own and file not in _BESIDE_A_MODEL and not file.startswith(_HUB_LEFTOVERS):
+                yield file
+
+
+def _may_be_a_models(file: str) -> bool:
+    is_weights = "/" not in file and file.endswith((".safetensors", ".index.json"))
+    return is_weights or is_companion_file(file)

@@ -163,9 +163,8 @@ def public_name(checkpoint: Checkpoint) -> str:
 def _decided(settings: RunSettings, shards: Sequence[OutputShard]) -> RunSettings:
     """Return the settings with every `auto` decided.
 
-    Sources are read by pread: measured faster than mapping, and a file that shrinks or a disk that
-    goes away is an error, not a fatal signal. numba sums where it is installed and knows all the
-    dtypes. Raises `RecipeError` where numba was asked for and can't.
+    Sources are read by pread: measured faster than mapping. numba sums where it is installed and
+    knows all the dtypes. Raises `RecipeError` where numba was asked for and can't.
     """
     io, backend = settings.io, settings.backend
     if io == "auto":

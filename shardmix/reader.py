@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from shardmix.errors import SourceError
+from shardmix.errors import SourceChangedError, SourceError
 from shardmix.filesystem import MAX_IO_NBYTES
 from shardmix.mapped_faults import GuardedRange, guard, unguard
 
@@ -90,7 +90,7 @@ def check_unchanged(files: Sequence[SizedFile]) -> None:
         try:
             status = Path(source.path).stat()
         except OSError as error:
-            raise SourceError(
+            raise SourceChangedError(
                 f"{source.path}: was there when its header was read and is not now "
                 f"({error.strerror}); leave sources alone while they are in use, then start again"
             ) from None
@@ -100,7 +100,7 @@ def check_unchanged(files: Sequence[SizedFile]) -> None:
 def _check_same(source: SizedFile, status: os.stat_result) -> None:
     same_time = source.mtime_ns is None or source.mtime_ns == status.st_mtime_ns
     if status.st_size != source.nbytes or not same_time:
-        raise SourceError(
+        raise SourceChangedError(
             f"{source.path}: has changed since its header was read; "
             "leave sources alone while they are in use, then start again"
         )

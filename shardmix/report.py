@@ -63,7 +63,7 @@ class PlanReport:
     disk_needed_bytes: int
     """What the output takes."""
     disk_free_bytes: int | None
-    """Room on the output's disk; None where no output was named."""
+    """Room on the output's disk, staged files included; None where no output was named."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ Knows folders, not what is in them.
 
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Collection, Iterator
@@ -214,6 +215,8 @@ def _remove_empty(*folders: Path) -> None:
 
 def _unlock(lock: int) -> None:
     with suppress(OSError):  # the system says how the last write went; a lock has none
+        fcntl.flock(lock, fcntl.LOCK_UN)  # a child process may hold a copy of the descriptor
+    with suppress(OSError):
         os.close(lock)
 
 

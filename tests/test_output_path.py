@@ -1,5 +1,6 @@
 import pytest
 
+import shardmix
 from shardmix import output_path
 from shardmix.errors import OutputError
 from shardmix.output_path import check_disk, check_output, resolve_output
@@ -99,3 +100,23 @@ def test_what_cannot_be_a_path_is_refused(name):
 
 def test_a_name_that_no_disk_takes_is_refused(tmp_path):
     refused(tmp_path / ("x" * 300), "cannot be used")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["thesis.pdf", "model-q4.gguf", "runs/exp1/model.safetensors", "a/b/c/notes.txt", ".git/HEAD"],
+)
+def test_what_is_not_the_models_is_never_deleted_with_it(tmp_path, name):
+    out = model(tmp_path / "out")
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).write_text("precious")
+    refused(out, f"holds {name} besides a model", overwrite=True)
+
+
+def test_of_a_merged_model_all_that_the_merge_wrote_may_go_and_nothing_else(tmp_path):
+    sources = {model(tmp_path / "a"): 0.5, model(tmp_path / "b"): 0.5}
+    shardmix.merge(sources, tmp_path / "out")
+    (tmp_path / "out" / "README.md").write_text("edited")
+    shardmix.merge(sources, tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "vocab.txt").write_text("looks like a model's, but the merge wrote none")
+    refused(tmp_path / "out", "holds vocab.txt besides a model", overwrite=True)

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import shardmix
-from shardmix.errors import OutputError
+from shardmix.errors import OutputError, SourceChangedError
 from tests.cut_off import cut_off, cut_off_after, folder_bytes, large_models
 
 LEAF = 4 * 2**20
@@ -127,9 +127,33 @@ def test_a_source_that_has_changed_is_refused_and_named(tmp_path, models, change
     path = models[1][0] / "model-00002-of-00002.safetensors"
     cut_off(models, tmp_path / "out")
     change(path)
-    with pytest.raises(OutputError, match=rf"{path} has changed since \({finding}\)"):
+    with pytest.raises(
+        OutputError, match=rf"{path} has changed since \({finding}\); throw it away with --restart"
+    ):
         shardmix.merge(models, tmp_path / "out")
     shardmix.merge(models, tmp_path / "out", restart=True)
+
+
+def test_a_source_that_changes_meanwhile_is_no_use_going_on_with(tmp_path, models):
+    def touch(event):
+        if event.num_bytes_done < event.num_bytes_total:
+            return
+        os.utime(models[0][0] / "model-00001-of-00002.safetensors", ns=(1, 1))
+
+    with pytest.raises(SourceChangedError, match=r"has changed since.*begin anew with --restart"):
+        shardmix.merge(models, tmp_path / "out", on_progress=touch)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_gone_is_named(tmp_path, models):
+    cut_off(models, tmp_path / "out")
+    single = large_models(tmp_path / "single", shards=False)
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        (models[1][0] / name).unlink()
+    (models[1][0] / "model.safetensors.index.json").unlink()
+    shutil.copy(single[1][0] / "model.safetensors", models[1][0])
+    with pytest.raises(OutputError, match=r"model\.safetensors was not among.*is no longer among"):
+        shardmix.merge(models, tmp_path / "out")
 
 
 def test_a_path_spelt_otherwise_is_the_same_merge(tmp_path, models, monkeypatch):
@@ -207,7 +231,7 @@ def test_a_journal_of_another_version_is_refused(tmp_path, models):
     cut_off(models, tmp_path / "out")
     journal = staged(tmp_path) / "journal"
     head, rest = journal.read_bytes().split(b"\n", 1)
-    other = {**json.loads(head), "format": 99, "version": "9.9"}
+    other = {"format": 99, "version": "9.9", "all": json.loads(head), "else": "is otherwise"}
     journal.write_bytes(json.dumps(other).encode() + b"\n" + rest)
     with pytest.raises(OutputError, match=r"left by shardmix 9\.9.*--restart"):
         shardmix.merge(models, tmp_path / "out")

@@ -1,6 +1,9 @@
+import fcntl
 import os
+import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -288,3 +291,29 @@ def test_data_is_on_disk_before_the_rename_and_the_rename_before_success(
     assert before >= {f"{new}/model.safetensors", f"{new}/deep/file", f"{new}/deep", new}
     assert before >= {".out.shardmix", ".out.shardmix/placing"}
     assert after == {".", ".out.shardmix"}
+
+
+def test_a_child_process_does_not_keep_the_lock(tmp_path):
+    """As data loaders' and others' that were forked during a merge, and live on."""
+    with open_staging(tmp_path / "out"):
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+            os._exit(0)
+    try:
+        with open_staging(tmp_path / "out"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_who_only_looks_whose_it_is_does_not_refuse_a_merge(tmp_path, monkeypatch):
+    with open_staging(tmp_path / "out") as staging:
+        staging.is_worth_keeping = True
+    looking = os.open(staging.path / "lock", os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    monkeypatch.setattr(time, "sleep", lambda _: fcntl.flock(looking, fcntl.LOCK_UN))
+    with open_staging(tmp_path / "out"):
+        pass
+    os.close(looking)

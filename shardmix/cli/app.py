@@ -103,7 +103,7 @@ def merge(
         if dry_run:
             is_weighted = weights_from is None
             parse = arguments.weighted_models if is_weighted else arguments.equally_weighted
-            _print_plan(parse(models), output, options, model_type, json=json)
+            _print_plan(parse(models), output, options, model_type, json=json, quiet=quiet)
             return
         from shardmix import api, by_examples
         from shardmix.cli import render

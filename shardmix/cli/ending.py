@@ -27,7 +27,12 @@ def errors_reported(*, json: bool, quiet: bool = False) -> Iterator[None]:
     except KeyboardInterrupt as error:
         is_terminated = isinstance(error, _Terminated)
         word, status = ("terminated", 143) if is_terminated else ("interrupted", 130)
-        typer.echo(f"{word}: {str(error) or 'nothing was written'}", err=True)
+        message = f"{word}: {str(error) or 'nothing was written'}"
+        typer.echo(message, err=True)
+        if json:
+            from shardmix.cli import render
+
+            render.error_object(word.capitalize(), message)
         raise typer.Exit(status) from None
 
 

@@ -27,7 +27,12 @@ def error(problem: ShardmixError, *, json: bool) -> None:
     message = _shortened(str(problem))
     _console(stderr=True).print(f"[bold red]error:[/] {_plain(message)}", soft_wrap=True)
     if json:
-        _print_json({"error": {"kind": type(problem).__name__, "message": message}})
+        error_object(type(problem).__name__, message)
+
+
+def error_object(kind: str, message: str) -> None:
+    """Print what ended a command, for machines."""
+    _print_json({"error": {"kind": kind, "message": message}})
 
 
 def merge_report(report: MergeReport, *, json: bool, quiet: bool) -> None:
