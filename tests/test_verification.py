@@ -156,7 +156,7 @@ def test_recomputing_finds_what_a_forged_digest_hides(merged, copied):
     assert problems(copied) == ()
     (problem,) = problems(copied, recompute=True, sources=sources)
     assert "8 bytes of layer" in problem
-    assert problem.endswith("are not what the sources give")
+    assert problem.endswith(f"are not what {sources['m0']} and {sources['m1']} give")
 
 
 def test_recomputing_finds_a_changed_header(merged, copied):
