@@ -73,7 +73,7 @@ def test_a_line_of_deep_nesting_is_the_journals_end(tmp_path):
     models = large_models(tmp_path)
     cut_off(models, tmp_path / "out")
     with (tmp_path / ".out.shardmix" / "journal").open("ab") as file:
-        file.write(b'[0,6,"",' + b"[" * 100_000 + b"\n")
+        file.write(b'[0,6,"",[{},{}],' + b"[" * 100_000 + b"\n")
     assert shardmix.status(tmp_path / "out").unfinished.bytes_done == 3 * 4 * 2**20
 
 
