@@ -4,13 +4,13 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from shardmix.blocks import tensors_between
 from shardmix.digests import READ_NBYTES, read_range
-from shardmix.errors import SourceError
 from shardmix.filesystem import open_regular
 from shardmix.findings import LeafFindings
 from shardmix.plan import OutputShard
@@ -23,6 +23,8 @@ class Differences:
         self._lock = threading.Lock()
         self.num_bytes: dict[tuple[str, str], int] = {}
         """(File, tensor) → bytes that differ."""
+        self.unreadable: dict[str, str] = {}
+        """File → why it could not be read, at all or to its end."""
 
     def add(self, file: str, tensor: str, num_bytes: int) -> None:
         """Count bytes that differ."""
@@ -39,11 +41,13 @@ class ComparedShard:
         self._path = folder / planned.filename
         self._differences = differences
         self._local = threading.local()
+        self._file: BinaryIO | None = None
         try:
             self._file = open_regular(self._path)
             nbytes = os.fstat(self._file.fileno()).st_size
         except OSError as error:
-            raise SourceError(f"{self._path}: cannot be read ({error.strerror or error})") from None
+            self._cannot_read(error)
+            return
         if nbytes != planned.file_nbytes:
             differences.add(planned.filename, "its size", abs(nbytes - planned.file_nbytes))
 
@@ -64,24 +68,35 @@ class ComparedShard:
 
     def write(self, position: int, data: memoryview) -> None:
         """Compare a strip's bytes with the file's."""
+        if self._is_unreadable:
+            return
         for there in self._read(position, position + len(data)):
             wanted, data = data[: len(there)], data[len(there) :]
             self._compare(position, np.frombuffer(there, np.uint8), np.frombuffer(wanted, np.uint8))
             position += len(there)
-        if len(data):
+        if len(data) and not self._is_unreadable:
             self._differences.add(self._planned.filename, "its end", len(data))
 
     def finish(self) -> str:
         """Compare the file's header."""
         head = self._planned.head()
-        if b"".join(map(bytes, self._read(0, len(head)))) != head:
+        there = b"".join(map(bytes, self._read(0, len(head))))
+        if there != head and not self._is_unreadable:
             self._differences.add(self._planned.filename, "its header", len(head))
         self.close()
         return ""
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+    @property
+    def _is_unreadable(self) -> bool:
+        return self._planned.filename in self._differences.unreadable
+
+    def _cannot_read(self, error: OSError) -> None:
+        self._differences.unreadable[self._planned.filename] = error.strerror or str(error)
 
     def _compare(
         self, position: int, there: npt.NDArray[np.uint8], wanted: npt.NDArray[np.uint8]
@@ -96,9 +111,11 @@ class ComparedShard:
                 self._differences.add(self._planned.filename, name, num_bytes)
 
     def _read(self, start: int, stop: int) -> Iterator[memoryview]:
+        if self._file is None:
+            return
         if not hasattr(self._local, "buffer"):
             self._local.buffer = memoryview(bytearray(READ_NBYTES))
         try:
             yield from read_range(self._file.fileno(), start, stop, self._local.buffer)
         except OSError as error:
-            raise SourceError(f"{self._path}: cannot be read ({error.strerror})") from None
+            self._cannot_read(error)

@@ -6,6 +6,7 @@ leaf is enough to change it. With sha256 the digest is the whole file's instead,
 the Hub have it, and leaves are hashed with XXH3 beside it. Knows bytes, not models.
 """
 
+import errno
 import hashlib
 import importlib.util
 import os
@@ -44,14 +45,17 @@ class Hasher(Protocol):
         """Return a hasher of its own that has taken in the same."""
 
 
-def check_algorithm(algorithm: str) -> None:
-    """Raise `RecipeError` where an algorithm is unknown or not installed."""
+def check_algorithm(algorithm: str, *, is_choice: bool = True) -> None:
+    """Raise `RecipeError` where an algorithm is unknown or not installed.
+
+    With `is_choice` another could be used instead.
+    """
     if algorithm not in ALGORITHMS:
         raise RecipeError(f"digest {algorithm!r}: must be one of {', '.join(ALGORITHMS)}")
     if algorithm == BLAKE3 and importlib.util.find_spec("blake3") is None:
+        other = ", or use --digest sha256 or xxh3" if is_choice else ""
         raise RecipeError(
-            "digest blake3: is not installed (pip install 'shardmix[blake3]'); install it, or use "
-            "--digest sha256 or xxh3"
+            "digest blake3: is not installed (pip install 'shardmix[blake3]'); install it" + other
         )
 
 
@@ -155,13 +159,15 @@ def read_range(descriptor: int, start: int, stop: int, buffer: memoryview) -> It
 def file_digest(
     descriptor: int, algorithm: str, *, on_bytes: Callable[[int], None] | None = None
 ) -> str:
-    """Return the digest (hex) of an open file as it is now. Raises OSError."""
+    """Return the digest (hex) of an open file as it is now. Raises OSError, also if it shrinks."""
     file_nbytes = os.fstat(descriptor).st_size
     whole = file_hasher(algorithm)
     digests = LeafDigests(algorithm, file_nbytes)
     leaves = LeafHasher(algorithm, file_nbytes=file_nbytes, first_leaf=0)
     buffer = memoryview(bytearray(READ_NBYTES))
+    num_missing = file_nbytes
     for data in read_range(descriptor, 0, file_nbytes, buffer):
+        num_missing -= len(data)
         if whole is not None:
             whole.update(data)
         else:
@@ -169,6 +175,8 @@ def file_digest(
                 digests.put(leaf, digest)
         if on_bytes is not None:
             on_bytes(len(data))
+    if num_missing:
+        raise OSError(errno.EIO, f"it ended {num_missing} bytes early while it was read")
     return whole.digest().hex() if whole is not None else digests.file_digest()
 
 

@@ -178,7 +178,7 @@ def summarise(path: Path) -> JournalSummary | None:
         while encoded := file.readline(_LONGEST_LINE_NBYTES):
             try:
                 line = msgspec.json.decode(encoded, type=_Line)
-            except ValueError:  # torn; msgspec's errors are ValueErrors
+            except (ValueError, RecursionError):  # torn; msgspec's errors are ValueErrors
                 break
             if 0 <= line.shard < len(done):
                 done[line.shard].add(line.leaf)

@@ -7,6 +7,7 @@ tells whose it is. Where a file system knows no locks, that telling has to do.
 import errno
 import fcntl
 import os
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from shardmix.errors import OutputError
 LOCK_NAME = "lock"
 _NUM_TRIES = 5
 _PAUSE_SECONDS = 0.02
+_NOT_A_LOCK = (errno.ELOOP, errno.ENXIO, errno.ENOTDIR)  # a link, a socket; nobody has it
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
 
 
@@ -50,10 +52,18 @@ def lock_folder(folder: Path) -> int:
 def lock_owner(folder: Path) -> int | None:
     """Return the process that has a folder locked, or None; 0 where it cannot be told."""
     try:
-        descriptor = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
+        descriptor = os.open(
+            # A pipe must not keep the call that opens it waiting for a writer.
+            folder / LOCK_NAME,
+            os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
+        )
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        return None if error.errno in _NOT_A_LOCK else 0
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return None
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return _told(descriptor)

@@ -26,6 +26,8 @@ def resolve_output(output: str | os.PathLike[str]) -> Path:
         raise OutputError(
             f"{output!r}: cannot be a path ({error}); choose another output"
         ) from None
+    if not resolved.name:
+        raise OutputError(f"{resolved}: is the root of the file system; name a folder in it")
     length = len(os.fsencode(resolved.name))
     if length > _MOST_NAME_NBYTES:
         raise OutputError(

@@ -48,6 +48,10 @@ class UnfinishedReport:
     """Weight files that are complete."""
     num_shards: int
     """Weight files."""
+    is_left_over: bool
+    """Whether the output is in place, and this the rest: nothing to go on from."""
+    note: str
+    """What it is instead, or besides, where it was killed while it put the output in place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,4 +120,17 @@ def _unfinished(staging: Staging) -> UnfinishedReport | None:
         bytes_total=summary.num_bytes if summary else 0,
         num_shards_done=summary.num_shards_done if summary else 0,
         num_shards=summary.num_shards if summary else 0,
+        is_left_over=staging.is_placed,
+        note=_note(staging),
     )
+
+
+def _note(staging: Staging) -> str:
+    if staging.is_placed:
+        return "left over from putting it in place: the next merge to it tidies up"
+    if staging.old_model is not None:
+        return (
+            f"the old model lies in {staging.old_model}, since a merge was stopped while it put "
+            "the new one in place: the next merge to it moves it back first"
+        )
+    return ""

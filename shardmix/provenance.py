@@ -21,7 +21,7 @@ from shardmix.plan import MergePlan
 PROVENANCE_NAME = "shardmix.json"
 _FORMAT = 1
 _MAX_NBYTES = 64_000_000
-_NOT_DIGESTED = ("README.md", PROVENANCE_NAME)
+NOT_DIGESTED = ("README.md", PROVENANCE_NAME)
 """A model card is for people to edit."""
 
 
@@ -173,6 +173,11 @@ def read_provenance(folder: Path) -> Provenance:
         relative = PurePosixPath(name)
         if relative.is_absolute() or ".." in relative.parts or "\0" in name or not relative.parts:
             raise SourceError(f"{path}: names {name!r}, which lies outside the model's folder")
+    if not any(name.endswith(".safetensors") for name in digests.files):
+        raise SourceError(
+            f"{path}: names no weight file, which every merge writes; there is nothing to verify "
+            "the model against"
+        )
     return provenance
 
 
@@ -183,7 +188,7 @@ def _file_records(
     records = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        if name in _NOT_DIGESTED:
+        if name in NOT_DIGESTED:
             continue
         digest = shard_digests.get(name)
         if digest is None:

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shardmix.errors import OutputError, writing_failed
+from shardmix.filesystem import read_regular
 from shardmix.locks import LOCK_NAME, lock_folder
 from shardmix.output_path import check_output
 
@@ -56,6 +57,12 @@ class Staging:
         with suppress(OSError):
             self._is_placed = self._is_placed or _is_placed(self)
         return self._is_placed
+
+    @property
+    def old_model(self) -> Path | None:
+        """Where the old model lies, if a run was killed with it out of its place."""
+        aside = self.path / _ASIDE
+        return aside if aside.exists() and not self.output.exists() else None
 
     @property
     def nbytes(self) -> int:
@@ -163,8 +170,8 @@ def _take_up(staging: Staging, *, restart: bool) -> None:
 
 def _settle(staging: Staging) -> None:
     """Tidy up after a run that was killed while old and new changed places."""
-    aside = staging.path / _ASIDE
-    if aside.exists() and not staging.output.exists():
+    aside = staging.old_model
+    if aside is not None:
         aside.rename(staging.output)
     if _is_placed(staging):
         _clear(staging.path)  # what is left is the old model
@@ -175,7 +182,7 @@ def _settle(staging: Staging) -> None:
 def _is_placed(staging: Staging) -> bool:
     """Tell whether the folder that was about to become the output is no longer in its old place."""
     try:
-        told = staging.marker.read_bytes()
+        told = read_regular(staging.marker, max_nbytes=20)
     except FileNotFoundError:
         return False
     try:

@@ -4,7 +4,12 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 
 import msgspec
 import pytest
@@ -12,7 +17,7 @@ import torch
 
 import shardmix
 from shardmix.digests import file_digest
-from shardmix.errors import RecipeError, SourceError
+from shardmix.errors import MergeCancelled, RecipeError, SourceError
 from tests.cut_off import cut_off, folder_bytes, large_models
 from tests.models import random_model, save_model
 
@@ -156,7 +161,7 @@ def test_recomputing_finds_what_a_forged_digest_hides(merged, copied):
     assert problems(copied) == ()
     (problem,) = problems(copied, recompute=True, sources=sources)
     assert "8 bytes of layer" in problem
-    assert problem.endswith("are not what the sources give")
+    assert problem.endswith(f"are not what {sources['m0']} and {sources['m1']} give")
 
 
 def test_recomputing_finds_a_changed_header(merged, copied):
@@ -272,6 +277,116 @@ def test_a_link_out_of_the_folder_is_not_followed(copied, tmp_path):
     (copied / "config.json").symlink_to(tmp_path / "secret.json")
     (problem,) = problems(copied)
     assert "is a link to" in problem
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            f"more{ending}"
+            for ending in (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
+        ),
+        *("deep/er/model.safetensors", "modeling.py", "deep/code.py", "tokenizer.json"),
+        *("1_Pooling/config.json", "pytorch_model.bin.index.json", "adapter_config.json"),
+    ],
+)
+def test_an_added_file_that_a_loader_reads_is_found(copied, name):
+    (copied / name).parent.mkdir(parents=True, exist_ok=True)
+    (copied / name).write_text("{}")
+    (problem,) = problems(copied)
+    assert problem == f"{copied / name}: is a file that the merge did not write, and may be loaded"
+
+
+def test_an_added_link_to_a_folder_is_found(copied, tmp_path):
+    (copied / "1_Pooling").symlink_to(tmp_path)
+    (problem,) = problems(copied)
+    assert problem == f"{copied / '1_Pooling'}: is a link that the merge did not make"
+
+
+def test_what_no_loader_reads_may_be_added(copied):
+    for name in ("README.md", ".gitattributes", ".git/x.bin", "plot.png", "notes/README.md"):
+        (copied / name).parent.mkdir(exist_ok=True)
+        (copied / name).write_text("")
+    assert problems(copied) == ()
+
+
+def test_a_provenance_without_weights_is_refused(copied):
+    path = copied / "shardmix.json"
+    content = json.loads(path.read_text())
+    files = content["digests"]["files"]
+    content["digests"]["files"] = {"config.json": files["config.json"]}
+    path.write_text(json.dumps(content))
+    with pytest.raises(SourceError, match="names no weight file"):
+        shardmix.verify(copied)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_found(copied, monkeypatch):
+    path = copied / "model-00002-of-00003.safetensors"
+    preadv = os.preadv
+
+    def shrink(descriptor, buffers, start):
+        if start and os.path.samestat(os.fstat(descriptor), path.stat()):
+            os.truncate(path, start)
+        return preadv(descriptor, buffers, start)
+
+    monkeypatch.setattr(os, "preadv", shrink)
+    (problem,) = problems(copied)
+    assert re.search(r"cannot be read \(it ended \d+ bytes early while it was read\)", problem)
+
+
+def test_a_digest_that_is_not_installed_is_to_be_installed(copied, monkeypatch):
+    path = copied / "shardmix.json"
+    path.write_text(path.read_text().replace('"xxh3"', '"blake3"'))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(RecipeError, match=r"pip install 'shardmix\[blake3\]'\); install it$"):
+        shardmix.verify(copied)
+
+
+def test_an_interrupt_does_not_wait_for_a_large_file_to_be_read(copied):
+    """It has holes of terabytes, which take many minutes to read."""
+    grow(copied, "model-00002-of-00003.safetensors")
+    threads = set(threading.enumerate())
+    seen = []
+
+    def interrupt(event):
+        assert threading.current_thread() is threading.main_thread()
+        seen.append(event)
+        if event.num_bytes_done > 10_000_000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        shardmix.verify(copied, on_progress=interrupt)
+    assert set(threading.enumerate()) == threads
+    cancel = threading.Event()
+    with pytest.raises(MergeCancelled):
+        shardmix.verify(copied, on_progress=lambda _event: cancel.set(), cancel=cancel)
+    assert set(threading.enumerate()) == threads
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_the_command(copied, number, status):
+    grow(copied, "model-00002-of-00003.safetensors")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shardmix", "verify", str(copied)], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    assert "verifying" in process.stderr.readline()
+    process.send_signal(number)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == status
+    assert "nothing was changed" in errors
+
+
+def grow(folder, name):
+    """Let a file have terabytes, nearly all of them a hole, and its record as many."""
+    path = folder / "shardmix.json"
+    content = json.loads(path.read_text())
+    os.truncate(folder / name, 2 * 10**12)
+    content["digests"]["files"][name]["bytes"] = 2 * 10**12
+    path.write_text(json.dumps(content))
 
 
 def test_status_tells_what_is_there(tmp_path):

@@ -212,15 +212,17 @@ def verify(
     recompute: Annotated[
         bool,
         typer.Option(
-            "--recompute", help="Read the sources again, too, and compare every byte of weights."
+            "--recompute",
+            help="Where the digests hold, read the sources again, too, and compare every byte of "
+            "weights.",
         ),
     ] = False,
     source: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=PATH",
-            help="Where a source lies, by its name or number in shardmix.json; may be repeated. "
-            "Those on the Hub or beside OUT are found.",
+            help="Where a source lies, by its number (from 1) or name in shardmix.json; may be "
+            "repeated. Those on the Hub or beside OUT are found.",
         ),
     ] = None,
     max_memory: opt.MaxMemory = None,
@@ -228,7 +230,7 @@ def verify(
     quiet: opt.Quiet = False,
 ) -> None:
     """Read a merged model again, all of it, and compare it with the digests made at the merge."""
-    with errors_reported(json=json, quiet=quiet):
+    with errors_reported(json=json, quiet=quiet, if_stopped="nothing was changed"):
         sources = arguments.places(source or [])
         from shardmix import verification
         from shardmix.cli import render

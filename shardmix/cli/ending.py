@@ -10,8 +10,13 @@ from shardmix.errors import ShardmixError
 
 
 @contextmanager
-def errors_reported(*, json: bool, quiet: bool = False) -> Iterator[None]:
-    """Turn a user's mistake into one message and an exit status, without a traceback."""
+def errors_reported(
+    *, json: bool, quiet: bool = False, if_stopped: str = "nothing was written"
+) -> Iterator[None]:
+    """Turn a user's mistake into one message and an exit status, without a traceback.
+
+    `if_stopped` is what is said of an interrupt that says nothing itself.
+    """
     from shardmix.hub import SHOW_DOWNLOADS
 
     SHOW_DOWNLOADS.set(not quiet)
@@ -27,7 +32,7 @@ def errors_reported(*, json: bool, quiet: bool = False) -> Iterator[None]:
     except KeyboardInterrupt as error:
         is_terminated = isinstance(error, _Terminated)
         word, status = ("terminated", 143) if is_terminated else ("interrupted", 130)
-        message = f"{word}: {str(error) or 'nothing was written'}"
+        message = f"{word}: {str(error) or if_stopped}"
         typer.echo(message, err=True)
         if json:
             from shardmix.cli import render

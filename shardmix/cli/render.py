@@ -104,6 +104,10 @@ def status_report(report: StatusReport, *, json: bool) -> None:
     unfinished = report.unfinished
     if unfinished is None:
         return
+    if unfinished.note:
+        console.print(f"{_plain(unfinished.staging)}: {_plain(unfinished.note)}", soft_wrap=True)
+    if unfinished.is_left_over:
+        return
     merge = unfinished.merge
     models = _models(merge.models, merge.weights) if merge else "nothing written yet"
     console.print(
