@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from shardmix.blocks import tensors_between
+from shardmix.blocks import TensorPlaces
 from shardmix.digests import READ_NBYTES, read_range
 from shardmix.errors import SourceError
 from shardmix.filesystem import open_regular
@@ -36,6 +36,7 @@ class ComparedShard:
 
     def __init__(self, planned: OutputShard, folder: Path, differences: Differences) -> None:
         self._planned = planned
+        self._places = TensorPlaces(planned)
         self._path = folder / planned.filename
         self._differences = differences
         self._local = threading.local()
@@ -73,9 +74,14 @@ class ComparedShard:
 
     def finish(self) -> str:
         """Compare the file's header."""
-        head = self._planned.head()
-        if b"".join(map(bytes, self._read(0, len(head)))) != head:
-            self._differences.add(self._planned.filename, "its header", len(head))
+        start = 0
+        for piece in self._planned.head():
+            stop = start + len(piece)
+            if b"".join(map(bytes, self._read(start, stop))) != piece:
+                num_bytes = self._planned.head_nbytes()
+                self._differences.add(self._planned.filename, "its header", num_bytes)
+                break
+            start = stop
         self.close()
         return ""
 
@@ -89,7 +95,7 @@ class ComparedShard:
         if np.array_equal(there, wanted):
             return
         stop = position + len(there)
-        for name, first, last in tensors_between(self._planned, position, stop):
+        for name, first, last in self._places.between(position, stop):
             part = slice(first - position, last - position)
             num_bytes = int(np.count_nonzero(there[part] != wanted[part]))
             if num_bytes:

@@ -114,7 +114,12 @@ class Provenance(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def write_provenance(
-    plan: MergePlan, folder: Path, shard_digests: Mapping[str, str], findings: LeafFindings
+    plan: MergePlan,
+    folder: Path,
+    shard_digests: Mapping[str, str],
+    findings: LeafFindings,
+    *,
+    plan_digest: str,
 ) -> None:
     """Write an output's `shardmix.json`, as its last file. Raises `OutputError`."""
     try:
@@ -124,7 +129,7 @@ def write_provenance(
             shardmix=__version__,
             torch=_installed("torch"),
             safetensors=_installed("safetensors"),
-            plan=plan.digest(),
+            plan=plan_digest,
             sources=tuple(_source_record(plan, model) for model in range(plan.num_models)),
             dtype=plan.dtype,
             base=plan.base_name,
