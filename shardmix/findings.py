@@ -33,8 +33,11 @@ class FindingsSum:
     def add(self, findings: LeafFindings) -> None:
         """Take in what was found in one more range."""
         for name, counts in findings.nonfinite.items():
-            nan, inf, overflowed = self._nonfinite.get(name, (0, 0, 0))
-            self._nonfinite[name] = (nan + counts[0], inf + counts[1], overflowed + counts[2])
+            there = self._nonfinite.get(name)
+            if there is not None:
+                nan, inf, overflowed = there
+                counts = nan + counts[0], inf + counts[1], overflowed + counts[2]
+            self._nonfinite[name] = counts  # mostly the very object, shared between sums
         for name, models in findings.disagreeing.items():
             self._disagreeing.setdefault(name, set()).update(models)
 
