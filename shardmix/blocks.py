@@ -6,16 +6,14 @@ nothing.
 """
 
 import bisect
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import numpy as np
 
 from shardmix.digests import LEAF_NBYTES, is_sequential, num_leaves
 from shardmix.plan import MergePlan, OutputShard, Run
 from shardmix.reducer import strip_num_elements
-from shardmix.safetensors_header import decode_header
-from shardmix.safetensors_layout import HEADER_LENGTH_NBYTES, element_nbytes
+from shardmix.safetensors_layout import element_nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +87,29 @@ def data_start(planned: OutputShard) -> int:
     return planned.runs[0].out_offset if planned.runs else planned.file_nbytes
 
 
-def tensors_between(planned: OutputShard, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
-    """Yield name, first and past-the-last byte of each tensor's part of a range of a file."""
-    encoded = planned.header.encode()
-    data_start = HEADER_LENGTH_NBYTES + len(encoded)
-    header = decode_header(encoded, file_nbytes=planned.file_nbytes)
-    firsts = header.starts + data_start
-    lasts = firsts + header.nbytes
-    for row in np.flatnonzero((firsts < stop) & (lasts > start)).tolist():
-        yield header.names[row], max(int(firsts[row]), start), min(int(lasts[row]), stop)
+class TensorPlaces:
+    """Which tensor of an output file lies where: mostly nobody asks, and then often.
+
+    The header is read at the first question; kept are eight bytes a tensor.
+    """
+
+    def __init__(self, planned: OutputShard) -> None:
+        self._planned = planned
+        self._stops: array[int] | None = None
+
+    def between(self, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
+        """Yield name, first and past-the-last byte of each tensor's part of a range of the file."""
+        stops = self._stops
+        if stops is None:  # two threads at once come to the same
+            first = self._planned.head_nbytes()
+            stops = array("q", (first + stop for _, _, stop in self._planned.tensors()))
+            self._stops = stops
+        row = bisect.bisect_right(stops, start)
+        while start < stop and row < len(stops):
+            end = min(stops[row], stop)
+            if end > start:  # else it is empty
+                yield self._planned.tensor_names[row], start, end
+            start, row = end, row + 1
 
 
 def _leaves_per_block(plan: MergePlan) -> int:

@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from shardmix.blocks import tensors_between
+from shardmix.blocks import TensorPlaces
 from shardmix.digests import READ_NBYTES, read_range
 from shardmix.filesystem import open_regular
 from shardmix.findings import LeafFindings
@@ -38,6 +38,7 @@ class ComparedShard:
 
     def __init__(self, planned: OutputShard, folder: Path, differences: Differences) -> None:
         self._planned = planned
+        self._places = TensorPlaces(planned)
         self._path = folder / planned.filename
         self._differences = differences
         self._local = threading.local()
@@ -79,10 +80,15 @@ class ComparedShard:
 
     def finish(self) -> str:
         """Compare the file's header."""
-        head = self._planned.head()
-        there = b"".join(map(bytes, self._read(0, len(head))))
-        if there != head and not self._is_unreadable:
-            self._differences.add(self._planned.filename, "its header", len(head))
+        start = 0
+        for piece in self._planned.head():
+            stop = start + len(piece)
+            there = b"".join(map(bytes, self._read(start, stop)))
+            if there != piece and not self._is_unreadable:
+                num_bytes = self._planned.head_nbytes()
+                self._differences.add(self._planned.filename, "its header", num_bytes)
+                break
+            start = stop
         self.close()
         return ""
 
@@ -104,7 +110,7 @@ class ComparedShard:
         if np.array_equal(there, wanted):
             return
         stop = position + len(there)
-        for name, first, last in tensors_between(self._planned, position, stop):
+        for name, first, last in self._places.between(position, stop):
             part = slice(first - position, last - position)
             num_bytes = int(np.count_nonzero(there[part] != wanted[part]))
             if num_bytes:

@@ -25,7 +25,7 @@ from shardmix.reducer import Backend, Reducer, make_reducers
 from shardmix.safetensors_layout import element_nbytes
 from shardmix.staging import Staging
 from shardmix.tensor_findings import strip_findings
-from shardmix.work import ShardTarget, Work
+from shardmix.work import ShardInWork, Work
 
 PROGRESS_SECONDS = 0.1
 """How often progress is told."""
@@ -97,7 +97,8 @@ def execute(
         write_index(plan, folder)
 
     run_blocks(plan, backend, work, on_progress, cancel, meanwhile=write_the_rest)
-    write_provenance(plan, folder, work.file_digests, work.findings)
+    findings = work.findings
+    write_provenance(plan, folder, work.file_digests, findings, plan_digest=journal.plan_digest)
     check_unchanged(plan.files)
     staging.place(overwrite=settings.overwrite, fsync=settings.fsync)
     return ExecutionResult(
@@ -105,7 +106,7 @@ def execute(
         peak_resident_nbytes=peak_resident_nbytes(),
         peak_vram_nbytes=backend.peak_vram_nbytes(),
         num_bytes_kept=work.num_bytes_kept,
-        findings=work.findings,
+        findings=findings,
     )
 
 
@@ -191,7 +192,7 @@ def _work_through(plan: MergePlan, backend: Backend, work: Work, end: threading.
         with closing(open_reader(plan.settings.io, plan.files)) as reader:
             while (handed_out := work.next_block()) is not None:
                 shard, block = handed_out
-                if _merge_block(plan, work, shard.target, block, reader, reducers, buffer):
+                if _merge_block(plan, work, shard, block, reader, reducers, buffer):
                     work.block_done(shard)
     except BaseException as error:
         work.stop(error)
@@ -202,7 +203,7 @@ def _work_through(plan: MergePlan, backend: Backend, work: Work, end: threading.
 def _merge_block(
     plan: MergePlan,
     work: Work,
-    target: ShardTarget,
+    shard: ShardInWork,
     block: Block,
     reader: Reader,
     reducers: Mapping[str, Reducer],
@@ -210,6 +211,7 @@ def _merge_block(
 ) -> bool:
     """Merge what is not there yet of a block; return whether it was not stopped before its end."""
     planned, strip_nbytes = plan.shards[block.shard], plan.memory.strip_nbytes
+    target = shard.target
     leaf = block.first_leaf
     while leaf < block.stop_leaf:
         if work.is_stopped:
@@ -229,7 +231,7 @@ def _merge_block(
             reducer = reducers[strip.run.reduction]
             data = _merge_strip(strip, reader, reducer)
             if reducer.disagreeing or not reducer.is_finite:
-                for found_in, findings in strip_findings(strip, reducer, planned):
+                for found_in, findings in strip_findings(strip, reducer, shard.places):
                     work.found(findings)
                     leaves.note(found_in, findings)
             leaves.write(strip.out_position, data)

@@ -20,16 +20,38 @@ class LeafFindings(msgspec.Struct, array_like=True, frozen=True):
 NOTHING_FOUND = LeafFindings()
 
 
+class FindingsSum:
+    """The findings of several ranges as those of one, added up as they come.
+
+    What is added costs no more for what was there before: all of a model may be NaN.
+    """
+
+    def __init__(self) -> None:
+        self._nonfinite: dict[str, tuple[int, int, int]] = {}
+        self._disagreeing: dict[str, set[int]] = {}
+
+    def add(self, findings: LeafFindings) -> None:
+        """Take in what was found in one more range."""
+        for name, counts in findings.nonfinite.items():
+            there = self._nonfinite.get(name)
+            if there is not None:
+                nan, inf, overflowed = there
+                counts = nan + counts[0], inf + counts[1], overflowed + counts[2]
+            self._nonfinite[name] = counts  # mostly the very object, shared between sums
+        for name, models in findings.disagreeing.items():
+            self._disagreeing.setdefault(name, set()).update(models)
+
+    def total(self) -> LeafFindings:
+        """Return all of it."""
+        return LeafFindings(
+            self._nonfinite.copy(),
+            {name: tuple(sorted(models)) for name, models in self._disagreeing.items()},
+        )
+
+
 def combined(findings: Iterable[LeafFindings]) -> LeafFindings:
     """Return the findings of several ranges as those of one."""
-    nonfinite: dict[str, tuple[int, int, int]] = {}
-    disagreeing: dict[str, set[int]] = {}
+    total = FindingsSum()
     for found in findings:
-        for name, counts in found.nonfinite.items():
-            nan, inf, overflowed = nonfinite.get(name, (0, 0, 0))
-            nonfinite[name] = (nan + counts[0], inf + counts[1], overflowed + counts[2])
-        for name, models in found.disagreeing.items():
-            disagreeing.setdefault(name, set()).update(models)
-    return LeafFindings(
-        nonfinite, {name: tuple(sorted(models)) for name, models in disagreeing.items()}
-    )
+        total.add(found)
+    return total.total()

@@ -86,7 +86,10 @@ class Journal:
         descriptor: int,
         leaves: Sequence[LeafDigests],
         findings: dict[str, LeafFindings],
+        plan_digest: str,
     ) -> None:
+        self.plan_digest = plan_digest
+        """Of the plan that it was opened for; the same however that plan is carried out."""
         self._path = path
         self._descriptor = descriptor
         self._findings = findings
@@ -139,7 +142,7 @@ def open_journal(path: Path, plan: MergePlan) -> Journal:
             if left is None:  # new, or cut off before it said anything
                 os.ftruncate(descriptor, 0)
                 _write(descriptor, msgspec.json.encode(head) + b"\n")
-                return Journal(path, descriptor, leaves, {})
+                return Journal(path, descriptor, leaves, {}, head.plan_digest)
             _check_same(path, left, head)
             findings, valid_nbytes = _read_lines(path, leaves)
             os.ftruncate(descriptor, valid_nbytes)
@@ -148,7 +151,7 @@ def open_journal(path: Path, plan: MergePlan) -> Journal:
             raise
     except OSError as error:
         raise writing_failed(path, error, "cannot be used") from None
-    return Journal(path, descriptor, leaves, findings)
+    return Journal(path, descriptor, leaves, findings, head.plan_digest)
 
 
 def describe(plan: MergePlan) -> MergeDescription:

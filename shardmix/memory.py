@@ -88,7 +88,7 @@ def check_room(needed: int, *, max_memory: int | None, purpose: str) -> None:
     if least > budget:
         raise BudgetError(
             f"{purpose} may take {format_mib(least)} in all but {whose} {format_mib(budget)}; "
-            "raise the budget, or use a machine with more memory"
+            "what comes after it may take more; raise the budget, or use a machine with more memory"
         )
 
 

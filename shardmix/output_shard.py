@@ -4,11 +4,12 @@ Puts a writer, a journal and digests together. Knows bytes and leaves, not where
 """
 
 import itertools
+from collections import defaultdict
 from pathlib import Path
 
 from shardmix.blocks import data_start
 from shardmix.digests import LEAF_NBYTES, LeafHasher, file_hasher
-from shardmix.findings import NOTHING_FOUND, LeafFindings, combined
+from shardmix.findings import NOTHING_FOUND, FindingsSum, LeafFindings
 from shardmix.journal import Journal
 from shardmix.plan import MergePlan
 from shardmix.writer import ShardWriter
@@ -96,7 +97,7 @@ class GrowingShard:
 
     def _head(self, start: int, stop: int) -> bytes:
         """Return the header's bytes in a range of the file: hashed like data, but written last."""
-        return self._planned.head()[start:stop] if start < data_start(self._planned) else b""
+        return self._planned.head_between(start, stop) if start < data_start(self._planned) else b""
 
 
 class GrowingLeaves:
@@ -105,12 +106,12 @@ class GrowingLeaves:
     def __init__(self, shard: GrowingShard, hasher: LeafHasher, head: memoryview) -> None:
         self._shard = shard
         self._hasher = hasher
-        self._findings: dict[int, LeafFindings] = {}
+        self._findings: defaultdict[int, FindingsSum] = defaultdict(FindingsSum)
         self._hash(head)
 
     def note(self, leaf: int, findings: LeafFindings) -> None:
         """Remember what was found in a strip's part of a leaf; said before the strip is written."""
-        self._findings[leaf] = combined((self._findings.get(leaf, NOTHING_FOUND), findings))
+        self._findings[leaf].add(findings)
 
     def write(self, position: int, data: memoryview) -> None:
         """Write the next strip's bytes, and claim each leaf that they complete."""
@@ -120,4 +121,5 @@ class GrowingLeaves:
     def _hash(self, data: memoryview) -> None:
         self._shard.take_in(data)
         for leaf, digest in self._hasher.update(data):
-            self._shard.claim(leaf, digest, self._findings.pop(leaf, NOTHING_FOUND))
+            found = self._findings.pop(leaf, None)
+            self._shard.claim(leaf, digest, NOTHING_FOUND if found is None else found.total())

@@ -5,15 +5,15 @@ engine carries it out, and neither has to ask the other anything.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import msgspec
 
 from shardmix.memory import MemoryPlan
-from shardmix.safetensors_header import decode_header
-from shardmix.safetensors_layout import DTYPES, HEADER_LENGTH_NBYTES
+from shardmix.safetensors_layout import HEADER_LENGTH_NBYTES
 
 LINEAR = "linear"
 """Reduction: the weighted sum of floats."""
@@ -32,6 +32,11 @@ WARN = "warn"
 """On NaN and Inf in the output: count them, and tell of them."""
 ERROR = "error"
 """On NaN and Inf in the output: stop at the first."""
+
+_PIECE_NBYTES = 1 << 20
+# A tensor's entry as `safetensors_layout.encode_header` writes it. No name can look like one, since
+# in a name a quotation mark has a backslash before it.
+_ENTRY = re.compile(r'"dtype":"(\w+)","shape":\[[\d,]*\],"data_offsets":\[(\d+),(\d+)\]')
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +120,34 @@ class OutputShard:
     runs: tuple[Run, ...]
     """Its data, in order."""
 
-    def head(self) -> bytes:
-        """Return the file's first bytes: the header's length, then the header."""
-        encoded = self.header.encode()
-        return len(encoded).to_bytes(HEADER_LENGTH_NBYTES, "little") + encoded
+    def head_nbytes(self) -> int:
+        """Return where in the file the header ends."""
+        is_ascii = self.header.isascii()
+        return HEADER_LENGTH_NBYTES + len(self.header if is_ascii else self.header.encode())
+
+    def head(self) -> Iterator[bytes]:
+        """Yield the file's first bytes, piece by piece: the header's length, then the header."""
+        yield (self.head_nbytes() - HEADER_LENGTH_NBYTES).to_bytes(HEADER_LENGTH_NBYTES, "little")
+        for start in range(0, len(self.header), _PIECE_NBYTES):
+            yield self.header[start : start + _PIECE_NBYTES].encode()
+
+    def head_between(self, start: int, stop: int) -> bytes:
+        """Return what of the file's first bytes lies in a range of the file."""
+        parts, position = [], 0
+        for piece in self.head():
+            if position >= stop:
+                break
+            parts.append(piece[max(start - position, 0) : stop - position])
+            position += len(piece)
+        return b"".join(parts)
+
+    def tensors(self) -> Iterator[tuple[str, str, int]]:
+        """Yield each tensor's name, safetensors dtype and last byte + 1, counted from the header's.
+
+        One after the other, out of the header: as objects all of them take more than a plan does.
+        """
+        for name, entry in zip(self.tensor_names, _ENTRY.finditer(self.header), strict=True):
+            yield name, entry[1], int(entry[3])
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +257,7 @@ class MergePlan:
     def tensor_dtype(self, name: str) -> str:
         """Return the safetensors dtype that the output stores a tensor in. Slow: reads a header."""
         shard = next(shard for shard in self.shards if name in shard.tensor_names)
-        header = decode_header(shard.header.encode(), file_nbytes=shard.file_nbytes)
-        return DTYPES[int(header.dtype_ranks[header.names.index(name)])]
+        return next(dtype for stored, dtype, _ in shard.tensors() if stored == name)
 
     def with_memory(self, memory: MemoryPlan) -> "MergePlan":
         """Return the same merge within other memory; its output is the same, byte for byte."""
@@ -240,17 +268,33 @@ class MergePlan:
 
         Where sources lie and the output goes, how they are read and how much memory that takes are
         left out: from the same bytes, two plans of one digest write the same files.
+
+        Goes through the plan run by run, since in one piece its JSON takes as much memory as it.
         """
+        hasher = hashlib.sha256()
+        for part in self._decisive_parts():
+            # A line each: JSON has no line break within a value.
+            hasher.update(msgspec.json.encode(part))
+            hasher.update(b"\n")
+        return hasher.hexdigest()
+
+    def _decisive_parts(self) -> Iterator[object]:
+        """Yield all that decides the output's bytes, in an order that is always the same."""
         irrelevant = {"sources", "output", "base_folder", "settings", "memory", "warnings"}
-        content = {
-            key: value for key, value in msgspec.to_builtins(self).items() if key not in irrelevant
-        }
-        content["files"] = [
-            (Path(file.path).name, file.nbytes, file.header_sha256, file.model)
-            for file in self.files
-        ]
-        encoded = msgspec.json.encode(content, order="deterministic")
-        return hashlib.sha256(encoded).hexdigest()
+        in_parts = {"files", "shards"}
+        for field in fields(self):
+            if field.name not in irrelevant | in_parts:
+                yield field.name, getattr(self, field.name)
+        for file in self.files:
+            yield Path(file.path).name, file.nbytes, file.header_sha256, file.model
+        for shard in self.shards:
+            yield shard.filename, shard.file_nbytes, shard.read_nbytes, len(shard.runs)
+            # The header has the tensors' names, in data order.
+            header = hashlib.sha256()
+            for piece in shard.head():
+                header.update(piece)
+            yield header.hexdigest()
+            yield from shard.runs
 
     def file_identities(self) -> tuple[FileIdentity, ...]:
         """Return what every weight file is known by.

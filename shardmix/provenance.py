@@ -4,7 +4,7 @@ Written into the output, and read back to verify it. Tells nothing of the machin
 on, unless that was asked for. What is read back may come from anyone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
@@ -114,7 +114,12 @@ class Provenance(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def write_provenance(
-    plan: MergePlan, folder: Path, shard_digests: Mapping[str, str], findings: LeafFindings
+    plan: MergePlan,
+    folder: Path,
+    shard_digests: Mapping[str, str],
+    findings: LeafFindings,
+    *,
+    plan_digest: str,
 ) -> None:
     """Write an output's `shardmix.json`, as its last file. Raises `OutputError`."""
     try:
@@ -124,20 +129,19 @@ def write_provenance(
             shardmix=__version__,
             torch=_installed("torch"),
             safetensors=_installed("safetensors"),
-            plan=plan.digest(),
+            plan=plan_digest,
             sources=tuple(_source_record(plan, model) for model in range(plan.num_models)),
             dtype=plan.dtype,
             base=plan.base_name,
             digests=Digests(plan.digest_algorithm, LEAF_NBYTES, files),
             max_shard_size=plan.max_shard_size,
             model_type=plan.model_type,
-            nonfinite={
-                name: NonfiniteRecord(*counts)
-                for name, counts in sorted(findings.nonfinite.items())
-            },
         )
         text = msgspec.json.format(msgspec.json.encode(provenance), indent=2)
-        (folder / PROVENANCE_NAME).write_bytes(text + b"\n")
+        with (folder / PROVENANCE_NAME).open("wb") as file:
+            file.write(text.removesuffix(b"\n}"))
+            file.writelines(_nonfinite_lines(findings))
+            file.write(b"\n}\n")
     except OSError as error:
         raise writing_failed(folder / PROVENANCE_NAME, error) from None
 
@@ -196,6 +200,17 @@ def _file_records(
                 digest = file_digest(file.fileno(), plan.digest_algorithm)
         records.append((name, FileRecord(path.stat().st_size, digest)))
     return records
+
+
+def _nonfinite_lines(findings: LeafFindings) -> Iterator[bytes]:
+    """Yield the last field tensor by tensor: with all of a model NaN it is longer than a plan."""
+    for number, name in enumerate(sorted(findings.nonfinite)):
+        yield b"," if number else b',\n  "nonfinite": {'
+        record = msgspec.json.encode(NonfiniteRecord(*findings.nonfinite[name]))
+        indented = msgspec.json.format(record, indent=2).replace(b"\n", b"\n    ")
+        yield b"\n    " + msgspec.json.encode(name) + b": " + indented
+    if findings.nonfinite:
+        yield b"\n  }"
 
 
 def _source_record(plan: MergePlan, model: int) -> SourceRecord:

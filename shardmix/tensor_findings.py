@@ -5,16 +5,15 @@ Only for the rare strip in which something was found.
 
 from collections.abc import Iterator
 
-from shardmix.blocks import Strip, tensors_between
+from shardmix.blocks import Strip, TensorPlaces
 from shardmix.digests import LEAF_NBYTES
 from shardmix.findings import LeafFindings, combined
-from shardmix.plan import OutputShard
 from shardmix.reducer import Reducer
 from shardmix.safetensors_layout import element_nbytes
 
 
 def strip_findings(
-    strip: Strip, reducer: Reducer, planned: OutputShard
+    strip: Strip, reducer: Reducer, places: TensorPlaces
 ) -> Iterator[tuple[int, LeafFindings]]:
     """Yield (leaf, findings) for the strip that a reducer has just finished."""
     width = element_nbytes(strip.run.out_dtype)
@@ -29,7 +28,7 @@ def strip_findings(
                 LeafFindings(disagreeing={strip.run.name: tuple(sorted(reducer.disagreeing))})
             )
         if not reducer.is_finite:
-            for name, start, end in tensors_between(planned, start_in_leaf, stop_in_leaf):
+            for name, start, end in places.between(start_in_leaf, stop_in_leaf):
                 counts = reducer.count_nonfinite((start - first) // width, (end - first) // width)
                 if counts.num_nan or counts.num_inf:
                     triple = (counts.num_nan, counts.num_inf, counts.num_overflowed)

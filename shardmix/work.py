@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from shardmix.blocks import Block, blocks
+from shardmix.blocks import Block, TensorPlaces, blocks
 from shardmix.errors import NonfiniteError
-from shardmix.findings import NOTHING_FOUND, LeafFindings, combined
+from shardmix.findings import FindingsSum, LeafFindings
 from shardmix.plan import ERROR, MergePlan
 
 
@@ -45,9 +45,10 @@ class ShardTarget(Protocol):
 class ShardInWork:
     """An output file that workers are at, and how many of its blocks are still to come."""
 
-    def __init__(self, number: int, target: ShardTarget) -> None:
+    def __init__(self, number: int, target: ShardTarget, places: TensorPlaces) -> None:
         self.number = number
         self.target = target
+        self.places = places
         self.num_blocks_left = 0
         self.is_all_handed_out = False
 
@@ -61,7 +62,7 @@ class Work:
         self._lock = threading.Lock()
         self._blocks = self._all_blocks()
         self._open: set[ShardInWork] = set()
-        self._findings: LeafFindings = NOTHING_FOUND
+        self._findings = FindingsSum()
         self._error: BaseException | None = None
         self.is_stopped = False
         self.num_bytes_done = 0
@@ -72,7 +73,8 @@ class Work:
         shard: ShardInWork | None = None
         for block in blocks(self._plan):
             if shard is None or shard.number != block.shard:
-                shard = ShardInWork(block.shard, self._open_shard(block.shard))
+                places = TensorPlaces(self._plan.shards[block.shard])
+                shard = ShardInWork(block.shard, self._open_shard(block.shard), places)
                 self._open.add(shard)
             shard.num_blocks_left += 1
             shard.is_all_handed_out = block.is_last
@@ -94,7 +96,7 @@ class Work:
         if not findings:
             return
         with self._lock:
-            self._findings = combined((self._findings, findings))
+            self._findings.add(findings)
         if findings.nonfinite and self._plan.settings.on_nonfinite == ERROR:
             name, counts = next(iter(findings.nonfinite.items()))
             finding = nonfinite_finding(name, counts, self._plan)
@@ -135,7 +137,8 @@ class Work:
     @property
     def findings(self) -> LeafFindings:
         """What was found in all that is done."""
-        return self._findings
+        with self._lock:
+            return self._findings.total()
 
 
 def nonfinite_finding(name: str, counts: tuple[int, int, int], plan: MergePlan) -> str:

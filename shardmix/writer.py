@@ -5,7 +5,7 @@ No shard is ever buffered. Knows bytes and offsets, not tensors.
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,12 +50,15 @@ class ShardWriter:
         """Start to write a range to disk, so that `finish` has little to wait for."""
         start_writeback(self._descriptor, offset, nbytes)
 
-    def finish(self, head: bytes, *, fsync: bool) -> None:
-        """Write the file's first bytes, force it to disk if wanted, and close it.
+    def finish(self, head: Iterable[bytes], *, fsync: bool) -> None:
+        """Write the file's first bytes, in pieces, force it to disk if wanted, and close it.
 
         They come last: until then the file is not valid safetensors.
         """
-        self.write(0, memoryview(head))
+        position = 0
+        for piece in head:
+            self.write(position, memoryview(piece))
+            position += len(piece)
         try:
             if fsync:
                 os.fsync(self._descriptor)

@@ -107,7 +107,8 @@ def test_room_is_asked_for_within_the_budget_for_the_whole_process(monkeypatch):
     memory.check_room(50 * MIB, max_memory=150 * MIB, purpose="x: to decode it")
     with pytest.raises(
         BudgetError,
-        match="x: to decode it may take 151MiB in all but --max-memory is 150MiB; raise",
+        match="x: to decode it may take 151MiB in all but --max-memory is 150MiB; "
+        "what comes after it may take more; raise the budget",
     ):
         memory.check_room(51 * MIB, max_memory=150 * MIB, purpose="x: to decode it")
 

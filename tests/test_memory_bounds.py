@@ -74,6 +74,25 @@ def test_thousands_of_small_tensors_stay_within_the_projection(tmp_path):
     assert report["peak_rss_bytes"] <= report["projected_peak_bytes"]
 
 
+def test_tens_of_thousands_that_are_nowhere_neighbours_do_too(tmp_path):
+    """Each is a run of its own, and all that is made of a plan goes through every run."""
+    count = 60_000
+    names = [f"model.layers.{i}.experts.{j}.weight" for i in range(100) for j in range(600)]
+    for folder, ordered in (("a", names), ("b", names[::-1])):
+        save_model(tmp_path / folder, {}, config={})
+        entries = {
+            name: {"dtype": "F32", "shape": [16], "data_offsets": [64 * place, 64 * place + 64]}
+            for place, name in enumerate(ordered)
+        }
+        header = json.dumps(entries).encode()
+        head = len(header).to_bytes(8, "little") + header
+        (tmp_path / folder / "model.safetensors").write_bytes(head + bytes(64 * count))
+    words = (f"{tmp_path}/a=0.5", f"{tmp_path}/b=0.5", "-o", tmp_path / "out", "--no-fsync")
+    report = merge_report(*words)
+    assert report["num_tensors"] == count
+    assert report["peak_rss_bytes"] <= report["projected_peak_bytes"]
+
+
 def test_a_budget_counts_what_the_process_already_holds(large_models, tmp_path):
     """In a larger program the bound is one for the whole process."""
     a, b = large_models

@@ -5,7 +5,9 @@ import json
 import sys
 import threading
 from contextlib import closing
+from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -16,9 +18,13 @@ from safetensors.torch import save_file
 import shardmix
 from shardmix import engine
 from shardmix.errors import OutputError, SourceError
+from shardmix.findings import LeafFindings
 from shardmix.journal import open_journal
+from shardmix.output_shard import GrowingLeaves
+from shardmix.plan import OutputShard
 from shardmix.reducer import load_backend
 from shardmix.staging import open_staging
+from shardmix.work import Work
 from tests.models import (
     assert_same_bits,
     load_model,
@@ -379,6 +385,73 @@ def test_many_tensors_that_are_not_finite_do_not_flood_the_warnings(tmp_path):
     assert len(report.nonfinite) == 30
     assert len(report.warnings) == 11
     assert report.warnings[-1] == "20 more tensors hold NaN or Inf; --json lists them"
+
+
+@pytest.mark.parametrize("layout", ["one run", "a run each"])
+def test_nan_everywhere_has_each_header_read_once(tmp_path, monkeypatch, layout):
+    """Not once a strip, which is quadratic in the number of tensors."""
+    tensors = {f"t{number:03d}": torch.full((4,), torch.nan) for number in range(200)}
+    names, shards = sorted(tensors), None
+    if layout == "a run each":
+        shards = [names[::2], names[1::2]]
+    a = save_model(tmp_path / "a", tensors)
+    models = [(a, 0.5), (save_model(tmp_path / "b", tensors, shards=shards), 0.5)]
+    plan = shardmix.plan_merge(models)
+    assert sum(1 for _ in plan.runs()) == (1 if shards is None else 200)
+    reads = []
+    tensors_of = OutputShard.tensors
+
+    def counted(planned):
+        reads.append(planned.filename)
+        return tensors_of(planned)
+
+    monkeypatch.setattr(OutputShard, "tensors", counted)
+    report = shardmix.merge(models, tmp_path / "out", workers=1)
+    assert reads == ["model.safetensors"]
+    assert [found.name for found in report.nonfinite] == names
+    assert {found.num_nan for found in report.nonfinite} == {4}
+    text = (tmp_path / "out" / "shardmix.json").read_bytes()
+    assert text == msgspec.json.format(text, indent=2) + b"\n"
+    nan = {"nan": 4, "inf": 0, "overflowed": 0}
+    assert json.loads(text)["nonfinite"] == dict.fromkeys(names, nan)
+    reads.clear()
+    changed = bytearray((tmp_path / "out" / "model.safetensors").read_bytes())
+    changed[-16 * 200 :] = bytes(16 * 200)
+    (tmp_path / "out" / "model.safetensors").write_bytes(changed)
+    verified = shardmix.verify(
+        tmp_path / "out", recompute=True, sources={"a": a, "b": tmp_path / "b"}
+    )
+    assert len(verified.problems) >= 1
+    assert len(reads) <= 2
+
+
+class CountedInt(int):
+    """An int that counts how often it, or a sum that it went into, is added to another."""
+
+    additions = 0
+
+    def __radd__(self, other):
+        CountedInt.additions += 1
+        return CountedInt(int(other) + int(self))
+
+    __add__ = __radd__
+
+
+def test_a_finding_costs_no_more_for_those_before_it(tmp_path, monkeypatch):
+    """Neither in the whole merge nor within a leaf, which may hold 65,000 tensors."""
+    plan = shardmix.plan_merge(three_models(tmp_path))
+    work = Work(plan, lambda number: None)
+    no_shard = SimpleNamespace(take_in=lambda data: None)
+    leaves = GrowingLeaves(no_shard, SimpleNamespace(update=lambda data: []), memoryview(b""))
+    monkeypatch.setattr(CountedInt, "additions", 0)
+    for number in range(100):
+        counts = (CountedInt(1), CountedInt(0), CountedInt(0))
+        for _ in range(2):
+            findings = LeafFindings(nonfinite={f"t{number}": counts})
+            work.found(findings)
+            leaves.note(0, findings)
+    assert work.findings.nonfinite == {f"t{number}": (2, 0, 0) for number in range(100)}
+    assert CountedInt.additions <= 2 * 2 * 3 * 100
 
 
 def test_an_unknown_word_for_what_to_do_about_nan_is_refused(tmp_path):

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import tracemalloc
 
 import pytest
 import torch
@@ -44,6 +46,65 @@ def test_the_digest_depends_on_what_decides_the_bytes_alone(tmp_path):
     ]
     assert {plan.digest() for plan in same} == {digest}
     assert len({digest, *(plan.digest() for plan in other)}) == 5
+
+
+def test_the_digest_depends_on_every_run_and_header(tmp_path):
+    plan = shardmix.plan_merge(two_models(tmp_path, shards=[NAMES[::2], NAMES[1::2]]))
+    (shard,) = plan.shards
+    last = shard.runs[-1]
+    assert len(shard.runs) > 1
+    others = [
+        {"header": shard.header.replace("norm", "form")},
+        {"filename": "other.safetensors"},
+        {"runs": shard.runs[:-1]},
+        {"runs": (*shard.runs[:-1], dataclasses.replace(last, offsets=(0, *last.offsets[1:])))},
+        {"runs": (*shard.runs[:-1], dataclasses.replace(last, weights=(0.1, 0.9)))},
+    ]
+    plans = [
+        dataclasses.replace(plan, shards=(dataclasses.replace(shard, **change),))
+        for change in others
+    ]
+    assert len({plan.digest() for plan in (plan, *plans)}) == len(others) + 1
+
+
+def test_a_digest_takes_next_to_no_memory_however_long_the_plan(tmp_path):
+    plan = shardmix.plan_merge(two_models(tmp_path))
+    (shard,) = plan.shards
+    (run,) = shard.runs
+    long = dataclasses.replace(plan, shards=(dataclasses.replace(shard, runs=(run,) * 3000),))
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        long.digest()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(long.to_json()) > 500_000
+    assert peak - before < 100_000
+
+
+@pytest.mark.parametrize("letter", ["a", "ä", "\U0001f600"])
+def test_a_head_in_pieces_is_the_head(tmp_path, monkeypatch, letter):
+    """Of names in any script, and of such as look like a header's entry."""
+    monkeypatch.setattr("shardmix.plan._PIECE_NBYTES", 7)
+    entry = '"dtype":"F16","shape":[],"data_offsets":[0,1]'
+    tensors = {f"{letter}{entry}{n}": torch.ones(n).to(torch.bfloat16) for n in range(5)}
+    tensors["dtype"] = torch.arange(3)
+    models = [(save_model(tmp_path / name, tensors), 0.5) for name in "ab"]
+    plan = shardmix.plan_merge(models)
+    (shard,) = plan.shards
+    head = (tmp_path / "a" / "model.safetensors").read_bytes()[: shard.head_nbytes()]
+    assert b"".join(shard.head()) == head
+    for start in range(0, len(head) + 9, 5):
+        for stop in range(start, len(head) + 9, 11):
+            assert shard.head_between(start, stop) == head[start:stop]
+    header = json.loads(head[8:])
+    header.pop("__metadata__")
+    expected = [(name, own["dtype"], own["data_offsets"][1]) for name, own in header.items()]
+    assert list(shard.tensors()) == expected
+    assert {name: plan.tensor_dtype(name) for name in header} == {
+        name: own["dtype"] for name, own in header.items()
+    }
 
 
 def test_neighbours_everywhere_stream_as_one_run(tmp_path):

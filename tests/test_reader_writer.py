@@ -98,7 +98,7 @@ def test_strips_land_at_their_offsets_in_any_order(tmp_path):
     writer.write(18, memoryview(b"4444"))
     writer.write(14, memoryview(b"3333"))
     assert path.read_bytes()[:14] == bytes(14)  # no header yet: not valid safetensors
-    writer.finish((6).to_bytes(8, "little") + b"{    }", fsync=True)
+    writer.finish([(6).to_bytes(8, "little"), b"{    }"], fsync=True)
     assert path.read_bytes() == (6).to_bytes(8, "little") + b"{    }" + b"33334444"
 
 
