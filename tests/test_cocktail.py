@@ -190,7 +190,7 @@ def test_weights_survive_a_merge_that_fails(models, tmp_path, monkeypatch):
         raise OutputError("the disk is full")
 
     monkeypatch.setattr("shardmix.api.merge", fail)
-    with pytest.raises(OutputError, match=r"the disk is full; the weights .* gave: 0\.\d+ 0\.\d+"):
+    with pytest.raises(OutputError, match=r"the disk is full; .* gave the weights 0\.\d+ 0\.\d+:"):
         mix_models_with_data(models("llama"), "decoder", TEXTS, output_path=tmp_path / "mixed")
 
 

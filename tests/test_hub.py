@@ -165,7 +165,7 @@ def test_branches_tags_and_commits_merge_with_a_local_model(
 CUT_OFF = """
 import json, sys, shardmix
 from unittest import mock
-with mock.patch("shardmix.engine.write_companions", side_effect=KeyboardInterrupt):
+with mock.patch("shardmix.engine.write_provenance", side_effect=KeyboardInterrupt):
     try: shardmix.merge(json.loads(sys.argv[1]), sys.argv[2], fsync=False)
     except KeyboardInterrupt as error: print(error)
 """

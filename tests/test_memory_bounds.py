@@ -130,7 +130,7 @@ def test_going_on_stays_within_the_projection(large_models, tmp_path):
     words = json.dumps({str(a): 0.5, str(b): 0.5})
     cut_off = (
         "import json, sys, shardmix\nfrom unittest import mock\n"
-        "with mock.patch('shardmix.engine.write_companions', side_effect=KeyboardInterrupt):\n"
+        "with mock.patch('shardmix.engine.write_provenance', side_effect=KeyboardInterrupt):\n"
         "    try: shardmix.merge(json.loads(sys.argv[1]), sys.argv[2], fsync=False)\n"
         "    except KeyboardInterrupt as error: print(error)"
     )
