@@ -192,8 +192,8 @@ def test_whenever_a_mapped_source_shrinks_the_outcome_is_right_or_an_error(tmp_p
             def begin(_):
                 if cutter is not None and cutter.ident is None:
                     cutter.start()
-            report = shardmix.merge(weights, output, io="mmap", backend=backend, restart=True, fsync=False,
-                                    workers=2, on_progress=begin)
+            report = shardmix.merge(weights, output, io="mmap", backend=backend, fsync=False,
+                                    restart=True, workers=2, on_progress=begin)
             content = open(output + "/model.safetensors", "rb").read()
             shutil.rmtree(output)
             return content, report.seconds
