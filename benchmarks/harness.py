@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).resolve().parent
-DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 # Nothing to look up: the models are folders.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -89,27 +88,6 @@ def run_or_exit(argv: Sequence[str | Path], **options: Mapping[str, str]) -> Fin
         command = " ".join(map(str, argv))
         raise SystemExit(f"{finished.stderr}\nfailed ({finished.returncode}): {command}")
     return finished
-
-
-def can_drop_caches() -> bool:
-    """Whether this process may empty the page cache (root on Linux)."""
-    return os.access(DROP_CACHES, os.W_OK)
-
-
-def drop_caches() -> None:
-    """Write dirty pages back, then empty the page cache."""
-    os.sync()
-    DROP_CACHES.write_text("3")
-
-
-def read_into_cache(folders: Iterable[Path]) -> None:
-    """Read every file of the folders once, so that it is in the page cache."""
-    buffer = bytearray(1024**2)
-    for folder in folders:
-        for path in sorted(folder.iterdir()):
-            with path.open("rb", buffering=0) as file:
-                while file.readinto(buffer):
-                    pass
 
 
 def wait_until_idle(*, limit_s: float = 20.0, busy_share: float = 0.2) -> float:

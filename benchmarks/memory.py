@@ -21,8 +21,6 @@ from control_group import NoMemoryGroupError, memory_group
 from harness import (
     Finished,
     Workspace,
-    can_drop_caches,
-    drop_caches,
     mib,
     print_table,
     remove,
@@ -31,6 +29,7 @@ from harness import (
     write_csv,
 )
 from machine import print_facts
+from page_cache import can_drop_caches, drop_caches
 
 NUM_MODELS = (2, 8)
 IO_MODES = ("mmap", "pread")

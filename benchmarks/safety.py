@@ -15,7 +15,6 @@ from harness import (
     OFFLINE,
     Workspace,
     print_table,
-    read_into_cache,
     run_or_exit,
     spread,
     wait_until_idle,
@@ -23,6 +22,7 @@ from harness import (
     write_csv,
 )
 from machine import print_facts
+from page_cache import read_into_cache
 
 
 def main() -> None:

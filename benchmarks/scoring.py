@@ -21,7 +21,6 @@ from harness import (
     Workspace,
     mib,
     print_table,
-    read_into_cache,
     run_or_exit,
     spread,
     wait_until_idle,
@@ -29,6 +28,7 @@ from harness import (
     write_csv,
 )
 from machine import print_facts
+from page_cache import read_into_cache
 from scoring_task import ScoringTask, made_up_examples, read_examples, write_examples
 
 MAX_WEIGHT_DIFFERENCE = 1e-4

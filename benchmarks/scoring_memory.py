@@ -26,8 +26,6 @@ from harness import (
     OFFLINE,
     Finished,
     Workspace,
-    can_drop_caches,
-    drop_caches,
     mib,
     print_table,
     run,
@@ -37,6 +35,7 @@ from harness import (
     write_csv,
 )
 from machine import print_facts
+from page_cache import can_drop_caches, drop_caches
 from scoring_task import ScoringTask, made_up_examples, read_examples, write_examples
 
 MAX_READS = 1.1

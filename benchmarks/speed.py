@@ -22,9 +22,6 @@ from harness import (
     BENCHMARKS,
     OFFLINE,
     Workspace,
-    can_drop_caches,
-    drop_caches,
-    read_into_cache,
     remove,
     run_or_exit,
     wait_until_idle,
@@ -32,6 +29,7 @@ from harness import (
     write_csv,
 )
 from machine import print_facts
+from page_cache import Filler, can_drop_caches, drop_caches, read_into_cache
 from speed_report import TOOLS, Sample, print_report
 
 WEIGHTS = (0.5, 0.3, 0.2)
@@ -109,28 +107,34 @@ def contestants(args: argparse.Namespace, models: Sequence[Path], recipe: Path) 
     return [one for one in everyone if one.tool in args.tools]
 
 
-def prepare(cache: str, contestant: Contestant, models: Sequence[Path], output: Path) -> float:
+def prepare(
+    cache: str, contestant: Contestant, models: Sequence[Path], output: Path, filler: Filler
+) -> float:
     """Bring caches and disk to the same state; how busy others keep the cores, from 0 to 1."""
+    remove(output)
     os.sync()
     if cache == "cold":
         drop_caches()
         # Cold are the checkpoints, not the tools: start-up from disk is not what is compared.
         module = "mergekit.scripts.run_yaml" if contestant.tool.endswith("mergekit") else "torch"
         run_or_exit([contestant.python, "-c", f"import {module}"])
-    else:
+    filler.fill()
+    if cache == "warm":
         read_into_cache(models)
-    busy = wait_until_idle()
-    # Last, so that every tool writes into memory freed just now: a virtual machine's host takes
-    # free memory back, and the first touch of what it took can cost more than the write itself.
-    remove(output)
-    return busy
+    return wait_until_idle()
 
 
 def measure(
-    contestant: Contestant, *, cache: str, number: int, models: Sequence[Path], output: Path
+    contestant: Contestant,
+    *,
+    cache: str,
+    number: int,
+    models: Sequence[Path],
+    output: Path,
+    filler: Filler,
 ) -> Sample:
     """Run one contestant once and check that it wrote as many bytes as a model has."""
-    busy = prepare(cache, contestant, models, output)
+    busy = prepare(cache, contestant, models, output, filler)
     finished = run_or_exit(contestant.command(output), environment=OFFLINE)
     written = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     expected = sum(path.stat().st_size for path in models[0].glob("*.safetensors"))
@@ -159,11 +163,11 @@ def measure_all(
     rounds: int,
     models: Sequence[Path],
     output: Path,
+    filler: Filler,
 ) -> list[Sample]:
     """All rounds, each in an order of its own. Round 0 warms up and is not kept.
 
-    Shuffled, not rotated: a tool that writes right after one that freed much memory finds that
-    memory at hand, and in a rotation each tool would have the same one before it every time.
+    Shuffled, not rotated: in a rotation each tool would have the same one before it every time.
     """
     samples = []
     shuffler = random.Random(SHUFFLE_SEED)
@@ -171,7 +175,14 @@ def measure_all(
         for contestant in shuffler.sample(everyone, len(everyone)):
             if number == 0 and contestant.tool != "floor":
                 continue
-            sample = measure(contestant, cache=cache, number=number, models=models, output=output)
+            sample = measure(
+                contestant,
+                cache=cache,
+                number=number,
+                models=models,
+                output=output,
+                filler=filler,
+            )
             mode = "fsync" if sample.fsync else "-"
             print(f"{cache} round {number}: {sample.tool:16}{mode:6}{sample.wall_s:8.2f} s wall")
             if number:
@@ -215,6 +226,7 @@ def main() -> None:
             rounds=args.rounds,
             models=models,
             output=workspace.scratch("merged"),
+            filler=Filler(workspace.scratch("filler")),
         )
     print_report(samples)
     write_csv(args.csv, [asdict(sample) for sample in samples])
