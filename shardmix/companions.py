@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from shardmix import naming
 from shardmix.checkpoint import CONFIG_NAME
 from shardmix.errors import SourceError, shown
-from shardmix.filesystem import refuse_link_outside
+from shardmix.filesystem import refuse_link_outside, walk
 from shardmix.json_files import file_name_finding, read_json
 from shardmix.sentence_modules import MODULES_NAME
 
@@ -64,10 +64,10 @@ def _files_below(folder: Path, subfolder: str) -> Iterator[str]:
     so refused as what is no file.
     """
     refuse_link_outside(folder, folder / subfolder)
-    for path, subfolders, files in os.walk(folder / subfolder):
-        links = [name for name in subfolders if (Path(path) / name).is_symlink()]
+    for path, subfolders, files in walk(folder / subfolder):
+        links = [name for name in subfolders if (path / name).is_symlink()]
         for name in (*files, *links):
-            yield (Path(path) / name).relative_to(folder).as_posix()
+            yield (path / name).relative_to(folder).as_posix()
 
 
 def _module_folders(folder: Path) -> list[str]:

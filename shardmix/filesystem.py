@@ -10,7 +10,7 @@ import functools
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,6 +46,21 @@ def read_regular(path: Path, *, max_nbytes: int) -> bytes:
         if nbytes > max_nbytes:
             raise OSError(errno.EFBIG, f"{nbytes} bytes, more than the {max_nbytes} allowed")
         return file.read(max_nbytes)
+
+
+def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Yield each folder below one, itself first: its path, its folders' names, its files' names.
+
+    One that is not there has nothing in it. Raises `OSError` for one that cannot be read: what it
+    holds is not to be passed over in silence.
+    """
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for path, folders, files in os.walk(folder, onerror=fail):
+        yield Path(path), folders, files
 
 
 def refuse_link_outside(folder: Path, path: Path) -> None:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from shardmix.errors import OutputError, SourceError
-from shardmix.filesystem import free_nbytes
+from shardmix.filesystem import free_nbytes, walk
 from shardmix.naming import is_companion_file
 from shardmix.provenance import PROVENANCE_NAME, read_provenance
 from shardmix.units import format_size
@@ -118,9 +118,9 @@ def _not_the_models(folder: Path) -> Iterator[str]:
     written: Collection[str] = ()
     with suppress(SourceError):
         written = read_provenance(folder).digests.files
-    for path, _, names in os.walk(folder):
+    for path, _, names in walk(folder):
         for name in names:
-            file = (Path(path) / name).relative_to(folder).as_posix()
+            file = (path / name).relative_to(folder).as_posix()
             is_own = file in written if written else _may_be_a_models(file)
             if not is_own and file not in _BESIDE_A_MODEL and not file.startswith(_HUB_LEFTOVERS):
                 yield file

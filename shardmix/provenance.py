@@ -14,7 +14,7 @@ import msgspec
 from shardmix._version import __version__
 from shardmix.digests import ALGORITHMS, LEAF_NBYTES, file_digest
 from shardmix.errors import SourceError, one_line, writing_failed
-from shardmix.filesystem import open_regular
+from shardmix.filesystem import open_regular, walk
 from shardmix.findings import LeafFindings
 from shardmix.plan import MergePlan
 
@@ -190,7 +190,7 @@ def _file_records(
 ) -> list[tuple[str, FileRecord]]:
     """Return every file's record, by name; the shards were hashed as they were written."""
     records = []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(where / name for where, _, names in walk(folder) for name in names):
         name = path.relative_to(folder).as_posix()
         if name in NOT_DIGESTED:
             continue

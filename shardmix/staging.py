@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shardmix.errors import OutputError, writing_failed
-from shardmix.filesystem import read_regular
+from shardmix.filesystem import read_regular, walk
 from shardmix.locks import LOCK_NAME, lock_folder
 from shardmix.output_path import check_output
 
@@ -269,10 +269,10 @@ def _exchange(folder: Path, output: Path, *, aside: Path) -> None:
 
 def _fsync_tree(folder: Path) -> None:
     """Force a tree's files and folders to disk; for shards, which were, that costs nothing."""
-    for path, _, names in os.walk(folder):
+    for path, _, names in walk(folder):
         for name in names:
-            _fsync(Path(path) / name)
-        _fsync(Path(path))
+            _fsync(path / name)
+        _fsync(path)
 
 
 def _fsync(path: Path) -> None:

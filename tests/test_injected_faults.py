@@ -15,6 +15,7 @@ NEW_OUTPUT = Variation(sharded=False, fsync=True)
 OVERWRITING = Variation(overwrite=True, sharded=False)
 SHARD = ".out.shardmix/model/model.safetensors"
 JOURNAL = ".out.shardmix/journal"
+MODEL = ".out.shardmix/model"
 MARKER = ".out.shardmix/placing"
 
 
@@ -48,17 +49,25 @@ def made(bench):
         ("close", SHARD, 0, errno.EIO, "cannot be written (Input/output error); "),
         ("write", ".out.shardmix/model/README.md", -1, errno.ENOSPC, "the disk is full"),
         ("close", ".out.shardmix/model/shardmix.json", 0, errno.EIO, "shardmix.json: cannot be"),
+        (
+            "scandir",
+            MODEL,
+            -2,
+            errno.EACCES,
+            "shardmix.json: cannot be written (Permission denied)",
+        ),
+        ("scandir", MODEL, -1, errno.EACCES, "cannot be finished (Permission denied)"),
         ("write", MARKER, -1, errno.ENOSPC, "the disk is full"),
         (
             "fsync",
-            ".out.shardmix/model",
+            MODEL,
             -1,
             errno.EIO,
             "cannot be finished (Input/output error); ",
         ),
         (
             "rename",
-            ".out.shardmix/model",
+            MODEL,
             -1,
             errno.EIO,
             "cannot be finished (Input/output error); ",
@@ -126,7 +135,7 @@ def test_what_fails_once_the_output_is_in_place_is_made_up_for_by_the_next_run(
 
 def test_a_failed_exchange_leaves_the_old_model(bench, made):
     merge = bench.merge(OVERWRITING)
-    at = nth(made[OVERWRITING], "renameat2", ".out.shardmix/model")
+    at = nth(made[OVERWRITING], "renameat2", MODEL)
     done = merge.run(Fault(at=at, action="error", number=errno.EIO))
     assert "cannot be finished (Input/output error); " in done.stderr
     assert merge.trouble_after_end() == ""

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -96,6 +98,23 @@ def test_module_folders_of_sentence_transformers_are_copied_whole(tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == content
     assert not (tmp_path / "out" / "3_Unused").exists()
     assert any("Projection/model.safetensors: copied, not merged" in w for w in report.warnings)
+
+
+def test_a_module_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    models = two_models(tmp_path)
+    modules = {"modules.json": b'[{"path": "1_Pooling"}]', "1_Pooling/config.json": b"{}"}
+    add_files(models[0][0], modules)
+    scandir = os.scandir
+
+    def deny(path):
+        if str(path).endswith("1_Pooling"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    with pytest.raises(SourceError, match="1_Pooling: cannot be read"):
+        shardmix.merge(models, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("path", ["../elsewhere", "/etc", "a/../../b"])

@@ -336,7 +336,10 @@ def injected(harness: Harness) -> None:
                     at=at,
                     action="error",
                     number=number,
-                    is_after=operation in ("rename", "renameat2") and chance.random() < 0.3,
+                    # A system that does not know a call has not carried it out.
+                    is_after=operation in ("rename", "renameat2")
+                    and number != errno.EINVAL
+                    and chance.random() < 0.3,
                     is_lasting=chance.random() < 0.3,
                     **how,
                 )
