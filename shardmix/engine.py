@@ -6,7 +6,7 @@ progress goes to a callback, as events.
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from shardmix.output_shard import GrowingShard
 from shardmix.plan import MergePlan
 from shardmix.provenance import write_provenance
 from shardmix.reader import Reader, check_unchanged, open_reader
-from shardmix.reducer import Backend, Reducer, make_reducers
+from shardmix.reducer import Backend, Reducer, Reducers
 from shardmix.safetensors_layout import element_nbytes
 from shardmix.staging import Staging
 from shardmix.tensor_findings import strip_findings
@@ -187,7 +187,7 @@ def _stop_if_cancelled(work: Work, cancel: threading.Event | None) -> None:
 def _work_through(plan: MergePlan, backend: Backend, work: Work, end: threading.Event) -> None:
     """Merge block after block until there is none left: what each worker does."""
     try:
-        reducers = make_reducers(backend, strip_nbytes=plan.memory.strip_nbytes)
+        reducers = Reducers(backend, strip_nbytes=plan.memory.strip_nbytes)
         buffer = memoryview(bytearray(READ_NBYTES))
         with closing(open_reader(plan.settings.io, plan.files)) as reader:
             while (handed_out := work.next_block()) is not None:
@@ -206,7 +206,7 @@ def _merge_block(
     shard: ShardInWork,
     block: Block,
     reader: Reader,
-    reducers: Mapping[str, Reducer],
+    reducers: Reducers,
     buffer: memoryview,
 ) -> bool:
     """Merge what is not there yet of a block; return whether it was not stopped before its end."""
@@ -247,5 +247,6 @@ def _merge_strip(strip: Strip, reader: Reader, reducer: Reducer) -> memoryview:
     ):
         position = offset + start * element_nbytes(dtype)
         reducer.add(source, reader.view(file, position, reducer.staging(source)))
-        reader.release()
-    return reducer.finish()
+    data = reducer.finish()
+    reader.release()
+    return data

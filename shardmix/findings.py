@@ -1,6 +1,7 @@
 """What there is to tell of merged data besides its bytes: NaN, Inf, and integers that differ."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import msgspec
 
@@ -18,6 +19,18 @@ class LeafFindings(msgspec.Struct, array_like=True, frozen=True):
 
 
 NOTHING_FOUND = LeafFindings()
+
+
+@dataclass(frozen=True, slots=True)
+class NonfiniteCounts:
+    """How many elements of some output are not finite."""
+
+    num_nan: int
+    """NaNs."""
+    num_inf: int
+    """Infinities of either sign, those that overflowed among them."""
+    num_overflowed: int
+    """Infinities whose sum was finite: rounding it to the output's dtype made them."""
 
 
 class FindingsSum:

@@ -25,14 +25,15 @@ BUFFERS_PER_WORKER = 4
 
 # What measured fastest: large enough to hide the interpreter (torch makes three passes of a dozen
 # calls), small enough for the caches. A GPU wants larger copies.
-BEST_STRIP_NBYTES = {"numba": 1 * MIB, "torch": 2 * MIB, "cuda": 32 * MIB}
+BEST_STRIP_NBYTES = {"llvm": 1 * MIB, "torch": 2 * MIB, "cuda": 32 * MIB}
 LEAST_STRIP_NBYTES = 64 * KIB
 
 # What a library takes in memory once imported and first used, for planning in a process that has
-# not loaded it. Measured: 190-195 MiB for the CPU build of torch 2.13, 110-130 MiB for numba 0.68
-# with its kernels. A CUDA build's libraries and a CUDA context add to torch. Before a merge
+# not loaded it. Measured: 190-195 MiB for the CPU build of torch 2.13, XX MiB for llvmlite 0.50
+# with a kernel. A CUDA build's libraries and a CUDA context add to torch. Before a merge
 # starts, the measured figure takes the place of these.
-_LIBRARY_NBYTES = {"torch": 200 * MIB, "numba": 140 * MIB}
+_LIBRARY_NBYTES = {"torch": 200 * MIB, "llvm": 80 * MIB}
+_MODULES = {"torch": "torch", "llvm": "llvmlite"}
 _TORCH_CUDA_BUILD_NBYTES = 450 * MIB
 _CUDA_CONTEXT_NBYTES = 600 * MIB
 
@@ -107,11 +108,11 @@ def give_back_large_blocks() -> None:
 def reserved_nbytes(*, library: str, on_cuda: bool) -> int:
     """Return what the process holds, or will once its library is loaded, before any strip.
 
-    `library` does the sums: torch or numba. What is resident now counts, so that a budget is one
+    `library` does the sums: torch or llvm. What is resident now counts, so that a budget is one
     for the whole process also where shardmix is called from a larger program.
     """
     reserved = resident_nbytes() + _RUN_NBYTES
-    if library not in sys.modules:
+    if _MODULES[library] not in sys.modules:
         cuda_build = library == "torch" and torch_has_cuda_build()
         reserved += _TORCH_CUDA_BUILD_NBYTES if cuda_build else _LIBRARY_NBYTES[library]
     if on_cuda and not _cuda_context_exists():

@@ -7,11 +7,11 @@ from shardmix.devices import resolve_device
 from shardmix.digests import XXH3, check_algorithm
 from shardmix.errors import RecipeError
 from shardmix.memory import MOST_WORKERS
-from shardmix.plan import ERROR, NUMBA, TORCH, WARN, RunSettings
+from shardmix.plan import ERROR, LLVM, TORCH, WARN, RunSettings
 from shardmix.units import parse_size
 
 IO_CHOICES = ("auto", "mmap", "pread")
-BACKEND_CHOICES = ("auto", TORCH, NUMBA)
+BACKEND_CHOICES = ("auto", TORCH, LLVM)
 
 
 class MergeOptions(TypedDict, total=False):
@@ -36,7 +36,7 @@ class MergeOptions(TypedDict, total=False):
     io: str
     """How sources are read: auto (default), mmap or pread. All bounded, all the same bytes."""
     backend: str
-    """What does the sums: auto (default), torch, or numba (extra `fast`). All the same bytes."""
+    """What does the sums: auto (default), torch or llvm. All the same bytes."""
     workers: int | None
     """Threads; default: one a core."""
     overwrite: bool

@@ -23,10 +23,10 @@ AGREE = "agree"
 
 TORCH = "torch"
 """Backend: every dtype, on the CPU and on GPUs."""
-NUMBA = "numba"
-"""Backend: compiled loops for bfloat16 and float32 on the CPU, without torch in the process."""
-NUMBA_DTYPES = frozenset({"BF16", "F32"})
-"""What those loops read and write."""
+LLVM = "llvm"
+"""Backend: compiled kernels on the CPU, without torch in the process."""
+LLVM_DTYPES = frozenset({"BF16", "F16", "F32"})
+"""What those kernels read and write."""
 
 WARN = "warn"
 """On NaN and Inf in the output: count them, and tell of them."""
@@ -159,7 +159,7 @@ class RunSettings:
     io: str = "auto"
     """How sources are read: mmap, pread, or auto until the planner has looked at the disks."""
     backend: str = "auto"
-    """What does the sums: TORCH, NUMBA, or auto until the planner has seen the dtypes."""
+    """What does the sums: TORCH, LLVM, or auto until the planner has seen the dtypes."""
     workers: int | None = None
     """Threads; None: as many as speed needs."""
     max_memory_nbytes: int | None = None

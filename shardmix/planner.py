@@ -19,8 +19,8 @@ from shardmix.matching import MatchedTensors, match_tensors
 from shardmix.memory import BEST_STRIP_NBYTES, MemoryPlan, fit_memory, reserved_nbytes
 from shardmix.plan import (
     LINEAR,
-    NUMBA,
-    NUMBA_DTYPES,
+    LLVM,
+    LLVM_DTYPES,
     TORCH,
     MergePlan,
     OutputShard,
@@ -163,26 +163,26 @@ def public_name(checkpoint: Checkpoint) -> str:
 def _decided(settings: RunSettings, shards: Sequence[OutputShard]) -> RunSettings:
     """Return the settings with every `auto` decided.
 
-    Sources are read by pread: measured faster than mapping. numba sums where it is installed and
-    knows all the dtypes. Raises `RecipeError` where numba was asked for and can't.
+    Sources are read by pread: measured faster than mapping. Kernels sum where llvmlite is installed
+    and they know all the dtypes. Raises `RecipeError` where they were asked for and can't.
     """
     io, backend = settings.io, settings.backend
     if io == "auto":
         io = "pread"
-    finding = _numba_finding(settings, shards)
-    if backend == NUMBA and finding is not None:
-        raise RecipeError(f"backend numba: {finding}; use --backend torch (backend='torch')")
+    finding = _llvm_finding(settings, shards)
+    if backend == LLVM and finding is not None:
+        raise RecipeError(f"backend llvm: {finding}; use --backend torch (backend='torch')")
     if backend == "auto":
-        backend = NUMBA if finding is None else TORCH
+        backend = LLVM if finding is None else TORCH
     return replace(settings, io=io, backend=backend)
 
 
-def _numba_finding(settings: RunSettings, shards: Sequence[OutputShard]) -> str | None:
-    """Say why the sums cannot be numba's, or None if they can."""
+def _llvm_finding(settings: RunSettings, shards: Sequence[OutputShard]) -> str | None:
+    """Say why the sums cannot be the kernels', or None if they can."""
     if settings.on_cuda:
         return "it sums on the CPU alone"
-    if importlib.util.find_spec("numba") is None:
-        return "numba is not installed (pip install 'shardmix[fast]')"
+    if importlib.util.find_spec("llvmlite") is None:
+        return "llvmlite is not installed (pip install llvmlite)"
     dtypes = {
         dtype
         for shard in shards
@@ -190,5 +190,5 @@ def _numba_finding(settings: RunSettings, shards: Sequence[OutputShard]) -> str 
         if run.reduction == LINEAR
         for dtype in (*run.dtypes, run.out_dtype)
     }
-    others = sorted(dtypes - NUMBA_DTYPES)
+    others = sorted(dtypes - LLVM_DTYPES)
     return f"it does not know {', '.join(others)}" if others else None

@@ -25,6 +25,8 @@ from shardmix.mapped_faults import GuardedRange, guard, unguard
 # Files that one worker keeps open (each once more where it is mapped); enough for the shards in
 # use at one time, and with eight workers still far from the usual limit of 1024.
 _MAX_OPEN_FILES = 32
+# Of how many sources one strip can be mapped; of more, the others are read.
+_MAX_MAPPED_AT_ONCE = 24
 
 # A fault maps neighbours of the page it was for, up to a whole huge page: give them back too.
 _GIVE_BACK_ALIGNMENT = 2 << 20
@@ -62,11 +64,11 @@ class Reader(Protocol):
     def view(self, file: int, offset: int, into: memoryview) -> memoryview:
         """Return `len(into)` bytes of a file from `offset`: mapped, or read into `into`.
 
-        Valid until `release` or the next `view`. Raises `SourceError`.
+        Valid until `release`. Raises `SourceError`.
         """
 
     def release(self) -> None:
-        """End the use of the last view; whatever came of it counts only after this.
+        """End the use of all views; whatever came of them counts only after this.
 
         Raises `SourceError` where a mapped view held bytes that the file did not.
         """
@@ -231,14 +233,16 @@ class MmapReader:
     def __init__(self, files: Sequence[SizedFile]) -> None:
         self._open = _OpenFiles(files)
         self._maps: dict[int, tuple[mmap.mmap, GuardedRange]] = {}
-        self._used: _View | None = None
+        self._used: list[_View] = []
+        self._others = PreadReader(files)
 
     def view(self, file: int, offset: int, into: memoryview) -> memoryview:
         """Return the mapped range; `into` gives its length."""
-        self.release()
+        if len(self._used) == _MAX_MAPPED_AT_ONCE:
+            return self._others.view(file, offset, into)
         mapping = self._mapping(file)
         content = memoryview(mapping)[offset : offset + len(into)]
-        self._used = _View(file, mapping, content, offset, len(into))
+        self._used.append(_View(file, mapping, content, offset, len(into)))
         if offset % _ELEMENT_ALIGNMENT:
             # A header of odd length, or an odd tensor before this one: typed loads want alignment.
             into[:] = content
@@ -259,34 +263,30 @@ class MmapReader:
                 raise SourceError(
                     f"{self._open.path(file)}: cannot be mapped ({error.strerror}); use --io pread"
                 ) from None
-            evicted = self._open.evict_oldest()
-            if evicted is not None:
-                self._unmap(evicted)
         return self._maps[file][0]
 
     def release(self) -> None:
-        """Give the pages of the last view back to the system; raise if they were not the file's."""
-        used = self._used
-        if used is None:
-            return
-        self._give_back()
-        # After the use: what was cut off before it is seen now, in the middle of a page, too,
-        # where the rest of the page reads as zeros and nothing faults.
-        nbytes_now = self._open.nbytes_now(used.file)
-        if nbytes_now < used.offset + used.nbytes:
-            raise _cut_short(self._open.path(used.file), nbytes_now)
-        if self._maps[used.file][1].failed:
-            raise _reading_failed(self._open.path(used.file), errno.EIO)
+        """Give the views' pages back to the system; raise if they were not the files'."""
+        for used in self._give_back():
+            # After the use: what was cut off before it is seen now, in the middle of a page, too,
+            # where the rest of the page reads as zeros and nothing faults.
+            nbytes_now = self._open.nbytes_now(used.file)
+            if nbytes_now < used.offset + used.nbytes:
+                raise _cut_short(self._open.path(used.file), nbytes_now)
+            if self._maps[used.file][1].failed:
+                raise _reading_failed(self._open.path(used.file), errno.EIO)
 
-    def _give_back(self) -> None:
-        if self._used is None:
-            return
-        used, self._used = self._used, None
-        with suppress(BufferError):  # after an error its traceback may still hold the view
-            used.content.release()
-        start = used.offset - used.offset % _GIVE_BACK_ALIGNMENT
-        stop = min(used.offset + used.nbytes + _GIVE_BACK_ALIGNMENT, len(used.mapping))
-        used.mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
+    def _give_back(self) -> list[_View]:
+        given, self._used = self._used, []
+        for used in given:
+            with suppress(BufferError):  # after an error its traceback may still hold the view
+                used.content.release()
+            start = used.offset - used.offset % _GIVE_BACK_ALIGNMENT
+            stop = min(used.offset + used.nbytes + _GIVE_BACK_ALIGNMENT, len(used.mapping))
+            used.mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
+        while (evicted := self._open.evict_oldest()) is not None:  # now that none is in use
+            self._unmap(evicted)
+        return given
 
     def _unmap(self, file: int) -> None:
         mapping, guarded = self._maps.pop(file)
@@ -300,3 +300,4 @@ class MmapReader:
             with suppress(BufferError):
                 self._unmap(next(iter(self._maps)))
         self._open.close()
+        self._others.close()

@@ -35,7 +35,7 @@ class PlanReport:
     io: str
     """How sources are read: mmap or pread."""
     backend: str
-    """What does the sums: torch or numba."""
+    """What does the sums: torch or llvm."""
     strip_bytes: int
     """Size of one strip's accumulator; no buffer of a strip is larger."""
     workers: int
@@ -103,7 +103,7 @@ class MergeReport:
     io: str
     """How sources were read: mmap or pread."""
     backend: str
-    """What does the sums: torch or numba."""
+    """What does the sums: torch or llvm."""
     strip_bytes: int
     """Size of one strip's accumulator; no buffer of a strip is larger."""
     workers: int

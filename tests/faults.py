@@ -161,7 +161,7 @@ class Variation:
             overwrite=chance.random() < 0.5,
             digest=chance.choice(["xxh3", "blake3", "sha256"]),
             io=chance.choice(["pread", "mmap"]),
-            backend=chance.choice(["torch", "numba"]),
+            backend=chance.choice(["torch", "llvm"]),
             workers=chance.choice([1, 2]),
             fsync=chance.random() < 0.7,
         )

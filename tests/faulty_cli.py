@@ -358,7 +358,7 @@ def serve(leaf_nbytes):
         place = Path(folder)
         models = [save_model(place / name, random_model(1, torch.bfloat16)) for name in "ab"]
         words = ["merge", *(f"{model}=0.5" for model in models), "--quiet", "--device", "cpu"]
-        for backend in ("torch", "numba"):
+        for backend in ("torch", "llvm"):
             sys.argv = ["shardmix", *words, "--backend", backend, "-o", str(place / backend)]
             with contextlib.suppress(SystemExit):
                 main()

@@ -9,7 +9,7 @@ from shardmix.reducer.torch_sum import TorchBackend
 
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 FLOATS = list(NAMES)
-COMPILED = [torch.bfloat16, torch.float32]
+COMPILED = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def run_of(dtypes, out_dtype, weights, num_elements, reduction=LINEAR):
@@ -33,11 +33,11 @@ def raw_bytes(tensor):
 
 
 def backend_of(name, run):
-    if name == "numba":
-        pytest.importorskip("numba", reason="needs numba (extra `fast`)")
-        from shardmix.reducer.numba_sum import NumbaBackend
+    if name == "llvm":
+        pytest.importorskip("llvmlite", reason="needs llvmlite")
+        from shardmix.reducer.llvm_sum import LlvmBackend
 
-        return NumbaBackend([run])
+        return LlvmBackend([run])
     return TorchBackend(name)
 
 
@@ -45,7 +45,7 @@ def reduced_strips(sources, weights, out_dtype, *, strip_nbytes=1 << 16, backend
     """Reduce whole tensors strip by strip, as the engine does; yield each strip's first element,
     its reducer and its bytes, before the next one takes their place.
 
-    `backend` is numba, or torch's name of a device.
+    `backend` is llvm, or torch's name of a device.
     """
     run = run_of([NAMES[s.dtype] for s in sources], NAMES[out_dtype], weights, sources[0].numel())
     reducer = backend_of(backend, run).make_reducer(strip_nbytes=strip_nbytes)

@@ -55,8 +55,8 @@ def test_planning_inspecting_status_and_verifying_load_no_torch(tmp_path):
     assert loaded_after(code) == "[]"
 
 
-def test_a_merge_of_bfloat16_on_the_cpu_needs_no_torch_where_numba_is(tmp_path):
-    pytest.importorskip("numba", reason="needs numba (extra `fast`)")
+def test_a_merge_of_bfloat16_on_the_cpu_needs_no_torch_where_llvm_is(tmp_path):
+    pytest.importorskip("llvmlite", reason="needs llvmlite")
     a, b = (save_model(tmp_path / name, random_model(1, torch.bfloat16)) for name in "ab")
     models = f"{{{str(a)!r}: 0.5, {str(b)!r}: 0.5}}"
     assert (

@@ -63,9 +63,9 @@ def test_killed_at_any_step_of_the_placing_nothing_is_lost(bench, variation, how
 @pytest.mark.parametrize(
     ("variation", "changes"),
     [
-        (Variation(), {"io": "mmap", "backend": "numba", "workers": 2}),
-        (Variation(sharded=False, digest="sha256", backend="numba"), {"workers": 2}),
-        (Variation(overwrite=True, digest="blake3", workers=2), {"backend": "numba"}),
+        (Variation(), {"io": "mmap", "backend": "llvm", "workers": 2}),
+        (Variation(sharded=False, digest="sha256", backend="llvm"), {"workers": 2}),
+        (Variation(overwrite=True, digest="blake3", workers=2), {"backend": "llvm"}),
     ],
     ids=["xxh3", "sha256", "blake3"],
 )

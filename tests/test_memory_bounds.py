@@ -30,11 +30,11 @@ def least_budget(models, *options):
     return int(refusal.split("works here is ")[1].split("MiB")[0]) * MIB
 
 
-@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("backend", ["torch", "llvm"])
 @pytest.mark.parametrize("io", ["mmap", "pread"])
 def test_a_tensor_larger_than_the_budget_merges_within_it(large_models, tmp_path, io, backend):
-    if backend == "numba":
-        pytest.importorskip("numba", reason="needs numba (extra `fast`)")
+    if backend == "llvm":
+        pytest.importorskip("llvmlite", reason="needs llvmlite")
     options = ("--io", io, "--backend", backend, "--workers", 2, "--no-fsync")
     budget = least_budget(large_models, *options) + MIB
     assert budget < 400 * MIB

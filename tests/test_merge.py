@@ -291,20 +291,20 @@ def test_torchs_threads_are_left_as_they_were(tmp_path):
         torch.set_num_threads(before)
 
 
-def test_dtypes_that_numba_does_not_know_are_torchs(tmp_path):
-    models = three_models(tmp_path, (torch.float16,) * 3)
+def test_dtypes_that_kernels_do_not_know_are_torchs(tmp_path):
+    models = three_models(tmp_path, (torch.float64,) * 3)
     assert shardmix.merge(models, tmp_path / "out").backend == "torch"
-    with pytest.raises(shardmix.RecipeError, match="does not know F16"):
-        shardmix.merge(models, tmp_path / "out2", backend="numba")
+    with pytest.raises(shardmix.RecipeError, match="does not know F64"):
+        shardmix.merge(models, tmp_path / "out2", backend="llvm")
 
 
-def test_a_numba_that_is_broken_is_made_up_for_by_torch_and_said_so(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "shardmix.reducer.numba_sum", None)  # its import fails
+def test_an_llvm_that_is_broken_is_made_up_for_by_torch_and_said_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shardmix.reducer.llvm_sum", None)  # its import fails
     report = shardmix.merge(three_models(tmp_path), tmp_path / "out")
     assert report.backend == "torch"
-    assert any("numba cannot be used here" in warning for warning in report.warnings)
-    with pytest.raises(shardmix.RecipeError, match="numba cannot be used here"):
-        shardmix.merge(three_models(tmp_path), tmp_path / "out2", backend="numba")
+    assert any("llvm cannot be used here" in warning for warning in report.warnings)
+    with pytest.raises(shardmix.RecipeError, match="llvm cannot be used here"):
+        shardmix.merge(three_models(tmp_path), tmp_path / "out2", backend="llvm")
 
 
 def test_nothing_is_printed(tmp_path, capfd):
@@ -332,7 +332,7 @@ def test_a_gpu_writes_the_same_bytes_within_its_budget(tmp_path):
     assert cpu["model.safetensors"] == gpu["model.safetensors"]
 
 
-@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("backend", ["torch", "llvm"])
 @pytest.mark.parametrize("strip_nbytes", [40, 1 << 20])
 def test_nan_and_inf_are_counted_by_tensor(tmp_path, backend, strip_nbytes):
     """Many small tensors are one run: each is named for what is its own."""

@@ -22,7 +22,7 @@ OVERFLOW = {
     torch.float32: math.ldexp(2 - 2.0**-24, 127),
     torch.float64: math.inf,
 }
-BACKENDS = [("cpu", dtype) for dtype in FLOATS] + [("numba", dtype) for dtype in COMPILED]
+BACKENDS = [("cpu", dtype) for dtype in FLOATS] + [("llvm", dtype) for dtype in COMPILED]
 
 
 def sums_of(sources, weights):
@@ -72,7 +72,7 @@ def delicate_values(dtype):
 @pytest.mark.parametrize("weights", [[1.0, 0.0], [0.5, 0.5], [1.0, -1.0], [1.0, 1.0], [0.3, 1e30]])
 @pytest.mark.parametrize(("backend", "out_dtype"), BACKENDS)
 def test_nans_infinities_and_overflows_are_counted_for_every_dtype(backend, out_dtype, weights):
-    for dtype in COMPILED if backend == "numba" else FLOATS:
+    for dtype in COMPILED if backend == "llvm" else FLOATS:
         pairs = torch.cartesian_prod(delicate_values(dtype), delicate_values(dtype))
         sources = [pairs[:, 0].contiguous(), pairs[:, 1].contiguous()]
         for strip_nbytes in (8, 1000, MIB):
@@ -114,7 +114,7 @@ def test_what_rounding_to_float16_makes_infinite_is_told_apart():
     assert reducer.count_nonfinite(0, 2) == NonfiniteCounts(0, 0, 0)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "numba"])
+@pytest.mark.parametrize("backend", ["cpu", "llvm"])
 def test_a_sum_that_overflows_before_it_is_rounded_is_an_infinity(backend):
     source = torch.full((9,), 3e38)
     for out_dtype in COMPILED:
@@ -133,7 +133,7 @@ def test_large_values_are_finite_though_their_total_is_not(backend, out_dtype):
         assert all(reducer.is_finite for _, reducer, _ in strips)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "numba"])
+@pytest.mark.parametrize("backend", ["cpu", "llvm"])
 def test_a_strip_is_judged_by_itself(backend):
     """One reducer goes through finite strips and others in turn."""
     source = torch.zeros(64 * 5)
@@ -166,7 +166,7 @@ def test_any_strip_of_any_dtypes_is_counted_as_numpy_counts(
         source[places] = values[torch.from_numpy(generator.integers(len(values), size=len(places)))]
         sources.append(source)
     weights = generator.dirichlet(np.ones(len(sources))).tolist()
-    for backend in ("cpu", "numba") if {*dtypes, out_dtype} <= {*COMPILED} else ("cpu",):
+    for backend in ("cpu", "llvm") if {*dtypes, out_dtype} <= {*COMPILED} else ("cpu",):
         assert_counted(sources, weights, out_dtype, strip_nbytes=strip_nbytes, backend=backend)
 
 
@@ -174,7 +174,7 @@ def test_any_strip_of_any_dtypes_is_counted_as_numpy_counts(
 def test_counting_takes_less_than_a_mebibyte_however_long_the_strip(backend, out_dtype):
     """And so does what a compiled sum does anew where it is not finite."""
     num_elements = 1 << 20
-    dtype = torch.float32 if backend == "numba" else torch.float64
+    dtype = torch.float32 if backend == "llvm" else torch.float64
     source = torch.full((num_elements,), math.inf, dtype=dtype)
     source[::2] = torch.finfo(dtype).max
     run = run_of([NAMES[dtype]] * 2, NAMES[out_dtype], [0.5, 0.5], num_elements)

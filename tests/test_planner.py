@@ -237,7 +237,7 @@ def test_a_gpu_is_chosen_where_there_is_one(tmp_path, monkeypatch):
 def test_a_budget_too_small_for_a_gpu_is_kept_on_the_cpu(tmp_path, monkeypatch):
     gpu_machine(monkeypatch)
     models = two_models(tmp_path)
-    budget = reserved_nbytes(library="numba", on_cuda=False) + 400 * MIB
+    budget = reserved_nbytes(library="llvm", on_cuda=False) + 400 * MIB
     plan = shardmix.plan_merge(models, max_memory=budget)
     assert plan.settings.device == "cpu"
     assert any("on the CPU" in warning for warning in plan.warnings)

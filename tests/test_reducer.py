@@ -126,7 +126,7 @@ def special_values():
 def test_compiled_sums_have_torchs_bits_for_special_values(weights, out_dtype):
     single = special_values()
     for sources in (single, [values.bfloat16() for values in single]):
-        compiled = reduce(sources, weights, out_dtype, backend="numba")
+        compiled = reduce(sources, weights, out_dtype, backend="llvm")
         assert_bits(compiled, reduce(sources, weights, out_dtype))
 
 
@@ -143,7 +143,7 @@ def test_compiled_sums_agree_with_the_oracle(dtypes, out_dtype, num_elements, st
         random_tensor((num_elements,), dtype, seed=seed + i) for i, dtype in enumerate(dtypes)
     ]
     weights = np.random.default_rng(seed).dirichlet(np.ones(len(sources))).tolist()
-    result = reduce(sources, weights, out_dtype, strip_nbytes=strip_nbytes, backend="numba")
+    result = reduce(sources, weights, out_dtype, strip_nbytes=strip_nbytes, backend="llvm")
     assert_bits(result, weighted_sum(sources, weights, out_dtype))
 
 
@@ -151,11 +151,11 @@ def test_every_bfloat16_is_widened_and_rounded_as_torch_does():
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     zeros = torch.zeros_like(every)
     for weights in ([1.0, 0.0], [1 / 3, 1.0]):
-        compiled = reduce([every, zeros], weights, torch.bfloat16, backend="numba")
+        compiled = reduce([every, zeros], weights, torch.bfloat16, backend="llvm")
         assert_bits(compiled, reduce([every, zeros], weights, torch.bfloat16))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "numba"])
+@pytest.mark.parametrize("backend", ["cpu", "llvm"])
 def test_no_backend_fuses_products_and_sums(backend):
     """A fused multiply-add gives 2**-46 here; two roundings give 0."""
     first, second = torch.full((64,), 1.0), torch.full((64,), 1.0 + 2**-23)

@@ -43,7 +43,7 @@ def test_the_same_merge_goes_on_and_ends_with_the_same_bytes(tmp_path, models, u
 
 def test_other_strips_workers_and_ways_to_read_go_on_all_the_same(tmp_path, models, undisturbed):
     for number in range(1, 7):
-        io, backend = (("pread", "torch"), ("mmap", "numba"))[number % 2]
+        io, backend = (("pread", "torch"), ("mmap", "llvm"))[number % 2]
         cut_off(models, tmp_path / "out", num_leaves=1, io=io, backend=backend)
         done = shardmix.status(tmp_path / "out").unfinished.bytes_done
         assert done == number * LEAF

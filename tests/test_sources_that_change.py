@@ -30,8 +30,8 @@ NUM_ELEMENTS = (
     3 << 19
 )  # two strips of either backend: the second half of a file is its second strip
 
-NEEDS_NUMBA = pytest.mark.skipif(not find_spec("numba"), reason="needs numba (extra `fast`)")
-BACKENDS = ["torch", pytest.param("numba", marks=NEEDS_NUMBA)]
+NEEDS_LLVM = pytest.mark.skipif(not find_spec("llvmlite"), reason="needs llvmlite")
+BACKENDS = ["torch", pytest.param("llvm", marks=NEEDS_LLVM)]
 
 # `cut` shortens a file once, as soon as a range is about to be read that it will then not have:
 # just before the system call that reads it, or between its mapping and the loads.
@@ -112,8 +112,8 @@ def models(folder, *, kind="aligned"):
         ("aligned", "torch"),
         ("unaligned", "torch"),
         ("integers", "torch"),
-        pytest.param("aligned", "numba", marks=NEEDS_NUMBA),
-        pytest.param("unaligned", "numba", marks=NEEDS_NUMBA),
+        pytest.param("aligned", "llvm", marks=NEEDS_LLVM),
+        pytest.param("unaligned", "llvm", marks=NEEDS_LLVM),
     ],
 )
 @pytest.mark.parametrize("io", ["mmap", "pread"])

@@ -326,7 +326,7 @@ def injected(harness: Harness) -> None:
     for variation in (
         Variation(),
         Variation(overwrite=True, sharded=False, digest="sha256"),
-        Variation(overwrite=True, workers=2, backend="numba"),
+        Variation(overwrite=True, workers=2, backend="llvm"),
     ):
         how = {"operations": tuple(ERRORS)}
         made = faults.calls_of(bench.merge(variation), **how)

@@ -63,8 +63,8 @@ BackendName = Annotated[
     str,
     typer.Option(
         "--backend",
-        metavar="auto|torch|numba",
-        help="What does the sums; numba is the faster on a CPU (extra `fast`). The same bytes.",
+        metavar="auto|torch|llvm",
+        help="What does the sums; llvm is the faster on a CPU. The same bytes.",
     ),
 ]
 Workers = Annotated[

@@ -5,8 +5,9 @@
 in source order, every product and every sum rounded by itself, one rounding at the end; float64
 throughout where any source is float64. The result depends on the values alone: not on how they
 were cut into strips, nor on which backend computes it. There are two, chosen by the plan: torch
-(every dtype, CPU and GPU) and, where numba is installed, compiled loops (bfloat16 and float32 on
-the CPU: faster, and no torch in the process). A backend is imported when it is loaded, not before.
+(every dtype, CPU and GPU) and, where llvmlite is installed, compiled kernels (bfloat16, float16 and
+float32 on the CPU: faster, and no torch in the process). What one needs is imported when it is
+loaded, not before.
 
 Whether a strip is finite costs no pass of its own. What is not finite is counted afterwards, by
 whoever asks (`nonfinite`).
@@ -15,21 +16,23 @@ whoever asks (`nonfinite`).
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from shardmix.plan import AGREE, LINEAR, NUMBA, MergePlan, Run
-from shardmix.reducer.agree import AgreeReducer
-from shardmix.reducer.nonfinite import NonfiniteCounts
+from shardmix.findings import NonfiniteCounts
+from shardmix.memory import BUFFERS_PER_WORKER
+from shardmix.plan import AGREE, LINEAR, LLVM, MergePlan, Run
 from shardmix.safetensors_layout import element_nbytes
 
 __all__ = [
     "Backend",
     "NonfiniteCounts",
     "Reducer",
+    "Reducers",
     "load_backend",
-    "make_reducers",
     "strip_num_elements",
 ]
 
 _AGREE_STRIP_NBYTES = 1 << 16  # integers are few: small buffers do
+_SUM_NBYTES = 4
+_VECTOR = 64  # elements; no rests between strips, and what follows a strip in memory is aligned
 
 
 class Reducer(Protocol):
@@ -42,7 +45,7 @@ class Reducer(Protocol):
         """Return the buffer to read this source's part of the strip into."""
 
     def add(self, source: int, raw: memoryview) -> None:
-        """Take in a source's bytes, in source order; `raw` may be reused afterwards."""
+        """Take in a source's bytes, in source order; they stay as they are until `finish`."""
 
     def finish(self) -> memoryview:
         """Return the strip's output bytes, valid until the next `begin`."""
@@ -77,26 +80,41 @@ class Backend(Protocol):
 
 def load_backend(plan: MergePlan) -> Backend:
     """Import and ready a plan's backend, so that what it takes in memory can be measured."""
-    if plan.settings.backend == NUMBA:
-        from shardmix.reducer.numba_sum import NumbaBackend
+    if plan.settings.backend == LLVM:
+        from shardmix.reducer.llvm_sum import LlvmBackend
 
-        return NumbaBackend(run for run in plan.runs() if run.reduction == LINEAR)
+        return LlvmBackend(run for run in plan.runs() if run.reduction == LINEAR)
     from shardmix.reducer.torch_sum import TorchBackend
 
     return TorchBackend(plan.settings.device)
 
 
-def make_reducers(backend: Backend, *, strip_nbytes: int) -> dict[str, Reducer]:
-    """Return one worker's reducer for each kind of run."""
-    return {
-        LINEAR: backend.make_reducer(strip_nbytes=strip_nbytes),
-        AGREE: AgreeReducer(strip_nbytes=min(strip_nbytes, _AGREE_STRIP_NBYTES)),
-    }
+class Reducers:
+    """One worker's reducer for each kind of run."""
+
+    def __init__(self, backend: Backend, *, strip_nbytes: int) -> None:
+        self._strip_nbytes = strip_nbytes
+        self._reducers: dict[str, Reducer] = {
+            LINEAR: backend.make_reducer(strip_nbytes=strip_nbytes)
+        }
+
+    def __getitem__(self, reduction: str) -> Reducer:
+        """Return the reducer for LINEAR or AGREE."""
+        if reduction not in self._reducers:
+            # Most models hold no integers.
+            from shardmix.reducer.agree import AgreeReducer
+
+            strip_nbytes = min(self._strip_nbytes, _AGREE_STRIP_NBYTES)
+            self._reducers[reduction] = AgreeReducer(strip_nbytes=strip_nbytes)
+        return self._reducers[reduction]
 
 
 def strip_num_elements(run: Run, *, strip_nbytes: int) -> int:
     """Return how many elements of a run one strip holds, at least one."""
-    widest = max(element_nbytes(dtype) for dtype in (*run.dtypes, run.out_dtype))
+    widths = [element_nbytes(dtype) for dtype in (*run.dtypes, run.out_dtype)]
     if run.reduction == AGREE:
-        return max(1, min(strip_nbytes, _AGREE_STRIP_NBYTES) // widest)
-    return max(1, strip_nbytes // max(widest, 4))  # sums are at least float32
+        return max(1, min(strip_nbytes, _AGREE_STRIP_NBYTES) // max(widths))
+    # Sums are at least float32. All sources, the sum and the output fit into the buffers at once.
+    at_once = BUFFERS_PER_WORKER * strip_nbytes // (sum(widths) + _SUM_NBYTES)
+    num_elements = max(1, min(strip_nbytes // max(*widths, _SUM_NBYTES), at_once))
+    return num_elements - num_elements % _VECTOR if num_elements > _VECTOR else num_elements

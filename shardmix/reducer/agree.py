@@ -3,8 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
+from shardmix.findings import NonfiniteCounts
 from shardmix.plan import Run
-from shardmix.reducer.nonfinite import NonfiniteCounts
 from shardmix.safetensors_layout import element_nbytes
 
 _INTEGERS: dict[str, npt.DTypeLike] = {

@@ -4,11 +4,12 @@ In numpy and on bit patterns, for every backend and dtype alike; in pieces, sinc
 is spoken for. Knows arrays, not how they were summed.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
+
+from shardmix.findings import NonfiniteCounts
 
 _PIECE = 1 << 15  # elements; their temporaries stay below 1 MiB, also where they are float64
 
@@ -19,18 +20,6 @@ _INFINITY = {
     "F32": np.uint32(0x7F800000 << 1),
     "F64": np.uint64(0x7FF0000000000000 << 1),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class NonfiniteCounts:
-    """How many elements of some output are not finite."""
-
-    num_nan: int
-    """NaNs."""
-    num_inf: int
-    """Infinities of either sign, those that overflowed among them."""
-    num_overflowed: int
-    """Infinities whose sum was finite: rounding it to the output's dtype made them."""
 
 
 def count_nonfinite(
@@ -48,7 +37,8 @@ def count_nonfinite(
     infinity = _INFINITY[out_dtype]
     elements = np.frombuffer(out, dtype=infinity.dtype)
     num_nan = num_inf = num_overflowed = 0
-    for piece in pieces(start, stop):
+    for first in range(start, stop, _PIECE):
+        piece = slice(first, min(first + _PIECE, stop))
         magnitudes = elements[piece] << 1
         num_nan += int(np.count_nonzero(magnitudes > infinity))
         infinite = magnitudes == infinity
@@ -58,7 +48,6 @@ def count_nonfinite(
     return NonfiniteCounts(num_nan=num_nan, num_inf=num_inf, num_overflowed=num_overflowed)
 
 
-def pieces(start: int, stop: int) -> Iterator[slice]:
-    """Cut a range of elements, so that temporaries of one piece are small."""
-    for first in range(start, stop, _PIECE):
-        yield slice(first, min(first + _PIECE, stop))
+def as_float32(data: memoryview) -> npt.NDArray[np.float32]:
+    """Return bytes as the float32 values that they are."""
+    return np.frombuffer(data, dtype=np.float32)

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from shardmix.findings import NonfiniteCounts
 from shardmix.plan import Run
-from shardmix.reducer.nonfinite import NonfiniteCounts, count_nonfinite
+from shardmix.reducer.nonfinite import count_nonfinite
 from shardmix.safetensors_layout import element_nbytes
 
 TORCH_DTYPES = {
