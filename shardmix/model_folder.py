@@ -76,18 +76,17 @@ def write_index(plan: MergePlan, folder: Path) -> None:
 
 def write_model_card(plan: MergePlan, folder: Path) -> None:
     """Write the model card: what was merged, by which weights, and how to do it again."""
-    # Imported here: it takes longer than planning a 70B merge, which has no card to write.
-    from huggingface_hub import ModelCard, ModelCardData
-
-    data = ModelCardData(
-        base_model=list(dict.fromkeys(_model_ids(plan))),
-        base_model_relation="merge",
-        library_name=_library_name(plan),
-        tags=["merge", "shardmix"],
-    )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_card_text(plan)}")
+    # As huggingface_hub's ModelCard would, whose import takes longer than planning a 70B merge.
+    data = {
+        "base_model": list(dict.fromkeys(_model_ids(plan))),
+        "base_model_relation": "merge",
+        "library_name": _library_name(plan),
+        "tags": ["merge", "shardmix"],
+    }
+    known = {key: value for key, value in data.items() if value}
+    front_matter = yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=math.inf)
     with _writing(folder / CARD_NAME) as file:
-        file.write(str(card))
+        file.write(f"---\n{front_matter}---\n\n{_card_text(plan)}")
 
 
 def adapted_config(config: dict[str, Any], *, dtype: str, untie: bool) -> dict[str, Any]:

@@ -23,9 +23,9 @@ _STORED = {"BF16": "i16", "F16": "half", "F32": "float"}
 _ALIGNMENT = {"BF16": 2, "F16": 2, "F32": 4}
 
 _LOOP = """
-define i32 @weighted_sum_{width}({parameters}, i64 %count) nounwind {{
+define i32 @weighted_sum_{width}(ptr %sources, ptr %weights, ptr %out, i64 %count) nounwind {{
 start:
-{weights}
+{arguments}
   br label %loop
 loop:
   %i = phi i64 [0, %start], [%next, %loop]
@@ -49,7 +49,11 @@ end:
 declare i32 @llvm.vector.reduce.umax.v{width}i32(<{width} x i32>)
 """
 
-_WEIGHT = """\
+_ARGUMENT = """\
+  %source{n}_at = getelementptr ptr, ptr %sources, i64 {n}
+  %source{n} = load ptr, ptr %source{n}_at
+  %weight{n}_at = getelementptr float, ptr %weights, i64 {n}
+  %weight{n} = load float, ptr %weight{n}_at
   %single{n} = insertelement <{width} x float> poison, float %weight{n}, i64 0
   %weights{n} = shufflevector <{width} x float> %single{n}, <{width} x float> poison, \
 <{width} x i32> zeroinitializer"""
@@ -89,9 +93,21 @@ _ROUND = {
 }
 _NAN = {"BF16": "i16 32704", "F16": "half 0xH7E00", "F32": "float 0x7FF8000000000000"}
 
-Kernel = Callable[..., int]
-"""(address of each source, each weight, address of the output, number of elements) → the sum's
-largest magnitude as a float32's bits, where a NaN is the largest of all. Releases the GIL."""
+Addresses = ctypes.Array[ctypes.c_void_p]
+"""Where each source's elements are."""
+Weights = ctypes.Array[ctypes.c_float]
+"""Each source's weight, in float32."""
+Kernel = Callable[[Addresses, Weights, int, int], int]
+"""(sources, weights, address of the output, number of elements) → the sum's largest magnitude as a
+float32's bits, where a NaN is the largest of all. Releases the GIL."""
+
+_SIGNATURE = ctypes.CFUNCTYPE(
+    ctypes.c_uint32,
+    ctypes.POINTER(ctypes.c_void_p),
+    ctypes.POINTER(ctypes.c_float),
+    ctypes.c_void_p,
+    ctypes.c_int64,
+)
 
 
 def finding() -> str | None:
@@ -132,29 +148,21 @@ class Kernels:
         engine = llvm.create_mcjit_compiler(module, machine)  # to which the machine now belongs
         engine.finalize_object()
         self._engines.append(engine)
-        number = len(dtypes)
-        signature = ctypes.CFUNCTYPE(
-            ctypes.c_uint32,
-            *(ctypes.c_void_p,) * number,
-            *(ctypes.c_float,) * number,
-            ctypes.c_void_p,
-            ctypes.c_int64,
-        )
         vectors, singles = (
-            signature(engine.get_function_address(f"weighted_sum_{width}")) for width in (VECTOR, 1)
+            _SIGNATURE(engine.get_function_address(f"weighted_sum_{width}"))
+            for width in (VECTOR, 1)
         )
         widths = [_ALIGNMENT[dtype] for dtype in dtypes]
         out_width = _ALIGNMENT[out_dtype]
 
-        def weighted_sum(
-            sources: Sequence[int], weights: Sequence[float], out: int, count: int
-        ) -> int:
+        def weighted_sum(sources: Addresses, weights: Weights, out: int, count: int) -> int:
             whole = count - count % VECTOR
-            largest: int = vectors(*sources, *weights, out, whole) if whole else 0
+            largest: int = vectors(sources, weights, out, whole) if whole else 0
             if whole == count:
                 return largest
-            rest = [at + whole * width for at, width in zip(sources, widths, strict=True)]
-            last: int = singles(*rest, *weights, out + whole * out_width, count - whole)
+            starts = (at + whole * width for at, width in zip(sources, widths, strict=True))
+            rest = (ctypes.c_void_p * len(widths))(*starts)
+            last: int = singles(rest, weights, out + whole * out_width, count - whole)
             return max(largest, last)
 
         return weighted_sum
@@ -183,18 +191,10 @@ def _assembly(dtypes: Sequence[str], out_dtype: str, width: int) -> str:
             lines.append(_SUM.format_map(words))
         total = f"%sum{n}" if n else "%product0"
     words["total"] = total
-    numbers = range(len(dtypes))
     return _LOOP.format_map(
         words
         | {
-            "parameters": ", ".join(
-                [
-                    *(f"ptr noalias readonly %source{n}" for n in numbers),
-                    *(f"float %weight{n}" for n in numbers),
-                    "ptr noalias writeonly %out",
-                ]
-            ),
-            "weights": "\n".join(_WEIGHT.format(n=n, width=width) for n in numbers),
+            "arguments": "\n".join(_ARGUMENT.format(n=n, width=width) for n in range(len(dtypes))),
             "sum": "\n".join(lines),
             "rounding": _ROUND[out_dtype].format_map(words),
             "out_type": _STORED[out_dtype],

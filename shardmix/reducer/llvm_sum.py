@@ -52,37 +52,52 @@ class CompiledSum:
     def __init__(self, kernels: Kernels, *, strip_nbytes: int) -> None:
         self._kernels = kernels
         self._buffer = memoryview(bytearray(BUFFERS_PER_WORKER * strip_nbytes))
-        self._sums = memoryview(b"")
+        self._num_elements = -1
 
     def begin(self, run: Run, num_elements: int) -> None:
         """Start a strip of a run."""
-        self._run = run
-        self._num_elements = num_elements
-        self._addresses: list[int] = []
-        self._used = 0
-        parts = [*run.dtypes, run.out_dtype, "F32"]
-        needed = sum(self._part_nbytes(dtype) for dtype in parts)
+        if num_elements != self._num_elements or run is not self._run:
+            self._lay_out(run, num_elements)
+
+    def _lay_out(self, run: Run, num_elements: int) -> None:
+        """Give each source, the output and the unrounded sum their part of the buffer."""
+        parts = [
+            (num_elements * nbytes, num_elements * nbytes + -num_elements * nbytes % _ALIGNMENT)
+            for nbytes in map(element_nbytes, (*run.dtypes, run.out_dtype, "F32"))
+        ]
+        needed = sum(taken for _, taken in parts)
         if needed > len(self._buffer):  # a few elements of very many sources
             self._buffer = memoryview(bytearray(needed))
+        views, start = [], 0
+        for nbytes, taken in parts:
+            views.append(self._buffer[start : start + nbytes])
+            start += taken
+        *self._staging, self._out, self._sums = views
+        num_sources = len(run.dtypes)
+        self._addresses = (ctypes.c_void_p * num_sources)(*map(_address, self._staging))
+        self._weights = (ctypes.c_float * num_sources)(*run.weights)
+        self._out_address = _address(self._out)
+        self._kernel = self._kernels.kernel(run.dtypes, run.out_dtype)
+        self._run, self._num_elements = run, num_elements
 
     def staging(self, source: int) -> memoryview:
         """Return the buffer to read this source's part of the strip into."""
-        return self._take(self._run.dtypes[source])
+        return self._staging[source]
 
     def add(self, source: int, raw: memoryview) -> None:
         """Take a source's bytes, in source order; they must stay as they are until `finish`."""
-        self._addresses.append(_address(raw))
+        self._addresses[source] = _address(raw)
 
     def finish(self) -> memoryview:
         """Return the strip's output bytes, valid until the next `begin`."""
-        out_dtype = self._run.out_dtype
-        self._out = self._take(out_dtype)
-        largest = self._sum_into(self._out, out_dtype)
-        self.is_finite = largest < LEAST_INFINITE[out_dtype]
+        largest = self._kernel(
+            self._addresses, self._weights, self._out_address, self._num_elements
+        )
+        self.is_finite = largest < LEAST_INFINITE[self._run.out_dtype]
         if not self.is_finite:
             # Also unrounded, and now, while the sources are there: to tell what rounding did.
-            self._sums = self._take("F32")
-            self._sum_into(self._sums, "F32")
+            kernel = self._kernels.kernel(self._run.dtypes, "F32")
+            kernel(self._addresses, self._weights, _address(self._sums), self._num_elements)
         return self._out
 
     def count_nonfinite(self, start: int, stop: int) -> NonfiniteCounts:
@@ -92,20 +107,6 @@ class CompiledSum:
 
         sums = as_float32(self._sums)
         return count_nonfinite(self._out, self._run.out_dtype, sums.__getitem__, start, stop)
-
-    def _sum_into(self, out: memoryview, out_dtype: str) -> int:
-        kernel = self._kernels.kernel(self._run.dtypes, out_dtype)
-        return kernel(self._addresses, self._run.weights, _address(out), self._num_elements)
-
-    def _take(self, dtype: str) -> memoryview:
-        """Return the next part of the buffer, for the strip's elements in some dtype."""
-        start = self._used
-        self._used += self._part_nbytes(dtype)
-        return self._buffer[start : start + self._num_elements * element_nbytes(dtype)]
-
-    def _part_nbytes(self, dtype: str) -> int:
-        nbytes = self._num_elements * element_nbytes(dtype)
-        return nbytes + -nbytes % _ALIGNMENT
 
 
 def _address(buffer: memoryview) -> int:
