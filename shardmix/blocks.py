@@ -52,14 +52,13 @@ class Strip:
         return self.num_elements * sum(element_nbytes(dtype) for dtype in self.run.dtypes)
 
 
-def blocks(plan: MergePlan) -> Iterator[Block]:
-    """Yield all work, in output order."""
-    for shard, planned in enumerate(plan.shards):
-        count = num_leaves(planned.file_nbytes)
-        step = count if is_sequential(plan.digest_algorithm) else _leaves_per_block(plan)
-        for first in range(0, count, step):
-            stop = min(first + step, count)
-            yield Block(shard, first, stop, is_last=stop == count)
+def blocks(plan: MergePlan, shard: int) -> Iterator[Block]:
+    """Yield the work on one output file, in its order."""
+    count = num_leaves(plan.shards[shard].file_nbytes)
+    step = count if is_sequential(plan.digest_algorithm) else _leaves_per_block(plan)
+    for first in range(0, count, step):
+        stop = min(first + step, count)
+        yield Block(shard, first, stop, is_last=stop == count)
 
 
 def strips(

@@ -190,7 +190,8 @@ def _work_through(plan: MergePlan, backend: Backend, work: Work, end: threading.
         reducers = Reducers(backend, strip_nbytes=plan.memory.strip_nbytes)
         buffer = memoryview(bytearray(READ_NBYTES))
         with closing(open_reader(plan.settings.io, plan.files)) as reader:
-            while (handed_out := work.next_block()) is not None:
+            shard = None
+            while (handed_out := work.next_block(shard)) is not None:
                 shard, block = handed_out
                 if _merge_block(plan, work, shard, block, reader, reducers, buffer):
                     work.block_done(shard)

@@ -3,6 +3,7 @@
 Knows no bytes: where output goes is behind `ShardTarget`.
 """
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -45,23 +46,28 @@ class ShardTarget(Protocol):
 class ShardInWork:
     """An output file that workers are at, and how many of its blocks are still to come."""
 
-    def __init__(self, number: int, target: ShardTarget, places: TensorPlaces) -> None:
+    def __init__(self, plan: MergePlan, number: int, target: ShardTarget) -> None:
         self.number = number
         self.target = target
-        self.places = places
+        self.places = TensorPlaces(plan.shards[number])
+        self.blocks = blocks(plan, number)
         self.num_blocks_left = 0
         self.is_all_handed_out = False
 
 
 class Work:
-    """Blocks in plan order, each to one worker; whoever ends a file's last block ends the file."""
+    """Blocks, each to one worker; whoever ends a file's last block ends the file.
+
+    A worker stays with its file, since a file system lets one thread at a time write to a file. One
+    that has no file of its own left helps others with theirs.
+    """
 
     def __init__(self, plan: MergePlan, open_shard: Callable[[int], ShardTarget]) -> None:
         self._plan = plan
         self._open_shard = open_shard
         self._lock = threading.Lock()
-        self._blocks = self._all_blocks()
-        self._open: set[ShardInWork] = set()
+        self._not_begun = iter(range(len(plan.shards)))
+        self._open: list[ShardInWork] = []
         self._findings = FindingsSum()
         self._error: BaseException | None = None
         self.is_stopped = False
@@ -69,21 +75,28 @@ class Work:
         self.num_bytes_kept = 0
         self.file_digests: dict[str, str] = {}
 
-    def _all_blocks(self) -> Iterator[tuple[ShardInWork, Block]]:
-        shard: ShardInWork | None = None
-        for block in blocks(self._plan):
-            if shard is None or shard.number != block.shard:
-                places = TensorPlaces(self._plan.shards[block.shard])
-                shard = ShardInWork(block.shard, self._open_shard(block.shard), places)
-                self._open.add(shard)
-            shard.num_blocks_left += 1
-            shard.is_all_handed_out = block.is_last
-            yield shard, block
+    def next_block(self, mine: ShardInWork | None) -> tuple[ShardInWork, Block] | None:
+        """Return a block that nobody has yet, or None at the end or after `stop`.
 
-    def next_block(self) -> tuple[ShardInWork, Block] | None:
-        """Return a block that nobody has yet, or None at the end or after `stop`."""
+        It is of the file that the worker has been at, of one that nobody has begun, or of any.
+        """
         with self._lock:
-            return None if self.is_stopped else next(self._blocks, None)
+            if self.is_stopped:
+                return None
+            return next(self._blocks_for(mine), None)
+
+    def _blocks_for(self, mine: ShardInWork | None) -> Iterator[tuple[ShardInWork, Block]]:
+        for shard in itertools.chain([mine] if mine else [], self._begun(), list(self._open)):
+            for block in shard.blocks:
+                shard.num_blocks_left += 1
+                shard.is_all_handed_out = block.is_last
+                yield shard, block
+
+    def _begun(self) -> Iterator[ShardInWork]:
+        for number in self._not_begun:
+            shard = ShardInWork(self._plan, number, self._open_shard(number))
+            self._open.append(shard)
+            yield shard
 
     def count(self, num_bytes: int, *, kept: bool = False) -> None:
         """Count source bytes as merged, or as not needed since their output is there already."""
@@ -113,7 +126,7 @@ class Work:
         if is_last:
             digest = shard.target.finish()
             with self._lock:
-                self._open.discard(shard)
+                self._open.remove(shard)
                 self.file_digests[self._plan.shards[shard.number].filename] = digest
 
     @property
@@ -129,7 +142,7 @@ class Work:
 
     def close(self) -> None:
         """Close what is still open, then raise the first worker's error, if there was one."""
-        for shard in list(self._open):
+        for shard in self._open:
             shard.target.close()
         if self._error is not None:
             raise self._error

@@ -280,11 +280,6 @@ def inspect(
         render.model_report(api.inspect(source), json=json, all_tensors=all_tensors)
 
 
-def main() -> None:
-    """Run the command line; exit with 0, 1 (something to mend), 2 (usage), 130 or 143 (stopped)."""
-    app()
-
-
 def _print_plan(
     models: "ModelsArgument",
     output: Path | None,
