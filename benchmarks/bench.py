@@ -81,23 +81,33 @@ def measure_part(
 ) -> None:
     """Measure what the table lacks of a part, and add it."""
     done = {sample.identity for sample in figures.read()}
-    for tool in {case.tool.name: case.tool for case in cases}.values():
-        with turns.together():
+    missing = [
+        (case, cache, synced, number)
+        for case, cache, synced, number in schedule(part, cases, args)
+        if (*case.identity, part.name, cache, synced, number) not in done
+    ]
+    with turns.load():
+        for tool in {case.tool.name: case.tool for case, *_ in missing}.values():
             bench.warm_up(tool)
-    for case, cache, synced, number in schedule(part, cases, args):
-        if (*case.identity, part.name, cache, synced, number) in done:
-            continue
+    for case, cache, synced, number in missing:
         is_watched = part.name == "tools" and (cache, synced, number) == ("warm", False, 1)
         memory = ResidentMemory() if is_watched else None
-        with turns.alone():
-            sample = bench.measure(
-                case, part=part.name, cache=cache, synced=synced, number=number, memory=memory
-            )
+        turns.measure(for_minutes=case.tool.is_slow)
+        sample = bench.measure(
+            case, part=part.name, cache=cache, synced=synced, number=number, memory=memory
+        )
         figures.append([sample])
         if memory is not None:
             looks.append(Look(case.tool.name, *look) for look in memory.finish())
         mode = f"{cache}{', sync' if synced else ''}"
         print(f"{part.name}, {mode}, round {number}: {sample.total_s:7.2f} s  {case}", flush=True)
+
+
+def write_facts(path: Path, lines: Sequence[str], *, keep: bool) -> None:
+    """Write the machine's facts; `keep` the versions of tools that took part in earlier runs."""
+    earlier = path.read_text().splitlines() if keep and path.exists() else []
+    versions = [line for line in earlier if line.startswith("versions") and line not in lines]
+    path.write_text("\n".join([*lines, *versions]) + "\n")
 
 
 def main() -> None:
@@ -114,14 +124,14 @@ def main() -> None:
         remove(looks.path)
     chosen = [part for part in PARTS if part.name in args.parts]
     with Workspace(args.work_dir, keep=args.keep) as workspace, Turns(args.lock) as turns:
-        with turns.together():
+        with turns.load():
             pythons = tools.find_pythons(args, workspace)
             tiny = model_sets.tiny(workspace)
             if any(part.merges_preset for part in chosen):
                 model_sets.llamas(workspace, args.preset)
         lines = facts(args.work_dir, pythons=pythons)
         print("\n".join(lines), end="\n\n")
-        (args.output / "bench-machine.txt").write_text("\n".join(lines) + "\n")
+        write_facts(args.output / "bench-machine.txt", lines, keep=args.resume)
         found = tools.all_tools(args, workspace.scratch("mergekit.yaml"))
         bench = Bench(
             output=workspace.scratch("merged"),
@@ -132,7 +142,7 @@ def main() -> None:
         for part in chosen:
             # A part's own checkpoints go with the part.
             with Workspace(args.work_dir, keep=args.keep) as own:
-                with turns.together():
+                with turns.load():
                     cases = part.cases(args, found, own)
                 measure_part(part, cases, args, bench, figures=figures, looks=looks, turns=turns)
     if importlib.util.find_spec("matplotlib"):

@@ -4,6 +4,7 @@ python benchmarks/bench_plots.py docs/benchmarks
 """
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 from bench_report import PLOTS
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from samples import Look, Sample, Table, in_order, median_total_s, peak_bytes, where
 
 import tools
 
 MIB, GB = 1024**2, 1e9
+PANELS_IN_A_ROW = 5
 COLORS = dict(zip(tools.EVERYTHING, mpl.colormaps["tab10"].colors, strict=True))
 STYLE = {
     "figure.figsize": (7, 4),
@@ -28,17 +31,33 @@ STYLE = {
     "svg.hashsalt": "shardmix",
 }
 
-Plot = Callable[[Axes], None]
+Plot = Callable[[Axes, Sequence[Sample]], None]
 
 
-def memory_over_time(axes: Axes, looks: Sequence[Look]) -> None:
-    """A line for each tool, from its start to its end."""
-    for tool in _tools_of(looks):
+def memory_over_time(path: Path, looks: Sequence[Look]) -> None:
+    """Side by side, a panel for each tool: its own seconds, and one scale of memory for all."""
+    names = _tools_of(looks)
+    top = 1.5 * max(look.resident_bytes for look in looks) / MIB
+    columns = min(len(names), PANELS_IN_A_ROW)
+    rows = math.ceil(len(names) / columns)
+    size = (2 * columns + 0.5, 2 * rows + 0.5)
+    figure, grid = plt.subplots(
+        rows, columns, sharey=True, squeeze=False, figsize=size, layout="constrained"
+    )
+    for axes in grid.flat[len(names) :]:
+        axes.set_visible(False)
+    for axes, tool in zip(grid.flat, names, strict=False):
         mine = [look for look in looks if look.tool == tool]
         seconds = [look.seconds for look in mine]
-        axes.plot(seconds, [look.resident_bytes / MIB for look in mine], **_line(tool))
-    # From seconds to minutes, and from MiB to GiB.
-    axes.set(xscale="log", yscale="log", xlabel="seconds since the start", ylabel="resident, MiB")
+        resident = [look.resident_bytes / MIB for look in mine]
+        axes.fill_between(seconds, resident, 1, color=COLORS[tool], alpha=0.6, linewidth=0)
+        # From MiB to GiB: on a linear scale most would lie on the axis.
+        axes.set(yscale="log", ylim=(1, top), xlim=(0, None))
+        axes.set_title(f"{tool}\n{max(resident):.0f} MiB, {seconds[-1]:.1f} s", fontsize="small")
+        axes.tick_params(labelsize="small")
+    figure.supylabel("resident, MiB", fontsize="small")
+    figure.supxlabel("seconds since the start", fontsize="small")
+    _save(figure, path)
 
 
 def by_tool(
@@ -106,6 +125,15 @@ def time_by_budget(axes: Axes, samples: Sequence[Sample]) -> None:
     axes.set(ylabel="seconds", ylim=(0, None))
 
 
+PLOTS_OF_PARTS: dict[str, tuple[str, Plot]] = {
+    "time-by-size.svg": ("sizes", time_by_size),
+    "peak-by-models.svg": ("models", peak_by_models),
+    "peak-by-tensor.svg": ("tensors", peak_by_tensor),
+    "peak-by-budget.svg": ("budgets", peak_by_budget),
+    "time-by-budget.svg": ("budgets", time_by_budget),
+}
+
+
 def _tools_of(rows: Sequence[Sample] | Sequence[Look]) -> list[str]:
     return [tool for tool in tools.EVERYTHING if tool in in_order(row.tool for row in rows)]
 
@@ -115,12 +143,16 @@ def _line(tool: str) -> dict[str, object]:
     return {"label": tool, "color": COLORS[tool], "linewidth": 2.5 if is_ours else 1.3}
 
 
-def draw(path: Path, plot: Plot) -> None:
-    """Draw one plot into a file."""
+def draw(path: Path, plot: Plot, samples: Sequence[Sample]) -> None:
+    """Draw one plot into a file, with its title and a legend."""
     figure, axes = plt.subplots(layout="constrained")
-    plot(axes)
+    plot(axes, samples)
     axes.set_title(PLOTS[path.name])
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     # Without a date the same figures give the same file.
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
@@ -135,17 +167,11 @@ def main() -> None:
     looks = Table(folder / "bench-memory.csv", Look).read()
     mpl.use("svg")
     mpl.rcParams.update(STYLE)
-    plots = (
-        ("memory-over-time.svg", memory_over_time, looks),
-        ("time-by-size.svg", time_by_size, where(samples, part="sizes")),
-        ("peak-by-models.svg", peak_by_models, where(samples, part="models")),
-        ("peak-by-tensor.svg", peak_by_tensor, where(samples, part="tensors")),
-        ("peak-by-budget.svg", peak_by_budget, where(samples, part="budgets")),
-        ("time-by-budget.svg", time_by_budget, where(samples, part="budgets")),
-    )
-    for name, plot, rows in plots:
-        if rows:
-            draw(folder / name, lambda axes, plot=plot, rows=rows: plot(axes, rows))
+    if looks:
+        memory_over_time(folder / "memory-over-time.svg", looks)
+    for name, (part, plot) in PLOTS_OF_PARTS.items():
+        if found := where(samples, part=part):
+            draw(folder / name, plot, found)
 
 
 if __name__ == "__main__":

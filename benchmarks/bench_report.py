@@ -43,29 +43,39 @@ NOTES = f"""\
 """
 
 
+def merge_tables(samples: Sequence[Sample]) -> list[str]:
+    """For each set of models a table: a line for each tool, a pair of columns for each mode."""
+    lines: list[str] = []
+    by_size = sorted(samples, key=lambda sample: (sample.model_bytes, sample.num_tensors))
+    for name in in_order(sample.model_set for sample in by_size):
+        mine = where(samples, model_set=name)
+        lines += ["", f"{describe(mine[0])}:", "", *merge_table(mine)]
+    return lines[1:]
+
+
 def merge_table(samples: Sequence[Sample]) -> list[str]:
-    """A line for each set of models and tool, a pair of columns for each mode."""
+    """The table of one set of models."""
     modes = [mode for mode in MODES if where(samples, cache=mode[0], synced=mode[1])]
-    header = ["models", "tool", "rounds"]
+    header = ["tool", "rounds"]
     for mode in modes:
         header += [f"{mode_name(*mode)}, s", "×"]
     rows = []
-    for name, tool in in_order(
-        (sample.model_set, tool)
-        for sample in sorted(samples, key=lambda sample: sample.model_bytes)
-        for tool in tools.EVERYTHING
-        if where(samples, model_set=sample.model_set, tool=tool)
-    ):
-        mine = where(samples, model_set=name, tool=tool)
-        cells = [describe(mine[0]), tool, _rounds(mine, modes)]
+    for tool in tools_of(samples):
+        mine = where(samples, tool=tool)
+        cells = [tool, _rounds(mine, modes)]
         for cache, synced in modes:
-            mode = where(samples, model_set=name, cache=cache, synced=synced)
+            mode = where(samples, cache=cache, synced=synced)
             found = where(mode, tool=tool)
             total, ours = median_total_s(found), median_total_s(where(mode, tool=tools.SHARDMIX))
             cells.append(spread([sample.total_s for sample in found]) if found else "")
             cells.append(f"{total / ours:.2f}" if total and ours else "")
         rows.append([*cells, mib(peak_bytes(mine) or 0)])
     return markdown([*header, "peak, MiB"], rows)
+
+
+def tools_of(samples: Sequence[Sample]) -> list[str]:
+    """The tools that there are samples of, in the order of the tables."""
+    return [tool for tool in tools.EVERYTHING if where(samples, tool=tool)]
 
 
 def _rounds(samples: Sequence[Sample], modes: Iterable[tuple[str, bool]]) -> str:
@@ -78,7 +88,7 @@ def peak_table(samples: Sequence[Sample], field: str) -> list[str]:
     """Peaks in MiB: a line for each tool, a column for each value of `field`."""
     values = sorted({getattr(sample, field) for sample in samples})
     rows = []
-    for tool in (tool for tool in tools.EVERYTHING if where(samples, tool=tool)):
+    for tool in tools_of(samples):
         found = (where(samples, tool=tool, **{field: value}) for value in values)
         rows.append([tool, *(mib(peak_bytes(some) or 0) if some else "" for some in found)])
     names = [mib(value) + " MiB" if field.endswith("_bytes") else str(value) for value in values]
@@ -122,7 +132,7 @@ def spread(values: Sequence[float]) -> str:
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A table's lines; columns of numbers are to the right."""
-    words = {"models", "tool", "check", "budget", "both sides"}
+    words = {"tool", "check", "budget", "both sides"}
     marks = ["---" if name in words else "---:" for name in header]
     return ["| " + " | ".join(cells) + " |" for cells in (header, marks, *rows)]
 
@@ -136,10 +146,10 @@ def sections(samples: Sequence[Sample]) -> list[tuple[str, list[str]]]:
     checks = [check.row() for check in all_checks(samples)]
     found = [
         ("Ratios", markdown(["check", "ratio", "both sides"], checks) if checks else []),
-        ("Every tool", merge_table(of("tools"))),
-        ("Two models of one file each", merge_table(of("pairs"))),
-        ("Shapes: large tensors, many small ones, a giant one", merge_table(of("shapes"))),
-        ("Sizes", merge_table(of("sizes"))),
+        ("Every tool", merge_tables(of("tools"))),
+        ("Two models of one file each", merge_tables(of("pairs"))),
+        ("Shapes: large tensors, many small ones, a giant one", merge_tables(of("shapes"))),
+        ("Sizes", merge_tables(of("sizes"))),
         ("Peak memory by number of models, MiB", peak_table(of("models"), "num_models")),
         (
             "Peak memory by size of the largest tensor, MiB",

@@ -3,12 +3,16 @@
 What a page shared with another process is counts for each, as in `ru_maxrss`; so do mapped files.
 """
 
+import itertools
 import os
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 INTERVAL_S = 0.05
+NOTICEABLE = 0.01
+"""Share by which two looks must differ for both to be kept."""
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -32,13 +36,23 @@ class ResidentMemory:
         """What was seen; the process must have ended."""
         if self._thread is not None:
             self._thread.join()
-        return self.looks
+        return without_repetition(self.looks)
 
     def _look(self, pid: int) -> None:
         started = time.perf_counter()
         while nbytes := tree_resident_bytes(pid):
             self.looks.append((round(time.perf_counter() - started, 3), nbytes))
             time.sleep(INTERVAL_S)
+
+
+def without_repetition(looks: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
+    """The looks that differ from the last one kept by `NOTICEABLE`, and the first and last."""
+    kept = list(looks[:1])
+    for look, following in itertools.pairwise(looks[1:]):
+        # The one before a jump is kept too: what was level until then is drawn level.
+        if abs(following[1] - kept[-1][1]) > NOTICEABLE * kept[-1][1]:
+            kept.append(look)
+    return kept + list(looks[1:][-1:])
 
 
 def tree_resident_bytes(pid: int) -> int:
