@@ -12,7 +12,9 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 from bench_report import PLOTS
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from samples import Look, Sample, Table, in_order, median_total_s, peak_bytes, where
 
 import tools
@@ -55,6 +57,7 @@ def memory_over_time(path: Path, looks: Sequence[Look]) -> None:
         axes.set(yscale="log", ylim=(1, top), xlim=(0, None))
         axes.set_title(f"{tool}\n{max(resident):.0f} MiB, {seconds[-1]:.1f} s", fontsize="small")
         axes.tick_params(labelsize="small")
+        _readable(axes.yaxis, marks=(1,))
     figure.supylabel("resident, MiB", fontsize="small")
     figure.supxlabel("seconds since the start", fontsize="small")
     _save(figure, path)
@@ -86,18 +89,23 @@ def time_by_size(axes: Axes, samples: Sequence[Sample]) -> None:
         axes, samples, across=lambda one: one.num_models * one.model_bytes / GB, up=median_total_s
     )
     axes.set(yscale="log", xlabel="GB of all models together", ylabel="seconds")
+    _readable(axes.yaxis)
 
 
 def peak_by_models(axes: Axes, samples: Sequence[Sample]) -> None:
     """Peaks by the number of models."""
     by_tool(axes, samples, across=lambda one: one.num_models, up=peak_mib)
     axes.set(yscale="log", xlabel="models", ylabel="peak, MiB")
+    axes.set_xticks(sorted({sample.num_models for sample in samples}))
+    _readable(axes.yaxis)
 
 
 def peak_by_tensor(axes: Axes, samples: Sequence[Sample]) -> None:
     """Peaks by the size of the largest tensor."""
     by_tool(axes, samples, across=lambda one: one.largest_tensor_bytes / MIB, up=peak_mib)
     axes.set(xscale="log", yscale="log", xlabel="largest tensor, MiB", ylabel="peak, MiB")
+    for axis in (axes.xaxis, axes.yaxis):
+        _readable(axis)
 
 
 def _by_budget(
@@ -150,6 +158,13 @@ def draw(path: Path, plot: Plot, samples: Sequence[Sample]) -> None:
     axes.set_title(PLOTS[path.name])
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     _save(figure, path)
+
+
+def _readable(axis: Axis, *, marks: Sequence[int] = (1, 2, 5)) -> None:
+    """Ticks of a logarithmic axis at these digits, written out."""
+    axis.set_major_locator(LogLocator(subs=marks))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -179,7 +179,8 @@ def write_report(folder: Path) -> None:
     for name in plots:
         lines += ["", f"![{PLOTS[name]}]({name})"]
     raw = "Raw figures: [bench.csv](bench.csv), a line for each measurement"
-    lines += ["", f"{raw}; [bench-memory.csv](bench-memory.csv), memory over time."]
+    lines += ["", f"{raw}; [bench-memory.csv](bench-memory.csv), memory over time. Other CSV files"]
+    lines += ["here are the raw figures of the other scripts in `benchmarks/`, by their names."]
     (folder / "README.md").write_text("\n".join(lines) + "\n")
     for check in all_checks(samples):
         what, ratio, sides = check.row()
