@@ -94,7 +94,7 @@ def _many_small_tensors(samples: Sequence[Sample]) -> Iterator[Check]:
     part = where(samples, part="shapes")
     small = max((sample.num_tensors for sample in part), default=0)
     few = [sample for sample in part if sample.num_models == 3 and sample.num_tensors != small]
-    for tool in (tools.SHARDMIX, tools.FLOOR, tools.NAIVE, tools.MERGEKIT):
+    for tool in (tools.SHARDMIX, tools.FLOOR, tools.NAIVE):
         mine, theirs = where(part, tool=tool, num_tensors=small), where(few, tool=tool)
         what = f"{tool}: {small} tensors / the same bytes as large ones"
         yield from _ratio(f"{what}, whole process", median_total_s(mine), median_total_s(theirs))

@@ -21,6 +21,8 @@ from tools import Tool
 MIB = 1024**2
 ALL_TOOLS = tuple(tool for tool in tools.EVERYTHING if tool != tools.SD_MECHA)
 FOR_SHAPES = (tools.FLOOR, tools.SHARDMIX, tools.NAIVE, tools.MERGEKIT)
+FOR_SMALL_TENSORS = (tools.FLOOR, tools.SHARDMIX, tools.NAIVE)
+"""Not mergekit, which must know the architecture of a model."""
 FOR_PAIRS = (tools.COPY, tools.FLOOR, tools.SHARDMIX, tools.NAIVE, tools.SD_MECHA)
 FOR_SIZES = (
     *(tools.COPY, tools.FLOOR, tools.SHARDMIX),
@@ -71,7 +73,8 @@ def _shapes(
     large = model_sets.llamas(workspace, args.preset)
     small = model_sets.small_tensors(workspace, args.num_tensors, large, args.preset)
     giant = model_sets.giants(workspace, args.tensor_size)
-    return [case for one in (large, small, giant) for case in _by_tool(found, FOR_SHAPES, one)]
+    few = [case for one in (large, giant) for case in _by_tool(found, FOR_SHAPES, one)]
+    return few + _by_tool(found, FOR_SMALL_TENSORS, small)
 
 
 def _sizes(args: argparse.Namespace, found: Mapping[str, Tool], workspace: Workspace) -> list[Case]:
