@@ -21,7 +21,7 @@ from checkpoint_shapes import PRESETS
 from checkpoints import parse_size
 from harness import BENCHMARKS, Workspace, remove, workspace_arguments
 from machine import facts
-from measurement import Bench, Case
+from measurement import Bench, Case, CaseFailedError
 from page_cache import Filler, can_drop_caches
 from parts import PARTS, Part
 from resident_memory import ResidentMemory
@@ -78,8 +78,9 @@ def measure_part(
     figures: Table,
     looks: Table,
     turns: Turns,
-) -> None:
-    """Measure what the table lacks of a part, and add it."""
+) -> list[str]:
+    """Measure what the table lacks of a part, and add it; what failed, which is not tried again."""
+    failures: dict[Case, str] = {}
     done = {sample.identity for sample in figures.read()}
     missing = [
         (case, cache, synced, number)
@@ -90,17 +91,25 @@ def measure_part(
         for tool in {case.tool.name: case.tool for case, *_ in missing}.values():
             bench.warm_up(tool)
     for case, cache, synced, number in missing:
+        if case in failures:
+            continue
         is_watched = part.name == "tools" and (cache, synced, number) == ("warm", False, 1)
         memory = ResidentMemory() if is_watched else None
         turns.measure(for_minutes=case.tool.is_slow)
-        sample = bench.measure(
-            case, part=part.name, cache=cache, synced=synced, number=number, memory=memory
-        )
+        try:
+            sample = bench.measure(
+                case, part=part.name, cache=cache, synced=synced, number=number, memory=memory
+            )
+        except CaseFailedError as error:
+            failures[case] = f"{part.name}: {error}"
+            print(f"FAILED {failures[case]}", flush=True)
+            continue
         figures.append([sample])
         if memory is not None:
             looks.append(Look(case.tool.name, *look) for look in memory.finish())
         mode = f"{cache}{', sync' if synced else ''}"
         print(f"{part.name}, {mode}, round {number}: {sample.total_s:7.2f} s  {case}", flush=True)
+    return list(failures.values())
 
 
 def write_facts(path: Path, lines: Sequence[str], *, keep: bool) -> None:
@@ -122,6 +131,7 @@ def main() -> None:
     if not args.resume:
         remove(figures.path)
         remove(looks.path)
+    failures: list[str] = []
     chosen = [part for part in PARTS if part.name in args.parts]
     with Workspace(args.work_dir, keep=args.keep) as workspace, Turns(args.lock) as turns:
         with turns.load():
@@ -144,13 +154,17 @@ def main() -> None:
             with Workspace(args.work_dir, keep=args.keep) as own:
                 with turns.load():
                     cases = part.cases(args, found, own)
-                measure_part(part, cases, args, bench, figures=figures, looks=looks, turns=turns)
+                failures += measure_part(
+                    part, cases, args, bench, figures=figures, looks=looks, turns=turns
+                )
     if importlib.util.find_spec("matplotlib"):
         # In a process of its own: this one must stay small.
         subprocess.run([sys.executable, BENCHMARKS / "bench_plots.py", args.output], check=True)
     else:
         print("plots: skipped, there is no matplotlib; pip install '.[bench]'")
     bench_report.write_report(args.output)
+    if failures:
+        raise SystemExit("\n".join(["failed, and not in the report:", *failures]))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,10 @@ HEADERS_MARGIN_BYTES = 16 * 1024**2
 """By which an output may differ from a model in size: a header for each shard."""
 
 
+class CaseFailedError(Exception):
+    """A tool failed at a merge, or wrote something else than one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """What is measured: a tool merges a set within a budget."""
@@ -67,7 +71,10 @@ class Bench:
         number: int,
         memory: ResidentMemory | None = None,
     ) -> Sample:
-        """Run one case once and check that it wrote as many bytes as a model has."""
+        """Run one case once and check that it wrote as many bytes as a model has.
+
+        Raises `CaseFailedError` where it did not.
+        """
         busy = self._prepare(case, cache)
         tool, model_set = case.tool, case.model_set
         merge = Merge(model_set.models, self.output, synced, case.budget_bytes)
@@ -81,7 +88,8 @@ class Bench:
             os.sync()
         sync_s = perf_counter() - ended if synced else 0.0
         if finished.returncode:
-            raise SystemExit(f"{finished.stderr}\nfailed ({finished.returncode}): {case}")
+            self._clear()
+            raise CaseFailedError(f"{case}: {finished.last_words()}")
         sample = Sample(
             part=part,
             model_set=model_set.name,
@@ -106,7 +114,7 @@ class Bench:
         self._clear()
         if abs(sample.written_bytes - sample.model_bytes) > HEADERS_MARGIN_BYTES:
             wrote = f"wrote {sample.written_bytes} bytes of about {sample.model_bytes}"
-            raise SystemExit(f"{case}: {wrote}")
+            raise CaseFailedError(f"{case}: {wrote}")
         return sample
 
     def _prepare(self, case: Case, cache: str) -> float:
@@ -132,4 +140,4 @@ class Bench:
 
 
 def _reported_s(finished: Finished) -> float:
-    return float(json.loads(finished.stdout)["seconds"])
+    return round(float(json.loads(finished.stdout)["seconds"]), 3)
