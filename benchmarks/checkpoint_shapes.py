@@ -1,5 +1,6 @@
 """Lists the tensors of synthetic checkpoints and spreads them over shards; touches no file."""
 
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil, prod
@@ -149,6 +150,47 @@ def moe(
         "torch_dtype": "bfloat16",
     }
     return Checkpoint(_decoder(specs, vocab, hidden), config, max_shard_bytes)
+
+
+def mixed_moe(*, num_tensors: int, total_bytes: int, max_shard_bytes: int) -> Checkpoint:
+    """Exactly `num_tensors` experts' matrices of 64 KiB to 4 MiB, about `total_bytes` together.
+
+    Many small and few large ones, in a mixed order; as far from equal as the total allows. Raises
+    ValueError where so many tensors of these sizes cannot have that total.
+    """
+    hidden, experts_per_layer = 1024, 128
+    smallest, largest = 64 * 1024, 4 * 1024**2
+    if not smallest * num_tensors <= total_bytes <= largest * num_tensors:
+        raise ValueError(f"{num_tensors} tensors of 64 KiB to 4 MiB never have {total_bytes} bytes")
+    row_bytes = 2 * hidden
+
+    def rows(steepness: float) -> list[int]:
+        # The size at each quantile: the steeper, the fewer large ones.
+        ratio = largest / smallest
+        quantiles = [index / max(1, num_tensors - 1) for index in range(num_tensors)]
+        sizes = [smallest * ratio ** (quantile**steepness) for quantile in quantiles]
+        return [round(size / row_bytes) for size in sizes]
+
+    low, high = 1e-3, 1e6
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        is_too_much = sum(rows(middle)) * row_bytes > total_bytes
+        low, high = (middle, high) if is_too_much else (low, middle)
+    chosen = rows(high)
+    random.Random(0).shuffle(chosen)
+    specs = []
+    for index, height in enumerate(chosen):
+        layer, expert = divmod(index, experts_per_layer)
+        name = f"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"
+        specs.append(TensorSpec(name, (height, hidden)))
+    config = {
+        "architectures": ["SyntheticMoeForCausalLM"],
+        "model_type": "synthetic_moe",
+        "hidden_size": hidden,
+        "num_hidden_layers": ceil(num_tensors / experts_per_layer),
+        "torch_dtype": "bfloat16",
+    }
+    return Checkpoint(tuple(specs), config, max_shard_bytes)
 
 
 def split_into_shards(

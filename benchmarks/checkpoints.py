@@ -7,6 +7,7 @@ safetensors for `--validate`).
     python benchmarks/checkpoints.py llama OUT --preset llama-1b --seed 1
     python benchmarks/checkpoints.py giant OUT --tensor-size 3GiB
     python benchmarks/checkpoints.py moe OUT --num-tensors 90000 --sparse
+    python benchmarks/checkpoints.py mixed-moe OUT --num-tensors 30000 --total-size 2.2GB
 """
 
 import argparse
@@ -28,6 +29,7 @@ from checkpoint_shapes import (
     TensorSpec,
     giant,
     llama,
+    mixed_moe,
     moe,
     split_into_shards,
 )
@@ -144,6 +146,12 @@ def checkpoint_from_arguments(args: argparse.Namespace) -> Checkpoint:
     shard_bytes = args.max_shard_size or 5_000_000_000
     if args.kind == "giant":
         return giant(tensor_bytes=args.tensor_size, max_shard_bytes=shard_bytes)
+    if args.kind == "mixed-moe":
+        return mixed_moe(
+            num_tensors=args.num_tensors,
+            total_bytes=args.total_size,
+            max_shard_bytes=shard_bytes,
+        )
     return moe(
         num_tensors=args.num_tensors,
         hidden=args.hidden_size,
@@ -174,13 +182,19 @@ def build_parser() -> argparse.ArgumentParser:
     moe_parser.add_argument("--hidden-size", type=int, default=128)
     moe_parser.add_argument("--intermediate-size", type=int, default=64)
     moe_parser.add_argument("--num-hidden-layers", type=int, default=60)
+    mixed_parser = kinds.add_parser("mixed-moe", parents=[common], help="experts of mixed sizes")
+    mixed_parser.add_argument("--num-tensors", type=int, default=30_000)
+    mixed_parser.add_argument("--total-size", type=parse_size, default=parse_size("2.2GB"))
     return parser
 
 
 def main() -> None:
     """Write the checkpoint and say what was written."""
     args = build_parser().parse_args()
-    checkpoint = checkpoint_from_arguments(args)
+    try:
+        checkpoint = checkpoint_from_arguments(args)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
     write_checkpoint(args.out, checkpoint, seed=args.seed, sparse=args.sparse)
     if args.validate:
         validate(args.out, checkpoint)

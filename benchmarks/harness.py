@@ -14,9 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 BENCHMARKS = Path(__file__).resolve().parent
 
@@ -45,8 +46,16 @@ class Finished:
         return telling[-1] if telling else f"exit status {self.returncode}"
 
 
-def run(argv: Sequence[str | Path], *, environment: Mapping[str, str] | None = None) -> Finished:
-    """Run `argv` to its end and measure it; never raises for a failing process."""
+def run(
+    argv: Sequence[str | Path],
+    *,
+    environment: Mapping[str, str] | None = None,
+    on_start: Callable[[int], object] | None = None,
+) -> Finished:
+    """Run `argv` to its end and measure it; never raises for a failing process.
+
+    `on_start` is given the process's id as soon as there is one.
+    """
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         started = time.perf_counter()
         process = subprocess.Popen(
@@ -59,6 +68,8 @@ def run(argv: Sequence[str | Path], *, environment: Mapping[str, str] | None = N
             start_new_session=True,
         )
         try:
+            if on_start is not None:
+                on_start(process.pid)
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
@@ -81,7 +92,7 @@ def run(argv: Sequence[str | Path], *, environment: Mapping[str, str] | None = N
     )
 
 
-def run_or_exit(argv: Sequence[str | Path], **options: Mapping[str, str]) -> Finished:
+def run_or_exit(argv: Sequence[str | Path], **options: Any) -> Finished:
     """`run`, but a failing process ends the benchmark with what it said."""
     finished = run(argv, **options)
     if finished.returncode:

@@ -1,4 +1,4 @@
-"""Installs LM-Cocktail 0.0.4 beside the benchmark, where none is given, and runs its scoring."""
+"""Installs LM-Cocktail 0.0.4 beside the benchmark, where none is given, and runs its functions."""
 
 import argparse
 import os
@@ -35,3 +35,9 @@ def score_command(python: str, models: Sequence[Path], task: ScoringTask) -> lis
     """Its scoring of the models, as `mix_models_with_data` calls it."""
     script = str(BENCHMARKS / "score_with_lm_cocktail.py")
     return [python, script, *map(str, models), *task.options()]
+
+
+def merge_command(python: str, function: str, models: Sequence[Path], output: Path) -> list[str]:
+    """A merge by `mix_models` or `mix_models_by_layers`, with equal weights."""
+    script = str(BENCHMARKS / "merge_with_lm_cocktail.py")
+    return [python, script, function, *map(str, models), "-o", str(output)]

@@ -12,11 +12,13 @@ PACKAGES = (
     "shardmix",
     "mergekit",
     "LM_Cocktail",
+    "sd-mecha",
     "torch",
     "safetensors",
     "transformers",
     "accelerate",
     "numpy",
+    "numba",
 )
 
 VERSIONS_PROGRAM = """
@@ -56,16 +58,23 @@ def versions(python: str) -> dict[str, str]:
     return dict(json.loads(answer.stdout)) if answer.returncode == 0 else {"python": "not found"}
 
 
-def print_facts(work_dir: Path, *, pythons: Sequence[str]) -> None:
-    """Print the machine's facts and the versions in each python, one line each."""
+def facts(work_dir: Path, *, pythons: Sequence[str]) -> list[str]:
+    """The machine's facts and the versions in each python, one line each."""
     memory_kib = int(field("/proc/meminfo", "MemTotal").split()[0] or 0)
     free = os.statvfs(work_dir)
-    print(f"cpu      {field('/proc/cpuinfo', 'model name') or platform.machine()}")
-    print(f"cores    {len(os.sched_getaffinity(0))}, load {os.getloadavg()[0]:.2f}")
-    print(f"memory   {memory_kib / 1024**2:.1f} GiB")
-    print(f"kernel   {platform.system()} {platform.release()}")
-    print(f"disk     {file_system(work_dir)}, {free.f_bavail * free.f_frsize / 1e9:.0f} GB free")
+    lines = [
+        f"cpu      {field('/proc/cpuinfo', 'model name') or platform.machine()}",
+        f"cores    {len(os.sched_getaffinity(0))}, load {os.getloadavg()[0]:.2f}",
+        f"memory   {memory_kib / 1024**2:.1f} GiB",
+        f"kernel   {platform.system()} {platform.release()}",
+        f"disk     {file_system(work_dir)}, {free.f_bavail * free.f_frsize / 1e9:.0f} GB free",
+    ]
     for python in dict.fromkeys(pythons):
         found = versions(python)
-        print("versions " + ", ".join(f"{name} {number}" for name, number in found.items()))
-    print()
+        lines.append("versions " + ", ".join(f"{name} {number}" for name, number in found.items()))
+    return lines
+
+
+def print_facts(work_dir: Path, *, pythons: Sequence[str]) -> None:
+    """Print the facts, and an empty line."""
+    print("\n".join(facts(work_dir, pythons=pythons)), end="\n\n")

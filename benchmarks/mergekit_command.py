@@ -29,11 +29,11 @@ def mergekit_python(given: str | None, workspace: Workspace) -> str:
     return given or workspace.environment("mergekit-venv", REQUIREMENTS)
 
 
-def write_recipe(path: Path, models: Sequence[Path], weights: Sequence[float]) -> None:
-    """A linear merge to bfloat16, with the weights as they are."""
+def write_recipe(path: Path, models: Sequence[Path]) -> None:
+    """A linear merge to bfloat16, with equal weights."""
     lines = ["merge_method: linear", "dtype: bfloat16", "parameters: {normalize: false}", "models:"]
-    for model, weight in zip(models, weights, strict=True):
-        lines += [f"  - model: {model}", f"    parameters: {{weight: {weight}}}"]
+    for model in models:
+        lines += [f"  - model: {model}", f"    parameters: {{weight: {1 / len(models)}}}"]
     path.write_text("\n".join(lines) + "\n")
 
 

@@ -3,7 +3,7 @@
     python benchmarks/safety.py --work-dir WORK --rounds 15
 
 Warm, without fsync, both backends; all rounds of a backend in one process (`safety_rounds.py`).
-What fsync costs beside a program that reads, writes and forces the same bytes is in `speed.py`.
+What fsync costs beside a program that reads, writes and forces the same bytes is in `bench.py`.
 """
 
 import json

@@ -1,12 +1,18 @@
 """The command lines of shardmix that the benchmarks run, and its report's figures."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import Finished
+from harness import OFFLINE, Finished, remove, run
 from scoring_task import ScoringTask
+
+NO_BUDGET_AT_ALL = 1
+"""MiB; less than any python takes."""
+BUDGET_TRIALS = 8
+LEAST_BUDGET = re.compile(r"the least that works here is ([0-9]+)MiB")
 
 
 def merge_command(
@@ -28,6 +34,28 @@ def plan_command(python: str, models: Sequence[Path], output: Path) -> list[str]
     """A plan of the merge of the models, in JSON."""
     sources = [f"{model}={1 / len(models)}" for model in models]
     return [python, "-m", "shardmix", "plan", *sources, "-o", str(output), "--json"]
+
+
+def least_budget(
+    python: str, models: Sequence[Path], output: Path, *, extra: Sequence[str] = ()
+) -> int:
+    """The least `--max-memory` that the merge runs within, in bytes, found by trying.
+
+    A refusal names the least that works by what the process held when it planned; by the time
+    that it merges it may hold a little more, so what is named is tried as well.
+    """
+    named = NO_BUDGET_AT_ALL
+    for _ in range(BUDGET_TRIALS):
+        options = [*extra, "--max-memory", f"{named}MiB", "--no-fsync"]
+        finished = run(merge_command(python, models, output, extra=options), environment=OFFLINE)
+        remove(output)
+        if not finished.returncode:
+            return named * 1024**2
+        found = LEAST_BUDGET.search(finished.stderr)
+        if found is None:
+            raise SystemExit(f"no least budget is named: {finished.last_words()}")
+        named = max(int(found[1]), named + 1)
+    raise SystemExit(f"no merge within {named} MiB, which a refusal named as the least")
 
 
 def score_command(
