@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,8 +45,19 @@ class Finished:
         return telling[-1] if telling else f"exit status {self.returncode}"
 
 
-def run(argv: Sequence[str | Path], *, environment: Mapping[str, str] | None = None) -> Finished:
-    """Run `argv` to its end and measure it; never raises for a failing process."""
+SECONDS_BETWEEN_LOOKS = 0.05
+
+
+def run(
+    argv: Sequence[str | Path],
+    *,
+    environment: Mapping[str, str] | None = None,
+    watch: Callable[[int], None] | None = None,
+) -> Finished:
+    """Run `argv` to its end and measure it; never raises for a failing process.
+
+    `watch` is called with the process's id many times a second; what it raises ends the process.
+    """
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         started = time.perf_counter()
         process = subprocess.Popen(
@@ -59,7 +70,11 @@ def run(argv: Sequence[str | Path], *, environment: Mapping[str, str] | None = N
             start_new_session=True,
         )
         try:
-            _, status, usage = os.wait4(process.pid, 0)
+            ended, status, usage = os.wait4(process.pid, 0 if watch is None else os.WNOHANG)
+            while watch is not None and not ended:
+                watch(process.pid)
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+                ended, status, usage = os.wait4(process.pid, os.WNOHANG)
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
