@@ -160,17 +160,27 @@ class Merges:
         """Merge once; a broken promise is printed with its command."""
         budget = str(combination["budget"])
         budget_bytes = 0 if budget in (LEAST, NO_BUDGET) else parse_size(budget)
-        if budget == LEAST:
-            refusal = run(self.command(combination, 1), environment=OFFLINE)
-            budget_bytes = least_bytes(refusal)
         os.sync()
         remove(self._output)
+        if budget == LEAST:
+            budget_bytes = self._least_budget(combination)
         command = self.command(combination, budget_bytes)
         finished = run(command, environment=OFFLINE)
         peak = peak_of(combination, budget_bytes, finished)
         if peak.promise not in ("kept", "refused"):
             print(f"{peak.promise}: {shlex.join(command)}\n  {finished.last_words()}")
         return peak
+
+    def _least_budget(self, combination: Combination) -> int:
+        """The least budget that works, found as a user finds it: by what refusals name."""
+        budget_bytes, is_last = 1, False
+        while not is_last:
+            refusal = run(self.command(combination, budget_bytes), environment=OFFLINE)
+            named = budget_named(refusal)
+            if named is None or named[0] <= budget_bytes:
+                raise SystemExit(f"{budget_bytes} bytes: no larger budget is named:\n{refusal}")
+            budget_bytes, is_last = named
+        return budget_bytes
 
     def command(self, combination: Combination, budget_bytes: int) -> list[str]:
         """The merge's command line."""
@@ -196,12 +206,16 @@ class Merges:
         return self._links[key]
 
 
-def least_bytes(refusal: Finished) -> int:
-    """The least budget that works, as a refusal names it."""
-    found = re.search(r"least that works here is (\d+)MiB", " ".join(refusal.stderr.split()))
-    if refusal.returncode not in (1, 2) or found is None:
-        raise SystemExit(f"a budget of 1 byte was not refused as it should be:\n{refusal.stderr}")
-    return parse_size(f"{found[1]}MiB")
+def budget_named(finished: Finished) -> tuple[int, bool] | None:
+    """The budget that a refusal asks for, and whether it is the least that works.
+
+    Where already a header might not fit, more may be asked for after it. None: not refused for it.
+    """
+    words = " ".join(finished.stderr.split())
+    found = re.search(r"(may take|least that works here is) (\d+)MiB", words)
+    if finished.returncode not in (1, 2) or found is None:
+        return None
+    return parse_size(f"{found[2]}MiB"), found[1] != "may take"
 
 
 def peak_of(combination: Combination, budget_bytes: int, finished: Finished) -> Peak:
@@ -212,8 +226,8 @@ def peak_of(combination: Combination, budget_bytes: int, finished: Finished) -> 
         is_kept = finished.peak_bytes <= projected <= (budget_bytes or projected)
         promise = "kept" if is_kept else "BROKEN"
     else:
-        is_refused = finished.returncode in (1, 2) and "least that works" in finished.stderr
-        is_right = is_refused and least_bytes(finished) > budget_bytes > 0
+        named = budget_named(finished)
+        is_right = named is not None and named[0] > budget_bytes > 0
         promise = "refused" if is_right and combination["budget"] != LEAST else "FAILED"
     return Peak(
         **combination,

@@ -36,8 +36,8 @@ class Step:
     projected_bytes: int = 0
     """Promised by the merge's report, or where it was killed by the plan's."""
     budget_bytes: int = 0
-    free_disk_bytes: int
-    """The least that the disk had left."""
+    staged_bytes: int = 0
+    """The most that the growing output took of the disk, or of what waits to be written to it."""
     output_digest: str = ""
     """Of all digests in shardmix.json, so that outputs can be compared."""
 
@@ -54,7 +54,7 @@ class Step:
             mib(self.peak_bytes),
             mib(self.projected_bytes) if self.projected_bytes else "",
             mib(self.budget_bytes) if self.budget_bytes else "",
-            f"{self.free_disk_bytes / 1e9:.0f}",
+            f"{self.staged_bytes / 1e9:.1f}" if self.staged_bytes else "",
             self.outcome,
         )
 
@@ -70,7 +70,7 @@ HEADER = (
     "peak MiB",
     "projected",
     "budget",
-    "disk free GB",
+    "staged GB",
     "outcome",
 )
 
@@ -80,13 +80,14 @@ class Watch:
 
     def __init__(
         self,
-        journal: Path,
+        staging: Path,
         *,
         kill_at_bytes: float | None = None,
         kill_after_s: float | None = None,
     ) -> None:
-        self._journal = journal
-        self._disk = journal.parent.parent
+        self._journal = staging / "journal"
+        self._model = staging / "model"
+        self._disk = staging.parent
         self._kill_at_bytes = kill_at_bytes
         self._kill_after_s = kill_after_s
         self._position = self._num_lines = 0
@@ -95,7 +96,8 @@ class Watch:
         self.claimed_before = self.claimed_bytes
         """What earlier runs had done."""
         self.first_claim_s = 0.0
-        self.least_free_bytes = free_bytes(self._disk)
+        self.staged_bytes = 0
+        """The most that the growing output took of the disk."""
 
     @property
     def claimed_bytes(self) -> int:
@@ -108,8 +110,8 @@ class Watch:
         self._look_at_journal()
         if not self.first_claim_s and self.claimed_bytes > self.claimed_before:
             self.first_claim_s = seconds
-        self.least_free_bytes = min(self.least_free_bytes, free_bytes(self._disk))
-        if self.least_free_bytes < LEAST_FREE_BYTES:
+        self.staged_bytes = max(self.staged_bytes, disk_bytes(self._model))
+        if shutil.disk_usage(self._disk).free < LEAST_FREE_BYTES:
             raise SystemExit(
                 f"{self._disk}: less than {LEAST_FREE_BYTES // 10**9} GB are left on this disk; "
                 "free some space, or give another --work-dir"
@@ -129,6 +131,13 @@ class Watch:
         self._num_lines += added.count(b"\n")
 
 
-def free_bytes(folder: Path) -> int:
-    """What an ordinary user can still write there."""
-    return shutil.disk_usage(folder).free
+def disk_bytes(folder: Path) -> int:
+    """What a folder's files take of the disk, or will when they are written; 0 if it is not there.
+
+    Files may come and go meanwhile.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sum(entry.stat().st_blocks * 512 for entry in entries)
+    except FileNotFoundError:
+        return 0
