@@ -2,12 +2,12 @@
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil, prod
 from typing import Any
 
 # Bytes per element; also the order within a file, which safetensors sorts by descending alignment.
-DTYPE_SIZES = {"F32": 4, "BF16": 2}
+DTYPE_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +51,47 @@ class Checkpoint:
     """No shard holds more tensor bytes, save one that holds a single larger tensor."""
 
 
+@dataclass(frozen=True, slots=True)
+class DeepSeekShape:
+    """The sizes of a DeepSeek-V3 decoder; the names are those of its config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    """Of the layers without experts, the first ones."""
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    first_k_dense_replace: int
+    """How many layers have no experts."""
+    n_routed_experts: int
+    n_shared_experts: int
+    num_attention_heads: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    vocab_size: int
+
+
 PRESETS = {
+    "llama-100m": (LlamaShape(1024, 2816, 6, 16, 2, 16000), 80_000_000),
     "llama-1b": (LlamaShape(2048, 5632, 22, 32, 4, 32000), 480_000_000),
     "llama-2b": (LlamaShape(2560, 6912, 30, 20, 4, 32000), 600_000_000),
     "llama-3-70b": (LlamaShape(8192, 28672, 80, 64, 8, 128256), 5_000_000_000),
 }
-"""Name -> shape and bytes per shard: TinyLlama's 1.1B in 5, 2.2B in 8, Llama-3-70B in its 30."""
+"""Name -> shape and bytes per shard: one of 0.1B in 3, TinyLlama's 1.1B in 5, 2.2B in 8,
+Llama-3-70B in its 30.
+"""
+
+_DEEPSEEK_V3 = DeepSeekShape(7168, 18432, 2048, 61, 3, 256, 1, 128, 1536, 512, 128, 64, 128, 129280)
+DEEPSEEK_PRESETS = {
+    "deepseek-v3": (_DEEPSEEK_V3, 8_420_000_000),
+    "deepseek-v3-fine": (
+        replace(_DEEPSEEK_V3, n_routed_experts=512, moe_intermediate_size=1024),
+        8_420_000_000,
+    ),
+}
+"""DeepSeek-V3 in bf16, and the same with twice as many experts of half the size."""
 
 
 def _attention(prefix: str, hidden: int, kv: int) -> list[TensorSpec]:
@@ -109,6 +144,64 @@ def llama(shape: LlamaShape, *, max_shard_bytes: int) -> Checkpoint:
     }
     tensors = _decoder(layers, shape.vocab_size, shape.hidden_size)
     return Checkpoint(tensors, config, max_shard_bytes)
+
+
+def deepseek(shape: DeepSeekShape, *, max_shard_bytes: int) -> Checkpoint:
+    """DeepSeek-V3 as published, in bf16 rather than FP8 (so without scales).
+
+    The last layer, which is not counted, predicts the token after the next.
+    """
+    hidden, vocab = shape.hidden_size, shape.vocab_size
+    layers: list[TensorSpec] = []
+    for index in range(shape.num_hidden_layers + 1):
+        prefix = f"model.layers.{index}"
+        layers += [*_latent_attention(prefix, shape), *_norms(prefix, hidden)]
+        if index < shape.first_k_dense_replace:
+            layers += _mlp(f"{prefix}.mlp", hidden, shape.intermediate_size)
+        else:
+            layers += _experts(f"{prefix}.mlp", shape)
+    extra = {
+        "embed_tokens": (vocab, hidden),
+        "enorm": (hidden,),
+        "hnorm": (hidden,),
+        "eh_proj": (hidden, 2 * hidden),
+        "shared_head.norm": (hidden,),
+        "shared_head.head": (vocab, hidden),
+    }
+    layers += [TensorSpec(f"{prefix}.{name}.weight", size) for name, size in extra.items()]
+    config = {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        **asdict(shape),
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    return Checkpoint(_decoder(layers, vocab, hidden), config, max_shard_bytes)
+
+
+def _latent_attention(prefix: str, shape: DeepSeekShape) -> list[TensorSpec]:
+    hidden, heads = shape.hidden_size, shape.num_attention_heads
+    sizes: dict[str, tuple[int, ...]] = {
+        "q_a_proj": (shape.q_lora_rank, hidden),
+        "q_a_layernorm": (shape.q_lora_rank,),
+        "q_b_proj": (heads * (shape.qk_nope_head_dim + shape.qk_rope_head_dim), shape.q_lora_rank),
+        "kv_a_proj_with_mqa": (shape.kv_lora_rank + shape.qk_rope_head_dim, hidden),
+        "kv_a_layernorm": (shape.kv_lora_rank,),
+        "kv_b_proj": (heads * (shape.qk_nope_head_dim + shape.v_head_dim), shape.kv_lora_rank),
+        "o_proj": (hidden, heads * shape.v_head_dim),
+    }
+    return [TensorSpec(f"{prefix}.self_attn.{name}.weight", size) for name, size in sizes.items()]
+
+
+def _experts(prefix: str, shape: DeepSeekShape) -> list[TensorSpec]:
+    hidden, width, count = shape.hidden_size, shape.moe_intermediate_size, shape.n_routed_experts
+    specs = [
+        TensorSpec(f"{prefix}.gate.weight", (count, hidden)),
+        TensorSpec(f"{prefix}.gate.e_score_correction_bias", (count,), "F32"),
+    ]
+    for expert in range(count):
+        specs += _mlp(f"{prefix}.experts.{expert}", hidden, width)
+    return specs + _mlp(f"{prefix}.shared_experts", hidden, width * shape.n_shared_experts)
 
 
 def giant(*, tensor_bytes: int, max_shard_bytes: int) -> Checkpoint:

@@ -8,6 +8,7 @@ safetensors for `--validate`).
     python benchmarks/checkpoints.py giant OUT --tensor-size 3GiB
     python benchmarks/checkpoints.py moe OUT --num-tensors 90000 --sparse
     python benchmarks/checkpoints.py mixed-moe OUT --num-tensors 30000 --total-size 2.2GB
+    python benchmarks/checkpoints.py deepseek OUT --preset deepseek-v3 --sparse --regions 4
 """
 
 import argparse
@@ -22,11 +23,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from checkpoint_shapes import (
+    DEEPSEEK_PRESETS,
     DTYPE_SIZES,
     PRESETS,
     Checkpoint,
     LlamaShape,
     TensorSpec,
+    deepseek,
     giant,
     llama,
     mixed_moe,
@@ -35,6 +38,7 @@ from checkpoint_shapes import (
 )
 
 BLOCK_BYTES = 2 * 1024**2
+REGION_BYTES = 2 * 1024**2
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -47,14 +51,19 @@ def parse_size(text: str) -> int:
     return int(float(number) * UNITS[unit])
 
 
+def data_order(spec: TensorSpec) -> tuple[int, str]:
+    """What safetensors' own writer sorts by."""
+    return -DTYPE_SIZES[spec.dtype], spec.name
+
+
 def encode_header(tensors: Sequence[TensorSpec]) -> bytes:
     """The bytes before the data, as safetensors' own writer lays them out.
 
-    Tensors follow one another in the order given to them here: widest dtype first, then name.
+    Tensors follow one another in the order of their data: widest dtype first, then name.
     """
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for spec in sorted(tensors, key=lambda spec: (-DTYPE_SIZES[spec.dtype], spec.name)):
+    for spec in sorted(tensors, key=data_order):
         entries[spec.name] = {
             "dtype": spec.dtype,
             "shape": spec.shape,
@@ -69,7 +78,8 @@ def encode_header(tensors: Sequence[TensorSpec]) -> bytes:
 def random_block(seed: int) -> memoryview:
     """`BLOCK_BYTES` of bf16 values of N(0, 0.02).
 
-    A pair of them read as one float32 is such a value too: the upper bf16 is its upper half.
+    A pair of them read as one float32 is such a value too: the upper bf16 is its upper half. Read
+    as float16 they are ordinary numbers below 2.
     """
     generator = random.Random(seed)
     normals = array.array("f", (generator.gauss(0.0, 0.02) for _ in range(BLOCK_BYTES // 2)))
@@ -89,14 +99,30 @@ def write_data(file: BinaryIO, nbytes: int, block: memoryview, generator: random
         nbytes -= len(piece)
 
 
-def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, seed: int, sparse: bool) -> None:
+def region_starts(tensors: Sequence[TensorSpec], generator: random.Random, count: int) -> list[int]:
+    """Where to put data of `REGION_BYTES` within a shard's, at multiples of 4 bytes.
+
+    First at its start, its end and across a boundary of tensors, then anywhere.
+    """
+    sizes = [spec.nbytes for spec in sorted(tensors, key=data_order)]
+    boundary = sum(sizes[: generator.randint(1, max(1, len(sizes) - 1))])
+    last = max(0, sum(sizes) - REGION_BYTES)
+    wanted = [0, last, boundary - REGION_BYTES // 2]
+    wanted += [generator.randrange(last + 1) for _ in range(count - len(wanted))]
+    return [min(max(0, start), last) // 4 * 4 for start in wanted[:count]]
+
+
+def write_checkpoint(
+    folder: Path, checkpoint: Checkpoint, *, seed: int, sparse: bool, num_regions: int = 0
+) -> None:
     """Write the shards, the index (where there are several) and, last, config.json.
 
-    `sparse` writes true headers and no data: files of the full size that take no room on disk.
+    `sparse` writes true headers, and data in some regions alone, the same for every seed: files of
+    the full size that take hardly any room on disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards = split_into_shards(checkpoint.tensors, max_shard_bytes=checkpoint.max_shard_bytes)
-    block = memoryview(b"") if sparse else random_block(seed)
+    block = memoryview(b"") if sparse and not num_regions else random_block(seed)
     generator = random.Random(seed)
     weight_map: dict[str, str] = {}
     for number, tensors in enumerate(shards, start=1):
@@ -108,6 +134,9 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, seed: int, sparse:
             file.write(header)
             if sparse:
                 file.truncate(len(header) + nbytes)
+                for start in region_starts(tensors, random.Random(name), num_regions):
+                    file.seek(len(header) + start)
+                    write_data(file, min(REGION_BYTES, nbytes - start), block, generator)
             else:
                 write_data(file, nbytes, block, generator)
     if len(shards) > 1:
@@ -143,6 +172,9 @@ def checkpoint_from_arguments(args: argparse.Namespace) -> Checkpoint:
         sizes = {field.name: getattr(args, field.name) for field in fields(LlamaShape)}
         shape = replace(shape, **{name: size for name, size in sizes.items() if size is not None})
         return llama(shape, max_shard_bytes=args.max_shard_size or shard_bytes)
+    if args.kind == "deepseek":
+        deepseek_shape, shard_bytes = DEEPSEEK_PRESETS[args.preset]
+        return deepseek(deepseek_shape, max_shard_bytes=args.max_shard_size or shard_bytes)
     shard_bytes = args.max_shard_size or 5_000_000_000
     if args.kind == "giant":
         return giant(tensor_bytes=args.tensor_size, max_shard_bytes=shard_bytes)
@@ -167,7 +199,11 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("out", type=Path, help="folder to write")
     common.add_argument("--seed", type=int, default=0, help="other seeds give other values")
     common.add_argument("--max-shard-size", type=parse_size, help="tensor bytes in a shard")
+    common.add_argument("--dtype", choices=DTYPE_SIZES, help="of all tensors; default: the shape's")
     common.add_argument("--sparse", action="store_true", help="true headers, no data")
+    common.add_argument(
+        "--regions", type=int, default=0, help="with --sparse: data in so many places of each shard"
+    )
     common.add_argument("--validate", action="store_true", help="re-open with safetensors")
     parser = argparse.ArgumentParser(description="Write a synthetic checkpoint.")
     kinds = parser.add_subparsers(dest="kind", required=True)
@@ -175,6 +211,8 @@ def build_parser() -> argparse.ArgumentParser:
     llama_parser.add_argument("--preset", choices=PRESETS, default="llama-1b")
     for field in fields(LlamaShape):
         llama_parser.add_argument(f"--{field.name.replace('_', '-')}", type=int)
+    deepseek_parser = kinds.add_parser("deepseek", parents=[common], help="a mixture of experts")
+    deepseek_parser.add_argument("--preset", choices=DEEPSEEK_PRESETS, default="deepseek-v3")
     giant_parser = kinds.add_parser("giant", parents=[common], help="one giant embedding")
     giant_parser.add_argument("--tensor-size", type=parse_size, default=parse_size("1GiB"))
     moe_parser = kinds.add_parser("moe", parents=[common], help="very many small tensors")
@@ -195,7 +233,12 @@ def main() -> None:
         checkpoint = checkpoint_from_arguments(args)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-    write_checkpoint(args.out, checkpoint, seed=args.seed, sparse=args.sparse)
+    if args.dtype:
+        tensors = tuple(replace(spec, dtype=args.dtype) for spec in checkpoint.tensors)
+        checkpoint = replace(checkpoint, tensors=tensors)
+    write_checkpoint(
+        args.out, checkpoint, seed=args.seed, sparse=args.sparse, num_regions=args.regions
+    )
     if args.validate:
         validate(args.out, checkpoint)
     nbytes = sum(spec.nbytes for spec in checkpoint.tensors)

@@ -24,16 +24,26 @@ def merge_command(
     extra: Sequence[str] = (),
 ) -> list[str]:
     """A quiet merge of the models that reports in JSON; equal weights where none are given."""
-    weights = weights or [1 / len(models)] * len(models)
-    sources = [f"{model}={weight}" for model, weight in zip(models, weights, strict=True)]
-    command = [python, "-m", "shardmix", "merge", *sources, "-o", str(output)]
+    command = [python, "-m", "shardmix", "merge", *_sources(models, weights), "-o", str(output)]
     return [*command, *extra, "--quiet", "--json"]
 
 
-def plan_command(python: str, models: Sequence[Path], output: Path) -> list[str]:
+def plan_command(
+    python: str,
+    models: Sequence[Path],
+    output: Path,
+    *,
+    weights: Sequence[float] | None = None,
+    extra: Sequence[str] = (),
+) -> list[str]:
     """A plan of the merge of the models, in JSON."""
-    sources = [f"{model}={1 / len(models)}" for model in models]
-    return [python, "-m", "shardmix", "plan", *sources, "-o", str(output), "--json"]
+    command = [python, "-m", "shardmix", "plan", *_sources(models, weights), "-o", str(output)]
+    return [*command, *extra, "--json"]
+
+
+def _sources(models: Sequence[Path], weights: Sequence[float] | None) -> list[str]:
+    weights = weights or [1 / len(models)] * len(models)
+    return [f"{model}={weight}" for model, weight in zip(models, weights, strict=True)]
 
 
 def least_budget(

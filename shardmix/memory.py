@@ -45,6 +45,10 @@ _LARGE_BLOCK_NBYTES = 1 * MIB
 _RUN_NBYTES = 16 * MIB
 _WORKER_NBYTES = 4 * MIB
 
+# What the same command holds differs by some MiB from one run to the next: a budget that is named
+# as enough has to be so the next time.
+_BETWEEN_RUNS_NBYTES = 4 * MIB
+
 # What may be taken without asking how much there is.
 _LITTLE_NBYTES = 64 * MIB
 
@@ -184,7 +188,7 @@ def fit_memory(
         if fits_memory
         else (
             "--max-memory",
-            peak,
+            peak + _BETWEEN_RUNS_NBYTES,
             max_memory,
             f" ({format_mib(reserved)} of it for Python, libraries and what the process holds)",
         )

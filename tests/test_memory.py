@@ -62,8 +62,10 @@ def test_the_least_budget_that_an_error_names_is_enough(workers, on_cuda):
     least = str(caught.value).split("least that works here is ")[1].split(" ")[0]
     fitted = fit_memory(**options, max_memory=parse_size(least))
     assert fitted.projected_peak_nbytes <= parse_size(least)
+    # A process may hold a little more the next time; of that there is some in what is named.
+    fit_memory(**{**options, "reserved": RESERVED + 3 * MIB}, max_memory=parse_size(least))
     with pytest.raises(BudgetError):
-        fit_memory(**options, max_memory=parse_size(least) - MIB)
+        fit_memory(**options, max_memory=parse_size(least) - 5 * MIB)
 
 
 def test_too_little_vram_is_named_as_such():
