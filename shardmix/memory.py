@@ -197,8 +197,13 @@ def fit_memory(
 
 def default_workers(*, on_cuda: bool) -> int:
     """Return how many strips to have in flight where nobody said: one a core, at most eight."""
+    return max(2 if on_cuda else 1, min(num_cores(), _MOST_DEFAULT_WORKERS))
+
+
+def num_cores() -> int:
+    """Return how many cores the process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(2 if on_cuda else 1, min(cores or 1, _MOST_DEFAULT_WORKERS))
+    return cores or 1
 
 
 def _halvings(size: int, least: int) -> list[int]:

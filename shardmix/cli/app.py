@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shardmix._version import __version__
-from shardmix.cli import arguments
+from shardmix.cli import arguments, pictures
 from shardmix.cli import options as opt
 from shardmix.cli.ending import errors_reported, ignore_signals
 from shardmix.errors import RecipeError
@@ -81,6 +81,7 @@ def merge(
     on_nonfinite: opt.OnNonfinite = "warn",
     digest: opt.Digest = "xxh3",
     record_paths: opt.RecordPaths = False,
+    profile: opt.Profile = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -90,6 +91,7 @@ def merge(
         from shardmix.scorer.examples import Example, load_examples
         from shardmix.scorer.options import check_options
 
+        profile, picture = pictures.profile_files(profile)
         options = arguments.merge_options(locals())
         scoring = arguments.score_options(locals(), dtype=score_dtype)
         if weights_from is None and scoring:
@@ -131,7 +133,9 @@ def merge(
                     **options,
                 )
             ignore_signals()  # it is done: there is nothing left to stop
-        render.merge_report(report, json=json, quiet=quiet)
+        render.merge_report(report, profile=picture or profile, json=json, quiet=quiet)
+        if profile is not None and picture is not None:
+            pictures.draw(profile, picture)
 
 
 @app.command(
