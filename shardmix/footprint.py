@@ -34,6 +34,7 @@ MEMORY_COLUMNS = (
     "rss_file_bytes",
     "system_page_cache_bytes",
     "system_dirty_bytes",
+    "system_writeback_bytes",
 )
 VRAM_COLUMNS = ("vram_reserved_bytes", "vram_device_used_bytes")
 
@@ -130,7 +131,7 @@ def memory_probe() -> Iterator[Probe]:
         try:
             yield lambda: (
                 *_kib_fields(status, (b"\nVmRSS:", b"\nRssAnon:", b"\nRssFile:")),
-                *_kib_fields(meminfo, (b"\nCached:", b"\nDirty:")),
+                *_kib_fields(meminfo, (b"\nCached:", b"\nDirty:", b"\nWriteback:")),
             )
         finally:
             os.close(meminfo)
@@ -147,7 +148,7 @@ def _kib_fields(descriptor: int, keys: Sequence[bytes]) -> Iterator[int]:
 
 def _probe_by_psutil() -> Sequence[int | None]:
     cached = getattr(psutil.virtual_memory(), "cached", None)
-    return int(psutil.Process().memory_info().rss), None, None, cached, None
+    return int(psutil.Process().memory_info().rss), None, None, cached, None, None
 
 
 def vram_probe(device: str) -> Probe:

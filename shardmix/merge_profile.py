@@ -94,7 +94,9 @@ class Samples:
     system_page_cache_bytes: list[int | None]
     """`Cached` of /proc/meminfo: the whole system's page cache, by whatever process."""
     system_dirty_bytes: list[int | None]
-    """`Dirty` of /proc/meminfo: of this, what is still to be written to disk."""
+    """`Dirty` of /proc/meminfo: of this, what is still to be sent to disks."""
+    system_writeback_bytes: list[int | None]
+    """`Writeback` of /proc/meminfo: of this, what disks are just being sent."""
     read_bytes: list[int | None]
     """Source bytes read so far."""
     reduce_bytes: list[int | None]
@@ -144,7 +146,8 @@ class Profile:
     finish_seconds: float
     """shardmix.json, forcing folders to disk, and the rename."""
     peak_rss_bytes: int
-    """Largest resident set of the process so far (VmHWM), which may be from before the merge."""
+    """Largest resident set of the process so far (VmHWM): it may be from before the merge. The
+    kernel counts it less exactly than a sample: they may differ by some pages for each core."""
     peak_vram_bytes: int
     """GPU memory that torch had reserved at most; 0 on the CPU."""
     plan: PlannedMerge

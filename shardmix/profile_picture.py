@@ -18,10 +18,10 @@ from shardmix.merge_profile import Profile, Samples
 from shardmix.units import format_mib
 
 # The same figures, the same file: matplotlib otherwise puts random names and the time into it.
-_REPRODUCIBLE = {"svg.hashsalt": "shardmix"}
-_NO_DATE = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
+_REPRODUCIBLE: Any = {"svg.hashsalt": "shardmix"}
+_NO_DATE: Any = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
 
-_GIB = float(2**30)
+_GIB, _MIB = float(2**30), float(2**20)
 _NUM_RATES = 60
 """Steps of the curves of speed: enough to see stalls, few enough to see more than steps."""
 
@@ -36,14 +36,15 @@ def draw(profile: Profile, picture: Path) -> None:
     with rc_context(_REPRODUCIBLE):
         figure = Figure(figsize=(9, 1.2 + 2.3 * len(panels)), layout="constrained")
         figure.suptitle(_title(profile), fontsize="medium")
-        axes: Sequence[Axes] = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for panel, on in zip(panels, axes, strict=True):
             panel(on, profile)
             on.set_ylim(bottom=0)
             on.grid(alpha=0.3)
-            _mark_phases(on, profile)
+            for moment in (profile.load_seconds, profile.load_seconds + profile.merge_seconds):
+                on.axvline(moment, color="gray", linewidth=0.8)
             on.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small", frameon=False)
-        axes[-1].set_xlabel("seconds")
+        axes[-1].set_xlabel("seconds; upright lines: workers start and end")
         axes[-1].set_xlim(0, profile.seconds)
         figure.savefig(picture, dpi=150, metadata=_NO_DATE[picture.suffix])
 
@@ -63,29 +64,32 @@ def _title(profile: Profile) -> str:
 
 def _draw_memory(on: Axes, profile: Profile) -> None:
     samples, plan = profile.samples, profile.plan
+    top = max(plan.projected_peak_bytes, profile.peak_rss_bytes)
+    # A budget far above would make all else flat; its figure is in the legend.
+    budget = plan.max_memory_bytes
+    top = max(top, budget if budget is not None and budget < 2 * top else 0)
+    unit, name = (_MIB, "MiB") if top < 2 * _GIB else (_GIB, "GiB")
     times, rss = _known(samples, samples.rss_bytes)
-    on.plot(times, rss / _GIB, color="black", label="resident")
-    if any(value is not None for value in samples.rss_anon_bytes):
-        _, anon = _known(samples, samples.rss_anon_bytes)
-        _, file = _known(samples, samples.rss_file_bytes)
-        on.stackplot(
-            times,
-            anon / _GIB,
-            file / _GIB,
-            labels=["anonymous", "of files"],
-            colors=["C0", "C2"],
-            alpha=0.4,
-        )
-    projected = plan.projected_peak_bytes / _GIB
-    on.axhline(projected, color="C1", linestyle="--", label=f"projected ({projected:.3g})")
-    top = max(projected, profile.peak_rss_bytes / _GIB)
-    if plan.max_memory_bytes is not None:
-        budget = plan.max_memory_bytes / _GIB
-        on.axhline(budget, color="C3", linestyle=":", label=f"--max-memory ({budget:.3g})")
-        # A budget far above would make all else flat; its figure is in the legend.
-        top = max(top, budget if budget < 2 * top else 0)
-    on.set_ylim(top=1.1 * top)
-    on.set_ylabel("process, GiB")
+    on.plot(times, rss / unit, color="black", label="resident")
+    split_times, anon = _known(samples, samples.rss_anon_bytes)
+    _, file = _known(samples, samples.rss_file_bytes)
+    on.stackplot(
+        split_times,
+        anon / unit,
+        file / unit,
+        labels=["anonymous", "of files"],
+        colors=["C0", "C2"],
+        alpha=0.4,
+    )
+    _draw_bound(on, plan.projected_peak_bytes / unit, "projected", color="C1")
+    if budget is not None:
+        _draw_bound(on, budget / unit, "budget", color="C3")
+    on.set_ylim(top=1.1 * top / unit)
+    on.set_ylabel(f"process, {name}")
+
+
+def _draw_bound(on: Axes, bound: float, label: str, *, color: str) -> None:
+    on.axhline(bound, color=color, linestyle="--", label=f"{label}: {bound:.4g}")
 
 
 def _draw_vram(on: Axes, profile: Profile) -> None:
@@ -96,8 +100,7 @@ def _draw_vram(on: Axes, profile: Profile) -> None:
     ):
         times, values = _known(samples, column or [])
         on.plot(times, values / _GIB, label=label)
-    projected = profile.plan.projected_vram_bytes / _GIB
-    on.axhline(projected, color="C1", linestyle="--", label=f"projected ({projected:.3g})")
+    _draw_bound(on, profile.plan.projected_vram_bytes / _GIB, "projected", color="C2")
     on.set_ylabel("GPU, GiB")
 
 
@@ -106,6 +109,7 @@ def _draw_page_cache(on: Axes, profile: Profile) -> None:
     for label, column in (
         ("Cached", samples.system_page_cache_bytes),
         ("Dirty", samples.system_dirty_bytes),
+        ("Writeback", samples.system_writeback_bytes),
     ):
         times, values = _known(samples, column)
         on.plot(times, values / _GIB, label=label)
@@ -126,11 +130,6 @@ def _draw_speed(on: Axes, profile: Profile) -> None:
         speed = "" if stage.gb_per_second is None else f"{stage.gb_per_second:.3g} GB/s, "
         on.plot([], [], " ", label=f"{name}: {speed}{stage.worker_seconds:.2g} s")
     on.set_ylabel("GB/s")
-
-
-def _mark_phases(on: Axes, profile: Profile) -> None:
-    for moment in (profile.load_seconds, profile.load_seconds + profile.merge_seconds):
-        on.axvline(moment, color="gray", linewidth=0.8)
 
 
 def _known(samples: Samples, column: Sequence[int | None]) -> tuple[_Values, _Values]:

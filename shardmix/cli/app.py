@@ -1,5 +1,6 @@
 """Commands and their options. Loads the library inside a command, so that `--help` is instant."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -133,9 +134,10 @@ def merge(
                     **options,
                 )
             ignore_signals()  # it is done: there is nothing left to stop
-        render.merge_report(report, profile=picture or profile, json=json, quiet=quiet)
         if profile is not None and picture is not None:
-            pictures.draw(profile, picture)
+            unseen = pictures.draw(profile, picture)
+            report = replace(report, warnings=report.warnings + ((unseen,) if unseen else ()))
+        render.merge_report(report, profile=profile, json=json, quiet=quiet)
 
 
 @app.command(

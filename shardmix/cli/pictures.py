@@ -41,8 +41,8 @@ def profile_files(asked: Path | None) -> tuple[Path | None, Path | None]:
     return figures, asked
 
 
-def draw(figures: Path, picture: Path) -> None:
-    """Draw a picture of a profile. Raises `OutputError`.
+def draw(figures: Path, picture: Path) -> str | None:
+    """Draw a picture of a profile; return what went wrong, or None.
 
     In another process: matplotlib's memory is not this one's, whose peak is a promise.
     """
@@ -59,13 +59,9 @@ def draw(figures: Path, picture: Path) -> None:
         )
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines()
-        raise _not_drawn(figures, picture, lines[-1] if lines else str(error)) from None
+        reason = lines[-1] if lines else one_line(error)
     except (OSError, subprocess.SubprocessError) as error:
-        raise _not_drawn(figures, picture, one_line(error)) from None
-
-
-def _not_drawn(figures: Path, picture: Path, reason: str) -> OutputError:
-    return OutputError(
-        f"{picture}: could not be drawn ({reason}); the merge is done all the same, and its "
-        f"figures are in {figures}"
-    )
+        reason = one_line(error)
+    else:
+        return None
+    return f"{picture}: could not be drawn ({reason}); its figures are in {figures}"
