@@ -18,7 +18,7 @@ PACKAGES = (
     "transformers",
     "accelerate",
     "numpy",
-    "numba",
+    "llvmlite",
 )
 
 VERSIONS_PROGRAM = """

@@ -54,7 +54,7 @@ FACTORS: dict[str, tuple] = {
     "budget": (LEAST, "300MiB", "400MiB", "1GiB", NO_BUDGET),
     "workers": (1, 2, 4, 8),
     "io": ("pread", "mmap"),
-    "backend": ("numba", "torch"),
+    "backend": ("llvm", "torch"),
     "dtype": ("keep", "float32"),
     "digest": ("xxh3", "blake3", "sha256"),
 }
@@ -114,13 +114,8 @@ HEADER = (
 )
 
 
-def is_possible(combination: Combination) -> bool:
-    """Whether there is such a merge: numba knows no float16."""
-    return combination["backend"] == "torch" or "f16" not in str(combination["dtypes"]).split("+")
-
-
 def combinations(count: int, generator: random.Random) -> Iterator[dict[str, object]]:
-    """Yield combinations until every possible pair of values was there, but at least `count`.
+    """Yield combinations until every pair of values was there, but at least `count`.
 
     The next one is the one of `NUM_DRAWN` random ones that brings most pairs that are new.
     """
@@ -134,14 +129,13 @@ def combinations(count: int, generator: random.Random) -> Iterator[dict[str, obj
         for pair in itertools.product(
             ((name, value) for value in values), ((other, value) for value in others)
         )
-        if is_possible({"backend": "torch", "dtypes": "bf16", **dict(pair)})
     }
     while missing or count > 0:
         drawn = (
             {name: generator.choice(values) for name, values in FACTORS.items()}
             for _ in range(NUM_DRAWN)
         )
-        best = max(filter(is_possible, drawn), key=lambda each: len(pairs(each) & missing))
+        best = max(drawn, key=lambda each: len(pairs(each) & missing))
         missing -= pairs(best)
         count -= 1
         yield best

@@ -29,7 +29,7 @@ def main() -> None:
     """Measure and report."""
     parser = workspace_arguments("What digests, journal and the look for NaN and Inf cost.")
     parser.add_argument("--rounds", type=int, default=15, help="measurements of each")
-    parser.add_argument("--backends", nargs="+", default=["numba", "torch"])
+    parser.add_argument("--backends", nargs="+", default=["llvm", "torch"])
     parser.add_argument("--preset", default="llama-1b", help="shape of the checkpoints")
     parser.add_argument("--output", type=Path, help="where to write to; default: in WORK")
     parser.add_argument("--csv", type=Path, default=Path("safety.csv"), help="raw figures")

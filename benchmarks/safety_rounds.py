@@ -1,6 +1,6 @@
 """Merges the same models by turns with and without digests, journal and the look for NaN and Inf.
 
-    python benchmarks/safety_rounds.py A B C -o OUT --backend numba --rounds 11
+    python benchmarks/safety_rounds.py A B C -o OUT --backend llvm --rounds 11
 
 All in one process, so that what differs is that work alone. What is left out is left out by
 patching shardmix here: it has no switch for that. Prints a JSON list of {safe, seconds, cpu_s}; the
@@ -18,10 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
-
 import shardmix
 from shardmix import digests, journal
+from shardmix.reducer import kernels
 
 
 class NoHasher:
@@ -42,21 +41,22 @@ def claim_nothing(
     self.leaves[shard].put(leaf, digest)
 
 
-def round_only(stored, weight, total, out):  # type: ignore[no-untyped-def]
-    """The last loop as it would be if nobody asked for NaN and Inf, but for NaNs' one pattern."""
-    for index in range(total.size):
-        bits = np.float32(total[index] + weight * widen(stored[index])).view(np.uint32)
-        is_nan = np.uint32(bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-        out[index] = np.uint16(0x7FC0) if is_nan else rounded(bits, out)
-    return np.uint32(0)
-
-
-def widen(stored: object) -> float:
-    """Stand for the library's own, which compiled code uses."""
-    raise TypeError
-
-
-rounded = widen
+def unguarded_loop() -> str:
+    """Return the kernels' loop as it would be if nobody asked for NaN and Inf."""
+    loop = kernels._LOOP
+    for guarded, unguarded in (
+        (
+            "i1> %is_larger, <{width} x i32> %magnitude,",
+            "i1> %is_larger, <{width} x i32> %largest,",
+        ),
+        (
+            "%is_nan = icmp ugt <{width} x i32> %magnitude, {infinity}",
+            "%is_nan = icmp ne <{width} x i32> %bits, %bits",
+        ),
+    ):
+        assert guarded in loop
+        loop = loop.replace(guarded, unguarded)
+    return loop
 
 
 @contextlib.contextmanager
@@ -67,27 +67,11 @@ def nothing_safe(backend: str) -> Iterator[None]:
             mock.patch.object(digests, "_leaf_hasher", return_value=NoHasher()),
             mock.patch.object(journal.Journal, "add", claim_nothing),
         ]
-        if backend == "numba":
-            from shardmix.reducer import numba_sum
-
-            globals().update(widen=numba_sum._widen, rounded=numba_sum._rounded)
-            patches.append(mock.patch.object(numba_sum, "_add_and_round", round_only))
-            patches.append(mock.patch.object(numba_sum, "_compiled", compiled_once))
+        if backend == "llvm":
+            patches.append(mock.patch.object(kernels, "_LOOP", unguarded_loop()))
         for patch in patches:
             stack.enter_context(patch)
         yield
-
-
-_COMPILED: dict[object, object] = {}
-
-
-def compiled_once(function: object) -> object:
-    """Compile a kernel once for all rounds; kernels from here have no cache on disk."""
-    import numba
-
-    if function not in _COMPILED:
-        _COMPILED[function] = numba.njit(nogil=True)(function)
-    return _COMPILED[function]
 
 
 def main() -> None:
@@ -95,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", help="bf16 checkpoints of one layout")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to create")
-    parser.add_argument("--backend", choices=["numba", "torch"], default="numba")
+    parser.add_argument("--backend", choices=["llvm", "torch"], default="llvm")
     parser.add_argument("--rounds", type=int, default=11)
     args = parser.parse_args()
     models = [(model, 1 / len(args.models)) for model in args.models]

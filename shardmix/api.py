@@ -33,6 +33,7 @@ from shardmix.naming import ties_word_embeddings
 from shardmix.output_path import check_disk, check_output, resolve_output
 from shardmix.plan import TORCH, MergePlan, RunSettings
 from shardmix.recipe import ModelsArgument, build_recipe
+from shardmix.recording import check_profile_place, recording
 from shardmix.reducer import Backend, load_backend
 from shardmix.report import MergeReport, PlanReport, describe_merge, describe_plan
 from shardmix.staging import Staging, open_staging, settle
@@ -88,14 +89,22 @@ def merge(
         with closing(open_journal(staging.journal_path, plan)) as journal:
             try:
                 check_disk(staging.output, plan.disk_needed_nbytes, staged_nbytes=staging.nbytes)
-                plan, backend, notes = ready(
-                    plan,
-                    options,
-                    lambda chosen: plan_merge(models, output, model_type=model_type, **chosen),
-                )
-                result = engine.execute(
-                    plan, backend, staging, journal, on_progress=on_progress, cancel=cancel
-                )
+                with recording(plan.settings.profile) as recorded:
+                    plan, backend, notes = ready(
+                        plan,
+                        options,
+                        lambda chosen: plan_merge(models, output, model_type=model_type, **chosen),
+                    )
+                    recorded.begin_merge(plan, backend)
+                    result = engine.execute(
+                        plan,
+                        backend,
+                        staging,
+                        journal,
+                        on_progress=on_progress,
+                        cancel=cancel,
+                        clock=recorded.clock,
+                    )
             except BaseException as error:
                 staging.is_worth_keeping = not staging.is_placed and journal.num_leaves_done > 0
                 kept = _kept(staging, journal, plan, error)
@@ -170,12 +179,14 @@ def plan_merge(
         if target is not None:
             # Before sources are opened: that may mean hours of download.
             check_output(target, overwrite=settings.overwrite, inputs=())
+        check_profile_place(settings.profile, target, inputs=())
         checkpoints = [_open_mergeable(source, settings) for source in recipe.sources]
         donor = _donor(recipe.base, checkpoints[0])
+        inputs = [path for checkpoint in checkpoints for path in _extent(checkpoint)]
+        inputs += [donor.folder] if recipe.base is not None else []
         if target is not None:
-            inputs = [path for checkpoint in checkpoints for path in _extent(checkpoint)]
-            inputs += [donor.folder] if recipe.base is not None else []
             check_output(target, overwrite=settings.overwrite, inputs=inputs)
+        check_profile_place(settings.profile, target, inputs)
         outcome: planner.Outcome = {
             "output": target,
             "digest_algorithm": digest,

@@ -23,6 +23,7 @@ from shardmix.provenance import write_provenance
 from shardmix.reader import Reader, check_unchanged, open_reader
 from shardmix.reducer import Backend, Reducer, Reducers
 from shardmix.safetensors_layout import element_nbytes
+from shardmix.stage_clock import NO_CLOCK, OTHER, READ, REDUCE, Clock
 from shardmix.staging import Staging
 from shardmix.tensor_findings import strip_findings
 from shardmix.work import ShardInWork, Work
@@ -78,6 +79,7 @@ def execute(
     *,
     on_progress: OnProgress | None = None,
     cancel: threading.Event | None = None,
+    clock: Clock = NO_CLOCK,
 ) -> ExecutionResult:
     """Carry out a plan on its loaded backend. The output appears as the last step, or not at all.
 
@@ -89,14 +91,14 @@ def execute(
     settings, folder = plan.settings, staging.folder
     # All but the weights is written anew.
     staging.drop_all_but({shard.filename for shard in plan.shards})
-    work = Work(plan, lambda number: GrowingShard(plan, number, folder, journal))
+    work = Work(plan, lambda number: GrowingShard(plan, number, folder, journal, clock))
 
     def write_the_rest() -> None:
         write_companions(plan, folder)
         write_model_card(plan, folder)
         write_index(plan, folder)
 
-    run_blocks(plan, backend, work, on_progress, cancel, meanwhile=write_the_rest)
+    run_blocks(plan, backend, work, on_progress, cancel, meanwhile=write_the_rest, clock=clock)
     findings = work.findings
     write_provenance(plan, folder, work.file_digests, findings, plan_digest=journal.plan_digest)
     check_unchanged(plan.files)
@@ -118,6 +120,7 @@ def run_blocks(
     cancel: threading.Event | None = None,
     *,
     meanwhile: Callable[[], None] | None = None,
+    clock: Clock = NO_CLOCK,
 ) -> None:
     """Merge every block of the work, on the plan's workers; raise the first error of any.
 
@@ -142,7 +145,7 @@ def run_blocks(
     ends = [threading.Event() for _ in range(plan.memory.workers)]
     threads = [
         threading.Thread(
-            target=_work_through, args=(plan, backend, work, end), name=f"shardmix-{number}"
+            target=_work_through, args=(plan, backend, work, clock, end), name=f"shardmix-{number}"
         )
         for number, end in enumerate(ends)
     ]
@@ -184,8 +187,11 @@ def _stop_if_cancelled(work: Work, cancel: threading.Event | None) -> None:
         work.stop(MergeCancelled("the merge was cancelled"))
 
 
-def _work_through(plan: MergePlan, backend: Backend, work: Work, end: threading.Event) -> None:
+def _work_through(
+    plan: MergePlan, backend: Backend, work: Work, clock: Clock, end: threading.Event
+) -> None:
     """Merge block after block until there is none left: what each worker does."""
+    clock.start()
     try:
         reducers = Reducers(backend, strip_nbytes=plan.memory.strip_nbytes)
         buffer = memoryview(bytearray(READ_NBYTES))
@@ -193,11 +199,12 @@ def _work_through(plan: MergePlan, backend: Backend, work: Work, end: threading.
             shard = None
             while (handed_out := work.next_block(shard)) is not None:
                 shard, block = handed_out
-                if _merge_block(plan, work, shard, block, reader, reducers, buffer):
+                if _merge_block(plan, work, shard, block, reader, reducers, buffer, clock):
                     work.block_done(shard)
     except BaseException as error:
         work.stop(error)
     finally:
+        clock.lap(OTHER)
         end.set()
 
 
@@ -209,6 +216,7 @@ def _merge_block(
     reader: Reader,
     reducers: Reducers,
     buffer: memoryview,
+    clock: Clock,
 ) -> bool:
     """Merge what is not there yet of a block; return whether it was not stopped before its end."""
     planned, strip_nbytes = plan.shards[block.shard], plan.memory.strip_nbytes
@@ -230,24 +238,30 @@ def _merge_block(
             if work.is_stopped:
                 return False
             reducer = reducers[strip.run.reduction]
-            data = _merge_strip(strip, reader, reducer)
+            clock.lap(OTHER)
+            data = _merge_strip(strip, reader, reducer, clock)
             if reducer.disagreeing or not reducer.is_finite:
                 for found_in, findings in strip_findings(strip, reducer, shard.places):
                     work.found(findings)
                     leaves.note(found_in, findings)
+            clock.lap(REDUCE)
             leaves.write(strip.out_position, data)
             work.count(strip.source_nbytes)
     return True
 
 
-def _merge_strip(strip: Strip, reader: Reader, reducer: Reducer) -> memoryview:
+def _merge_strip(strip: Strip, reader: Reader, reducer: Reducer, clock: Clock) -> memoryview:
     run, start = strip.run, strip.start
     reducer.begin(run, strip.num_elements)
     for source, (file, offset, dtype) in enumerate(
         zip(run.files, run.offsets, run.dtypes, strict=True)
     ):
         position = offset + start * element_nbytes(dtype)
-        reducer.add(source, reader.view(file, position, reducer.staging(source)))
+        staging = reducer.staging(source)
+        view = reader.view(file, position, staging)
+        clock.lap(READ, len(staging))
+        reducer.add(source, view)
+        clock.lap(REDUCE, len(staging))
     data = reducer.finish()
     reader.release()
     return data

@@ -29,7 +29,7 @@ BEST_STRIP_NBYTES = {"llvm": 1 * MIB, "torch": 2 * MIB, "cuda": 32 * MIB}
 LEAST_STRIP_NBYTES = 64 * KIB
 
 # What a library takes in memory once imported and first used, for planning in a process that has
-# not loaded it. Measured: 190-195 MiB for the CPU build of torch 2.13, XX MiB for llvmlite 0.50
+# not loaded it. Measured: 190-195 MiB for the CPU build of torch 2.13, 70 MiB for llvmlite 0.50
 # with a kernel. A CUDA build's libraries and a CUDA context add to torch. Before a merge
 # starts, the measured figure takes the place of these.
 _LIBRARY_NBYTES = {"torch": 200 * MIB, "llvm": 80 * MIB}
@@ -202,8 +202,13 @@ def fit_memory(
 
 def default_workers(*, on_cuda: bool) -> int:
     """Return how many strips to have in flight where nobody said: one a core, at most eight."""
+    return max(2 if on_cuda else 1, min(num_cores(), _MOST_DEFAULT_WORKERS))
+
+
+def num_cores() -> int:
+    """Return how many cores the process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(2 if on_cuda else 1, min(cores or 1, _MOST_DEFAULT_WORKERS))
+    return cores or 1
 
 
 def _halvings(size: int, least: int) -> list[int]:

@@ -1,6 +1,7 @@
 """The options of a merge, by keyword: what they are, and whether they make sense. Opens nothing."""
 
 from os import PathLike
+from pathlib import Path
 from typing import TypedDict
 
 from shardmix.devices import resolve_device
@@ -51,6 +52,8 @@ class MergeOptions(TypedDict, total=False):
     """What the output's files are hashed with: xxh3 (default), blake3 or sha256."""
     record_paths: bool
     """Tell in the output's shardmix.json where on this machine the sources lie."""
+    profile: str | PathLike[str] | None
+    """Record memory over time and speed by stage into this .json file (see docs/profile.md)."""
 
 
 def run_settings(options: MergeOptions) -> RunSettings:
@@ -79,6 +82,7 @@ def run_settings(options: MergeOptions) -> RunSettings:
         fsync=options.get("fsync", True),
         restart=options.get("restart", False),
         on_nonfinite=on_nonfinite,
+        profile=_profile_path(options.get("profile")),
     )
 
 
@@ -87,3 +91,15 @@ def digest_algorithm(options: MergeOptions) -> str:
     algorithm = options.get("digest", XXH3)
     check_algorithm(algorithm)
     return algorithm
+
+
+def _profile_path(profile: str | PathLike[str] | None) -> str | None:
+    if profile is None:
+        return None
+    try:
+        path = Path(profile).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, ~nobody
+        raise RecipeError(f"profile {str(profile)!r}: cannot be a path ({error})") from None
+    if path.suffix != ".json":
+        raise RecipeError(f"profile {str(profile)!r}: must end in .json")
+    return str(path)

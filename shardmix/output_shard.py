@@ -12,17 +12,26 @@ from shardmix.digests import LEAF_NBYTES, LeafHasher, file_hasher
 from shardmix.findings import NOTHING_FOUND, FindingsSum, LeafFindings
 from shardmix.journal import Journal
 from shardmix.plan import MergePlan
+from shardmix.stage_clock import DIGEST, FINISH, NO_CLOCK, OTHER, WRITE, Clock
 from shardmix.writer import ShardWriter
 
 
 class GrowingShard:
     """One output file, for all workers; each leaf is the business of one of them."""
 
-    def __init__(self, plan: MergePlan, number: int, folder: Path, journal: Journal) -> None:
+    def __init__(
+        self,
+        plan: MergePlan,
+        number: int,
+        folder: Path,
+        journal: Journal,
+        clock: Clock = NO_CLOCK,
+    ) -> None:
         self._planned = plan.shards[number]
         self._number = number
         self._algorithm = plan.digest_algorithm
         self._fsync = plan.settings.fsync
+        self._clock = clock
         self._journal = journal
         self._leaves = journal.leaves[number]
         # With sha256 one worker has the whole file, from end to end.
@@ -69,7 +78,9 @@ class GrowingShard:
     def finish(self) -> str:
         """End the file, with all leaves there, and return its digest (hex)."""
         # Also where all of it was kept: an earlier run may have been killed just before.
+        self._clock.lap(OTHER)
         self._writer.finish(self._planned.head(), fsync=self._fsync)
+        self._clock.lap(FINISH, self._planned.head_nbytes())
         return self._whole.digest().hex() if self._whole else self._leaves.file_digest()
 
     def close(self) -> None:
@@ -79,17 +90,24 @@ class GrowingShard:
     def write(self, position: int, data: memoryview) -> None:
         """Write a strip's bytes."""
         self._writer.write(position, data)
+        self._clock.lap(WRITE, len(data))
 
     def take_in(self, data: memoryview) -> None:
         """Hash bytes into the digest of the whole file, where it is one from end to end."""
         if self._whole is not None:
             self._whole.update(data)
 
+    def hashed(self, num_bytes: int) -> None:
+        """Count bytes as hashed."""
+        self._clock.lap(DIGEST, num_bytes)
+
     def claim(self, leaf: int, digest: bytes, findings: LeafFindings) -> None:
         """Say in the journal that a leaf is written."""
+        self._clock.lap(DIGEST)
         if self._fsync:
             self._writer.start_writeback(leaf * LEAF_NBYTES, LEAF_NBYTES)
         self._journal.add(self._number, leaf, digest, findings)
+        self._clock.lap(WRITE)
 
     def _leaf_hasher(self, first_leaf: int) -> LeafHasher:
         nbytes = self._planned.file_nbytes
@@ -123,3 +141,4 @@ class GrowingLeaves:
         for leaf, digest in self._hasher.update(data):
             found = self._findings.pop(leaf, None)
             self._shard.claim(leaf, digest, NOTHING_FOUND if found is None else found.total())
+        self._shard.hashed(len(data))

@@ -174,6 +174,8 @@ class RunSettings:
     """Throw away what an earlier run has left, rather than go on from it."""
     on_nonfinite: str = WARN
     """WARN or ERROR: what to do about NaN and Inf in the output."""
+    profile: str | None = None
+    """Absolute path of the file that memory and speed are written to; None: they are not."""
 
     @property
     def on_cuda(self) -> bool:

@@ -1,9 +1,12 @@
+import dataclasses
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from shardmix import merge_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = {path.stem for path in (ROOT / "shardmix").glob("*.py") if not path.stem.startswith("_")}
@@ -41,3 +44,21 @@ def test_make_targets_that_the_docs_name_exist(name):
     named |= set(re.findall(r"`make (\w+)`", text))
     assert {"test", "demo"} <= named
     assert named <= targets
+
+
+def test_every_field_of_a_profile_is_documented_and_no_other():
+    prefixes = {
+        merge_profile.Profile: "",
+        merge_profile.PlannedMerge: "plan.",
+        merge_profile.StageProfile: "stages.NAME.",
+        merge_profile.Machine: "machine.",
+        merge_profile.Samples: "samples.",
+    }
+    fields = {
+        prefix + field.name
+        for kind, prefix in prefixes.items()
+        for field in dataclasses.fields(kind)
+    }
+    text = (ROOT / "docs" / "profile.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^\| `([\w.]+)` \|", text, flags=re.MULTILINE)
+    assert sorted(documented) == sorted(fields - {"plan", "machine", "samples"})

@@ -7,7 +7,7 @@ import shardmix
 from tests.fresh_process import python
 from tests.models import random_model, save_model
 
-HEAVY = ("torch", "transformers", "accelerate")
+HEAVY = ("torch", "transformers", "accelerate", "matplotlib")
 
 
 def loaded_after(code):
@@ -59,9 +59,9 @@ def test_a_merge_of_bfloat16_on_the_cpu_needs_no_torch_where_llvm_is(tmp_path):
     pytest.importorskip("llvmlite", reason="needs llvmlite")
     a, b = (save_model(tmp_path / name, random_model(1, torch.bfloat16)) for name in "ab")
     models = f"{{{str(a)!r}: 0.5, {str(b)!r}: 0.5}}"
-    assert (
-        loaded_after(f"import shardmix\nshardmix.merge({models}, {str(tmp_path / 'o')!r})") == "[]"
-    )
+    out, profile = str(tmp_path / "o"), str(tmp_path / "run.json")
+    code = f"import shardmix\nshardmix.merge({models}, {out!r}, profile={profile!r})"
+    assert loaded_after(code) == "[]"
 
 
 def test_every_public_name_is_there():

@@ -441,7 +441,7 @@ def test_a_finding_costs_no_more_for_those_before_it(tmp_path, monkeypatch):
     """Neither in the whole merge nor within a leaf, which may hold 65,000 tensors."""
     plan = shardmix.plan_merge(three_models(tmp_path))
     work = Work(plan, lambda number: None)
-    no_shard = SimpleNamespace(take_in=lambda data: None)
+    no_shard = SimpleNamespace(take_in=lambda data: None, hashed=lambda nbytes: None)
     leaves = GrowingLeaves(no_shard, SimpleNamespace(update=lambda data: []), memoryview(b""))
     monkeypatch.setattr(CountedInt, "additions", 0)
     for number in range(100):

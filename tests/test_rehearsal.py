@@ -138,7 +138,7 @@ def test_gaps_are_the_whole_pages_that_no_range_touches(found, size):
     assert free == whole_pages
 
 
-def test_any_two_values_that_can_meet_do_in_the_combinations_of_the_memory_benchmark():
+def test_any_two_values_meet_in_the_combinations_of_the_memory_benchmark():
     from memory_promise import FACTORS, combinations
 
     chosen = list(combinations(50, random.Random(3)))
@@ -146,5 +146,4 @@ def test_any_two_values_that_can_meet_do_in_the_combinations_of_the_memory_bench
     for (name, values), (other, others) in itertools.combinations(FACTORS.items(), 2):
         for value, other_value in itertools.product(values, others):
             meet = any((each[name], each[other]) == (value, other_value) for each in chosen)
-            is_float16 = name == "dtypes" and value.startswith("f16")
-            assert meet != (is_float16 and other_value == "numba"), (value, other_value)
+            assert meet, (value, other_value)

@@ -1,12 +1,13 @@
 """Commands and their options. Loads the library inside a command, so that `--help` is instant."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shardmix._version import __version__
-from shardmix.cli import arguments
+from shardmix.cli import arguments, pictures
 from shardmix.cli import options as opt
 from shardmix.cli.ending import errors_reported, ignore_signals
 from shardmix.errors import RecipeError
@@ -81,6 +82,7 @@ def merge(
     on_nonfinite: opt.OnNonfinite = "warn",
     digest: opt.Digest = "xxh3",
     record_paths: opt.RecordPaths = False,
+    profile: opt.Profile = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -90,6 +92,7 @@ def merge(
         from shardmix.scorer.examples import Example, load_examples
         from shardmix.scorer.options import check_options
 
+        profile, picture = pictures.profile_files(profile)
         options = arguments.merge_options(locals())
         scoring = arguments.score_options(locals(), dtype=score_dtype)
         if weights_from is None and scoring:
@@ -131,7 +134,10 @@ def merge(
                     **options,
                 )
             ignore_signals()  # it is done: there is nothing left to stop
-        render.merge_report(report, json=json, quiet=quiet)
+        if profile is not None and picture is not None:
+            unseen = pictures.draw(profile, picture)
+            report = replace(report, warnings=report.warnings + ((unseen,) if unseen else ()))
+        render.merge_report(report, profile=profile, json=json, quiet=quiet)
 
 
 @app.command(

@@ -122,6 +122,14 @@ RecordPaths = Annotated[
         "--record-paths", help="Tell in OUT's shardmix.json where on this machine the models lie."
     ),
 ]
+Profile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Record memory over time and GB/s by stage: FILE.json holds the figures; FILE.svg, "
+        ".png or .pdf is a picture of them, with FILE.json beside it (extra `profile`).",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print a JSON report to standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
 

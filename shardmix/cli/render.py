@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from json import dumps
+from pathlib import Path
 
 import msgspec
 from rich.console import Console
@@ -35,8 +36,8 @@ def error_object(kind: str, message: str) -> None:
     _print_json({"error": {"kind": kind, "message": message}})
 
 
-def merge_report(report: MergeReport, *, json: bool, quiet: bool) -> None:
-    """Print what a merge did."""
+def merge_report(report: MergeReport, *, profile: Path | None, json: bool, quiet: bool) -> None:
+    """Print what a merge did, and where its profile is."""
     if json:
         _print_json(report)
     elif not quiet:
@@ -62,6 +63,8 @@ def merge_report(report: MergeReport, *, json: bool, quiet: bool) -> None:
                 "not have to be read again",
                 soft_wrap=True,
             )
+        if profile is not None:
+            console.print(f"profile: {_plain(str(profile))}", soft_wrap=True)
     if not quiet:
         _warnings(report.warnings)
 

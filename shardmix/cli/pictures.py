@@ -1,0 +1,67 @@
+"""Pictures of profiles: whether one can be drawn, and drawing it, in a process of its own."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+from shardmix.errors import OutputError, RecipeError, one_line
+
+_SUFFIXES = (".svg", ".png", ".pdf")
+_MOST_SECONDS = 300
+
+
+def profile_files(asked: Path | None) -> tuple[Path | None, Path | None]:
+    """Return where the figures of `--profile` go, and the picture if one was asked for.
+
+    Raises `ShardmixError` where it could not be drawn or would destroy something: now, since after
+    the merge it is too late.
+    """
+    if asked is None or asked.suffix == ".json":
+        return asked, None
+    if asked.suffix not in _SUFFIXES:
+        raise RecipeError(
+            f"--profile {str(asked)!r}: must end in .json (figures), or in "
+            f"{', '.join(_SUFFIXES)} (a picture, and the figures beside it)"
+        )
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RecipeError(
+            f"--profile {str(asked)!r}: a picture takes matplotlib, which is not installed; "
+            "pip install 'shardmix[profile]', or name a .json file for the figures alone"
+        )
+    from shardmix.recording import is_profile
+
+    figures = asked.with_suffix(".json")
+    # With its figures beside it, it is an earlier run's picture.
+    if asked.exists() and not (asked.is_file() and is_profile(figures)):
+        raise OutputError(
+            f"{asked}: exists and is not the picture of a profile, which alone would be replaced; "
+            "choose another name"
+        )
+    return figures, asked
+
+
+def draw(figures: Path, picture: Path) -> str | None:
+    """Draw a picture of a profile; return what went wrong, or None.
+
+    In another process: matplotlib's memory is not this one's, whose peak is a promise.
+    """
+    command = [sys.executable, "-m", "shardmix.profile_picture"]
+    try:
+        subprocess.run(
+            [*command, str(figures.resolve()), str(picture.resolve())],
+            # Where shardmix lies, since python also imports from the current folder.
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=_MOST_SECONDS,
+        )
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines()
+        reason = lines[-1] if lines else one_line(error)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = one_line(error)
+    else:
+        return None
+    return f"{picture}: could not be drawn ({reason}); its figures are in {figures}"
