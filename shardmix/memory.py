@@ -41,9 +41,11 @@ _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _LARGE_BLOCK_NBYTES = 1 * MIB
 
 # Room for what a run adds on top of the imports: thread stacks, allocator slack, the model card,
-# the progress display; and for each worker its stack and the pages mapped around a strip.
+# the progress display; and for each worker its stack and its own reader.
 _RUN_NBYTES = 16 * MIB
 _WORKER_NBYTES = 4 * MIB
+# A fault maps neighbours of the page that it is for: up to a huge page at either end of a strip.
+_MAPPED_NBYTES = 4 * MIB
 
 # What the same command holds differs by some MiB from one run to the next: a budget that is named
 # as enough has to be so the next time.
@@ -153,11 +155,13 @@ def fit_memory(
     workers: int | None = None,
     max_memory: int | None = None,
     max_vram: int | None = None,
+    mapped_views: int = 0,
 ) -> MemoryPlan:
     """Choose the strip, at most the best one, and the workers, that keep both budgets.
 
     Without a budget a strip is what speed needs (`best_strip`) and no more. A tight budget first
-    shrinks the strip, then takes workers away (unless their number was asked for).
+    shrinks the strip, then takes workers away (unless their number was asked for). `mapped_views`
+    is how many sources one strip may have mapped.
 
     Raises `BudgetError` where not even one smallest strip fits, naming the least that works.
     """
@@ -171,7 +175,7 @@ def fit_memory(
     ]
     for count, size in choices:
         buffers = count * BUFFERS_PER_WORKER * size
-        peak = reserved + buffers + count * _WORKER_NBYTES
+        peak = reserved + buffers + count * (_WORKER_NBYTES + mapped_views * _MAPPED_NBYTES)
         vram = count * _vram_nbytes(BUFFERS_PER_WORKER * size) if on_cuda else 0
         fits_memory = max_memory is None or peak <= max_memory
         if fits_memory and (max_vram is None or vram <= max_vram):

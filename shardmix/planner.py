@@ -27,6 +27,7 @@ from shardmix.plan import (
     RunSettings,
     SourceFile,
 )
+from shardmix.reader import MAX_MAPPED_AT_ONCE
 from shardmix.recipe import OUT_DTYPES, Recipe
 from shardmix.safetensors_layout import DTYPES, FLOAT_DTYPES, tensor_nbytes
 from shardmix.shard_layout import plan_shards
@@ -132,6 +133,7 @@ def plan_memory(settings: RunSettings) -> MemoryPlan:
         workers=settings.workers,
         max_memory=settings.max_memory_nbytes,
         max_vram=settings.max_vram_nbytes,
+        mapped_views=MAX_MAPPED_AT_ONCE if settings.io == "mmap" else 0,
     )
 
 

@@ -25,8 +25,8 @@ from shardmix.mapped_faults import GuardedRange, guard, unguard
 # Files that one worker keeps open (each once more where it is mapped); enough for the shards in
 # use at one time, and with eight workers still far from the usual limit of 1024.
 _MAX_OPEN_FILES = 32
-# Of how many sources one strip can be mapped; of more, the others are read.
-_MAX_MAPPED_AT_ONCE = 24
+MAX_MAPPED_AT_ONCE = 3
+"""Of how many sources one strip can be mapped; of more, the others are read. Each takes memory."""
 
 # A fault maps neighbours of the page it was for, up to a whole huge page: give them back too.
 _GIVE_BACK_ALIGNMENT = 2 << 20
@@ -238,7 +238,7 @@ class MmapReader:
 
     def view(self, file: int, offset: int, into: memoryview) -> memoryview:
         """Return the mapped range; `into` gives its length."""
-        if len(self._used) == _MAX_MAPPED_AT_ONCE:
+        if len(self._used) == MAX_MAPPED_AT_ONCE:
             return self._others.view(file, offset, into)
         mapping = self._mapping(file)
         content = memoryview(mapping)[offset : offset + len(into)]
@@ -275,6 +275,8 @@ class MmapReader:
                 raise _cut_short(self._open.path(used.file), nbytes_now)
             if self._maps[used.file][1].failed:
                 raise _reading_failed(self._open.path(used.file), errno.EIO)
+        while (evicted := self._open.evict_oldest()) is not None:  # now that none is in use
+            self._unmap(evicted)
 
     def _give_back(self) -> list[_View]:
         given, self._used = self._used, []
@@ -284,8 +286,6 @@ class MmapReader:
             start = used.offset - used.offset % _GIVE_BACK_ALIGNMENT
             stop = min(used.offset + used.nbytes + _GIVE_BACK_ALIGNMENT, len(used.mapping))
             used.mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
-        while (evicted := self._open.evict_oldest()) is not None:  # now that none is in use
-            self._unmap(evicted)
         return given
 
     def _unmap(self, file: int) -> None:

@@ -56,9 +56,9 @@ def test_the_peak_does_not_grow_with_the_number_of_models(large_models, tmp_path
         report = merge_report(*words, "-o", out, "--io", io, "--no-fsync")
         peaks[count] = report["peak_rss_bytes"]
         assert peaks[count] <= report["projected_peak_bytes"]
-    # A fault maps up to 2 MiB around its page, so that two workers' peaks vary by some MiB with
-    # chance. A strip kept for each of six more models would take 24 MiB.
-    assert peaks[8] <= peaks[2] + 16 * MIB
+    # Two workers map a third source's strip, and a fault maps up to 2 MiB at either end of one, by
+    # chance. A strip mapped for each of six more models would take twice as much.
+    assert peaks[8] <= peaks[2] + 24 * MIB
 
 
 def test_thousands_of_small_tensors_stay_within_the_projection(tmp_path):

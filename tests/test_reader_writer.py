@@ -51,6 +51,19 @@ def test_more_files_than_may_be_open_are_read_in_any_order(tmp_path, io, monkeyp
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_ranges_of_many_files_are_there_at_once(tmp_path, io, monkeypatch):
+    monkeypatch.setattr(reader_module, "_MAX_OPEN_FILES", 2)
+    contents, files = source_files(tmp_path, count=7)
+    reader = open_reader(io, files)
+    for offset in (0, 8, 50_000):
+        views = [reader.view(file, offset, memoryview(bytearray(40_000))) for file in range(7)]
+        assert [bytes(view) for view in views] == [
+            content[offset : offset + 40_000] for content in contents
+        ]
+        reader.release()
+    reader.close()
+
+
 def test_a_read_takes_as_many_calls_as_it_needs(tmp_path, monkeypatch):
     (content,), files = source_files(tmp_path)
     monkeypatch.setattr(reader_module, "MAX_IO_NBYTES", 1000)

@@ -409,12 +409,13 @@ def test_a_changed_source_is_found_among_many_and_named(tmp_path, change):
         check_unchanged(files)
 
 
-def test_a_view_not_released_is_judged_before_the_next(tmp_path):
+def test_all_views_are_judged_by_one_release(tmp_path):
     path = tmp_path / "a"
     file = source(path, bytes(2 * PAGE))
     reader = open_reader("mmap", [SourceFile(file.path, file.nbytes)])
     reader.view(0, 8, memoryview(bytearray(2 * PAGE - 8)))
     os.truncate(path, PAGE)
+    reader.view(0, 0, memoryview(bytearray(8)))
     with pytest.raises(SourceError, match=f"ends at byte {PAGE}"):
-        reader.view(0, 0, memoryview(bytearray(8)))
+        reader.release()
     reader.close()
