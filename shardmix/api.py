@@ -283,8 +283,8 @@ def _kept(staging: Staging, journal: Journal, plan: MergePlan, error: BaseExcept
 def _donor(base: str | None, first: Checkpoint) -> planner.Donor:
     if base is None:
         name = planner.public_name(first)
-        return planner.Donor(name, first.folder, ties_word_embeddings(first.config))
+        return planner.Donor(name, first.folder, ties_word_embeddings(first.config), first.commit)
     located = locate(base, with_weights=False)
     folder = located.path if located.path.is_dir() else located.path.parent
     name = base if located.hub_id is not None else folder.resolve().name
-    return planner.Donor(name, folder, ties_word_embeddings(read_config(folder)))
+    return planner.Donor(name, folder, ties_word_embeddings(read_config(folder)), located.commit)

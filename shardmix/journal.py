@@ -35,6 +35,8 @@ class MergeDescription:
     """In full precision."""
     dtype: str
     base: str
+    base_commit: str | None
+    """Of a base from the Hub."""
     max_shard_size: int | None
     model_type: str | None
     digest: str
@@ -161,6 +163,7 @@ def describe(plan: MergePlan) -> MergeDescription:
         weights=plan.weights,
         dtype=plan.dtype,
         base=plan.base_name,
+        base_commit=plan.base_commit,
         max_shard_size=plan.max_shard_size,
         model_type=plan.model_type,
         digest=plan.digest_algorithm,
@@ -267,7 +270,7 @@ def _differences(then: MergeDescription, now: MergeDescription) -> list[str]:
     found = []
     for field in fields(MergeDescription):
         before, after = getattr(then, field.name), getattr(now, field.name)
-        if field.name != "files" and before != after:
+        if field.name not in ("files", "base_commit") and before != after:
             name = field.name.replace("_", " ")
             found.append(f"{name} {_shown(before)} then, {_shown(after)} now")
     return found
@@ -288,7 +291,11 @@ def _file_differences(then: MergeDescription, now: MergeDescription) -> list[str
             found.append(f"{file.file} has changed since ({what})")
         elif earlier != file:
             found.append(f"{file.file} has changed since (time of modification)")
-    return found + [f"{file} is no longer among its files" for _, file in was]
+    found += [f"{file} is no longer among its files" for _, file in was]
+    is_told = now.base_commit in {file.commit for file in now.files}
+    if then.base_commit != now.base_commit and not is_told:
+        found.append(f"{now.base}: commit {then.base_commit} then, {now.base_commit} now")
+    return found
 
 
 def _shown(value: object) -> str:

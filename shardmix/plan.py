@@ -211,6 +211,8 @@ class MergePlan:
     """Absolute path of the output folder."""
     base_name: str
     """What the model card calls the model that gives config, tokenizer and other companions."""
+    base_commit: str | None
+    """The commit of that model, where it came from the Hub."""
     base_folder: str
     """Absolute path of the folder that gives config, tokenizer and other companion files."""
     companions: tuple[str, ...]

@@ -50,6 +50,8 @@ class Donor:
     """Its folder."""
     tied: bool | None
     """What its config says of `tie_word_embeddings`."""
+    commit: str | None
+    """The commit, where it came from the Hub."""
 
 
 class Outcome(TypedDict, total=False):
@@ -102,6 +104,7 @@ def plan_merge(
         record_paths=outcome.get("record_paths", False),
         output=str(outcome.get("output") or ""),
         base_name=donor.name,
+        base_commit=donor.commit,
         base_folder=str(donor.folder.absolute()),
         companions=companions,
         config_dtype=_main_float_dtype(matched, out_dtypes),

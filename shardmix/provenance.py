@@ -105,6 +105,8 @@ class Provenance(msgspec.Struct, frozen=True, omit_defaults=True):
     """What gave config, tokenizer and the other companion files."""
     digests: Digests
     """What the output's files are to be."""
+    base_commit: str | None = None
+    """The commit of that, where it came from the Hub."""
     max_shard_size: int | None = None
     """Largest output shard that was asked for, in bytes."""
     model_type: str | None = None
@@ -133,6 +135,7 @@ def write_provenance(
             sources=tuple(_source_record(plan, model) for model in range(plan.num_models)),
             dtype=plan.dtype,
             base=plan.base_name,
+            base_commit=plan.base_commit,
             digests=Digests(plan.digest_algorithm, LEAF_NBYTES, files),
             max_shard_size=plan.max_shard_size,
             model_type=plan.model_type,

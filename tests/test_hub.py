@@ -190,8 +190,10 @@ def test_a_commit_stands_for_a_model_of_the_hub(
     )
 
     assert done.stdout.strip() == "120", done.stderr
-    recorded = json.loads((tmp_path / "merged" / "shardmix.json").read_text())["sources"]
-    assert (recorded[0]["hub_id"], recorded[0]["commit"]) == ("org/tuned", commit)
+    recorded = json.loads((tmp_path / "merged" / "shardmix.json").read_text())
+    first = recorded["sources"][0]
+    assert (first["hub_id"], first["commit"]) == ("org/tuned", commit)
+    assert (recorded["base"], recorded["base_commit"]) == ("org/tuned", commit)
     verified = another_machine.run(
         "-m", "shardmix", "verify", words[1], "--recompute", "--source", f"mine={local}"
     )
@@ -210,6 +212,24 @@ def test_a_branch_that_has_moved_since_is_another_merge(
     done = machine.run("-c", MERGE, *words)
 
     assert f"commit {first} then, {second} now" in done.stderr
+
+
+def test_a_base_that_has_moved_since_makes_another_merge(
+    hub: HubServer, machine: Machine, tmp_path: Path
+) -> None:
+    first = hub.push("org/base", model(1.0))
+    words = [str(save_locally(tmp_path / name, model(2.0))) for name in ("a", "b")]
+    command = ("-m", "shardmix", "merge", *(f"{word}=0.5" for word in words))
+    options = ("-o", str(tmp_path / "merged"), "--base", "org/base")
+    cut_off = CUT_OFF.replace("fsync=False", "fsync=False, base='org/base'")
+    both = json.dumps(dict.fromkeys(words, 0.5))
+    machine.run("-c", cut_off, both, options[1])
+    second = hub.push("org/base", model(3.0))
+
+    done = machine.run(*command, *options)
+
+    assert done.returncode == 1
+    assert f"org/base: commit {first} then, {second} now; throw it away" in done.stderr
 
 
 # What is fetched
