@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 
 import llvmlite.binding as llvm
 
+from shardmix.safetensors_layout import element_nbytes
+
 VECTOR = 64
 """Elements that a kernel takes at once."""
 LEAST_INFINITE = {"BF16": 0x7F7F8000, "F16": 0x477FF000, "F32": 0x7F800000}
 """The least float32, as bits, that rounding makes infinite; all above are infinite, too, or NaN."""
 
 _STORED = {"BF16": "i16", "F16": "half", "F32": "float"}
-_ALIGNMENT = {"BF16": 2, "F16": 2, "F32": 4}
 
 _LOOP = """
 define i32 @weighted_sum_{width}(ptr %sources, ptr %weights, ptr %out, i64 %count) nounwind {{
@@ -152,8 +153,8 @@ class Kernels:
             _SIGNATURE(engine.get_function_address(f"weighted_sum_{width}"))
             for width in (VECTOR, 1)
         )
-        widths = [_ALIGNMENT[dtype] for dtype in dtypes]
-        out_width = _ALIGNMENT[out_dtype]
+        widths = [element_nbytes(dtype) for dtype in dtypes]
+        out_width = element_nbytes(out_dtype)
 
         def weighted_sum(sources: Addresses, weights: Weights, out: int, count: int) -> int:
             whole = count - count % VECTOR
@@ -185,7 +186,12 @@ def _assembly(dtypes: Sequence[str], out_dtype: str, width: int) -> str:
     }
     lines, total = [], ""
     for n, dtype in enumerate(dtypes):
-        words |= {"n": n, "type": _STORED[dtype], "alignment": _ALIGNMENT[dtype], "total": total}
+        words |= {
+            "n": n,
+            "type": _STORED[dtype],
+            "alignment": element_nbytes(dtype),
+            "total": total,
+        }
         lines += [part.format_map(words) for part in (_LOAD, _WIDEN[dtype], _PRODUCT)]
         if n:
             lines.append(_SUM.format_map(words))
@@ -198,6 +204,6 @@ def _assembly(dtypes: Sequence[str], out_dtype: str, width: int) -> str:
             "sum": "\n".join(lines),
             "rounding": _ROUND[out_dtype].format_map(words),
             "out_type": _STORED[out_dtype],
-            "out_alignment": _ALIGNMENT[out_dtype],
+            "out_alignment": element_nbytes(out_dtype),
         }
     )
