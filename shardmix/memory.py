@@ -1,6 +1,6 @@
 """Memory as a promise: what a merge will take at its peak, and what the process took.
 
-    projected peak = reserved + workers × (BUFFERS_PER_WORKER × strip + a little)
+    projected peak = reserved + workers × (BUFFERS_PER_WORKER × strip + a little + mapped pages)
 
 Knows sizes alone: no files, no tensors, no torch (it looks whether that is loaded, and what kind of
 build it is, without importing it).
@@ -19,8 +19,9 @@ from shardmix.devices import torch_has_cuda_build
 from shardmix.errors import BudgetError
 from shardmix.units import KIB, MIB, format_mib
 
-# One strip in flight holds at most: the bytes of one source, their float32 values, the float32
-# accumulator and the rounded output. A strip is sized by its accumulator, so none is larger.
+# One strip in flight holds at most: in torch the bytes of one source, their float32 values, the
+# float32 accumulator and the rounded output, none larger than the accumulator, which sizes the
+# strip; in kernels what is in these four, all sources among it (`reducer.strip_num_elements`).
 BUFFERS_PER_WORKER = 4
 
 # What measured fastest: large enough to hide the interpreter (torch makes three passes of a dozen

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shardmix._version import __version__
-from shardmix.cli import arguments, pictures
+from shardmix.cli import arguments, importing, pictures
 from shardmix.cli import options as opt
 from shardmix.cli.ending import errors_reported, ignore_signals
 from shardmix.errors import RecipeError
@@ -108,9 +108,10 @@ def merge(
             parse = arguments.weighted_models if is_weighted else arguments.equally_weighted
             _print_plan(parse(models), output, options, model_type, json=json, quiet=quiet)
             return
-        from shardmix import api, by_examples
-        from shardmix.cli import render
-        from shardmix.cli.progress import progress_display, score_display
+        with importing():
+            from shardmix import api, by_examples
+            from shardmix.cli import render
+            from shardmix.cli.progress import progress_display, score_display
 
         with score_display(quiet=quiet) as on_score, progress_display(quiet=quiet) as on_progress:
             if weights_from is None:

@@ -22,6 +22,7 @@ from shardmix.plan import AGREE, LINEAR, LLVM, MergePlan, Run
 from shardmix.safetensors_layout import element_nbytes
 
 __all__ = [
+    "VECTOR",
     "Backend",
     "NonfiniteCounts",
     "Reducer",
@@ -32,7 +33,8 @@ __all__ = [
 
 _AGREE_STRIP_NBYTES = 1 << 16  # integers are few: small buffers do
 _SUM_NBYTES = 4
-_VECTOR = 64  # elements; no rests between strips, and what follows a strip in memory is aligned
+VECTOR = 64
+"""Elements that kernels take at once: in whole ones, strips have no rests, and all are aligned."""
 
 
 class Reducer(Protocol):
@@ -117,4 +119,4 @@ def strip_num_elements(run: Run, *, strip_nbytes: int) -> int:
     # Sums are at least float32. All sources, the sum and the output fit into the buffers at once.
     at_once = BUFFERS_PER_WORKER * strip_nbytes // (sum(widths) + _SUM_NBYTES)
     num_elements = max(1, min(strip_nbytes // max(*widths, _SUM_NBYTES), at_once))
-    return num_elements - num_elements % _VECTOR if num_elements > _VECTOR else num_elements
+    return num_elements - num_elements % VECTOR if num_elements > VECTOR else num_elements

@@ -14,10 +14,9 @@ from collections.abc import Callable, Sequence
 
 import llvmlite.binding as llvm
 
+from shardmix.reducer import VECTOR
 from shardmix.safetensors_layout import element_nbytes
 
-VECTOR = 64
-"""Elements that a kernel takes at once."""
 LEAST_INFINITE = {"BF16": 0x7F7F8000, "F16": 0x477FF000, "F32": 0x7F800000}
 """The least float32, as bits, that rounding makes infinite; all above are infinite, too, or NaN."""
 
