@@ -1,8 +1,13 @@
 """The floor of a merge: the same bytes read and written by N threads, with no arithmetic.
 
-Each thread takes strips in turn: it preads the strip from every model into one reused buffer and
-pwrites the buffer's first part at the same place of the output. No merge that reads and writes
-through the page cache can be faster, save by moving fewer bytes. Needs checkpoints of one layout.
+Each thread takes a shard, strip by strip, and then helps with the others': it preads a strip from
+every model into reused buffers and pwrites the first one at the same place of the output. No merge
+that reads and writes through the page cache can be faster, save by moving fewer bytes. Needs
+checkpoints of one layout.
+
+Two things make it as fast as it is. A file system lets one thread at a time write to a file. And
+the kernel's copies are up to six times as slow where the destination lies a few bytes behind the
+source by their places within a page (see `shardmix/placement.py`).
 
     python benchmarks/floor.py A B C -o OUT --threads 2 --strip-size 512KiB
 
@@ -11,7 +16,9 @@ Prints one JSON object; `seconds` starts when the interpreter is up and the file
 
 import argparse
 import contextlib
+import itertools
 import json
+import mmap
 import os
 import shutil
 import sys
@@ -22,6 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints import parse_size
+
+ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +43,8 @@ class Shard:
     """File descriptor of the output, already of its full size."""
     nbytes: int
     """Size of each of these files."""
+    offsets: Iterator[int]
+    """Where the strips begin that no thread has taken. `next` is atomic here: no lock is needed."""
 
 
 def common_shards(models: Sequence[Path]) -> dict[str, int]:
@@ -49,7 +60,7 @@ def common_shards(models: Sequence[Path]) -> dict[str, int]:
 
 @contextlib.contextmanager
 def open_shards(
-    models: Sequence[Path], output: Path, layout: dict[str, int]
+    models: Sequence[Path], output: Path, layout: dict[str, int], strip_bytes: int
 ) -> Iterator[list[Shard]]:
     """Open all files of the merge; the outputs get their full size."""
     with contextlib.ExitStack() as stack:
@@ -64,8 +75,14 @@ def open_shards(
             sources = tuple(descriptor(model / name, os.O_RDONLY) for model in models)
             target = descriptor(output / name, os.O_RDWR | os.O_CREAT)
             os.ftruncate(target, nbytes)
-            shards.append(Shard(sources, target, nbytes))
+            shards.append(Shard(sources, target, nbytes, iter(range(0, nbytes, strip_bytes))))
         yield shards
+
+
+def placed_buffer(nbytes: int) -> memoryview:
+    """A buffer that begins in the middle of a page, where strips begin at the start of one."""
+    half_a_page = mmap.PAGESIZE // 2
+    return memoryview(mmap.mmap(-1, half_a_page + nbytes, flags=ANONYMOUS))[half_a_page:]
 
 
 def move_strip(shard: Shard, offset: int, buffers: Sequence[memoryview]) -> None:
@@ -84,18 +101,16 @@ def move_strip(shard: Shard, offset: int, buffers: Sequence[memoryview]) -> None
 
 
 def move_all(shards: Sequence[Shard], *, threads: int, strip_bytes: int) -> None:
-    """Move every strip of every shard, the threads taking the next one as they come free."""
-    strips = iter(
-        [(shard, start) for shard in shards for start in range(0, shard.nbytes, strip_bytes)]
-    )
+    """Move every strip of every shard, each thread those of a shard of its own first."""
+    not_begun = iter(shards)
     errors: list[BaseException] = []
 
     def work() -> None:
-        buffers = [memoryview(bytearray(strip_bytes)) for _ in shards[0].sources]
+        buffers = [placed_buffer(strip_bytes) for _ in shards[0].sources]
         try:
-            # `next` on a list's iterator is atomic, so no lock is needed.
-            for shard, offset in strips:
-                move_strip(shard, offset, buffers)
+            for shard in itertools.chain(not_begun, shards):
+                for offset in shard.offsets:
+                    move_strip(shard, offset, buffers)
         except BaseException as error:
             errors.append(error)
 
@@ -138,7 +153,7 @@ def main() -> None:
     layout = common_shards(args.models)
     start = time.perf_counter()
     args.output.mkdir(parents=True)
-    with open_shards(args.models, args.output, layout) as shards:
+    with open_shards(args.models, args.output, layout, args.strip_size) as shards:
         move_all(shards, threads=args.threads, strip_bytes=args.strip_size)
         if args.fsync:
             sync_all(shards, args.output)

@@ -13,6 +13,7 @@ from shardmix.blocks import TensorPlaces
 from shardmix.digests import READ_NBYTES, read_range
 from shardmix.filesystem import open_regular
 from shardmix.findings import LeafFindings
+from shardmix.placement import buffer_for_reading
 from shardmix.plan import OutputShard
 
 
@@ -120,7 +121,7 @@ class ComparedShard:
         if self._file is None:
             return
         if not hasattr(self._local, "buffer"):
-            self._local.buffer = memoryview(bytearray(READ_NBYTES))
+            self._local.buffer = buffer_for_reading(READ_NBYTES)
         try:
             yield from read_range(self._file.fileno(), start, stop, self._local.buffer)
         except OSError as error:

@@ -16,6 +16,7 @@ from typing import Protocol
 import xxhash
 
 from shardmix.errors import RecipeError
+from shardmix.placement import buffer_for_reading
 from shardmix.units import MIB
 
 LEAF_NBYTES = 4 * MIB
@@ -164,7 +165,7 @@ def file_digest(
     whole = file_hasher(algorithm)
     digests = LeafDigests(algorithm, file_nbytes)
     leaves = LeafHasher(algorithm, file_nbytes=file_nbytes, first_leaf=0)
-    buffer = memoryview(bytearray(READ_NBYTES))
+    buffer = buffer_for_reading(READ_NBYTES)
     num_missing = file_nbytes
     for data in read_range(descriptor, 0, file_nbytes, buffer):
         num_missing -= len(data)

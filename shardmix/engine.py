@@ -18,6 +18,7 @@ from shardmix.journal import Journal
 from shardmix.memory import peak_resident_nbytes, resident_nbytes
 from shardmix.model_folder import write_companions, write_index, write_model_card
 from shardmix.output_shard import GrowingShard
+from shardmix.placement import buffer_for_reading
 from shardmix.plan import MergePlan
 from shardmix.provenance import write_provenance
 from shardmix.reader import Reader, check_unchanged, open_reader
@@ -194,7 +195,7 @@ def _work_through(
     clock.start()
     try:
         reducers = Reducers(backend, strip_nbytes=plan.memory.strip_nbytes)
-        buffer = memoryview(bytearray(READ_NBYTES))
+        buffer = buffer_for_reading(READ_NBYTES)
         with closing(open_reader(plan.settings.io, plan.files)) as reader:
             shard = None
             while (handed_out := work.next_block(shard)) is not None:
@@ -252,7 +253,7 @@ def _merge_block(
 
 def _merge_strip(strip: Strip, reader: Reader, reducer: Reducer, clock: Clock) -> memoryview:
     run, start = strip.run, strip.start
-    reducer.begin(run, strip.num_elements)
+    reducer.begin(run, start, strip.num_elements)
     for source, (file, offset, dtype) in enumerate(
         zip(run.files, run.offsets, run.dtypes, strict=True)
     ):

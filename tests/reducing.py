@@ -52,7 +52,7 @@ def reduced_strips(sources, weights, out_dtype, *, strip_nbytes=1 << 16, backend
     step = strip_num_elements(run, strip_nbytes=strip_nbytes)
     for start in range(0, run.num_elements, step):
         num_elements = min(step, run.num_elements - start)
-        reducer.begin(run, num_elements)
+        reducer.begin(run, start, num_elements)
         for source, tensor in enumerate(sources):
             staging = reducer.staging(source)
             staging[:] = raw_bytes(tensor.view(-1)[start : start + num_elements])

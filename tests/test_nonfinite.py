@@ -183,7 +183,7 @@ def test_counting_takes_less_than_a_mebibyte_however_long_the_strip(backend, out
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
-        reducer.begin(run, num_elements)
+        reducer.begin(run, 0, num_elements)
         reducer.add(0, raw)
         reducer.add(1, raw)
         reducer.finish()
@@ -199,7 +199,7 @@ def test_counting_takes_less_than_a_mebibyte_however_long_the_strip(backend, out
 def test_integers_are_finite_whatever_their_bits():
     infinity = memoryview(np.full(10, 0x7F800000, dtype=np.int32).tobytes())
     reducer = AgreeReducer(strip_nbytes=1 << 12)
-    reducer.begin(run_of(["I32"] * 2, "I32", [0.5, 0.5], 10, AGREE), 10)
+    reducer.begin(run_of(["I32"] * 2, "I32", [0.5, 0.5], 10, AGREE), 0, 10)
     for source in range(2):
         reducer.add(source, infinity)
     reducer.finish()

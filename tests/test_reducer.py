@@ -186,7 +186,7 @@ def agree(first, *others):
     dtypes = [names[t.dtype] for t in tensors]
     run = run_of(dtypes, dtypes[0], [0.5] * len(tensors), first.numel(), AGREE)
     reducer = AgreeReducer(strip_nbytes=1 << 12)
-    reducer.begin(run, run.num_elements)
+    reducer.begin(run, 0, run.num_elements)
     for source, tensor in enumerate(tensors):
         staging = reducer.staging(source)
         staging[:] = raw_bytes(tensor)

@@ -34,14 +34,16 @@ __all__ = [
 _AGREE_STRIP_NBYTES = 1 << 16  # integers are few: small buffers do
 _SUM_NBYTES = 4
 VECTOR = 64
-"""Elements that kernels take at once: in whole ones, strips have no rests, and all are aligned."""
+"""Elements that kernels take at once: a strip of whole ones leaves no rest."""
+_PAGE = 4096
+"""Elements, of whatever size: strips of whole ones all have their bytes alike within pages."""
 
 
 class Reducer(Protocol):
     """Reduces the strips of one worker: `begin`, then `add` for each source, then `finish`."""
 
-    def begin(self, run: Run, num_elements: int) -> None:
-        """Start a strip of a run."""
+    def begin(self, run: Run, start: int, num_elements: int) -> None:
+        """Start a strip of a run: so many elements from `start` on."""
 
     def staging(self, source: int) -> memoryview:
         """Return the buffer to read this source's part of the strip into."""
@@ -119,4 +121,7 @@ def strip_num_elements(run: Run, *, strip_nbytes: int) -> int:
     # Sums are at least float32. All sources, the sum and the output fit into the buffers at once.
     at_once = BUFFERS_PER_WORKER * strip_nbytes // (sum(widths) + _SUM_NBYTES)
     num_elements = max(1, min(strip_nbytes // max(*widths, _SUM_NBYTES), at_once))
-    return num_elements - num_elements % VECTOR if num_elements > VECTOR else num_elements
+    for whole in (_PAGE, VECTOR):
+        if num_elements > whole:
+            return num_elements - num_elements % whole
+    return num_elements

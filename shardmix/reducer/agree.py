@@ -31,7 +31,7 @@ class AgreeReducer:
         self._out = memoryview(bytearray(max(strip_nbytes, _WIDEST_NBYTES)))
         self._disagreeing: set[int] = set()
 
-    def begin(self, run: Run, num_elements: int) -> None:
+    def begin(self, run: Run, start: int, num_elements: int) -> None:
         """Start a strip of a run."""
         self._run = run
         self._num_elements = num_elements

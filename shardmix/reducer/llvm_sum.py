@@ -9,11 +9,14 @@ from contextlib import contextmanager
 
 from shardmix.findings import NonfiniteCounts
 from shardmix.memory import BUFFERS_PER_WORKER
+from shardmix.placement import PAGE_NBYTES, address, buffer_of_pages, place_in_page
 from shardmix.plan import Run
 from shardmix.reducer.kernels import LEAST_INFINITE, Kernels, finding
 from shardmix.safetensors_layout import element_nbytes
 
-_ALIGNMENT = 4  # of the widest element; strips are of such lengths that most parts have more
+# For its place within a page, each part of a buffer takes up to so many bytes more.
+_PLACING_NBYTES = 2 * PAGE_NBYTES
+_SUM_NBYTES = 4
 
 
 class LlvmBackend:
@@ -22,12 +25,16 @@ class LlvmBackend:
     def __init__(self, runs: Iterable[Run]) -> None:
         self._kernels = Kernels()
         # Now: then no worker compiles, and what it takes is there when memory is measured.
-        for dtypes, out_dtype in {(run.dtypes, run.out_dtype) for run in runs}:
+        combinations = {(run.dtypes, run.out_dtype) for run in runs}
+        for dtypes, out_dtype in combinations:
             self._kernels.kernel(dtypes, out_dtype)
+        self._most_sources = max((len(dtypes) for dtypes, _ in combinations), default=0)
 
     def make_reducer(self, *, strip_nbytes: int) -> "CompiledSum":
         """Return one worker's reducer, with all its buffers allocated."""
-        return CompiledSum(self._kernels, strip_nbytes=strip_nbytes)
+        num_parts = self._most_sources + 2
+        nbytes = BUFFERS_PER_WORKER * strip_nbytes + num_parts * _PLACING_NBYTES
+        return CompiledSum(self._kernels, buffer_nbytes=nbytes)
 
     def finding(self) -> str | None:
         """Say why kernels cannot be had on this processor, or None if they can."""
@@ -49,34 +56,39 @@ class CompiledSum:
     disagreeing: frozenset[int] = frozenset()
     is_finite = True
 
-    def __init__(self, kernels: Kernels, *, strip_nbytes: int) -> None:
+    def __init__(self, kernels: Kernels, *, buffer_nbytes: int) -> None:
         self._kernels = kernels
-        self._buffer = memoryview(bytearray(BUFFERS_PER_WORKER * strip_nbytes))
-        self._num_elements = -1
+        self._buffer = buffer_of_pages(buffer_nbytes)
+        self._laid_out: tuple[Run | None, int, int] = None, 0, 0
 
-    def begin(self, run: Run, num_elements: int) -> None:
+    def begin(self, run: Run, start: int, num_elements: int) -> None:
         """Start a strip of a run."""
-        if num_elements != self._num_elements or run is not self._run:
-            self._lay_out(run, num_elements)
+        same_run, same_place, same_number = self._laid_out
+        place = start % PAGE_NBYTES  # elements of any size: all positions are then alike, too
+        if run is not same_run or num_elements != same_number or place != same_place:
+            self._lay_out(run, start, num_elements)
+            self._laid_out = run, place, num_elements
 
-    def _lay_out(self, run: Run, num_elements: int) -> None:
+    def _lay_out(self, run: Run, start: int, num_elements: int) -> None:
         """Give each source, the output and the unrounded sum their part of the buffer."""
-        parts = [
-            (num_elements * nbytes, num_elements * nbytes + -num_elements * nbytes % _ALIGNMENT)
-            for nbytes in map(element_nbytes, (*run.dtypes, run.out_dtype, "F32"))
+        widths = [*map(element_nbytes, run.dtypes), element_nbytes(run.out_dtype), _SUM_NBYTES]
+        files_parts = [*run.offsets, run.out_offset, 0]
+        begins, end = [], 0
+        for width, offset in zip(widths, files_parts, strict=True):
+            page = end + -end % PAGE_NBYTES
+            begins.append(page + place_in_page(offset + start * width))
+            end = begins[-1] + num_elements * width
+        if end > len(self._buffer):  # a few elements of very many sources
+            self._buffer = buffer_of_pages(end)
+        views = [
+            self._buffer[begin : begin + num_elements * width]
+            for begin, width in zip(begins, widths, strict=True)
         ]
-        needed = sum(taken for _, taken in parts)
-        if needed > len(self._buffer):  # a few elements of very many sources
-            self._buffer = memoryview(bytearray(needed))
-        views, start = [], 0
-        for nbytes, taken in parts:
-            views.append(self._buffer[start : start + nbytes])
-            start += taken
         *self._staging, self._out, self._sums = views
+        *staging, self._out_address, self._sums_address = map(address, views)
         num_sources = len(run.dtypes)
-        self._addresses = (ctypes.c_void_p * num_sources)(*map(_address, self._staging))
+        self._addresses = (ctypes.c_void_p * num_sources)(*staging)
         self._weights = (ctypes.c_float * num_sources)(*run.weights)
-        self._out_address = _address(self._out)
         self._kernel = self._kernels.kernel(run.dtypes, run.out_dtype)
         self._run, self._num_elements = run, num_elements
 
@@ -86,7 +98,7 @@ class CompiledSum:
 
     def add(self, source: int, raw: memoryview) -> None:
         """Take a source's bytes, in source order; they must stay as they are until `finish`."""
-        self._addresses[source] = _address(raw)
+        self._addresses[source] = address(raw)
 
     def finish(self) -> memoryview:
         """Return the strip's output bytes, valid until the next `begin`."""
@@ -97,7 +109,7 @@ class CompiledSum:
         if not self.is_finite:
             # Also unrounded, and now, while the sources are there: to tell what rounding did.
             kernel = self._kernels.kernel(self._run.dtypes, "F32")
-            kernel(self._addresses, self._weights, _address(self._sums), self._num_elements)
+            kernel(self._addresses, self._weights, self._sums_address, self._num_elements)
         return self._out
 
     def count_nonfinite(self, start: int, stop: int) -> NonfiniteCounts:
@@ -107,7 +119,3 @@ class CompiledSum:
 
         sums = as_float32(self._sums)
         return count_nonfinite(self._out, self._run.out_dtype, sums.__getitem__, start, stop)
-
-
-def _address(buffer: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from shardmix.findings import NonfiniteCounts
+from shardmix.placement import PAGE_NBYTES, buffer_of_pages, place_in_page
 from shardmix.plan import Run
 from shardmix.reducer.nonfinite import count_nonfinite
 from shardmix.safetensors_layout import element_nbytes
@@ -89,8 +90,9 @@ class _Sum:
     _wide: torch.Tensor
     _finished: memoryview
 
-    def begin(self, run: Run, num_elements: int) -> None:
+    def begin(self, run: Run, start: int, num_elements: int) -> None:
         """Start a strip of a run."""
+        self._start = start
         self._run = run
         self._num_elements = num_elements
         dtype = sum_dtype(run)
@@ -109,14 +111,15 @@ class CpuSum(_Sum):
     """The weighted sum on the CPU."""
 
     def __init__(self, *, strip_nbytes: int) -> None:
-        self._raw, self._wide, self._sum, self._out = (
-            torch.empty(max(strip_nbytes, _WIDEST_NBYTES), dtype=torch.uint8) for _ in range(4)
-        )
-        self._staging = self._raw.numpy().data
+        nbytes = max(strip_nbytes, _WIDEST_NBYTES)
+        self._wide, self._sum = (torch.empty(nbytes, dtype=torch.uint8) for _ in range(2))
+        self._staging, self._out_pages = (buffer_of_pages(nbytes + PAGE_NBYTES) for _ in range(2))
 
     def staging(self, source: int) -> memoryview:
         """Return the buffer to read this source's part of the strip into."""
-        return self._staging[: self._num_elements * element_nbytes(self._run.dtypes[source])]
+        width = element_nbytes(self._run.dtypes[source])
+        begin = place_in_page(self._run.offsets[source] + self._start * width)
+        return self._staging[begin : begin + self._num_elements * width]
 
     def add(self, source: int, raw: memoryview) -> None:
         """Take in a source's bytes, in source order; `raw` may be reused afterwards."""
@@ -127,14 +130,16 @@ class CpuSum(_Sum):
 
     def finish(self) -> memoryview:
         """Return the strip's output bytes, valid until the next `begin`."""
-        out = _typed(self._out, TORCH_DTYPES[self._run.out_dtype], self._num_elements)
+        width = element_nbytes(self._run.out_dtype)
+        begin = place_in_page(self._run.out_offset + self._start * width)
+        self._finished = self._out_pages[begin : begin + self._num_elements * width]
+        out = torch.frombuffer(self._finished, dtype=TORCH_DTYPES[self._run.out_dtype])
         round_into(out, self._accumulator, self._values)
         # A sum is not finite if any value isn't: one cheap pass finds the rare case. It may have
         # overflowed by itself; the extremes can't, but take twice as long.
         self.is_finite = math.isfinite(out.sum().item()) or _are_finite(torch.aminmax(out))
         if not self.is_finite:
             canonicalise_nans(out)
-        self._finished = self._out.numpy().data[: out.nbytes]
         return self._finished
 
 
