@@ -61,6 +61,12 @@ class SizedFile(Protocol):
 class Reader(Protocol):
     """Reads byte ranges of numbered files."""
 
+    def descriptors(self, files: Sequence[int]) -> Sequence[int] | None:
+        """Return files open for reading, valid until the next call; None where only views are had.
+
+        Raises `SourceError`.
+        """
+
     def view(self, file: int, offset: int, into: memoryview) -> memoryview:
         """Return `len(into)` bytes of a file from `offset`: mapped, or read into `into`.
 
@@ -182,6 +188,15 @@ class PreadReader:
     def __init__(self, files: Sequence[SizedFile]) -> None:
         self._open = _OpenFiles(files)
 
+    def descriptors(self, files: Sequence[int]) -> Sequence[int] | None:
+        """Return files open for reading, valid until the next call; None: too many at a time."""
+        if len(files) > _MAX_OPEN_FILES:
+            return None
+        found = [self._open.descriptor(file) for file in files]
+        while self._open.evict_oldest() is not None:
+            pass
+        return found
+
     def view(self, file: int, offset: int, into: memoryview) -> memoryview:
         """Read into `into` and return it."""
         descriptor = self._open.descriptor(file)
@@ -235,6 +250,9 @@ class MmapReader:
         self._maps: dict[int, tuple[mmap.mmap, GuardedRange]] = {}
         self._used: list[_View] = []
         self._others = PreadReader(files)
+
+    def descriptors(self, files: Sequence[int]) -> None:
+        """Return None: what is mapped is not read."""
 
     def view(self, file: int, offset: int, into: memoryview) -> memoryview:
         """Return the mapped range; `into` gives its length."""

@@ -19,8 +19,11 @@ class Clock(Protocol):
     def start(self) -> None:
         """Begin to count on the calling thread."""
 
-    def lap(self, stage: int, nbytes: int = 0) -> None:
-        """Count the thread's time since its last call, and these bytes, as this stage's."""
+    def lap(self, stage: int, nbytes: int = 0, *, seconds: float | None = None) -> None:
+        """Count the thread's time since its last call, and these bytes, as this stage's.
+
+        With `seconds`, so much of that time; the rest is the next stage's.
+        """
 
 
 class StageClock:
@@ -35,10 +38,10 @@ class StageClock:
         self._local.laps = laps = _Laps()
         self._threads.append(laps)
 
-    def lap(self, stage: int, nbytes: int = 0) -> None:
+    def lap(self, stage: int, nbytes: int = 0, *, seconds: float | None = None) -> None:
         """Count the thread's time since its last call, and these bytes, as this stage's."""
         laps: _Laps = self._local.laps
-        now = time.perf_counter()
+        now = time.perf_counter() if seconds is None else laps.since + seconds
         laps.seconds[stage] += now - laps.since
         laps.nbytes[stage] += nbytes
         laps.since = now
@@ -69,7 +72,7 @@ class _NoClock:
     def start(self) -> None:
         pass
 
-    def lap(self, stage: int, nbytes: int = 0) -> None:
+    def lap(self, stage: int, nbytes: int = 0, *, seconds: float | None = None) -> None:
         pass
 
 

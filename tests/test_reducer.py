@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from shardmix.plan import AGREE
 from shardmix.reducer.agree import AgreeReducer
 from tests.models import random_tensor, round_once, weighted_sum
-from tests.reducing import COMPILED, FLOATS, raw_bytes, reduce, run_of
+from tests.reducing import COMPILED, FLOATS, NAMES, backend_of, raw_bytes, reduce, run_of
 
 
 def assert_bits(actual, expected):
@@ -178,6 +179,48 @@ def test_the_result_is_within_half_an_ulp_of_the_exact_sum_but_for_ties(out_dtyp
     bits = 11 if out_dtype == torch.float16 else 8
     ulp = torch.ldexp(torch.ones_like(result), torch.frexp(exact)[1] - bits)
     assert ((result - exact).abs() / ulp)[normal].max() < 0.51
+
+
+def read_by_kernel(path, sources, weights, out_dtype, *, gap, cut=0):
+    """Have a kernel read sources from a file, where they lie `gap` bytes apart, and sum them."""
+    num_elements = sources[0].numel()
+    offsets, content = [], bytearray()
+    for source in sources:
+        content += bytes(gap)
+        offsets.append(len(content))
+        content += raw_bytes(source)
+    path.write_bytes(content[: len(content) - cut])
+    run = run_of([NAMES[s.dtype] for s in sources], NAMES[out_dtype], weights, num_elements)
+    run = dataclasses.replace(run, offsets=tuple(offsets), out_offset=gap)
+    nbytes = 8 * num_elements  # for a strip of all
+    reducer = backend_of("llvm", run).make_reducer(strip_nbytes=nbytes)
+    reducer.begin(run, 0, num_elements)
+    with path.open("rb") as file:
+        return reducer.read([file.fileno()] * len(sources))
+
+
+@pytest.mark.parametrize("num_elements", [1, 63, 64, 4096, 300_000, 300_007])
+@pytest.mark.parametrize("gap", [0, 8, 13, 4090])
+def test_a_kernel_reads_what_it_sums(tmp_path, gap, num_elements):
+    dtypes = COMPILED if gap else [torch.bfloat16] * 3
+    sources = [random_tensor((num_elements,), dtype, seed=i) for i, dtype in enumerate(dtypes)]
+    weights = [0.5, 1 / 3, -0.123456789]
+    for out_dtype in COMPILED:
+        done = read_by_kernel(tmp_path / "file", sources, weights, out_dtype, gap=gap)
+        data, seconds = done
+        assert bytes(data) == raw_bytes(weighted_sum(sources, weights, out_dtype))
+        assert 0 < seconds < 60
+
+
+def test_a_kernel_leaves_to_others_what_it_cannot_read_and_what_is_not_finite(tmp_path):
+    sources = [random_tensor((200_000,), torch.bfloat16, seed=seed) for seed in (0, 1)]
+    path, weights = tmp_path / "file", [0.5, 0.5]
+    assert read_by_kernel(path, sources, weights, torch.bfloat16, gap=8) is not None
+    assert read_by_kernel(path, sources, weights, torch.bfloat16, gap=8, cut=1) is None
+    for value in (math.nan, math.inf):
+        broken = [sources[0].clone(), sources[1]]
+        broken[0][150_000] = value
+        assert read_by_kernel(path, broken, weights, torch.bfloat16, gap=8) is None
 
 
 def agree(first, *others):

@@ -13,6 +13,7 @@ Whether a strip is finite costs no pass of its own. What is not finite is counte
 whoever asks (`nonfinite`).
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -40,10 +41,20 @@ _PAGE = 4096
 
 
 class Reducer(Protocol):
-    """Reduces the strips of one worker: `begin`, then `add` for each source, then `finish`."""
+    """Reduces the strips of one worker: `begin`, then `add` for each source, then `finish`.
+
+    Or `begin`, then `read`.
+    """
 
     def begin(self, run: Run, start: int, num_elements: int) -> None:
         """Start a strip of a run: so many elements from `start` on."""
+
+    def read(self, descriptors: Sequence[int]) -> tuple[memoryview, float] | None:
+        """Read the sources from these open files and do the strip at once, where it can.
+
+        Returns the strip's output bytes, valid until the next `begin`, and the seconds that reading
+        took; or None: then `add` and `finish` do it, or say why not.
+        """
 
     def staging(self, source: int) -> memoryview:
         """Return the buffer to read this source's part of the strip into."""

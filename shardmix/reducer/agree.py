@@ -1,5 +1,7 @@
 """Integers and booleans are not averaged: the first source's are kept, the others compared."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -36,6 +38,9 @@ class AgreeReducer:
         self._run = run
         self._num_elements = num_elements
         self._disagreeing.clear()
+
+    def read(self, descriptors: Sequence[int]) -> None:
+        """Do nothing: reading is for others."""
 
     def staging(self, source: int) -> memoryview:
         """Return the buffer to read this source's part of the strip into."""

@@ -1,10 +1,11 @@
 """The weighted sum as kernels compiled by LLVM: bfloat16, float16 and float32, on the CPU.
 
-One pass over all sources at once, and no torch in the process. The bits are torch's.
+One pass over all sources at once, and no torch in the process. The bits are torch's. Where sources
+are read, not mapped, a kernel reads them itself, in pieces that stay in the core's cache.
 """
 
 import ctypes
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from shardmix.findings import NonfiniteCounts
@@ -13,10 +14,16 @@ from shardmix.placement import PAGE_NBYTES, address, buffer_of_pages, place_in_p
 from shardmix.plan import Run
 from shardmix.reducer.kernels import LEAST_INFINITE, Kernels, finding
 from shardmix.safetensors_layout import element_nbytes
+from shardmix.units import KIB
 
 # For its place within a page, each part of a buffer takes up to so many bytes more.
 _PLACING_NBYTES = 2 * PAGE_NBYTES
 _SUM_NBYTES = 4
+
+_PIECES_NBYTES = 768 * KIB
+"""What is read at once, with its part of the output: what fits into a core's second-level cache."""
+_PAGE_NUM_ELEMENTS = 4096
+"""Pieces of whole ones begin, in every file, at the same place within a page."""
 
 
 class LlvmBackend:
@@ -68,6 +75,7 @@ class CompiledSum:
         if run is not same_run or num_elements != same_number or place != same_place:
             self._lay_out(run, start, num_elements)
             self._laid_out = run, place, num_elements
+        self._start = start
 
     def _lay_out(self, run: Run, start: int, num_elements: int) -> None:
         """Give each source, the output and the unrounded sum their part of the buffer."""
@@ -85,12 +93,43 @@ class CompiledSum:
             for begin, width in zip(begins, widths, strict=True)
         ]
         *self._staging, self._out, self._sums = views
+        piece = _PIECES_NBYTES // sum(widths[:-1])
+        self._piece = max(piece - piece % _PAGE_NUM_ELEMENTS, _PAGE_NUM_ELEMENTS)
         *staging, self._out_address, self._sums_address = map(address, views)
         num_sources = len(run.dtypes)
+        self._own_addresses = (ctypes.c_void_p * num_sources)(*staging)
         self._addresses = (ctypes.c_void_p * num_sources)(*staging)
         self._weights = (ctypes.c_float * num_sources)(*run.weights)
+        self._descriptors = (ctypes.c_int32 * num_sources)()
+        self._positions = (ctypes.c_int64 * num_sources)()
         self._kernel = self._kernels.kernel(run.dtypes, run.out_dtype)
+        self._widths = tuple(widths[:num_sources])
         self._run, self._num_elements = run, num_elements
+
+    def read(self, descriptors: Sequence[int]) -> tuple[memoryview, float] | None:
+        """Do all of the strip at once: read the sources from these files, and sum them.
+
+        Returns the output bytes and the seconds that reading took; or None where a file could not
+        be read, or the sum is not finite: then `add` and `finish` say more.
+        """
+        self._descriptors[:] = list(descriptors)
+        self._positions[:] = [
+            offset + self._start * width
+            for offset, width in zip(self._run.offsets, self._widths, strict=True)
+        ]
+        nanoseconds = ctypes.c_int64()
+        largest = self._kernel.read_and_sum(
+            self._descriptors,
+            self._positions,
+            self._own_addresses,
+            self._weights,
+            self._out_address,
+            self._num_elements,
+            self._piece,
+            nanoseconds,
+        )
+        self.is_finite = largest < LEAST_INFINITE[self._run.out_dtype]
+        return (self._out, nanoseconds.value / 1e9) if self.is_finite else None
 
     def staging(self, source: int) -> memoryview:
         """Return the buffer to read this source's part of the strip into."""
@@ -102,14 +141,16 @@ class CompiledSum:
 
     def finish(self) -> memoryview:
         """Return the strip's output bytes, valid until the next `begin`."""
-        largest = self._kernel(
+        largest = self._kernel.weighted_sum(
             self._addresses, self._weights, self._out_address, self._num_elements
         )
         self.is_finite = largest < LEAST_INFINITE[self._run.out_dtype]
         if not self.is_finite:
             # Also unrounded, and now, while the sources are there: to tell what rounding did.
             kernel = self._kernels.kernel(self._run.dtypes, "F32")
-            kernel(self._addresses, self._weights, self._sums_address, self._num_elements)
+            kernel.weighted_sum(
+                self._addresses, self._weights, self._sums_address, self._num_elements
+            )
         return self._out
 
     def count_nonfinite(self, start: int, stop: int) -> NonfiniteCounts:

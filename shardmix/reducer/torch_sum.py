@@ -5,7 +5,7 @@ fuses them on some machines.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -98,6 +98,9 @@ class _Sum:
         dtype = sum_dtype(run)
         self._accumulator = _typed(self._sum, dtype, num_elements)
         self._values = _typed(self._wide, dtype, num_elements)
+
+    def read(self, descriptors: Sequence[int]) -> None:
+        """Do nothing: reading is for others."""
 
     def count_nonfinite(self, start: int, stop: int) -> NonfiniteCounts:
         """Count in a range of elements of the strip last finished."""
