@@ -25,9 +25,9 @@ class LlvmBackend:
         for dtypes, out_dtype in {(run.dtypes, run.out_dtype) for run in runs}:
             self._kernels.kernel(dtypes, out_dtype)
 
-    def make_reducer(self, *, strip_nbytes: int) -> "CompiledSum":
+    def make_reducers(self, *, strip_nbytes: int) -> "tuple[CompiledSum]":
         """Return one worker's reducer, with all its buffers allocated."""
-        return CompiledSum(self._kernels, strip_nbytes=strip_nbytes)
+        return (CompiledSum(self._kernels, strip_nbytes=strip_nbytes),)
 
     def finding(self) -> str | None:
         """Say why kernels cannot be had on this processor, or None if they can."""
@@ -99,6 +99,9 @@ class CompiledSum:
             kernel = self._kernels.kernel(self._run.dtypes, "F32")
             kernel(self._addresses, self._weights, _address(self._sums), self._num_elements)
         return self._out
+
+    def wait(self) -> None:
+        """Return at once: `finish` has done it all."""
 
     def count_nonfinite(self, start: int, stop: int) -> NonfiniteCounts:
         """Count in a range of elements of the strip last finished."""
