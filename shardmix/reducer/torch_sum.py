@@ -66,7 +66,7 @@ class TorchBackend:
         """Say why the device cannot be used here, or None if it can."""
         if self._device == "cpu":
             return None
-        if not torch.cuda.is_available():
+        if not torch.cuda.is_available() or not self.devices:
             return f"device {self._device}: torch {torch.__version__} finds no usable CUDA device"
         if self.devices[-1].index >= self._num_visible:
             return f"device {self._device}: there are only {self._num_visible} CUDA devices"
