@@ -5,7 +5,7 @@ Puts the layers together. Imports torch only to merge.
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from os import PathLike
@@ -18,7 +18,6 @@ from shardmix.errors import (
     BudgetError,
     MergeCancelled,
     NonfiniteError,
-    RecipeError,
     ShardmixError,
     SourceChangedError,
     SourceError,
@@ -31,10 +30,10 @@ from shardmix.merge_options import MergeOptions, digest_algorithm, run_settings
 from shardmix.model_report import ModelReport, describe_model
 from shardmix.naming import ties_word_embeddings
 from shardmix.output_path import check_disk, check_output, resolve_output
-from shardmix.plan import TORCH, MergePlan, RunSettings
+from shardmix.plan import MergePlan, RunSettings
+from shardmix.readiness import ready
 from shardmix.recipe import ModelsArgument, build_recipe
 from shardmix.recording import check_profile_place, recording
-from shardmix.reducer import Backend, load_backend
 from shardmix.report import MergeReport, PlanReport, describe_merge, describe_plan
 from shardmix.staging import Staging, open_staging, settle
 from shardmix.units import format_size, parse_size
@@ -116,32 +115,6 @@ def merge(
         return describe_merge(plan, result, notes=notes)
 
 
-def ready(
-    plan: MergePlan, options: MergeOptions, replan: Callable[[MergeOptions], MergePlan]
-) -> tuple[MergePlan, Backend, tuple[str, ...]]:
-    """Return a plan with its memory measured, its backend, and what is to be said of that.
-
-    Where a backend that nobody asked for cannot be used here, another is chosen and `replan` asked.
-    """
-    backend, finding = _load(plan)
-    notes: tuple[str, ...] = ()
-    if backend is None:
-        # What was chosen by ourselves may be chosen anew; what was asked for may not.
-        fall_back, option = (
-            ({"device": "cpu"}, "device")
-            if plan.settings.on_cuda
-            else ({"backend": TORCH}, "backend")
-        )
-        if options.get(option, "auto") != "auto":
-            raise RecipeError(f"{finding}; use --{option} {fall_back[option]}, or leave it to auto")
-        options = {**options, **fall_back}  # type: ignore[typeddict-item]
-        notes = (f"{finding}; merged with {option} {fall_back[option]} instead",)
-        plan = replan(options)
-        backend = load_backend(plan)
-    # With the backend loaded, what it takes is known rather than estimated.
-    return plan.with_memory(planner.plan_memory(plan.settings)), backend, notes
-
-
 def plan_merge(
     models: ModelsArgument,
     output: str | PathLike[str] | None = None,
@@ -195,7 +168,7 @@ def plan_merge(
         try:
             return planner.plan_merge(recipe, checkpoints, donor, settings, **outcome)
         except BudgetError as error:
-            if options.get("device", "auto") != "auto" or not settings.on_cuda:
+            if settings.device != "auto":
                 raise
             on_cpu = replace(settings, device="cpu")
             plan = planner.plan_merge(recipe, checkpoints, donor, on_cpu, **outcome)
@@ -246,17 +219,6 @@ def _extent(checkpoint: Checkpoint) -> list[Path]:
     """Return what of the disk is the checkpoint's: its folder, and files that may be links."""
     files = [shard.path for shard in checkpoint.shards]
     return files if checkpoint.is_single_file else [checkpoint.folder, *files]
-
-
-def _load(plan: MergePlan) -> tuple[Backend | None, str | None]:
-    """Return the plan's backend, or None and why it cannot be used here."""
-    try:
-        backend = load_backend(plan)
-    except (ImportError, OSError, RuntimeError) as error:  # installed, but broken
-        reason = " ".join(str(error).split())
-        return None, f"{plan.settings.backend} cannot be used here ({reason})"
-    finding = backend.finding()
-    return (backend, None) if finding is None else (None, finding)
 
 
 def _kept(staging: Staging, journal: Journal, plan: MergePlan, error: BaseException) -> str:

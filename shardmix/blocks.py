@@ -112,4 +112,6 @@ class TensorPlaces:
 
 
 def _leaves_per_block(plan: MergePlan) -> int:
-    return max(1, plan.memory.strip_nbytes // LEAF_NBYTES)
+    # A GPU's pipeline runs empty at the end of a block: it is to last for several strips.
+    num_strips = 4 if plan.settings.on_cuda else 1
+    return max(1, num_strips * plan.memory.strip_nbytes // LEAF_NBYTES)

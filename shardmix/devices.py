@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import sys
 from pathlib import Path
 
 from shardmix.errors import RecipeError
@@ -14,7 +15,7 @@ def resolve_device(asked: str) -> str:
     Raises `RecipeError` for anything else.
     """
     if asked == "auto":
-        return "cuda" if cuda_device_present() and torch_has_cuda_build() else "cpu"
+        return "cuda" if cuda_device_count() and torch_has_cuda_build() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", asked):
         raise RecipeError(f"device {asked!r}: must be auto, cpu, cuda or cuda:N")
     return asked
@@ -28,7 +29,36 @@ def torch_has_cuda_build() -> bool:
     return (Path(spec.origin).parent / "lib" / "libtorch_cuda.so").exists()
 
 
-def cuda_device_present() -> bool:
-    """Tell whether an NVIDIA driver is loaded and devices are not hidden, without torch."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return not hidden and Path("/proc/driver/nvidia/version").exists()
+def cuda_device_count(
+    driver: Path = Path("/proc/driver/nvidia"), visible: str | None = None
+) -> int:
+    """Return how many NVIDIA GPUs the process may use.
+
+    As torch counts them once it uses them; before, by what the driver tells in /proc and by
+    CUDA_VISIBLE_DEVICES, for which `visible` can stand in.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return int(torch.cuda.device_count())
+    if not (driver / "version").exists():
+        return 0
+    gpus = driver / "gpus"
+    # Without a list there is at least one, since there is a driver.
+    count = len(list(gpus.iterdir())) if gpus.is_dir() else 1
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") if visible is None else visible
+    if visible is None:
+        return count
+    named = 0
+    for name in map(str.strip, visible.split(",")):
+        # Numbers or UUIDs; CUDA leaves out what comes after one that there is not.
+        if not name or name.startswith("-") or (name.isdecimal() and int(name) >= count):
+            break
+        named += 1
+    return named
+
+
+def num_devices(device: str) -> int:
+    """Return how many GPUs share the work on cpu, cuda or cuda:N; as many as the plan counts on."""
+    if device == "cpu":
+        return 0
+    return max(1, cuda_device_count()) if device == "cuda" else 1

@@ -4,9 +4,11 @@ Decides nothing about the output: names, offsets and strip size are the plan's. 
 progress goes to a callback, as events.
 """
 
+import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 
@@ -27,7 +29,7 @@ from shardmix.safetensors_layout import element_nbytes
 from shardmix.stage_clock import NO_CLOCK, OTHER, READ, REDUCE, Clock
 from shardmix.staging import Staging
 from shardmix.tensor_findings import strip_findings
-from shardmix.work import ShardInWork, Work
+from shardmix.work import LeafTarget, ShardInWork, Work
 
 PROGRESS_SECONDS = 0.1
 """How often progress is told."""
@@ -194,13 +196,17 @@ def _work_through(
     """Merge block after block until there is none left: what each worker does."""
     clock.start()
     try:
-        reducers = Reducers(backend, strip_nbytes=plan.memory.strip_nbytes)
+        strip_nbytes = plan.memory.strip_nbytes
+        lanes = [
+            Reducers(reducer, strip_nbytes=strip_nbytes)
+            for reducer in backend.make_reducers(strip_nbytes=strip_nbytes)
+        ]
         buffer = buffer_for_reading(READ_NBYTES)
         with closing(open_reader(plan.settings.io, plan.files)) as reader:
             shard = None
             while (handed_out := work.next_block(shard)) is not None:
                 shard, block = handed_out
-                if _merge_block(plan, work, shard, block, reader, reducers, buffer, clock):
+                if _merge_block(plan, work, shard, block, reader, lanes, buffer, clock):
                     work.block_done(shard)
     except BaseException as error:
         work.stop(error)
@@ -215,11 +221,14 @@ def _merge_block(
     shard: ShardInWork,
     block: Block,
     reader: Reader,
-    reducers: Reducers,
+    lanes: Sequence[Reducers],
     buffer: memoryview,
     clock: Clock,
 ) -> bool:
-    """Merge what is not there yet of a block; return whether it was not stopped before its end."""
+    """Merge what is not there yet of a block; return whether it was not stopped before its end.
+
+    With several lanes, one strip is read while others are still being summed.
+    """
     planned, strip_nbytes = plan.shards[block.shard], plan.memory.strip_nbytes
     target = shard.target
     leaf = block.first_leaf
@@ -235,23 +244,23 @@ def _merge_block(
             continue
         first, leaf = leaf, target.next_claimed(leaf + 1, block.stop_leaf)
         leaves = target.begin(first, leaf)
-        for strip in strips(planned, first, leaf, strip_nbytes=strip_nbytes):
+        in_flight: deque[tuple[Strip, Reducer, memoryview]] = deque()
+        parts = strips(planned, first, leaf, strip_nbytes=strip_nbytes)
+        for strip, reducers in zip(parts, itertools.cycle(lanes)):
             if work.is_stopped:
                 return False
-            reducer = reducers[strip.run.reduction]
             clock.lap(OTHER)
-            data = _merge_strip(strip, reader, reducer, clock)
-            if reducer.disagreeing or not reducer.is_finite:
-                for found_in, findings in strip_findings(strip, reducer, shard.places):
-                    work.found(findings)
-                    leaves.note(found_in, findings)
-            clock.lap(REDUCE)
-            leaves.write(strip.out_position, data)
-            work.count(strip.source_nbytes)
+            reducer = reducers[strip.run.reduction]
+            in_flight.append((strip, reducer, _start_strip(strip, reader, reducer, clock)))
+            if len(in_flight) == len(lanes):
+                _end_strip(*in_flight.popleft(), work, shard, leaves, clock)
+        while in_flight:
+            _end_strip(*in_flight.popleft(), work, shard, leaves, clock)
     return True
 
 
-def _merge_strip(strip: Strip, reader: Reader, reducer: Reducer, clock: Clock) -> memoryview:
+def _start_strip(strip: Strip, reader: Reader, reducer: Reducer, clock: Clock) -> memoryview:
+    """Read a strip; on the CPU sum it, too. Return where its output is, or will be."""
     run, start = strip.run, strip.start
     reducer.begin(run, start, strip.num_elements)
     descriptors = reader.descriptors(run.files)
@@ -271,4 +280,25 @@ def _merge_strip(strip: Strip, reader: Reader, reducer: Reducer, clock: Clock) -
         clock.lap(REDUCE, len(staging))
     data = reducer.finish()
     reader.release()
+    clock.lap(REDUCE)
     return data
+
+
+def _end_strip(
+    strip: Strip,
+    reducer: Reducer,
+    data: memoryview,
+    work: Work,
+    shard: ShardInWork,
+    leaves: LeafTarget,
+    clock: Clock,
+) -> None:
+    """Wait for a strip's output, and write it."""
+    reducer.wait()
+    if reducer.disagreeing or not reducer.is_finite:
+        for found_in, findings in strip_findings(strip, reducer, shard.places):
+            work.found(findings)
+            leaves.note(found_in, findings)
+    clock.lap(REDUCE)
+    leaves.write(strip.out_position, data)
+    work.count(strip.source_nbytes)

@@ -152,14 +152,18 @@ def _probe_by_psutil() -> Sequence[int | None]:
 
 
 def vram_probe(device: str) -> Probe:
-    """Return the probe of `VRAM_COLUMNS` for cuda or cuda:N, with torch loaded already.
+    """Return the probe of `VRAM_COLUMNS` for cuda (all GPUs) or cuda:N, with torch loaded already.
 
-    What the driver counts as used is the whole device's, by all processes.
+    Of several GPUs the largest figures. What the driver counts as used is the whole device's, by
+    all processes; the process's own context is in it, which torch does not count.
     """
     cuda = sys.modules["torch"].cuda
+    everyone = [f"cuda:{number}" for number in range(cuda.device_count())]
+    watched = everyone if device == "cuda" else [device]
 
     def probe() -> Sequence[int]:
-        free, total = cuda.mem_get_info(device)
-        return int(cuda.memory_reserved(device)), int(total - free)
+        reserved = max(int(cuda.memory_reserved(name)) for name in watched)
+        memory = [cuda.mem_get_info(name) for name in watched]
+        return reserved, max(int(total - free) for free, total in memory)
 
     return probe

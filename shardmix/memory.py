@@ -1,6 +1,7 @@
 """Memory as a promise: what a merge will take at its peak, and what the process took.
 
     projected peak = reserved + workers × (BUFFERS_PER_WORKER × strip + a little + mapped pages)
+    projected VRAM = workers of one GPU × (VRAM_BUFFERS_PER_WORKER × strip, as torch rounds it)
 
 Knows sizes alone: no files, no tensors, no torch (it looks whether that is loaded, and what kind of
 build it is, without importing it).
@@ -22,7 +23,12 @@ from shardmix.units import KIB, MIB, format_mib
 # One strip in flight holds at most: in torch the bytes of one source, their float32 values, the
 # float32 accumulator and the rounded output, none larger than the accumulator, which sizes the
 # strip; in kernels what is in these four, all sources among it (`reducer.strip_num_elements`).
+# On a GPU two strips are in flight: in the host's memory there are two pinned buffers for sources
+# by turns, and an output for each strip.
 BUFFERS_PER_WORKER = 4
+
+# In its own: two that sources arrive in, the widened values, and two sums and outputs.
+VRAM_BUFFERS_PER_WORKER = 7
 
 # What measured fastest: large enough to hide the interpreter (torch makes three passes of a dozen
 # calls), small enough for the caches. A GPU wants larger copies.
@@ -36,7 +42,9 @@ LEAST_STRIP_NBYTES = 64 * KIB
 _LIBRARY_NBYTES = {"torch": 200 * MIB, "llvm": 80 * MIB}
 _MODULES = {"torch": "torch", "llvm": "llvmlite"}
 _TORCH_CUDA_BUILD_NBYTES = 450 * MIB
+# Of the first GPU, and of each other one: assumed, not measured.
 _CUDA_CONTEXT_NBYTES = 600 * MIB
+_NEXT_CUDA_CONTEXT_NBYTES = 200 * MIB
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _LARGE_BLOCK_NBYTES = 1 * MIB
@@ -112,18 +120,19 @@ def give_back_large_blocks() -> None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_NBYTES)
 
 
-def reserved_nbytes(*, library: str, on_cuda: bool) -> int:
-    """Return what the process holds, or will once its library is loaded, before any strip.
+def reserved_nbytes(*libraries: str, num_devices: int = 0) -> int:
+    """Return what the process holds, or will once its libraries are loaded, before any strip.
 
-    `library` does the sums: torch or llvm. What is resident now counts, so that a budget is one
-    for the whole process also where shardmix is called from a larger program.
+    Libraries, torch or llvm, do the sums, on so many GPUs. What is resident now counts, so that a
+    budget is one for the whole process also where shardmix is called from a larger program.
     """
     reserved = resident_nbytes() + _RUN_NBYTES
-    if _MODULES[library] not in sys.modules:
-        cuda_build = library == "torch" and torch_has_cuda_build()
-        reserved += _TORCH_CUDA_BUILD_NBYTES if cuda_build else _LIBRARY_NBYTES[library]
-    if on_cuda and not _cuda_context_exists():
-        reserved += _CUDA_CONTEXT_NBYTES
+    for library in libraries:
+        if _MODULES[library] not in sys.modules:
+            cuda_build = library == "torch" and torch_has_cuda_build()
+            reserved += _TORCH_CUDA_BUILD_NBYTES if cuda_build else _LIBRARY_NBYTES[library]
+    if num_devices and not _cuda_context_exists():
+        reserved += _CUDA_CONTEXT_NBYTES + (num_devices - 1) * _NEXT_CUDA_CONTEXT_NBYTES
     return reserved
 
 
@@ -145,13 +154,13 @@ class MemoryPlan:
     projected_peak_nbytes: int
     """What the process will have resident at its peak, at most."""
     projected_vram_nbytes: int
-    """GPU memory that torch will have reserved at its peak, at most; 0 on the CPU."""
+    """GPU memory that torch will have reserved at its peak, at most, on one GPU; 0 on the CPU."""
 
 
 def fit_memory(
     *,
     reserved: int,
-    on_cuda: bool,
+    num_devices: int = 0,
     best_strip: int,
     workers: int | None = None,
     max_memory: int | None = None,
@@ -161,12 +170,13 @@ def fit_memory(
     """Choose the strip, at most the best one, and the workers, that keep both budgets.
 
     Without a budget a strip is what speed needs (`best_strip`) and no more. A tight budget first
-    shrinks the strip, then takes workers away (unless their number was asked for). `mapped_views`
-    is how many sources one strip may have mapped.
+    shrinks the strip, then takes workers away (unless their number was asked for). `num_devices`
+    are the GPUs that share the workers, each with `max_vram`; 0 on the CPU. `mapped_views` is how
+    many sources one strip may have mapped.
 
     Raises `BudgetError` where not even one smallest strip fits, naming the least that works.
     """
-    most_workers = workers or default_workers(on_cuda=on_cuda)
+    most_workers = workers or default_workers(num_devices=num_devices)
     fewest_workers = most_workers if workers else 1
     small_strip = best_strip // 8
     choices = [
@@ -177,7 +187,8 @@ def fit_memory(
     for count, size in choices:
         buffers = count * BUFFERS_PER_WORKER * size
         peak = reserved + buffers + count * (_WORKER_NBYTES + mapped_views * _MAPPED_NBYTES)
-        vram = count * _vram_nbytes(BUFFERS_PER_WORKER * size) if on_cuda else 0
+        busiest = -(-count // num_devices) if num_devices else 0
+        vram = busiest * _vram_nbytes(VRAM_BUFFERS_PER_WORKER * size)
         fits_memory = max_memory is None or peak <= max_memory
         if fits_memory and (max_vram is None or vram <= max_vram):
             return MemoryPlan(
@@ -205,9 +216,9 @@ def fit_memory(
     )
 
 
-def default_workers(*, on_cuda: bool) -> int:
-    """Return how many strips to have in flight where nobody said: one a core, at most eight."""
-    return max(2 if on_cuda else 1, min(num_cores(), _MOST_DEFAULT_WORKERS))
+def default_workers(*, num_devices: int = 0) -> int:
+    """Return how many workers to have where nobody said: one a core, at most eight; two a GPU."""
+    return max(2 * num_devices, min(num_cores(), _MOST_DEFAULT_WORKERS))
 
 
 def num_cores() -> int:
@@ -228,7 +239,7 @@ def _vram_nbytes(buffers_nbytes: int) -> int:
     """Return what torch's caching allocator reserves for one worker's buffers and temporaries.
 
     It takes 2 MiB from the driver for up to 1 MiB, 20 MiB for up to 10 MiB, else whole 2 MiB; a
-    worker has a stream, and so memory, of its own. Source: c10/cuda/CUDACachingAllocator.cpp.
+    worker has streams, and so memory, of its own. Source: c10/cuda/CUDACachingAllocator.cpp.
     """
     if buffers_nbytes <= MIB:
         segment = 2 * MIB

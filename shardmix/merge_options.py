@@ -31,9 +31,9 @@ class MergeOptions(TypedDict, total=False):
     max_memory: int | str | None
     """Bound on the whole process's peak resident memory ("2GiB"); default: what speed needs."""
     max_vram: int | str | None
-    """Bound on GPU memory."""
+    """Bound on GPU memory, of each GPU."""
     device: str
-    """auto (default), cpu, cuda or cuda:N."""
+    """cpu, cuda (all GPUs), cuda:N, or auto (default): of a large merge whichever is the faster."""
     io: str
     """How sources are read: auto (default), mmap or pread. All bounded, all the same bytes."""
     backend: str
@@ -72,7 +72,7 @@ def run_settings(options: MergeOptions) -> RunSettings:
         raise RecipeError(f"workers {workers}: must be from 1 to {MOST_WORKERS}")
     max_memory, max_vram = options.get("max_memory"), options.get("max_vram")
     return RunSettings(
-        device=resolve_device(options.get("device", "auto")),
+        device=_device(options.get("device", "auto")),
         io=io,
         backend=backend,
         workers=workers,
@@ -84,6 +84,12 @@ def run_settings(options: MergeOptions) -> RunSettings:
         on_nonfinite=on_nonfinite,
         profile=_profile_path(options.get("profile")),
     )
+
+
+def _device(asked: str) -> str:
+    """Return the device, or auto where there is a choice."""
+    device = resolve_device(asked)
+    return asked if asked == "auto" and device != "cpu" else device
 
 
 def digest_algorithm(options: MergeOptions) -> str:

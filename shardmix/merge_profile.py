@@ -35,7 +35,7 @@ class PlannedMerge:
     bytes_written: int
     """Weight files to write."""
     device: str
-    """cpu, cuda or cuda:N."""
+    """cpu, cuda (all GPUs) or cuda:N."""
     io: str
     """How sources are read: mmap or pread. Mapped bytes are loaded by the sum: see `reduce`."""
     backend: str
@@ -53,7 +53,7 @@ class PlannedMerge:
     projected_peak_bytes: int
     """Resident memory of the process at its peak, at most."""
     projected_vram_bytes: int
-    """GPU memory that torch will have reserved at its peak, at most; 0 on the CPU."""
+    """GPU memory that torch will have reserved at its peak, at most, on one GPU; 0 on the CPU."""
     digest: str
     """What the output's files are hashed with: xxh3, blake3 or sha256."""
     fsync: bool
@@ -106,9 +106,10 @@ class Samples:
     digest_bytes: list[int | None]
     """Output bytes hashed so far."""
     vram_reserved_bytes: list[int | None] | None = None
-    """GPU memory that torch holds; the whole column is null on the CPU."""
+    """GPU memory that torch holds, of several GPUs where it is most; null on the CPU."""
     vram_device_used_bytes: list[int | None] | None = None
-    """GPU memory that the driver counts as used: the whole device's, by all processes."""
+    """GPU memory that the driver counts as used, of several GPUs where it is most: the whole
+    device's, by all processes, contexts included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +141,7 @@ class Profile:
     seconds: float
     """From the plan's end until the output was in place: the sum of the next three."""
     load_seconds: float
-    """Loading the library that does the sums."""
+    """Loading the library that does the sums, and trying the device where it was open."""
     merge_seconds: float
     """From the first worker's start to the last one's end."""
     finish_seconds: float
@@ -149,7 +150,7 @@ class Profile:
     """Largest resident set of the process so far (VmHWM): it may be from before the merge. The
     kernel counts it less exactly than a sample: they may differ by some pages for each core."""
     peak_vram_bytes: int
-    """GPU memory that torch had reserved at most; 0 on the CPU."""
+    """GPU memory that torch had reserved at most, on one GPU; 0 on the CPU."""
     plan: PlannedMerge
     """What was to be done, and how."""
     stages: dict[str, StageProfile]

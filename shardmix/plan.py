@@ -155,7 +155,9 @@ class RunSettings:
     """How a merge is run. Nothing here changes a byte of the output."""
 
     device: str = "cpu"
-    """cpu, cuda or cuda:N."""
+    """cpu, cuda (all GPUs), cuda:N, or auto until the planner knows how much there is to sum."""
+    is_device_open: bool = False
+    """A GPU is there but nobody asked for it: the merge begins by trying if the CPU is faster."""
     io: str = "auto"
     """How sources are read: mmap, pread, or auto until the planner has looked at the disks."""
     backend: str = "auto"
@@ -165,7 +167,7 @@ class RunSettings:
     max_memory_nbytes: int | None = None
     """Bound on the process's peak resident memory."""
     max_vram_nbytes: int | None = None
-    """Bound on GPU memory."""
+    """Bound on the memory of each GPU."""
     overwrite: bool = False
     """Replace an existing output."""
     fsync: bool = True
@@ -179,7 +181,7 @@ class RunSettings:
 
     @property
     def on_cuda(self) -> bool:
-        """Whether the arithmetic runs on a GPU."""
+        """Whether the arithmetic runs on a GPU, or is assumed to."""
         return self.device.startswith("cuda")
 
 

@@ -13,6 +13,7 @@ from typing import TypedDict
 
 from shardmix.checkpoint import CONFIG_NAME, Checkpoint
 from shardmix.companions import find_companions, unmerged_weights
+from shardmix.devices import num_devices
 from shardmix.digests import XXH3
 from shardmix.errors import RecipeError
 from shardmix.matching import MatchedTensors, match_tensors
@@ -29,13 +30,21 @@ from shardmix.plan import (
 )
 from shardmix.reader import MAX_MAPPED_AT_ONCE
 from shardmix.recipe import OUT_DTYPES, Recipe
-from shardmix.safetensors_layout import DTYPES, FLOAT_DTYPES, tensor_nbytes
+from shardmix.safetensors_layout import DTYPES, FLOAT_DTYPES, element_nbytes, tensor_nbytes
 from shardmix.shard_layout import plan_shards
 
 if sys.version_info >= (3, 11):
     from typing import Unpack
 else:
     from typing_extensions import Unpack
+
+MEASURED_FROM_NBYTES = 200 * 10**9
+"""Source bytes of a merge for which a GPU is tried where nobody named a device.
+
+To load torch's build for CUDA and to make a context takes seconds. What a GPU can save is the sums:
+with kernels a tenth of a merge's time, which went at 6.6 GB/s on two cores (docs/performance.md).
+So of 200 GB, half a minute, it can save three seconds; of less, not even what it takes to try.
+"""
 
 _TORCH_NAMES = {"F64": "float64", **{dtype: name for name, dtype in OUT_DTYPES.items()}}
 
@@ -127,11 +136,26 @@ def plan_merge(
 def plan_memory(settings: RunSettings) -> MemoryPlan:
     """Fit strips and workers to the budgets and to what the process holds at this moment.
 
-    Raises `BudgetError` where one smallest strip does not fit.
+    Where the device is still open, to the GPU's, with the peak of whichever takes more. Raises
+    `BudgetError` where one smallest strip does not fit.
     """
+    num_gpus = num_devices(settings.device)
+    if not settings.is_device_open:
+        reserved = reserved_nbytes(settings.backend, num_devices=num_gpus)
+        return _fitted(settings, reserved, num_gpus)
+    # Both are tried in one process, with the libraries of both.
+    reserved = reserved_nbytes(TORCH, LLVM, num_devices=num_gpus)
+    on_gpu = _fitted(settings, reserved, num_gpus)
+    # torch's strips are larger than the kernels', so either fits in what this one takes.
+    on_cpu = _fitted(replace(settings, device="cpu", backend=TORCH), reserved, 0)
+    peak = max(on_gpu.projected_peak_nbytes, on_cpu.projected_peak_nbytes)
+    return replace(on_gpu, projected_peak_nbytes=peak)
+
+
+def _fitted(settings: RunSettings, reserved: int, num_gpus: int) -> MemoryPlan:
     return fit_memory(
-        reserved=reserved_nbytes(library=settings.backend, on_cuda=settings.on_cuda),
-        on_cuda=settings.on_cuda,
+        reserved=reserved,
+        num_devices=num_gpus,
         best_strip=BEST_STRIP_NBYTES["cuda" if settings.on_cuda else settings.backend],
         workers=settings.workers,
         max_memory=settings.max_memory_nbytes,
@@ -169,9 +193,15 @@ def _decided(settings: RunSettings, shards: Sequence[OutputShard]) -> RunSetting
     """Return the settings with every `auto` decided.
 
     Sources are read by pread: measured faster than mapping. Kernels sum where llvmlite is installed
-    and they know all the dtypes. Raises `RecipeError` where they were asked for and can't.
+    and they know all the dtypes. Raises `RecipeError` where they were asked for and can't. Whether
+    a GPU is the faster is measured when the merge starts, where that may pay; till then it is
+    assumed.
     """
     io, backend = settings.io, settings.backend
+    if settings.device == "auto":
+        is_open = backend != LLVM and _summed_nbytes(shards) >= MEASURED_FROM_NBYTES
+        device = "cuda" if is_open else "cpu"
+        settings = replace(settings, device=device, is_device_open=is_open)
     if io == "auto":
         io = "pread"
     finding = _llvm_finding(settings, shards)
@@ -180,6 +210,16 @@ def _decided(settings: RunSettings, shards: Sequence[OutputShard]) -> RunSetting
     if backend == "auto":
         backend = LLVM if finding is None else TORCH
     return replace(settings, io=io, backend=backend)
+
+
+def _summed_nbytes(shards: Sequence[OutputShard]) -> int:
+    """Return the bytes of all sources that are added up, and not just compared."""
+    return sum(
+        run.num_elements * sum(map(element_nbytes, run.dtypes))
+        for shard in shards
+        for run in shard.runs
+        if run.reduction == LINEAR
+    )
 
 
 def _llvm_finding(settings: RunSettings, shards: Sequence[OutputShard]) -> str | None:

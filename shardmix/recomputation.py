@@ -15,6 +15,7 @@ from shardmix.errors import RecipeError, SourceError
 from shardmix.merge_options import MergeOptions
 from shardmix.plan import MergePlan
 from shardmix.provenance import PROVENANCE_NAME, Provenance, SourceRecord
+from shardmix.readiness import ready
 from shardmix.recipe import Recipe, WeightedSource
 from shardmix.work import Work
 
@@ -74,7 +75,7 @@ def recompute(
     plan = api.plan_merge(recipe, **options)
     for model, source in enumerate(provenance.sources):
         _check_identity(plan, model, source)
-    plan, backend, _ = api.ready(plan, options, lambda chosen: api.plan_merge(recipe, **chosen))
+    plan, backend, _ = ready(plan, options, lambda chosen: api.plan_merge(recipe, **chosen))
     differences = Differences()
     work = Work(plan, lambda number: ComparedShard(plan.shards[number], folder, differences))
     engine.run_blocks(plan, backend, work, on_progress, cancel)

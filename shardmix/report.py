@@ -31,7 +31,7 @@ class PlanReport:
     bytes_written: int
     """Weight files to write."""
     device: str
-    """cpu, cuda or cuda:N."""
+    """cpu, cuda (all GPUs) or cuda:N; a warning says so where it may still become cpu."""
     io: str
     """How sources are read: mmap or pread."""
     backend: str
@@ -45,7 +45,7 @@ class PlanReport:
     projected_peak_bytes: int
     """Resident memory of the process at its peak, at most."""
     projected_vram_bytes: int
-    """GPU memory at its peak, at most."""
+    """GPU memory that torch will have reserved at its peak, at most, on one GPU."""
     weights: tuple[float, ...]
     """In source order."""
     sources: tuple[str, ...]
@@ -113,7 +113,7 @@ class MergeReport:
     peak_rss_bytes: int
     """Largest resident set of the process so far (VmHWM)."""
     peak_vram_bytes: int
-    """GPU memory that torch had reserved at most; 0 on the CPU."""
+    """GPU memory that torch had reserved at most, on one GPU; 0 on the CPU."""
     weights: tuple[float, ...]
     """In source order, as used."""
     shards: tuple[ShardReport, ...]
@@ -126,6 +126,12 @@ class MergeReport:
     """What to know about the output."""
     scores: ScoreReport | None = None
     """Where the weights come from examples: the losses that they follow from."""
+
+
+_OPEN = (
+    "the device is assumed: the merge begins by measuring whether the CPU is faster (--device "
+    "names one); the projected peak is that of whichever takes more"
+)
 
 
 def describe_plan(plan: MergePlan, *, disk_free: int | None) -> PlanReport:
@@ -150,7 +156,7 @@ def describe_plan(plan: MergePlan, *, disk_free: int | None) -> PlanReport:
         companions=plan.companions,
         plan_digest=plan.digest(),
         digest=plan.digest_algorithm,
-        warnings=plan.warnings,
+        warnings=(*plan.warnings, *([_OPEN] if plan.settings.is_device_open else [])),
         disk_needed_bytes=plan.disk_needed_nbytes,
         disk_free_bytes=disk_free,
     )

@@ -163,7 +163,7 @@ def _check_digests(
     files = provenance.digests.files
     progress = _Progress(sum(record.bytes for record in files.values()), len(files))
     futures: list[Future[str | None]] = []
-    pool = ThreadPoolExecutor(default_workers(on_cuda=False))
+    pool = ThreadPoolExecutor(default_workers())
     try:
         for name in sorted(files):
             futures.append(pool.submit(_check_file, folder, name, provenance, progress))

@@ -48,7 +48,7 @@ def reduced_strips(sources, weights, out_dtype, *, strip_nbytes=1 << 16, backend
     `backend` is llvm, or torch's name of a device.
     """
     run = run_of([NAMES[s.dtype] for s in sources], NAMES[out_dtype], weights, sources[0].numel())
-    reducer = backend_of(backend, run).make_reducer(strip_nbytes=strip_nbytes)
+    reducer, *_ = backend_of(backend, run).make_reducers(strip_nbytes=strip_nbytes)
     step = strip_num_elements(run, strip_nbytes=strip_nbytes)
     for start in range(0, run.num_elements, step):
         num_elements = min(step, run.num_elements - start)
@@ -57,7 +57,9 @@ def reduced_strips(sources, weights, out_dtype, *, strip_nbytes=1 << 16, backend
             staging = reducer.staging(source)
             staging[:] = raw_bytes(tensor.view(-1)[start : start + num_elements])
             reducer.add(source, staging)
-        yield start, reducer, reducer.finish()
+        data = reducer.finish()
+        reducer.wait()
+        yield start, reducer, data
 
 
 def reduce(sources, weights, out_dtype, **options):

@@ -74,18 +74,28 @@ def test_without_proc_psutil_tells_what_it_can(monkeypatch):
     assert now["rss_anon_bytes"] is now["rss_file_bytes"] is now["system_dirty_bytes"] is None
 
 
-def test_gpu_memory_is_torchs_and_the_drivers(monkeypatch):
-    asked = []
+def fake_cuda(monkeypatch):
+    """Two GPUs: of the first torch has 20 and the driver counts 30, of the second 10 and 60."""
     cuda = SimpleNamespace(
-        mem_get_info=lambda device: asked.append(device) or (70, 100),
-        memory_reserved=lambda device: asked.append(device) or 20,
+        device_count=lambda: 2,
+        mem_get_info={"cuda:0": (70, 100), "cuda:1": (40, 100)}.__getitem__,
+        memory_reserved={"cuda:0": 20, "cuda:1": 10}.__getitem__,
     )
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
-    assert dict(zip(VRAM_COLUMNS, vram_probe("cuda:1")(), strict=True)) == {
+
+
+def test_gpu_memory_is_torchs_and_the_drivers(monkeypatch):
+    fake_cuda(monkeypatch)
+    assert dict(zip(VRAM_COLUMNS, vram_probe("cuda:0")(), strict=True)) == {
         "vram_reserved_bytes": 20,
         "vram_device_used_bytes": 30,
     }
-    assert asked == ["cuda:1", "cuda:1"]
+
+
+def test_of_several_gpus_the_largest_figures_count(monkeypatch):
+    fake_cuda(monkeypatch)
+    assert vram_probe("cuda")() == (20, 60)
+    assert vram_probe("cuda:1")() == (10, 60)
 
 
 def sampled(values, *, column="rss_bytes"):

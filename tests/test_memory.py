@@ -7,6 +7,8 @@ from shardmix.errors import BudgetError
 from shardmix.memory import (
     BUFFERS_PER_WORKER,
     LEAST_STRIP_NBYTES,
+    VRAM_BUFFERS_PER_WORKER,
+    default_workers,
     fit_memory,
 )
 from shardmix.units import MIB, parse_size
@@ -17,7 +19,7 @@ RESERVED = 211 * MIB  # a prime number of MiB, so that every term shows
 
 
 def test_without_a_budget_a_strip_is_what_speed_needs():
-    fitted = fit_memory(reserved=RESERVED, best_strip=BEST_STRIP, on_cuda=False, workers=3)
+    fitted = fit_memory(reserved=RESERVED, best_strip=BEST_STRIP, workers=3)
     assert (fitted.workers, fitted.strip_nbytes) == (3, BEST_STRIP)
     assert fitted.projected_peak_nbytes >= RESERVED + 3 * BUFFERS_PER_WORKER * BEST_STRIP
     assert fitted.projected_vram_nbytes == 0
@@ -26,14 +28,14 @@ def test_without_a_budget_a_strip_is_what_speed_needs():
 @given(
     budget=st.integers(200, 700).map(lambda mib: mib * MIB),
     workers=st.none() | st.integers(1, 8),
-    on_cuda=st.booleans(),
+    num_devices=st.integers(0, 3),
     max_vram=st.none() | st.integers(1, 2000).map(lambda mib: mib * MIB),
 )
-def test_a_plan_keeps_every_budget_or_is_refused(budget, workers, on_cuda, max_vram):
+def test_a_plan_keeps_every_budget_or_is_refused(budget, workers, num_devices, max_vram):
     options = {
         "reserved": RESERVED,
         "best_strip": BEST_STRIP,
-        "on_cuda": on_cuda,
+        "num_devices": num_devices,
         "workers": workers,
     }
     try:
@@ -44,17 +46,17 @@ def test_a_plan_keeps_every_budget_or_is_refused(budget, workers, on_cuda, max_v
     assert fitted.strip_nbytes >= LEAST_STRIP_NBYTES
     if workers is not None:
         assert fitted.workers == workers
-    if on_cuda and max_vram is not None:
+    if num_devices and max_vram is not None:
         assert 0 < fitted.projected_vram_nbytes <= max_vram
 
 
 @pytest.mark.parametrize("workers", [None, 1, 5])
-@pytest.mark.parametrize("on_cuda", [False, True])
-def test_the_least_budget_that_an_error_names_is_enough(workers, on_cuda):
+@pytest.mark.parametrize("num_devices", [0, 1, 3])
+def test_the_least_budget_that_an_error_names_is_enough(workers, num_devices):
     options = {
         "reserved": RESERVED,
         "best_strip": BEST_STRIP,
-        "on_cuda": on_cuda,
+        "num_devices": num_devices,
         "workers": workers,
     }
     with pytest.raises(BudgetError) as caught:
@@ -73,19 +75,35 @@ def test_too_little_vram_is_named_as_such():
         fit_memory(
             reserved=RESERVED,
             best_strip=BEST_STRIP,
-            on_cuda=True,
+            num_devices=1,
             max_memory=2048 * MIB,
             max_vram=MIB,
         )
 
 
+def test_max_vram_is_each_gpus_and_workers_are_shared_among_them():
+    options = {"reserved": RESERVED, "best_strip": 32 * MIB, "workers": 5}
+    alone, *others = (fit_memory(**options, num_devices=count) for count in (1, 2, 3, 7))
+    each = VRAM_BUFFERS_PER_WORKER * 32 * MIB + 2 * MIB
+    assert alone.projected_vram_nbytes == 5 * each
+    assert [other.projected_vram_nbytes for other in others] == [3 * each, 2 * each, each]
+    for other in others:
+        assert other.projected_peak_nbytes == alone.projected_peak_nbytes
+    shared = fit_memory(**options, num_devices=2, max_vram=3 * each)
+    assert shared.strip_nbytes == 32 * MIB
+    assert fit_memory(**options, num_devices=1, max_vram=3 * each).strip_nbytes < 32 * MIB
+
+
+def test_every_gpu_has_two_workers_at_least(monkeypatch):
+    monkeypatch.setattr(memory, "num_cores", lambda: 4)
+    assert [default_workers(num_devices=count) for count in (0, 1, 2, 3, 8)] == [4, 4, 4, 6, 16]
+    monkeypatch.setattr(memory, "num_cores", lambda: 64)
+    assert [default_workers(num_devices=count) for count in (0, 1, 8)] == [8, 8, 16]
+
+
 def test_a_tight_budget_shrinks_the_strip_before_it_takes_workers_away():
-    roomy = fit_memory(
-        reserved=RESERVED, best_strip=BEST_STRIP, on_cuda=False, max_memory=RESERVED + 400 * MIB
-    )
-    tight = fit_memory(
-        reserved=RESERVED, best_strip=BEST_STRIP, on_cuda=False, max_memory=RESERVED + 12 * MIB
-    )
+    roomy = fit_memory(reserved=RESERVED, best_strip=BEST_STRIP, max_memory=RESERVED + 400 * MIB)
+    tight = fit_memory(reserved=RESERVED, best_strip=BEST_STRIP, max_memory=RESERVED + 12 * MIB)
     assert roomy.strip_nbytes == BEST_STRIP
     assert tight.strip_nbytes < roomy.strip_nbytes
 

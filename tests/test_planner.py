@@ -6,10 +6,7 @@ import pytest
 import torch
 
 import shardmix
-from shardmix import devices
-from shardmix.memory import reserved_nbytes
 from shardmix.plan import AGREE, LINEAR, MergePlan
-from shardmix.units import MIB
 from tests.models import random_model, save_model
 
 NAMES = sorted(random_model(0))
@@ -220,26 +217,3 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_written(tmp_pa
     with pytest.raises(shardmix.BudgetError, match="the least that works here is"):
         shardmix.merge(models, tmp_path / "out", max_memory="20MiB")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
-
-
-def gpu_machine(monkeypatch):
-    monkeypatch.setattr(devices, "cuda_device_present", lambda: True)
-    monkeypatch.setattr(devices, "torch_has_cuda_build", lambda: True)
-
-
-def test_a_gpu_is_chosen_where_there_is_one(tmp_path, monkeypatch):
-    gpu_machine(monkeypatch)
-    plan = shardmix.plan_merge(two_models(tmp_path), max_vram="1GiB")
-    assert (plan.settings.device, plan.settings.backend) == ("cuda", "torch")
-    assert 0 < plan.memory.projected_vram_nbytes <= 2**30
-
-
-def test_a_budget_too_small_for_a_gpu_is_kept_on_the_cpu(tmp_path, monkeypatch):
-    gpu_machine(monkeypatch)
-    models = two_models(tmp_path)
-    budget = reserved_nbytes(library="llvm", on_cuda=False) + 400 * MIB
-    plan = shardmix.plan_merge(models, max_memory=budget)
-    assert plan.settings.device == "cpu"
-    assert any("on the CPU" in warning for warning in plan.warnings)
-    with pytest.raises(shardmix.BudgetError):
-        shardmix.plan_merge(models, max_memory=budget, device="cuda")

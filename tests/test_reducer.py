@@ -193,7 +193,7 @@ def read_by_kernel(path, sources, weights, out_dtype, *, gap, cut=0):
     run = run_of([NAMES[s.dtype] for s in sources], NAMES[out_dtype], weights, num_elements)
     run = dataclasses.replace(run, offsets=tuple(offsets), out_offset=gap)
     nbytes = 8 * num_elements  # for a strip of all
-    reducer = backend_of("llvm", run).make_reducer(strip_nbytes=nbytes)
+    (reducer,) = backend_of("llvm", run).make_reducers(strip_nbytes=nbytes)
     reducer.begin(run, 0, num_elements)
     with path.open("rb") as file:
         return reducer.read([file.fileno()] * len(sources))

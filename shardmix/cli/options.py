@@ -34,9 +34,19 @@ MaxMemory = Annotated[
         "Default: only what speed needs.",
     ),
 ]
-MaxVram = Annotated[str | None, typer.Option(metavar="SIZE", help="The same for GPU memory.")]
+MaxVram = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="The same for the memory of each GPU.")
+]
 Device = Annotated[
     str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Where the arithmetic runs.")
+]
+MergeDevice = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|cpu|cuda|cuda:N",
+        help="Where the sums run; cuda is all GPUs. With auto a large merge begins by measuring "
+        "whether GPU or CPU is the faster; a small one takes the CPU.",
+    ),
 ]
 Dtype = Annotated[
     str | None,

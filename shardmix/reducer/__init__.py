@@ -41,9 +41,9 @@ _PAGE = 4096
 
 
 class Reducer(Protocol):
-    """Reduces the strips of one worker: `begin`, then `add` for each source, then `finish`.
+    """Reduces a worker's strips: `begin`, then `add` for each source, `finish`, and `wait`.
 
-    Or `begin`, then `read`.
+    Or `begin`, `read`, and `wait`.
     """
 
     def begin(self, run: Run, start: int, num_elements: int) -> None:
@@ -63,7 +63,14 @@ class Reducer(Protocol):
         """Take in a source's bytes, in source order; they stay as they are until `finish`."""
 
     def finish(self) -> memoryview:
-        """Return the strip's output bytes, valid until the next `begin`."""
+        """End a strip, whose sources' bytes are not needed any more.
+
+        Returns where its output bytes are once `wait` has returned, until the next `begin`. Only a
+        GPU leaves something to wait for.
+        """
+
+    def wait(self) -> None:
+        """Wait for the strip's output; only then is known what follows."""
 
     @property
     def disagreeing(self) -> frozenset[int]:
@@ -80,8 +87,11 @@ class Reducer(Protocol):
 class Backend(Protocol):
     """What computes weighted sums; made once for a merge."""
 
-    def make_reducer(self, *, strip_nbytes: int) -> Reducer:
-        """Return a reducer for LINEAR runs, with its buffers allocated; called by each worker."""
+    def make_reducers(self, *, strip_nbytes: int) -> Sequence[Reducer]:
+        """Return reducers for LINEAR runs, with all buffers allocated; called by each worker.
+
+        They are one for each strip that a worker may have in flight; to be used by turns.
+        """
 
     def finding(self) -> str | None:
         """Say why it cannot work here, or None if it can."""
@@ -95,23 +105,22 @@ class Backend(Protocol):
 
 def load_backend(plan: MergePlan) -> Backend:
     """Import and ready a plan's backend, so that what it takes in memory can be measured."""
+    summed = (run for run in plan.runs() if run.reduction == LINEAR)
     if plan.settings.backend == LLVM:
         from shardmix.reducer.llvm_sum import LlvmBackend
 
-        return LlvmBackend(run for run in plan.runs() if run.reduction == LINEAR)
+        return LlvmBackend(summed)
     from shardmix.reducer.torch_sum import TorchBackend
 
-    return TorchBackend(plan.settings.device)
+    return TorchBackend(plan.settings.device, summed)
 
 
 class Reducers:
-    """One worker's reducer for each kind of run."""
+    """The reducer for each kind of run, for one of the strips that a worker has in flight."""
 
-    def __init__(self, backend: Backend, *, strip_nbytes: int) -> None:
+    def __init__(self, linear: Reducer, *, strip_nbytes: int) -> None:
         self._strip_nbytes = strip_nbytes
-        self._reducers: dict[str, Reducer] = {
-            LINEAR: backend.make_reducer(strip_nbytes=strip_nbytes)
-        }
+        self._reducers: dict[str, Reducer] = {LINEAR: linear}
 
     def __getitem__(self, reduction: str) -> Reducer:
         """Return the reducer for LINEAR or AGREE."""

@@ -58,6 +58,9 @@ class AgreeReducer:
         """Return the strip's output bytes, valid until the next `begin`."""
         return self._kept
 
+    def wait(self) -> None:
+        """Return at once: it is done."""
+
     @property
     def disagreeing(self) -> frozenset[int]:
         """Sources whose values differ from the first one's in this strip."""

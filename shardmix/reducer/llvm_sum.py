@@ -37,11 +37,11 @@ class LlvmBackend:
             self._kernels.kernel(dtypes, out_dtype)
         self._most_sources = max((len(dtypes) for dtypes, _ in combinations), default=0)
 
-    def make_reducer(self, *, strip_nbytes: int) -> "CompiledSum":
+    def make_reducers(self, *, strip_nbytes: int) -> "tuple[CompiledSum]":
         """Return one worker's reducer, with all its buffers allocated."""
         num_parts = self._most_sources + 2
         nbytes = BUFFERS_PER_WORKER * strip_nbytes + num_parts * _PLACING_NBYTES
-        return CompiledSum(self._kernels, buffer_nbytes=nbytes)
+        return (CompiledSum(self._kernels, buffer_nbytes=nbytes),)
 
     def finding(self) -> str | None:
         """Say why kernels cannot be had on this processor, or None if they can."""
@@ -152,6 +152,9 @@ class CompiledSum:
                 self._addresses, self._weights, self._sums_address, self._num_elements
             )
         return self._out
+
+    def wait(self) -> None:
+        """Return at once: `finish` has done it all."""
 
     def count_nonfinite(self, start: int, stop: int) -> NonfiniteCounts:
         """Count in a range of elements of the strip last finished."""
