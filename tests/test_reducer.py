@@ -212,15 +212,11 @@ def test_a_kernel_reads_what_it_sums(tmp_path, gap, num_elements):
         assert 0 < seconds < 60
 
 
-def test_a_kernel_leaves_to_others_what_it_cannot_read_and_what_is_not_finite(tmp_path):
+def test_a_kernel_leaves_to_others_what_it_cannot_read(tmp_path):
     sources = [random_tensor((200_000,), torch.bfloat16, seed=seed) for seed in (0, 1)]
     path, weights = tmp_path / "file", [0.5, 0.5]
     assert read_by_kernel(path, sources, weights, torch.bfloat16, gap=8) is not None
     assert read_by_kernel(path, sources, weights, torch.bfloat16, gap=8, cut=1) is None
-    for value in (math.nan, math.inf):
-        broken = [sources[0].clone(), sources[1]]
-        broken[0][150_000] = value
-        assert read_by_kernel(path, broken, weights, torch.bfloat16, gap=8) is None
 
 
 def agree(first, *others):

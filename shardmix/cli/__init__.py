@@ -1,6 +1,9 @@
 """The command line: thin. Parses, calls the library, renders."""
 
+import atexit
 import gc
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +13,10 @@ def main() -> None:
     with importing():
         from shardmix.cli.app import app
 
-    app()
+    try:
+        app()
+    except SystemExit as ended:
+        _leave(ended)
 
 
 @contextmanager
@@ -22,3 +28,14 @@ def importing() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*thresholds)
+
+
+def _leave(ended: SystemExit) -> None:
+    """End the process without taking all modules apart, which takes 80 ms."""
+    try:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # a pipe that nobody reads any more: Python's own way to end knows
+        raise ended from None
+    os._exit(ended.code if isinstance(ended.code, int) else 0)

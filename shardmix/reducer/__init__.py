@@ -53,7 +53,7 @@ class Reducer(Protocol):
         """Read the sources from these open files and do the strip at once, where it can.
 
         Returns the strip's output bytes, valid until the next `begin`, and the seconds that reading
-        took; or None: then `add` and `finish` do it, or say why not.
+        took; or None: then `add` and `finish` do it.
         """
 
     def staging(self, source: int) -> memoryview:

@@ -1,12 +1,12 @@
-"""The weighted sum as LLVM IR: one pass over all sources, and the reading of them, piece by piece.
+"""The weighted sum as LLVM IR: one pass over all sources, and the reading of them before it.
 
 One text for each combination of dtypes. Its loop works on vectors of 64 elements, which LLVM maps
 to whatever registers there are; what is left of a strip goes through the same loop one by one.
 Nothing allows LLVM to contract a product and a sum into one rounding, so the bits are those of
 separate operations (https://llvm.org/docs/LangRef.html#fast-math-flags).
 
-Reading is part of it because of the caches: a piece of every source that is small enough to be
-there still when it is summed would, read from Python, cost more than that saves.
+Reading is part of it so that the interpreter is asked for once a strip, not once a source: threads
+wait for one another there.
 
 For bfloat16, float16 and float32 on little-endian machines.
 """
@@ -195,34 +195,18 @@ _SHIFT = """\
 
 _READ_AND_SUM = """
 define i32 @read_and_sum(ptr %pread, ptr %clock, ptr %descriptors, ptr %positions, ptr %sources, \
-ptr %weights, ptr %out, i64 %count, i64 %piece, ptr %nanoseconds) nounwind {{
+ptr %weights, ptr %out, i64 %count, ptr %nanoseconds) nounwind {{
 start:
   %time = alloca {{ i64, i64 }}
-{arguments}
-  br label %loop
-loop:
-  %done = phi i64 [0, %start], [%next, %read{num_sources}]
-  %largest = phi i32 [0, %start], [%larger, %read{num_sources}]
-  %left = sub i64 %count, %done
-  %is_last = icmp ule i64 %left, %piece
-  %length = select i1 %is_last, i64 %left, i64 %piece
   %began = call i64 @now(ptr %clock, ptr %time)
   br label %read0
 {reads}
 read{num_sources}:
   %ended = call i64 @now(ptr %clock, ptr %time)
   %took = sub i64 %ended, %began
-  %before = load i64, ptr %nanoseconds
-  %after = add i64 %before, %took
-  store i64 %after, ptr %nanoseconds
-  %out_at = getelementptr {out_type}, ptr %out, i64 %done
-  %of_piece = call i32 @weighted_sum(ptr %sources, ptr %weights, ptr %out_at, i64 %length)
-  %larger = call i32 @llvm.umax.i32(i32 %largest, i32 %of_piece)
-  %next = add i64 %done, %length
-  %is_done = icmp uge i64 %next, %count
-  br i1 %is_done, label %end, label %loop
-end:
-  ret i32 %larger
+  store i64 %took, ptr %nanoseconds
+  %answer = call i32 @weighted_sum(ptr %sources, ptr %weights, ptr %out, i64 %count)
+  ret i32 %answer
 failed:
   ret i32 {failed}
 }}
@@ -238,21 +222,17 @@ define internal i64 @now(ptr %clock, ptr %time) nounwind {{
 }}
 """
 
-_READING_ARGUMENT = """\
+# Less than was asked for, or an error: who called reads once more, and finds out what is wrong.
+_READ = """\
+read{n}:
   %descriptor{n}_at = getelementptr i32, ptr %descriptors, i64 {n}
   %descriptor{n} = load i32, ptr %descriptor{n}_at
   %position{n}_at = getelementptr i64, ptr %positions, i64 {n}
   %position{n} = load i64, ptr %position{n}_at
   %source{n}_at = getelementptr ptr, ptr %sources, i64 {n}
-  %source{n} = load ptr, ptr %source{n}_at"""
-
-# Less than was asked for, or an error: who called reads once more, and finds out what is wrong.
-_READ = """\
-read{n}:
-  %wanted{n} = mul i64 %length, {alignment}
-  %behind{n} = mul i64 %done, {alignment}
-  %from{n} = add i64 %position{n}, %behind{n}
-  %got{n} = call i64 %pread(i32 %descriptor{n}, ptr %source{n}, i64 %wanted{n}, i64 %from{n})
+  %source{n} = load ptr, ptr %source{n}_at
+  %wanted{n} = mul i64 %count, {alignment}
+  %got{n} = call i64 %pread(i32 %descriptor{n}, ptr %source{n}, i64 %wanted{n}, i64 %position{n})
   %is_all{n} = icmp eq i64 %got{n}, %wanted{n}
   br i1 %is_all{n}, label %read{following}, label %failed"""
 
@@ -274,7 +254,7 @@ def assembly(dtypes: Sequence[str], out_dtype: str) -> str:
     def of_each(part: str) -> str:
         return "\n".join(part.format_map(source) for source in sources)
 
-    arguments, reads, shifts = map(of_each, (_READING_ARGUMENT, _READ, _SHIFT))
+    reads, shifts = map(of_each, (_READ, _SHIFT))
     loops = [_loop(dtypes, out_dtype, width) for width in (VECTOR, 1)]
     fast, whole_answers = "", "[%of_whole, %vectors]"
     if set(dtypes) | {out_dtype} == {"BF16"}:
@@ -286,7 +266,7 @@ def assembly(dtypes: Sequence[str], out_dtype: str) -> str:
         [
             *loops,
             _WHOLE_AND_REST.format_map(words | {"shifts": shifts}),
-            _READ_AND_SUM.format_map(words | {"arguments": arguments, "reads": reads}),
+            _READ_AND_SUM.format_map(words | {"reads": reads}),
         ]
     )
 

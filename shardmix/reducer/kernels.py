@@ -35,7 +35,7 @@ _READING_SIGNATURE = ctypes.CFUNCTYPE(
     *(ctypes.c_void_p, ctypes.c_void_p),
     *(ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_int64)),
     *_SUMMING,
-    *(ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)),
+    ctypes.POINTER(ctypes.c_int64),
 )
 
 
@@ -64,12 +64,11 @@ class Kernel:
         weights: Weights,
         out: int,
         count: int,
-        piece: int,
         nanoseconds: ctypes.c_int64,
     ) -> int:
-        """The same, but read the sources first, so many elements at a time: `piece`.
+        """Read the sources from files, then sum them; `nanoseconds` becomes what reading took.
 
-        Returns `FAILED` where one could not be read. `nanoseconds` grows by what reading took.
+        Returns `FAILED` where one could not be read.
         """
         largest: int = self._read(
             _PREAD,
@@ -80,7 +79,6 @@ class Kernel:
             weights,
             out,
             count,
-            piece,
             ctypes.byref(nanoseconds),
         )
         return largest

@@ -1,7 +1,7 @@
 """The weighted sum as kernels compiled by LLVM: bfloat16, float16 and float32, on the CPU.
 
 One pass over all sources at once, and no torch in the process. The bits are torch's. Where sources
-are read, not mapped, a kernel reads them itself, in pieces that stay in the core's cache.
+are read, not mapped, a kernel does it.
 """
 
 import ctypes
@@ -12,18 +12,13 @@ from shardmix.findings import NonfiniteCounts
 from shardmix.memory import BUFFERS_PER_WORKER
 from shardmix.placement import PAGE_NBYTES, address, buffer_of_pages, place_in_page
 from shardmix.plan import Run
+from shardmix.reducer.kernel_assembly import FAILED
 from shardmix.reducer.kernels import LEAST_INFINITE, Kernels, finding
 from shardmix.safetensors_layout import element_nbytes
-from shardmix.units import KIB
 
 # For its place within a page, each part of a buffer takes up to so many bytes more.
 _PLACING_NBYTES = 2 * PAGE_NBYTES
 _SUM_NBYTES = 4
-
-_PIECES_NBYTES = 768 * KIB
-"""What is read at once, with its part of the output: what fits into a core's second-level cache."""
-_PAGE_NUM_ELEMENTS = 4096
-"""Pieces of whole ones begin, in every file, at the same place within a page."""
 
 
 class LlvmBackend:
@@ -93,12 +88,10 @@ class CompiledSum:
             for begin, width in zip(begins, widths, strict=True)
         ]
         *self._staging, self._out, self._sums = views
-        piece = _PIECES_NBYTES // sum(widths[:-1])
-        self._piece = max(piece - piece % _PAGE_NUM_ELEMENTS, _PAGE_NUM_ELEMENTS)
         *staging, self._out_address, self._sums_address = map(address, views)
         num_sources = len(run.dtypes)
         self._own_addresses = (ctypes.c_void_p * num_sources)(*staging)
-        self._addresses = (ctypes.c_void_p * num_sources)(*staging)
+        self._given_addresses = (ctypes.c_void_p * num_sources)()
         self._weights = (ctypes.c_float * num_sources)(*run.weights)
         self._descriptors = (ctypes.c_int32 * num_sources)()
         self._positions = (ctypes.c_int64 * num_sources)()
@@ -110,8 +103,9 @@ class CompiledSum:
         """Do all of the strip at once: read the sources from these files, and sum them.
 
         Returns the output bytes and the seconds that reading took; or None where a file could not
-        be read, or the sum is not finite: then `add` and `finish` say more.
+        be read.
         """
+        self._addresses = self._own_addresses
         self._descriptors[:] = list(descriptors)
         self._positions[:] = [
             offset + self._start * width
@@ -121,15 +115,13 @@ class CompiledSum:
         largest = self._kernel.read_and_sum(
             self._descriptors,
             self._positions,
-            self._own_addresses,
+            self._addresses,
             self._weights,
             self._out_address,
             self._num_elements,
-            self._piece,
             nanoseconds,
         )
-        self.is_finite = largest < LEAST_INFINITE[self._run.out_dtype]
-        return (self._out, nanoseconds.value / 1e9) if self.is_finite else None
+        return None if largest == FAILED else (self._end(largest), nanoseconds.value / 1e9)
 
     def staging(self, source: int) -> memoryview:
         """Return the buffer to read this source's part of the strip into."""
@@ -137,13 +129,18 @@ class CompiledSum:
 
     def add(self, source: int, raw: memoryview) -> None:
         """Take a source's bytes, in source order; they must stay as they are until `finish`."""
-        self._addresses[source] = address(raw)
+        self._given_addresses[source] = address(raw)
 
     def finish(self) -> memoryview:
         """Return the strip's output bytes, valid until the next `begin`."""
-        largest = self._kernel.weighted_sum(
-            self._addresses, self._weights, self._out_address, self._num_elements
+        self._addresses = self._given_addresses
+        return self._end(
+            self._kernel.weighted_sum(
+                self._addresses, self._weights, self._out_address, self._num_elements
+            )
         )
+
+    def _end(self, largest: int) -> memoryview:
         self.is_finite = largest < LEAST_INFINITE[self._run.out_dtype]
         if not self.is_finite:
             # Also unrounded, and now, while the sources are there: to tell what rounding did.
