@@ -6,7 +6,7 @@ Puts the layers together. Imports torch only to merge.
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -31,6 +31,7 @@ from shardmix.model_report import ModelReport, describe_model
 from shardmix.naming import ties_word_embeddings
 from shardmix.output_path import check_disk, check_output, resolve_output
 from shardmix.plan import MergePlan, RunSettings
+from shardmix.read_ahead import reading_ahead
 from shardmix.readiness import ready
 from shardmix.recipe import ModelsArgument, build_recipe
 from shardmix.recording import check_profile_place, recording
@@ -89,11 +90,16 @@ def merge(
             try:
                 check_disk(staging.output, plan.disk_needed_nbytes, staged_nbytes=staging.nbytes)
                 with recording(plan.settings.profile) as recorded:
-                    plan, backend, notes = ready(
-                        plan,
-                        options,
-                        lambda chosen: plan_merge(models, output, model_type=model_type, **chosen),
-                    )
+                    # What an earlier run has done is not read again.
+                    is_begun = journal.num_leaves_done > 0
+                    with nullcontext() if is_begun else reading_ahead(plan):
+                        plan, backend, notes = ready(
+                            plan,
+                            options,
+                            lambda chosen: plan_merge(
+                                models, output, model_type=model_type, **chosen
+                            ),
+                        )
                     recorded.begin_merge(plan, backend)
                     result = engine.execute(
                         plan,

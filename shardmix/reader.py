@@ -214,7 +214,10 @@ class PreadReader:
         return into
 
     def will_need(self, file: int, offset: int, nbytes: int) -> None:
-        """Let the system read ahead, into its own cache, what a `view` will soon ask for."""
+        """Let the system read ahead, into its own cache, what a `view` will soon ask for.
+
+        Returns when it is asked for, which may take as long as half of the reading.
+        """
         if hasattr(os, "posix_fadvise"):
             descriptor = self._open.descriptor(file)
             self._open.evict_oldest()

@@ -156,8 +156,10 @@ def install(fault):
     if fault.alarm_seconds:
         signal.signal(signal.SIGALRM, lambda *_: None)
         signal.setitimer(signal.ITIMER_REAL, fault.alarm_seconds, fault.alarm_seconds)
-    from shardmix import reader
+    from shardmix import read_ahead, reader
 
+    # A thread of its own, whose calls would come between those that are counted.
+    read_ahead.MOST_NBYTES = 0
     # Kernels read past `os`, and leave what goes wrong to these readers.
     reader.PreadReader.descriptors = lambda *_: None
     if fault.strip_nbytes:
@@ -354,7 +356,7 @@ def serve(leaf_nbytes):
         digests.LEAF_NBYTES = leaf_nbytes  # before any module takes the figure from there
     import blake3  # noqa: F401
 
-    from shardmix.cli import main
+    from shardmix.cli.app import app
     from tests.models import random_model, save_model
 
     # A merge by each backend loads whatever a merge needs; what is forked has it then.
@@ -365,7 +367,7 @@ def serve(leaf_nbytes):
         for backend in ("torch", "llvm"):
             sys.argv = ["shardmix", *words, "--backend", backend, "-o", str(place / backend)]
             with contextlib.suppress(SystemExit):
-                main()
+                app()  # `main` would leave the process
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     gc.freeze()  # what is shared with what is forked stays shared
