@@ -28,8 +28,9 @@ _MAX_OPEN_FILES = 32
 MAX_MAPPED_AT_ONCE = 3
 """Of how many sources one strip can be mapped; of more, the others are read. Each takes memory."""
 
-# A fault maps neighbours of the page it was for, up to a whole huge page: give them back too.
-_GIVE_BACK_ALIGNMENT = 2 << 20
+# A fault maps neighbours of the page it was for, up to a whole huge page: so pages are given back
+# by that. The last one stays if the next view goes on in it: to map it again is most of the cost.
+_HUGE_NBYTES = 2 << 20
 
 
 # What the widest element wants of its address.
@@ -252,6 +253,8 @@ class MmapReader:
         self._open = _OpenFiles(files)
         self._maps: dict[int, tuple[mmap.mmap, GuardedRange]] = {}
         self._used: list[_View] = []
+        self._kept: list[tuple[int, int]] = []
+        """File and beginning of each huge page in which the last views ended."""
         self._others = PreadReader(files)
 
     def descriptors(self, files: Sequence[int]) -> None:
@@ -262,6 +265,11 @@ class MmapReader:
         if len(self._used) == MAX_MAPPED_AT_ONCE:
             return self._others.view(file, offset, into)
         mapping = self._mapping(file)
+        begun = file, offset - offset % _HUGE_NBYTES
+        if begun in self._kept:
+            self._kept.remove(begun)
+        else:
+            self._give_back_kept()
         content = memoryview(mapping)[offset : offset + len(into)]
         self._used.append(_View(file, mapping, content, offset, len(into)))
         if offset % _ELEMENT_ALIGNMENT:
@@ -297,6 +305,7 @@ class MmapReader:
             if self._maps[used.file][1].failed:
                 raise _reading_failed(self._open.path(used.file), errno.EIO)
         while (evicted := self._open.evict_oldest()) is not None:  # now that none is in use
+            self._give_back_kept()
             self._unmap(evicted)
 
     def _give_back(self) -> list[_View]:
@@ -304,10 +313,20 @@ class MmapReader:
         for used in given:
             with suppress(BufferError):  # after an error its traceback may still hold the view
                 used.content.release()
-            start = used.offset - used.offset % _GIVE_BACK_ALIGNMENT
-            stop = min(used.offset + used.nbytes + _GIVE_BACK_ALIGNMENT, len(used.mapping))
-            used.mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
+            start, end = used.offset, used.offset + used.nbytes
+            start, stop = start - start % _HUGE_NBYTES, end - end % _HUGE_NBYTES
+            if start < stop:
+                used.mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
+            if stop < end:
+                self._kept.append((used.file, stop))
         return given
+
+    def _give_back_kept(self) -> None:
+        for file, start in self._kept:
+            mapping = self._maps[file][0]
+            nbytes = min(_HUGE_NBYTES, len(mapping) - start)
+            mapping.madvise(mmap.MADV_DONTNEED, start, nbytes)
+        self._kept.clear()
 
     def _unmap(self, file: int) -> None:
         mapping, guarded = self._maps.pop(file)
@@ -317,6 +336,7 @@ class MmapReader:
     def close(self) -> None:
         """Unmap and close all files."""
         self._give_back()
+        self._give_back_kept()
         while self._maps:
             with suppress(BufferError):
                 self._unmap(next(iter(self._maps)))
