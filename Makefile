@@ -34,7 +34,7 @@ format: $(DEV_STAMP)
 	$(BIN)/ruff format .
 
 docs: $(DEV_STAMP)
-	$(BIN)/python -m typer shardmix.cli.app utils docs --name shardmix --output docs/cli.md
+	$(BIN)/python tools/cli_reference.py > docs/cli.md
 
 $(DEMO_STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -121,8 +121,8 @@ def main() -> None:
             for title, models in groups.items()
         ]
         shardmix = [args.python, "-m", "shardmix"]
-        typer = [args.python, "-c", "import typer.main, rich.console"]
-        jobs.append(Job("--help", [*shardmix, "--help"], "python: import typer, rich", typer))
+        click = [args.python, "-c", "import click"]
+        jobs.append(Job("--help", [*shardmix, "--help"], "python: import click", click))
         samples: list[Sample] = []
         for number, job in itertools.product(range(args.rounds + 1), jobs):
             sample, finished = measure(job, number)

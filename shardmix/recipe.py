@@ -6,7 +6,7 @@ the output: where it goes and how much memory it may take are not part of it.
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ def recipe_from_dict(content: object, *, origin: str = "recipe") -> Recipe:
     return Recipe(models=tuple(_weighted_source(pair) for pair in pairs), **options)
 
 
-def parse_source_words(words: list[str]) -> list[tuple[str, float]]:
+def parse_source_words(words: Sequence[str]) -> list[tuple[str, float]]:
     """Parse `SOURCE=WEIGHT` words of a command line; the last `=` divides them."""
     pairs = []
     for word in words:

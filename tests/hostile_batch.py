@@ -13,7 +13,7 @@ import time
 import traceback
 from pathlib import Path
 
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from shardmix.cli.app import app
 from shardmix.memory import peak_resident_nbytes

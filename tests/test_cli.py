@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -129,6 +130,8 @@ def test_inspect_invents_no_head_for_an_encoder(reference):
         (["{a}=0.5", "{b}=0.5", "--dtype", "int4"], 2, "dtype 'int4'"),
         (["{a}=0.5", "{b}=0.5", "--workers", "many"], 2, "--workers"),
         (["{a}=0.5", "{b}=0.5", "--frobnicate"], 2, "--frobnicate"),
+        (["{a}=0.5", "{b}=0.5", "--overwrit"], 2, "Did you mean '--overwrite'?"),
+        ([], 2, "Missing argument 'SOURCE=WEIGHT...'"),
         (["none.yaml"], 2, "cannot be read"),
     ],
 )
@@ -141,6 +144,31 @@ def test_a_users_mistake_is_one_message_and_an_exit_status(
     assert finding in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_options_may_come_last_first_or_together_and_two_dashes_end_them(models, tmp_path):
+    first, second = words(models)
+    for arguments in (
+        [first, "-o", tmp_path / "out", second, "--workers=1", "-q"],
+        ["-qo", tmp_path / "out", "--overwrite", "--", first, second],
+    ):
+        done = shardmix("merge", *arguments)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_without_a_command_there_is_help_with_every_command_in_its_order():
+    done = shardmix()
+    listed = re.findall(r"^  ([a-z]+)  ", done.stderr, flags=re.MULTILINE)
+    assert listed == ["merge", "score", "plan", "verify", "status", "inspect"]
+    assert shardmix("-h").stdout == shardmix("--help").stdout
+    assert shardmix("--version").stdout.startswith("shardmix ")
+
+
+def test_help_fits_a_terminal_of_80_columns():
+    for command in ("merge", "score", "plan", "verify", "status", "inspect"):
+        lines = shardmix(command, "--help").stdout.splitlines()
+        assert max(map(len, lines)) <= 80
+        assert f"shardmix {command} " in lines[-1]  # the example, in one line
 
 
 def test_an_error_is_also_told_as_json(models, tmp_path):

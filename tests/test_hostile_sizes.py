@@ -19,7 +19,7 @@ _MOST_NBYTES = 300_000_000
 # Prints the error, if there is one, and what the process took at its peak.
 _RUN = """
 import sys
-from typer.testing import CliRunner
+from click.testing import CliRunner
 from shardmix.cli.app import app
 from shardmix.memory import peak_resident_nbytes, resident_nbytes
 before = resident_nbytes()

@@ -44,6 +44,24 @@ def test_help_loads_neither_torch_nor_the_engine(command):
     assert loaded_after(run) == "[]"
 
 
+def test_the_command_line_itself_loads_click_and_nothing_else():
+    names = (*HEAVY, "rich", "msgspec", "numpy", "psutil", "yaml", "huggingface_hub", "pydantic")
+    code = f"import sys, shardmix.cli.app\nprint([m for m in {names!r} if m in sys.modules])"
+    assert python(code) == "[]\n"
+
+
+def test_a_merge_loads_nothing_of_other_commands(tmp_path):
+    a, b = (save_model(tmp_path / name, random_model(1)) for name in "ab")
+    names = ("verification", "output_status", "by_examples", "scorer.examples", "cli.render")
+    code = (
+        f"sys.argv = ['shardmix', 'merge', '{a}=0.5', '{b}=0.5', '-o', {str(tmp_path / 'o')!r}]\n"
+        "from shardmix.cli.app import app\n"
+        "try: app()\nexcept SystemExit as end: assert not end.code\n"
+        f"print([m for m in {names!r} if 'shardmix.' + m in sys.modules])"
+    )
+    assert python(f"import sys\n{code}").splitlines()[-1] == "['cli.render']"
+
+
 def test_planning_inspecting_status_and_verifying_load_no_torch(tmp_path):
     a, b = (save_model(tmp_path / name, random_model(1)) for name in "ab")
     code = (

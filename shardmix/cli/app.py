@@ -1,10 +1,11 @@
 """Commands and their options. Loads the library inside a command, so that `--help` is instant."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
 from shardmix._version import __version__
 from shardmix.cli import arguments, importing, pictures
@@ -14,92 +15,95 @@ from shardmix.errors import RecipeError
 
 if TYPE_CHECKING:
     from shardmix.recipe import ModelsArgument
+    from shardmix.scorer.examples import Example
     from shardmix.scorer.options import ScoreOptions
 
-app = typer.Typer(
+
+class _InOrder(click.Group):
+    """Lists its commands as they are defined, the first one first."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(
     name="shardmix",
+    cls=_InOrder,
     help=(
         "Merge the weights of neural networks: any number of safetensors checkpoints, streamed, "
         "in as little memory as you give it."
     ),
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"shardmix {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def shardmix(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
-        ),
-    ] = False,
-) -> None:
+@click.version_option(
+    __version__,
+    prog_name="shardmix",
+    message="%(prog)s %(version)s",
+    help="Print the version.",
+)
+def app() -> None:
     """Set up nothing; commands do the work."""
 
 
-@app.command(
-    epilog="Example: `shardmix merge org/base=0.6 ./tuned=0.4 -o merged --max-memory 2GiB`"
-)
-def merge(
-    models: opt.Models,
-    output: opt.Output,
-    max_memory: opt.MaxMemory = None,
-    max_vram: opt.MaxVram = None,
-    device: opt.MergeDevice = "auto",
-    dtype: opt.Dtype = None,
-    max_shard_size: opt.MaxShardSize = None,
-    io: opt.Io = "auto",
-    backend: opt.BackendName = "auto",
-    workers: opt.Workers = None,
-    normalize: opt.Normalize = False,
-    allow_weight_sum: opt.AllowWeightSum = False,
-    base: opt.Base = None,
-    weights_from: opt.WeightsFrom = None,
-    model_type: opt.OptionalModelType = None,
-    temperature: opt.Temperature = None,
-    batch_size: opt.BatchSize = None,
-    max_input_length: opt.MaxInputLength = None,
-    neg_number: opt.NegNumber = None,
-    seed: opt.Seed = None,
-    pooling: opt.Pooling = None,
-    score_dtype: opt.ScoreDtype = "auto",
-    chat_template: opt.ChatTemplate = False,
-    trust_remote_code: opt.TrustRemoteCode = False,
-    overwrite: opt.Overwrite = False,
-    no_fsync: opt.NoFsync = False,
-    restart: opt.Restart = False,
-    on_nonfinite: opt.OnNonfinite = "warn",
-    digest: opt.Digest = "xxh3",
-    record_paths: opt.RecordPaths = False,
-    profile: opt.Profile = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    json: opt.Json = False,
-    quiet: opt.Quiet = False,
-) -> None:
-    """Merge models into one: out = Σ weightᵢ · modelᵢ, streamed, within a memory budget."""
-    with errors_reported(json=json, quiet=quiet):
-        from shardmix.scorer.examples import Example, load_examples
-        from shardmix.scorer.options import check_options
+def _command(*, example: str) -> Callable[[Callable[..., None]], click.Command]:
+    """Return a decorator that adds a command, of which the list of commands has a whole line."""
 
-        profile, picture = pictures.profile_files(profile)
-        options = arguments.merge_options(locals())
-        scoring = arguments.score_options(locals(), dtype=score_dtype)
+    def add(function: Callable[..., None]) -> click.Command:
+        summary = (function.__doc__ or "").partition("\n")[0]
+        epilog = f"Example:\n\n\b\n    {example}"
+        return app.command(short_help=summary, epilog=epilog)(function)
+
+    return add
+
+
+@_command(example="shardmix merge org/base=0.6 ./tuned=0.4 -o merged --max-memory 2GiB")
+@opt.models
+@opt.output
+@opt.merging
+@opt.weights_from
+@opt.optional_model_type
+@opt.scoring
+@opt.merge_score_dtype
+@opt.overwrite
+@opt.no_fsync
+@opt.restart
+@opt.on_nonfinite
+@opt.digest
+@opt.record_paths
+@opt.profile
+@opt.dry_run
+@opt.json
+@opt.quiet
+def merge(
+    models: tuple[str, ...],
+    output: Path,
+    *,
+    weights_from: Path | None,
+    model_type: str | None,
+    score_dtype: str,
+    profile: Path | None,
+    dry_run: bool,
+    json: bool,
+    quiet: bool,
+    **others: Any,
+) -> None:
+    """Merge models into one: out = Σ weightᵢ · modelᵢ, streamed, within a memory budget.
+
+    SOURCE=WEIGHT... is two or more models with their weights, or one recipe.yaml. A SOURCE is a
+    model folder, a .safetensors file, or a Hub id org/name[@revision].
+    """
+    with errors_reported(json=json, quiet=quiet):
+        figures, picture = pictures.profile_files(profile)
+        options = arguments.merge_options(others) | {"profile": figures}
+        scoring = arguments.score_options(others, dtype=score_dtype)
         if weights_from is None and scoring:
             word = arguments.first_word(scoring)
             raise RecipeError(f"{word} is for --weights-from: name the examples, too")
         examples: tuple[Example, ...] = ()
         if weights_from is not None:
+            from shardmix.scorer.examples import load_examples
+            from shardmix.scorer.options import check_options
+
             # Read once, and now: it may be a pipe.
             settings = check_options(arguments.required_model_type(model_type), scoring)
             examples = load_examples(weights_from, settings)
@@ -109,7 +113,7 @@ def merge(
             _print_plan(parse(models), output, options, model_type, json=json, quiet=quiet)
             return
         with importing():
-            from shardmix import api, by_examples
+            from shardmix import api
             from shardmix.cli import render
             from shardmix.cli.progress import progress_display, score_display
 
@@ -123,6 +127,8 @@ def merge(
                     **options,
                 )
             else:
+                from shardmix import by_examples
+
                 names = [source for source, _ in arguments.equally_weighted(models)]
                 report = by_examples.merge_by_examples(
                     names,
@@ -135,38 +141,44 @@ def merge(
                     **options,
                 )
             ignore_signals()  # it is done: there is nothing left to stop
-        if profile is not None and picture is not None:
-            unseen = pictures.draw(profile, picture)
+        if figures is not None and picture is not None:
+            unseen = pictures.draw(figures, picture)
             report = replace(report, warnings=report.warnings + ((unseen,) if unseen else ()))
-        render.merge_report(report, profile=profile, json=json, quiet=quiet)
+        render.merge_report(report, profile=figures, json=json, quiet=quiet)
 
 
-@app.command(
-    epilog="Example: `shardmix score org/base ./tuned --data examples.jsonl --model-type decoder`"
-)
+@_command(example="shardmix score org/base ./tuned --data examples.jsonl --model-type decoder")
+@opt.sources
+@opt.data
+@opt.model_type
+@opt.scoring
+@opt.score_dtype
+@opt.device
+@opt.max_memory
+@opt.max_vram
+@opt.json
+@opt.quiet
 def score(
-    sources: opt.Sources,
-    data: opt.Data,
-    model_type: opt.ModelType,
-    temperature: opt.Temperature = None,
-    batch_size: opt.BatchSize = None,
-    max_input_length: opt.MaxInputLength = None,
-    neg_number: opt.NegNumber = None,
-    seed: opt.Seed = None,
-    device: opt.Device = "auto",
-    dtype: opt.ScoreDtype = "auto",
-    max_memory: opt.MaxMemory = None,
-    max_vram: opt.MaxVram = None,
-    pooling: opt.Pooling = None,
-    chat_template: opt.ChatTemplate = False,
-    trust_remote_code: opt.TrustRemoteCode = False,
-    json: opt.Json = False,
-    quiet: opt.Quiet = False,
+    sources: tuple[str, ...],
+    *,
+    data: Path,
+    model_type: str,
+    score_dtype: str,
+    device: str,
+    max_memory: str | None,
+    max_vram: str | None,
+    json: bool,
+    quiet: bool,
+    **others: Any,
 ) -> None:
-    """Compute merging weights from a few examples: softmax(-loss / temperature) over the models."""
+    """Compute merging weights from a few examples: softmax(-loss / temperature) over the models.
+
+    SOURCE... are the models to score: folders or Hub ids org/name[@revision]. The first one's
+    tokenizer encodes the examples for all.
+    """
     with errors_reported(json=json, quiet=quiet):
         options: ScoreOptions = {
-            **arguments.score_options(locals(), dtype=dtype),
+            **arguments.score_options(others, dtype=score_dtype),
             "device": device,
             "max_memory": max_memory,
             "max_vram": max_vram,
@@ -180,65 +192,59 @@ def score(
         render.score_report(report, json=json, quiet=quiet)
 
 
-@app.command(epilog="Example: `shardmix plan org/base=0.6 ./tuned=0.4 --max-memory 2GiB`")
+@_command(example="shardmix plan org/base=0.6 ./tuned=0.4 --max-memory 2GiB")
+@opt.models
+@opt.optional_output
+@opt.merging
+@opt.overwrite
+@opt.no_fsync
+@opt.json
+@opt.quiet
 def plan(
-    models: opt.Models,
-    output: opt.OptionalOutput = None,
-    max_memory: opt.MaxMemory = None,
-    max_vram: opt.MaxVram = None,
-    device: opt.MergeDevice = "auto",
-    dtype: opt.Dtype = None,
-    max_shard_size: opt.MaxShardSize = None,
-    io: opt.Io = "auto",
-    backend: opt.BackendName = "auto",
-    workers: opt.Workers = None,
-    normalize: opt.Normalize = False,
-    allow_weight_sum: opt.AllowWeightSum = False,
-    base: opt.Base = None,
-    overwrite: opt.Overwrite = False,
-    no_fsync: opt.NoFsync = False,
-    json: opt.Json = False,
-    quiet: opt.Quiet = False,
+    models: tuple[str, ...], output: Path | None, *, json: bool, quiet: bool, **others: Any
 ) -> None:
-    """Show what a merge would read, write and take, from headers alone; write nothing."""
+    """Show what a merge would read, write and take, from headers alone; write nothing.
+
+    SOURCE=WEIGHT... is two or more models with their weights, or one recipe.yaml. A SOURCE is a
+    model folder, a .safetensors file, or a Hub id org/name[@revision].
+    """
     with errors_reported(json=json, quiet=quiet):
-        _print_plan(
-            arguments.weighted_models(models),
-            output,
-            arguments.merge_options(locals()),
-            json=json,
-            quiet=quiet,
-        )
+        options = arguments.merge_options(others)
+        _print_plan(arguments.weighted_models(models), output, options, json=json, quiet=quiet)
 
 
-@app.command(epilog="Example: `shardmix verify merged --recompute`")
+@_command(example="shardmix verify merged --recompute")
+@click.argument("output", metavar="OUT", type=Path)
+@click.option(
+    "--recompute",
+    is_flag=True,
+    help="Where the digests hold, read the sources again, too, and compare every byte of weights.",
+)
+@click.option(
+    "--source",
+    metavar="NAME=PATH",
+    multiple=True,
+    help="Where a source lies, by its number (from 1) or name in shardmix.json; may be repeated. "
+    "Those on the Hub or beside OUT are found.",
+)
+@opt.max_memory
+@opt.json
+@opt.quiet
 def verify(
-    output: Annotated[
-        Path, typer.Argument(metavar="OUT", help="A model folder that `shardmix merge` wrote.")
-    ],
-    recompute: Annotated[
-        bool,
-        typer.Option(
-            "--recompute",
-            help="Where the digests hold, read the sources again, too, and compare every byte of "
-            "weights.",
-        ),
-    ] = False,
-    source: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=PATH",
-            help="Where a source lies, by its number (from 1) or name in shardmix.json; may be "
-            "repeated. Those on the Hub or beside OUT are found.",
-        ),
-    ] = None,
-    max_memory: opt.MaxMemory = None,
-    json: opt.Json = False,
-    quiet: opt.Quiet = False,
+    output: Path,
+    *,
+    recompute: bool,
+    source: tuple[str, ...],
+    max_memory: str | None,
+    json: bool,
+    quiet: bool,
 ) -> None:
-    """Read a merged model again, all of it, and compare it with the digests made at the merge."""
+    """Read a merged model again, all of it, and compare it with the digests made at the merge.
+
+    OUT is a model folder that `shardmix merge` wrote.
+    """
     with errors_reported(json=json, quiet=quiet, if_stopped="nothing was changed"):
-        sources = arguments.places(source or [])
+        sources = arguments.places(source)
         from shardmix import verification
         from shardmix.cli import render
         from shardmix.cli.progress import progress_display
@@ -253,15 +259,17 @@ def verify(
             )
         render.verify_report(report, json=json, quiet=quiet)
     if not report.is_verified:
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)
 
 
-@app.command(epilog="Example: `shardmix status merged`")
-def status(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Where a merge writes to.")],
-    json: opt.Json = False,
-) -> None:
-    """Show what is at an output path: a whole model, or a merge at work or cut off."""
+@_command(example="shardmix status merged")
+@click.argument("output", metavar="OUT", type=Path)
+@opt.json
+def status(output: Path, *, json: bool) -> None:
+    """Show what is at an output path: a whole model, or a merge at work or cut off.
+
+    OUT is where a merge writes to.
+    """
     with errors_reported(json=json):
         from shardmix import output_status
         from shardmix.cli import render
@@ -269,17 +277,15 @@ def status(
         render.status_report(output_status.status(output), json=json)
 
 
-@app.command(epilog="Example: `shardmix inspect org/name --json`")
-def inspect(
-    source: Annotated[
-        str, typer.Argument(help="Model folder, .safetensors file or Hub id org/name[@revision].")
-    ],
-    all_tensors: Annotated[
-        bool, typer.Option("--all", help="List every tensor, not the first 40.")
-    ] = False,
-    json: opt.Json = False,
-) -> None:
-    """Show a checkpoint's tensors, dtypes, shapes, shards, parameter count and tied weights."""
+@_command(example="shardmix inspect org/name --json")
+@click.argument("source")
+@click.option("--all", "all_tensors", is_flag=True, help="List every tensor, not the first 40.")
+@opt.json
+def inspect(source: str, *, all_tensors: bool, json: bool) -> None:
+    """Show a checkpoint's tensors, dtypes, shapes, shards, parameter count and tied weights.
+
+    SOURCE is a model folder, .safetensors file or Hub id org/name[@revision].
+    """
     with errors_reported(json=json):
         from shardmix import api
         from shardmix.cli import render

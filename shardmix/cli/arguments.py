@@ -1,5 +1,6 @@
 """From the words of a command line to the library's arguments. Loads no torch."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -52,7 +53,7 @@ def required_model_type(model_type: str | None) -> str:
     return model_type
 
 
-def equally_weighted(words: list[str]) -> list[tuple[str, float]]:
+def equally_weighted(words: Sequence[str]) -> list[tuple[str, float]]:
     """Return the models of a command line without weights, each with the same."""
     from shardmix.recipe import RECIPE_SUFFIXES
 
@@ -70,7 +71,7 @@ def equally_weighted(words: list[str]) -> list[tuple[str, float]]:
     return [(word, 1 / len(words)) for word in words]
 
 
-def weighted_models(words: list[str]) -> "ModelsArgument":
+def weighted_models(words: Sequence[str]) -> "ModelsArgument":
     """Return the models of `SOURCE=WEIGHT` words, or the recipe that the one word names."""
     from shardmix.recipe import RECIPE_SUFFIXES, parse_source_words
 
@@ -79,7 +80,7 @@ def weighted_models(words: list[str]) -> "ModelsArgument":
     return parse_source_words(words)
 
 
-def places(words: list[str]) -> dict[str, str]:
+def places(words: Sequence[str]) -> dict[str, str]:
     """Return name → path of `NAME=PATH` words."""
     found = {}
     for word in words:

@@ -4,7 +4,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import typer
+import click
 
 from shardmix.errors import ShardmixError
 
@@ -17,28 +17,28 @@ def errors_reported(
 
     `if_stopped` is what is said of an interrupt that says nothing itself.
     """
-    from shardmix.hub import SHOW_DOWNLOADS
-
-    SHOW_DOWNLOADS.set(not quiet)
     signal.signal(signal.SIGTERM, _raise_once)
     signal.signal(signal.SIGINT, _raise_once)
     try:
+        from shardmix.hub import SHOW_DOWNLOADS
+
+        SHOW_DOWNLOADS.set(not quiet)
         yield
     except ShardmixError as error:
         from shardmix.cli import render
 
         render.error(error, json=json)
-        raise typer.Exit(error.exit_status) from None
+        raise click.exceptions.Exit(error.exit_status) from None
     except KeyboardInterrupt as error:
         is_terminated = isinstance(error, _Terminated)
         word, status = ("terminated", 143) if is_terminated else ("interrupted", 130)
         message = f"{word}: {str(error) or if_stopped}"
-        typer.echo(message, err=True)
+        click.echo(message, err=True)
         if json:
             from shardmix.cli import render
 
             render.error_object(word.capitalize(), message)
-        raise typer.Exit(status) from None
+        raise click.exceptions.Exit(status) from None
 
 
 class _Terminated(KeyboardInterrupt):

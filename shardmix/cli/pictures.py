@@ -1,7 +1,6 @@
 """Pictures of profiles: whether one can be drawn, and drawing it, in a process of its own."""
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
@@ -46,6 +45,8 @@ def draw(figures: Path, picture: Path) -> str | None:
 
     In another process: matplotlib's memory is not this one's, whose peak is a promise.
     """
+    import subprocess
+
     command = [sys.executable, "-m", "shardmix.profile_picture"]
     try:
         subprocess.run(

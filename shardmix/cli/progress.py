@@ -1,17 +1,18 @@
-"""Progress of a merge or of scoring: a bar on a terminal, else plain lines, on standard error."""
+"""Progress of a merge or of scoring: a bar on a terminal, else plain lines, on standard error.
+
+Loads of rich only what is shown.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
 from shardmix.errors import printable
 from shardmix.units import format_size
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from shardmix.engine import ProgressEvent
     from shardmix.scorer.report import OnScoreProgress, ScoreProgress
 
@@ -25,10 +26,17 @@ OnProgress = Callable[["ProgressEvent"], None]
 @contextmanager
 def progress_display(word: str = "merging", *, quiet: bool) -> Iterator[OnProgress | None]:
     """Give a callback that shows progress of what a word says; None with `quiet`."""
-    console = Console(stderr=True, highlight=False)
     if quiet:
         yield None
-    elif console.is_terminal:
+    elif (console := _console()).is_terminal:
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
         progress = Progress(
             TextColumn(word),
             BarColumn(),
@@ -63,10 +71,11 @@ def score_display(*, quiet: bool) -> Iterator["OnScoreProgress | None"]:
 
     What it shows is gone once the last model is scored, so that a merge can show its own.
     """
-    console = Console(stderr=True, highlight=False)
     if quiet:
         yield None
-    elif console.is_terminal:
+    elif (console := _console()).is_terminal:
+        from rich.markup import escape
+
         status = console.status("scoring")
 
         def show(event: "ScoreProgress") -> None:
@@ -94,7 +103,7 @@ def score_display(*, quiet: bool) -> Iterator["OnScoreProgress | None"]:
 class _LinePrinter:
     """Prints a line now and then, and one at the end."""
 
-    def __init__(self, console: Console, word: str) -> None:
+    def __init__(self, console: "Console", word: str) -> None:
         self._console = console
         self._word = word
         self._fraction = -_LINE_FRACTION  # so that the start has a line, too
@@ -107,6 +116,12 @@ class _LinePrinter:
         if moved_on or ended or event.seconds >= self._seconds + _LINE_SECONDS:
             self._fraction, self._seconds = fraction, event.seconds
             self._console.print(f"{self._word}: {fraction:4.0%}  {_status(event)}", soft_wrap=True)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
 
 
 def _score_status(event: "ScoreProgress") -> str:

@@ -1,21 +1,24 @@
-"""Reports for people (rich tables) and for machines (JSON)."""
+"""Reports for people (rich tables) and for machines (JSON), who need no rich."""
 
 from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from shardmix.errors import ShardmixError, printable
-from shardmix.model_report import ModelReport, ShardReport
-from shardmix.output_status import StatusReport
-from shardmix.report import MergeReport, PlanReport
-from shardmix.scorer.report import ScoreReport
 from shardmix.units import format_size
-from shardmix.verification import VerifyReport
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from shardmix.model_report import ModelReport, ShardReport
+    from shardmix.output_status import StatusReport
+    from shardmix.report import MergeReport, PlanReport
+    from shardmix.scorer.report import ScoreReport
+    from shardmix.verification import VerifyReport
 
 _NUM_ROWS = 40
 
@@ -36,7 +39,7 @@ def error_object(kind: str, message: str) -> None:
     _print_json({"error": {"kind": kind, "message": message}})
 
 
-def merge_report(report: MergeReport, *, profile: Path | None, json: bool, quiet: bool) -> None:
+def merge_report(report: "MergeReport", *, profile: Path | None, json: bool, quiet: bool) -> None:
     """Print what a merge did, and where its profile is."""
     if json:
         _print_json(report)
@@ -69,7 +72,7 @@ def merge_report(report: MergeReport, *, profile: Path | None, json: bool, quiet
         _warnings(report.warnings)
 
 
-def verify_report(report: VerifyReport, *, json: bool, quiet: bool) -> None:
+def verify_report(report: "VerifyReport", *, json: bool, quiet: bool) -> None:
     """Print what a verification found; what is wrong also with `quiet`, on standard error."""
     if json:
         _print_json(report)
@@ -81,12 +84,11 @@ def verify_report(report: VerifyReport, *, json: bool, quiet: bool) -> None:
             f"wrote them, {how}by their {report.digest} digests",
             soft_wrap=True,
         )
-    console = _console(stderr=True)
     for problem in report.problems:
-        console.print(f"[bold red]error:[/] {_plain(problem)}", soft_wrap=True)
+        _console(stderr=True).print(f"[bold red]error:[/] {_plain(problem)}", soft_wrap=True)
 
 
-def status_report(report: StatusReport, *, json: bool) -> None:
+def status_report(report: "StatusReport", *, json: bool) -> None:
     """Print what is at an output path, and what a merge to it has left."""
     if json:
         _print_json(report)
@@ -134,7 +136,7 @@ def _models(sources: Sequence[str], weights: Sequence[float]) -> str:
     return ", ".join(f"{_plain(str(source))} × {weight:g}" for source, weight in pairs)
 
 
-def score_report(report: ScoreReport, *, json: bool, quiet: bool) -> None:
+def score_report(report: "ScoreReport", *, json: bool, quiet: bool) -> None:
     """Print what the examples say of the models."""
     if json:
         _print_json(report)
@@ -152,14 +154,14 @@ def score_report(report: ScoreReport, *, json: bool, quiet: bool) -> None:
         _warnings(report.warnings)
 
 
-def _score_table(report: ScoreReport) -> Table:
+def _score_table(report: "ScoreReport") -> "Table":
     table = _table("model", "loss", "weight")
     for source, loss, weight in zip(report.sources, report.losses, report.weights, strict=True):
         table.add_row(_plain(source), f"{loss:.4f}", f"{weight:.4f}")
     return table
 
 
-def plan_report(report: PlanReport, *, json: bool, quiet: bool = False) -> None:
+def plan_report(report: "PlanReport", *, json: bool, quiet: bool = False) -> None:
     """Print what a merge would do."""
     if json:
         _print_json(report)
@@ -207,7 +209,7 @@ def plan_report(report: PlanReport, *, json: bool, quiet: bool = False) -> None:
     _warnings(report.warnings + shortage * too_full)
 
 
-def model_report(report: ModelReport, *, json: bool, all_tensors: bool) -> None:
+def model_report(report: "ModelReport", *, json: bool, all_tensors: bool) -> None:
     """Print what a checkpoint holds."""
     if json:
         _print_json(report)
@@ -234,7 +236,7 @@ def model_report(report: ModelReport, *, json: bool, all_tensors: bool) -> None:
         console.print(f"... and {report.num_tensors - len(shown)} more (--all)")
 
 
-def _shard_table(shards: tuple[ShardReport, ...], *, reads: bool) -> Table:
+def _shard_table(shards: "tuple[ShardReport, ...]", *, reads: bool) -> "Table":
     columns = ["shard", "tensors", "size", *(["read", "from files"] if reads else [])]
     table = _table(*columns)
     for shard in shards[:_NUM_ROWS]:
@@ -247,7 +249,9 @@ def _shard_table(shards: tuple[ShardReport, ...], *, reads: bool) -> Table:
     return table
 
 
-def _table(*columns: str) -> Table:
+def _table(*columns: str) -> "Table":
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, overflow="fold" if number == 0 else "ellipsis")
@@ -255,13 +259,14 @@ def _table(*columns: str) -> Table:
 
 
 def _warnings(warnings: tuple[str, ...]) -> None:
-    console = _console(stderr=True)
     for warning in warnings:
-        console.print(f"[yellow]warning:[/] {_plain(warning)}", soft_wrap=True)
+        _console(stderr=True).print(f"[yellow]warning:[/] {_plain(warning)}", soft_wrap=True)
 
 
 def _plain(text: str) -> str:
     """Return text that rich prints as it is: no markup, no control characters."""
+    from rich.markup import escape
+
     return escape(_shortened(printable(text)))
 
 
@@ -271,7 +276,9 @@ def _shortened(text: str) -> str:
     return f"{text[:_SHOWN_START]} [...] {text[-_SHOWN_END:]}"
 
 
-def _console(*, stderr: bool = False) -> Console:
+def _console(*, stderr: bool = False) -> "Console":
+    from rich.console import Console
+
     return Console(stderr=stderr, highlight=False, emoji=False)
 
 
