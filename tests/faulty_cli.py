@@ -354,7 +354,11 @@ def serve(leaf_nbytes):
 
     if leaf_nbytes:
         digests.LEAF_NBYTES = leaf_nbytes  # before any module takes the figure from there
+    # What a command loads late: who is not root may not be able to.
     import blake3  # noqa: F401
+    import rich.console
+    import rich.markup
+    import rich.table  # noqa: F401
 
     from shardmix.cli.app import app
     from tests.models import random_model, save_model

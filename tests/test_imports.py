@@ -38,8 +38,9 @@ def test_examples_are_checked_without_torch(tmp_path):
 )
 def test_help_loads_neither_torch_nor_the_engine(command):
     run = (
-        f"sys.argv = ['shardmix', *{command.split()!r}, '--help']\nfrom shardmix.cli import main\n"
-        "try: main()\nexcept SystemExit as end: assert not end.code"
+        f"sys.argv = ['shardmix', *{command.split()!r}, '--help']\n"
+        "from shardmix.cli.app import app\n"
+        "try: app()\nexcept SystemExit as end: assert not end.code"
     )
     assert loaded_after(run) == "[]"
 

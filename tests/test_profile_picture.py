@@ -124,8 +124,8 @@ def test_the_process_that_merges_loads_no_matplotlib(models, tmp_path):
     arguments = ["shardmix", "merge", *words, "-o", str(tmp_path / "out"), "-q"]
     arguments += ["--profile", str(tmp_path / "run.png")]
     code = (
-        f"import sys\nsys.argv = {arguments!r}\nfrom shardmix.cli import main\n"
-        "try: main()\nexcept SystemExit as end: assert not end.code\n"
+        f"import sys\nsys.argv = {arguments!r}\nfrom shardmix.cli.app import app\n"
+        "try: app()\nexcept SystemExit as end: assert not end.code\n"
         "print('matplotlib' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
