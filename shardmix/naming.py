@@ -142,7 +142,7 @@ def config_parts(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _has_ending(name: str, endings: tuple[str, ...]) -> bool:
-    return any(name == ending or name.endswith("." + ending) for ending in endings)
+    return name.endswith(endings) and any(name == e or name.endswith("." + e) for e in endings)
 
 
 # Files beside the weights that make a folder a model: config, tokenizer, chat templates, code.

@@ -1,4 +1,5 @@
-"""The arithmetic: a strip of every source to a strip of output. Knows buffers, not files.
+"""The arithmetic: a strip of every source to a strip of output. Knows buffers, and open files by
+number.
 
     out = round_to_out_dtype(Σ float32(wᵢ) · float32(xᵢ))
 
