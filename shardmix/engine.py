@@ -23,9 +23,10 @@ from shardmix.output_shard import GrowingShard
 from shardmix.placement import buffer_for_reading
 from shardmix.plan import MergePlan
 from shardmix.provenance import write_provenance
-from shardmix.reader import Reader, check_unchanged, open_reader
+from shardmix.reader import Reader, open_reader
 from shardmix.reducer import Backend, Reducer, Reducers
 from shardmix.safetensors_layout import element_nbytes
+from shardmix.source_files import check_unchanged
 from shardmix.stage_clock import NO_CLOCK, OTHER, READ, REDUCE, Clock
 from shardmix.staging import Staging
 from shardmix.tensor_findings import strip_findings

@@ -4,27 +4,27 @@ A reader belongs to one worker. `view` returns a range, either mapped or read in
 buffer; the caller says `release` when it is done, and mapped pages go back to the system at once.
 Without that, resident memory would grow to the size of all sources.
 
-Files may change while they are read. What `view` and `release` let pass was in the file; that it is
-still the file whose header was read is for `check_unchanged` to say, at the end.
+What `view` and `release` let pass was in the file, whatever becomes of it.
 """
 
 import errno
 import mmap
 import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
-from shardmix.errors import SourceChangedError, SourceError
+from shardmix.errors import SourceError
 from shardmix.filesystem import MAX_IO_NBYTES
 from shardmix.mapped_faults import GuardedRange, guard, unguard
+from shardmix.source_files import (
+    OpenFiles,
+    SizedFile,
+    cut_short,
+    reading_failed,
+)
 
-# Files that one worker keeps open (each once more where it is mapped); enough for the shards in
-# use at one time, and with eight workers still far from the usual limit of 1024.
-_MAX_OPEN_FILES = 32
 MAX_MAPPED_AT_ONCE = 3
 """Of how many sources one strip can be mapped; of more, the others are read. Each takes memory."""
 
@@ -41,22 +41,6 @@ _ELEMENT_ALIGNMENT = 8
 # reserving memory for that, or no file larger than the memory could be mapped.
 _MAP_FLAGS = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
 _MAP_PROTECTION = mmap.PROT_READ | mmap.PROT_WRITE
-
-
-class SizedFile(Protocol):
-    """A file that is to be read, and what it must still be like then."""
-
-    @property
-    def path(self) -> str | Path:
-        """Where it lies."""
-
-    @property
-    def nbytes(self) -> int:
-        """Its size when its header was read."""
-
-    @property
-    def mtime_ns(self) -> int | None:
-        """When it was last modified, then; None: not known, and not looked at."""
 
 
 class Reader(Protocol):
@@ -89,114 +73,15 @@ def open_reader(io: str, files: Sequence[SizedFile]) -> Reader:
     return MmapReader(files) if io == "mmap" else PreadReader(files)
 
 
-def check_unchanged(files: Sequence[SizedFile]) -> None:
-    """Raise `SourceError` for the first file that is not, at its path, what it was when planned.
-
-    What is found: another size, another time of modification (replaced, or written in place),
-    or no file at all.
-    """
-    for source in files:
-        try:
-            status = Path(source.path).stat()
-        except OSError as error:
-            raise SourceChangedError(
-                f"{source.path}: was there when its header was read and is not now "
-                f"({error.strerror}); leave sources alone while they are in use, then start again"
-            ) from None
-        _check_same(source, status)
-
-
-def _check_same(source: SizedFile, status: os.stat_result) -> None:
-    same_time = source.mtime_ns is None or source.mtime_ns == status.st_mtime_ns
-    if status.st_size != source.nbytes or not same_time:
-        raise SourceChangedError(
-            f"{source.path}: has changed since its header was read; "
-            "leave sources alone while they are in use, then start again"
-        )
-
-
-def _cut_short(path: str | Path, end: int) -> SourceError:
-    return SourceError(
-        f"{path}: ends at byte {end}, before its header says; "
-        "it was cut short while in use: fetch it again"
-    )
-
-
-def _reading_failed(path: str | Path, number: int | None) -> SourceError:
-    return SourceError(f"{path}: reading failed ({os.strerror(number or errno.EIO)})")
-
-
-def _close(descriptor: int) -> None:
-    with suppress(OSError):  # of no consequence: what was read has been read
-        os.close(descriptor)
-
-
-class _OpenFiles:
-    """Descriptors of the files last used, oldest closed first."""
-
-    def __init__(self, files: Sequence[SizedFile]) -> None:
-        self._files = files
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
-
-    def descriptor(self, file: int) -> int:
-        if file in self._descriptors:
-            self._descriptors.move_to_end(file)
-            return self._descriptors[file]
-        source = self._files[file]
-        try:
-            descriptor = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise SourceError(f"{source.path}: cannot be opened ({error.strerror})") from None
-        try:
-            _check_same(source, os.fstat(descriptor))
-        except OSError as error:
-            _close(descriptor)
-            raise _reading_failed(source.path, error.errno) from None
-        except SourceError:
-            _close(descriptor)
-            raise
-        self._descriptors[file] = descriptor
-        return descriptor
-
-    def evict_oldest(self) -> int | None:
-        """Close the file unused for longest if too many are open; return its number."""
-        if len(self._descriptors) <= _MAX_OPEN_FILES:
-            return None
-        file, descriptor = self._descriptors.popitem(last=False)
-        _close(descriptor)
-        return file
-
-    def path(self, file: int) -> str | Path:
-        return self._files[file].path
-
-    def nbytes(self, file: int) -> int:
-        return self._files[file].nbytes
-
-    def nbytes_now(self, file: int) -> int:
-        try:
-            return os.fstat(self.descriptor(file)).st_size
-        except OSError as error:
-            raise _reading_failed(self.path(file), error.errno) from None
-
-    def close(self) -> None:
-        while self._descriptors:
-            _close(self._descriptors.popitem()[1])
-
-
 class PreadReader:
     """Reads into the caller's buffer; right for every file system."""
 
     def __init__(self, files: Sequence[SizedFile]) -> None:
-        self._open = _OpenFiles(files)
+        self._open = OpenFiles(files)
 
     def descriptors(self, files: Sequence[int]) -> Sequence[int] | None:
         """Return files open for reading, valid until the next call; None: too many at a time."""
-        if len(files) > _MAX_OPEN_FILES:
-            return None
-        found = [self._open.descriptor(file) for file in files]
-        while self._open.evict_oldest() is not None:
-            pass
-        return found
+        return self._open.descriptors(files)
 
     def view(self, file: int, offset: int, into: memoryview) -> memoryview:
         """Read into `into` and return it."""
@@ -208,9 +93,9 @@ class PreadReader:
             try:
                 count = os.preadv(descriptor, [part], offset + filled)
             except OSError as error:
-                raise _reading_failed(self._open.path(file), error.errno) from None
+                raise reading_failed(self._open.path(file), error.errno) from None
             if count == 0:
-                raise _cut_short(self._open.path(file), offset + filled)
+                raise cut_short(self._open.path(file), offset + filled)
             filled += count
         return into
 
@@ -250,7 +135,7 @@ class MmapReader:
     """
 
     def __init__(self, files: Sequence[SizedFile]) -> None:
-        self._open = _OpenFiles(files)
+        self._open = OpenFiles(files)
         self._maps: dict[int, tuple[mmap.mmap, GuardedRange]] = {}
         self._used: list[_View] = []
         self._kept: list[tuple[int, int]] = []
@@ -287,7 +172,7 @@ class MmapReader:
                 mapping = mmap.mmap(descriptor, nbytes, flags=_MAP_FLAGS, prot=_MAP_PROTECTION)
                 self._maps[file] = mapping, guard(mapping)
             except ValueError:  # it has
-                raise _cut_short(self._open.path(file), self._open.nbytes_now(file)) from None
+                raise cut_short(self._open.path(file), self._open.nbytes_now(file)) from None
             except OSError as error:
                 raise SourceError(
                     f"{self._open.path(file)}: cannot be mapped ({error.strerror}); use --io pread"
@@ -301,9 +186,9 @@ class MmapReader:
             # where the rest of the page reads as zeros and nothing faults.
             nbytes_now = self._open.nbytes_now(used.file)
             if nbytes_now < used.offset + used.nbytes:
-                raise _cut_short(self._open.path(used.file), nbytes_now)
+                raise cut_short(self._open.path(used.file), nbytes_now)
             if self._maps[used.file][1].failed:
-                raise _reading_failed(self._open.path(used.file), errno.EIO)
+                raise reading_failed(self._open.path(used.file), errno.EIO)
         while (evicted := self._open.evict_oldest()) is not None:  # now that none is in use
             self._give_back_kept()
             self._unmap(evicted)

@@ -40,7 +40,7 @@ def test_any_range_is_read_as_it_is(tmp_path, io):
 
 
 def test_more_files_than_may_be_open_are_read_in_any_order(tmp_path, io, monkeypatch):
-    monkeypatch.setattr(reader_module, "_MAX_OPEN_FILES", 3)
+    monkeypatch.setattr("shardmix.source_files.MAX_OPEN_FILES", 3)
     contents, files = source_files(tmp_path, count=10, size=500)
     before = len(os.listdir("/proc/self/fd"))
     reader = open_reader(io, files)
@@ -52,7 +52,7 @@ def test_more_files_than_may_be_open_are_read_in_any_order(tmp_path, io, monkeyp
 
 
 def test_ranges_of_many_files_are_there_at_once(tmp_path, io, monkeypatch):
-    monkeypatch.setattr(reader_module, "_MAX_OPEN_FILES", 2)
+    monkeypatch.setattr("shardmix.source_files.MAX_OPEN_FILES", 2)
     contents, files = source_files(tmp_path, count=7)
     reader = open_reader(io, files)
     for offset in (0, 8, 50_000):

@@ -22,7 +22,8 @@ import torch
 from shardmix import mapped_faults
 from shardmix.errors import SourceError
 from shardmix.plan import SourceFile
-from shardmix.reader import check_unchanged, open_reader
+from shardmix.reader import open_reader
+from shardmix.source_files import check_unchanged
 from tests.models import save_model
 
 PAGE = 4096
