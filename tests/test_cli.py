@@ -376,3 +376,20 @@ def test_a_merge_that_goes_on_says_so(tmp_path):
         "went on where an earlier run was cut off: 25.2 MB did not have to be read" in done.stdout
     )
     assert "by an earlier run)" in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("words", [["inspect"], ["inspect", "--json"], ["status"], ["--help"]])
+def test_output_that_cannot_be_printed_is_one_line(tmp_path, words):
+    model = save_model(tmp_path / "m", random_model(0))
+    words = words if words == ["--help"] else [*words, str(model)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "shardmix", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr == ("error: standard output: cannot be written (No space left on device)\n")

@@ -13,10 +13,20 @@ def main() -> None:
     with importing():
         from shardmix.cli.app import app
 
+    status = 0
     try:
         app()
     except SystemExit as ended:
-        _leave(ended)
+        status = ended.code if isinstance(ended.code, int) else status
+    except OSError as error:  # of what is printed: all else has a message of its own
+        status = _cannot_print(error)
+    try:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+    except OSError as error:
+        status = _cannot_print(error)
+    # Without taking all modules apart, which takes 80 ms.
+    os._exit(status)
 
 
 @contextmanager
@@ -30,12 +40,6 @@ def importing() -> Iterator[None]:
         gc.set_threshold(*thresholds)
 
 
-def _leave(ended: SystemExit) -> None:
-    """End the process without taking all modules apart, which takes 80 ms."""
-    try:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:  # a pipe that nobody reads any more: Python's own way to end knows
-        raise ended from None
-    os._exit(ended.code if isinstance(ended.code, int) else 0)
+def _cannot_print(error: OSError) -> int:
+    print(f"error: standard output: cannot be written ({error.strerror})", file=sys.stderr)
+    return 1
