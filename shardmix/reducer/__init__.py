@@ -20,6 +20,7 @@ from typing import Protocol
 
 from shardmix.findings import NonfiniteCounts
 from shardmix.memory import BUFFERS_PER_WORKER
+from shardmix.placement import PAGE_NBYTES
 from shardmix.plan import AGREE, LINEAR, LLVM, MergePlan, Run
 from shardmix.safetensors_layout import element_nbytes
 
@@ -37,8 +38,6 @@ _AGREE_STRIP_NBYTES = 1 << 16  # integers are few: small buffers do
 _SUM_NBYTES = 4
 VECTOR = 64
 """Elements that kernels take at once: a strip of whole ones leaves no rest."""
-_PAGE = 4096
-"""Elements, of whatever size: strips of whole ones all have their bytes alike within pages."""
 
 
 class Reducer(Protocol):
@@ -142,7 +141,8 @@ def strip_num_elements(run: Run, *, strip_nbytes: int) -> int:
     # Sums are at least float32. All sources, the sum and the output fit into the buffers at once.
     at_once = BUFFERS_PER_WORKER * strip_nbytes // (sum(widths) + _SUM_NBYTES)
     num_elements = max(1, min(strip_nbytes // max(*widths, _SUM_NBYTES), at_once))
-    for whole in (_PAGE, VECTOR):
+    # As many elements as a page has bytes: then all strips of a run lie alike within pages.
+    for whole in (PAGE_NBYTES, VECTOR):
         if num_elements > whole:
             return num_elements - num_elements % whole
     return num_elements
