@@ -23,6 +23,7 @@ from shardmix.errors import (
     SourceError,
 )
 from shardmix.filesystem import free_nbytes
+from shardmix.headers import Headers
 from shardmix.hub import locate
 from shardmix.journal import Journal, open_journal
 from shardmix.matching import check_mergeable
@@ -159,7 +160,8 @@ def plan_merge(
             # Before sources are opened: that may mean hours of download.
             check_output(target, overwrite=settings.overwrite, inputs=())
         check_profile_place(settings.profile, target, inputs=())
-        checkpoints = [_open_mergeable(source, settings) for source in recipe.sources]
+        headers = Headers()
+        checkpoints = [_open_mergeable(source, settings, headers) for source in recipe.sources]
         donor = _donor(recipe.base, checkpoints[0])
         inputs = [path for checkpoint in checkpoints for path in _extent(checkpoint)]
         inputs += [donor.folder] if recipe.base is not None else []
@@ -215,8 +217,8 @@ def _disk_errors_named() -> Iterator[None]:
         ) from None
 
 
-def _open_mergeable(source: str, settings: RunSettings) -> Checkpoint:
-    checkpoint = open_checkpoint(source, max_memory=settings.max_memory_nbytes)
+def _open_mergeable(source: str, settings: RunSettings, headers: Headers) -> Checkpoint:
+    checkpoint = open_checkpoint(source, max_memory=settings.max_memory_nbytes, headers=headers)
     check_mergeable(checkpoint)
     return checkpoint
 

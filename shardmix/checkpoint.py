@@ -4,7 +4,6 @@ Reads headers and small JSON files, never tensor data. Tensors are kept in colum
 tensor), so that ten checkpoints of 90,000 tensors fit beside a tight budget.
 """
 
-import hashlib
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -14,27 +13,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 
-from shardmix.errors import SourceError, one_line
-from shardmix.filesystem import open_regular, refuse_link_outside
+from shardmix.errors import SourceError
+from shardmix.filesystem import refuse_link_outside
+from shardmix.headers import SHORT_HEADER_NBYTES, Headers
 from shardmix.hub import INDEX_NAME, WEIGHTS_NAME, locate, no_weights_finding
 from shardmix.json_files import read_index, read_json
 from shardmix.memory import check_room
-from shardmix.safetensors_header import HeaderTable, decode_header
-from shardmix.safetensors_layout import DTYPES, HEADER_LENGTH_NBYTES, TensorInfo, header_nbytes
+from shardmix.safetensors_layout import DTYPES, TensorInfo
 
 CONFIG_NAME = "config.json"
 
-# What decoding takes for each byte of a header: 3 to 5 measured, and 11 where each tensor has the
-# shortest of names and a shape of its own.
-_MEMORY_PER_HEADER_BYTE = 12
 # What planning takes for each tensor: at most 1,350 bytes measured.
 _MEMORY_PER_TENSOR = 1_600
-# Up to here, some ten thousand tensors, the planner's own check, which names the least that works,
-# is early enough; and safetensors' parser, which takes 13 bytes for each of the header's, judges a
-# file as well. Our rules for the rest are the same.
-_SHORT_HEADER_NBYTES = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +99,14 @@ class Checkpoint:
         return (self.tensor(row) for row in range(self.num_tensors))
 
 
-def open_checkpoint(source: str, *, max_memory: int | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: str, *, max_memory: int | None = None, headers: Headers | None = None
+) -> Checkpoint:
     """Open a local folder, a `.safetensors` file or a Hub id, reading headers alone.
 
-    Raises `SourceError` where files are missing, damaged, pickled or outside the folder,
-    `BudgetError` where to decode headers might take the process beyond `max_memory` (bytes).
+    A header that is among `headers` is not decoded again; new ones are put there. Raises
+    `SourceError` where files are missing, damaged, pickled or outside the folder, `BudgetError`
+    where to decode headers might take the process beyond `max_memory` (bytes).
     """
     located = locate(source)
     is_single_file = not located.path.is_dir()
@@ -127,7 +121,8 @@ def open_checkpoint(source: str, *, max_memory: int | None = None) -> Checkpoint
         folder = located.path
         weight_map, paths = _weight_files(source, folder, max_memory)
     files = [_regular_file(source, path) for path in paths]
-    shards, table = _read_table(source, folder, files, weight_map, max_memory)
+    headers = Headers() if headers is None else headers
+    shards, table = _read_table(source, folder, files, weight_map, headers, max_memory)
     return Checkpoint(
         source=source,
         folder=folder,
@@ -196,6 +191,7 @@ def _read_table(
     folder: Path,
     shards: Sequence[ShardFile],
     weight_map: dict[str, str] | None,
+    headers: Headers,
     max_memory: int | None,
 ) -> tuple[tuple[ShardFile, ...], TensorTable]:
     """Return the files, now known by their headers, and the tensors in them."""
@@ -205,7 +201,9 @@ def _read_table(
     columns: list[tuple[npt.NDArray[Any], ...]] = []
     num_header_bytes = 0
     for number, shard in enumerate(shards):
-        header, data_start, sha256 = _read_header(shard, max_memory, num_before=num_header_bytes)
+        header, data_start, sha256 = headers.read(
+            shard.path, shard.nbytes, num_before=num_header_bytes, max_memory=max_memory
+        )
         known.append(replace(shard, header_sha256=sha256))
         num_header_bytes += data_start
         kept: slice | npt.NDArray[np.int64] = slice(None)
@@ -227,7 +225,7 @@ def _read_table(
             f"{source}: {INDEX_NAME} names tensors that their files do not hold: "
             f"{', '.join(missing)}; fetch the checkpoint again"
         )
-    if num_header_bytes > _SHORT_HEADER_NBYTES:
+    if num_header_bytes > SHORT_HEADER_NBYTES:
         check_room(
             _MEMORY_PER_TENSOR * len(names),
             max_memory=max_memory,
@@ -251,53 +249,3 @@ def _named_by_index(
     file_name = str(file)
     rows = [row for row, name in enumerate(names) if weight_map[name] == file_name]
     return slice(None) if len(rows) == len(names) else np.array(rows, dtype=np.int64)
-
-
-def _read_header(
-    shard: ShardFile, max_memory: int | None, *, num_before: int
-) -> tuple[HeaderTable, int, str]:
-    """Return a file's tensors, where in the file its data starts, and its header's SHA-256.
-
-    `num_before` counts the header bytes of the checkpoint's files before this one.
-    """
-    try:
-        with open_regular(shard.path) as file:
-            length = header_nbytes(file.read(HEADER_LENGTH_NBYTES), file_nbytes=shard.nbytes)
-            if num_before + length > _SHORT_HEADER_NBYTES:
-                check_room(
-                    _MEMORY_PER_HEADER_BYTE * length,
-                    max_memory=max_memory,
-                    purpose=f"{shard.path}: to decode its header of {length} bytes",
-                )
-            header = file.read(length)
-            table = decode_header(header, file_nbytes=shard.nbytes)
-        if length <= _SHORT_HEADER_NBYTES:
-            _let_safetensors_judge(shard, header)
-    except SourceError as error:
-        raise SourceError(f"{shard.path}: {error}") from None
-    except SafetensorError as error:
-        raise SourceError(
-            f"{shard.path}: not a valid safetensors file ({one_line(error)}); fetch it again"
-        ) from None
-    except OSError as error:
-        raise SourceError(f"{shard.path}: cannot be read ({error.strerror})") from None
-    return table, HEADER_LENGTH_NBYTES + length, hashlib.sha256(header).hexdigest()
-
-
-def _let_safetensors_judge(shard: ShardFile, header: bytes) -> None:
-    """Have safetensors' own parser look at a header; raise `SafetensorError` where it objects.
-
-    safetensors maps what it opens, and a file that shrinks in that moment would kill the process.
-    So, where the system can, it is given a file in memory: that header, and a hole for the data.
-    """
-    if not hasattr(os, "memfd_create"):
-        with safe_open(shard.path, framework="np"):
-            return
-    descriptor = os.memfd_create("header", os.MFD_CLOEXEC)
-    try:
-        os.write(descriptor, len(header).to_bytes(HEADER_LENGTH_NBYTES, "little") + header)
-        os.truncate(descriptor, shard.nbytes)
-        with safe_open(f"/proc/self/fd/{descriptor}", framework="np"):
-            return
-    finally:
-        os.close(descriptor)

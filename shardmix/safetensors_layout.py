@@ -5,10 +5,12 @@ Knows bytes, not files, and neither torch nor numpy. A file is `<u64 header leng
 https://github.com/huggingface/safetensors#format
 """
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
+
+import msgspec
 
 from shardmix.errors import SourceError
 
@@ -58,6 +60,7 @@ def element_nbytes(dtype: str) -> int:
     return _DTYPE_BITS[dtype] // 8
 
 
+@lru_cache(maxsize=4096)  # thousands of experts have few shapes
 def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Return the bytes of a tensor; a 0-d tensor has one element, an empty one none."""
     return math.prod(shape) * _DTYPE_BITS[dtype] // 8
@@ -138,7 +141,7 @@ def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> Output
         }
         relative.append((name, dtype, shape, position, nbytes))
         position += nbytes
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text = msgspec.json.encode(entries)
     text += b" " * (-len(text) % 8)
     encoded = len(text).to_bytes(HEADER_LENGTH_NBYTES, "little") + text
     data_start = len(encoded)

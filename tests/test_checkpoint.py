@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from shardmix import api
-from shardmix import checkpoint as checkpoint_module
+from shardmix import headers as headers_module
 from shardmix.checkpoint import open_checkpoint
 from shardmix.errors import SourceError
 from shardmix.matching import check_mergeable
@@ -287,13 +287,13 @@ def test_a_disk_error_is_named_and_no_traceback(tmp_path, monkeypatch):
 def test_no_mapping_of_a_file_that_may_shrink_is_ever_made(tmp_path, monkeypatch):
     """safetensors maps what it opens; a cut in that moment would kill the process."""
     opened = []
-    real = checkpoint_module.safe_open
+    real = headers_module.safe_open
 
     def seen(path, **options):
         opened.append(str(path))
         return real(path, **options)
 
-    monkeypatch.setattr(checkpoint_module, "safe_open", seen)
+    monkeypatch.setattr(headers_module, "safe_open", seen)
     open_checkpoint(str(save_model(tmp_path / "m", random_model(1))))
     assert len(opened) == 1
     assert not opened[0].startswith(str(tmp_path))

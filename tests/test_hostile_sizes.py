@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from shardmix.checkpoint import _MEMORY_PER_HEADER_BYTE, open_checkpoint
+from shardmix.checkpoint import open_checkpoint
 from shardmix.errors import BudgetError, SourceError
+from shardmix.headers import _MEMORY_PER_HEADER_BYTE
 from shardmix.safetensors_header import decode_header
 from tests.hostile_inputs import INDEX, SHARD, a_model
 from tests.models import random_model, save_model

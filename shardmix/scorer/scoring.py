@@ -14,6 +14,7 @@ import torch
 from shardmix.checkpoint import Checkpoint, open_checkpoint
 from shardmix.devices import resolve_device
 from shardmix.errors import RecipeError, SourceError
+from shardmix.headers import Headers
 from shardmix.memory import give_back_large_blocks, peak_resident_nbytes, resident_nbytes
 from shardmix.scorer.empty_model import import_model_code
 from shardmix.scorer.encoding import EncodedExamples, encode_examples, load_tokenizer
@@ -70,7 +71,11 @@ def score(
     give_back_large_blocks()
     device = torch.device(resolve_device(settings.device))
     _open_device(device)
-    checkpoints = [open_checkpoint(name, max_memory=settings.max_memory_nbytes) for name in names]
+    headers = Headers()
+    checkpoints = [
+        open_checkpoint(name, max_memory=settings.max_memory_nbytes, headers=headers)
+        for name in names
+    ]
     encoded = _encode(loaded, checkpoints[0], settings)
     objective = objective_for(encoded, settings)
     import_model_code(checkpoints[0], objective.auto_class)
