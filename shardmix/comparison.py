@@ -13,8 +13,9 @@ from shardmix.blocks import TensorPlaces
 from shardmix.digests import READ_NBYTES, read_range
 from shardmix.filesystem import open_regular
 from shardmix.findings import LeafFindings
+from shardmix.page_cache import Trail, drop_pages
 from shardmix.placement import buffer_for_reading
-from shardmix.plan import OutputShard
+from shardmix.plan import MergePlan
 
 
 class Differences:
@@ -37,8 +38,11 @@ class Differences:
 class ComparedShard:
     """One existing file that stands where a merge would write one (a `work.ShardTarget`)."""
 
-    def __init__(self, planned: OutputShard, folder: Path, differences: Differences) -> None:
-        self._planned = planned
+    def __init__(
+        self, plan: MergePlan, number: int, folder: Path, differences: Differences
+    ) -> None:
+        self._planned = planned = plan.shards[number]
+        self._keep_cached = plan.cache_use.keeps_sources
         self._places = TensorPlaces(planned)
         self._path = folder / planned.filename
         self._differences = differences
@@ -96,6 +100,8 @@ class ComparedShard:
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
+            if not self._keep_cached:
+                drop_pages(self._file.fileno(), 0, self._planned.file_nbytes)
             self._file.close()
 
     @property
@@ -122,7 +128,9 @@ class ComparedShard:
             return
         if not hasattr(self._local, "buffer"):
             self._local.buffer = buffer_for_reading(READ_NBYTES)
+            self._local.trail = Trail(self._file.fileno(), keep=self._keep_cached)
         try:
             yield from read_range(self._file.fileno(), start, stop, self._local.buffer)
         except OSError as error:
             self._cannot_read(error)
+        self._local.trail.passed(start, stop)

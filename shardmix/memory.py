@@ -18,6 +18,7 @@ import psutil
 
 from shardmix.devices import torch_has_cuda_build
 from shardmix.errors import BudgetError
+from shardmix.memory_groups import group_available_nbytes
 from shardmix.units import KIB, MIB, format_mib
 
 # One strip in flight holds at most: in torch the bytes of one source, their float32 values, the
@@ -74,8 +75,13 @@ def resident_nbytes() -> int:
 
 
 def available_nbytes() -> int:
-    """Return the memory that the machine could give without taking it from other programs."""
-    return int(psutil.virtual_memory().available)
+    """Return the memory that could be had without taking it from other programs.
+
+    Cached files are no obstacle. In a container what its limit leaves counts, too.
+    """
+    on_machine = int(psutil.virtual_memory().available)
+    in_group = group_available_nbytes()
+    return on_machine if in_group is None else min(on_machine, in_group)
 
 
 def peak_resident_nbytes() -> int:

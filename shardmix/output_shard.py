@@ -37,7 +37,9 @@ class GrowingShard:
         # With sha256 one worker has the whole file, from end to end.
         self._whole = file_hasher(self._algorithm)
         self._writer = ShardWriter(
-            folder / self._planned.filename, file_nbytes=self._planned.file_nbytes
+            folder / self._planned.filename,
+            file_nbytes=self._planned.file_nbytes,
+            keep_cached=plan.cache_use.keeps_output,
         )
 
     def kept(self, leaf: int, buffer: memoryview) -> LeafFindings | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from shardmix.memory import MemoryPlan
+from shardmix.page_cache import CacheUse
 from shardmix.safetensors_layout import HEADER_LENGTH_NBYTES
 
 LINEAR = "linear"
@@ -233,6 +234,8 @@ class MergePlan:
     """Device, way to read, budgets."""
     memory: MemoryPlan
     """Strip size, workers and projected peak."""
+    cache_use: CacheUse
+    """Whose pages stay in the system's page cache."""
     warnings: tuple[str, ...]
     """What a user should know before the merge."""
 
@@ -286,7 +289,8 @@ class MergePlan:
 
     def _decisive_parts(self) -> Iterator[object]:
         """Yield all that decides the output's bytes, in an order that is always the same."""
-        irrelevant = {"sources", "output", "base_folder", "settings", "memory", "warnings"}
+        irrelevant = {"sources", "output", "base_folder", "settings", "memory", "cache_use"}
+        irrelevant |= {"warnings"}
         in_parts = {"files", "shards"}
         for field in fields(self):
             if field.name not in irrelevant | in_parts:

@@ -18,6 +18,7 @@ from shardmix.digests import XXH3
 from shardmix.errors import RecipeError
 from shardmix.matching import MatchedTensors, match_tensors
 from shardmix.memory import BEST_STRIP_NBYTES, MemoryPlan, fit_memory, reserved_nbytes
+from shardmix.page_cache import plan_cache_use
 from shardmix.plan import (
     LINEAR,
     LLVM,
@@ -129,6 +130,10 @@ def plan_merge(
         disk_needed_nbytes=sum(shard.file_nbytes for shard in shards) + companion_nbytes,
         settings=settings,
         memory=plan_memory(settings),
+        cache_use=plan_cache_use(
+            read_nbytes=sum(shard.read_nbytes for shard in shards),
+            write_nbytes=sum(shard.file_nbytes for shard in shards),
+        ),
         warnings=tuple(warnings),
     )
 

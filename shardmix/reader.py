@@ -58,6 +58,9 @@ class Reader(Protocol):
         Valid until `release`. Raises `SourceError`.
         """
 
+    def passed(self, file: int, start: int, stop: int) -> None:
+        """Take a range of a file for done with, views of it released: it may leave the cache."""
+
     def release(self) -> None:
         """End the use of all views; whatever came of them counts only after this.
 
@@ -68,16 +71,17 @@ class Reader(Protocol):
         """Close all files."""
 
 
-def open_reader(io: str, files: Sequence[SizedFile]) -> Reader:
-    """Return the reader for `--io` mmap or pread."""
-    return MmapReader(files) if io == "mmap" else PreadReader(files)
+def open_reader(io: str, files: Sequence[SizedFile], *, keep_cached: bool = True) -> Reader:
+    """Return the reader for `--io` mmap or pread; what is read stays in the page cache or not."""
+    kind = MmapReader if io == "mmap" else PreadReader
+    return kind(files, keep_cached=keep_cached)
 
 
 class PreadReader:
     """Reads into the caller's buffer; right for every file system."""
 
-    def __init__(self, files: Sequence[SizedFile]) -> None:
-        self._open = OpenFiles(files)
+    def __init__(self, files: Sequence[SizedFile], *, keep_cached: bool = True) -> None:
+        self._open = OpenFiles(files, keep_cached=keep_cached)
 
     def descriptors(self, files: Sequence[int]) -> Sequence[int] | None:
         """Return files open for reading, valid until the next call; None: too many at a time."""
@@ -109,6 +113,10 @@ class PreadReader:
             self._open.evict_oldest()
             os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
+    def passed(self, file: int, start: int, stop: int) -> None:
+        """Let a range leave the cache, if it is not to be kept there."""
+        self._open.passed(file, start, stop)
+
     def release(self) -> None:
         """Do nothing: the buffer is the caller's."""
 
@@ -134,8 +142,8 @@ class MmapReader:
     A page that cannot be loaded reads as zeros and is found by `release`: see `mapped_faults`.
     """
 
-    def __init__(self, files: Sequence[SizedFile]) -> None:
-        self._open = OpenFiles(files)
+    def __init__(self, files: Sequence[SizedFile], *, keep_cached: bool = True) -> None:
+        self._open = OpenFiles(files, keep_cached=keep_cached)
         self._maps: dict[int, tuple[mmap.mmap, GuardedRange]] = {}
         self._used: list[_View] = []
         self._kept: list[tuple[int, int]] = []
@@ -192,6 +200,10 @@ class MmapReader:
         while (evicted := self._open.evict_oldest()) is not None:  # now that none is in use
             self._give_back_kept()
             self._unmap(evicted)
+
+    def passed(self, file: int, start: int, stop: int) -> None:
+        """Let a range leave the cache, if it is not to be kept there."""
+        self._open.passed(file, start, stop)
 
     def _give_back(self) -> list[_View]:
         given, self._used = self._used, []

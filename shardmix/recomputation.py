@@ -77,7 +77,7 @@ def recompute(
         _check_identity(plan, model, source)
     plan, backend, _ = ready(plan, options, lambda chosen: api.plan_merge(recipe, **chosen))
     differences = Differences()
-    work = Work(plan, lambda number: ComparedShard(plan.shards[number], folder, differences))
+    work = Work(plan, lambda number: ComparedShard(plan, number, folder, differences))
     engine.run_blocks(plan, backend, work, on_progress, cancel)
     givers = _and(places)
     found = [

@@ -46,6 +46,10 @@ class PlanReport:
     """Resident memory of the process at its peak, at most."""
     projected_vram_bytes: int
     """GPU memory that torch will have reserved at its peak, at most, on one GPU."""
+    keeps_sources_cached: bool
+    """What is read stays in the system's page cache; in a merge larger than it, it does not."""
+    keeps_output_cached: bool
+    """What is written does."""
     weights: tuple[float, ...]
     """In source order."""
     sources: tuple[str, ...]
@@ -150,6 +154,8 @@ def describe_plan(plan: MergePlan, *, disk_free: int | None) -> PlanReport:
         reserved_bytes=plan.memory.reserved_nbytes,
         projected_peak_bytes=plan.memory.projected_peak_nbytes,
         projected_vram_bytes=plan.memory.projected_vram_nbytes,
+        keeps_sources_cached=plan.cache_use.keeps_sources,
+        keeps_output_cached=plan.cache_use.keeps_output,
         weights=plan.weights,
         sources=plan.sources,
         shards=_shard_reports(plan),

@@ -19,6 +19,7 @@ from shardmix.errors import MergeCancelled, RecipeError, SourceError
 from shardmix.filesystem import open_regular, refuse_link_outside
 from shardmix.memory import default_workers, peak_resident_nbytes, resident_nbytes
 from shardmix.naming import is_companion_file
+from shardmix.page_cache import Trail, plan_cache_use
 from shardmix.provenance import NOT_DIGESTED, Provenance, read_provenance
 from shardmix.recomputation import places_given
 
@@ -117,6 +118,8 @@ class _Progress:
         self._totals = num_bytes_total, num_files_total
         self._lock = threading.Lock()
         self._is_stopped = False
+        cache_use = plan_cache_use(read_nbytes=num_bytes_total, write_nbytes=0)
+        self.keeps_cached = cache_use.keeps_sources
         self.num_bytes = self._num_files = 0
 
     def count(self, num_bytes: int) -> None:
@@ -204,9 +207,14 @@ def _check_file(folder: Path, name: str, provenance: Provenance, progress: _Prog
             nbytes = os.fstat(file.fileno()).st_size
             if nbytes != record.bytes:
                 return f"{path}: has {nbytes} bytes, not {record.bytes}"
-            digest = file_digest(
-                file.fileno(), provenance.digests.algorithm, on_bytes=progress.count
-            )
+            trail = Trail(file.fileno(), keep=progress.keeps_cached)
+
+            def on_bytes(num_bytes: int) -> None:
+                trail.advance(num_bytes)
+                progress.count(num_bytes)
+
+            digest = file_digest(file.fileno(), provenance.digests.algorithm, on_bytes=on_bytes)
+            trail.end()
     except SourceError as error:
         return str(error)
     except FileNotFoundError:

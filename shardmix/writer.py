@@ -12,13 +12,16 @@ from pathlib import Path
 from shardmix.digests import read_range
 from shardmix.errors import OutputError, writing_failed
 from shardmix.filesystem import MAX_IO_NBYTES, start_writeback
+from shardmix.page_cache import DROPPED_AT_ONCE_NBYTES, drop_pages
 
 
 class ShardWriter:
     """One output file, new or begun by an earlier run, open for strips from several threads."""
 
-    def __init__(self, path: Path, *, file_nbytes: int) -> None:
+    def __init__(self, path: Path, *, file_nbytes: int, keep_cached: bool = True) -> None:
         self._path = path
+        self._file_nbytes = file_nbytes
+        self._keep_cached = keep_cached
         self._lock = threading.Lock()
         self._descriptor = -1
         try:
@@ -45,10 +48,13 @@ class ShardWriter:
             yield from read_range(self._descriptor, start, stop, buffer)
         except OSError as error:
             raise OutputError(f"{self._path}: cannot be read ({error.strerror})") from None
+        self._let_go(start, stop)
 
     def start_writeback(self, offset: int, nbytes: int) -> None:
         """Start to write a range to disk, so that `finish` has little to wait for."""
         start_writeback(self._descriptor, offset, nbytes)
+        earlier = max(0, offset - DROPPED_AT_ONCE_NBYTES)
+        self._let_go(earlier, min(earlier + nbytes, offset))
 
     def finish(self, head: Iterable[bytes], *, fsync: bool) -> None:
         """Write the file's first bytes, in pieces, force it to disk if wanted, and close it.
@@ -62,9 +68,14 @@ class ShardWriter:
         try:
             if fsync:
                 os.fsync(self._descriptor)
+                self._let_go(0, self._file_nbytes)
             self._close()  # network disks may say only now that they are full
         except OSError as error:
             raise writing_failed(self._path, error) from None
+
+    def _let_go(self, start: int, stop: int) -> None:
+        if not self._keep_cached:
+            drop_pages(self._descriptor, start, stop)
 
     def close(self) -> None:
         """Close the file, finished or not."""

@@ -198,6 +198,7 @@ def plan_report(report: "PlanReport", *, json: bool, quiet: bool = False) -> Non
                 f"{format_size(report.strip_bytes)} × {report.workers} workers on {report.device}, "
                 f"read by {report.io}, summed by {report.backend}",
             ),
+            ("page cache", _cache_use(report)),
         ):
             facts.add_row(name, value)
         console.print(facts)
@@ -207,6 +208,12 @@ def plan_report(report: "PlanReport", *, json: bool, quiet: bool = False) -> Non
     )
     shortage = ("the output's disk has too little room: the merge would be refused",)
     _warnings(report.warnings + shortage * too_full)
+
+
+def _cache_use(report: "PlanReport") -> str:
+    if report.keeps_sources_cached:
+        return "keeps sources and output"
+    return "keeps the output" if report.keeps_output_cached else "left to other files"
 
 
 def model_report(report: "ModelReport", *, json: bool, all_tensors: bool) -> None:
