@@ -110,10 +110,10 @@ def main() -> None:
         for number in range(1, args.rounds + 1):
             turn = [(case, times) for case in cases for times in (1, 2)]
             for case, times_read in random.sample(turn, len(turn)):
+                turns.measure()
                 remove(output)
                 if case.startswith("cp"):
                     output.mkdir()
-                turns.measure()
                 try:
                     with memory_group(group_bytes) as group:
                         sample = measure(case, cases[case], number, times_read, other, group)

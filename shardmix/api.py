@@ -31,12 +31,13 @@ from shardmix.merge_options import MergeOptions, digest_algorithm, run_settings
 from shardmix.model_report import ModelReport, describe_model
 from shardmix.naming import ties_word_embeddings
 from shardmix.output_path import check_disk, check_output, resolve_output
-from shardmix.plan import MergePlan, RunSettings
+from shardmix.plan import MergePlan
 from shardmix.read_ahead import reading_ahead
 from shardmix.readiness import ready
 from shardmix.recipe import ModelsArgument, build_recipe
 from shardmix.recording import check_profile_place, recording
 from shardmix.report import MergeReport, PlanReport, describe_merge, describe_plan
+from shardmix.run_settings import RunSettings
 from shardmix.staging import Staging, open_staging, settle
 from shardmix.units import format_size, parse_size
 

@@ -8,7 +8,7 @@ from shardmix.devices import resolve_device
 from shardmix.digests import XXH3, check_algorithm
 from shardmix.errors import RecipeError
 from shardmix.memory import MOST_WORKERS
-from shardmix.plan import ERROR, LLVM, TORCH, WARN, RunSettings
+from shardmix.run_settings import ERROR, LLVM, TORCH, WARN, RunSettings
 from shardmix.units import parse_size
 
 IO_CHOICES = ("auto", "mmap", "pread")

@@ -14,6 +14,7 @@ import msgspec
 
 from shardmix.memory import MemoryPlan
 from shardmix.page_cache import CacheUse
+from shardmix.run_settings import RunSettings
 from shardmix.safetensors_layout import HEADER_LENGTH_NBYTES
 
 LINEAR = "linear"
@@ -21,18 +22,6 @@ LINEAR = "linear"
 AGREE = "agree"
 """Reduction for integers and booleans: the first source's values; others are compared with it."""
 
-
-TORCH = "torch"
-"""Backend: every dtype, on the CPU and on GPUs."""
-LLVM = "llvm"
-"""Backend: compiled kernels on the CPU, without torch in the process."""
-LLVM_DTYPES = frozenset({"BF16", "F16", "F32"})
-"""What those kernels read and write."""
-
-WARN = "warn"
-"""On NaN and Inf in the output: count them, and tell of them."""
-ERROR = "error"
-"""On NaN and Inf in the output: stop at the first."""
 
 _PIECE_NBYTES = 1 << 20
 # A tensor's entry as `safetensors_layout.encode_header` writes it. No name can look like one, since
@@ -149,41 +138,6 @@ class OutputShard:
         """
         for name, entry in zip(self.tensor_names, _ENTRY.finditer(self.header), strict=True):
             yield name, entry[1], int(entry[3])
-
-
-@dataclass(frozen=True, slots=True)
-class RunSettings:
-    """How a merge is run. Nothing here changes a byte of the output."""
-
-    device: str = "cpu"
-    """cpu, cuda (all GPUs), cuda:N, or auto until the planner knows how much there is to sum."""
-    is_device_open: bool = False
-    """A GPU is there but nobody asked for it: the merge begins by trying if the CPU is faster."""
-    io: str = "auto"
-    """How sources are read: mmap, pread, or auto until the planner has looked at the disks."""
-    backend: str = "auto"
-    """What does the sums: TORCH, LLVM, or auto until the planner has seen the dtypes."""
-    workers: int | None = None
-    """Threads; None: as many as speed needs."""
-    max_memory_nbytes: int | None = None
-    """Bound on the process's peak resident memory."""
-    max_vram_nbytes: int | None = None
-    """Bound on the memory of each GPU."""
-    overwrite: bool = False
-    """Replace an existing output."""
-    fsync: bool = True
-    """Force files to disk before the output appears."""
-    restart: bool = False
-    """Throw away what an earlier run has left, rather than go on from it."""
-    on_nonfinite: str = WARN
-    """WARN or ERROR: what to do about NaN and Inf in the output."""
-    profile: str | None = None
-    """Absolute path of the file that memory and speed are written to; None: they are not."""
-
-    @property
-    def on_cuda(self) -> bool:
-        """Whether the arithmetic runs on a GPU, or is assumed to."""
-        return self.device.startswith("cuda")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,18 +19,10 @@ from shardmix.errors import RecipeError
 from shardmix.matching import MatchedTensors, match_tensors
 from shardmix.memory import BEST_STRIP_NBYTES, MemoryPlan, fit_memory, reserved_nbytes
 from shardmix.page_cache import plan_cache_use
-from shardmix.plan import (
-    LINEAR,
-    LLVM,
-    LLVM_DTYPES,
-    TORCH,
-    MergePlan,
-    OutputShard,
-    RunSettings,
-    SourceFile,
-)
+from shardmix.plan import LINEAR, MergePlan, OutputShard, SourceFile
 from shardmix.reader import MAX_MAPPED_AT_ONCE
 from shardmix.recipe import OUT_DTYPES, Recipe
+from shardmix.run_settings import LLVM, LLVM_DTYPES, TORCH, RunSettings
 from shardmix.safetensors_layout import DTYPES, FLOAT_DTYPES, element_nbytes, tensor_nbytes
 from shardmix.shard_layout import plan_shards
 

@@ -10,8 +10,9 @@ from dataclasses import replace
 from shardmix import device_trial, planner
 from shardmix.errors import BudgetError, RecipeError
 from shardmix.merge_options import MergeOptions
-from shardmix.plan import TORCH, MergePlan
+from shardmix.plan import MergePlan
 from shardmix.reducer import Backend, load_backend
+from shardmix.run_settings import TORCH
 
 Replan = Callable[[MergeOptions], MergePlan]
 """Plans the same merge with other options."""

@@ -11,7 +11,8 @@ from typing import Protocol
 from shardmix.blocks import Block, TensorPlaces, blocks
 from shardmix.errors import NonfiniteError
 from shardmix.findings import FindingsSum, LeafFindings
-from shardmix.plan import ERROR, MergePlan
+from shardmix.plan import MergePlan
+from shardmix.run_settings import ERROR
 
 
 class LeafTarget(Protocol):

@@ -15,10 +15,10 @@ from shardmix.blocks import blocks
 from shardmix.device_trial import faster, source_bytes_per_second
 from shardmix.digests import LEAF_NBYTES
 from shardmix.memory import BUFFERS_PER_WORKER, reserved_nbytes
-from shardmix.plan import RunSettings
 from shardmix.reducer import load_backend
 from shardmix.reducer.cuda_sum import cuda_sums
 from shardmix.reducer.torch_sum import CpuSum
+from shardmix.run_settings import RunSettings
 from shardmix.units import MIB
 from tests.models import save_model
 from tests.simulated_cuda import SimulatedCuda

@@ -21,7 +21,8 @@ from typing import Protocol
 from shardmix.findings import NonfiniteCounts
 from shardmix.memory import BUFFERS_PER_WORKER
 from shardmix.placement import PAGE_NBYTES
-from shardmix.plan import AGREE, LINEAR, LLVM, MergePlan, Run
+from shardmix.plan import AGREE, LINEAR, MergePlan, Run
+from shardmix.run_settings import LLVM
 from shardmix.safetensors_layout import element_nbytes
 
 __all__ = [
