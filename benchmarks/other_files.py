@@ -64,7 +64,7 @@ def cached_bytes(path: Path) -> int:
 
 
 def write_file(path: Path, nbytes: int) -> None:
-    """Write the other program's file, and have it on the disk."""
+    """Write the other program's file."""
     block = random.Random(1).randbytes(BLOCK_BYTES)
     with path.open("wb") as file:
         for _ in range(nbytes // BLOCK_BYTES):

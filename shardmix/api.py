@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 
 from shardmix import engine, planner
-from shardmix.checkpoint import Checkpoint, open_checkpoint, read_config
+from shardmix.checkpoint import Checkpoint, open_checkpoint, open_checkpoints, read_config
 from shardmix.digests import LEAF_NBYTES
 from shardmix.errors import (
     BudgetError,
@@ -23,7 +23,6 @@ from shardmix.errors import (
     SourceError,
 )
 from shardmix.filesystem import free_nbytes
-from shardmix.headers import Headers
 from shardmix.hub import locate
 from shardmix.journal import Journal, open_journal
 from shardmix.matching import check_mergeable
@@ -37,7 +36,6 @@ from shardmix.readiness import ready
 from shardmix.recipe import ModelsArgument, build_recipe
 from shardmix.recording import check_profile_place, recording
 from shardmix.report import MergeReport, PlanReport, describe_merge, describe_plan
-from shardmix.run_settings import RunSettings
 from shardmix.staging import Staging, open_staging, settle
 from shardmix.units import format_size, parse_size
 
@@ -161,8 +159,10 @@ def plan_merge(
             # Before sources are opened: that may mean hours of download.
             check_output(target, overwrite=settings.overwrite, inputs=())
         check_profile_place(settings.profile, target, inputs=())
-        headers = Headers()
-        checkpoints = [_open_mergeable(source, settings, headers) for source in recipe.sources]
+        checkpoints = []
+        for checkpoint in open_checkpoints(recipe.sources, max_memory=settings.max_memory_nbytes):
+            check_mergeable(checkpoint)
+            checkpoints.append(checkpoint)
         donor = _donor(recipe.base, checkpoints[0])
         inputs = [path for checkpoint in checkpoints for path in _extent(checkpoint)]
         inputs += [donor.folder] if recipe.base is not None else []
@@ -216,12 +216,6 @@ def _disk_errors_named() -> Iterator[None]:
             f"{error.filename or 'a file'}: cannot be read ({error.strerror or error}); check its "
             "permissions and its disk"
         ) from None
-
-
-def _open_mergeable(source: str, settings: RunSettings, headers: Headers) -> Checkpoint:
-    checkpoint = open_checkpoint(source, max_memory=settings.max_memory_nbytes, headers=headers)
-    check_mergeable(checkpoint)
-    return checkpoint
 
 
 def _extent(checkpoint: Checkpoint) -> list[Path]:

@@ -6,7 +6,7 @@ tensor), so that ten checkpoints of 90,000 tensors fit beside a tight budget.
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -99,15 +99,24 @@ class Checkpoint:
         return (self.tensor(row) for row in range(self.num_tensors))
 
 
-def open_checkpoint(
-    source: str, *, max_memory: int | None = None, headers: Headers | None = None
-) -> Checkpoint:
+def open_checkpoints(
+    sources: Iterable[str], *, max_memory: int | None = None
+) -> Iterator[Checkpoint]:
+    """Open several, one after the other, as `open_checkpoint` does; decode common headers once."""
+    headers = Headers()
+    return (_open(source, headers, max_memory) for source in sources)
+
+
+def open_checkpoint(source: str, *, max_memory: int | None = None) -> Checkpoint:
     """Open a local folder, a `.safetensors` file or a Hub id, reading headers alone.
 
-    A header that is among `headers` is not decoded again; new ones are put there. Raises
-    `SourceError` where files are missing, damaged, pickled or outside the folder, `BudgetError`
-    where to decode headers might take the process beyond `max_memory` (bytes).
+    Raises `SourceError` where files are missing, damaged, pickled or outside the folder,
+    `BudgetError` where to decode headers might take the process beyond `max_memory` (bytes).
     """
+    return _open(source, Headers(), max_memory)
+
+
+def _open(source: str, headers: Headers, max_memory: int | None) -> Checkpoint:
     located = locate(source)
     is_single_file = not located.path.is_dir()
     if is_single_file:
@@ -121,7 +130,6 @@ def open_checkpoint(
         folder = located.path
         weight_map, paths = _weight_files(source, folder, max_memory)
     files = [_regular_file(source, path) for path in paths]
-    headers = Headers() if headers is None else headers
     shards, table = _read_table(source, folder, files, weight_map, headers, max_memory)
     return Checkpoint(
         source=source,

@@ -13,7 +13,7 @@ from shardmix.blocks import TensorPlaces
 from shardmix.digests import READ_NBYTES, read_range
 from shardmix.filesystem import open_regular
 from shardmix.findings import LeafFindings
-from shardmix.page_cache import Trail, drop_pages
+from shardmix.page_cache import PassedRanges
 from shardmix.placement import buffer_for_reading
 from shardmix.plan import MergePlan
 
@@ -42,9 +42,11 @@ class ComparedShard:
         self, plan: MergePlan, number: int, folder: Path, differences: Differences
     ) -> None:
         self._planned = planned = plan.shards[number]
-        self._keep_cached = plan.cache_use.keeps_sources
         self._places = TensorPlaces(planned)
         self._path = folder / planned.filename
+        # Here it is read, as sources are.
+        is_kept = plan.cache_use.keeps_sources
+        self._passed = None if is_kept else PassedRanges([self._path])
         self._differences = differences
         self._local = threading.local()
         self._file: BinaryIO | None = None
@@ -100,9 +102,9 @@ class ComparedShard:
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            if not self._keep_cached:
-                drop_pages(self._file.fileno(), 0, self._planned.file_nbytes)
             self._file.close()
+            if self._passed is not None:
+                self._passed.end()
 
     @property
     def _is_unreadable(self) -> bool:
@@ -128,9 +130,9 @@ class ComparedShard:
             return
         if not hasattr(self._local, "buffer"):
             self._local.buffer = buffer_for_reading(READ_NBYTES)
-            self._local.trail = Trail(self._file.fileno(), keep=self._keep_cached)
         try:
             yield from read_range(self._file.fileno(), start, stop, self._local.buffer)
         except OSError as error:
             self._cannot_read(error)
-        self._local.trail.passed(start, stop)
+        if self._passed is not None:
+            self._passed.add(0, start, stop)

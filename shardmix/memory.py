@@ -98,12 +98,13 @@ def peak_resident_nbytes() -> int:
 def check_room(needed: int, *, max_memory: int | None, purpose: str) -> None:
     """Raise `BudgetError` where taking so many bytes more could exceed the process's budget.
 
-    Without a budget, four fifths of the machine's free memory is one. `purpose` opens the message.
+    Without a budget, four fifths of the available memory is one. `purpose` opens the message.
     """
     if max_memory is None:
         if needed <= _LITTLE_NBYTES:
             return
-        budget, whose = resident_nbytes() + available_nbytes() * 4 // 5, "this machine can spare"
+        budget = resident_nbytes() + available_nbytes() * 4 // 5
+        whose = "there is to spare here only"
     else:
         budget, whose = max_memory, "--max-memory is"
     least = resident_nbytes() + needed

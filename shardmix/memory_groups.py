@@ -4,6 +4,7 @@ Linux, groups of version 1 and 2:
 https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,17 +19,21 @@ _UNLIMITED_NBYTES = 1 << 60  # what version 1 says where there is no limit is mo
 class _Names:
     """What the files and fields are called."""
 
-    limit: str
+    limits: tuple[str, ...]
     usage: str
-    cached: tuple[str, ...]
+    reclaimable: tuple[str, ...]
 
 
 _VERSION_1 = _Names(
-    "memory.limit_in_bytes",
+    ("memory.limit_in_bytes",),
     "memory.usage_in_bytes",
     ("total_inactive_file", "total_active_file"),
 )
-_VERSION_2 = _Names("memory.max", "memory.current", ("inactive_file", "active_file"))
+_VERSION_2 = _Names(
+    ("memory.max", "memory.high"),
+    "memory.current",
+    ("inactive_file", "active_file", "slab_reclaimable"),
+)
 
 
 def group_available_nbytes() -> int | None:
@@ -40,12 +45,13 @@ def group_available_nbytes() -> int | None:
 def _groups() -> Iterator[tuple[Path, _Names]]:
     """Yield the folders of the process's memory groups, and of those that these are part of."""
     try:
-        lines = _MEMBERSHIP.read_text().splitlines()
+        lines = os.fsdecode(_MEMBERSHIP.read_bytes()).splitlines()
     except OSError:
         return
     for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if line.startswith("0::"):
             root, names = _ROOT, _VERSION_2
         elif "memory" in controllers.split(","):
             root, names = _ROOT / "memory", _VERSION_1
@@ -60,13 +66,21 @@ def _groups() -> Iterator[tuple[Path, _Names]]:
 
 
 def _available_nbytes(folder: Path, names: _Names) -> int | None:
+    limit = min((_limit_nbytes(folder / name) for name in names.limits), default=_UNLIMITED_NBYTES)
+    if limit >= _UNLIMITED_NBYTES:
+        return None
     with suppress(OSError, ValueError):
-        limit = int((folder / names.limit).read_text())  # "max": none
-        if limit < _UNLIMITED_NBYTES:
-            used = int((folder / names.usage).read_text())
-            fields = dict(
-                line.split(" ", 1) for line in (folder / "memory.stat").read_text().splitlines()
-            )
-            cached = sum(int(fields.get(name, 0)) for name in names.cached)
-            return max(0, limit - used + cached)
+        used = int((folder / names.usage).read_text())
+        fields = dict(
+            line.split(" ", 1) for line in (folder / "memory.stat").read_text().splitlines()
+        )
+        reclaimable = sum(int(fields.get(name, 0)) for name in names.reclaimable)
+        return max(0, limit - used + reclaimable)
     return None
+
+
+def _limit_nbytes(path: Path) -> int:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # not there, or "max"
+        return _UNLIMITED_NBYTES

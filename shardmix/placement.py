@@ -11,6 +11,7 @@ would be chance.
 import ctypes
 
 PAGE_NBYTES = 4096
+HUGE_PAGE_NBYTES = 2 << 20
 _VECTOR_NBYTES = 64
 
 

@@ -229,8 +229,9 @@ class MergePlan:
     def digest(self) -> str:
         """Return a SHA-256 (hex) of all that decides the output's bytes.
 
-        Where sources lie and the output goes, how they are read and how much memory that takes are
-        left out: from the same bytes, two plans of one digest write the same files.
+        Where sources lie and the output goes, how they are read, how much memory that takes and
+        what stays in the page cache are left out: from the same bytes, two plans of one digest
+        write the same files.
 
         Goes through the plan run by run, since in one piece its JSON takes as much memory as it.
         """
@@ -243,8 +244,10 @@ class MergePlan:
 
     def _decisive_parts(self) -> Iterator[object]:
         """Yield all that decides the output's bytes, in an order that is always the same."""
-        irrelevant = {"sources", "output", "base_folder", "settings", "memory", "cache_use"}
-        irrelevant |= {"warnings"}
+        irrelevant = {
+            *("sources", "output", "base_folder"),
+            *("settings", "memory", "cache_use", "warnings"),
+        }
         in_parts = {"files", "shards"}
         for field in fields(self):
             if field.name not in irrelevant | in_parts:

@@ -1,7 +1,7 @@
 """The shard planner: from a recipe and opened checkpoints to a `MergePlan`.
 
 Decides names, dtypes, output shards, every offset and the memory before a byte of weights is read.
-Pure but for looking up files beside the weights and how much memory is in use.
+Pure but for looking up files beside the weights and how much memory is in use and available.
 """
 
 import importlib.util
@@ -125,6 +125,7 @@ def plan_merge(
         cache_use=plan_cache_use(
             read_nbytes=sum(shard.read_nbytes for shard in shards),
             write_nbytes=sum(shard.file_nbytes for shard in shards),
+            fsync=settings.fsync,
         ),
         warnings=tuple(warnings),
     )
@@ -189,10 +190,10 @@ def public_name(checkpoint: Checkpoint) -> str:
 def _decided(settings: RunSettings, shards: Sequence[OutputShard]) -> RunSettings:
     """Return the settings with every `auto` decided.
 
-    Sources are read by pread: measured faster than mapping. Kernels sum where llvmlite is installed
-    and they know all the dtypes. Raises `RecipeError` where they were asked for and can't. Whether
-    a GPU is the faster is measured when the merge starts, where that may pay; till then it is
-    assumed.
+    Sources are read by pread: as fast as mapping, in less memory. Kernels sum where llvmlite is
+    installed and they know all the dtypes. Raises `RecipeError` where they were asked for and
+    can't. Whether a GPU is the faster is measured when the merge starts, where that may pay; till
+    then it is assumed.
     """
     io, backend = settings.io, settings.backend
     if settings.device == "auto":

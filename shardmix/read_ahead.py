@@ -17,6 +17,8 @@ from shardmix.units import MIB
 _STEP_NBYTES = 8 * MIB
 MOST_NBYTES = 1024 * MIB
 """What is read ahead at most, into the system's cache; and never more than a quarter of it."""
+MOST_UNCACHED_NBYTES = 128 * MIB
+"""The same where the cache is left to other files."""
 
 
 @contextmanager
@@ -31,7 +33,8 @@ def reading_ahead(plan: MergePlan) -> Iterator[None]:
 
 
 def _read_ahead(plan: MergePlan, stop: threading.Event) -> None:
-    left = min(MOST_NBYTES, available_nbytes() // 4)
+    most = MOST_NBYTES if plan.cache_use.keeps_sources else MOST_UNCACHED_NBYTES
+    left = min(most, available_nbytes() // 4)
     with closing(PreadReader(plan.files)) as reader, suppress(SourceError, OSError):
         for file, offset, nbytes in _beginnings(plan):
             if stop.is_set() or nbytes > left:

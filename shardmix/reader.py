@@ -18,6 +18,7 @@ from typing import Protocol
 from shardmix.errors import SourceError
 from shardmix.filesystem import MAX_IO_NBYTES
 from shardmix.mapped_faults import GuardedRange, guard, unguard
+from shardmix.placement import HUGE_PAGE_NBYTES
 from shardmix.source_files import (
     OpenFiles,
     SizedFile,
@@ -27,11 +28,6 @@ from shardmix.source_files import (
 
 MAX_MAPPED_AT_ONCE = 3
 """Of how many sources one strip can be mapped; of more, the others are read. Each takes memory."""
-
-# A fault maps neighbours of the page it was for, up to a whole huge page: so pages are given back
-# by that. The last one stays if the next view goes on in it: to map it again is most of the cost.
-_HUGE_NBYTES = 2 << 20
-
 
 # What the widest element wants of its address.
 _ELEMENT_ALIGNMENT = 8
@@ -58,9 +54,6 @@ class Reader(Protocol):
         Valid until `release`. Raises `SourceError`.
         """
 
-    def passed(self, file: int, start: int, stop: int) -> None:
-        """Take a range of a file for done with, views of it released: it may leave the cache."""
-
     def release(self) -> None:
         """End the use of all views; whatever came of them counts only after this.
 
@@ -71,17 +64,16 @@ class Reader(Protocol):
         """Close all files."""
 
 
-def open_reader(io: str, files: Sequence[SizedFile], *, keep_cached: bool = True) -> Reader:
-    """Return the reader for `--io` mmap or pread; what is read stays in the page cache or not."""
-    kind = MmapReader if io == "mmap" else PreadReader
-    return kind(files, keep_cached=keep_cached)
+def open_reader(io: str, files: Sequence[SizedFile]) -> Reader:
+    """Return the reader for `--io` mmap or pread."""
+    return MmapReader(files) if io == "mmap" else PreadReader(files)
 
 
 class PreadReader:
     """Reads into the caller's buffer; right for every file system."""
 
-    def __init__(self, files: Sequence[SizedFile], *, keep_cached: bool = True) -> None:
-        self._open = OpenFiles(files, keep_cached=keep_cached)
+    def __init__(self, files: Sequence[SizedFile]) -> None:
+        self._open = OpenFiles(files)
 
     def descriptors(self, files: Sequence[int]) -> Sequence[int] | None:
         """Return files open for reading, valid until the next call; None: too many at a time."""
@@ -113,10 +105,6 @@ class PreadReader:
             self._open.evict_oldest()
             os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
-    def passed(self, file: int, start: int, stop: int) -> None:
-        """Let a range leave the cache, if it is not to be kept there."""
-        self._open.passed(file, start, stop)
-
     def release(self) -> None:
         """Do nothing: the buffer is the caller's."""
 
@@ -139,11 +127,14 @@ class _View:
 class MmapReader:
     """Maps files and gives pages back behind each strip; saves a copy.
 
+    A fault maps neighbours of the page it was for, up to a whole huge page: so pages are given back
+    by that. The last one stays if the next view goes on in it: to map it again is most of the cost.
+
     A page that cannot be loaded reads as zeros and is found by `release`: see `mapped_faults`.
     """
 
-    def __init__(self, files: Sequence[SizedFile], *, keep_cached: bool = True) -> None:
-        self._open = OpenFiles(files, keep_cached=keep_cached)
+    def __init__(self, files: Sequence[SizedFile]) -> None:
+        self._open = OpenFiles(files)
         self._maps: dict[int, tuple[mmap.mmap, GuardedRange]] = {}
         self._used: list[_View] = []
         self._kept: list[tuple[int, int]] = []
@@ -158,7 +149,7 @@ class MmapReader:
         if len(self._used) == MAX_MAPPED_AT_ONCE:
             return self._others.view(file, offset, into)
         mapping = self._mapping(file)
-        begun = file, offset - offset % _HUGE_NBYTES
+        begun = file, offset - offset % HUGE_PAGE_NBYTES
         if begun in self._kept:
             self._kept.remove(begun)
         else:
@@ -201,17 +192,13 @@ class MmapReader:
             self._give_back_kept()
             self._unmap(evicted)
 
-    def passed(self, file: int, start: int, stop: int) -> None:
-        """Let a range leave the cache, if it is not to be kept there."""
-        self._open.passed(file, start, stop)
-
     def _give_back(self) -> list[_View]:
         given, self._used = self._used, []
         for used in given:
             with suppress(BufferError):  # after an error its traceback may still hold the view
                 used.content.release()
             start, end = used.offset, used.offset + used.nbytes
-            start, stop = start - start % _HUGE_NBYTES, end - end % _HUGE_NBYTES
+            start, stop = start - start % HUGE_PAGE_NBYTES, end - end % HUGE_PAGE_NBYTES
             if start < stop:
                 used.mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
             if stop < end:
@@ -221,7 +208,7 @@ class MmapReader:
     def _give_back_kept(self) -> None:
         for file, start in self._kept:
             mapping = self._maps[file][0]
-            nbytes = min(_HUGE_NBYTES, len(mapping) - start)
+            nbytes = min(HUGE_PAGE_NBYTES, len(mapping) - start)
             mapping.madvise(mmap.MADV_DONTNEED, start, nbytes)
         self._kept.clear()
 

@@ -47,9 +47,10 @@ class PlanReport:
     projected_vram_bytes: int
     """GPU memory that torch will have reserved at its peak, at most, on one GPU."""
     keeps_sources_cached: bool
-    """What is read stays in the system's page cache; in a merge larger than it, it does not."""
+    """What is read may stay in the page cache; where all that is read and written is more than half
+    of the available memory, it is dropped from there behind the merge."""
     keeps_output_cached: bool
-    """What is written does."""
+    """What is written may stay; likewise, where that alone is more and is forced to disk."""
     weights: tuple[float, ...]
     """In source order."""
     sources: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""How a merge is run: device, backend, budgets. Nothing here changes a byte of the output."""
+"""How a merge is run: device, backend, budgets."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ class RunSettings:
     is_device_open: bool = False
     """A GPU is there but nobody asked for it: the merge begins by trying if the CPU is faster."""
     io: str = "auto"
-    """How sources are read: mmap, pread, or auto until the planner has looked at the disks."""
+    """How sources are read: mmap, pread, or auto until the planner has decided."""
     backend: str = "auto"
     """What does the sums: TORCH, LLVM, or auto until the planner has seen the dtypes."""
     workers: int | None = None

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Protocol
 
 from shardmix.errors import SourceChangedError, SourceError
-from shardmix.page_cache import Trail
 
 MAX_OPEN_FILES = 32
 """Files that one worker keeps open (each once more where it is mapped); enough for the shards in
@@ -83,11 +82,9 @@ def _close(descriptor: int) -> None:
 class OpenFiles:
     """Descriptors of the files last used, oldest closed first."""
 
-    def __init__(self, files: Sequence[SizedFile], *, keep_cached: bool = True) -> None:
+    def __init__(self, files: Sequence[SizedFile]) -> None:
         self._files = files
-        self._keep_cached = keep_cached
         self._descriptors: OrderedDict[int, int] = OrderedDict()
-        self._trails: dict[int, Trail] = {}
 
     def descriptor(self, file: int) -> int:
         """Return the file, open for reading, and of those in use the last to be closed."""
@@ -123,15 +120,9 @@ class OpenFiles:
         """Close the file unused for longest if too many are open; return its number."""
         if len(self._descriptors) <= MAX_OPEN_FILES:
             return None
-        file = next(iter(self._descriptors))
-        self._close_file(file)
+        file, descriptor = self._descriptors.popitem(last=False)
+        _close(descriptor)
         return file
-
-    def passed(self, file: int, start: int, stop: int) -> None:
-        """Take a range for done with; unless it is to be kept there, it leaves the page cache."""
-        if file not in self._trails:
-            self._trails[file] = Trail(self.descriptor(file), keep=self._keep_cached)
-        self._trails[file].passed(start, stop)
 
     def path(self, file: int) -> str | Path:
         """Return where it lies."""
@@ -151,9 +142,4 @@ class OpenFiles:
     def close(self) -> None:
         """Close all."""
         while self._descriptors:
-            self._close_file(next(iter(self._descriptors)))
-
-    def _close_file(self, file: int) -> None:
-        if file in self._trails:
-            self._trails.pop(file).end()
-        _close(self._descriptors.pop(file))
+            _close(self._descriptors.popitem()[1])

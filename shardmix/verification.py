@@ -19,7 +19,7 @@ from shardmix.errors import MergeCancelled, RecipeError, SourceError
 from shardmix.filesystem import open_regular, refuse_link_outside
 from shardmix.memory import default_workers, peak_resident_nbytes, resident_nbytes
 from shardmix.naming import is_companion_file
-from shardmix.page_cache import Trail, plan_cache_use
+from shardmix.page_cache import PassedRanges, plan_cache_use
 from shardmix.provenance import NOT_DIGESTED, Provenance, read_provenance
 from shardmix.recomputation import places_given
 
@@ -118,8 +118,6 @@ class _Progress:
         self._totals = num_bytes_total, num_files_total
         self._lock = threading.Lock()
         self._is_stopped = False
-        cache_use = plan_cache_use(read_nbytes=num_bytes_total, write_nbytes=0)
-        self.keeps_cached = cache_use.keeps_sources
         self.num_bytes = self._num_files = 0
 
     def count(self, num_bytes: int) -> None:
@@ -164,12 +162,16 @@ def _check_digests(
 ) -> tuple[list[str], int]:
     """Return what is wrong with the files of an output, and how many bytes were read."""
     files = provenance.digests.files
-    progress = _Progress(sum(record.bytes for record in files.values()), len(files))
+    num_bytes = sum(record.bytes for record in files.values())
+    is_kept = plan_cache_use(read_nbytes=num_bytes, write_nbytes=0, fsync=True).keeps_sources
+    progress = _Progress(num_bytes, len(files))
     futures: list[Future[str | None]] = []
     pool = ThreadPoolExecutor(default_workers())
     try:
         for name in sorted(files):
-            futures.append(pool.submit(_check_file, folder, name, provenance, progress))
+            futures.append(
+                pool.submit(_check_file, folder, name, provenance, progress, keep_cached=is_kept)
+            )
         pending = set(futures)
         while pending:
             if cancel is not None and cancel.is_set():
@@ -198,29 +200,36 @@ def _wait_for(futures: list[Future[str | None]]) -> None:
             wait(unfinished)
 
 
-def _check_file(folder: Path, name: str, provenance: Provenance, progress: _Progress) -> str | None:
+def _check_file(
+    folder: Path, name: str, provenance: Provenance, progress: _Progress, *, keep_cached: bool
+) -> str | None:
     """Return what is wrong with one file, or None."""
     record, path = provenance.digests.files[name], folder / name
+    passed = PassedRanges([path])
+    position = 0
+
+    def on_bytes(num_bytes: int) -> None:
+        nonlocal position
+        progress.count(num_bytes)
+        if not keep_cached:
+            passed.add(0, position, position + num_bytes)
+            position += num_bytes
+
     try:
         refuse_link_outside(folder, path)
         with open_regular(path) as file:
             nbytes = os.fstat(file.fileno()).st_size
             if nbytes != record.bytes:
                 return f"{path}: has {nbytes} bytes, not {record.bytes}"
-            trail = Trail(file.fileno(), keep=progress.keeps_cached)
-
-            def on_bytes(num_bytes: int) -> None:
-                trail.advance(num_bytes)
-                progress.count(num_bytes)
-
             digest = file_digest(file.fileno(), provenance.digests.algorithm, on_bytes=on_bytes)
-            trail.end()
     except SourceError as error:
         return str(error)
     except FileNotFoundError:
         return f"{path}: is missing"
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror or error})"
+    if not keep_cached:
+        passed.end()
     progress.file_done()
     same = digest == record.digest
     return None if same else f"{path}: its bytes are not those that the merge wrote"

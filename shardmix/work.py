@@ -8,11 +8,13 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from shardmix.blocks import Block, TensorPlaces, blocks
+from shardmix.blocks import Block, Strip, TensorPlaces, blocks
 from shardmix.errors import NonfiniteError
 from shardmix.findings import FindingsSum, LeafFindings
+from shardmix.page_cache import PassedRanges
 from shardmix.plan import MergePlan
 from shardmix.run_settings import ERROR
+from shardmix.safetensors_layout import element_nbytes
 
 
 class LeafTarget(Protocol):
@@ -67,6 +69,9 @@ class Work:
         self._plan = plan
         self._open_shard = open_shard
         self._lock = threading.Lock()
+        self._passed: PassedRanges | None = None
+        if not plan.cache_use.keeps_sources:
+            self._passed = PassedRanges([file.path for file in plan.files])
         self._not_begun = iter(range(len(plan.shards)))
         self._open: list[ShardInWork] = []
         self._findings = FindingsSum()
@@ -104,6 +109,15 @@ class Work:
         with self._lock:
             self.num_bytes_done += num_bytes
             self.num_bytes_kept += num_bytes * kept
+
+    def sources_passed(self, strip: Strip) -> None:
+        """Take what a strip was read from for done with: it may leave the page cache."""
+        if self._passed is None:
+            return
+        run, start, stop = strip.run, strip.start, strip.start + strip.num_elements
+        for file, offset, dtype in zip(run.files, run.offsets, run.dtypes, strict=True):
+            width = element_nbytes(dtype)
+            self._passed.add(file, offset + start * width, offset + stop * width)
 
     def found(self, findings: LeafFindings) -> None:
         """Take in findings. Raises `NonfiniteError` where there are NaN or Inf, and may not be."""
@@ -145,6 +159,8 @@ class Work:
         """Close what is still open, then raise the first worker's error, if there was one."""
         for shard in self._open:
             shard.target.close()
+        if self._passed is not None:
+            self._passed.end()
         if self._error is not None:
             raise self._error
 

@@ -30,8 +30,7 @@ def work_through(
             for reducer in backend.make_reducers(strip_nbytes=strip_nbytes)
         ]
         buffer = buffer_for_reading(READ_NBYTES)
-        keep_cached = plan.cache_use.keeps_sources
-        with closing(open_reader(plan.settings.io, plan.files, keep_cached=keep_cached)) as reader:
+        with closing(open_reader(plan.settings.io, plan.files)) as reader:
             shard = None
             while (handed_out := work.next_block(shard)) is not None:
                 shard, block = handed_out
@@ -90,15 +89,6 @@ def _merge_block(
 
 def _start_strip(strip: Strip, reader: Reader, reducer: Reducer, clock: Clock) -> memoryview:
     """Read a strip; on the CPU sum it, too. Return where its output is, or will be."""
-    data = _read_strip(strip, reader, reducer, clock)
-    run, start, stop = strip.run, strip.start, strip.start + strip.num_elements
-    for file, offset, dtype in zip(run.files, run.offsets, run.dtypes, strict=True):
-        width = element_nbytes(dtype)
-        reader.passed(file, offset + start * width, offset + stop * width)
-    return data
-
-
-def _read_strip(strip: Strip, reader: Reader, reducer: Reducer, clock: Clock) -> memoryview:
     run, start = strip.run, strip.start
     reducer.begin(run, start, strip.num_elements)
     descriptors = reader.descriptors(run.files)
@@ -140,3 +130,4 @@ def _end_strip(
     clock.lap(REDUCE)
     leaves.write(strip.out_position, data)
     work.count(strip.source_nbytes)
+    work.sources_passed(strip)

@@ -22,6 +22,7 @@ class ShardWriter:
         self._path = path
         self._file_nbytes = file_nbytes
         self._keep_cached = keep_cached
+        self._num_cached = 0  # since pages were dropped; threads may count a leaf too few
         self._lock = threading.Lock()
         self._descriptor = -1
         try:
@@ -48,13 +49,13 @@ class ShardWriter:
             yield from read_range(self._descriptor, start, stop, buffer)
         except OSError as error:
             raise OutputError(f"{self._path}: cannot be read ({error.strerror})") from None
-        self._let_go(start, stop)
 
     def start_writeback(self, offset: int, nbytes: int) -> None:
         """Start to write a range to disk, so that `finish` has little to wait for."""
         start_writeback(self._descriptor, offset, nbytes)
-        earlier = max(0, offset - DROPPED_AT_ONCE_NBYTES)
-        self._let_go(earlier, min(earlier + nbytes, offset))
+        self._num_cached += nbytes
+        if self._num_cached >= DROPPED_AT_ONCE_NBYTES:
+            self._drop_pages()
 
     def finish(self, head: Iterable[bytes], *, fsync: bool) -> None:
         """Write the file's first bytes, in pieces, force it to disk if wanted, and close it.
@@ -68,14 +69,16 @@ class ShardWriter:
         try:
             if fsync:
                 os.fsync(self._descriptor)
-                self._let_go(0, self._file_nbytes)
+                self._drop_pages()
             self._close()  # network disks may say only now that they are full
         except OSError as error:
             raise writing_failed(self._path, error) from None
 
-    def _let_go(self, start: int, stop: int) -> None:
+    def _drop_pages(self) -> None:
+        """Drop what is on the disk by now; the rest has its turn later."""
+        self._num_cached = 0
         if not self._keep_cached:
-            drop_pages(self._descriptor, start, stop)
+            drop_pages(self._descriptor, 0, self._file_nbytes)
 
     def close(self) -> None:
         """Close the file, finished or not."""

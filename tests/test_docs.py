@@ -36,6 +36,16 @@ def test_the_design_has_a_line_for_every_module():
     assert MODULES | {"cli", "reducer", "scorer"} <= set(re.findall(r"`(\w+)`", table))
 
 
+def test_the_design_numbers_the_layers_that_are_held():
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.search(r"^layers = \[\n(.*?)^\]", settings, flags=re.MULTILINE | re.DOTALL)
+    layers = re.findall(r'"(.+)",', listed[1])[::-1]
+    held = {(str(number), name) for number, line in enumerate(layers) for name in line.split(" | ")}
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| ((?:`\w+` )+)\|", text, flags=re.MULTILINE)
+    assert {(number, name) for number, names in rows for name in re.findall(r"\w+", names)} == held
+
+
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
 def test_make_targets_that_the_docs_name_exist(name):
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))

@@ -2,6 +2,7 @@
 
 import pytest
 
+import shardmix
 from shardmix import headers as headers_module
 from shardmix.errors import SourceError
 from shardmix.headers import Headers
@@ -55,3 +56,9 @@ def test_a_file_cut_short_is_refused_though_its_header_is_known(tmp_path):
     cut.write_bytes(cut.read_bytes()[:-1])
     with pytest.raises(SourceError, match="a download may have been cut off"):
         read(headers, cut)
+
+
+def test_a_merge_is_planned_with_each_header_decoded_once(tmp_path, decoded):
+    models = {str(model_file(tmp_path / name, seed).parent): 0.5 for seed, name in enumerate("ab")}
+    shardmix.plan_merge(models)
+    assert len(decoded) == 1

@@ -138,7 +138,7 @@ def test_without_a_budget_four_fifths_of_the_free_memory_is_one(monkeypatch):
     monkeypatch.setattr(memory, "available_nbytes", lambda: 1000 * MIB)
     memory.check_room(800 * MIB, max_memory=None, purpose="x: to decode it")
     with pytest.raises(
-        BudgetError, match="may take 901MiB in all but this machine can spare 900MiB"
+        BudgetError, match="may take 901MiB in all but there is to spare here only 900MiB"
     ):
         memory.check_room(801 * MIB, max_memory=None, purpose="x: to decode it")
     monkeypatch.setattr(memory, "available_nbytes", lambda: 0)

@@ -67,7 +67,7 @@ def test_a_path_of_the_host_is_not_looked_for_in_vain(system):
     assert memory_groups.group_available_nbytes() == 1 * GIB
 
 
-@pytest.mark.parametrize("lines", [[], ["0::/"], ["7:memory:/job"]])
+@pytest.mark.parametrize("lines", [[], ["0::/"], ["7:memory:/job"], ["", "what?", "0::"]])
 def test_without_a_limit_the_machine_alone_counts(system, lines):
     system(lines)
     assert memory_groups.group_available_nbytes() is None
@@ -82,3 +82,8 @@ def test_other_systems_have_no_groups(tmp_path, monkeypatch):
 def test_the_limit_is_what_is_available(system):
     system(["0::/job"], job=version_2(GIB // 1024))
     assert memory.available_nbytes() == GIB // 1024
+
+
+def test_the_limit_that_slows_down_counts_as_well(system):
+    system(["0::/job"], job=version_2(4 * GIB) | {"memory.high": 3 * GIB})
+    assert memory_groups.group_available_nbytes() == 3 * GIB

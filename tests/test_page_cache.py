@@ -2,16 +2,22 @@
 
 import ctypes
 import itertools
+import json
 import mmap
 import os
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
 import shardmix
-from shardmix import page_cache
-from shardmix.page_cache import DROPPED_AT_ONCE_NBYTES, CacheUse, Trail, plan_cache_use
+from shardmix import page_cache, source_files, writer
+from shardmix.cli.app import app
+from shardmix.page_cache import CacheUse, PassedRanges, plan_cache_use
 from tests.models import random_model, save_model
 
 MIB = 1 << 20
@@ -19,57 +25,76 @@ GIB = 1 << 30
 
 
 @pytest.mark.parametrize(
-    ("read", "written", "use"),
+    ("read", "written", "fsync", "use"),
     [
-        (3 * GIB, 1 * GIB, CacheUse(keeps_sources=True, keeps_output=True)),
-        (4 * GIB, 1 * GIB, CacheUse(keeps_sources=False, keeps_output=True)),
-        (9 * GIB, 5 * GIB, CacheUse(keeps_sources=False, keeps_output=False)),
+        (3 * GIB, 1 * GIB, True, CacheUse(keeps_sources=True, keeps_output=True)),
+        (4 * GIB, 1 * GIB, True, CacheUse(keeps_sources=False, keeps_output=True)),
+        (9 * GIB, 5 * GIB, True, CacheUse(keeps_sources=False, keeps_output=False)),
+        (9 * GIB, 5 * GIB, False, CacheUse(keeps_sources=False, keeps_output=True)),
     ],
 )
-def test_what_fits_into_half_of_the_free_memory_stays(monkeypatch, read, written, use):
+def test_what_fits_into_half_of_the_available_memory_stays(monkeypatch, read, written, fsync, use):
     monkeypatch.setattr(page_cache, "available_nbytes", lambda: 8 * GIB)
-    assert plan_cache_use(read_nbytes=read, write_nbytes=written) == use
+    assert plan_cache_use(read_nbytes=read, write_nbytes=written, fsync=fsync) == use
 
 
 @pytest.fixture
 def dropped(monkeypatch):
+    """(File, start, stop) of each call for it, in order."""
     calls = []
 
     def note(descriptor, start, stop):
-        if start < stop:
-            calls.append((start, stop))
+        calls.append((os.fstat(descriptor).st_ino, start, stop))
 
-    monkeypatch.setattr(page_cache, "drop_pages", note)
+    for module in (page_cache, writer):
+        monkeypatch.setattr(module, "drop_pages", note)
     return calls
 
 
-def test_a_trail_drops_long_pieces_that_end_with_whole_pages(dropped):
-    trail, step = Trail(0, keep=False), 3 * MIB + 1
-    for start in range(1000, 80 * MIB, step):
-        trail.passed(start, start + step)
-    assert dropped[0][0] == 1000
-    assert all(first[1] == second[0] for first, second in itertools.pairwise(dropped))
-    assert all(stop % (2 * MIB) == 0 for _, stop in dropped)
-    assert all(stop - start >= DROPPED_AT_ONCE_NBYTES for start, stop in dropped)
-    assert len(dropped) == 2
-    trail.end()
-    assert dropped[-1] == (dropped[-2][1], start + step)
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"")
+    os.truncate(path, 200 * MIB + 5)
+    return path
 
 
-def test_a_trail_that_goes_on_elsewhere_leaves_nothing_behind(dropped):
-    trail = Trail(0, keep=False)
-    trail.passed(0, MIB)
-    trail.passed(70 * MIB, 71 * MIB)
-    trail.advance(MIB)
-    trail.end()
-    assert dropped == [(0, MIB), (70 * MIB, 72 * MIB)]
+@given(
+    order=st.permutations(range(0, 200 * MIB, 3 * MIB + 1)),
+    at_once=st.sampled_from([4 * MIB, 32 * MIB, 400 * MIB]),
+)
+def test_ranges_in_any_order_are_dropped_once_in_long_pieces_of_whole_pages(order, at_once):
+    with pytest.MonkeyPatch.context() as patch:
+        calls = []
+        patch.setattr(page_cache, "DROPPED_AT_ONCE_NBYTES", at_once)
+        patch.setattr(
+            PassedRanges, "_drop", lambda self, file, start, stop: calls.append((start, stop))
+        )
+        passed = PassedRanges(["file"])
+        for start in order:
+            passed.add(0, start, start + 3 * MIB + 1)
+    assert all(stop - start >= at_once for start, stop in calls)
+    assert all(start % (2 * MIB) == stop % (2 * MIB) == 0 for start, stop in calls)
+    assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(sorted(calls)))
+    if at_once <= 32 * MIB:
+        # What is left lies between two that were dropped, or at an end, and is short.
+        num_bytes = sum(stop - start for start, stop in calls)
+        assert num_bytes >= 200 * MIB - (len(calls) + 1) * (at_once + 4 * MIB)
 
 
-def test_what_is_to_be_kept_is_not_dropped(dropped):
-    trail = Trail(0, keep=True)
-    trail.passed(0, 100 * MIB)
-    trail.end()
+def test_files_are_told_apart_and_dropped_whole_in_the_end(tmp_path, file, dropped):
+    other = tmp_path / "other"
+    other.write_bytes(b"1234")
+    passed = PassedRanges([file, other, tmp_path / "gone"])
+    passed.add(0, 0, 20 * MIB)
+    passed.add(1, 20 * MIB, 40 * MIB)
+    passed.add(2, 0, 100 * MIB)
     assert dropped == []
+    passed.add(0, 20 * MIB, 40 * MIB)
+    inode = file.stat().st_ino
+    assert dropped == [(inode, 0, 40 * MIB)]
+    passed.end()
+    assert dropped[1:] == [(inode, 0, 200 * MIB + 5), (other.stat().st_ino, 0, 4)]
 
 
 def share_cached(path):
@@ -89,20 +114,122 @@ def share_cached(path):
     return sum(page & 1 for page in pages) / len(pages)
 
 
+def large_models(folder, count):
+    """Models of 18 MiB and more."""
+    paths = []
+    for seed in range(count):
+        tensors = random_model(seed, torch.bfloat16)
+        for part in "abc":
+            tensors[f"large.{part}"] = torch.full((3 * MIB,), float(seed), dtype=torch.bfloat16)
+        names = sorted(tensors)
+        shards = [names[:-2], names[-2:]]
+        paths.append(save_model(folder / str(seed), tensors, shards=shards))
+    return {str(path): 1 / count for path in paths}
+
+
+def whole_files(folder):
+    """The weight files of a model, as they are dropped."""
+    return {
+        (path.stat().st_ino, 0, path.stat().st_size) for path in Path(folder).glob("*.safetensors")
+    }
+
+
+@pytest.mark.parametrize("io", ["pread", "mmap"])
+def test_all_of_a_large_merge_is_dropped_behind_it(tmp_path, dropped, monkeypatch, io):
+    models = large_models(tmp_path, 5)  # of which mmap maps three and reads two
+    monkeypatch.setattr(page_cache, "available_nbytes", lambda: 1)
+    monkeypatch.setattr(source_files, "MAX_OPEN_FILES", 2)
+    for module in (page_cache, writer):
+        monkeypatch.setattr(module, "DROPPED_AT_ONCE_NBYTES", 4 * MIB)
+    report = shardmix.merge(models, tmp_path / "out", io=io)
+    whole = {entry for model in models for entry in whole_files(model)}
+    assert whole <= set(dropped)
+    behind = [call for call in dropped if call not in whole | whole_files(report.output)]
+    sources = {inode for inode, _, _ in whole}
+    assert {inode for inode, _, _ in behind} <= sources
+    # The smaller file of each is shorter than two pieces.
+    assert len({inode for inode, _, _ in behind}) >= len(models)
+    # The output: behind its writing, and once more when it is on the disk.
+    for entry in whole_files(report.output):
+        assert dropped.count(entry) >= 1 + (entry[2] > 8 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ([], "page cache   is left to other files"),
+        (["--no-fsync"], "page cache   keeps the output alone"),
+    ],
+)
+def test_a_plan_tells_what_stays(tmp_path, monkeypatch, options, told):
+    models = large_models(tmp_path, 2)
+    monkeypatch.setattr(page_cache, "available_nbytes", lambda: 1)
+    words = [f"{model}={weight}" for model, weight in models.items()]
+    shown = CliRunner().invoke(app, ["plan", *words, *options])
+    assert told in shown.stdout
+    shown = CliRunner().invoke(app, ["plan", *words, *options, "--json"])
+    report = json.loads(shown.stdout)
+    assert (report["keeps_sources_cached"], report["keeps_output_cached"]) == (False, bool(options))
+
+
+def test_output_that_is_not_forced_to_disk_stays(tmp_path, dropped, monkeypatch):
+    models = large_models(tmp_path, 2)
+    monkeypatch.setattr(page_cache, "available_nbytes", lambda: 1)
+    report = shardmix.merge(models, tmp_path / "out", fsync=False)
+    assert dropped
+    assert not whole_files(report.output) & set(dropped)
+
+
+def test_a_merge_that_fits_drops_nothing(tmp_path, dropped, monkeypatch):
+    models = large_models(tmp_path, 2)
+    monkeypatch.setattr(page_cache, "available_nbytes", lambda: GIB)
+    report = shardmix.merge(models, tmp_path / "out", record_paths=True)
+    assert shardmix.verify(report.output, recompute=True).is_verified
+    assert dropped == []
+
+
+def test_to_verify_a_large_output_drops_what_it_reads(tmp_path, dropped, monkeypatch):
+    models = large_models(tmp_path, 2)
+    report = shardmix.merge(models, tmp_path / "out", record_paths=True)
+    monkeypatch.setattr(page_cache, "available_nbytes", lambda: 1)
+    monkeypatch.setattr(page_cache, "DROPPED_AT_ONCE_NBYTES", 4 * MIB)
+    assert shardmix.verify(report.output).is_verified
+    assert whole_files(report.output) <= set(dropped)
+    behind = set(dropped) - whole_files(report.output)
+    assert behind
+    dropped.clear()
+    assert shardmix.verify(report.output, recompute=True).is_verified
+    for folder in (*models, report.output):
+        assert whole_files(folder) <= set(dropped)
+
+
+def test_on_other_systems_nothing_is_called(tmp_path, file, monkeypatch):
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    passed = PassedRanges([file])
+    passed.add(0, 0, 100 * MIB)
+    passed.end()
+
+
 @pytest.fixture
 def models(tmp_path):
-    """Two models on a disk whose cached pages can be dropped, so that they may be missing."""
-    paths = []
-    for seed in (1, 2):
-        tensors = random_model(seed, torch.bfloat16)
-        tensors["large.weight"] = torch.full((9 * MIB,), float(seed), dtype=torch.bfloat16)
-        paths.append(save_model(tmp_path / str(seed), tensors) / "model.safetensors")
-    os.sync()
-    with paths[0].open("rb") as file:
-        page_cache.drop_pages(file.fileno(), 0, paths[0].stat().st_size)
-    if share_cached(paths[0]) > 0.5:
-        pytest.skip("on this file system cached pages cannot be dropped")
-    return {str(path.parent): 0.5 for path in paths}
+    """Two models on a disk whose files are cached, and can be dropped from there."""
+    models = large_models(tmp_path, 2)
+    probe = next(tmp_path.glob("0/*.safetensors"))
+    with probe.open("rb") as file:
+        os.fsync(file.fileno())
+        if share_cached(probe) < 0.5:
+            pytest.skip("on this file system files are not cached")
+        page_cache.drop_pages(file.fileno(), 0, probe.stat().st_size)
+        if share_cached(probe) > 0.1:
+            pytest.skip("on this file system cached pages cannot be dropped")
+    for path in tmp_path.glob("*/*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    return models
+
+
+def shares_cached(*folders):
+    return [share_cached(path) for folder in folders for path in Path(folder).glob("*.safetensors")]
 
 
 @pytest.mark.parametrize("io", ["pread", "mmap"])
@@ -111,23 +238,7 @@ def test_a_merge_larger_than_the_cache_leaves_it_to_others(
     tmp_path, models, monkeypatch, io, backend
 ):
     monkeypatch.setattr(page_cache, "available_nbytes", lambda: 1)
-    report = shardmix.merge(models, tmp_path / "out", io=io, backend=backend, max_shard_size="1GB")
-    for folder in (*models, report.output):
-        # What was read to know the file, its header, may stay.
-        assert share_cached(tmp_path / folder / "model.safetensors") < 0.2
+    report = shardmix.merge(models, tmp_path / "out", io=io, backend=backend)
+    assert max(shares_cached(*models, report.output)) < 0.1
     assert shardmix.verify(report.output).is_verified
-    assert share_cached(tmp_path / "out" / "model.safetensors") < 0.2
-
-
-def test_a_merge_that_fits_stays_cached(tmp_path, models, monkeypatch):
-    monkeypatch.setattr(page_cache, "available_nbytes", lambda: GIB)
-    report = shardmix.merge(models, tmp_path / "out")
-    for folder in (*models, report.output):
-        assert share_cached(tmp_path / folder / "model.safetensors") > 0.8
-
-
-def test_recomputing_leaves_the_output_uncached_too(tmp_path, models, monkeypatch):
-    shardmix.merge(models, tmp_path / "out", record_paths=True)
-    monkeypatch.setattr(page_cache, "available_nbytes", lambda: 1)
-    assert shardmix.verify(tmp_path / "out", recompute=True).is_verified
-    assert share_cached(tmp_path / "out" / "model.safetensors") < 0.2
+    assert max(shares_cached(report.output)) < 0.1

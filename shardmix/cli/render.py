@@ -213,7 +213,7 @@ def plan_report(report: "PlanReport", *, json: bool, quiet: bool = False) -> Non
 def _cache_use(report: "PlanReport") -> str:
     if report.keeps_sources_cached:
         return "keeps sources and output"
-    return "keeps the output" if report.keeps_output_cached else "left to other files"
+    return "keeps the output alone" if report.keeps_output_cached else "is left to other files"
 
 
 def model_report(report: "ModelReport", *, json: bool, all_tensors: bool) -> None:

@@ -23,7 +23,7 @@ from shardmix.scorer.streamed_model import StreamedModel
 from shardmix.scorer.units import Grain, cut
 from shardmix.units import MIB, format_mib
 
-# Of the free memory, and of a GPU's, what is taken at most where nobody set a bound.
+# Of the available memory, and of a GPU's, what is taken at most where nobody set a bound.
 _MEMORY_SHARE = 0.8
 _VRAM_SHARE = 0.9
 # On a GPU, what the host holds beside its libraries: the chunk being read, and the examples.

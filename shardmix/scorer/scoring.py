@@ -11,10 +11,9 @@ from os import PathLike
 
 import torch
 
-from shardmix.checkpoint import Checkpoint, open_checkpoint
+from shardmix.checkpoint import Checkpoint, open_checkpoints
 from shardmix.devices import resolve_device
 from shardmix.errors import RecipeError, SourceError
-from shardmix.headers import Headers
 from shardmix.memory import give_back_large_blocks, peak_resident_nbytes, resident_nbytes
 from shardmix.scorer.empty_model import import_model_code
 from shardmix.scorer.encoding import EncodedExamples, encode_examples, load_tokenizer
@@ -71,11 +70,7 @@ def score(
     give_back_large_blocks()
     device = torch.device(resolve_device(settings.device))
     _open_device(device)
-    headers = Headers()
-    checkpoints = [
-        open_checkpoint(name, max_memory=settings.max_memory_nbytes, headers=headers)
-        for name in names
-    ]
+    checkpoints = list(open_checkpoints(names, max_memory=settings.max_memory_nbytes))
     encoded = _encode(loaded, checkpoints[0], settings)
     objective = objective_for(encoded, settings)
     import_model_code(checkpoints[0], objective.auto_class)
