@@ -248,12 +248,13 @@ def _named_by_index(
     source: str, file: Path, names: list[str], weight_map: dict[str, str]
 ) -> slice | npt.NDArray[np.int64]:
     """Return the rows for which the index names this file, should two files hold one name."""
-    unnamed = next((name for name in names if name not in weight_map), None)
-    if unnamed is not None:
+    if not weight_map.keys() >= set(names):
+        unnamed = next(name for name in names if name not in weight_map)
         raise SourceError(
             f"{source}: {file} holds {unnamed}, which {INDEX_NAME} does not name; index and "
             "shards are from different checkpoints"
         )
-    file_name = str(file)
-    rows = [row for row, name in enumerate(names) if weight_map[name] == file_name]
-    return slice(None) if len(rows) == len(names) else np.array(rows, dtype=np.int64)
+    named = list(map(weight_map.__getitem__, names))
+    if named.count(str(file)) == len(names):
+        return slice(None)
+    return np.array([row for row, name in enumerate(named) if name == str(file)], dtype=np.int64)

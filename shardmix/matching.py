@@ -50,12 +50,9 @@ def check_mergeable(checkpoint: Checkpoint) -> None:
             "would be silently wrong: merge the unquantised checkpoints"
         )
     # One tensor of each kind is enough to look at: 90,000 experts have few.
-    kinds = {
-        (rank, name.rpartition(".")[2], len(shape)): row
-        for row, (name, rank, shape) in enumerate(
-            zip(table.names, table.dtype_ranks.tolist(), table.shapes, strict=True)
-        )
-    }
+    endings = [name.rpartition(".")[2] for name in table.names]
+    columns = zip(table.dtype_ranks.tolist(), endings, map(len, table.shapes), strict=True)
+    kinds = {kind: row for row, kind in enumerate(columns)}
     for (rank, ending, _), row in kinds.items():
         dtype, name = DTYPES[rank], table.names[row]
         if dtype not in FLOAT_DTYPES and dtype not in INTEGER_DTYPES:
@@ -121,7 +118,11 @@ def match_tensors(checkpoints: Sequence[Checkpoint], *, base_tied: bool | None) 
                 "output stores the merged head and its config says tie_word_embeddings: false"
             )
     rows = tuple(
-        np.array([rows_by_name[alias.get(name, name)] for name in names], dtype=np.int32)
+        np.fromiter(
+            (rows_by_name[stored] for stored in map(alias.get, names, names)),
+            dtype=np.int32,
+            count=len(names),
+        )
         for rows_by_name, alias in zip(row_of, aliases, strict=True)
     )
     shapes = _common_shapes(checkpoints, names, rows)
@@ -186,7 +187,7 @@ def _common_shapes(
     rows: Sequence[npt.NDArray[np.int32]],
 ) -> tuple[tuple[int, ...], ...]:
     all_shapes = [
-        [checkpoint.table.shapes[row] for row in model_rows.tolist()]
+        list(map(checkpoint.table.shapes.__getitem__, model_rows.tolist()))
         for checkpoint, model_rows in zip(checkpoints, rows, strict=True)
     ]
     first = all_shapes[0]

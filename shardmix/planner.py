@@ -6,6 +6,7 @@ Pure but for looking up files beside the weights and how much memory is in use a
 
 import importlib.util
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -172,9 +173,10 @@ def _output_dtypes(dtype: str, first: Checkpoint, matched: MatchedTensors) -> li
 def _main_float_dtype(matched: MatchedTensors, out_dtypes: Sequence[str]) -> str:
     """Return the torch name of the float dtype of most of the output; "" where it has none."""
     nbytes: dict[str, int] = {}
-    for shape, dtype in zip(matched.shapes, out_dtypes, strict=True):
+    kinds = Counter(zip(matched.shapes, out_dtypes, strict=True))
+    for (shape, dtype), count in kinds.items():
         if dtype in FLOAT_DTYPES:
-            nbytes[dtype] = nbytes.get(dtype, 0) + tensor_nbytes(dtype, shape) + 1
+            nbytes[dtype] = nbytes.get(dtype, 0) + count * (tensor_nbytes(dtype, shape) + 1)
     return _TORCH_NAMES[max(nbytes, key=lambda dtype: nbytes[dtype])] if nbytes else ""
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, pairwise
 
 import msgspec
 
@@ -116,10 +117,15 @@ class OutputHeader:
 
     encoded: bytes
     """Length prefix, JSON and padding: the file's first bytes."""
-    tensors: tuple[TensorInfo, ...]
-    """In data order, offsets counted from the start of the file."""
-    file_nbytes: int
-    """Size of the whole file."""
+    names: tuple[str, ...]
+    """Its tensors, in data order."""
+    offsets: tuple[int, ...]
+    """Where in the file each of them begins, and, one more, where the last one ends."""
+
+    @property
+    def file_nbytes(self) -> int:
+        """Size of the whole file."""
+        return self.offsets[-1]
 
 
 def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> OutputHeader:
@@ -129,27 +135,16 @@ def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> Output
     multiple of 8 bytes, so that the data is aligned.
     """
     ordered = sorted(tensors, key=lambda item: (-DTYPE_RANK[item[1]], item[0]))
+    sizes = [tensor_nbytes(dtype, shape) for _, dtype, shape in ordered]
+    bounds = list(accumulate(sizes, initial=0))
     entries: dict[str, object] = {"__metadata__": OUTPUT_METADATA}
-    position = 0
-    relative: list[tuple[str, str, tuple[int, ...], int, int]] = []
-    for name, dtype, shape in ordered:
-        nbytes = tensor_nbytes(dtype, shape)
-        entries[name] = {
-            "dtype": dtype,
-            "shape": shape,
-            "data_offsets": [position, position + nbytes],
-        }
-        relative.append((name, dtype, shape, position, nbytes))
-        position += nbytes
+    for (name, dtype, shape), offsets in zip(ordered, pairwise(bounds), strict=True):
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
     text = msgspec.json.encode(entries)
     text += b" " * (-len(text) % 8)
     encoded = len(text).to_bytes(HEADER_LENGTH_NBYTES, "little") + text
-    data_start = len(encoded)
     return OutputHeader(
         encoded=encoded,
-        tensors=tuple(
-            TensorInfo(name, dtype, shape, data_start + start, nbytes)
-            for name, dtype, shape, start, nbytes in relative
-        ),
-        file_nbytes=data_start + position,
+        names=tuple(name for name, _, _ in ordered),
+        offsets=tuple(len(encoded) + bound for bound in bounds),
     )

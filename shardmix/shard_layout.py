@@ -58,14 +58,12 @@ def _shard_groups(
             (filename, [index_of[name] for name in names])
             for filename, names in split.filename_to_tensors.items()
         ]
-    groups: dict[int, list[int]] = {}
+    files = first.table.files[matched.rows[0]]
+    # A head that the first model leaves out has no shard of its own there: it ends the last.
     stored = set(first.table.names)
-    last_file = len(first.shards) - 1
-    files = first.table.files[matched.rows[0]].tolist()
-    for index, name in enumerate(matched.names):
-        # A head that the first model leaves out has no shard of its own there: it ends the last.
-        groups.setdefault(files[index] if name in stored else last_file, []).append(index)
-    ordered = [groups[file] for file in sorted(groups)]
+    added = [index for index, name in enumerate(matched.names) if name not in stored]
+    files[added] = len(first.shards) - 1
+    ordered = [np.flatnonzero(files == file).tolist() for file in np.unique(files)]
     if len(ordered) == 1:
         return [(_FILENAME_PATTERN.format(suffix=""), ordered[0])]
     return [
@@ -106,18 +104,20 @@ class _SourceColumns:
         header = encode_header(
             (self._names[index], self._out_dtypes[index], self._shapes[index]) for index in members
         )
-        filled = [tensor for tensor in header.tensors if tensor.nbytes]
-        order = np.array([index_of[tensor.name] for tensor in filled], dtype=np.int64)
-        bounds = self._run_bounds(order)
+        order = np.fromiter(map(index_of.__getitem__, header.names), np.int64, len(members))
+        offsets = np.array(header.offsets)
+        is_filled = offsets[1:] > offsets[:-1]
+        order, starts = order[is_filled], offsets[:-1][is_filled]
         runs = tuple(
-            self._run(order[start:stop], filled[start].start) for start, stop in pairwise(bounds)
+            self._run(order[start:stop], int(starts[start]))
+            for start, stop in pairwise(self._run_bounds(order))
         )
         return OutputShard(
             filename=filename,
             header=header.encoded[HEADER_LENGTH_NBYTES:].decode(),
             file_nbytes=header.file_nbytes,
             read_nbytes=sum(int(nbytes[order].sum()) for nbytes in self._nbytes),
-            tensor_names=tuple(tensor.name for tensor in header.tensors),
+            tensor_names=header.names,
             runs=runs,
         )
 

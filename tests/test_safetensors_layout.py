@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -61,11 +62,12 @@ def test_a_decoded_header_is_the_encoded_one(tensors):
     header = encode_header((name, dtype, shape) for name, (dtype, shape) in tensors.items())
     decoded = decode_header(header.encoded[8:], file_nbytes=header.file_nbytes)
     data_start = len(header.encoded)
-    assert decoded.names == [tensor.name for tensor in header.tensors]
-    assert decoded.shapes == [tensor.shape for tensor in header.tensors]
-    assert [DTYPES[rank] for rank in decoded.dtype_ranks] == [t.dtype for t in header.tensors]
-    assert (decoded.starts + data_start).tolist() == [tensor.start for tensor in header.tensors]
-    assert decoded.nbytes.tolist() == [tensor.nbytes for tensor in header.tensors]
+    assert tuple(decoded.names) == header.names
+    expected = [tensors[name] for name in header.names]
+    assert decoded.shapes == [tuple(shape) for _, shape in expected]
+    assert [DTYPES[rank] for rank in decoded.dtype_ranks] == [dtype for dtype, _ in expected]
+    assert (decoded.starts + data_start).tolist() == list(header.offsets[:-1])
+    assert decoded.nbytes.tolist() == np.diff(header.offsets).tolist()
 
 
 def test_every_dtype_is_a_float_an_integer_or_refused():

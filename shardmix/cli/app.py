@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardmix._version import __version__
-from shardmix.cli import arguments, importing, pictures
+from shardmix.cli import arguments, pictures, rare_collections
 from shardmix.cli import options as opt
 from shardmix.cli.ending import errors_reported, ignore_signals
 from shardmix.errors import RecipeError
@@ -112,20 +112,21 @@ def merge(
             parse = arguments.weighted_models if is_weighted else arguments.equally_weighted
             _print_plan(parse(models), output, options, model_type, json=json, quiet=quiet)
             return
-        with importing():
+        with rare_collections():
             from shardmix import api
             from shardmix.cli import render
             from shardmix.cli.progress import progress_display, score_display
 
         with score_display(quiet=quiet) as on_score, progress_display(quiet=quiet) as on_progress:
             if weights_from is None:
-                report = api.merge(
-                    arguments.weighted_models(models),
-                    output,
-                    model_type=model_type,
-                    on_progress=on_progress,
-                    **options,
-                )
+                with rare_collections():
+                    report = api.merge(
+                        arguments.weighted_models(models),
+                        output,
+                        model_type=model_type,
+                        on_progress=on_progress,
+                        **options,
+                    )
             else:
                 from shardmix import by_examples
 
@@ -305,5 +306,6 @@ def _print_plan(
     from shardmix import api
     from shardmix.cli import render
 
-    plan = api.plan_merge(models, output, model_type=model_type, **options)
+    with rare_collections():
+        plan = api.plan_merge(models, output, model_type=model_type, **options)
     render.plan_report(api.report_plan(plan), json=json, quiet=quiet)
