@@ -18,6 +18,7 @@ from shardmix.units import MIB
 
 DROPPED_AT_ONCE_NBYTES = 32 * MIB
 """How much of a file is dropped by one call: short ranges would take time and leave pages."""
+_MOST_RANGES = 8192  # known at a time, some 3 MB; more only where files are read in no order
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,10 @@ class PassedRanges:
     def add(self, file: int, start: int, stop: int) -> None:
         """Take a range of a file for done with; what was mapped there may still be, at its ends."""
         with self._lock:
+            if len(self._stop_of) >= _MOST_RANGES:
+                # What is forgotten is dropped at the end.
+                self._stop_of.clear()
+                self._start_of.clear()
             start, stop = self._joined(file, start, stop)
             # Whole huge pages: the neighbours' ranges will have the rest.
             first = start + -start % HUGE_PAGE_NBYTES

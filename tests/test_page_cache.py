@@ -82,6 +82,19 @@ def test_ranges_in_any_order_are_dropped_once_in_long_pieces_of_whole_pages(orde
         assert num_bytes >= 200 * MIB - (len(calls) + 1) * (at_once + 4 * MIB)
 
 
+def test_no_more_than_so_many_ranges_are_known_at_a_time(file, dropped, monkeypatch):
+    monkeypatch.setattr(page_cache, "_MOST_RANGES", 100)
+    passed = PassedRanges([file])
+    most = 0
+    for start in range(0, 200 * MIB, 8192):
+        passed.add(0, start, start + 4096)
+        most = max(most, len(passed._stop_of), len(passed._start_of))
+    assert 100 <= most <= 102
+    assert dropped == []
+    passed.end()
+    assert dropped == [(file.stat().st_ino, 0, 200 * MIB + 5)]
+
+
 def test_files_are_told_apart_and_dropped_whole_in_the_end(tmp_path, file, dropped):
     other = tmp_path / "other"
     other.write_bytes(b"1234")
