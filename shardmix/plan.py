@@ -244,10 +244,8 @@ class MergePlan:
 
     def _decisive_parts(self) -> Iterator[object]:
         """Yield all that decides the output's bytes, in an order that is always the same."""
-        irrelevant = {
-            *("sources", "output", "base_folder"),
-            *("settings", "memory", "cache_use", "warnings"),
-        }
+        places = {"sources", "output", "base_folder"}
+        irrelevant = places | {"settings", "memory", "cache_use", "warnings"}
         in_parts = {"files", "shards"}
         for field in fields(self):
             if field.name not in irrelevant | in_parts:

@@ -84,6 +84,7 @@ def plan_merge(
     out_dtypes = _output_dtypes(recipe.dtype, checkpoints[0], matched)
     shards = plan_shards(recipe, checkpoints, matched, out_dtypes)
     settings = _decided(settings, shards)
+    write_nbytes = sum(shard.file_nbytes for shard in shards)
     companions = find_companions(donor.folder)
     companion_nbytes = sum((donor.folder / name).stat().st_size for name in companions)
     warnings = [*matched.notes]
@@ -120,12 +121,12 @@ def plan_merge(
             for shard in checkpoint.shards
         ),
         shards=shards,
-        disk_needed_nbytes=sum(shard.file_nbytes for shard in shards) + companion_nbytes,
+        disk_needed_nbytes=write_nbytes + companion_nbytes,
         settings=settings,
         memory=plan_memory(settings),
         cache_use=plan_cache_use(
             read_nbytes=sum(shard.read_nbytes for shard in shards),
-            write_nbytes=sum(shard.file_nbytes for shard in shards),
+            write_nbytes=write_nbytes,
             fsync=settings.fsync,
         ),
         warnings=tuple(warnings),
