@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
-from huggingface_hub import split_state_dict_into_shards_factory
 
 from shardmix.checkpoint import Checkpoint
 from shardmix.matching import MatchedTensors
@@ -47,6 +46,8 @@ def _shard_groups(
 ) -> list[tuple[str, list[int]]]:
     """Return each output file's name and its tensors, as indexes into `matched.names`."""
     if recipe.max_shard_size is not None:
+        from huggingface_hub import split_state_dict_into_shards_factory
+
         index_of = {name: index for index, name in enumerate(matched.names)}
         split = split_state_dict_into_shards_factory(
             index_of,  # its values stand for the tensors; sizes come from the headers
@@ -63,7 +64,8 @@ def _shard_groups(
     stored = set(first.table.names)
     added = [index for index, name in enumerate(matched.names) if name not in stored]
     files[added] = len(first.shards) - 1
-    ordered = [np.flatnonzero(files == file).tolist() for file in np.unique(files)]
+    filled = np.flatnonzero(np.bincount(files))  # `np.unique` would import all of `numpy.ma`
+    ordered = [np.flatnonzero(files == file).tolist() for file in filled]
     if len(ordered) == 1:
         return [(_FILENAME_PATTERN.format(suffix=""), ordered[0])]
     return [
