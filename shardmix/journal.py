@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -19,30 +19,11 @@ from shardmix.digests import LEAF_NBYTES, LeafDigests, num_leaves
 from shardmix.errors import OutputError, writing_failed
 from shardmix.filesystem import open_regular
 from shardmix.findings import NOTHING_FOUND, LeafFindings
-from shardmix.plan import FileIdentity, MergePlan
+from shardmix.merge_description import MergeDescription, asked_otherwise, changed_files
+from shardmix.plan import MergePlan
 
 _FORMAT = 1
 _LONGEST_LINE_NBYTES = 64_000_000  # the first one names every file, others what was found in a leaf
-
-
-@dataclass(frozen=True, slots=True)
-class MergeDescription:
-    """What makes a merge this one and no other, in words that its user knows."""
-
-    models: tuple[str, ...]
-    """By public name, in order."""
-    weights: tuple[float, ...]
-    """In full precision."""
-    dtype: str
-    base: str
-    base_commit: str | None
-    """Of a base from the Hub."""
-    max_shard_size: int | None
-    model_type: str | None
-    digest: str
-    record_paths: bool
-    files: tuple[FileIdentity, ...]
-    """The weight files of all models."""
 
 
 class _Format(msgspec.Struct):
@@ -134,7 +115,7 @@ def open_journal(path: Path, plan: MergePlan) -> Journal:
         _FORMAT,
         __version__,
         plan.digest(),
-        describe(plan),
+        MergeDescription.of(plan),
         tuple(shard.file_nbytes for shard in plan.shards),
     )
     try:
@@ -154,22 +135,6 @@ def open_journal(path: Path, plan: MergePlan) -> Journal:
     except OSError as error:
         raise writing_failed(path, error, "cannot be used") from None
     return Journal(path, descriptor, leaves, findings, head.plan_digest)
-
-
-def describe(plan: MergePlan) -> MergeDescription:
-    """Return what makes a merge this one and no other."""
-    return MergeDescription(
-        models=plan.public_names,
-        weights=plan.weights,
-        dtype=plan.dtype,
-        base=plan.base_name,
-        base_commit=plan.base_commit,
-        max_shard_size=plan.max_shard_size,
-        model_type=plan.model_type,
-        digest=plan.digest_algorithm,
-        record_paths=plan.record_paths,
-        files=plan.file_identities(),
-    )
 
 
 def summarise(path: Path) -> JournalSummary | None:
@@ -252,10 +217,10 @@ def _check_format(path: Path, then: _Format) -> None:
 def _check_same(path: Path, then: _Head, now: _Head) -> None:
     if (then.plan_digest, then.merge) == (now.plan_digest, now.merge):
         return
-    differences = _differences(then.merge, now.merge)
+    differences = asked_otherwise(then.merge, now.merge)
     remedy = "give the same again to go on from there, or throw it away with --restart"
     if not differences:
-        differences = _file_differences(then.merge, now.merge)
+        differences = changed_files(then.merge, now.merge)
         remedy = "throw it away with --restart"
     found = "; ".join(differences[:3]) or f"shardmix {then.version} planned it otherwise"
     if len(differences) > 3:
@@ -263,42 +228,3 @@ def _check_same(path: Path, then: _Head, now: _Head) -> None:
     raise OutputError(
         f"{path.parent}: holds the beginning of another merge: {found}; {remedy} (restart=True)"
     )
-
-
-def _differences(then: MergeDescription, now: MergeDescription) -> list[str]:
-    """Say what was asked for otherwise."""
-    found = []
-    for field in fields(MergeDescription):
-        before, after = getattr(then, field.name), getattr(now, field.name)
-        if field.name not in ("files", "base_commit") and before != after:
-            name = field.name.replace("_", " ")
-            found.append(f"{name} {_shown(before)} then, {_shown(after)} now")
-    return found
-
-
-def _file_differences(then: MergeDescription, now: MergeDescription) -> list[str]:
-    """Say which sources are not what they were."""
-    was = {(file.model, file.file): file for file in then.files}
-    found = []
-    for file in now.files:
-        earlier = was.pop((file.model, file.file), None)
-        if earlier is None:
-            found.append(f"{file.file} was not among its files")
-        elif earlier.commit != file.commit:
-            found.append(f"{file.file}: commit {earlier.commit} then, {file.commit} now")
-        elif (earlier.size, earlier.header) != (file.size, file.header):
-            what = "size" if earlier.size != file.size else "header"
-            found.append(f"{file.file} has changed since ({what})")
-        elif earlier != file:
-            found.append(f"{file.file} has changed since (time of modification)")
-    found += [f"{file} is no longer among its files" for _, file in was]
-    is_told = now.base_commit in {file.commit for file in now.files}
-    if then.base_commit != now.base_commit and not is_told:
-        found.append(f"{now.base}: commit {then.base_commit} then, {now.base_commit} now")
-    return found
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, tuple):
-        return ", ".join(map(str, value))
-    return "none" if value is None else str(value)

@@ -5,8 +5,9 @@ from os import PathLike
 from pathlib import Path
 
 from shardmix.errors import OutputError, SourceError
-from shardmix.journal import MergeDescription, summarise
+from shardmix.journal import summarise
 from shardmix.locks import lock_owner
+from shardmix.merge_description import MergeDescription
 from shardmix.output_path import resolve_output
 from shardmix.provenance import PROVENANCE_NAME, read_provenance
 from shardmix.staging import Staging
