@@ -34,7 +34,7 @@ from shardmix_command import merge_command
 
 LINK = {"to_device": "link, to the GPU", "to_host": "link, to the host", "both": "link, both"}
 """What `gpu_bandwidth.py` measures; both is the sum of both ways at once."""
-DEVICES = ("cuda", "cpu")
+DEVICES = ("cuda:0", "cpu")  # one GPU, since the link measured is one's
 FLOOR = "floor"
 
 
@@ -139,7 +139,8 @@ def print_rates(rows: list[dict[str, object]]) -> None:
             for what, values in rates.items()
         ],
     )
-    print(f"\ncuda to cpu: {medians['cuda'] / medians['cpu']:.3f}")
+    gpu, cpu = (medians[device] for device in DEVICES)
+    print(f"\nGPU to CPU: {gpu / cpu:.3f}")
 
 
 if __name__ == "__main__":

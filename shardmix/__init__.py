@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from shardmix.cocktail import mix_models_with_data as mix_models_with_data
     from shardmix.engine import ProgressEvent as ProgressEvent
     from shardmix.errors import BudgetError as BudgetError
+    from shardmix.errors import DeviceError as DeviceError
     from shardmix.errors import MergeCancelled as MergeCancelled
     from shardmix.errors import MismatchError as MismatchError
     from shardmix.errors import NonfiniteError as NonfiniteError
@@ -70,6 +71,7 @@ _HOME = {
     "SourceError": "errors",
     "MismatchError": "errors",
     "BudgetError": "errors",
+    "DeviceError": "errors",
     "NonfiniteError": "errors",
     "OutputError": "errors",
     "MergeCancelled": "errors",

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from shardmix.digests import XXH3
 from shardmix.engine import run_blocks
-from shardmix.errors import one_line
+from shardmix.errors import DeviceError, one_line
 from shardmix.findings import LeafFindings
 from shardmix.plan import LINEAR, MergePlan, OutputShard, Run, SourceFile
 from shardmix.reducer import VECTOR, Backend
@@ -51,8 +51,9 @@ def faster(
     device = on_gpu[0].settings.device
     try:
         gpu_rate = measure(*on_gpu)
-    except RuntimeError as error:  # what torch raises, whatever is wrong
-        return on_cpu, f"device cpu: {device} failed when it was tried ({one_line(error)})"
+    except (DeviceError, RuntimeError) as error:
+        reason = one_line(error.__cause__ or error)
+        return on_cpu, f"device cpu: {device} failed when it was tried ({reason})"
     cpu_rate = measure(*on_cpu)
     rates = {"cpu": f"{cpu_rate / 1e9:.1f} GB/s", device: f"{gpu_rate / 1e9:.1f} GB/s"}
     chosen, other = (device, "cpu") if gpu_rate > cpu_rate else ("cpu", device)

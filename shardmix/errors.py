@@ -40,6 +40,10 @@ class BudgetError(ShardmixError):
     """The memory budget is too small to work in."""
 
 
+class DeviceError(ShardmixError):
+    """A GPU failed while it was at work, or had too little memory left."""
+
+
 class NonfiniteError(ShardmixError):
     """The merged weights hold NaN or Inf, and that was to be an error."""
 

@@ -1,7 +1,8 @@
 """Memory as a promise: what a merge will take at its peak, and what the process took.
 
     projected peak = reserved + workers × (BUFFERS_PER_WORKER × strip + a little + mapped pages)
-    projected VRAM = workers of one GPU × (VRAM_BUFFERS_PER_WORKER × strip, as torch rounds it)
+    projected VRAM = held already + workers of one GPU × (VRAM_BUFFERS_PER_WORKER × strip, as torch
+                     rounds it)
 
 Knows sizes alone: no files, no tensors, no torch (it looks whether that is loaded, and what kind of
 build it is, without importing it).
@@ -32,8 +33,9 @@ BUFFERS_PER_WORKER = 4
 VRAM_BUFFERS_PER_WORKER = 7
 
 # What measured fastest: large enough to hide the interpreter (torch makes three passes of a dozen
-# calls), small enough for the caches. A GPU wants larger copies.
-BEST_STRIP_NBYTES = {"llvm": 1 * MIB, "torch": 2 * MIB, "cuda": 32 * MIB}
+# calls), small enough for the caches. For a GPU it is assumed, not measured: copies of 8 MiB take
+# far longer than to queue them, and page-locking larger buffers is a cost of each merge.
+BEST_STRIP_NBYTES = {"llvm": 1 * MIB, "torch": 2 * MIB, "cuda": 16 * MIB}
 LEAST_STRIP_NBYTES = 64 * KIB
 
 # What a library takes in memory once imported and first used, for planning in a process that has
@@ -63,6 +65,9 @@ _BETWEEN_RUNS_NBYTES = 4 * MIB
 
 # What may be taken without asking how much there is.
 _LITTLE_NBYTES = 64 * MIB
+
+# Of what a GPU has free, what is taken at most where nobody set a bound.
+_VRAM_SHARE = 0.9
 
 _MOST_DEFAULT_WORKERS = 8
 MOST_WORKERS = 256
@@ -143,6 +148,35 @@ def reserved_nbytes(*libraries: str, num_devices: int = 0) -> int:
     return reserved
 
 
+@dataclass(frozen=True, slots=True)
+class VramUse:
+    """How a GPU's memory is used before a merge; of several GPUs the least favourable figures."""
+
+    held_nbytes: int = 0
+    """What torch holds in this process. It counts: a budget is one for the whole process."""
+    spare_nbytes: int | None = None
+    """What may be taken beside that; None where CUDA is not in use yet, so that nobody knows."""
+
+
+NOTHING_HELD = VramUse()
+
+
+def vram_use(device: str) -> VramUse:
+    """Return how the memory of cuda (all GPUs) or cuda:N is used; torch's cache is given back."""
+    if device == "cpu" or not _cuda_context_exists():
+        return NOTHING_HELD
+    cuda = sys.modules["torch"].cuda
+    cuda.empty_cache()
+    names = [f"cuda:{number}" for number in range(cuda.device_count())]
+    watched = [name for name in names if device in ("cuda", name)]
+    if not watched:  # which another check says
+        return NOTHING_HELD
+    return VramUse(
+        max(int(cuda.memory_reserved(name)) for name in watched),
+        min(int(cuda.mem_get_info(name)[0] * _VRAM_SHARE) for name in watched),
+    )
+
+
 def _cuda_context_exists() -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and bool(torch.cuda.is_initialized())
@@ -168,6 +202,7 @@ def fit_memory(
     *,
     reserved: int,
     num_devices: int = 0,
+    vram: VramUse = NOTHING_HELD,
     best_strip: int,
     workers: int | None = None,
     max_memory: int | None = None,
@@ -178,8 +213,8 @@ def fit_memory(
 
     Without a budget a strip is what speed needs (`best_strip`) and no more. A tight budget first
     shrinks the strip, then takes workers away (unless their number was asked for). `num_devices`
-    are the GPUs that share the workers, each with `max_vram`; 0 on the CPU. `mapped_views` is how
-    many sources one strip may have mapped.
+    are the GPUs that share the workers, 0 on the CPU. Each has `max_vram`, or else what `vram` says
+    is to spare. `mapped_views` is how many sources one strip may have mapped.
 
     Raises `BudgetError` where not even one smallest strip fits, naming the least that works.
     """
@@ -191,35 +226,38 @@ def fit_memory(
         *((count, small_strip) for count in range(most_workers - 1, fewest_workers - 1, -1)),
         *((fewest_workers, size) for size in _halvings(small_strip // 2, LEAST_STRIP_NBYTES)),
     ]
+    most_vram = max_vram
+    if max_vram is None and vram.spare_nbytes is not None:
+        most_vram = vram.held_nbytes + vram.spare_nbytes
     for count, size in choices:
         buffers = count * BUFFERS_PER_WORKER * size
         peak = reserved + buffers + count * (_WORKER_NBYTES + mapped_views * _MAPPED_NBYTES)
         busiest = -(-count // num_devices) if num_devices else 0
-        vram = busiest * _vram_nbytes(VRAM_BUFFERS_PER_WORKER * size)
+        on_gpu = busiest * _vram_nbytes(VRAM_BUFFERS_PER_WORKER * size)
+        on_gpu += vram.held_nbytes if busiest else 0
         fits_memory = max_memory is None or peak <= max_memory
-        if fits_memory and (max_vram is None or vram <= max_vram):
+        if fits_memory and (most_vram is None or on_gpu <= most_vram):
             return MemoryPlan(
                 reserved_nbytes=reserved,
                 strip_nbytes=size,
                 workers=count,
                 projected_peak_nbytes=peak,
-                projected_vram_nbytes=vram,
+                projected_vram_nbytes=on_gpu,
             )
     # The last choice is the smallest; what it takes is the least that works.
-    short, least, given, share = (
-        ("--max-vram", vram, max_vram, "")
-        if fits_memory
-        else (
-            "--max-memory",
-            peak + _BETWEEN_RUNS_NBYTES,
-            max_memory,
-            f" ({format_mib(reserved)} of it for Python, libraries and what the process holds)",
-        )
-    )
     workers_remedy = f", or ask for fewer than {workers} workers" if (workers or 1) > 1 else ""
+    remedy = f"raise the budget{workers_remedy}"
+    if not fits_memory:
+        short, given, least = "--max-memory", max_memory, peak + _BETWEEN_RUNS_NBYTES
+        share = f" ({format_mib(reserved)} of it for Python, libraries and what the process holds)"
+    else:
+        short, given, least = "--max-vram", most_vram, on_gpu
+        share = f" ({format_mib(vram.held_nbytes)} of it held already)" if vram.held_nbytes else ""
+        if max_vram is None:
+            short, remedy = "memory of the GPU to be had:", "free some of it, or use --device cpu"
     raise BudgetError(
         f"{short} {format_mib(given or 0)}: too small; the least that works here is "
-        f"{format_mib(least)}{share}; raise the budget{workers_remedy}"
+        f"{format_mib(least)}{share}; {remedy}"
     )
 
 
@@ -245,13 +283,9 @@ def _halvings(size: int, least: int) -> list[int]:
 def _vram_nbytes(buffers_nbytes: int) -> int:
     """Return what torch's caching allocator reserves for one worker's buffers and temporaries.
 
-    It takes 2 MiB from the driver for up to 1 MiB, 20 MiB for up to 10 MiB, else whole 2 MiB; a
-    worker has streams, and so memory, of its own. Source: c10/cuda/CUDACachingAllocator.cpp.
+    It takes 2 MiB from the driver for up to 1 MiB, 20 MiB for up to 10 MiB, else whole 2 MiB; whole
+    20 MiB where it is told to have expandable segments, as many are. A worker has streams, and so
+    memory, of its own. Source: c10/cuda/CUDACachingAllocator.cpp.
     """
-    if buffers_nbytes <= MIB:
-        segment = 2 * MIB
-    elif buffers_nbytes < 10 * MIB:
-        segment = 20 * MIB
-    else:
-        segment = -(-buffers_nbytes // (2 * MIB)) * 2 * MIB
-    return segment + 2 * MIB
+    unit = 2 * MIB if buffers_nbytes <= MIB else 20 * MIB
+    return -(-buffers_nbytes // unit) * unit + 2 * MIB

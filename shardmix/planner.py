@@ -18,7 +18,13 @@ from shardmix.devices import num_devices
 from shardmix.digests import XXH3
 from shardmix.errors import RecipeError
 from shardmix.matching import MatchedTensors, match_tensors
-from shardmix.memory import BEST_STRIP_NBYTES, MemoryPlan, fit_memory, reserved_nbytes
+from shardmix.memory import (
+    BEST_STRIP_NBYTES,
+    MemoryPlan,
+    fit_memory,
+    reserved_nbytes,
+    vram_use,
+)
 from shardmix.page_cache import plan_cache_use
 from shardmix.plan import LINEAR, MergePlan, OutputShard, SourceFile
 from shardmix.reader import MAX_MAPPED_AT_ONCE
@@ -156,6 +162,7 @@ def _fitted(settings: RunSettings, reserved: int, num_gpus: int) -> MemoryPlan:
     return fit_memory(
         reserved=reserved,
         num_devices=num_gpus,
+        vram=vram_use(settings.device),
         best_strip=BEST_STRIP_NBYTES["cuda" if settings.on_cuda else settings.backend],
         workers=settings.workers,
         max_memory=settings.max_memory_nbytes,

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import traceback
 from collections import deque
 from collections.abc import Sequence
 from contextlib import closing
@@ -21,26 +22,33 @@ from shardmix.work import LeafTarget, ShardInWork, Work
 def work_through(
     plan: MergePlan, backend: Backend, work: Work, clock: Clock, end: threading.Event
 ) -> None:
-    """Merge block after block until there is none left: what each worker does."""
+    """Do one worker's part; whatever goes wrong goes to `work`. Sets `end` at its end."""
     clock.start()
     try:
-        strip_nbytes = plan.memory.strip_nbytes
-        lanes = [
-            Reducers(reducer, strip_nbytes=strip_nbytes)
-            for reducer in backend.make_reducers(strip_nbytes=strip_nbytes)
-        ]
-        buffer = buffer_for_reading(READ_NBYTES)
-        with closing(open_reader(plan.settings.io, plan.files)) as reader:
-            shard = None
-            while (handed_out := work.next_block(shard)) is not None:
-                shard, block = handed_out
-                if _merge_block(plan, work, shard, block, reader, lanes, buffer, clock):
-                    work.block_done(shard)
+        _merge_blocks(plan, backend, work, clock)
     except BaseException as error:
+        # The error outlives the merge; the buffers that its frames hold must not.
+        traceback.clear_frames(error.__traceback__)
         work.stop(error)
     finally:
         clock.lap(OTHER)
         end.set()
+
+
+def _merge_blocks(plan: MergePlan, backend: Backend, work: Work, clock: Clock) -> None:
+    """Merge block after block until there is none left."""
+    strip_nbytes = plan.memory.strip_nbytes
+    lanes = [
+        Reducers(reducer, strip_nbytes=strip_nbytes)
+        for reducer in backend.make_reducers(strip_nbytes=strip_nbytes)
+    ]
+    buffer = buffer_for_reading(READ_NBYTES)
+    with closing(open_reader(plan.settings.io, plan.files)) as reader:
+        shard = None
+        while (handed_out := work.next_block(shard)) is not None:
+            shard, block = handed_out
+            if _merge_block(plan, work, shard, block, reader, lanes, buffer, clock):
+                work.block_done(shard)
 
 
 def _merge_block(

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardmix.errors import DeviceError, SourceError
 from shardmix.reducer import strip_num_elements
 from shardmix.reducer.cuda_sum import NUM_IN_FLIGHT, cuda_sums
 from shardmix.reducer.torch_sum import TorchBackend
@@ -129,6 +130,36 @@ def test_a_device_that_is_named_is_the_only_one():
     backend = TorchBackend("cuda:1", num_visible=3)
     assert [backend.next_device().index for _ in range(3)] == [1, 1, 1]
     assert TorchBackend("cpu").devices == ()
+
+
+@pytest.fixture
+def failed_gpu(monkeypatch):
+    """A backend whose GPU no longer answers."""
+
+    def refuse():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", refuse)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    return TorchBackend("cuda", num_visible=1)
+
+
+def test_a_gpu_that_fails_at_work_ends_in_an_error_that_says_what_to_do(failed_gpu):
+    with pytest.raises(DeviceError) as caught, failed_gpu.running():
+        raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")
+    assert str(caught.value) == (
+        "device cuda failed (CUDA out of memory. Tried to allocate 2 GiB); if it has too little "
+        "memory left, lower --max-vram; or merge with --device cpu"
+    )
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), SourceError("a disk"), RuntimeError("a mistake of ours")]
+)
+def test_a_gpu_that_fails_while_it_is_left_hides_no_other_error(failed_gpu, error):
+    with pytest.raises(type(error)) as caught, failed_gpu.running():
+        raise error
+    assert caught.value is error
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from shardmix import device_trial, devices, planner, readiness
 from shardmix.blocks import blocks
 from shardmix.device_trial import faster, source_bytes_per_second
 from shardmix.digests import LEAF_NBYTES
-from shardmix.memory import BUFFERS_PER_WORKER, reserved_nbytes
+from shardmix.memory import BEST_STRIP_NBYTES, BUFFERS_PER_WORKER, reserved_nbytes
 from shardmix.reducer import load_backend
 from shardmix.reducer.cuda_sum import cuda_sums
 from shardmix.reducer.torch_sum import CpuSum
@@ -83,7 +84,7 @@ def test_an_open_plan_projects_whichever_takes_more(monkeypatch):
     is_open = {"device": "cuda", "backend": "torch", "is_device_open": True}
     roomy = planner.plan_memory(RunSettings(**is_open, workers=4))
     on_gpu = planner.plan_memory(RunSettings(device="cuda", backend="torch", workers=4))
-    assert roomy.strip_nbytes == on_gpu.strip_nbytes == 32 * MIB
+    assert roomy.strip_nbytes == on_gpu.strip_nbytes == BEST_STRIP_NBYTES["cuda"]
     assert roomy.projected_peak_nbytes >= on_gpu.projected_peak_nbytes
     # So little GPU memory that there the strips are the smaller ones.
     tight = {"workers": 4, "max_vram_nbytes": 4 * 4 * MIB}
@@ -222,8 +223,8 @@ def test_what_was_measured_is_within_the_projected_peak(tmp_path, monkeypatch, g
     measured(monkeypatch, cpu=2e9, cuda=1e9)
     models = two_models(tmp_path)
     report = shardmix.merge(models, tmp_path / "out", max_memory="8GiB", workers=3)
-    trial = 3 * BUFFERS_PER_WORKER * 32 * MIB
-    assert report.strip_bytes < 32 * MIB
+    trial = 3 * BUFFERS_PER_WORKER * BEST_STRIP_NBYTES["cuda"]
+    assert report.strip_bytes < BEST_STRIP_NBYTES["cuda"]
     assert trial < report.projected_peak_bytes <= 8 * 2**30
 
 
@@ -234,13 +235,38 @@ def test_a_device_that_is_named_is_not_measured(tmp_path, monkeypatch, gpu):
         assert (report.device, report.warnings) == (device, ())
 
 
-def test_a_gpu_that_fails_when_it_is_tried_is_not_taken(tmp_path, gpu):
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_gpu_that_fails_when_it_is_tried_is_not_taken(tmp_path, gpu, is_named):
     gpu._flaw = RuntimeError("CUDA out of memory.\nTried to allocate")
+    if is_named:
+        gpu._flaw, cause = shardmix.DeviceError("device cuda failed"), gpu._flaw
+        gpu._flaw.__cause__ = cause
     report = shardmix.merge(two_models(tmp_path), tmp_path / "out")
     assert report.device == "cpu"
     assert report.warnings == (
         "device cpu: cuda failed when it was tried (CUDA out of memory. Tried to allocate)",
     )
+
+
+def test_what_fails_keeps_none_of_its_buffers(tmp_path, gpu):
+    """Else the GPU's and pinned memory would be held for as long as the error is."""
+    made = []
+
+    class Failing(CpuSum):
+        def finish(self):
+            raise RuntimeError("CUDA error")
+
+    def make(nbytes):
+        reducer = Failing(strip_nbytes=nbytes)
+        made.append(weakref.ref(reducer))
+        return (reducer,)
+
+    gpu._make = make
+    with pytest.raises(RuntimeError) as caught:
+        shardmix.merge(two_models(tmp_path), tmp_path / "out", device="cuda", workers=2)
+    assert caught.traceback
+    assert made
+    assert not any(reducer() for reducer in made)
 
 
 def test_a_gpu_that_cannot_be_used_falls_back_to_the_cpu_unmeasured(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from shardmix.memory import (
     BUFFERS_PER_WORKER,
     LEAST_STRIP_NBYTES,
     VRAM_BUFFERS_PER_WORKER,
+    VramUse,
     default_workers,
     fit_memory,
 )
@@ -84,7 +85,7 @@ def test_too_little_vram_is_named_as_such():
 def test_max_vram_is_each_gpus_and_workers_are_shared_among_them():
     options = {"reserved": RESERVED, "best_strip": 32 * MIB, "workers": 5}
     alone, *others = (fit_memory(**options, num_devices=count) for count in (1, 2, 3, 7))
-    each = VRAM_BUFFERS_PER_WORKER * 32 * MIB + 2 * MIB
+    each = -(-VRAM_BUFFERS_PER_WORKER * 32 // 20) * 20 * MIB + 2 * MIB
     assert alone.projected_vram_nbytes == 5 * each
     assert [other.projected_vram_nbytes for other in others] == [3 * each, 2 * each, each]
     for other in others:
@@ -92,6 +93,29 @@ def test_max_vram_is_each_gpus_and_workers_are_shared_among_them():
     shared = fit_memory(**options, num_devices=2, max_vram=3 * each)
     assert shared.strip_nbytes == 32 * MIB
     assert fit_memory(**options, num_devices=1, max_vram=3 * each).strip_nbytes < 32 * MIB
+
+
+def test_vram_that_is_held_already_counts():
+    options = {"reserved": RESERVED, "best_strip": 32 * MIB, "workers": 2}
+    alone = fit_memory(**options, num_devices=1).projected_vram_nbytes
+    options["vram"] = VramUse(held_nbytes=50 * MIB)
+    assert fit_memory(**options, num_devices=1).projected_vram_nbytes == alone + 50 * MIB
+    assert fit_memory(**options).projected_vram_nbytes == 0
+    assert fit_memory(**options, num_devices=1, max_vram=alone).strip_nbytes < 32 * MIB
+    with pytest.raises(BudgetError, match="50MiB of it held already"):
+        fit_memory(**options, num_devices=1, max_vram=52 * MIB)
+
+
+def test_without_a_budget_a_gpus_memory_is_shared_with_others():
+    options = {"reserved": RESERVED, "best_strip": 32 * MIB, "num_devices": 1}
+    roomy = fit_memory(**options, vram=VramUse(0, 64 * 1024 * MIB))
+    assert roomy == fit_memory(**options)
+    used = VramUse(held_nbytes=10 * MIB, spare_nbytes=100 * MIB)
+    tight = fit_memory(**options, vram=used)
+    assert tight.projected_vram_nbytes <= 110 * MIB
+    assert tight == fit_memory(**options, vram=used, max_vram=110 * MIB)
+    with pytest.raises(BudgetError, match=r"GPU to be had: 1MiB: too small.*use --device cpu"):
+        fit_memory(**options, vram=VramUse(0, MIB))
 
 
 def test_every_gpu_has_two_workers_at_least(monkeypatch):

@@ -38,7 +38,7 @@ def cuda_sums(
     is_pinned = device.type == "cuda"
     # One by one: the allocator rounds each up to a power of two, which strips are.
     *arriving, out_0, out_1 = (
-        torch.empty(nbytes, dtype=torch.uint8, pin_memory=is_pinned)
+        torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=is_pinned)
         for _ in range(BUFFERS_PER_WORKER)
     )
     kernels = cuda.Stream(device=device)
@@ -138,7 +138,7 @@ class CudaSum(StripSum):
         with cuda.stream(kernels):
             self._extremes = torch.empty(2 * WIDEST_NBYTES, dtype=torch.uint8, device=sums.device)
         self._pinned_extremes = torch.empty(
-            2 * WIDEST_NBYTES, dtype=torch.uint8, pin_memory=sums.is_cuda
+            2 * WIDEST_NBYTES, dtype=torch.uint8, device="cpu", pin_memory=sums.is_cuda
         )
 
     def staging(self, source: int) -> memoryview:

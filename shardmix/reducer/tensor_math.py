@@ -93,8 +93,9 @@ def _round_to_odd(values: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     rounded.copy_(values)
     bits = rounded.view(torch.int32)
     # In pieces, since this path is rare and its temporaries should stay small.
-    for start in range(0, values.numel(), _PIECE):
-        piece = slice(start, start + _PIECE)
+    step = _CUDA_PIECE if values.is_cuda else _PIECE
+    for start in range(0, values.numel(), step):
+        piece = slice(start, start + step)
         wide, back = values[piece], rounded[piece].double()
         inexact = (back != wide) & ~wide.isnan()
         too_large = back.abs() > wide.abs()
@@ -104,6 +105,8 @@ def _round_to_odd(values: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
 
 
 _PIECE = 4096
+_CUDA_PIECE = 1 << 15
+"""On a GPU the fifteen calls of a piece cost more than its elements. Under 1 MiB of temporaries."""
 
 
 def canonicalise_nans(out: torch.Tensor) -> None:

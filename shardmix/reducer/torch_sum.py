@@ -3,11 +3,11 @@
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
-from shardmix.errors import one_line
+from shardmix.errors import DeviceError, one_line
 from shardmix.placement import PAGE_NBYTES, buffer_of_pages, place_in_page
 from shardmix.plan import Run
 from shardmix.reducer import VECTOR
@@ -78,7 +78,8 @@ class TorchBackend:
                 with torch.cuda.device(device):
                     self._use_once(device)
             _give_back_caches()
-        except RuntimeError as error:  # torch's, whatever is wrong: no memory left, in other hands
+        # torch's, whatever is wrong: no memory left, in other hands, ...
+        except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
             return f"device {self._device} cannot be used ({one_line(error)})"
         return None
 
@@ -95,16 +96,27 @@ class TorchBackend:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Leave torch's settings and caches as they were once the merge has ended."""
+        """Leave torch's settings and caches as they were once the merge has ended.
+
+        Raises `DeviceError` in the place of what torch raises where a GPU fails.
+        """
         num_threads = torch.get_num_threads()
         for device in self.devices:
             torch.cuda.reset_peak_memory_stats(device)
         try:
             yield
+        except RuntimeError as error:
+            if "CUDA" not in str(error):
+                raise
+            raise DeviceError(
+                f"device {self._device} failed ({one_line(error)}); if it has too little memory "
+                "left, lower --max-vram; or merge with --device cpu"
+            ) from error
         finally:
             torch.set_num_threads(num_threads)
             if self.devices:
-                _give_back_caches()
+                with suppress(RuntimeError):  # of a GPU that has failed, as it says again
+                    _give_back_caches()
 
     def peak_vram_nbytes(self) -> int:
         """Return what torch has reserved of a GPU's memory at most; 0 on the CPU."""
@@ -113,10 +125,14 @@ class TorchBackend:
 
 
 def _give_back_caches() -> None:
+    """Give back what torch keeps for later, of GPUs' memory and of the host's that is pinned.
+
+    Else it would count against the next merge's budget.
+    """
     torch.cuda.empty_cache()
-    # Pinned memory, too, where torch is new enough for that: else it would count against the next
-    # merge's budget.
-    give_back = getattr(getattr(torch, "accelerator", None), "empty_host_cache", None)
+    # Public since torch 2.12; from 2.5 on there is the second.
+    public = getattr(getattr(torch, "accelerator", None), "empty_host_cache", None)
+    give_back = public or getattr(torch._C, "_host_emptyCache", None)
     if give_back is not None:
         give_back()
 
@@ -126,7 +142,9 @@ class CpuSum(StripSum):
 
     def __init__(self, *, strip_nbytes: int) -> None:
         nbytes = max(strip_nbytes, WIDEST_NBYTES)
-        self._wide, self._sum = (torch.empty(nbytes, dtype=torch.uint8) for _ in range(2))
+        self._wide, self._sum = (
+            torch.empty(nbytes, dtype=torch.uint8, device="cpu") for _ in range(2)
+        )
         self._staging, self._out_pages = (buffer_of_pages(nbytes + PAGE_NBYTES) for _ in range(2))
 
     def staging(self, source: int) -> memoryview:
