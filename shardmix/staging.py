@@ -185,11 +185,16 @@ def _is_placed(staging: Staging) -> bool:
         told = read_regular(staging.marker, max_nbytes=20)
     except FileNotFoundError:
         return False
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        told = b""  # nor is that what was written
     try:
-        # An inode's number stays with a folder through every rename.
-        return told.isdigit() and int(told) != staging.folder.stat().st_ino
+        inode = staging.folder.stat().st_ino
     except FileNotFoundError:
-        return True
+        return True  # whatever a power cut has left of the marker
+    # An inode's number stays with a folder through every rename.
+    return told.isdigit() and int(told) != inode
 
 
 def _clear(folder: Path) -> None:

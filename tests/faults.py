@@ -400,15 +400,17 @@ def lose_writes(merge: Merge, chance: random.Random) -> str:
 
 
 def _false_claims(lines: list[bytes]) -> bytes:
-    """Return claims of the first leaves, with digests that are another's."""
-    digests = ["00" * 16]
+    """Return claims of the first leaves, with the digest of another."""
+    last = [-1, -1, "00" * 16]
     for line in lines[1:]:
         with contextlib.suppress(ValueError):  # torn before
-            digests.append(json.loads(line)[2])
+            last = json.loads(line)
+    digest = last[2]
     return b"".join(
-        json.dumps([shard, leaf, digests[-1], []]).encode() + b"\n"
+        json.dumps([shard, leaf, digest, []]).encode() + b"\n"
         for shard in range(4)
         for leaf in range(3)
+        if [shard, leaf] != last[:2]  # whose claim would be true, and only its findings lost
     )
 
 

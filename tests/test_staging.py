@@ -317,3 +317,18 @@ def test_who_only_looks_whose_it_is_does_not_refuse_a_merge(tmp_path, monkeypatc
     with open_staging(tmp_path / "out"):
         pass
     os.close(looking)
+
+
+@pytest.mark.parametrize("left", [b"", b"\0\0\0\0", b"noise", b"12" + bytes(4096)])
+def test_a_marker_that_a_power_cut_spoilt_still_tells_that_the_output_is_in_place(tmp_path, left):
+    output = tmp_path / "out"
+    with open_staging(output) as staging:
+        (staging.folder / "config.json").write_text("{}")
+        staging.place(overwrite=False, fsync=False)
+    # As if the run had been killed before it tidied up.
+    staging.path.mkdir()
+    staging.marker.write_bytes(left)
+    staging.journal_path.write_text("{}\n")
+    settle(output)
+    assert (output / "config.json").exists()
+    assert not staging.path.exists()
