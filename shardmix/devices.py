@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from shardmix.errors import RecipeError
 
@@ -37,9 +38,9 @@ def cuda_device_count(
     As torch counts them once it uses them; before, by what the driver tells in /proc and by
     CUDA_VISIBLE_DEVICES, for which `visible` can stand in.
     """
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        return int(torch.cuda.device_count())
+    cuda = cuda_in_use()
+    if cuda is not None:
+        return int(cuda.device_count())
     if not (driver / "version").exists():
         return 0
     gpus = driver / "gpus"
@@ -55,6 +56,12 @@ def cuda_device_count(
             break
         named += 1
     return named
+
+
+def cuda_in_use() -> Any:
+    """Return `torch.cuda` where the process uses GPUs already, so that it can be asked; or None."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
 def num_devices(device: str) -> int:

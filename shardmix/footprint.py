@@ -10,6 +10,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 
@@ -151,6 +152,12 @@ def _probe_by_psutil() -> Sequence[int | None]:
     return int(psutil.Process().memory_info().rss), None, None, cached, None, None
 
 
+def gpu_names(cuda: Any, device: str) -> list[str]:
+    """Return torch's names of what cuda (all GPUs) or cuda:N stands for, of the GPUs there are."""
+    names = [f"cuda:{number}" for number in range(cuda.device_count())]
+    return [name for name in names if device in ("cuda", name)]
+
+
 def vram_probe(device: str) -> Probe:
     """Return the probe of `VRAM_COLUMNS` for cuda (all GPUs) or cuda:N, with torch loaded already.
 
@@ -158,8 +165,7 @@ def vram_probe(device: str) -> Probe:
     all processes; the process's own context is in it, which torch does not count.
     """
     cuda = sys.modules["torch"].cuda
-    everyone = [f"cuda:{number}" for number in range(cuda.device_count())]
-    watched = everyone if device == "cuda" else [device]
+    watched = gpu_names(cuda, device)
 
     def probe() -> Sequence[int]:
         reserved = max(int(cuda.memory_reserved(name)) for name in watched)

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import psutil
 
-from shardmix.devices import torch_has_cuda_build
+from shardmix.devices import cuda_in_use, torch_has_cuda_build
 from shardmix.errors import BudgetError
+from shardmix.footprint import gpu_names
 from shardmix.memory_groups import group_available_nbytes
 from shardmix.units import KIB, MIB, format_mib
 
@@ -143,7 +144,7 @@ def reserved_nbytes(*libraries: str, num_devices: int = 0) -> int:
         if _MODULES[library] not in sys.modules:
             cuda_build = library == "torch" and torch_has_cuda_build()
             reserved += _TORCH_CUDA_BUILD_NBYTES if cuda_build else _LIBRARY_NBYTES[library]
-    if num_devices and not _cuda_context_exists():
+    if num_devices and cuda_in_use() is None:
         reserved += _CUDA_CONTEXT_NBYTES + (num_devices - 1) * _NEXT_CUDA_CONTEXT_NBYTES
     return reserved
 
@@ -163,23 +164,17 @@ NOTHING_HELD = VramUse()
 
 def vram_use(device: str) -> VramUse:
     """Return how the memory of cuda (all GPUs) or cuda:N is used; torch's cache is given back."""
-    if device == "cpu" or not _cuda_context_exists():
+    cuda = None if device == "cpu" else cuda_in_use()
+    if cuda is None:
         return NOTHING_HELD
-    cuda = sys.modules["torch"].cuda
+    watched = gpu_names(cuda, device)
+    if not watched:  # another check says that there is no such GPU
+        return NOTHING_HELD
     cuda.empty_cache()
-    names = [f"cuda:{number}" for number in range(cuda.device_count())]
-    watched = [name for name in names if device in ("cuda", name)]
-    if not watched:  # which another check says
-        return NOTHING_HELD
     return VramUse(
         max(int(cuda.memory_reserved(name)) for name in watched),
         min(int(cuda.mem_get_info(name)[0] * _VRAM_SHARE) for name in watched),
     )
-
-
-def _cuda_context_exists() -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and bool(torch.cuda.is_initialized())
 
 
 @dataclass(frozen=True, slots=True)
