@@ -140,10 +140,20 @@ class _Columns:
         """Return all in data order; raise `SourceError` where it doesn't fill the file's data."""
         starts, stops, kind_of = map(np.asarray, (self._starts, self._stops, self._kind_of))
         described = int(stops.max()) if len(stops) else 0
-        if described + before_data != file_nbytes:
+        expected_nbytes = before_data + described
+        if file_nbytes < expected_nbytes:
             raise SourceError(
-                f"has a header that describes {described + before_data} bytes but the file has "
-                f"{file_nbytes}; a download may have been cut off: fetch it again"
+                f"has a header that describes {expected_nbytes} bytes but the file has "
+                f"{file_nbytes}, {expected_nbytes - file_nbytes} too few; a download may have been "
+                "cut off: fetch it again"
+            )
+        num_extra = file_nbytes - expected_nbytes
+        if num_extra > 0:
+            raise SourceError(
+                f"has {num_extra} byte{'s' * (num_extra > 1)} too many at its end: its header "
+                f"describes {expected_nbytes} bytes but the file has {file_nbytes}; something was "
+                "appended to it, or header and data are of two files: fetch it again, or save it "
+                "anew"
             )
         names = self.names
         order = np.lexsort((stops, starts))

@@ -19,6 +19,18 @@ HEADER_LENGTH_NBYTES = 8
 MAX_HEADER_NBYTES = 100_000_000  # the limit of the safetensors library
 OUTPUT_METADATA = {"format": "pt"}  # transformers refuses a file without it
 
+# What files begin with that only bear the name, what they are, and the remedy.
+_FETCH = "fetch the file itself again"
+_CONVERT = "convert it to safetensors"
+_OTHER_KINDS = (
+    (b"<", "a web page (HTML or XML)", _FETCH),
+    (b'{"', "JSON text, such as a server's answer", _FETCH),
+    (b"PK\x03\x04", "a zip archive, as torch.save writes", _CONVERT),
+    (b"\x80\x02", "a pickle, as torch.save once wrote", _CONVERT),
+    (b"GGUF", "a GGUF file", _CONVERT),
+    (b"\x89HDF", "an HDF5 file, as Keras writes", _CONVERT),
+)
+
 # Bits per element, in the order in which safetensors ranks dtypes: its writer lays tensors out by
 # this rank, highest first, then by name.
 _DTYPE_BITS = {
@@ -90,25 +102,32 @@ def header_nbytes(prefix: bytes, *, file_nbytes: int) -> int:
     """Return the length of the JSON header from a file's first 8 bytes.
 
     Raises `SourceError` (the finding alone; the caller knows the file) where that length cannot be
-    true, so that no one allocates what a damaged file asks for.
+    true, so that no one allocates what a damaged file asks for, or if it is another kind of file.
     """
-    if len(prefix) < HEADER_LENGTH_NBYTES:
-        raise SourceError(
-            f"is {file_nbytes} bytes long, too short for a safetensors file; "
-            "a download may have been cut off: fetch it again"
-        )
     length = int.from_bytes(prefix, "little")
-    if length > file_nbytes - HEADER_LENGTH_NBYTES:
+    most = min(MAX_HEADER_NBYTES, file_nbytes - HEADER_LENGTH_NBYTES)
+    if len(prefix) == HEADER_LENGTH_NBYTES and length <= most:
+        return length
+    for opening, kind, remedy in _OTHER_KINDS:
+        if prefix.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(opening):
+            raise SourceError(f"is {kind}, not a safetensors file; {remedy}")
+    if len(prefix) < HEADER_LENGTH_NBYTES:
+        size = f"is {file_nbytes} bytes long, too short for" if file_nbytes else "is empty, not"
         raise SourceError(
-            f"claims a header of {length} bytes but the file has {file_nbytes}; it is not a "
-            "safetensors file, or a download was cut off: fetch it again"
+            f"{size} a safetensors file; a download may have been cut off: fetch it again"
         )
-    if length > MAX_HEADER_NBYTES:
+    if MAX_HEADER_NBYTES < length <= file_nbytes - HEADER_LENGTH_NBYTES:
         raise SourceError(
             f"has a header of {length} bytes; safetensors allows {MAX_HEADER_NBYTES} at most: "
             "save it in several files"
         )
-    return length
+    finding = "it is not a safetensors file"
+    if length <= MAX_HEADER_NBYTES:
+        finding = "a download may have been cut off"
+    raise SourceError(
+        f"claims a header of {length} bytes but the file has {file_nbytes}; {finding}: fetch it "
+        "again"
+    )
 
 
 @dataclass(frozen=True, slots=True)

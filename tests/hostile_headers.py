@@ -108,7 +108,7 @@ _HEADERS: list[tuple[str, str | bytes, int, str]] = [
     ("an overlap", two("2:0,2", "2:1,3"), 3, "'b', bytes 1 to 3, overlaps"),
     ("one tensor within another", two("3:0,3", "1:1,2"), 3, "overlaps"),
     ("two tensors at one place", two("1:0,1", "1:0,1"), 1, "overlaps"),
-    ("data but no tensors", "{}", 8, "describes 10 bytes but the file has 18"),
+    ("data but no tensors", "{}", 8, "has 8 bytes too many at its end"),
     ("no tensors", "{}", 0, "holds no tensors"),
     ("metadata alone", '{"__metadata__":{"format":"pt"}}', 0, "holds no tensors"),
     ("four bits within a byte", one(dtype='"F4"'), 1, "which end within a byte"),
@@ -158,7 +158,7 @@ _HEADERS: list[tuple[str, str | bytes, int, str]] = [
 
 # name, what the file holds, what is said
 _FILES: list[tuple[str, bytes, str]] = [
-    ("an empty file", b"", "is 0 bytes long, too short"),
+    ("an empty file", b"", "is empty, not a safetensors file"),
     ("seven bytes", b"\x02\0\0\0\0\0\0", "is 7 bytes long, too short"),
     ("a length alone", b"\x02\0\0\0\0\0\0\0", "claims a header of 2 bytes but the file has 8"),
     ("a length of zero", bytes(8), _DOES_NOT_PARSE),
@@ -167,11 +167,15 @@ _FILES: list[tuple[str, bytes, str]] = [
     ("a length of a gigabyte", (2**30).to_bytes(8, "little") + b"{}", "claims a header of 1073741"),
     ("one byte more than there is", b"\x03" + bytes(7) + b"{}", "claims a header of 3 bytes"),
     ("a big-endian length", bytes(7) + b"\x02{}", "claims a header of 144115188075855872 bytes"),
-    ("a pickle", b"\x80\x02}q\x00." + bytes(64), "claims a header"),
-    ("a zip file", b"PK\x03\x04" + bytes(64), "claims a header"),
-    ("GGUF", b"GGUF\x03\0\0\0" + bytes(64), "claims a header"),
+    ("a pickle", b"\x80\x02}q\x00." + bytes(64), "is a pickle, as torch.save once wrote"),
+    ("a zip file", b"PK\x03\x04" + bytes(64), "is a zip archive, as torch.save writes"),
+    ("GGUF", b"GGUF\x03\0\0\0" + bytes(64), "is a GGUF file"),
     ("a pointer of Git LFS", b"version https://git-lfs.github.com/spec/v1\n", "claims a header"),
-    ("a page of HTML", b"<!DOCTYPE html><html>Not found</html>", "claims a header"),
+    ("a page of HTML", b"<!DOCTYPE html><html>Not found</html>", "is a web page (HTML or XML)"),
+    ("a page after a mark of UTF-8", b"\xef\xbb\xbf\n<html>" + bytes(9), "is a web page"),
+    ("three bytes of a page", b"<a>", "is a web page"),
+    ("an error in JSON", b'{"error":"Repository not found"}', "is JSON text, such as a server"),
+    ("HDF5", b"\x89HDF\r\n\x1a\n" + bytes(64), "is an HDF5 file, as Keras writes"),
 ]
 
 CASES: list[Case] = [

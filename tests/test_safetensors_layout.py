@@ -85,11 +85,14 @@ def test_a_zero_dimensional_tensor_has_one_element_and_an_empty_one_none():
 @pytest.mark.parametrize(
     ("prefix", "file_nbytes", "finding"),
     [
-        (b"", 0, "too short"),
+        (b"", 0, "is empty"),
         (b"\x01\x02\x03", 3, "too short"),
         ((100).to_bytes(8, "little"), 50, "claims a header of 100 bytes"),
         ((2**63).to_bytes(8, "little"), 5000, "claims a header"),
         ((MAX_HEADER_NBYTES + 1).to_bytes(8, "little"), 2**40, "allows 100000000 at most"),
+        ((43).to_bytes(8, "little"), 50, "claims a header of 43 bytes but the file has 50"),
+        ((2**32).to_bytes(8, "little"), 50, "is not a safetensors file: fetch it again"),
+        ((2**20).to_bytes(8, "little"), 50, "may have been cut off: fetch it again"),
     ],
 )
 def test_an_impossible_header_length_is_refused_before_it_is_read(prefix, file_nbytes, finding):
@@ -118,10 +121,27 @@ def test_a_header_that_does_not_parse_is_refused(header):
         decode_header(header, file_nbytes=8 + len(header) + 4)
 
 
-def test_a_header_that_lies_about_the_file_size_is_refused_with_both_sizes():
+@pytest.mark.parametrize("length", [60, 0x3C2020, 0x0403_4B50])
+def test_lengths_that_look_like_text_pass(length):
+    """`<`, a page's beginning, and `PK`, a zip file's, are numbers as well."""
+    assert length <= MAX_HEADER_NBYTES
+    assert header_nbytes(length.to_bytes(8, "little"), file_nbytes=2**30) == length
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "finding"),
+    [
+        (3, "describes {whole} bytes but the file has {there}, 5 too few; .* cut off"),
+        (0, "describes {whole} bytes but the file has {there}, 8 too few; .* cut off"),
+        (9, "has 1 byte too many at its end: .* {whole} bytes but the file has {there}; some"),
+        (4096, "has 4088 bytes too many at its end"),
+    ],
+)
+def test_too_few_and_too_many_bytes_differ(num_bytes, finding):
+    """Only a file that is too short may have been cut off."""
     header = json.dumps({"t": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
     size = 8 + len(header)
-    with pytest.raises(
-        SourceError, match=f"describes {size + 8} bytes but the file has {size + 3}"
-    ):
-        decode_header(header, file_nbytes=size + 3)
+    finding = finding.format(whole=size + 8, there=size + num_bytes)
+    with pytest.raises(SourceError, match=finding) as caught:
+        decode_header(header, file_nbytes=size + num_bytes)
+    assert ("cut off" in str(caught.value)) == (num_bytes < 8)
