@@ -151,6 +151,7 @@ def plan_merge(
         max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
         normalize=options.get("normalize"),
         allow_weight_sum=options.get("allow_weight_sum"),
+        allow_differences=options.get("allow_differences"),
         model_type=model_type,
     )
     target = None if output is None else resolve_output(output)

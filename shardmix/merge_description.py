@@ -19,6 +19,7 @@ class MergeDescription:
     """Of a base from the Hub."""
     max_shard_size: int | None
     model_type: str | None
+    allow_differences: tuple[str, ...]
     digest: str
     record_paths: bool
     files: tuple[FileIdentity, ...]
@@ -35,6 +36,7 @@ class MergeDescription:
             base_commit=plan.base_commit,
             max_shard_size=plan.max_shard_size,
             model_type=plan.model_type,
+            allow_differences=plan.allow_differences,
             digest=plan.digest_algorithm,
             record_paths=plan.record_paths,
             files=plan.file_identities(),
@@ -76,5 +78,5 @@ def changed_files(then: MergeDescription, now: MergeDescription) -> list[str]:
 
 def _shown(value: object) -> str:
     if isinstance(value, tuple):
-        return ", ".join(map(str, value))
+        return ", ".join(map(str, value)) or "none"
     return "none" if value is None else str(value)

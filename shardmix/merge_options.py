@@ -1,5 +1,6 @@
 """The options of a merge, by keyword: what they are, and whether they make sense. Opens nothing."""
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TypedDict
@@ -28,6 +29,9 @@ class MergeOptions(TypedDict, total=False):
     """Rescale the weights to sum to 1."""
     allow_weight_sum: bool | None
     """Accept weights whose sum is not 1."""
+    allow_differences: Sequence[str] | str | None
+    """Keys in which the models may differ although an average over that makes no sense by itself:
+    of their configs ("num_attention_heads"), "tokenizer", "quantization_config", ..."""
     max_memory: int | str | None
     """Bound on the whole process's peak resident memory ("2GiB"); default: what speed needs."""
     max_vram: int | str | None

@@ -146,6 +146,8 @@ def _card_text(plan: MergePlan) -> str:
         content["max_shard_size"] = plan.max_shard_size
     if abs(math.fsum(plan.weights) - 1) > WEIGHT_SUM_TOLERANCE:
         content["allow_weight_sum"] = True
+    if plan.allow_differences:
+        content["allow_differences"] = list(plan.allow_differences)
     recipe = yaml.safe_dump(
         content,
         sort_keys=False,

@@ -160,6 +160,8 @@ class MergePlan:
     """What was asked for; None: the first model's own shards."""
     model_type: str | None
     """What was asked for; an encoder's output also loads in sentence-transformers."""
+    allow_differences: tuple[str, ...]
+    """Keys in which the models were allowed to differ; sorted."""
     digest_algorithm: str
     """What the output's files are hashed with: one of `digests.ALGORITHMS`."""
     record_paths: bool

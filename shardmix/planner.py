@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
 
+from shardmix.belonging import check_belong_together
 from shardmix.checkpoint import CONFIG_NAME, Checkpoint
 from shardmix.companions import find_companions, unmerged_weights
 from shardmix.devices import num_devices
@@ -93,7 +94,7 @@ def plan_merge(
     write_nbytes = sum(shard.file_nbytes for shard in shards)
     companions = find_companions(donor.folder)
     companion_nbytes = sum((donor.folder / name).stat().st_size for name in companions)
-    warnings = [*matched.notes]
+    warnings = [*matched.notes, *check_belong_together(checkpoints, recipe)]
     for name in unmerged_weights(companions):
         warnings.append(f"{name}: copied, not merged; only the model's main weights are")
     if CONFIG_NAME not in companions:
@@ -110,6 +111,7 @@ def plan_merge(
         dtype=recipe.dtype,
         max_shard_size=recipe.max_shard_size,
         model_type=recipe.model_type,
+        allow_differences=recipe.allow_differences,
         digest_algorithm=outcome.get("digest_algorithm", XXH3),
         record_paths=outcome.get("record_paths", False),
         output=str(outcome.get("output") or ""),

@@ -111,6 +111,8 @@ class Provenance(msgspec.Struct, frozen=True, omit_defaults=True):
     """Largest output shard that was asked for, in bytes."""
     model_type: str | None = None
     """What the models were said to be."""
+    allow_differences: tuple[str, ...] = ()
+    """Keys in which the models were allowed to differ."""
     nonfinite: dict[str, NonfiniteRecord] = {}
     """NaN and Inf in the output, by tensor."""
 
@@ -139,6 +141,7 @@ def write_provenance(
             digests=Digests(plan.digest_algorithm, LEAF_NBYTES, files),
             max_shard_size=plan.max_shard_size,
             model_type=plan.model_type,
+            allow_differences=plan.allow_differences,
         )
         text = msgspec.json.format(msgspec.json.encode(provenance), indent=2)
         with (folder / PROVENANCE_NAME).open("wb") as file:

@@ -53,6 +53,10 @@ class Recipe:
     """The weights are still to be rescaled to sum to 1."""
     allow_weight_sum: bool = False
     """Weights whose sum is not 1 are meant."""
+    allow_differences: tuple[str, ...] = ()
+    """Keys in which the models may differ although an average over that makes no sense by itself:
+    of a config (`num_attention_heads`, `text_config.hidden_act`), `tokenizer`, `model_type`,
+    `quantization_config`, or a file (`modules.json`). Sorted, each once."""
     model_type: str | None = None
     """decoder, encoder, reranker or encoder-decoder. The output of encoders also loads in
     sentence-transformers: with its own modules, or else with CLS pooling and normalisation."""
@@ -95,6 +99,8 @@ def build_recipe(models: ModelsArgument, **options: Any) -> Recipe:
             ) from None
         recipe = Recipe(models=tuple(_weighted_source(pair) for pair in pairs))
     given = {key: value for key, value in options.items() if value is not None}
+    if "allow_differences" in given:
+        given["allow_differences"] = difference_keys(given["allow_differences"])
     return checked(replace(recipe, **given))
 
 
@@ -140,12 +146,38 @@ def recipe_from_dict(content: object, *, origin: str = "recipe") -> Recipe:
             raise RecipeError(
                 f"{origin}: `{key}` is {shown(options[key])}; it must be true or false"
             )
+    if "allow_differences" in options:
+        options["allow_differences"] = difference_keys(options["allow_differences"], where=origin)
     if "max_shard_size" in options:
         options["max_shard_size"] = parse_size(options["max_shard_size"])
     for key in ("dtype", "base", "model_type"):
         if key in options:
             options[key] = _text(options[key], key=key, where=origin)
     return Recipe(models=tuple(_weighted_source(pair) for pair in pairs), **options)
+
+
+def difference_keys(value: object, *, where: str = "recipe") -> tuple[str, ...]:
+    """Return the keys of `allow_differences`, sorted, each once.
+
+    `value` is a list of keys; text may hold several, separated by commas. Raises `RecipeError`.
+    """
+    entries = [value] if isinstance(value, str) else value
+    if not isinstance(entries, list | tuple | set | frozenset):
+        raise RecipeError(
+            f"{where}: `allow_differences` is {shown(value)}; it must be a list of keys, such as "
+            "[num_attention_heads, tokenizer]"
+        )
+    keys = set()
+    for entry in entries:
+        text = _text(entry, key="allow_differences", where=where)
+        for key in map(str.strip, text.split(",")):
+            if not key or not is_unicode(key) or not key.isprintable():
+                raise RecipeError(
+                    f"{where}: `allow_differences` holds {shown(text)}, which names no key; "
+                    "name one such as num_attention_heads or tokenizer"
+                )
+            keys.add(key)
+    return tuple(sorted(keys))
 
 
 def parse_source_words(words: Sequence[str]) -> list[tuple[str, float]]:

@@ -70,6 +70,7 @@ def recompute(
         max_shard_size=provenance.max_shard_size,
         allow_weight_sum=True,
         model_type=provenance.model_type,
+        allow_differences=provenance.allow_differences,
     )
     options: MergeOptions = {"max_memory": max_memory}
     plan = api.plan_merge(recipe, **options)

@@ -175,11 +175,13 @@ def test_a_folder_of_downloads_is_not_taken_for_a_models(tmp_path):
 def test_the_cards_recipe_merges_as_it_was_merged(tmp_path):
     models = two_models(tmp_path)
     options = {"max_shard_size": 2000, "allow_weight_sum": True, "dtype": "bfloat16"}
+    options["allow_differences"] = "tokenizer"
     shardmix.merge([(models[0][0], 2.0), (models[1][0], 1.0)], tmp_path / "out", **options)
     text = (tmp_path / "out" / "README.md").read_text()
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text.split("```yaml\n")[1].split("```")[0])
     assert shardmix.recipe.build_recipe(recipe).weights == (2.0, 1.0)
+    assert shardmix.recipe.build_recipe(recipe).allow_differences == ("tokenizer",)
     assert "max_shard_size: 2000" in recipe.read_text()
 
 

@@ -38,9 +38,11 @@ dtype: bfloat16
 base: c
 max_shard_size: 5GB
 normalize: true
+allow_differences: [tokenizer, text_config.rope_theta]
 """,
     )
     recipe = build_recipe(path)
+    assert recipe.allow_differences == ("text_config.rope_theta", "tokenizer")
     assert recipe.weights == (0.25, 0.75)
     assert (recipe.dtype, recipe.base, recipe.max_shard_size) == ("bfloat16", "c", 5 * 10**9)
 

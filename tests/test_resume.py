@@ -86,6 +86,7 @@ def test_an_error_says_what_is_kept_and_how_to_go_on(tmp_path, models):
         ({"digest": "blake3"}, "digest xxh3 then, blake3 now"),
         ({"record_paths": True}, "record paths False then, True now"),
         ({"model_type": "encoder"}, "model type none then, encoder now"),
+        ({"allow_differences": ["a", "b"]}, "allow differences none then, a, b now"),
     ],
 )
 def test_another_merge_is_refused_and_the_difference_named(tmp_path, models, change, finding):

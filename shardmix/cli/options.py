@@ -90,6 +90,14 @@ normalize = click.option("--normalize", is_flag=True, help="Rescale the weights 
 allow_weight_sum = click.option(
     "--allow-weight-sum", is_flag=True, help="Accept weights whose sum is not 1 (else an error)."
 )
+allow_differences = click.option(
+    "--allow-differences",
+    metavar="KEY,...",
+    multiple=True,
+    callback=lambda _context, _option, words: words or None,
+    help="Merge models that differ in these keys of their configs (num_attention_heads), or in "
+    "tokenizer, model_type or a file that an error names; may be repeated.",
+)
 base = click.option(
     "--base",
     metavar="SOURCE",
@@ -231,6 +239,7 @@ merging = together(
     workers,
     normalize,
     allow_weight_sum,
+    allow_differences,
     base,
 )
 # What losses depend on, and the weights that come of them.

@@ -1,0 +1,77 @@
+"""Differences between models: what was found, and whether its user allows it.
+
+Pure. Who finds them is elsewhere; this is where they become an error or a warning.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from shardmix.errors import MismatchError
+
+_MOST_TOLD = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One thing in which models differ, so that their average may mean nothing."""
+
+    key: str
+    """What `allow_differences` names it by: a config's key, `tokenizer`, a file, ..."""
+    finding: str
+    """A clause that names the models and both values: `hidden_act: "gelu" in a, "relu" in b`."""
+    consequence: str
+    """What the output takes of it: `the output takes "gelu"`; may be empty."""
+    is_refused: bool
+    """Nobody can have meant an average over this, unless it is allowed by name."""
+
+
+def settle(differences: Sequence[Difference], allowed: Sequence[str]) -> tuple[str, ...]:
+    """Return the differences as warnings, and a warning for each allowed key that names none.
+
+    A key allows what lies below it, too: `text_config` allows `text_config.hidden_act`. Raises
+    `MismatchError` if one is refused and not allowed.
+    """
+    refused = [
+        difference
+        for difference in differences
+        if difference.is_refused and not any(_names(key, difference.key) for key in allowed)
+    ]
+    unused = [key for key in allowed if not any(_names(key, found.key) for found in differences)]
+    if refused:
+        raise MismatchError(_refusal(refused, unused))
+    told = [
+        f"{difference.finding}; {difference.consequence}"
+        if difference.consequence
+        else difference.finding
+        for difference in differences
+    ]
+    return (*told, *(_unused(key, differences) for key in unused))
+
+
+def _names(allowed: str, key: str) -> bool:
+    return key == allowed or key.startswith(f"{allowed}.")
+
+
+def _refusal(refused: Sequence[Difference], unused: Sequence[str]) -> str:
+    findings = list(dict.fromkeys(difference.finding for difference in refused))
+    if len(findings) > _MOST_TOLD:
+        findings = [*findings[:_MOST_TOLD], f"and {len(findings) - _MOST_TOLD} more differences"]
+    keys = ",".join(dict.fromkeys(difference.key for difference in refused))
+    told = [_unused(key, refused) for key in unused]
+    return "; ".join(
+        (
+            *findings,
+            "an average over this computes what none of the models means: merge models that agree "
+            f"in it, or use --allow-differences {keys} (allow_differences in a recipe or in "
+            "Python) if it is meant",
+            *told,
+        )
+    )
+
+
+def _unused(key: str, differences: Iterable[Difference]) -> str:
+    known = [difference.key for difference in differences]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    suggestion = f" (did you mean {near[0]}?)" if near else ""
+    return f"allow_differences names {key}, in which no models differ{suggestion}"
