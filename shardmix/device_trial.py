@@ -88,6 +88,7 @@ def _trial_plan(plan: MergePlan) -> Iterator[MergePlan]:
             reduction=LINEAR,
             out_dtype=out_dtype,
             out_offset=number * num_elements * out_width,
+            models=tuple(range(len(dtypes))),
             dtypes=dtypes,
             files=(0,) * len(dtypes),
             offsets=tuple(offsets),

@@ -83,6 +83,8 @@ class Run:
     """Safetensors dtype of the output."""
     out_offset: int
     """First byte in the output shard's file."""
+    models: tuple[int, ...]
+    """Its sources: indexes into `MergePlan.sources`, without models whose weight is 0."""
     dtypes: tuple[str, ...]
     """Safetensors dtype in each source."""
     files: tuple[int, ...]

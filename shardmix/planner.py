@@ -33,6 +33,7 @@ from shardmix.recipe import OUT_DTYPES, Recipe
 from shardmix.run_settings import LLVM, LLVM_DTYPES, TORCH, RunSettings
 from shardmix.safetensors_layout import DTYPES, FLOAT_DTYPES, element_nbytes, tensor_nbytes
 from shardmix.shard_layout import plan_shards
+from shardmix.weight_warnings import weight_warnings
 
 if sys.version_info >= (3, 11):
     from typing import Unpack
@@ -94,7 +95,14 @@ def plan_merge(
     write_nbytes = sum(shard.file_nbytes for shard in shards)
     companions = find_companions(donor.folder)
     companion_nbytes = sum((donor.folder / name).stat().st_size for name in companions)
-    warnings = [*matched.notes, *check_belong_together(checkpoints, recipe)]
+    floats = (
+        name for name, dtype in zip(matched.names, out_dtypes, strict=True) if dtype in FLOAT_DTYPES
+    )
+    warnings = [
+        *weight_warnings(recipe, floats),
+        *matched.notes,
+        *check_belong_together(checkpoints, recipe),
+    ]
     for name in unmerged_weights(companions):
         warnings.append(f"{name}: copied, not merged; only the model's main weights are")
     if CONFIG_NAME not in companions:

@@ -6,6 +6,7 @@ the output: where it goes and how much memory it may take are not part of it.
 
 import difflib
 import math
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -102,6 +103,12 @@ def build_recipe(models: ModelsArgument, **options: Any) -> Recipe:
     if "allow_differences" in given:
         given["allow_differences"] = difference_keys(given["allow_differences"])
     return checked(replace(recipe, **given))
+
+
+def vanishes_in_float32(weight: float) -> bool:
+    """Tell whether a weight is 0 in float32: 0 or -0.0, or less than half of the least value."""
+    rounded: float = struct.unpack("<f", struct.pack("<f", weight))[0]
+    return rounded == 0
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -219,6 +226,11 @@ def checked(recipe: Recipe) -> Recipe:
     if recipe.model_type is not None:
         check_model_type(recipe.model_type)
     total = math.fsum(weights)
+    if all(map(vanishes_in_float32, weights)) and not (recipe.normalize and total):
+        raise RecipeError(
+            "every weight is 0 (in float32), so the output would hold nothing of any model; give "
+            "at least one model a weight"
+        )
     if recipe.normalize:
         if total == 0:
             raise RecipeError("weights sum to 0 and so cannot be normalised to sum to 1")

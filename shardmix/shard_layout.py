@@ -12,7 +12,7 @@ import numpy.typing as npt
 from shardmix.checkpoint import Checkpoint
 from shardmix.matching import MatchedTensors
 from shardmix.plan import AGREE, LINEAR, OutputShard, Run
-from shardmix.recipe import Recipe
+from shardmix.recipe import Recipe, vanishes_in_float32
 from shardmix.safetensors_layout import (
     DTYPE_RANK,
     DTYPES,
@@ -90,6 +90,11 @@ class _SourceColumns:
         self._out_ranks = np.array([DTYPE_RANK[dtype] for dtype in out_dtypes])
         self._is_float = np.array([dtype in FLOAT_DTYPES for dtype in out_dtypes])
         self._weights = recipe.weights
+        # A weight of 0 leaves a model's values out: 0 · NaN would be NaN.
+        self._weighted = [model for model, weight in enumerate(recipe.weights) if weight]
+        self._in_float32 = tuple(
+            model for model in self._weighted if not vanishes_in_float32(recipe.weights[model])
+        )
         self._files, self._starts, self._nbytes, self._ranks = [], [], [], []
         first_file = 0
         for checkpoint, rows in zip(checkpoints, matched.rows, strict=True):
@@ -99,6 +104,9 @@ class _SourceColumns:
             self._nbytes.append(table.nbytes[rows])
             self._ranks.append(table.dtype_ranks[rows])
             first_file += len(checkpoint.shards)
+        self._is_wide = np.logical_or.reduce(
+            [self._ranks[model] == DTYPE_RANK["F64"] for model in self._weighted]
+        )
 
     def output_shard(self, filename: str, members: Sequence[int]) -> OutputShard:
         """Lay out one output file and divide its data into runs."""
@@ -118,7 +126,9 @@ class _SourceColumns:
             filename=filename,
             header=header.encoded[HEADER_LENGTH_NBYTES:].decode(),
             file_nbytes=header.file_nbytes,
-            read_nbytes=sum(int(nbytes[order].sum()) for nbytes in self._nbytes),
+            read_nbytes=sum(
+                run.num_elements * sum(map(element_nbytes, run.dtypes)) for run in runs
+            ),
             tensor_names=header.names,
             runs=runs,
         )
@@ -130,12 +140,12 @@ class _SourceColumns:
         before, after = order[:-1], order[1:]
         joined = self._is_float[before] & self._is_float[after]
         joined &= self._out_ranks[before] == self._out_ranks[after]
-        for files, starts, nbytes, ranks in zip(
-            self._files, self._starts, self._nbytes, self._ranks, strict=True
-        ):
+        for model in self._weighted:
+            files, ranks = self._files[model], self._ranks[model]
+            ends = self._starts[model] + self._nbytes[model]
             joined &= files[before] == files[after]
             joined &= ranks[before] == ranks[after]
-            joined &= starts[before] + nbytes[before] == starts[after]
+            joined &= ends[before] == self._starts[model][after]
         return [0, *(np.flatnonzero(~joined) + 1).tolist(), int(order.size)]
 
     def _run(self, members: npt.NDArray[np.int64], out_offset: int) -> Run:
@@ -144,15 +154,26 @@ class _SourceColumns:
         num_elements = int(self._nbytes[0][members].sum()) // element_nbytes(
             DTYPES[self._ranks[0][first]]
         )
+        is_float = out_dtype in FLOAT_DTYPES
+        models = self._summed(first) if is_float else self._compared()
         return Run(
             name=self._names[first],
             num_tensors=len(members),
             num_elements=num_elements,
-            reduction=LINEAR if out_dtype in FLOAT_DTYPES else AGREE,
+            reduction=LINEAR if is_float else AGREE,
             out_dtype=out_dtype,
             out_offset=out_offset,
-            dtypes=tuple(DTYPES[ranks[first]] for ranks in self._ranks),
-            files=tuple(int(files[first]) for files in self._files),
-            offsets=tuple(int(starts[first]) for starts in self._starts),
-            weights=self._weights,
+            models=models,
+            dtypes=tuple(DTYPES[self._ranks[model][first]] for model in models),
+            files=tuple(int(self._files[model][first]) for model in models),
+            offsets=tuple(int(self._starts[model][first]) for model in models),
+            weights=tuple(self._weights[model] for model in models),
         )
+
+    def _summed(self, tensor: int) -> tuple[int, ...]:
+        """Return the models whose values of a tensor are summed."""
+        return tuple(self._weighted) if self._is_wide[tensor] else self._in_float32
+
+    def _compared(self) -> tuple[int, ...]:
+        """Return the models whose integers are compared with the first one's, and that one."""
+        return tuple(sorted({0, *self._in_float32}))

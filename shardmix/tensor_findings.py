@@ -24,9 +24,8 @@ def strip_findings(
         stop_in_leaf = min(stop, (leaf + 1) * LEAF_NBYTES)
         found = []
         if reducer.disagreeing:
-            found.append(
-                LeafFindings(disagreeing={strip.run.name: tuple(sorted(reducer.disagreeing))})
-            )
+            models = (strip.run.models[source] for source in sorted(reducer.disagreeing))
+            found.append(LeafFindings(disagreeing={strip.run.name: tuple(models)}))
         if not reducer.is_finite:
             for name, start, end in places.between(start_in_leaf, stop_in_leaf):
                 counts = reducer.count_nonfinite((start - first) // width, (end - first) // width)

@@ -21,6 +21,7 @@ def run_of(dtypes, out_dtype, weights, num_elements, reduction=LINEAR):
         reduction=reduction,
         out_dtype=out_dtype,
         out_offset=0,
+        models=tuple(range(num_sources)),
         dtypes=tuple(dtypes),
         files=(0,) * num_sources,
         offsets=(0,) * num_sources,

@@ -1,0 +1,43 @@
+"""Warnings of what weights do to a model: left out by 0, variances made negative by subtraction.
+
+Looks at the recipe's weights and at tensor names, never at values.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+
+from shardmix.recipe import Recipe, vanishes_in_float32
+
+# Statistics that are never negative by what they are: variances and deviations (BatchNorm, buffers
+# of data normalisers), sizes of a codebook's clusters, second moments of optimisers. Their
+# logarithms may be.
+_NEVER_NEGATIVE = re.compile(
+    r"(^|[._])((?<!log_)(var|variance|std)|cluster_size|cluster_usage|exp_avg_sq)$"
+)
+
+
+def weight_warnings(recipe: Recipe, names: Iterable[str]) -> Iterator[str]:
+    """Yield what to know of a recipe's weights for float tensors of these names."""
+    for model in recipe.models:
+        if model.weight == 0:
+            yield f"{model.source}: has the weight 0: left out, none of its values is read"
+        elif vanishes_in_float32(model.weight):
+            yield (
+                f"{model.source}: has the weight {model.weight!r}, which is 0 in float32: left out "
+                "of all that is summed in float32; give it a larger one if it is to count"
+            )
+    negative = [
+        model
+        for model in recipe.models
+        if model.weight < 0 and not vanishes_in_float32(model.weight)
+    ]
+    if not negative:
+        return
+    found = [name for name in names if _NEVER_NEGATIVE.search(name)]
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        yield (
+            f"{found[0]}{more}: is a variance or a count, which is never negative, but the weight "
+            f"{negative[0].weight!r} of {negative[0].source} may make it so, and its square root "
+            "NaN; compute such statistics anew from data, or use weights of 0 and more"
+        )
