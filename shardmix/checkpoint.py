@@ -6,7 +6,7 @@ tensor), so that ten checkpoints of 90,000 tensors fit beside a tight budget.
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class ShardFile:
     """When it was last modified, in nanoseconds since 1970."""
     header_sha256: str = ""
     """SHA-256 (hex) of its header; with size and time, what it is known by."""
+    metadata: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
+    """What its header says of it beside the tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +214,7 @@ def _read_table(
         header, data_start, sha256 = headers.read(
             shard.path, shard.nbytes, num_before=num_header_bytes, max_memory=max_memory
         )
-        known.append(replace(shard, header_sha256=sha256))
+        known.append(replace(shard, header_sha256=sha256, metadata=header.metadata))
         num_header_bytes += data_start
         kept: slice | npt.NDArray[np.int64] = slice(None)
         if weight_map is not None:

@@ -90,7 +90,7 @@ def plan_merge(
     """
     matched = match_tensors(checkpoints, base_tied=donor.tied)
     out_dtypes = _output_dtypes(recipe.dtype, checkpoints[0], matched)
-    shards = plan_shards(recipe, checkpoints, matched, out_dtypes)
+    shards, shard_notes = plan_shards(recipe, checkpoints, matched, out_dtypes)
     settings = _decided(settings, shards)
     write_nbytes = sum(shard.file_nbytes for shard in shards)
     companions = find_companions(donor.folder)
@@ -101,6 +101,7 @@ def plan_merge(
     warnings = [
         *weight_warnings(recipe, floats),
         *matched.notes,
+        *shard_notes,
         *check_belong_together(checkpoints, recipe),
     ]
     for name in unmerged_weights(companions):

@@ -50,6 +50,8 @@ class HeaderTable:
     shapes: list[tuple[int, ...]]
     dtype_ranks: npt.NDArray[np.uint8]
     """Index into `safetensors_layout.DTYPES`."""
+    metadata: dict[str, str]
+    """What the file says of itself, in its order."""
     starts: npt.NDArray[np.int64]
     """First byte, counted from the end of the header."""
     nbytes: npt.NDArray[np.int64]
@@ -116,6 +118,7 @@ class _Columns:
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self._metadata: dict[str, str] = {}
         self._starts, self._stops = array("q"), array("q")
         self._kind_of = array("i")
         self._kinds: list[_Kind] = []
@@ -123,7 +126,9 @@ class _Columns:
 
     def add(self, piece: bytes) -> None:
         """Decode the entries of one piece."""
-        for name, entry in _decode_entries(piece).items():
+        entries, metadata = _decode_entries(piece)
+        self._metadata |= metadata
+        for name, entry in entries.items():
             key = (entry.dtype, entry.shape)
             kind = self._known_kinds.get(key)
             if kind is None:
@@ -167,12 +172,14 @@ class _Columns:
             names=list(map(sys.intern, names)),
             shapes=[self._kinds[kind].shape for kind in kind_of.tolist()],
             dtype_ranks=ranks[kind_of],
+            metadata=self._metadata,
             starts=starts,
             nbytes=nbytes.astype(np.int64),
         )
 
 
-def _decode_entries(piece: bytes) -> dict[str, _Entry]:
+def _decode_entries(piece: bytes) -> tuple[dict[str, _Entry], dict[str, str]]:
+    """Return the tensors of a piece, and the metadata if it is there."""
     try:
         entries = msgspec.json.decode(piece, type=dict[str, _Entry])
     except msgspec.ValidationError:
@@ -187,10 +194,11 @@ def _decode_entries(piece: bytes) -> dict[str, _Entry]:
     # Each entry has a brace. If there are more, a name may be there twice.
     if piece.count(b"{") != len(entries) + 1:
         json.loads(piece, object_pairs_hook=_refuse_duplicates)
-    if entries.pop(_METADATA, None) is not None:
-        raw = msgspec.json.decode(piece, type=dict[str, msgspec.Raw])
-        msgspec.json.decode(raw[_METADATA], type=dict[str, str] | None)
-    return entries
+    if entries.pop(_METADATA, None) is None:
+        return entries, {}
+    raw = msgspec.json.decode(piece, type=dict[str, msgspec.Raw])
+    metadata = msgspec.json.decode(raw[_METADATA], type=dict[str, str] | None)
+    return entries, metadata or {}
 
 
 def _refuse_a_name_twice(names: list[str]) -> None:

@@ -6,7 +6,7 @@ https://github.com/huggingface/safetensors#format
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -17,7 +17,6 @@ from shardmix.errors import SourceError
 
 HEADER_LENGTH_NBYTES = 8
 MAX_HEADER_NBYTES = 100_000_000  # the limit of the safetensors library
-OUTPUT_METADATA = {"format": "pt"}  # transformers refuses a file without it
 
 # What files begin with that only bear the name, what they are, and the remedy.
 _FETCH = "fetch the file itself again"
@@ -147,16 +146,19 @@ class OutputHeader:
         return self.offsets[-1]
 
 
-def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> OutputHeader:
+def encode_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> OutputHeader:
     """Lay out (name, dtype, shape) triples as `safetensors.torch.save_file` does, byte for byte.
 
     Tensors go by dtype, the widest first, then by name; the header is padded with spaces to a
-    multiple of 8 bytes, so that the data is aligned.
+    multiple of 8 bytes, so that the data is aligned. Metadata keeps its order, which the library
+    leaves to chance.
     """
     ordered = sorted(tensors, key=lambda item: (-DTYPE_RANK[item[1]], item[0]))
     sizes = [tensor_nbytes(dtype, shape) for _, dtype, shape in ordered]
     bounds = list(accumulate(sizes, initial=0))
-    entries: dict[str, object] = {"__metadata__": OUTPUT_METADATA}
+    entries: dict[str, object] = {"__metadata__": metadata}
     for (name, dtype, shape), offsets in zip(ordered, pairwise(bounds), strict=True):
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
     text = msgspec.json.encode(entries)

@@ -3,13 +3,14 @@
 Lays out headers and offsets from opened checkpoints; decides nothing about memory or devices.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from shardmix.checkpoint import Checkpoint
+from shardmix.file_metadata import format_alone, lost_metadata, merged_metadata
 from shardmix.matching import MatchedTensors
 from shardmix.plan import AGREE, LINEAR, OutputShard, Run
 from shardmix.recipe import Recipe, vanishes_in_float32
@@ -31,20 +32,28 @@ def plan_shards(
     checkpoints: Sequence[Checkpoint],
     matched: MatchedTensors,
     out_dtypes: Sequence[str],
-) -> tuple[OutputShard, ...]:
-    """Return the output's files, in order, each with its header and its runs.
+) -> tuple[tuple[OutputShard, ...], list[str]]:
+    """Return the output's files, in order, and what is to be told of them.
 
-    `out_dtypes` are safetensors dtypes, one for each of the matched tensors.
+    Each file has its header and its runs. `out_dtypes` are safetensors dtypes, one for each of the
+    matched tensors.
     """
     columns = _SourceColumns(recipe, checkpoints, matched, out_dtypes)
     groups = _shard_groups(recipe, checkpoints[0], matched, out_dtypes)
-    return tuple(columns.output_shard(filename, members) for filename, members in groups)
+    notes = lost_metadata(
+        recipe.sources[0],
+        before=(shard.metadata for shard in checkpoints[0].shards),
+        after=(metadata for _, _, metadata in groups),
+        is_laid_out_anew=recipe.max_shard_size is not None,
+    )
+    return tuple(columns.output_shard(*group) for group in groups), notes
 
 
 def _shard_groups(
     recipe: Recipe, first: Checkpoint, matched: MatchedTensors, out_dtypes: Sequence[str]
-) -> list[tuple[str, list[int]]]:
-    """Return each output file's name and its tensors, as indexes into `matched.names`."""
+) -> list[tuple[str, list[int], Mapping[str, str]]]:
+    """Return each output file's name, its tensors (indexes into `matched.names`), its metadata."""
+    metadata = [shard.metadata for shard in first.shards]
     if recipe.max_shard_size is not None:
         from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -55,8 +64,10 @@ def _shard_groups(
             filename_pattern=_FILENAME_PATTERN,
             max_shard_size=recipe.max_shard_size,
         )
+        is_one = len(metadata) == len(split.filename_to_tensors) == 1
+        common = merged_metadata(metadata[0]) if is_one else format_alone(metadata)
         return [
-            (filename, [index_of[name] for name in names])
+            (filename, [index_of[name] for name in names], common)
             for filename, names in split.filename_to_tensors.items()
         ]
     files = first.table.files[matched.rows[0]]
@@ -65,12 +76,15 @@ def _shard_groups(
     added = [index for index, name in enumerate(matched.names) if name not in stored]
     files[added] = len(first.shards) - 1
     filled = np.flatnonzero(np.bincount(files))  # `np.unique` would import all of `numpy.ma`
-    ordered = [np.flatnonzero(files == file).tolist() for file in filled]
-    if len(ordered) == 1:
-        return [(_FILENAME_PATTERN.format(suffix=""), ordered[0])]
     return [
-        (_FILENAME_PATTERN.format(suffix=f"-{number:05d}-of-{len(ordered):05d}"), members)
-        for number, members in enumerate(ordered, start=1)
+        (
+            _FILENAME_PATTERN.format(
+                suffix=f"-{number:05d}-of-{len(filled):05d}" if len(filled) > 1 else ""
+            ),
+            np.flatnonzero(files == file).tolist(),
+            merged_metadata(metadata[file]),
+        )
+        for number, file in enumerate(filled.tolist(), start=1)
     ]
 
 
@@ -108,11 +122,17 @@ class _SourceColumns:
             [self._ranks[model] == DTYPE_RANK["F64"] for model in self._weighted]
         )
 
-    def output_shard(self, filename: str, members: Sequence[int]) -> OutputShard:
+    def output_shard(
+        self, filename: str, members: Sequence[int], metadata: Mapping[str, str]
+    ) -> OutputShard:
         """Lay out one output file and divide its data into runs."""
         index_of = {self._names[index]: index for index in members}
         header = encode_header(
-            (self._names[index], self._out_dtypes[index], self._shapes[index]) for index in members
+            (
+                (self._names[index], self._out_dtypes[index], self._shapes[index])
+                for index in members
+            ),
+            metadata,
         )
         order = np.fromiter(map(index_of.__getitem__, header.names), np.int64, len(members))
         offsets = np.array(header.offsets)

@@ -52,17 +52,21 @@ def test_headers_are_laid_out_as_safetensors_does(tensors):
         },
         metadata={"format": "pt"},
     )
-    header = encode_header((name, dtype, shape) for name, (dtype, shape) in tensors.items())
+    triples = ((name, dtype, shape) for name, (dtype, shape) in tensors.items())
+    header = encode_header(triples, {"format": "pt"})
     assert saved.startswith(header.encoded)
     assert header.file_nbytes == len(saved)
 
 
 @given(entries)
 def test_a_decoded_header_is_the_encoded_one(tensors):
-    header = encode_header((name, dtype, shape) for name, (dtype, shape) in tensors.items())
+    triples = ((name, dtype, shape) for name, (dtype, shape) in tensors.items())
+    metadata = {"format": "pt", "title": 'a "}, {" of\n\x00'}
+    header = encode_header(triples, metadata)
     decoded = decode_header(header.encoded[8:], file_nbytes=header.file_nbytes)
     data_start = len(header.encoded)
     assert tuple(decoded.names) == header.names
+    assert list(decoded.metadata.items()) == list(metadata.items())
     expected = [tensors[name] for name in header.names]
     assert decoded.shapes == [tuple(shape) for _, shape in expected]
     assert [DTYPES[rank] for rank in decoded.dtype_ranks] == [dtype for dtype, _ in expected]
