@@ -7,8 +7,7 @@ progress goes to a callback, as events.
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardmix.errors import MergeCancelled
 from shardmix.findings import LeafFindings
@@ -22,6 +21,7 @@ from shardmix.reducer import Backend
 from shardmix.source_files import check_unchanged
 from shardmix.stage_clock import NO_CLOCK, Clock
 from shardmix.staging import Staging
+from shardmix.threads import running
 from shardmix.work import Work
 from shardmix.worker import work_through
 
@@ -31,7 +31,7 @@ PROGRESS_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class ProgressEvent:
-    """How far a merge is; sent about ten times a second, and once at its end."""
+    """How far a merge is; sent about ten times a second, and once when it is finished."""
 
     num_bytes_done: int
     """Source bytes whose part of the output is done."""
@@ -47,9 +47,34 @@ class ProgressEvent:
     """Since the first read."""
     resident_nbytes: int
     """Memory that the process holds now."""
+    is_end: bool = False
+    """Everything is finished, and in its place: the last event, sent once."""
 
 
 OnProgress = Callable[[ProgressEvent], None]
+
+
+class Teller:
+    """Passes progress on to a callback, and remembers the last event to end with."""
+
+    def __init__(self, on_progress: OnProgress) -> None:
+        self._on_progress = on_progress
+        self._last: ProgressEvent | None = None
+        self._last_at = 0.0
+
+    def __call__(self, event: ProgressEvent) -> None:
+        """Tell an event."""
+        self._last, self._last_at = event, time.perf_counter()
+        self._on_progress(event)
+
+    def end(self) -> None:
+        """Tell the last event once more, as the end of everything."""
+        if self._last is None:
+            return
+        seconds = self._last.seconds + time.perf_counter() - self._last_at
+        self._on_progress(
+            replace(self._last, seconds=seconds, resident_nbytes=resident_nbytes(), is_end=True)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +120,17 @@ def execute(
         write_model_card(plan, folder)
         write_index(plan, folder)
 
-    run_blocks(plan, backend, work, on_progress, cancel, meanwhile=write_the_rest, clock=clock)
+    teller = Teller(on_progress) if on_progress is not None else None
+    run_blocks(plan, backend, work, teller, cancel, meanwhile=write_the_rest, clock=clock)
     findings = work.findings
     write_provenance(plan, folder, work.file_digests, findings, plan_digest=journal.plan_digest)
     check_unchanged(plan.files)
     staging.place(overwrite=settings.overwrite, fsync=settings.fsync)
+    seconds = time.perf_counter() - started
+    if teller is not None:
+        teller.end()
     return ExecutionResult(
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         peak_resident_nbytes=peak_resident_nbytes(),
         peak_vram_nbytes=backend.peak_vram_nbytes(),
         num_bytes_kept=work.num_bytes_kept,
@@ -139,44 +168,24 @@ def run_blocks(
                 )
             )
 
-    ends = [threading.Event() for _ in range(plan.memory.workers)]
-    threads = [
-        threading.Thread(
-            target=work_through, args=(plan, backend, work, clock, end), name=f"shardmix-{number}"
-        )
-        for number, end in enumerate(ends)
-    ]
+    def task() -> None:
+        work_through(plan, backend, work, clock)
+
     with backend.running():
         try:
-            for thread in threads:
-                thread.start()
-            report()
-            if meanwhile is not None:
-                meanwhile()
-            # Not `Thread.join`: interrupted by a signal, it may take a thread that runs for ended
-            # (CPython 3.10 to 3.12), whose files would be closed under its hands.
-            for end in ends:
-                while not end.is_set():
-                    _stop_if_cancelled(work, cancel)
-                    end.wait(PROGRESS_SECONDS)
-                    report()
-            _stop_if_cancelled(work, cancel)
-            report()
+            with running(task, plan.memory.workers, stop=work.stop) as ends:
+                report()
+                if meanwhile is not None:
+                    meanwhile()
+                for end in ends:
+                    while not end.is_set():
+                        _stop_if_cancelled(work, cancel)
+                        end.wait(PROGRESS_SECONDS)
+                        report()
+                _stop_if_cancelled(work, cancel)
+                report()
         finally:
-            # Also on KeyboardInterrupt, or an error of the callback: no thread outlives the merge.
-            work.stop()
-            for thread, end in zip(threads, ends, strict=True):
-                if thread.ident is not None:
-                    _wait_for(end)
-                    thread.join()
             work.close()
-
-
-def _wait_for(end: threading.Event) -> None:
-    """Wait whatever comes: a second interrupt changes nothing, the first has told all to stop."""
-    while not end.is_set():
-        with suppress(KeyboardInterrupt):
-            end.wait()
 
 
 def _stop_if_cancelled(work: Work, cancel: threading.Event | None) -> None:

@@ -6,9 +6,7 @@ Reads everything once, in bounded memory; changes nothing.
 import os
 import threading
 import time
-from collections.abc import Mapping
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -20,8 +18,9 @@ from shardmix.filesystem import open_regular, refuse_link_outside
 from shardmix.memory import default_workers, peak_resident_nbytes, resident_nbytes
 from shardmix.naming import is_companion_file
 from shardmix.page_cache import PassedRanges, plan_cache_use
-from shardmix.provenance import NOT_DIGESTED, Provenance, read_provenance
+from shardmix.provenance import NOT_DIGESTED, Digests, Provenance, read_provenance
 from shardmix.recomputation import places_given
+from shardmix.threads import running
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 _LOADED_TOO = (".py", ".index.json", "adapter_config.json")
@@ -87,16 +86,19 @@ def verify(
     provenance = read_provenance(folder)
     check_algorithm(provenance.digests.algorithm, is_choice=False)
     given = places_given(provenance, sources or {})
-    problems, num_bytes = _check_digests(folder, provenance, on_progress, cancel)
+    teller = engine.Teller(on_progress) if on_progress is not None else None
+    problems, num_bytes = _check_digests(folder, provenance, teller, cancel)
     problems += _added_files(folder, provenance)
     is_recomputed = recompute and not problems
     if is_recomputed:
         problems, num_bytes_recomputed = recomputation.recompute(
-            folder, provenance, given, max_memory, on_progress, cancel
+            folder, provenance, given, max_memory, teller, cancel
         )
         num_bytes += num_bytes_recomputed
     elif recompute:
         problems.append(f"{folder}: was not recomputed, since its files are not what they were")
+    if teller is not None:
+        teller.end()
     return VerifyReport(
         output=str(folder),
         is_verified=not problems,
@@ -110,15 +112,26 @@ def verify(
     )
 
 
-class _Progress:
-    """What workers have read so far; and the word that they are to stop."""
+class _Reading:
+    """Files handed to workers, what has been read of them, and what was found."""
 
-    def __init__(self, num_bytes_total: int, num_files_total: int) -> None:
+    def __init__(self, provenance: Provenance) -> None:
+        files = provenance.digests.files
         self._started = time.perf_counter()
-        self._totals = num_bytes_total, num_files_total
+        self._nbytes = {name: record.bytes for name, record in files.items()}
+        self._waiting = iter(sorted(files))
         self._lock = threading.Lock()
         self._is_stopped = False
-        self.num_bytes = self._num_files = 0
+        self._error: BaseException | None = None
+        self._num_files = self._num_bytes_gone = 0
+        self._problems: dict[str, str] = {}
+        self.num_bytes = 0
+        """Bytes read."""
+
+    def next_file(self) -> str | None:
+        """Return a file that nobody has yet; None at the end or after `stop`."""
+        with self._lock:
+            return None if self._is_stopped else next(self._waiting, None)
 
     def count(self, num_bytes: int) -> None:
         """Count bytes read; raise `_Stopped` once that was asked for."""
@@ -127,24 +140,33 @@ class _Progress:
         with self._lock:
             self.num_bytes += num_bytes
 
-    def file_done(self) -> None:
-        """Count a file read to its end."""
+    def file_done(self, name: str, problem: str | None, num_bytes: int) -> None:
+        """Take in what was found in a file, of which so many bytes were read."""
         with self._lock:
             self._num_files += 1
+            self._num_bytes_gone += self._nbytes[name] - num_bytes
+            if problem is not None:
+                self._problems[name] = problem
 
-    def stop(self) -> None:
-        """Let each worker stop when it next counts."""
+    def stop(self, error: BaseException | None = None) -> None:
+        """Let each worker stop when it next counts; the first error is the one to raise."""
         self._is_stopped = True
+        self._error = self._error or error
+
+    def problems(self) -> list[str]:
+        """Return what was found, by file; raise what a worker has not foreseen."""
+        if self._error is not None:
+            raise self._error
+        return [self._problems[name] for name in sorted(self._problems)]
 
     def event(self) -> engine.ProgressEvent:
-        """Return how far it is."""
-        num_bytes_total, num_files_total = self._totals
+        """Return how far it is; what a file lacks counts as done, since nothing is left to read."""
         return engine.ProgressEvent(
-            num_bytes_done=self.num_bytes,
+            num_bytes_done=self.num_bytes + self._num_bytes_gone,
             num_bytes_kept=0,
-            num_bytes_total=num_bytes_total,
+            num_bytes_total=sum(self._nbytes.values()),
             num_shards_done=self._num_files,
-            num_shards_total=num_files_total,
+            num_shards_total=len(self._nbytes),
             seconds=time.perf_counter() - self._started,
             resident_nbytes=resident_nbytes(),
         )
@@ -161,78 +183,74 @@ def _check_digests(
     cancel: threading.Event | None,
 ) -> tuple[list[str], int]:
     """Return what is wrong with the files of an output, and how many bytes were read."""
-    files = provenance.digests.files
-    num_bytes = sum(record.bytes for record in files.values())
+    reading = _Reading(provenance)
+    num_bytes = sum(record.bytes for record in provenance.digests.files.values())
     is_kept = plan_cache_use(read_nbytes=num_bytes, write_nbytes=0, fsync=True).keeps_sources
-    progress = _Progress(num_bytes, len(files))
-    futures: list[Future[str | None]] = []
-    pool = ThreadPoolExecutor(default_workers())
-    try:
-        for name in sorted(files):
-            futures.append(
-                pool.submit(_check_file, folder, name, provenance, progress, keep_cached=is_kept)
-            )
-        pending = set(futures)
-        while pending:
-            if cancel is not None and cancel.is_set():
-                raise MergeCancelled("the verification was cancelled")
-            done, pending = wait(pending, engine.PROGRESS_SECONDS, FIRST_EXCEPTION)
-            for future in done:
-                future.result()  # raises what a worker has not foreseen
-            if on_progress is not None:
-                on_progress(progress.event())
-    finally:
-        # Also on KeyboardInterrupt, or an error of the callback: no worker outlives the call.
-        progress.stop()
-        pool.shutdown(wait=False, cancel_futures=True)
-        _wait_for(futures)
-    found = [problem for future in futures if (problem := future.result()) is not None]
-    return found, progress.num_bytes
 
+    def check_files() -> None:
+        try:
+            while (name := reading.next_file()) is not None:
+                _check_file(folder, name, provenance, reading, keep_cached=is_kept)
+        except _Stopped:
+            pass
+        except BaseException as error:
+            reading.stop(error)
 
-def _wait_for(futures: list[Future[str | None]]) -> None:
-    """Wait whatever comes: a second interrupt changes nothing, the first has told all to stop.
+    def report() -> None:
+        if cancel is not None and cancel.is_set():
+            raise MergeCancelled("the verification was cancelled")
+        if on_progress is not None:
+            on_progress(reading.event())
 
-    Not by joining threads: interrupted by a signal, that may take one that runs for ended.
-    """
-    while unfinished := [future for future in futures if not future.done()]:
-        with suppress(KeyboardInterrupt):
-            wait(unfinished)
+    with running(check_files, default_workers(), stop=reading.stop) as ends:
+        for end in ends:
+            while not end.wait(engine.PROGRESS_SECONDS):
+                report()
+        report()
+    return reading.problems(), reading.num_bytes
 
 
 def _check_file(
-    folder: Path, name: str, provenance: Provenance, progress: _Progress, *, keep_cached: bool
-) -> str | None:
-    """Return what is wrong with one file, or None."""
-    record, path = provenance.digests.files[name], folder / name
-    passed = PassedRanges([path])
+    folder: Path, name: str, provenance: Provenance, reading: _Reading, *, keep_cached: bool
+) -> None:
+    """Hold one file against its record, and tell what is wrong."""
+    passed = PassedRanges([folder / name])
     position = 0
 
     def on_bytes(num_bytes: int) -> None:
         nonlocal position
-        progress.count(num_bytes)
+        reading.count(num_bytes)
         if not keep_cached:
             passed.add(0, position, position + num_bytes)
-            position += num_bytes
+        position += num_bytes
 
+    problem = _file_problem(folder, name, provenance.digests, on_bytes)
+    if not keep_cached and problem is None:
+        passed.end()
+    reading.file_done(name, problem, position)
+
+
+def _file_problem(
+    folder: Path, name: str, digests: Digests, on_bytes: Callable[[int], None]
+) -> str | None:
+    """Return what is wrong with one file, or None."""
+    record, path = digests.files[name], folder / name
     try:
         refuse_link_outside(folder, path)
         with open_regular(path) as file:
             nbytes = os.fstat(file.fileno()).st_size
             if nbytes != record.bytes:
                 return f"{path}: has {nbytes} bytes, not {record.bytes}"
-            digest = file_digest(file.fileno(), provenance.digests.algorithm, on_bytes=on_bytes)
+            digest = file_digest(file.fileno(), digests.algorithm, on_bytes=on_bytes)
     except SourceError as error:
         return str(error)
     except FileNotFoundError:
         return f"{path}: is missing"
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror or error})"
-    if not keep_cached:
-        passed.end()
-    progress.file_done()
-    same = digest == record.digest
-    return None if same else f"{path}: its bytes are not those that the merge wrote"
+    if digest != record.digest:
+        return f"{path}: its bytes are not those that the merge wrote"
+    return None
 
 
 def _added_files(folder: Path, provenance: Provenance) -> list[str]:

@@ -1,7 +1,6 @@
 """What each worker of a merge does: strips from readers through reducers to output."""
 
 import itertools
-import threading
 import traceback
 from collections import deque
 from collections.abc import Sequence
@@ -19,10 +18,8 @@ from shardmix.tensor_findings import strip_findings
 from shardmix.work import LeafTarget, ShardInWork, Work
 
 
-def work_through(
-    plan: MergePlan, backend: Backend, work: Work, clock: Clock, end: threading.Event
-) -> None:
-    """Do one worker's part; whatever goes wrong goes to `work`. Sets `end` at its end."""
+def work_through(plan: MergePlan, backend: Backend, work: Work, clock: Clock) -> None:
+    """Do one worker's part; whatever goes wrong goes to `work`."""
     clock.start()
     try:
         _merge_blocks(plan, backend, work, clock)
@@ -32,7 +29,6 @@ def work_through(
         work.stop(error)
     finally:
         clock.lap(OTHER)
-        end.set()
 
 
 def _merge_blocks(plan: MergePlan, backend: Backend, work: Work, clock: Clock) -> None:

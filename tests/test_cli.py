@@ -49,7 +49,9 @@ def test_a_merge_reports_as_json_and_shows_progress_beside_it(models, tmp_path):
     assert report["weights"] == [0.5, 0.5]
     assert {"name", "bytes"} <= set(report["shards"][0])
     assert report["peak_rss_bytes"] <= report["projected_peak_bytes"]
-    assert "100%" in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert "merging: 100%" in last
+    assert "shards 1/1" in last
     assert "\x1b" not in done.stderr  # plain lines where there is no terminal
     assert set(load_model(tmp_path / "out")) == set(random_model(0))
 
@@ -337,6 +339,8 @@ def test_verify_says_what_is_right_and_exits_with_1_where_something_is_not(model
     assert done.returncode == 0, done.stderr
     assert "verified" in done.stdout
     assert "are what the sources give" in done.stdout
+    assert done.stderr.count("verifying: 100%") == 1
+    assert "shards 1/1" in done.stderr.splitlines()[-1]
     with (out / "config.json").open("a") as file:
         file.write(" ")
     for quiet in ([], ["--quiet"]):

@@ -227,7 +227,13 @@ def test_names_of_any_kind_survive(tmp_path):
 
 def test_events_tell_the_progress_up_to_the_end(tmp_path):
     events = []
-    report = shardmix.merge(three_models(tmp_path), tmp_path / "out", on_progress=events.append)
+
+    def note(event):
+        assert event.is_end == (tmp_path / "out" / "shardmix.json").exists()
+        events.append(event)
+
+    report = shardmix.merge(three_models(tmp_path), tmp_path / "out", on_progress=note)
+    assert [event.is_end for event in events[-2:]] == [False, True]
     assert events[-1].num_bytes_done == events[-1].num_bytes_total == report.bytes_read
     assert events[-1].num_shards_done == events[-1].num_shards_total == 1
     done = [event.num_bytes_done for event in events]

@@ -59,6 +59,32 @@ def test_an_output_is_verified_reading_every_byte_and_changing_none(merged):
     assert folder_bytes(merged) == before
 
 
+@pytest.mark.parametrize("options", [{}, {"recompute": True}])
+def test_the_last_event_is_the_end(merged, options):
+    events = []
+    report = shardmix.verify(merged, on_progress=events.append, **options)
+    assert report.is_verified
+    assert [event.is_end for event in events].count(True) == 1
+    end = events[-1]
+    assert end.is_end
+    assert end.num_bytes_done == end.num_bytes_total
+    assert end.num_shards_done == end.num_shards_total == (3 if options else 5)
+
+
+def test_what_is_missing_counts_as_done(copied):
+    """Its bytes are not in what was read."""
+    (copied / "model-00001-of-00003.safetensors").unlink()
+    with (copied / "model-00003-of-00003.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    events = []
+    report = shardmix.verify(copied, on_progress=events.append)
+    assert len(report.problems) == 2
+    assert events[-1].is_end
+    assert events[-1].num_bytes_done == events[-1].num_bytes_total > 20_000_000
+    assert events[-1].num_shards_done == 5
+    assert report.bytes_read < 14_000_000
+
+
 @pytest.mark.parametrize("position", [0, 9, 4 * 2**20, 5_000_001, -1])
 def test_one_bit_anywhere_is_found(copied, position):
     path = copied / "model-00002-of-00003.safetensors"

@@ -50,12 +50,7 @@ def progress_display(word: str = "merging", *, quiet: bool) -> Iterator[OnProgre
 
         def update(event: "ProgressEvent") -> None:
             progress.start()  # not before the first event: models may be scored before
-            progress.update(
-                task,
-                total=event.num_bytes_total,
-                completed=event.num_bytes_done,
-                status=_status(event),
-            )
+            progress.update(task, total=1, completed=_fraction(event), status=_status(event))
 
         try:
             yield update
@@ -106,16 +101,27 @@ class _LinePrinter:
     def __init__(self, console: "Console", word: str) -> None:
         self._console = console
         self._word = word
+        self._begin()
+
+    def _begin(self) -> None:
         self._fraction = -_LINE_FRACTION  # so that the start has a line, too
         self._seconds = 0.0
 
     def __call__(self, event: "ProgressEvent") -> None:
-        fraction = event.num_bytes_done / max(event.num_bytes_total, 1)
+        if event.seconds < self._seconds:  # recomputing begins when all digests are compared
+            self._begin()
+        fraction = _fraction(event)
         moved_on = fraction >= self._fraction + _LINE_FRACTION
-        ended = fraction >= 1 > self._fraction
-        if moved_on or ended or event.seconds >= self._seconds + _LINE_SECONDS:
+        if moved_on or event.is_end or event.seconds >= self._seconds + _LINE_SECONDS:
             self._fraction, self._seconds = fraction, event.seconds
             self._console.print(f"{self._word}: {fraction:4.0%}  {_status(event)}", soft_wrap=True)
+
+
+def _fraction(event: "ProgressEvent") -> float:
+    """Return how much is done; not all of it before files are finished and in their place."""
+    if event.is_end:
+        return 1.0
+    return min(event.num_bytes_done / max(event.num_bytes_total, 1), 0.99)
 
 
 def _console() -> "Console":
