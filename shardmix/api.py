@@ -12,7 +12,13 @@ from os import PathLike
 from pathlib import Path
 
 from shardmix import engine, planner
-from shardmix.checkpoint import Checkpoint, open_checkpoint, open_checkpoints, read_config
+from shardmix.checkpoint import (
+    Checkpoint,
+    open_checkpoint,
+    open_checkpoints,
+    read_config,
+    weight_names,
+)
 from shardmix.digests import LEAF_NBYTES
 from shardmix.errors import (
     BudgetError,
@@ -249,8 +255,25 @@ def _kept(staging: Staging, journal: Journal, plan: MergePlan, error: BaseExcept
 def _donor(base: str | None, first: Checkpoint) -> planner.Donor:
     if base is None:
         name = planner.public_name(first)
-        return planner.Donor(name, first.folder, ties_word_embeddings(first.config), first.commit)
+        return planner.Donor(
+            name,
+            first.folder,
+            ties_word_embeddings(first.config),
+            first.commit,
+            weights=first.weight_names,
+            is_single_file=first.is_single_file,
+            left_out=first.left_out,
+        )
     located = locate(base, with_weights=False)
-    folder = located.path if located.path.is_dir() else located.path.parent
+    is_single_file = not located.path.is_dir()
+    folder = located.path.parent if is_single_file else located.path
     name = base if located.hub_id is not None else folder.resolve().name
-    return planner.Donor(name, folder, ties_word_embeddings(read_config(folder)), located.commit)
+    return planner.Donor(
+        name,
+        folder,
+        ties_word_embeddings(read_config(folder)),
+        located.commit,
+        weights=(located.path.name,) if is_single_file else weight_names(folder),
+        is_single_file=is_single_file,
+        left_out=located.left_out,
+    )

@@ -15,12 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from shardmix.errors import SourceError
+from shardmix.file_kinds import LeftOut
 from shardmix.filesystem import refuse_link_outside
 from shardmix.headers import SHORT_HEADER_NBYTES, Headers
 from shardmix.hub import INDEX_NAME, WEIGHTS_NAME, locate, no_weights_finding
 from shardmix.json_files import read_index, read_json
 from shardmix.memory import check_room
 from shardmix.safetensors_layout import DTYPES, TensorInfo
+from shardmix.weight_names import STEMS, index_name, weights_name
 
 CONFIG_NAME = "config.json"
 
@@ -79,6 +81,13 @@ class Checkpoint:
     """Content of config.json; empty where there is none."""
     table: TensorTable = field(repr=False)
     """The tensors, in columns."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Files of its repository on the Hub that were not fetched."""
+
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """Its weight files, by path within its folder."""
+        return tuple(shard.path.relative_to(self.folder).as_posix() for shard in self.shards)
 
     @property
     def num_tensors(self) -> int:
@@ -142,7 +151,18 @@ def _open(source: str, headers: Headers, max_memory: int | None) -> Checkpoint:
         shards=shards,
         config=read_config(folder),
         table=table,
+        left_out=located.left_out,
     )
+
+
+def weight_names(folder: Path, *, max_memory: int | None = None) -> tuple[str, ...]:
+    """Return the weight files of a folder by the names that loaders look for; () if it has none."""
+    names = {weights_name(stem) for stem in STEMS if (folder / weights_name(stem)).is_file()}
+    for path in (folder / index_name(stem) for stem in STEMS):
+        if path.is_file():
+            refuse_link_outside(folder, path)
+            names.update(read_index(path, max_memory=max_memory).values())
+    return tuple(sorted(names))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -1,44 +1,90 @@
-"""Which files go along with the weights: config, tokenizer, templates, module folders.
+"""Which files go along with the weights: config, tokenizer, templates, modules, whatever else.
 
-Lists them; copies nothing and reads no weights.
+Lists them, and what is left out; copies nothing and reads no weights.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from shardmix import naming
+from shardmix import file_kinds
 from shardmix.checkpoint import CONFIG_NAME
 from shardmix.errors import SourceError, shown
-from shardmix.filesystem import refuse_link_outside, walk
+from shardmix.file_kinds import LeftOut
+from shardmix.filesystem import refuse_link_outside
 from shardmix.json_files import file_name_finding, read_json
 from shardmix.sentence_modules import MODULES_NAME
+from shardmix.weight_names import MISTRAL, OPEN_CLIP, OPEN_CLIP_OLD
+
+# What makes a folder a model's.
+_MARKS = (CONFIG_NAME, MODULES_NAME)
+# What does so for weights of these names; elsewhere it may be anybody's file.
+_MARKS_OF_WEIGHTS = {
+    MISTRAL: "params.json",
+    OPEN_CLIP: "open_clip_config.json",
+    OPEN_CLIP_OLD: "open_clip_config.json",
+}
+_WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack"),
+    ".onnx",
+)
+_MOST_LEFT_OUT = 1_000
+_NUM_NAMED = 5
 
 
-def find_companions(folder: Path) -> tuple[str, ...]:
-    """Return the files, relative to a model's folder, that an output needs besides weights.
+@dataclass(frozen=True, slots=True)
+class Companions:
+    """What of a model's folder goes along with the weights."""
 
-    No file where the folder has no config and so is no model's.
-    For a sentence-transformers model that includes the folder of each of its modules, whole.
-    Raises `SourceError` where modules.json or a link points outside the folder, or where one of
-    these is no file.
+    files: tuple[str, ...] = ()
+    """Paths within the folder, in order."""
+    nbytes: int = 0
+    """Their size."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What does not go along, but for the weights that are merged."""
+
+
+@dataclass(slots=True)
+class _Found:
+    """What is in a folder."""
+
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Path within the folder → bytes."""
+    left_out: list[LeftOut] = field(default_factory=list)
+    """What was not looked into, or is no file."""
+    num_below: dict[str, int] = field(default_factory=dict)
+    """Folder → how many files and folders were seen below it."""
+
+
+def find_companions(
+    folder: Path, *, weights: Collection[str] = (), is_single_file: bool = False
+) -> Companions:
+    """Return the files of a model's folder that an output needs besides weights.
+
+    Nothing if the folder has no config and so is no model's. For a sentence-transformers model
+    the folder of each of its modules goes along whole. `weights` are the model's own, by path
+    within the folder. If a single file of the folder was named as the model, what else lies there
+    may be anybody's: only files whose names tell that they are a model's go along.
+
+    Raises `SourceError` if modules.json or a link leads outside the folder, or if something that
+    goes along is no file.
     """
-    if not any(os.path.lexists(folder / name) for name in (CONFIG_NAME, MODULES_NAME)):
-        return ()  # a folder of files, such as a download folder, and no model's
-    names = [
-        entry.name
-        for entry in folder.iterdir()
-        # A folder of licences may be called so; one that is called like a file is none.
-        if naming.is_companion_file(entry.name) and not (entry.is_dir() and not entry.suffix)
-    ]
-    module_folders = _module_folders(folder)
-    for subfolder in (*module_folders, naming.TEMPLATE_FOLDER):
-        names += [
-            name
-            for name in _files_below(folder, subfolder)
-            if subfolder in module_folders or naming.is_companion_file(name)
-        ]
-    for name in names:
+    if not _is_a_models(folder, weights):
+        return Companions()
+    modules = _module_folders(folder)
+    found = _root_files(folder) if is_single_file else _all_files(folder, modules)
+    if is_single_file:
+        for subfolder in (*modules, file_kinds.TEMPLATE_FOLDER):
+            _look_into(folder, subfolder, found, whole={subfolder}, depth=1)
+    kept, left_out = file_kinds.divide(found.sizes, weights=weights, modules=modules)
+    left_out += found.left_out
+    if is_single_file:
+        others = [name for name in kept if not _is_surely_a_models(name, modules)]
+        left_out = [LeftOut(name, "beside a single file; name the folder") for name in others]
+        kept = [name for name in kept if _is_surely_a_models(name, modules)]
+    files, nbytes = [], 0
+    for name in kept:
         refuse_link_outside(folder, folder / name)
         if not (folder / name).is_file():
             raise SourceError(
@@ -49,25 +95,158 @@ def find_companions(folder: Path) -> tuple[str, ...]:
             raise SourceError(
                 f"{folder / name}: has control characters in its name; rename it, or remove it"
             )
-    return tuple(sorted(set(names)))
+        if not (_is_surely_a_models(name, modules) or os.access(folder / name, os.R_OK)):
+            left_out.append(LeftOut(name, "cannot be read"))
+            continue
+        files.append(name)
+        nbytes += found.sizes[name]
+    return Companions(tuple(sorted(files)), nbytes, _shortened(left_out))
 
 
-def unmerged_weights(companions: tuple[str, ...]) -> tuple[str, ...]:
+def unmerged_weights(companions: Iterable[str]) -> list[str]:
     """Return those companion files that hold weights themselves, such as a Dense module's."""
-    return tuple(name for name in companions if name.endswith((".safetensors", ".bin", ".pt")))
+    return [name for name in companions if name.endswith(_WEIGHT_SUFFIXES)]
 
 
-def _files_below(folder: Path, subfolder: str) -> Iterator[str]:
-    """Yield all that is no folder below a subfolder, by path within the model's folder.
+def listed(names: Collection[str]) -> str:
+    """Return the first few names, and how many more there are."""
+    first = ", ".join(list(names)[:_NUM_NAMED])
+    more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
+    return first + more
 
-    Links to folders are not entered: they may lead anywhere, or in circles. They are yielded, and
-    so refused as what is no file.
+
+def left_out_warning(left_out: Collection[LeftOut], model: str) -> str | None:
+    """Say what of a model's folder somebody may miss in the output; None if there is nothing."""
+    by_reason: dict[str, list[str]] = {}
+    for finding in left_out:
+        if finding.is_told and finding.reason != file_kinds.ADAPTER:
+            by_reason.setdefault(finding.reason, []).append(finding.name)
+    if not by_reason:
+        return None
+    groups = "; ".join(f"{listed(names)} ({reason})" for reason, names in by_reason.items())
+    return f"left out of the output, though {model} has it: {groups}; --json lists all"
+
+
+def _is_a_models(folder: Path, weights: Collection[str]) -> bool:
+    marks = [*_MARKS]
+    for stem, mark in _MARKS_OF_WEIGHTS.items():
+        if any(name.startswith(stem) for name in weights):
+            marks.append(mark)
+    return any(os.path.lexists(folder / name) for name in marks)
+
+
+def _is_surely_a_models(name: str, modules: Collection[str]) -> bool:
+    return name.split("/")[0] in modules or file_kinds.is_companion_file(name)
+
+
+def _all_files(folder: Path, modules: Collection[str]) -> _Found:
+    found = _Found()
+    whole = {*modules, file_kinds.TEMPLATE_FOLDER}
+    _look_into(folder, "", found, whole=whole, depth=0)
+    for top, num_below in found.num_below.items():
+        if num_below > file_kinds.MAX_FOLDER_FILES:
+            found.left_out.append(LeftOut(f"{top}/", file_kinds.TOO_MANY_FILES))
+            found.sizes = {
+                path: nbytes
+                for path, nbytes in found.sizes.items()
+                if not path.startswith(f"{top}/")
+            }
+    return found
+
+
+def _root_files(folder: Path) -> _Found:
+    found = _Found()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not (_is_folder(entry) and _may_be_a_folder(entry.name)):
+                _add(entry, entry.name, found, is_needed=file_kinds.is_companion_file(entry.name))
+    return found
+
+
+def _may_be_a_folder(name: str) -> bool:
+    # A folder of licences may be called so; one that is called like a file is none.
+    return not (file_kinds.is_companion_file(name) and PurePosixPath(name).suffix)
+
+
+def _look_into(
+    folder: Path, subfolder: str, found: _Found, *, whole: Collection[str], depth: int
+) -> None:
+    """Add what is below a subfolder ("" for all) of a model's folder.
+
+    Links to folders are not entered: they may lead anywhere, or in circles. In folders that go
+    along `whole` they are added, and so refused as what is no file; elsewhere they are left out.
     """
-    refuse_link_outside(folder, folder / subfolder)
-    for path, subfolders, files in walk(folder / subfolder):
-        links = [name for name in subfolders if (path / name).is_symlink()]
-        for name in (*files, *links):
-            yield (path / name).relative_to(folder).as_posix()
+    top = subfolder.split("/")[0]
+    is_whole = top in whole
+    if subfolder in whole:
+        refuse_link_outside(folder, folder / subfolder)
+    try:
+        with os.scandir(folder / subfolder) as scanned:
+            entries = sorted(scanned, key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return
+    except PermissionError:
+        if is_whole or not subfolder:
+            raise
+        found.left_out.append(LeftOut(f"{subfolder}/", "cannot be read"))
+        return
+    for entry in entries:
+        path = f"{subfolder}/{entry.name}" if subfolder else entry.name
+        if subfolder and not is_whole:
+            found.num_below[top] = found.num_below.get(top, 0) + 1
+            if found.num_below[top] > file_kinds.MAX_FOLDER_FILES:
+                return  # enough to tell that it does not go along
+        if not _is_folder(entry) or not (subfolder or _may_be_a_folder(entry.name)):
+            is_needed = is_whole or (not subfolder and file_kinds.is_companion_file(entry.name))
+            _add(entry, path, found, is_needed=is_needed)
+        elif entry.is_symlink() and path not in whole:
+            if is_whole:
+                found.sizes[path] = 0
+            else:
+                found.left_out.append(LeftOut(f"{path}/", "a link to a folder"))
+        else:
+            finding = None if is_whole or path in whole else file_kinds.folder_left_out(path)
+            if depth >= file_kinds.MAX_FOLDER_DEPTH and not is_whole:
+                finding = LeftOut(f"{path}/", "folders nested too deeply")
+            if finding is not None:
+                found.left_out.append(finding)
+            else:
+                _look_into(folder, path, found, whole=whole, depth=depth + 1)
+
+
+def _add(entry: os.DirEntry[str], path: str, found: _Found, *, is_needed: bool) -> None:
+    """Add a file; something else only if it is needed, and so refused."""
+    nbytes = _file_nbytes(entry)
+    if nbytes is not None:
+        found.sizes[path] = nbytes
+    elif is_needed:
+        found.sizes[path] = 0
+    else:
+        reason = "a link to nothing" if entry.is_symlink() else "not a regular file"
+        found.left_out.append(LeftOut(path, reason))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle
+        return False
+
+
+def _file_nbytes(entry: os.DirEntry[str]) -> int | None:
+    """Return a file's size; None for what is no file."""
+    try:
+        return entry.stat().st_size if entry.is_file() else None
+    except OSError:
+        return None
+
+
+def _shortened(left_out: list[LeftOut]) -> tuple[LeftOut, ...]:
+    more = len(left_out) - _MOST_LEFT_OUT
+    ordered = sorted(left_out, key=lambda finding: (not finding.is_told, finding.name))
+    if more <= 0:
+        return tuple(ordered)
+    return (*ordered[:_MOST_LEFT_OUT], LeftOut("...", f"{more:,} more", is_told=False))
 
 
 def _module_folders(folder: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """Hub ids to local folders: what a merge needs of a repository, and no more.
 
-Downloads only weights in safetensors, config and tokenizer files. Tokens, mirrors and offline mode
+Downloads weights in safetensors, and what goes along with them. Tokens, mirrors and offline mode
 are huggingface_hub's own (`HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`). Knows nothing of tensors.
 """
 
@@ -8,15 +8,15 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
 from shardmix.errors import SourceError, is_unicode, one_line, printable, shown
+from shardmix.file_kinds import OTHER_WEIGHTS, LeftOut, divide, is_companion_file, is_module_folder
 from shardmix.json_files import file_name_finding, read_index
-from shardmix.naming import is_companion_file
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -25,6 +25,8 @@ SHOW_DOWNLOADS = ContextVar("SHOW_DOWNLOADS", default=False)
 """Whether downloads show progress bars on standard error; a library keeps still."""
 
 _LOGGER = logging.getLogger(__name__)
+# Without any of these, what a repository holds besides weights is nothing that a merge knows.
+_MODEL_MARKS = ("config.json", "modules.json", "params.json", "open_clip_config.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^@\s]+)?")
 
 
@@ -38,6 +40,8 @@ class LocalSource:
     """`org/name`, where it came from the Hub."""
     commit: str | None = None
     """The commit that its files are of, where it came from the Hub."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Files of its repository that were not fetched."""
 
 
 def locate(source: str, *, with_weights: bool = True) -> LocalSource:
@@ -63,12 +67,14 @@ def locate(source: str, *, with_weights: bool = True) -> LocalSource:
             "check the path"
         )
     repo_id, _, revision = source.partition("@")
-    folder = _download(repo_id, revision or None, with_weights=with_weights)
+    folder, left_out = _download(repo_id, revision or None, with_weights=with_weights)
     # The cache keeps each commit's files in a folder of that name.
-    return LocalSource(folder, hub_id=repo_id, commit=folder.name)
+    return LocalSource(folder, hub_id=repo_id, commit=folder.name, left_out=left_out)
 
 
-def _download(repo_id: str, revision: str | None, *, with_weights: bool) -> Path:
+def _download(
+    repo_id: str, revision: str | None, *, with_weights: bool
+) -> tuple[Path, tuple[LeftOut, ...]]:
     # Imported here: a merge of local folders needs no HTTP client.
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT, HF_HUB_OFFLINE
@@ -76,7 +82,9 @@ def _download(repo_id: str, revision: str | None, *, with_weights: bool) -> Path
     named = repo_id if revision is None else f"{repo_id}@{printable(revision)}"
     # Every `except Exception`: HTTP clients, and what they raise, change with huggingface_hub.
     try:
-        info = HfApi().model_info(repo_id, revision=revision, timeout=HF_HUB_ETAG_TIMEOUT)
+        info = HfApi().model_info(
+            repo_id, revision=revision, timeout=HF_HUB_ETAG_TIMEOUT, files_metadata=True
+        )
     except Exception as error:
         refusal = _refusal(error)
         if refusal is not None:
@@ -94,11 +102,12 @@ def _download(repo_id: str, revision: str | None, *, with_weights: bool) -> Path
                 named,
                 one_line(error),
             )
-        return cached
-    files = [sibling.rfilename for sibling in info.siblings or ()]
+        return cached, ()
+    # A mirror may not tell sizes.
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
     try:
         with _progress_bars(shown=SHOW_DOWNLOADS.get()):
-            return _fetch(repo_id, revision, files, commit=info.sha, with_weights=with_weights)
+            return _fetch(repo_id, revision, sizes, commit=info.sha, with_weights=with_weights)
     except SourceError as error:
         raise SourceError(f"{named}: {error}") from None
     except Exception as error:
@@ -133,14 +142,15 @@ def _progress_bars(*, shown: bool) -> Iterator[None]:
 def _fetch(
     repo_id: str,
     revision: str | None,
-    files: list[str],
+    sizes: Mapping[str, int],
     *,
     commit: str | None,
     with_weights: bool,
-) -> Path:
-    """Bring what a merge needs of these files into the cache, and return the folder."""
+) -> tuple[Path, tuple[LeftOut, ...]]:
+    """Bring what a merge needs of these files into the cache; return the folder, and the others."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
+    files = list(sizes)
     # Both present: as in transformers, the single file counts.
     weights = [WEIGHTS_NAME] if with_weights else []
     if with_weights and WEIGHTS_NAME not in files:
@@ -148,7 +158,7 @@ def _fetch(
             raise SourceError(no_weights_finding(files))
         index = hf_hub_download(repo_id, INDEX_NAME, revision=commit)
         weights = [INDEX_NAME, *sorted(set(read_index(Path(index)).values()))]
-    companions = [name for name in files if is_companion_file(name)]
+    companions, left_out = _companions(sizes, weights)
     for name in (*companions, *weights):
         finding = file_name_finding(name)
         if finding is not None:
@@ -159,7 +169,22 @@ def _fetch(
         snapshot_download(repo_id, revision=commit, allow_patterns=patterns)
     # By name, not by commit: only then does the cache know, offline, what the name stands for.
     patterns = [glob.escape(name) for name in (*companions, *weights)]
-    return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    if not with_weights:
+        left_out = [finding for finding in left_out if finding.reason != OTHER_WEIGHTS]
+    return folder, tuple(left_out)
+
+
+def _companions(
+    sizes: Mapping[str, int], weights: Collection[str]
+) -> tuple[list[str], list[LeftOut]]:
+    """Divide a repository's files but for the weights into those to fetch and the others."""
+    tops = {name.partition("/")[0] for name in sizes if "/" in name}
+    modules = [top for top in tops if is_module_folder(top)]
+    companions, left_out = divide(sizes, weights=weights, modules=modules)
+    if not any(name in sizes for name in _MODEL_MARKS):
+        companions = [name for name in companions if is_companion_file(name)]
+    return companions, left_out
 
 
 def _cached(repo_id: str, revision: str | None, *, with_weights: bool) -> Path | None:
@@ -202,8 +227,8 @@ def _refusal(error: BaseException | None) -> str | None:
     response = error.response if isinstance(error, HfHubHTTPError) else None
     if response is not None and response.status_code in (401, 403):
         return (
-            f"the Hub denies access ({one_line(error)}); check HF_TOKEN, or log in again with "
-            "`hf auth login`"
+            f"the Hub denies access ({one_line(error, limit=300)}); check HF_TOKEN, or log in "
+            "again with `hf auth login`"
         )
     return None
 

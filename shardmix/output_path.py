@@ -7,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from shardmix.errors import OutputError, SourceError
+from shardmix.file_kinds import is_companion_file
 from shardmix.filesystem import free_nbytes, walk
-from shardmix.naming import is_companion_file
 from shardmix.provenance import PROVENANCE_NAME, read_provenance
 from shardmix.units import format_size
 

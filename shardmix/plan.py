@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from shardmix.file_kinds import LeftOut
 from shardmix.memory import MemoryPlan
 from shardmix.page_cache import CacheUse
 from shardmix.run_settings import RunSettings
@@ -178,6 +179,8 @@ class MergePlan:
     """Absolute path of the folder that gives config, tokenizer and other companion files."""
     companions: tuple[str, ...]
     """Those files, relative to that folder."""
+    left_out: tuple[LeftOut, ...]
+    """What else is there, and why it does not go along."""
     config_dtype: str
     """Torch name of the output's main float dtype, for the config."""
     untie_word_embeddings: bool
@@ -249,7 +252,7 @@ class MergePlan:
     def _decisive_parts(self) -> Iterator[object]:
         """Yield all that decides the output's bytes, in an order that is always the same."""
         places = {"sources", "output", "base_folder"}
-        irrelevant = places | {"settings", "memory", "cache_use", "warnings"}
+        irrelevant = places | {"settings", "memory", "cache_use", "warnings", "left_out"}
         in_parts = {"files", "shards"}
         for field in fields(self):
             if field.name not in irrelevant | in_parts:

@@ -7,17 +7,24 @@ Pure but for looking up files beside the weights and how much memory is in use a
 import importlib.util
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
 
 from shardmix.belonging import check_belong_together
 from shardmix.checkpoint import CONFIG_NAME, Checkpoint
-from shardmix.companions import find_companions, unmerged_weights
+from shardmix.companions import (
+    Companions,
+    find_companions,
+    left_out_warning,
+    listed,
+    unmerged_weights,
+)
 from shardmix.devices import num_devices
 from shardmix.digests import XXH3
 from shardmix.errors import RecipeError
+from shardmix.file_kinds import LeftOut
 from shardmix.matching import MatchedTensors, match_tensors
 from shardmix.memory import (
     BEST_STRIP_NBYTES,
@@ -63,6 +70,12 @@ class Donor:
     """What its config says of `tie_word_embeddings`."""
     commit: str | None
     """The commit, where it came from the Hub."""
+    weights: tuple[str, ...] = ()
+    """Its weight files, by path within the folder: what of it is no companion of weights."""
+    is_single_file: bool = False
+    """It was named as a file, so what else lies in its folder may be anybody's."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Files of its repository on the Hub that were not fetched."""
 
 
 class Outcome(TypedDict, total=False):
@@ -93,8 +106,10 @@ def plan_merge(
     shards, shard_notes = plan_shards(recipe, checkpoints, matched, out_dtypes)
     settings = _decided(settings, shards)
     write_nbytes = sum(shard.file_nbytes for shard in shards)
-    companions = find_companions(donor.folder)
-    companion_nbytes = sum((donor.folder / name).stat().st_size for name in companions)
+    companions = find_companions(
+        donor.folder, weights=donor.weights, is_single_file=donor.is_single_file
+    )
+    left_out = tuple(dict.fromkeys((*companions.left_out, *donor.left_out)))
     floats = (
         name for name, dtype in zip(matched.names, out_dtypes, strict=True) if dtype in FLOAT_DTYPES
     )
@@ -103,10 +118,9 @@ def plan_merge(
         *matched.notes,
         *shard_notes,
         *check_belong_together(checkpoints, recipe),
+        *_companion_warnings(companions, left_out, donor),
     ]
-    for name in unmerged_weights(companions):
-        warnings.append(f"{name}: copied, not merged; only the model's main weights are")
-    if CONFIG_NAME not in companions:
+    if CONFIG_NAME not in companions.files:
         warnings.append(
             f"no {CONFIG_NAME} in {donor.folder.name}: the output holds weights alone and will not "
             "load with from_pretrained; name a model that has one with --base"
@@ -127,7 +141,8 @@ def plan_merge(
         base_name=donor.name,
         base_commit=donor.commit,
         base_folder=str(donor.folder.absolute()),
-        companions=companions,
+        companions=companions.files,
+        left_out=left_out,
         config_dtype=_main_float_dtype(matched, out_dtypes),
         untie_word_embeddings=matched.untie_word_embeddings,
         files=tuple(
@@ -138,7 +153,7 @@ def plan_merge(
             for shard in checkpoint.shards
         ),
         shards=shards,
-        disk_needed_nbytes=write_nbytes + companion_nbytes,
+        disk_needed_nbytes=write_nbytes + companions.nbytes,
         settings=settings,
         memory=plan_memory(settings),
         cache_use=plan_cache_use(
@@ -148,6 +163,19 @@ def plan_merge(
         ),
         warnings=tuple(warnings),
     )
+
+
+def _companion_warnings(
+    companions: Companions, left_out: Sequence[LeftOut], donor: Donor
+) -> Iterator[str]:
+    """Tell of companions that hold weights, and of what somebody may miss."""
+    unmerged = unmerged_weights(companions.files)
+    if unmerged:
+        values = "its values are" if len(unmerged) == 1 else "their values are"
+        yield f"{listed(unmerged)}: copied, not merged; {values} those of {donor.name}"
+    warning = left_out_warning(left_out, donor.name)
+    if warning is not None:
+        yield warning
 
 
 def plan_memory(settings: RunSettings) -> MemoryPlan:

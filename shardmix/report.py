@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shardmix.engine import ExecutionResult
+from shardmix.file_kinds import LeftOut
 from shardmix.findings import LeafFindings
 from shardmix.model_report import ShardReport
 from shardmix.plan import MergePlan
@@ -59,6 +60,8 @@ class PlanReport:
     """The files to write."""
     companions: tuple[str, ...]
     """Files that go along with the weights."""
+    left_out: tuple[LeftOut, ...]
+    """Files and folders that do not, and why."""
     plan_digest: str
     """Plans of one digest write the same bytes from the same sources."""
     warnings: tuple[str, ...]
@@ -127,6 +130,8 @@ class MergeReport:
     """What the output's files are hashed with: xxh3, blake3 or sha256."""
     nonfinite: tuple[NonfiniteReport, ...]
     """Tensors of the output that hold NaN or Inf."""
+    left_out: tuple[LeftOut, ...]
+    """Files and folders of the model that gives the companions, but do not go along, and why."""
     warnings: tuple[str, ...]
     """What to know about the output."""
     scores: ScoreReport | None = None
@@ -161,6 +166,7 @@ def describe_plan(plan: MergePlan, *, disk_free: int | None) -> PlanReport:
         sources=plan.sources,
         shards=_shard_reports(plan),
         companions=plan.companions,
+        left_out=plan.left_out,
         plan_digest=plan.digest(),
         digest=plan.digest_algorithm,
         warnings=(*plan.warnings, *([_OPEN] if plan.settings.is_device_open else [])),
@@ -199,6 +205,7 @@ def describe_merge(
             NonfiniteReport(name, *counts)
             for name, counts in sorted(result.findings.nonfinite.items())
         ),
+        left_out=plan.left_out,
         warnings=(
             *plan.warnings,
             *notes,

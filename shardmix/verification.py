@@ -14,9 +14,9 @@ from pathlib import Path
 from shardmix import engine, recomputation
 from shardmix.digests import check_algorithm, file_digest
 from shardmix.errors import MergeCancelled, RecipeError, SourceError
+from shardmix.file_kinds import is_companion_file
 from shardmix.filesystem import open_regular, refuse_link_outside
 from shardmix.memory import default_workers, peak_resident_nbytes, resident_nbytes
-from shardmix.naming import is_companion_file
 from shardmix.page_cache import PassedRanges, plan_cache_use
 from shardmix.provenance import NOT_DIGESTED, Digests, Provenance, read_provenance
 from shardmix.recomputation import places_given

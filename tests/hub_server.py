@@ -157,7 +157,7 @@ class HubServer:
             return _file_answer(files, unquote(parts["file"]), commit)
         if found.re is _TREE:
             return _json_answer([_tree_entry(name, files[name]) for name in sorted(files)])
-        siblings = [{"rfilename": name} for name in sorted(files)]
+        siblings = [{"rfilename": name, "size": len(files[name])} for name in sorted(files)]
         return _json_answer({"id": repo_id, "sha": commit, "siblings": siblings})
 
     def break_after(self, file: str | None) -> int | None:

@@ -235,9 +235,7 @@ def test_a_base_that_has_moved_since_makes_another_merge(
 # What is fetched
 
 
-def test_only_safetensors_weights_config_and_tokenizer_are_fetched(
-    hub: HubServer, machine: Machine
-) -> None:
+def test_what_goes_along_is_fetched_and_no_more(hub: HubServer, machine: Machine) -> None:
     wanted = {
         **model(),
         "tokenizer.model": b"sentencepiece",
@@ -246,6 +244,10 @@ def test_only_safetensors_weights_config_and_tokenizer_are_fetched(
         "additional_chat_templates/rag.jinja": b"{{ documents }}",
         "modeling_custom.py": b"import torch",
         "LICENSE": b"Apache-2.0",
+        "colbert_linear.pt": b"pickle",
+        "bpe.codes": b"a b 10",
+        "images/loss.png": b"a picture",
+        "speech_tokenizer/model.safetensors": weights(2.0),
     }
     unwanted = [
         ".gitattributes",
@@ -255,8 +257,11 @@ def test_only_safetensors_weights_config_and_tokenizer_are_fetched(
         "checkpoint-500/model.safetensors",
         "checkpoint-500/optimizer.pt",
         "consolidated.safetensors",
-        "images/loss.png",
-        "loss.png",
+        "logs/loss.png",
+        "flax_model.msgpack",
+        "model.fp16.safetensors",
+        "original/consolidated.00.pth",
+        "speech_tokenizer/pytorch_model.bin",
         "model-q4_k_m.gguf",
         "onnx/config.json",
         "onnx/model.onnx",
@@ -271,6 +276,20 @@ def test_only_safetensors_weights_config_and_tokenizer_are_fetched(
 
     assert hub.fetched() == sorted(wanted)
     assert {name: (folder / name).read_bytes() for name in wanted} == wanted
+
+
+def test_what_is_not_fetched_is_told(hub: HubServer, machine: Machine, tmp_path: Path) -> None:
+    hub.push("org/tuned", model(1.0) | {"pytorch_model.bin": b"pickle", ".gitattributes": b""})
+    local = save_locally(tmp_path / "mine", model(2.0))
+    words = ["org/tuned=0.5", f"{local}=0.5"]
+    for base, telling in (("org/tuned", "org/tuned has it"), (str(local), None)):
+        done = machine.run("-m", "shardmix", "plan", *words, "--base", base, "--json")
+        report = json.loads(done.stdout)
+        told = [text for text in report["warnings"] if "left out" in text]
+        assert len(told) == (telling is not None)
+        assert all("pytorch_model.bin (weights in another format)" in text for text in told)
+        names = {finding["name"] for finding in report["left_out"]}
+        assert names == ({"pytorch_model.bin", ".gitattributes"} if telling else set())
 
 
 def test_of_a_sharded_model_the_index_and_the_shards_it_names_are_fetched(

@@ -33,6 +33,15 @@ COMPANIONS = {
     "modeling_custom.py": b"class Custom: ...\n",
     "LICENSE": b"terms\n",
     "preprocessor_config.json": b"{}",
+    "bpe.codes": b"a b 10\n",
+    "vocab": b"a\n",
+    "mel_filters.npz": b"npz",
+    "params.json": b"{}",
+    "tekken.json": b"{}",
+    "colbert_linear.pt": b"pickle",
+    "code/layers/attention.py": b"class Attention: ...\n",
+    "speech_tokenizer/config.json": b"{}",
+    "speech_tokenizer/pytorch_model.bin": b"pickle",
 }
 OTHERS = {
     "pytorch_model.bin": b"pickle",
@@ -41,6 +50,7 @@ OTHERS = {
     "all_results.json": b"{}",
     "README.md": b"the first model's own card\n",
     "model.onnx": b"onnx",
+    "model.fp16.safetensors": b"weights",
     "checkpoint-500/config.json": b"{}",
     ".git/config": b"",
 }
@@ -56,7 +66,7 @@ def test_what_makes_a_model_goes_along_and_nothing_else(tmp_path):
     models = two_models(tmp_path)
     add_files(models[0][0], COMPANIONS | OTHERS)
     add_files(models[1][0], {"tokenizer.json": b"another", "special_tokens_map.json": b"{}"})
-    shardmix.merge(models, tmp_path / "out")
+    report = shardmix.merge(models, tmp_path / "out")
     out = tmp_path / "out"
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     made = {"config.json", "model.safetensors", "README.md", "shardmix.json"}
@@ -64,6 +74,20 @@ def test_what_makes_a_model_goes_along_and_nothing_else(tmp_path):
     for name, content in COMPANIONS.items():
         assert (out / name).read_bytes() == content
     assert (out / "config.json").read_bytes() == (models[0][0] / "config.json").read_bytes()
+    told = [warning for warning in report.warnings if warning.startswith("left out")]
+    assert told == [
+        "left out of the output, though a has it: checkpoint-500/ (a trainer's checkpoint); "
+        "model.fp16.safetensors (other weights of the model); model.onnx, pytorch_model.bin "
+        "(weights in another format); --json lists all"
+    ]
+    assert {finding.name for finding in report.left_out} == {
+        *(name for name in OTHERS if "/" not in name),
+        *("checkpoint-500/", ".git/"),
+    }
+    assert (
+        "colbert_linear.pt, speech_tokenizer/pytorch_model.bin: copied, not merged; their values "
+        "are those of a"
+    ) in report.warnings
 
 
 def test_base_gives_the_companions_instead_of_the_first_model(tmp_path):
@@ -89,14 +113,11 @@ def test_module_folders_of_sentence_transformers_are_copied_whole(tmp_path):
         "1_Pooling/config.json": b'{"pooling_mode_mean_tokens": true}',
         "Projection/config.json": b"{}",
         "Projection/model.safetensors": b"weights",
-        "3_Unused/config.json": b"{}",
     }
     add_files(models[0][0], files)
     report = shardmix.merge(models, tmp_path / "out")
-    del files["3_Unused/config.json"]
     for name, content in files.items():
         assert (tmp_path / "out" / name).read_bytes() == content
-    assert not (tmp_path / "out" / "3_Unused").exists()
     assert any("Projection/model.safetensors: copied, not merged" in w for w in report.warnings)
 
 

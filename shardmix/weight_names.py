@@ -1,0 +1,62 @@
+"""What weight files are called: the names that loaders look for, their shards and indexes.
+
+Pure rules on names; opens nothing.
+"""
+
+import re
+from dataclasses import dataclass
+
+MODEL = "model"
+"""What transformers, sentence-transformers and timm load, without its suffix."""
+DIFFUSERS = "diffusion_pytorch_model"
+"""What diffusers loads of a component, such as a UNet or a VAE."""
+MISTRAL = "consolidated"
+"""What mistral-inference and vLLM load beside a params.json."""
+OPEN_CLIP = "open_clip_model"
+"""What open_clip loads beside an open_clip_config.json ..."""
+OPEN_CLIP_OLD = "open_clip_pytorch_model"
+"""... and what it looks for after that."""
+
+STEMS = (MODEL, DIFFUSERS, MISTRAL, OPEN_CLIP, OPEN_CLIP_OLD)
+"""All names that some loader looks for in a model's folder."""
+
+SUFFIX = ".safetensors"
+
+_SHARD = re.compile(
+    r"(?P<stem>.+?)[-_.](?P<number>\d{1,6})[-_.]?of[-_.]?(?P<count>\d{1,6})(?P<end>\.\w+)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardName:
+    """The name of one of several weight files that are a model together."""
+
+    stem: str
+    """What all of them begin with."""
+    number: int
+    """Which it is."""
+    count: int
+    """How many there are."""
+
+
+def weights_name(stem: str) -> str:
+    """Return the name of a model's weights in one file."""
+    return stem + SUFFIX
+
+
+def index_name(stem: str) -> str:
+    """Return the name of the index of a model's weights in shards."""
+    return stem + SUFFIX + ".index.json"
+
+
+def shard_pattern(stem: str) -> str:
+    """Return the pattern of its shards' names, with huggingface_hub's `{suffix}` in it."""
+    return stem + "{suffix}" + SUFFIX
+
+
+def shard_name(name: str) -> ShardName | None:
+    """Read a name such as `model-00001-of-00003.safetensors`; None if it is none of several."""
+    found = _SHARD.fullmatch(name)
+    if found is None or int(found["count"]) < 2:
+        return None
+    return ShardName(found["stem"], int(found["number"]), int(found["count"]))
