@@ -34,7 +34,6 @@ from shardmix.journal import Journal, open_journal
 from shardmix.matching import check_mergeable
 from shardmix.merge_options import MergeOptions, digest_algorithm, run_settings
 from shardmix.model_report import ModelReport, describe_model
-from shardmix.naming import ties_word_embeddings
 from shardmix.output_path import check_disk, check_output, resolve_output
 from shardmix.plan import MergePlan
 from shardmix.read_ahead import reading_ahead
@@ -258,7 +257,7 @@ def _donor(base: str | None, first: Checkpoint) -> planner.Donor:
         return planner.Donor(
             name,
             first.folder,
-            ties_word_embeddings(first.config),
+            first.config,
             first.commit,
             weights=first.weight_names,
             is_single_file=first.is_single_file,
@@ -271,7 +270,7 @@ def _donor(base: str | None, first: Checkpoint) -> planner.Donor:
     return planner.Donor(
         name,
         folder,
-        ties_word_embeddings(read_config(folder)),
+        read_config(folder),
         located.commit,
         weights=(located.path.name,) if is_single_file else weight_names(folder),
         is_single_file=is_single_file,

@@ -1,21 +1,28 @@
 """Which tensor of one model corresponds to which of another, or why they cannot be merged.
 
-Works on headers alone. Handles what transformers leaves out of a checkpoint: tied parameters and
-buffers that it computes by itself.
+Works on headers alone. Handles what checkpoints of one class may store differently: parameters that
+share a tensor, names of other programs and versions, and buffers that transformers computes.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from shardmix import naming
 from shardmix.checkpoint import Checkpoint
+from shardmix.declarations import SCALE_KEY, TIE_KEY, Declaration, declaration_of, scales_output
 from shardmix.errors import MismatchError, SourceError
 from shardmix.safetensors_layout import DTYPES, FLOAT_DTYPES, INTEGER_DTYPES
+from shardmix.tensor_names import aligned, class_names, prefix_of, without_wrappers
+from shardmix.ties import NamedModel, SharedTensors, share
 
 _NUM_LISTED = 3
+_HEADS = re.compile(r"(cls|lm_head|head|classifier|score|qa_outputs|pooler|\w+_head)\.")
 
 # Integers that quantised codes are packed into (MLX, HQQ, quanto and others, each with names of its
 # own). Models have matrices of int64 and booleans, but not of these.
@@ -27,13 +34,15 @@ class MatchedTensors:
     """The tensors of the output, and where each comes from in every model."""
 
     names: tuple[str, ...]
-    """In the order of the first model's files; a head that it lacks comes last."""
+    """In the order of the first model's files; what it does not store comes last."""
+    num_added: int
+    """How many of the last ones the first model does not store by themselves."""
     shapes: tuple[tuple[int, ...], ...]
     """One shape a name, the same in every model."""
     rows: tuple[npt.NDArray[np.int32], ...]
     """For each model, for each name: the row in that model's tensor table."""
-    untie_word_embeddings: bool
-    """The output must say that its head is not tied, since some model's isn't."""
+    untied: tuple[str, ...]
+    """Parts of the output's config that must say `tie_word_embeddings: false`: "" is its top."""
     notes: tuple[str, ...]
     """What was left out or taken from elsewhere, for the user."""
 
@@ -71,114 +80,204 @@ def check_mergeable(checkpoint: Checkpoint) -> None:
             )
 
 
-def match_tensors(checkpoints: Sequence[Checkpoint], *, base_tied: bool | None) -> MatchedTensors:
+def match_tensors(
+    checkpoints: Sequence[Checkpoint], out_config: Mapping[str, Any], out_folder: Path | None = None
+) -> MatchedTensors:
     """Match all models' tensors by name, resolving ties.
 
-    `base_tied` is what the output's config will say of `tie_word_embeddings`. Raises
-    `MismatchError` where tensors are missing, shapes differ, or floats meet integers.
+    `out_config` is the config.json that the output will have, of the model in `out_folder`. Raises
+    `MismatchError` if tensors are missing, shapes differ, or floats meet integers.
     """
-    row_of = [
-        {name: row for row, name in enumerate(checkpoint.table.names)} for checkpoint in checkpoints
-    ]
     notes: list[str] = []
-    names = list(checkpoints[0].table.names)
-    partial = _names_not_in_all(row_of)
-    left_out = dict.fromkeys(name for name in partial if naming.is_computed_buffer(name))
-    if left_out:
-        notes.append(
-            f"left out {_listed(list(left_out))}: not in every model; transformers computes it "
-            "by itself"
-        )
-        names = [name for name in names if name not in left_out]
-        partial = [name for name in partial if name not in left_out]
-    aliases = [
-        _aliases(checkpoint, rows, partial)
-        for checkpoint, rows in zip(checkpoints, row_of, strict=True)
-    ]
-    _refuse_missing(checkpoints, row_of, partial, aliases)
-
-    # A head that only some models store must be stored in the output, unless all of them tie it.
-    untie = False
-    says_tied = [naming.ties_word_embeddings(checkpoint.config) for checkpoint in checkpoints]
-    heads = {name for name in (*names, *partial) if naming.is_tied_head(name)}
-    for head in sorted(heads):
-        untied = [
-            head in rows and tied is not True for rows, tied in zip(row_of, says_tied, strict=True)
+    stored = [_own_names(checkpoint, notes) for checkpoint in checkpoints]
+    same_names = all(names == stored[0] for names in stored) or all(
+        set(names) == set(stored[0]) for names in stored
+    )
+    statements = [_tie_statements(checkpoint.config) for checkpoint in checkpoints]
+    if same_names and all(said == _tie_statements(out_config) for said in statements):
+        names, num_added = list(stored[0]), 0
+        untied: tuple[str, ...] = ()
+        shared: Sequence[Mapping[str, int]] = [{} for _ in checkpoints]
+        row_of = [{name: row for row, name in enumerate(own)} for own in stored]
+    else:
+        declarations = [
+            declaration_of(checkpoint.config, checkpoint.folder) for checkpoint in checkpoints
         ]
-        if not any(untied):
-            continue
-        if head not in row_of[0]:
-            names.append(head)
-        # A config that is silent means what its class defaults to, which may be a tie.
-        silent_base = base_tied is None and False in says_tied
-        if base_tied is True or silent_base or not all(untied):
-            untie = True
+        known = stored if same_names else _names_of_class(stored, declarations)
+        row_of = [{name: row for row, name in enumerate(own)} for own in known]
+        partial = [] if same_names else _names_not_in_all(row_of)
+        left_out = dict.fromkeys(name for name in partial if naming.is_computed_buffer(name))
+        if left_out:
             notes.append(
-                f"{head}: stored by some models and tied to the input embedding in others; the "
-                "output stores the merged head and its config says tie_word_embeddings: false"
+                f"left out {_listed(list(left_out))}: not in every model; transformers computes it "
+                "by itself"
             )
+            partial = [name for name in partial if name not in left_out]
+        models = [
+            NamedModel(checkpoint.config, declaration, rows)
+            for checkpoint, declaration, rows in zip(checkpoints, declarations, row_of, strict=True)
+        ]
+        output = NamedModel(out_config, declaration_of(out_config, out_folder), row_of[0])
+        _refuse_other_scale(checkpoints, output, declarations)
+        resolved = share(models, output, partial)
+        class_of_first = [name for name in known[0] if name not in left_out]
+        names = [*class_of_first, *resolved.added]
+        num_added, untied, shared = len(resolved.added), resolved.untied, resolved.rows
+        _refuse_missing(checkpoints, row_of, shared, names, declarations)
+        notes += _notes_of(resolved)
     rows = tuple(
         np.fromiter(
-            (rows_by_name[stored] for stored in map(alias.get, names, names)),
+            (own[name] if name in own else held[name] for name in names),
             dtype=np.int32,
             count=len(names),
         )
-        for rows_by_name, alias in zip(row_of, aliases, strict=True)
+        for own, held in zip(row_of, shared, strict=True)
     )
     shapes = _common_shapes(checkpoints, names, rows)
     _refuse_mixed_kinds(checkpoints, names, rows)
-    return MatchedTensors(tuple(names), shapes, rows, untie, tuple(notes))
+    written = _written_names(names, stored, row_of)
+    return MatchedTensors(tuple(written), num_added, shapes, rows, untied, tuple(notes))
 
 
-def _names_not_in_all(row_of: Sequence[dict[str, int]]) -> list[str]:
-    first = row_of[0].keys()
-    if all(rows.keys() == first for rows in row_of[1:]):
+def _own_names(checkpoint: Checkpoint, notes: list[str]) -> Sequence[str]:
+    """Return a model's names without what wrappers of modules put into them."""
+    names = checkpoint.table.names
+    plain = without_wrappers(names)
+    if plain is names:
+        return names
+    if len(set(plain)) != len(plain):
+        raise SourceError(
+            f"{checkpoint.source}: stores tensors both with a wrapper's name in theirs "
+            "(_orig_mod., module.) and without it; save the model anew, without the wrapper"
+        )
+    changed = next(name for name, own in zip(names, plain, strict=True) if name != own)
+    notes.append(
+        f"{checkpoint.source}: has a wrapper's name in those of its tensors ({changed}), which "
+        "loaders don't read; the output has them without it"
+    )
+    return plain
+
+
+def _tie_statements(config: Mapping[str, Any]) -> tuple[object, ...]:
+    """Return all that a config says that may bear on ties."""
+    return tuple(
+        (key, str(part[key]))
+        for part in naming.config_parts(config)
+        for key in sorted(part)
+        if key in ("model_type", "architectures", SCALE_KEY) or key.startswith("tie_")
+    )
+
+
+def _names_of_class(
+    stored: Sequence[Sequence[str]], declarations: Sequence[Declaration]
+) -> list[Sequence[str]]:
+    """Return all models' names as their classes have them, and as the first one spells them."""
+    first = class_names(stored[0], declarations[0])
+    others = set(first)
+    found = [first]
+    for names, declaration in zip(stored[1:], declarations[1:], strict=True):
+        own = class_names(names, declaration)
+        prefix = declaration.prefix or declarations[0].prefix or prefix_of(own, others)
+        found.append(aligned(own, others, prefix))
+    return found
+
+
+def _written_names(
+    names: Sequence[str], stored: Sequence[Sequence[str]], row_of: Sequence[Mapping[str, int]]
+) -> list[str]:
+    """Return the names that the output stores: the first model's, or who has the tensor's own."""
+    written = []
+    for name in names:
+        owner = next((model for model, rows in enumerate(row_of) if name in rows), None)
+        written.append(name if owner is None else stored[owner][row_of[owner][name]])
+    return written
+
+
+def _notes_of(shared: SharedTensors) -> list[str]:
+    if not shared.split:
         return []
+    told = f"{_listed(shared.split)}: stored by some models and shared with another parameter in "
+    if shared.untied:
+        where = ", ".join(part or "its config" for part in shared.untied)
+        return [
+            f"{told}others; the output stores the mean of each, and {where} says {TIE_KEY}: false"
+        ]
+    if shared.is_kept_tied:
+        return [
+            f"{told}others; the output stores the mean of each, which transformers 5 and newer "
+            "read beside a config that ties them"
+        ]
+    return [f"{told}others; the output stores the mean of each"]
+
+
+def _refuse_other_scale(
+    checkpoints: Sequence[Checkpoint], output: NamedModel, declarations: Sequence[Declaration]
+) -> None:
+    scale = output.declaration.scale
+    if not scale:
+        return
+    wanted = scales_output(scale, output.config)
+    for checkpoint, declaration in zip(checkpoints, declarations, strict=True):
+        if declaration.scale == scale and scales_output(scale, checkpoint.config) != wanted:
+            raise MismatchError(
+                f"{checkpoint.source}: its config says that what the output head reads is "
+                f"{'not ' * wanted}scaled ({TIE_KEY}, scale_decoder_outputs), the output's that it "
+                f"is{' not' * (not wanted)}; heads of both kinds cannot be averaged: merge models "
+                "that agree in it"
+            )
+
+
+def _names_not_in_all(row_of: Sequence[Mapping[str, int]]) -> list[str]:
     union = dict.fromkeys(name for rows in row_of for name in rows)
     return [name for name in union if not all(name in rows for rows in row_of)]
 
 
-def _aliases(
-    checkpoint: Checkpoint, row_of: dict[str, int], partial: Sequence[str]
-) -> dict[str, str]:
-    """Return absent name → stored name for what this model ties."""
-    aliases = {}
-    for name in partial:
-        if name in row_of:
-            continue
-        if naming.is_tied_head(name) and naming.ties_word_embeddings(checkpoint.config) is False:
-            continue
-        stored = naming.tie_source(name, row_of)
-        if stored is not None:
-            aliases[name] = stored
-    return aliases
-
-
 def _refuse_missing(
     checkpoints: Sequence[Checkpoint],
-    row_of: Sequence[dict[str, int]],
-    partial: Sequence[str],
-    aliases: Sequence[dict[str, str]],
+    row_of: Sequence[Mapping[str, int]],
+    shared: Sequence[Mapping[str, int]],
+    names: Sequence[str],
+    declarations: Sequence[Declaration],
 ) -> None:
     def lacks(model: int) -> list[str]:
-        return [
-            name for name in partial if name not in row_of[model] and name not in aliases[model]
-        ]
+        return [name for name in names if name not in row_of[model] and name not in shared[model]]
 
     for model in range(len(checkpoints)):
         missing = lacks(model)
         if not missing:
             continue
         # Name two models: the one that lacks tensors, and one that has the first of them.
-        other = next(i for i, rows in enumerate(row_of) if missing[0] in rows)
+        other = next((i for i, rows in enumerate(row_of) if missing[0] in rows), 0)
         here, there = checkpoints[model].source, checkpoints[other].source
         only_there = [name for name in missing if name in row_of[other]]
         only_here = [name for name in lacks(other) if name in row_of[model]]
         raise MismatchError(
             f"tensor sets differ: only in {there}: {_listed(only_there)}; "
             f"only in {here}: {_listed(only_here)}; models of a merge must have one architecture "
-            "and the same tensor names"
+            f"and the same tensor names{_hint(only_there, only_here)}"
+            f"{_unknown_class(checkpoints[model], declarations[model])}; if they are of one "
+            "architecture, load them with one class of transformers (AutoModel, or the one that "
+            "you will use) and save them anew with save_pretrained"
         )
+
+
+def _hint(only_there: Sequence[str], only_here: Sequence[str]) -> str:
+    """Say what a difference in names is likely to come from; "" if nothing is known."""
+    names = [*only_there, *only_here]
+    if not (only_there and only_here) and all(".pooler." in f".{name}" for name in names):
+        return " (one has a pooler, the other was saved without: add_pooling_layer=False)"
+    if names and all(map(_HEADS.match, names)):
+        return " (one has the output head of a task that the other lacks)"
+    return ""
+
+
+def _unknown_class(checkpoint: Checkpoint, declaration: Declaration) -> str:
+    if declaration.is_known:
+        return ""
+    return (
+        f" ({checkpoint.source}: its class is not known here, nor to an installed transformers, so "
+        "that parameters which share a tensor cannot be told)"
+    )
 
 
 def _common_shapes(

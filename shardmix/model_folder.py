@@ -3,12 +3,13 @@
 Copies files and writes small JSON and Markdown; reads no tensors.
 """
 
+import copy
 import heapq
 import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,6 +18,7 @@ import yaml
 
 from shardmix._version import __version__
 from shardmix.checkpoint import CONFIG_NAME
+from shardmix.declarations import TIE_KEY
 from shardmix.errors import SourceError, printable, writing_failed
 from shardmix.hub import INDEX_NAME
 from shardmix.json_files import read_json
@@ -42,7 +44,7 @@ def write_companions(plan: MergePlan, folder: Path) -> None:
             raise writing_failed(target, error) from None
     if CONFIG_NAME in plan.companions:
         config = read_json(folder / CONFIG_NAME)
-        adapted = adapted_config(config, dtype=plan.config_dtype, untie=plan.untie_word_embeddings)
+        adapted = untied(adapted_config(config, dtype=plan.config_dtype), plan.untied)
         if plan.dtype != "keep" and not any(map(adapted.get, DTYPE_KEYS)):
             adapted["torch_dtype"] = plan.config_dtype  # transformers 5 reads the old key as well
         # Untouched where nothing changes: then it stays the donor's, byte for byte.
@@ -89,8 +91,8 @@ def write_model_card(plan: MergePlan, folder: Path) -> None:
         file.write(f"---\n{front_matter}---\n\n{_card_text(plan)}")
 
 
-def adapted_config(config: dict[str, Any], *, dtype: str, untie: bool) -> dict[str, Any]:
-    """Return a config that names the output's dtype, and says that a stored head is not tied.
+def adapted_config(config: dict[str, Any], *, dtype: str) -> dict[str, Any]:
+    """Return a config that names the output's dtype.
 
     `dtype` is a torch name, "" for a model without floats. The key is `dtype` (transformers 5) or
     `torch_dtype` (before), whichever the config has; nested configs that name one are adapted too.
@@ -98,16 +100,23 @@ def adapted_config(config: dict[str, Any], *, dtype: str, untie: bool) -> dict[s
     adapted: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict):
-            adapted[key] = adapted_config(value, dtype=dtype, untie=False)
-            if "tie_word_embeddings" in value and untie:
-                adapted[key]["tie_word_embeddings"] = False
+            adapted[key] = adapted_config(value, dtype=dtype)
         elif key in DTYPE_KEYS and isinstance(value, str) and dtype:
             adapted[key] = dtype
         else:
             adapted[key] = value
-    if untie:
-        adapted["tie_word_embeddings"] = False
     return adapted
+
+
+def untied(config: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+    """Return a config some parts of which say that no parameters are tied; "" is its top."""
+    changed = copy.deepcopy(config) if parts else config
+    for path in parts:
+        part = changed
+        for key in filter(None, path.split(".")):
+            part = part.setdefault(key, {})
+        part[TIE_KEY] = False
+    return changed
 
 
 def _model_ids(plan: MergePlan) -> list[str]:

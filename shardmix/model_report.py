@@ -3,13 +3,10 @@
 from dataclasses import dataclass
 
 from shardmix.checkpoint import Checkpoint
-from shardmix.naming import (
-    has_language_model_head,
-    input_embedding,
-    is_tied_head,
-    ties_word_embeddings,
-)
+from shardmix.declarations import declaration_of
+from shardmix.naming import ties_word_embeddings
 from shardmix.safetensors_layout import TensorInfo
+from shardmix.ties import NamedModel, shared_with
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +46,7 @@ class ModelReport:
     tie_word_embeddings: bool | None
     """What the config says; None where it says nothing."""
     tied: dict[str, str]
-    """Output head → the input embedding it shares, where it is not stored."""
+    """Parameter that is not stored → the stored one that it shares."""
     tensors: tuple[TensorInfo, ...]
     """All tensors, by file and within it by offset."""
 
@@ -60,15 +57,8 @@ def describe_model(checkpoint: Checkpoint) -> ModelReport:
     dtypes: dict[str, int] = {}
     for tensor in tensors:
         dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.num_elements
-    tie = ties_word_embeddings(checkpoint.config)
-    names = checkpoint.table.names
-    embedding = input_embedding(names)
-    # A silent config means what its class defaults to; for want of a stored head, a tie.
-    is_tied = (
-        tie is not False
-        and has_language_model_head(checkpoint.config)
-        and not any(map(is_tied_head, names))
-    )
+    rows = {name: row for row, name in enumerate(checkpoint.table.names)}
+    model = NamedModel(checkpoint.config, declaration_of(checkpoint.config), rows)
     files = checkpoint.table.files.tolist()
     return ModelReport(
         source=checkpoint.source,
@@ -81,7 +71,7 @@ def describe_model(checkpoint: Checkpoint) -> ModelReport:
             ShardReport(shard.path.name, shard.nbytes, files.count(index), shard.nbytes, ())
             for index, shard in enumerate(checkpoint.shards)
         ),
-        tie_word_embeddings=tie,
-        tied={"lm_head.weight": embedding} if is_tied and embedding is not None else {},
+        tie_word_embeddings=ties_word_embeddings(checkpoint.config),
+        tied=shared_with(model),
         tensors=tensors,
     )

@@ -62,15 +62,6 @@ def is_tied_head(name: str) -> bool:
     return _has_ending(name, _TIED_HEAD_ENDINGS) or name in _TIED_HEAD_NAMES
 
 
-def has_language_model_head(config: Mapping[str, Any]) -> bool:
-    """Tell by its architecture whether a model has an `lm_head`, stored or tied."""
-    architectures = config.get("architectures")
-    return isinstance(architectures, list) and any(
-        str(name).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-        for name in architectures
-    )
-
-
 def is_tied_input(name: str) -> bool:
     """Tell whether this is a copy of an encoder-decoder model's shared embedding."""
     return _has_ending(name, _TIED_INPUT_ENDINGS)

@@ -183,8 +183,9 @@ class MergePlan:
     """What else is there, and why it does not go along."""
     config_dtype: str
     """Torch name of the output's main float dtype, for the config."""
-    untie_word_embeddings: bool
-    """The output stores a head of its own, so the config must say that it is not tied."""
+    untied: tuple[str, ...]
+    """Parts of the output's config that must say `tie_word_embeddings: false`, since parameters
+    that they tie are stored one by one: "" is its top, others are dotted keys."""
     files: tuple[SourceFile, ...]
     """All weight files that will be read."""
     shards: tuple[OutputShard, ...]

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from shardmix.belonging import check_belong_together
 from shardmix.checkpoint import CONFIG_NAME, Checkpoint
@@ -66,8 +66,8 @@ class Donor:
     """What the model card may call it."""
     folder: Path
     """Its folder."""
-    tied: bool | None
-    """What its config says of `tie_word_embeddings`."""
+    config: dict[str, Any]
+    """Content of its config.json; empty if it has none."""
     commit: str | None
     """The commit, where it came from the Hub."""
     weights: tuple[str, ...] = ()
@@ -101,7 +101,7 @@ def plan_merge(
     Raises `MismatchError` where the models do not fit, `BudgetError` where the memory budget
     cannot hold one smallest strip.
     """
-    matched = match_tensors(checkpoints, base_tied=donor.tied)
+    matched = match_tensors(checkpoints, donor.config, donor.folder)
     out_dtypes = _output_dtypes(recipe.dtype, checkpoints[0], matched)
     shards, shard_notes = plan_shards(recipe, checkpoints, matched, out_dtypes)
     settings = _decided(settings, shards)
@@ -144,7 +144,7 @@ def plan_merge(
         companions=companions.files,
         left_out=left_out,
         config_dtype=_main_float_dtype(matched, out_dtypes),
-        untie_word_embeddings=matched.untie_word_embeddings,
+        untied=matched.untied,
         files=tuple(
             SourceFile(
                 str(shard.path.absolute()), shard.nbytes, shard.mtime_ns, shard.header_sha256, model

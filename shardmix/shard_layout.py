@@ -71,10 +71,8 @@ def _shard_groups(
             for filename, names in split.filename_to_tensors.items()
         ]
     files = first.table.files[matched.rows[0]]
-    # A head that the first model leaves out has no shard of its own there: it ends the last.
-    stored = set(first.table.names)
-    added = [index for index, name in enumerate(matched.names) if name not in stored]
-    files[added] = len(first.shards) - 1
+    # What the first model does not store has no shard of its own there: it ends the last.
+    files[len(files) - matched.num_added :] = len(first.shards) - 1
     filled = np.flatnonzero(np.bincount(files))  # `np.unique` would import all of `numpy.ma`
     return [
         (

@@ -10,7 +10,7 @@ import shardmix
 import shardmix.recipe
 from shardmix.companions import find_companions
 from shardmix.errors import SourceError
-from shardmix.model_folder import adapted_config
+from shardmix.model_folder import untied
 from tests.models import CONFIG, random_model, save_model
 
 
@@ -208,12 +208,12 @@ def test_the_cards_recipe_merges_as_it_was_merged(tmp_path):
 
 def test_untying_reaches_the_config_that_says_so():
     config = {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True, "a": 1}}
-    assert adapted_config(config, dtype="", untie=True) == {
+    assert untied(config, ("", "text_config")) == {
         "tie_word_embeddings": False,
         "text_config": {"tie_word_embeddings": False, "a": 1},
     }
-    assert adapted_config(config, dtype="", untie=False) == config
-    assert adapted_config({}, dtype="", untie=True) == {"tie_word_embeddings": False}
+    assert untied(config, ()) == config
+    assert untied({}, ("",)) == {"tie_word_embeddings": False}
 
 
 def test_the_index_names_every_tensor_and_the_size_of_the_data(tmp_path):

@@ -1,0 +1,215 @@
+"""What transformers declares of its model classes: shared parameters, and other names for them.
+
+Reads a table that `tools/transformers_declarations.py` writes from transformers itself, so that no
+merge has to import it. A class that is not in the table is asked of an installed transformers, by a
+process of its own.
+"""
+
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+TIE_KEY = "tie_word_embeddings"
+SCALE_KEY = "scale_decoder_outputs"
+_TABLE_NAME = "transformers_declarations.json"
+_ASK_SECONDS = 120
+
+
+class Tie(msgspec.Struct, frozen=True):
+    """Parameters of a model, or of a model in it, that share one tensor by a key of a config."""
+
+    at: str
+    """The model in the model that has them: "" or a dotted name."""
+    of: str
+    """The part of config.json that decides: "" for the top, or a dotted key."""
+    pairs: tuple[tuple[str, str], ...]
+    """Parameter → the one that it shares, in the order in which transformers goes through them.
+
+    A first name that begins with ~ is a regex of how a name begins; what follows is the same in
+    both names.
+    """
+    tied: str
+    """Nine letters T or F: is it in force, for the top saying nothing, true, false, in each for the
+    nested part saying nothing, true, false."""
+    nested: str = ""
+    """That nested part."""
+    key: str = ""
+    """A key at the top that goes before `tie_word_embeddings`."""
+
+    def is_in_force(self, config: Mapping[str, Any]) -> bool:
+        """Tell whether a model of this config.json shares the parameters."""
+        own = config.get(self.key) if self.key else None
+        if isinstance(own, bool):
+            return own
+        place = 3 * _state(config) + _state(config_part(config, self.nested))
+        return self.tied[place] == "T"
+
+
+class Renaming(msgspec.Struct, frozen=True, rename={"pattern": "re", "sources": "from"}):
+    """How names of a checkpoint become names of the class."""
+
+    pattern: str
+    """A regex with a group g0, g1, ... for each alternative."""
+    to: tuple[str, ...]
+    """What the match is replaced by."""
+    scope: str | None = None
+    """The model in the model that it is for: its names are matched without this prefix."""
+    base: str = ""
+    """A prefix that may stand before the scope or not."""
+    guarded: bool = False
+    """It holds only if a name matches the first alternative; each has its own replacement."""
+    ops: tuple[tuple[str | int, ...], ...] = ()
+    """What is done to values; a renaming alone does nothing to them."""
+    sources: tuple[str, ...] = ()
+    """The patterns, as declared, of what is put together."""
+
+
+class ModelClass(msgspec.Struct, frozen=True, rename={"model_type": "type"}):
+    """A model class of transformers."""
+
+    model_type: str
+    """Of its config."""
+    prefix: str = ""
+    """What stands before the names of the base model in it."""
+    ties: tuple[int, ...] = ()
+    """Which entries of the table's parts are its ties."""
+    renames: tuple[int, ...] = ()
+    """Which entries are its renamings."""
+    scale: str = ""
+    """For a class whose head's input is scaled by a key that may be the tie's: nine letters T or F,
+    for that one saying nothing, true, false, in each for the scale's own key."""
+
+
+class _Table(msgspec.Struct, frozen=True):
+    transformers: str
+    legacy: tuple[Renaming, ...]
+    parts: tuple[msgspec.Raw, ...]
+    classes: dict[str, ModelClass]
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """What is declared of the class that a config.json names."""
+
+    ties: tuple[Tie, ...]
+    """Of the class and of the models in it."""
+    renames: tuple[Renaming, ...]
+    """Of a checkpoint's names, in order."""
+    prefix: str
+    """What stands before the names of the base model; "" if nothing is known."""
+    scale: str
+    """See `ModelClass.scale`."""
+    is_known: bool
+    """Whether transformers declares the class at all."""
+
+
+def declaration_of(config: Mapping[str, Any], folder: Path | None = None) -> Declaration:
+    """Return what is declared of the class of a config.json.
+
+    If the table does not know the class it is named by, transformers is asked, if it is installed,
+    of the model in `folder`.
+    """
+    table = _table()
+    name = class_name(config)
+    found = table.classes.get(name or "")
+    if found is None and name is not None and folder is not None:
+        asked = _asked(name, folder)
+        if asked is not None:
+            return asked
+    if found is None and name is None:
+        return _of_model_type(table, config.get("model_type"))
+    if found is None:
+        return Declaration((), table.legacy, "", "", is_known=False)
+    return Declaration(
+        ties=(*_parts(table, found.ties, Tie), *_nested_ties(table, config, found)),
+        renames=(*_parts(table, found.renames, Renaming), *table.legacy),
+        prefix=found.prefix,
+        scale=found.scale,
+        is_known=True,
+    )
+
+
+def class_name(config: Mapping[str, Any]) -> str | None:
+    """Return the model class that a config.json names, or None."""
+    architectures = config.get("architectures")
+    if isinstance(architectures, list) and architectures and isinstance(architectures[0], str):
+        return architectures[0]
+    return None
+
+
+def config_part(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    """Return a nested part of a config by its dotted key; empty if there is none."""
+    part: object = config if path else {}
+    for key in filter(None, path.split(".")):
+        part = part.get(key) if isinstance(part, Mapping) else None
+    return part if isinstance(part, Mapping) else {}
+
+
+def scales_output(scale: str, config: Mapping[str, Any]) -> bool:
+    """Tell, for a class whose `scale` that is, whether its head's input is scaled."""
+    return scale[3 * _state(config) + _state(config, SCALE_KEY)] == "T"
+
+
+def _state(config: Mapping[str, Any], key: str = TIE_KEY) -> int:
+    """Return 0 for a config that says nothing, 1 for true, 2 for false."""
+    value = config.get(key)
+    return 0 if not isinstance(value, bool) else 1 if value else 2
+
+
+def _of_model_type(table: _Table, model_type: object) -> Declaration:
+    """Return what the classes of a model type declare, all together: a config names no class."""
+    ties: dict[Tie, None] = {}
+    renames: tuple[Renaming, ...] = ()
+    prefix = ""
+    for found in table.classes.values():
+        if found.model_type == model_type and model_type:
+            ties |= dict.fromkeys(_parts(table, found.ties, Tie))
+            renames = renames or _parts(table, found.renames, Renaming)
+            prefix = prefix or found.prefix
+    return Declaration(tuple(ties), (*renames, *table.legacy), prefix, "", is_known=bool(ties))
+
+
+def _nested_ties(table: _Table, config: Mapping[str, Any], outer: ModelClass) -> Iterator[Tie]:
+    """Yield what may be declared of the models in a model whose kinds a nested config tells."""
+    for key, part in config.items():
+        if not isinstance(part, Mapping) or not isinstance(part.get("model_type"), str):
+            continue
+        for found in table.classes.values():
+            if found.model_type != part["model_type"] or found.model_type == outer.model_type:
+                continue
+            for tie in _parts(table, found.ties, Tie):
+                if not tie.at and not tie.of:
+                    # The nested config is the top of what is nested: what it says is in the middle.
+                    letters = "".join(tie.tied[3 * state] for state in range(3)) * 3
+                    yield Tie("*", key, tie.pairs, letters, nested=key)
+
+
+def _parts(table: _Table, numbers: tuple[int, ...], kind: type) -> tuple[Any, ...]:
+    return tuple(msgspec.json.decode(table.parts[number], type=kind) for number in numbers)
+
+
+@functools.cache
+def _table() -> _Table:
+    content = files("shardmix").joinpath(_TABLE_NAME).read_bytes()
+    return msgspec.json.decode(content, type=_Table)
+
+
+def _asked(name: str, folder: Path) -> Declaration | None:
+    """Ask an installed transformers of a class; None if it is not installed or does not know it."""
+    command = [sys.executable, "-m", "shardmix.ask_transformers", name, str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=_ASK_SECONDS, check=True)
+        pairs = json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    # Asked of this very config, and of one that says the contrary.
+    ties = tuple(Tie("", "", tuple(map(tuple, entry["pairs"])), entry["tied"]) for entry in pairs)
+    return Declaration(ties, _table().legacy, "", "", is_known=True)

@@ -1,0 +1,319 @@
+"""Print what transformers declares of its model classes: shardmix/transformers_declarations.json.
+
+    python tools/transformers_declarations.py [--classes REGEX] > table.json
+
+Which parameters share one tensor, by which key of a config, and which names of a checkpoint are
+read as which names of the class. Every class is built on the meta device, without weights, from its
+default config; what a class declares for other configs as well is asked of the class itself.
+Takes about five minutes. `tests/test_declarations.py` holds the file against the installed version.
+"""
+
+import argparse
+import contextlib
+import importlib
+import inspect
+import json
+import pkgutil
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
+)
+from transformers.core_model_loading import GroupWeightRename, WeightConverter, WeightRenaming
+
+STATES = (None, True, False)
+KEY = "tie_word_embeddings"
+# Other keys that decide a tie, where a config class knows them.
+OTHER_KEYS = ("tie_embedding", "tie_codebooks_embeddings")
+SCALE_KEY = "scale_decoder_outputs"
+# What some configs leave open although their models need it.
+DEFAULTS = {"vocab_size": 64, "pad_token_id": 0}
+# Reads a tie's key in a forward pass, so that it decides more than the tie.
+_IN_FORWARD = re.compile(rf"if self\.config\.{KEY}:\s*(#[^\n]*\s*)*\w+ = \w+ \*")
+_PLAIN_NAME = re.compile(r"[\w.]+")
+_REGEX_HEAD = re.compile(r"\^?((?:[\w]|\\?\.(?![*+?]))*)(.*)", re.DOTALL)
+
+
+def model_classes() -> dict[str, type[PreTrainedModel]]:
+    """Return every model class of transformers that a checkpoint can name, by name."""
+    found = {}
+    for folder in pkgutil.iter_modules(transformers.models.__path__, "transformers.models."):
+        package = importlib.import_module(folder.name)
+        for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
+            if not module.name.startswith("modeling_"):
+                continue
+            with contextlib.suppress(ImportError):
+                loaded = importlib.import_module(f"{folder.name}.{module.name}")
+                for name, value in vars(loaded).items():
+                    is_model = isinstance(value, type) and issubclass(value, PreTrainedModel)
+                    if is_model and value.__module__ == loaded.__name__:
+                        found[name] = value
+    return {
+        name: found[name]
+        for name in sorted(found)
+        if found[name].config_class is not None and not name.endswith("PreTrainedModel")
+    }
+
+
+def build(cls: type[PreTrainedModel]) -> PreTrainedModel | None:
+    """Return a class's model without weights, or None if its default config gives none."""
+    for changes in ({}, DEFAULTS):
+        with contextlib.suppress(Exception):
+            config = cls.config_class()
+            for key, value in changes.items():
+                if getattr(config, key, None) is None:
+                    setattr(config, key, value)
+            with torch.device("meta"):
+                return cls(config)
+    return None
+
+
+def ties(cls: type[PreTrainedModel], model: PreTrainedModel | None) -> list[dict[str, Any]]:
+    """Return the declarations of a class and of the models in it: where, by which config, what."""
+    if model is None:
+        declared = cls.__dict__.get("_tied_weights_keys", cls._tied_weights_keys)
+        pairs = normalised(declared) if isinstance(declared, dict) else []
+        return [{"at": "", "of": "", "pairs": pairs}] if pairs else []
+    found = []
+    for at, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, PreTrainedModel) or not module._tied_weights_keys:
+            continue
+        of = config_path(model.config, module.config)
+        if of is None:
+            continue
+        pairs = normalised(module._tied_weights_keys)
+        found.append({"at": at, "of": of, "pairs": pairs})
+    return found
+
+
+def config_path(config: Any, part: Any) -> str | None:
+    """Return the key of a part within a config: "" for itself, "text_config", "a.b"; or None."""
+    if part is config:
+        return ""
+    for key, value in vars(config).items():
+        if value is part:
+            return key
+    for key, value in vars(config).items():
+        if isinstance(value, transformers.PretrainedConfig):
+            inner = config_path(value, part)
+            if inner is not None:
+                return f"{key}.{inner}"
+    # Some models copy their config for a part of them; the copy says the same.
+    if type(part) is type(config):
+        return ""
+    for key, value in vars(config).items():
+        if type(value) is type(part):
+            return key
+    return None
+
+
+def normalised(declared: dict[str, str]) -> list[list[str]]:
+    """Return pairs [target, source]; a target with a regex, marked by ~, stands for its beginning.
+
+    What follows the match is the same in both names.
+    """
+    pairs = []
+    for target, source in declared.items():
+        target, source = target.removeprefix("^"), source.removeprefix("^").removesuffix("$")
+        is_parameter = _PLAIN_NAME.fullmatch(target) and target.endswith(("weight", "bias"))
+        if is_parameter and _PLAIN_NAME.fullmatch(source):
+            pairs.append([target, source])
+        elif _PLAIN_NAME.fullmatch(source):
+            end = r"(?=\.|$)" if re.search(r"\w$|\+$|\)$", target) else ""
+            pairs.append([f"~{target}{end}", source])
+        else:
+            head, rest = split(target)
+            source_head, source_rest = split(source)
+            if rest != source_rest:
+                print(f"not understood: {target} <- {source}", file=sys.stderr)
+                continue
+            pairs.append([f"~{re.escape(head)}(?={rest})", source_head])
+    return pairs
+
+
+def split(pattern: str) -> tuple[str, str]:
+    """Return the plain beginning of a regex, without its escapes, and the rest."""
+    head, rest = _REGEX_HEAD.fullmatch(pattern).groups()  # type: ignore[union-attr]
+    return head.replace("\\.", "."), rest
+
+
+def flags(config_class: Any, of: str) -> dict[str, Any]:
+    """Return when a tie is in force, by what config.json says at its top and in a nested config.
+
+    Nine letters, T or F: for the top saying nothing, true, false, in each the nested one.
+    """
+    letters = ""
+    nested = of or nested_key(config_class)
+    for top in STATES:
+        for inner in STATES:
+            letters += "T" if effective(config_class, of, {KEY: top}, nested, inner) else "F"
+    found: dict[str, Any] = {"tied": letters, "nested": nested}
+    for key in OTHER_KEYS:
+        said = [effective(config_class, of, {key: value}, nested, None) for value in (True, False)]
+        if said == [True, False] and takes(config_class, key):
+            found["key"] = key
+    return found
+
+
+def takes(config_class: Any, key: str) -> bool:
+    """Tell whether a config class reads a key of another name for the tie."""
+    return key in inspect.getsource(config_class)
+
+
+def nested_key(config_class: Any) -> str:
+    """Return the nested config that may say what the top leaves out; "" if there is none."""
+    for key in ("text_config", "decoder", "thinker_config"):
+        if key in getattr(config_class, "sub_configs", {}):
+            return key
+    return ""
+
+
+def effective(
+    config_class: Any, of: str, top: dict[str, Any], nested: str, inner: bool | None
+) -> bool:
+    """Return whether a tie is in force for what a config.json states."""
+    content = config_class().to_dict()
+    for key in (KEY, SCALE_KEY, *OTHER_KEYS):
+        content.pop(key, None)
+    content |= {key: value for key, value in top.items() if value is not None}
+    part = content
+    for key in filter(None, nested.split(".")):
+        part = part.get(key) or {}
+    if part is not content:
+        part.pop(KEY, None)
+        if inner is not None:
+            part[KEY] = inner
+    config = config_class.from_dict(content)
+    for key in filter(None, of.split(".")):
+        config = getattr(config, key)
+    return bool(getattr(config, KEY, False))
+
+
+def scaling(config_class: Any, modeling: str) -> str:
+    """Return when a config scales what its head reads; "" for a class in which no tie decides it.
+
+    Nine letters: for the tie's key saying nothing, true, false, in each the scale's own key.
+    """
+    if hasattr(config_class(), SCALE_KEY):
+        letters = ""
+        for tie in STATES:
+            for scale in STATES:
+                content = config_class().to_dict()
+                said = {KEY: tie, SCALE_KEY: scale}
+                for key, value in said.items():
+                    content.pop(key, None)
+                    if value is not None:
+                        content[key] = value
+                letters += "T" if getattr(config_class.from_dict(content), SCALE_KEY) else "F"
+        return letters
+    if _IN_FORWARD.search(modeling):
+        values = [effective(config_class, "", {KEY: tie}, "", None) for tie in STATES]
+        return "".join(("T" if value else "F") * 3 for value in values)
+    return ""
+
+
+def renames(model: PreTrainedModel | None, cls: type[PreTrainedModel]) -> list[dict[str, Any]]:
+    """Return the renamings and conversions of a checkpoint's names, in order, without the legacy's.
+
+    Each renaming as a regex with groups g0, g1, ... and what each is replaced by.
+    """
+    if model is not None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    else:
+        conversions = get_checkpoint_conversion_mapping(cls.__name__)
+        if conversions is None:
+            conversions = get_checkpoint_conversion_mapping(cls.config_class.model_type) or []
+    return [entry for entry in map(rename, conversions) if entry]
+
+
+def rename(conversion: Any) -> dict[str, Any]:
+    """Return one renaming or conversion for the table."""
+    entry: dict[str, Any] = {"re": conversion.compiled_sources.pattern}
+    if conversion.scope_prefix is not None:
+        entry["scope"] = conversion.scope_prefix
+        entry["base"] = conversion.base_model_prefix
+    if isinstance(conversion, WeightConverter):
+        entry["ops"] = [
+            [type(op).__name__, *(value for value in vars(op).values() if isinstance(value, int))]
+            for op in conversion.operations
+        ]
+        entry["from"] = conversion.source_patterns
+        entry["to"] = conversion.target_patterns
+    elif type(conversion) is GroupWeightRename:
+        entry["to"] = conversion.target_patterns
+        entry["guarded"] = True
+    elif type(conversion).rename_source_key is WeightRenaming.rename_source_key:
+        entry["to"] = conversion.target_patterns[:1]
+    else:
+        entry["ops"] = [[type(conversion).__name__]]
+        entry["from"], entry["to"] = [], []
+    return entry
+
+
+def declared(name: str, cls: type[PreTrainedModel]) -> dict[str, Any]:
+    """Return all that is declared of a class."""
+    model = build(cls)
+    if model is None:
+        print(f"{name}: not built", file=sys.stderr)
+    entry: dict[str, Any] = {"type": cls.config_class.model_type}
+    if cls.base_model_prefix:
+        entry["prefix"] = cls.base_model_prefix
+    found = ties(cls, model)
+    for tie in found:
+        try:
+            tie |= flags(cls.config_class, tie["of"])
+        except Exception as error:  # some configs refuse a tie
+            print(f"{name}: {error!r}"[:150], file=sys.stderr)
+            tie |= {"tied": "FFFTTTFFF", "nested": ""}
+    if found:
+        entry["ties"] = found
+    if any("lm_head" in pair[0] for tie in found for pair in tie["pairs"]):
+        modeling = Path(inspect.getfile(cls)).read_text()
+        with contextlib.suppress(Exception):
+            scale = scaling(cls.config_class, modeling)
+            entry |= {"scale": scale} if scale else {}
+    renamed = renames(model, cls)
+    if renamed:
+        entry["renames"] = renamed
+    return entry
+
+
+def main() -> None:
+    """Print the table, one line a class."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--classes", default="")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    legacy = [rename(conversion) for conversion in get_checkpoint_conversion_mapping("legacy")]
+    shared: dict[str, int] = {}
+    lines = []
+    for name, cls in model_classes().items():
+        if not re.search(arguments.classes, name):
+            continue
+        entry = declared(name, cls)
+        for key in ("ties", "renames"):
+            if key in entry:
+                entry[key] = [
+                    shared.setdefault(json.dumps(part, sort_keys=True), len(shared))
+                    for part in entry[key]
+                ]
+        lines.append(f"{json.dumps(name)}: {json.dumps(entry, sort_keys=True)}")
+    parts = ",\n".join(shared)
+    classes = ",\n".join(lines)
+    print(
+        f'{{"transformers": {json.dumps(transformers.__version__)},\n'
+        f'"legacy": {json.dumps(legacy)},\n"parts": [\n{parts}\n],\n"classes": {{\n{classes}\n}}}}'
+    )
+
+
+if __name__ == "__main__":
+    main()
