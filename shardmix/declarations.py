@@ -109,6 +109,9 @@ class Declaration:
     """See `ModelClass.scale`."""
     is_known: bool
     """Whether transformers declares the class at all."""
+    is_conventional: bool = False
+    """Nobody can be asked of it: it brings its own code, or the config names no class. Then the
+    usual names tell what is shared."""
 
 
 def declaration_of(config: Mapping[str, Any], folder: Path | None = None) -> Declaration:
@@ -127,7 +130,8 @@ def declaration_of(config: Mapping[str, Any], folder: Path | None = None) -> Dec
     if found is None and name is None:
         return _of_model_type(table, config.get("model_type"))
     if found is None:
-        return Declaration((), table.legacy, "", "", is_known=False)
+        has_code = isinstance(config.get("auto_map"), Mapping)
+        return Declaration((), table.legacy, "", "", is_known=False, is_conventional=has_code)
     return Declaration(
         ties=(*_parts(table, found.ties, Tie), *_nested_ties(table, config, found)),
         renames=(*_parts(table, found.renames, Renaming), *table.legacy),
@@ -174,7 +178,9 @@ def _of_model_type(table: _Table, model_type: object) -> Declaration:
             ties |= dict.fromkeys(_parts(table, found.ties, Tie))
             renames = renames or _parts(table, found.renames, Renaming)
             prefix = prefix or found.prefix
-    return Declaration(tuple(ties), (*renames, *table.legacy), prefix, "", is_known=bool(ties))
+    renames = (*renames, *table.legacy)
+    is_known = bool(ties)
+    return Declaration(tuple(ties), renames, prefix, "", is_known, is_conventional=not is_known)
 
 
 def _nested_ties(table: _Table, config: Mapping[str, Any], outer: ModelClass) -> Iterator[Tie]:
@@ -202,6 +208,7 @@ def _table() -> _Table:
     return msgspec.json.decode(content, type=_Table)
 
 
+@functools.cache
 def _asked(name: str, folder: Path) -> Declaration | None:
     """Ask an installed transformers of a class; None if it is not installed or does not know it."""
     command = [sys.executable, "-m", "shardmix.ask_transformers", name, str(folder)]

@@ -272,7 +272,7 @@ def _hint(only_there: Sequence[str], only_here: Sequence[str]) -> str:
 
 
 def _unknown_class(checkpoint: Checkpoint, declaration: Declaration) -> str:
-    if declaration.is_known:
+    if declaration.is_known or declaration.is_conventional:
         return ""
     return (
         f" ({checkpoint.source}: its class is not known here, nor to an installed transformers, so "

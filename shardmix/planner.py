@@ -25,6 +25,7 @@ from shardmix.devices import num_devices
 from shardmix.digests import XXH3
 from shardmix.errors import RecipeError
 from shardmix.file_kinds import LeftOut
+from shardmix.fused_tensors import split_alike
 from shardmix.matching import MatchedTensors, match_tensors
 from shardmix.memory import (
     BEST_STRIP_NBYTES,
@@ -101,6 +102,7 @@ def plan_merge(
     Raises `MismatchError` where the models do not fit, `BudgetError` where the memory budget
     cannot hold one smallest strip.
     """
+    checkpoints, split_notes = split_alike(checkpoints)
     matched = match_tensors(checkpoints, donor.config, donor.folder)
     out_dtypes = _output_dtypes(recipe.dtype, checkpoints[0], matched)
     shards, shard_notes = plan_shards(recipe, checkpoints, matched, out_dtypes)
@@ -115,6 +117,7 @@ def plan_merge(
     )
     warnings = [
         *weight_warnings(recipe, floats),
+        *split_notes,
         *matched.notes,
         *shard_notes,
         *check_belong_together(checkpoints, recipe),

@@ -228,7 +228,7 @@ def _groups(pairs: Sequence[Pair]) -> dict[str, str]:
 def _pairs(model: NamedModel, universe: Mapping[str, None]) -> Iterator[Pair]:
     """Yield the pairs of a model's class of which at least one name is there."""
     declaration = model.declaration
-    ties = declaration.ties if declaration.is_known else _conventional(model, universe)
+    ties = _conventional(universe) if declaration.is_conventional else declaration.ties
     for tie in ties:
         for at in _places(tie, universe):
             for target, source in tie.pairs:
@@ -289,7 +289,7 @@ def shared_with(model: NamedModel) -> dict[str, str]:
     return found
 
 
-def _conventional(model: NamedModel, universe: Mapping[str, None]) -> list[Tie]:
+def _conventional(universe: Mapping[str, None]) -> list[Tie]:
     """Return the ties that names tell, for a class that brings its own code, or no class at all."""
     pairs = {}
     for name in universe:
