@@ -4,9 +4,11 @@ Reads headers and small JSON files, never tensor data. Tensors are kept in colum
 tensor), so that ten checkpoints of 90,000 tensors fit beside a tight budget.
 """
 
+import itertools
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,17 +19,19 @@ import numpy.typing as npt
 from shardmix.errors import SourceError
 from shardmix.file_kinds import LeftOut
 from shardmix.filesystem import refuse_link_outside
+from shardmix.folder_kinds import no_weights_file_finding, no_weights_finding
 from shardmix.headers import SHORT_HEADER_NBYTES, Headers
-from shardmix.hub import INDEX_NAME, WEIGHTS_NAME, locate, no_weights_finding
+from shardmix.hub import INDEX_NAME, WEIGHTS_NAME, locate
 from shardmix.json_files import read_index, read_json
 from shardmix.memory import check_room
 from shardmix.safetensors_layout import DTYPES, TensorInfo
-from shardmix.weight_names import STEMS, index_name, weights_name
+from shardmix.weight_names import STEMS, index_name, shard_name, weights_name
 
 CONFIG_NAME = "config.json"
 
 # What planning takes for each tensor: at most 1,350 bytes measured.
 _MEMORY_PER_TENSOR = 1_600
+_MOST_NAMES_BELOW = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +135,7 @@ def _open(source: str, headers: Headers, max_memory: int | None) -> Checkpoint:
     located = locate(source)
     is_single_file = not located.path.is_dir()
     if is_single_file:
-        if located.path.suffix != ".safetensors":
-            raise SourceError(
-                f"{source}: is a file but not a .safetensors file; give a model folder, a "
-                ".safetensors file or a Hub id"
-            )
+        _refuse_partial_file(source, located.path)
         folder, weight_map, paths = located.path.parent, None, [located.path]
     else:
         folder = located.path
@@ -185,14 +185,7 @@ def _weight_files(
         refuse_link_outside(folder, folder / WEIGHTS_NAME)
         return None, [folder / WEIGHTS_NAME]
     if not os.path.lexists(index_path):
-        files = sorted(path.name for path in folder.iterdir())
-        others = [name for name in files if name.endswith(".safetensors")]
-        if others:
-            raise SourceError(
-                f"{source}: has {', '.join(others[:3])} but neither {WEIGHTS_NAME} nor "
-                f"{INDEX_NAME}; give the file itself as the source, or add the index"
-            )
-        raise SourceError(f"{source}: {no_weights_finding(files)}")
+        raise SourceError(f"{source}: {no_weights_finding(_names_in(folder), source)}")
     refuse_link_outside(folder, index_path)
     weight_map = read_index(index_path, max_memory=max_memory)
     paths = [folder / name for name in sorted(set(weight_map.values()))]
@@ -204,6 +197,41 @@ def _weight_files(
                 "a download may be incomplete: fetch it again"
             )
     return weight_map, paths
+
+
+def _refuse_partial_file(source: str, path: Path) -> None:
+    """Raise `SourceError` if a file is no whole model: of another kind, or one of several."""
+    if path.suffix != ".safetensors":
+        raise SourceError(f"{source}: {no_weights_file_finding(path.name)}")
+    shard = shard_name(path.name)
+    if shard is not None:
+        raise SourceError(
+            f"{source}: is number {shard.number} of {shard.count} files that are a model together; "
+            f"give their folder, {path.parent}, with the index in it"
+        )
+    for index_path in (path.parent / index_name(stem) for stem in STEMS):
+        if index_path.is_file():
+            refuse_link_outside(path.parent, index_path)
+            files = set(read_index(index_path).values())
+            if path.name in files and len(files) > 1:
+                raise SourceError(
+                    f"{source}: is one of {len(files)} files that are a model together, by "
+                    f"{index_path.name}; give their folder, {path.parent}"
+                )
+
+
+def _names_in(folder: Path) -> list[str]:
+    """Return what is in a folder, and the first files in the folders there, as paths within it."""
+    names = []
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir():
+            names.append(path.name)
+            continue
+        names.append(f"{path.name}/")
+        with suppress(OSError):
+            inner = itertools.islice(path.iterdir(), _MOST_NAMES_BELOW)
+            names += [f"{path.name}/{found.name}{'/' * found.is_dir()}" for found in inner]
+    return names
 
 
 def _regular_file(source: str, path: Path) -> ShardFile:

@@ -4,15 +4,17 @@ Lists them, and what is left out; copies nothing and reads no weights.
 """
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from shardmix import file_kinds
-from shardmix.checkpoint import CONFIG_NAME
+from shardmix.adapters import inner_adapter_tensor
+from shardmix.checkpoint import CONFIG_NAME, Checkpoint
 from shardmix.errors import SourceError, shown
 from shardmix.file_kinds import LeftOut
-from shardmix.filesystem import refuse_link_outside
+from shardmix.filesystem import LFS_REMEDY, is_lfs_pointer, open_regular, refuse_link_outside
 from shardmix.json_files import file_name_finding, read_json
 from shardmix.sentence_modules import MODULES_NAME
 from shardmix.weight_names import MISTRAL, OPEN_CLIP, OPEN_CLIP_OLD
@@ -29,7 +31,9 @@ _WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack"),
     ".onnx",
 )
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _MOST_LEFT_OUT = 1_000
+_MOST_POINTER_NBYTES = 1_024  # by Git LFS's specification
 _NUM_NAMED = 5
 
 
@@ -98,6 +102,8 @@ def find_companions(
         if not (_is_surely_a_models(name, modules) or os.access(folder / name, os.R_OK)):
             left_out.append(LeftOut(name, "cannot be read"))
             continue
+        if found.sizes[name] <= _MOST_POINTER_NBYTES:
+            _refuse_lfs_pointer(folder / name)
         files.append(name)
         nbytes += found.sizes[name]
     return Companions(tuple(sorted(files)), nbytes, _shortened(left_out))
@@ -125,6 +131,36 @@ def left_out_warning(left_out: Collection[LeftOut], model: str) -> str | None:
         return None
     groups = "; ".join(f"{listed(names)} ({reason})" for reason, names in by_reason.items())
     return f"left out of the output, though {model} has it: {groups}; --json lists all"
+
+
+def adapter_warnings(checkpoints: Iterable[Checkpoint]) -> Iterator[str]:
+    """Tell of adapters, such as LoRA, that lie beside a model's weights or within them."""
+    for checkpoint in checkpoints:
+        inner = inner_adapter_tensor(checkpoint.table.names)
+        if inner is not None:
+            yield (
+                f"{checkpoint.source}: holds adapters within the model, such as {inner}; their "
+                "matrices are averaged one by one, and the product of means is not the mean of "
+                "products: if models differ in them, merge them into the weights first"
+            )
+        beside = [finding.name for finding in checkpoint.left_out]
+        if not checkpoint.is_single_file:
+            beside += [name for name in _ADAPTER_FILES if os.path.lexists(checkpoint.folder / name)]
+        names = [name for name in beside if file_kinds.is_adapter_file(name)]
+        if names:
+            yield (
+                f"{checkpoint.source}: has an adapter beside its weights "
+                f"({listed(sorted(set(names)))}), which is left out, though transformers with "
+                "PEFT applies it when it loads the folder; if it is meant to count, merge it "
+                "into the weights first (PEFT's "
+                "merge_and_unload() and save_pretrained())"
+            )
+
+
+def _refuse_lfs_pointer(path: Path) -> None:
+    with suppress(OSError), open_regular(path) as file:  # what cannot be read is told when copied
+        if is_lfs_pointer(file.read(_MOST_POINTER_NBYTES)):
+            raise SourceError(f"{path}: {LFS_REMEDY}")
 
 
 def _is_a_models(folder: Path, weights: Collection[str]) -> bool:

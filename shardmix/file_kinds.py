@@ -102,6 +102,7 @@ _WEIGHTS_STEM = (
     r"((pytorch|tf|flax|rust|open_clip|open_clip_pytorch|diffusion|diffusion_pytorch)_)?"
     r"(model|weights)|consolidated"
 )
+_ADAPTER_FILE = r"adapter_(config\.json|model.*)"
 ADAPTER = "an adapter"
 """The reason of what belongs to PEFT."""
 OTHER_WEIGHTS = "other weights of the model"
@@ -131,7 +132,7 @@ _KINDS = (
         is_only_in_root=True,
     ),
     _kind("hidden", r"\..*", r"\..*"),
-    _kind(ADAPTER, r"adapter_(config\.json|model.*)", _NOTHING, is_only_in_root=True),
+    _kind(ADAPTER, _ADAPTER_FILE, _NOTHING, is_only_in_root=True),
     _kind(
         "weights in another format",
         r".*\.(gguf|ggml|onnx|onnx_data.*|onnx\.data|tflite|litertlm|mlmodel|engine|trt|mnn|rknn|"
@@ -171,6 +172,11 @@ _KINDS = (
     ),
 )
 _BY_A_TRAINER = re.compile(r"optimizer.*\.(pt|pth|bin)|rng_state.*\.pth|random_states_\d+\.pkl")
+
+
+def is_adapter_file(name: str) -> bool:
+    """Tell whether a file in a model's folder is one of those that PEFT writes."""
+    return re.fullmatch(_ADAPTER_FILE, name) is not None
 
 
 def folder_left_out(path: str) -> LeftOut | None:

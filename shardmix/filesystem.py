@@ -19,6 +19,10 @@ from shardmix.errors import SourceError, printable
 MAX_IO_NBYTES = 0x7FFFF000
 """What one read or write call moves at most on Linux; more takes several."""
 
+LFS_REMEDY = "is a Git LFS pointer, not the file that it stands for; run `git lfs pull` there"
+"""What to say of one."""
+_LFS_START = b"version https://git-lfs.github.com/spec/"
+
 
 def free_nbytes(path: Path) -> int:
     """Return the bytes that an ordinary user can still write where `path` is, or would be."""
@@ -46,6 +50,11 @@ def read_regular(path: Path, *, max_nbytes: int) -> bytes:
         if nbytes > max_nbytes:
             raise OSError(errno.EFBIG, f"{nbytes} bytes, more than the {max_nbytes} allowed")
         return file.read(max_nbytes)
+
+
+def is_lfs_pointer(start: bytes) -> bool:
+    """Tell by a file's first bytes whether it is what Git LFS leaves in the place of a file."""
+    return start.startswith(_LFS_START)
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:

@@ -9,13 +9,15 @@ import logging
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
 from shardmix.errors import SourceError, is_unicode, one_line, printable, shown
 from shardmix.file_kinds import OTHER_WEIGHTS, LeftOut, divide, is_companion_file, is_module_folder
+from shardmix.filesystem import read_regular
+from shardmix.folder_kinds import no_weights_finding
 from shardmix.json_files import file_name_finding, read_index
 
 WEIGHTS_NAME = "model.safetensors"
@@ -25,6 +27,8 @@ SHOW_DOWNLOADS = ContextVar("SHOW_DOWNLOADS", default=False)
 """Whether downloads show progress bars on standard error; a library keeps still."""
 
 _LOGGER = logging.getLogger(__name__)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_MOST_COMMIT_NBYTES = 100
 # Without any of these, what a repository holds besides weights is nothing that a merge knows.
 _MODEL_MARKS = ("config.json", "modules.json", "params.json", "open_clip_config.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^@\s]+)?")
@@ -60,7 +64,7 @@ def locate(source: str, *, with_weights: bool = True) -> LocalSource:
             raise SourceError(
                 f"{source}: is not valid Unicode, so no report could name it; rename the folder"
             )
-        return LocalSource(path)
+        return LocalSource(_snapshot(path))
     if not _HUB_ID.fullmatch(source):
         raise SourceError(
             f"{source}: no such file or folder, and not a Hub id (org/name or org/name@revision); "
@@ -70,6 +74,21 @@ def locate(source: str, *, with_weights: bool = True) -> LocalSource:
     folder, left_out = _download(repo_id, revision or None, with_weights=with_weights)
     # The cache keeps each commit's files in a folder of that name.
     return LocalSource(folder, hub_id=repo_id, commit=folder.name, left_out=left_out)
+
+
+def _snapshot(path: Path) -> Path:
+    """Return the snapshot that a repository's folder in the Hub's cache stands for, or the path."""
+    snapshots = path / "snapshots"
+    if not (path.name.startswith("models--") and snapshots.is_dir()):
+        return path
+    with suppress(OSError, ValueError):
+        commit = read_regular(path / "refs" / "main", max_nbytes=_MOST_COMMIT_NBYTES)
+        if _COMMIT.fullmatch(commit.decode().strip()):
+            main = snapshots / commit.decode().strip()
+            if main.is_dir():
+                return main
+    all_of_them = [snapshot for snapshot in snapshots.iterdir() if snapshot.is_dir()]
+    return all_of_them[0] if len(all_of_them) == 1 else path
 
 
 def _download(
@@ -155,7 +174,7 @@ def _fetch(
     weights = [WEIGHTS_NAME] if with_weights else []
     if with_weights and WEIGHTS_NAME not in files:
         if INDEX_NAME not in files:
-            raise SourceError(no_weights_finding(files))
+            raise SourceError(no_weights_finding(files, repo_id))
         index = hf_hub_download(repo_id, INDEX_NAME, revision=commit)
         weights = [INDEX_NAME, *sorted(set(read_index(Path(index)).values()))]
     companions, left_out = _companions(sizes, weights)
@@ -231,22 +250,3 @@ def _refusal(error: BaseException | None) -> str | None:
             "again with `hf auth login`"
         )
     return None
-
-
-def no_weights_finding(files: list[str]) -> str:
-    """Say what is wrong with a model that has no safetensors weights, from its file names."""
-    others = [name for name in files if name.endswith(".safetensors")]
-    if others:
-        return (
-            f"has {', '.join(others[:3])} but neither {WEIGHTS_NAME} nor {INDEX_NAME}; a merge "
-            "needs all of a model's weights, under one of these names"
-        )
-    if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in files):
-        return (
-            "has weights only as pickle (.bin); shardmix reads safetensors alone, which cannot run "
-            "code: convert it by loading it in transformers and calling "
-            "save_pretrained(..., safe_serialization=True)"
-        )
-    if any(name.endswith(".gguf") for name in files):
-        return "has weights only as GGUF; shardmix merges safetensors: use the original checkpoint"
-    return f"has neither {WEIGHTS_NAME} nor {INDEX_NAME}; is it the model's folder?"

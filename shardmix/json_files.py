@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from shardmix.errors import SourceError, one_line, shown
-from shardmix.filesystem import read_regular
+from shardmix.filesystem import LFS_REMEDY, is_lfs_pointer, read_regular
 from shardmix.memory import check_room
 
 # As Python objects, JSON may take 26 times its length ("[[],[],..."): what is read whole is small.
@@ -108,11 +108,14 @@ def file_name_finding(name: str) -> str | None:
 
 def _read(path: Path, max_nbytes: int) -> bytes:
     try:
-        return read_regular(path, max_nbytes=max_nbytes)
+        content = read_regular(path, max_nbytes=max_nbytes)
     except OSError as error:
         raise SourceError(
             f"{path}: cannot be read ({error.strerror}); is it the model's own?"
         ) from None
+    if is_lfs_pointer(content):
+        raise SourceError(f"{path}: {LFS_REMEDY}")
+    return content
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardmix import naming
+from shardmix.adapters import ADAPTER_REMEDY, adapter_tensor
 from shardmix.checkpoint import Checkpoint
 from shardmix.declarations import SCALE_KEY, TIE_KEY, Declaration, declaration_of, scales_output
 from shardmix.errors import MismatchError, SourceError
@@ -52,6 +53,10 @@ def check_mergeable(checkpoint: Checkpoint) -> None:
     source, table = checkpoint.source, checkpoint.table
     if not table.names:
         raise SourceError(f"{source}: holds no tensors")
+    tensor = adapter_tensor(table.names)
+    if tensor is not None or checkpoint.shards[0].path.name.startswith("adapter_model"):
+        found = f" (it holds {tensor})" if tensor is not None else ""
+        raise SourceError(f"{source}: is an adapter, not a model{found}; {ADAPTER_REMEDY}")
     method = naming.quantisation_method(checkpoint.config)
     if method is not None:
         raise SourceError(

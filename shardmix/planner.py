@@ -16,6 +16,7 @@ from shardmix.belonging import check_belong_together
 from shardmix.checkpoint import CONFIG_NAME, Checkpoint
 from shardmix.companions import (
     Companions,
+    adapter_warnings,
     find_companions,
     left_out_warning,
     listed,
@@ -121,6 +122,7 @@ def plan_merge(
         *matched.notes,
         *shard_notes,
         *check_belong_together(checkpoints, recipe),
+        *adapter_warnings(checkpoints),
         *_companion_warnings(companions, left_out, donor),
     ]
     if CONFIG_NAME not in companions.files:

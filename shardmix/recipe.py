@@ -16,6 +16,7 @@ import yaml
 
 from shardmix.errors import RecipeError, is_unicode, one_line, shown
 from shardmix.filesystem import read_regular
+from shardmix.mergekit_recipes import mergekit_finding
 from shardmix.model_types import check_model_type
 from shardmix.units import parse_size
 
@@ -133,6 +134,9 @@ def load_recipe(path: Path) -> Recipe:
 
 def recipe_from_dict(content: object, *, origin: str = "recipe") -> Recipe:
     """Build a recipe, unchecked, from parsed YAML or JSON, refusing what it does not know."""
+    finding = mergekit_finding(content)
+    if finding is not None:
+        raise RecipeError(f"{origin}: {finding}")
     top = _known_keys(content, _RECIPE_KEYS, origin)
     models = top.get("models")
     if not isinstance(models, list):

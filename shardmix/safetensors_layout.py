@@ -27,6 +27,7 @@ _OTHER_KINDS = (
     (b"PK\x03\x04", "a zip archive, as torch.save writes", _CONVERT),
     (b"\x80\x02", "a pickle, as torch.save once wrote", _CONVERT),
     (b"GGUF", "a GGUF file", _CONVERT),
+    (b"version ", "a Git LFS pointer", "run `git lfs pull` there"),
     (b"\x89HDF", "an HDF5 file, as Keras writes", _CONVERT),
 )
 

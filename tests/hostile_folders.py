@@ -218,7 +218,11 @@ _FOLDERS: list[tuple[str, Build, str]] = [
     ("a snapshot whose blobs are a link", _hub_cache("../../blobs/secret", ".."), _LINKED),
     ("pickles alone", a_folder({"model.safetensors": "", "model.bin": "x"}), "only as pickle"),
     ("GGUF alone", a_folder({"model.safetensors": "", "q4.gguf": "GGUF"}), "only as GGUF"),
-    ("nothing at all", a_folder({"model.safetensors": ""}), "has neither model.safetensors nor"),
+    (
+        "nothing at all",
+        a_folder({"model.safetensors": ""}),
+        "weights: neither model.safetensors nor",
+    ),
     ("a base with a pipe", _base_of(lambda f: os.mkfifo(f / "vocab.txt")), "not a regular file"),
     ("a base with a link out", _base_of(lambda f: (f / "a.py").symlink_to("/etc/passwd")), _LINKED),
     (

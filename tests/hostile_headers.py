@@ -170,7 +170,11 @@ _FILES: list[tuple[str, bytes, str]] = [
     ("a pickle", b"\x80\x02}q\x00." + bytes(64), "is a pickle, as torch.save once wrote"),
     ("a zip file", b"PK\x03\x04" + bytes(64), "is a zip archive, as torch.save writes"),
     ("GGUF", b"GGUF\x03\0\0\0" + bytes(64), "is a GGUF file"),
-    ("a pointer of Git LFS", b"version https://git-lfs.github.com/spec/v1\n", "claims a header"),
+    (
+        "a pointer of Git LFS",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        "is a Git LFS pointer",
+    ),
     ("a page of HTML", b"<!DOCTYPE html><html>Not found</html>", "is a web page (HTML or XML)"),
     ("a page after a mark of UTF-8", b"\xef\xbb\xbf\n<html>" + bytes(9), "is a web page"),
     ("three bytes of a page", b"<a>", "is a web page"),

@@ -178,9 +178,7 @@ CASES: list[Case] = [
     ),
     Case("source: a name not UTF-8", _a_source("m\udcff", a_model), "m\\udcff: is not valid", 2),
     Case("source: a link to such a name", _a_source("m", _to_a_model_not_utf_8), "is not valid"),
-    Case(
-        "source: a name of escapes", _a_source("\x1b[2J\n", Path.mkdir), "\\x1b[2J\\n: has neither"
-    ),
+    Case("source: a name of escapes", _a_source("\x1b[2J\n", Path.mkdir), "\\x1b[2J\\n: is empty"),
     Case("words: escapes", _words("merge", "\x1b[2J=x", "b=1"), "\\x1b[2J=x: weight 'x' is not", 2),
     Case("words: line breaks", _words("merge", "a\nb"), "'a\\nb': no weight given", 2),
     Case("words: a device", _words("merge", "/dev/zero=1", "b=0"), "not a .safetensors file"),

@@ -65,7 +65,7 @@ def test_a_path_that_does_not_exist_is_refused(tmp_path):
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    assert "has neither model.safetensors nor" in refused(tmp_path)
+    assert "is empty; a model's folder has model.safetensors or" in refused(tmp_path)
 
 
 def test_pickled_weights_are_refused_with_the_way_to_convert_them(tmp_path):

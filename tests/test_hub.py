@@ -483,9 +483,9 @@ def test_what_cannot_be_merged_is_refused_before_any_weights_are_fetched(
     expected = {
         "org/missing": "no such local path and no such Hub repository",
         "org/tuned@v9": "no such revision; check the branch, tag or commit",
-        "org/pickled": "only as pickle (.bin); shardmix reads safetensors alone",
+        "org/pickled": "only as pickle (.bin): pytorch_model.bin; shardmix reads safetensors",
         "org/gguf": "has weights only as GGUF",
-        "org/adapter": "has adapter_model.safetensors but neither model.safetensors nor",
+        "org/adapter": "holds an adapter (adapter_model.safetensors), not a model; ",
         "org/empty": f"has neither model.safetensors nor {INDEX}",
         "org/damaged": f"{INDEX}: has no weight_map from tensor names to files",
         "org/na--me": "not a Hub id (Cannot have -- or .. in repo_id",

@@ -189,3 +189,58 @@ def test_weights_that_are_infinite_once_normalised_are_refused():
 def test_models_that_are_no_collection_are_refused():
     with pytest.raises(RecipeError, match="int given"):
         build_recipe(3)
+
+
+MERGEKIT = """
+models:
+  - model: org/a
+    parameters: {weight: 0.25}
+  - model: ./my b
+    parameters: {weight: 0.75}
+merge_method: linear
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "command"),
+    [
+        ({}, "shardmix merge org/a=0.25 './my b=0.75' -o OUT"),
+        ({"0.75": "1.75"}, "shardmix merge org/a=0.25 './my b=1.75' --normalize -o OUT"),
+        ({"merge_method: linear": "dtype: bfloat16"}, "--dtype bfloat16 -o OUT"),
+        ({"linear": "linear\nbase_model: org/c"}, "--base org/c -o OUT"),
+        ({"linear": "linear\nbase_model: org/a"}, "'./my b=0.75' -o OUT"),
+        (
+            {"0.75": "2", "linear": "linear\nparameters: {normalize: false}"},
+            "'./my b=2' --allow-weight-sum -o OUT",
+        ),
+    ],
+)
+def test_a_linear_recipe_of_mergekit_is_translated(tmp_path, change, command):
+    text = MERGEKIT
+    for old, new in change.items():
+        text = text.replace(old, new)
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError, match="is a recipe of mergekit; the same merge") as caught:
+        build_recipe(tmp_path / "recipe.yaml")
+    assert str(caught.value).endswith(command)
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        ({"linear": "ties"}, "for its method 'ties'"),
+        ({"linear": "[3]"}, "for its method '[3]'"),
+        ({"0.75": "[0, 1]"}, "no plain weighted sum"),
+        ({"./my b": "./b+./lora"}, "no plain weighted sum"),
+        ({"linear": "linear\nslices: []"}, "no plain weighted sum"),
+        ({"parameters: {weight: 0.75}": "parameters: 3"}, "no plain weighted sum"),
+    ],
+)
+def test_another_recipe_of_mergekit_is_recognised(tmp_path, change, finding):
+    text = MERGEKIT
+    for old, new in change.items():
+        text = text.replace(old, new)
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError, match="is a recipe of mergekit") as caught:
+        build_recipe(tmp_path / "recipe.yaml")
+    assert finding in str(caught.value)

@@ -1,0 +1,61 @@
+"""Adapters such as LoRA, by the names of their tensors: small weights that change a base model.
+
+A model's output depends on the product of their matrices, and the mean of products is not the
+product of means. Pure rules on names.
+"""
+
+import re
+from collections.abc import Collection, Iterator
+
+ADAPTER_REMEDY = (
+    "the mean of two adapters' matrices is not the mean of what they do to the model (mean B × "
+    "mean A is not mean B·A): merge each adapter into its base model first, with PEFT's "
+    "merge_and_unload() and save_pretrained(), and give the models that this makes"
+)
+
+# Cheap to look for in all names at once; the pattern then judges.
+_HINTS = ("lora", "hada_w", "lokr_w", "ia3_l", "prompt_embeddings", "vera_", "oft_", "boft_")
+_ADAPTER_TENSOR = re.compile(
+    r"(^|\.)(?P<kind>"
+    r"lora_(A|B|E|down|up|mid|embedding_A|embedding_B|magnitude_vector|bias)|"  # PEFT, kohya
+    r"\w*lora\.(up|down)|lora_linear_layer\.(up|down)|"  # older diffusers
+    r"hada_w\w+|hada_t\d|lokr_w\w+|lokr_t\d|"  # LyCORIS: LoHa, LoKr
+    r"ia3_l|vera_(A|B|lambda_b|lambda_d)|"
+    r"boft_(R|s)|oft_(r|R|s|blocks|diag)|vblora_\w+|randlora_\w+"
+    r")(\.|$)"
+)
+_PROMPT = "prompt_embeddings"  # all that PEFT stores of a prompt or prefix
+_WRAPPED = "base_model.model."
+_BASE_ENDINGS = (".weight", ".base_layer.weight", ".linear.weight", ".original.weight")
+
+
+def adapter_tensor(names: Collection[str]) -> str | None:
+    """Return a tensor that only an adapter has; None if the names are those of a model.
+
+    A model may hold adapters beside the weights that they change. These are its own parameters,
+    unless PEFT wrapped it.
+    """
+    stored = frozenset(names)
+    for name, changed in _adapter_tensors(names):
+        has_base = any(f"{changed}{ending}" in stored for ending in _BASE_ENDINGS)
+        if not has_base or name.startswith(_WRAPPED):
+            return name
+    return None
+
+
+def inner_adapter_tensor(names: Collection[str]) -> str | None:
+    """Return the first tensor of an adapter, even within a whole model; None without any."""
+    return next((name for name, _ in _adapter_tensors(names)), None)
+
+
+def _adapter_tensors(names: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield each adapter's tensor, and what it changes."""
+    text = "\n".join(names)
+    if not any(hint in text for hint in _HINTS):
+        return
+    for name in names:
+        match = _ADAPTER_TENSOR.search(name)
+        if match is not None:
+            yield name, name[: match.start()]
+        elif name == _PROMPT:
+            yield name, name
