@@ -14,6 +14,7 @@ from pathlib import Path
 from shardmix import engine, planner
 from shardmix.checkpoint import (
     Checkpoint,
+    main_place,
     open_checkpoint,
     open_checkpoints,
     read_config,
@@ -34,6 +35,7 @@ from shardmix.journal import Journal, open_journal
 from shardmix.matching import check_mergeable
 from shardmix.merge_options import MergeOptions, digest_algorithm, run_settings
 from shardmix.model_report import ModelReport, describe_model
+from shardmix.module_tree import read_modules
 from shardmix.output_path import check_disk, check_output, resolve_output
 from shardmix.plan import MergePlan
 from shardmix.read_ahead import reading_ahead
@@ -167,7 +169,8 @@ def plan_merge(
         check_profile_place(settings.profile, target, inputs=())
         checkpoints = []
         for checkpoint in open_checkpoints(recipe.sources, max_memory=settings.max_memory_nbytes):
-            check_mergeable(checkpoint)
+            for part in checkpoint.parts:
+                check_mergeable(part)
             checkpoints.append(checkpoint)
         donor = _donor(recipe.base, checkpoints[0])
         inputs = [path for checkpoint in checkpoints for path in _extent(checkpoint)]
@@ -226,8 +229,8 @@ def _disk_errors_named() -> Iterator[None]:
 
 def _extent(checkpoint: Checkpoint) -> list[Path]:
     """Return what of the disk is the checkpoint's: its folder, and files that may be links."""
-    files = [shard.path for shard in checkpoint.shards]
-    return files if checkpoint.is_single_file else [checkpoint.folder, *files]
+    files = [shard.path for part in checkpoint.parts for shard in part.shards]
+    return files if checkpoint.is_single_file else [checkpoint.root, *files]
 
 
 def _kept(staging: Staging, journal: Journal, plan: MergePlan, error: BaseException) -> str:
@@ -256,23 +259,29 @@ def _donor(base: str | None, first: Checkpoint) -> planner.Donor:
         name = planner.public_name(first)
         return planner.Donor(
             name,
-            first.folder,
+            first.root,
             first.config,
             first.commit,
             weights=first.weight_names,
             is_single_file=first.is_single_file,
             left_out=first.left_out,
+            modules=first.modules,
+            main_place=first.place,
         )
     located = locate(base, with_weights=False)
     is_single_file = not located.path.is_dir()
     folder = located.path.parent if is_single_file else located.path
     name = base if located.hub_id is not None else folder.resolve().name
+    modules = () if is_single_file else read_modules(folder)
+    place = main_place(folder, modules)
     return planner.Donor(
         name,
         folder,
-        read_config(folder),
+        read_config(folder / place),
         located.commit,
         weights=(located.path.name,) if is_single_file else weight_names(folder),
         is_single_file=is_single_file,
         left_out=located.left_out,
+        modules=modules,
+        main_place=place,
     )

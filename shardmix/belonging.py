@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from shardmix.checkpoint import Checkpoint
 from shardmix.differences import Difference, settle
+from shardmix.module_differences import module_differences
 from shardmix.recipe import Recipe
 
 
@@ -19,4 +20,4 @@ def check_belong_together(checkpoints: Sequence[Checkpoint], recipe: Recipe) -> 
 
 
 def _differences(checkpoints: Sequence[Checkpoint]) -> list[Difference]:
-    return []
+    return [*module_differences(checkpoints)]

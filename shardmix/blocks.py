@@ -107,7 +107,7 @@ class TensorPlaces:
         while start < stop and row < len(stops):
             end = min(stops[row], stop)
             if end > start:  # else it is empty
-                yield self._planned.tensor_names[row], start, end
+                yield self._planned.full_name(self._planned.tensor_names[row]), start, end
             start, row = end, row + 1
 
 

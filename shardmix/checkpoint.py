@@ -16,16 +16,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shardmix.errors import SourceError
+from shardmix.errors import SourceError, shown
 from shardmix.file_kinds import LeftOut
 from shardmix.filesystem import refuse_link_outside
 from shardmix.folder_kinds import no_weights_file_finding, no_weights_finding
 from shardmix.headers import SHORT_HEADER_NBYTES, Headers
-from shardmix.hub import INDEX_NAME, WEIGHTS_NAME, locate
+from shardmix.hub import INDEX_NAME, WEIGHTS_NAME, LocalSource, locate
 from shardmix.json_files import read_index, read_json
 from shardmix.memory import check_room
+from shardmix.module_tree import Module, module_places, read_modules
 from shardmix.safetensors_layout import DTYPES, TensorInfo
-from shardmix.weight_names import STEMS, index_name, shard_name, weights_name
+from shardmix.weight_names import STEMS, SUFFIX, index_name, shard_name, weights_name
 
 CONFIG_NAME = "config.json"
 
@@ -72,7 +73,7 @@ class Checkpoint:
     source: str
     """As the user wrote it."""
     folder: Path
-    """The model's folder, with config and tokenizer."""
+    """The folder with the weights, config and tokenizer: the model's, or one of its modules'."""
     hub_id: str | None
     """`org/name`, where it came from the Hub."""
     commit: str | None
@@ -87,11 +88,31 @@ class Checkpoint:
     """The tensors, in columns."""
     left_out: tuple[LeftOut, ...] = ()
     """Files of its repository on the Hub that were not fetched."""
+    place: str = ""
+    """Where the folder is within the model's, with `/`; empty: it is the model's own."""
+    key: str = ""
+    """What corresponds to this in another model: `Module.key`; empty if it is no module's."""
+    modules: tuple[Module, ...] = ()
+    """All modules of a sentence-transformers model, in order."""
+    others: tuple["Checkpoint", ...] = ()
+    """What further modules store of weights; empty for most models."""
+
+    @property
+    def root(self) -> Path:
+        """The model's folder."""
+        return self.folder.parents[self.place.count("/")] if self.place else self.folder
+
+    @property
+    def parts(self) -> tuple["Checkpoint", ...]:
+        """Return everything that stores weights: first this, then the others."""
+        return (self, *self.others)
 
     @property
     def weight_names(self) -> tuple[str, ...]:
-        """Its weight files, by path within its folder."""
-        return tuple(shard.path.relative_to(self.folder).as_posix() for shard in self.shards)
+        """The model's weight files, by path within its folder; and indexes of its modules."""
+        files = [shard.path for part in self.parts for shard in part.shards]
+        indexes = [f"{part.place}/{INDEX_NAME}" for part in self.parts if part.place]
+        return (*(path.relative_to(self.root).as_posix() for path in files), *indexes)
 
     @property
     def num_tensors(self) -> int:
@@ -136,61 +157,145 @@ def _open(source: str, headers: Headers, max_memory: int | None) -> Checkpoint:
     is_single_file = not located.path.is_dir()
     if is_single_file:
         _refuse_partial_file(source, located.path)
-        folder, weight_map, paths = located.path.parent, None, [located.path]
-    else:
-        folder = located.path
-        weight_map, paths = _weight_files(source, folder, max_memory)
-    files = [_regular_file(source, path) for path in paths]
-    shards, table = _read_table(source, folder, files, weight_map, headers, max_memory)
+        return _read_part(source, located, "", (None, [located.path]), _Limits(headers, max_memory))
+    modules = read_modules(located.path)
+    keys: dict[str, str] = {}
+    for module in modules:
+        keys.setdefault(module.place, module.key)
+    places = [place for place in dict.fromkeys(("", *keys)) if _has_weights(located.path / place)]
+    limits = _Limits(headers, max_memory)
+    parts = [
+        replace(_read_part(source, located, place, None, limits), key=keys.get(place, ""))
+        for place in places or [""]
+    ]
+    mains = (part for part in parts if not part.place or "model_type" in part.config)
+    main = next(mains, parts[0])
+    others = tuple(part for part in parts if part is not main)
+    _refuse_ambiguous_names(parts)
+    return replace(main, source=source, left_out=located.left_out, modules=modules, others=others)
+
+
+def _refuse_ambiguous_names(parts: Sequence[Checkpoint]) -> None:
+    """Raise `SourceError` if a tensor's name looks like that of a tensor in a module's folder."""
+    prefixes = [(part, f"{part.place}/" if part.place else "") for part in parts]
+    for part, prefix in prefixes:
+        inner = tuple(
+            other.removeprefix(prefix)
+            for each, other in prefixes
+            if each is not part and other.startswith(prefix)
+        )
+        for name in part.table.names:
+            if "/" in name and name.startswith(inner):
+                raise SourceError(
+                    f"{part.source}: holds a tensor called {shown(name)}, which looks like one in "
+                    "a module's folder, so that reports could not tell them apart; rename it"
+                )
+
+
+@dataclass(slots=True)
+class _Limits:
+    """What a model's headers may take, over all of its parts."""
+
+    headers: Headers
+    """Those that are known already."""
+    max_memory: int | None
+    """For the whole process, in bytes."""
+    num_header_bytes: int = 0
+    """Read so far."""
+    num_tensors: int = 0
+    """Found so far."""
+
+
+def _read_part(
+    source: str,
+    located: LocalSource,
+    place: str,
+    files: tuple[dict[str, str] | None, list[Path]] | None,
+    limits: _Limits,
+) -> Checkpoint:
+    """Read the headers of the weights in one folder of a model; `files` are given for one file."""
+    is_single_file = files is not None
+    root = located.path.parent if is_single_file else located.path
+    named = f"{source}/{place}" if place else source
+    weight_map, paths = files or _weight_files(named, root, place, limits.max_memory)
+    shards = [_regular_file(named, path) for path in paths]
+    known, table = _read_table(named, root / place, shards, weight_map, limits)
     return Checkpoint(
-        source=source,
-        folder=folder,
+        source=named,
+        folder=root / place,
         hub_id=located.hub_id,
         commit=located.commit,
         is_single_file=is_single_file,
-        shards=shards,
-        config=read_config(folder),
+        shards=known,
+        config=_read_config(root, place),
         table=table,
-        left_out=located.left_out,
+        place=place,
+    )
+
+
+def main_place(folder: Path, modules: Sequence[Module]) -> str:
+    """Return where in a model's folder its config and main weights belong: "" or a module's."""
+    places = [module.place for module in modules if module.kind != "Router"]
+    if not places or "" in places:
+        return ""
+    return next(
+        (place for place in places if "model_type" in _read_config(folder, place)), places[0]
     )
 
 
 def weight_names(folder: Path, *, max_memory: int | None = None) -> tuple[str, ...]:
-    """Return the weight files of a folder by the names that loaders look for; () if it has none."""
+    """Return the weight files of a folder by the names that loaders look for; () if it has none.
+
+    Those in folders of sentence-transformers' modules are among them, with their indexes.
+    """
     names = {weights_name(stem) for stem in STEMS if (folder / weights_name(stem)).is_file()}
     for path in (folder / index_name(stem) for stem in STEMS):
         if path.is_file():
             refuse_link_outside(folder, path)
             names.update(read_index(path, max_memory=max_memory).values())
+    for place in module_places(read_modules(folder)):
+        inner = (folder / place).glob(f"*{SUFFIX}")
+        if _has_weights(folder / place):
+            names.update(path.relative_to(folder).as_posix() for path in inner)
+            names.add(f"{place}/{INDEX_NAME}")
     return tuple(sorted(names))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the content of a model folder's config.json; empty where there is none."""
-    path = folder / CONFIG_NAME
+    return _read_config(folder, "")
+
+
+def _read_config(root: Path, place: str) -> dict[str, Any]:
+    path = root / place / CONFIG_NAME
     if not os.path.lexists(path):
         return {}
-    refuse_link_outside(folder, path)
+    refuse_link_outside(root, path)
     config: dict[str, Any] = read_json(path)
     return config
 
 
+def _has_weights(folder: Path) -> bool:
+    return any(os.path.lexists(folder / name) for name in (WEIGHTS_NAME, INDEX_NAME))
+
+
 def _weight_files(
-    source: str, folder: Path, max_memory: int | None
+    source: str, root: Path, place: str, max_memory: int | None
 ) -> tuple[dict[str, str] | None, list[Path]]:
     """Return the index's weight_map, if the folder has one, and the weight files in name order."""
+    folder = root / place
     index_path = folder / INDEX_NAME
     # Both present: as in transformers, the single file counts.
     if os.path.lexists(folder / WEIGHTS_NAME):
-        refuse_link_outside(folder, folder / WEIGHTS_NAME)
+        refuse_link_outside(root, folder / WEIGHTS_NAME)
         return None, [folder / WEIGHTS_NAME]
     if not os.path.lexists(index_path):
         raise SourceError(f"{source}: {no_weights_finding(_names_in(folder), source)}")
-    refuse_link_outside(folder, index_path)
+    refuse_link_outside(root, index_path)
     weight_map = read_index(index_path, max_memory=max_memory)
     paths = [folder / name for name in sorted(set(weight_map.values()))]
     for path in paths:
-        refuse_link_outside(folder, path)
+        refuse_link_outside(root, path)
         if not path.exists():
             raise SourceError(
                 f"{index_path}: names {path.name}, which is not in the folder; "
@@ -249,21 +354,22 @@ def _read_table(
     folder: Path,
     shards: Sequence[ShardFile],
     weight_map: dict[str, str] | None,
-    headers: Headers,
-    max_memory: int | None,
+    limits: _Limits,
 ) -> tuple[tuple[ShardFile, ...], TensorTable]:
     """Return the files, now known by their headers, and the tensors in them."""
     known: list[ShardFile] = []
     names: list[str] = []
     shapes: list[tuple[int, ...]] = []
     columns: list[tuple[npt.NDArray[Any], ...]] = []
-    num_header_bytes = 0
     for number, shard in enumerate(shards):
-        header, data_start, sha256 = headers.read(
-            shard.path, shard.nbytes, num_before=num_header_bytes, max_memory=max_memory
+        header, data_start, sha256 = limits.headers.read(
+            shard.path,
+            shard.nbytes,
+            num_before=limits.num_header_bytes,
+            max_memory=limits.max_memory,
         )
         known.append(replace(shard, header_sha256=sha256, metadata=header.metadata))
-        num_header_bytes += data_start
+        limits.num_header_bytes += data_start
         kept: slice | npt.NDArray[np.int64] = slice(None)
         if weight_map is not None:
             file = shard.path.relative_to(folder)
@@ -283,11 +389,12 @@ def _read_table(
             f"{source}: {INDEX_NAME} names tensors that their files do not hold: "
             f"{', '.join(missing)}; fetch the checkpoint again"
         )
-    if num_header_bytes > SHORT_HEADER_NBYTES:
+    limits.num_tensors += len(names)
+    if limits.num_header_bytes > SHORT_HEADER_NBYTES:
         check_room(
-            _MEMORY_PER_TENSOR * len(names),
-            max_memory=max_memory,
-            purpose=f"{source}: to plan with its {len(names)} tensors",
+            _MEMORY_PER_TENSOR * limits.num_tensors,
+            max_memory=limits.max_memory,
+            purpose=f"{source}: to plan with its {limits.num_tensors} tensors",
         )
     dtype_ranks, all_files, all_starts, nbytes = map(np.concatenate, zip(*columns, strict=True))
     table = TensorTable(tuple(names), tuple(shapes), dtype_ranks, all_files, all_starts, nbytes)

@@ -12,10 +12,10 @@ from pathlib import Path, PurePosixPath
 from shardmix import file_kinds
 from shardmix.adapters import inner_adapter_tensor
 from shardmix.checkpoint import CONFIG_NAME, Checkpoint
-from shardmix.errors import SourceError, shown
+from shardmix.errors import SourceError
 from shardmix.file_kinds import LeftOut
 from shardmix.filesystem import LFS_REMEDY, is_lfs_pointer, open_regular, refuse_link_outside
-from shardmix.json_files import file_name_finding, read_json
+from shardmix.module_tree import module_places, read_modules
 from shardmix.sentence_modules import MODULES_NAME
 from shardmix.weight_names import MISTRAL, OPEN_CLIP, OPEN_CLIP_OLD
 
@@ -286,21 +286,6 @@ def _shortened(left_out: list[LeftOut]) -> tuple[LeftOut, ...]:
 
 
 def _module_folders(folder: Path) -> list[str]:
-    path = folder / MODULES_NAME
-    if not os.path.lexists(path):
-        return []
-    refuse_link_outside(folder, path)
-    # A list at the top, unlike every other file of a model.
-    modules = read_json(path, expected=list)
-    folders = []
-    for module in modules:
-        name = module.get("path") if isinstance(module, dict) else None
-        if not isinstance(name, str):
-            raise SourceError(f"{path}: has a module without a path; it must name a folder")
-        relative = PurePosixPath(name)
-        finding = file_name_finding(name) if relative.parts else None
-        if finding is not None:
-            raise SourceError(f"{path}: names the folder {shown(name)}, which {finding}")
-        if relative.parts:
-            folders.append(relative.parts[0])
-    return folders
+    """Return the folders within a model's that its modules have or lie in."""
+    places = module_places(read_modules(folder))
+    return list(dict.fromkeys(place.split("/")[0] for place in places))

@@ -103,6 +103,8 @@ _WEIGHTS_STEM = (
     r"(model|weights)|consolidated"
 )
 _ADAPTER_FILE = r"adapter_(config\.json|model.*)"
+OTHER_FORMAT = "weights in another format"
+"""The reason of what may be the same weights for another program."""
 ADAPTER = "an adapter"
 """The reason of what belongs to PEFT."""
 OTHER_WEIGHTS = "other weights of the model"
@@ -134,7 +136,7 @@ _KINDS = (
     _kind("hidden", r"\..*", r"\..*"),
     _kind(ADAPTER, _ADAPTER_FILE, _NOTHING, is_only_in_root=True),
     _kind(
-        "weights in another format",
+        OTHER_FORMAT,
         r".*\.(gguf|ggml|onnx|onnx_data.*|onnx\.data|tflite|litertlm|mlmodel|engine|trt|mnn|rknn|"
         r"nemo|distcp|llamafile|keras|pdparams|pdiparams|pb)|"
         r"openvino_.*\.(xml|bin)|ggml-.*\.bin",
@@ -142,7 +144,7 @@ _KINDS = (
         r".*\.(mlpackage|mlmodelc|mlmodel)",
     ),
     _kind(
-        "weights in another format",
+        OTHER_FORMAT,
         rf"({_WEIGHTS_STEM})([.\-_].*)?\.(bin|pt|pth|pkl|h5|msgpack|ot|npz)(\.index.*\.json)?|"
         r".*\.(ckpt|ckpt\..*|h5|msgpack|ot)",
         _NOTHING,
@@ -199,7 +201,8 @@ def divide(
     Args:
         sizes: path within the folder → bytes.
         weights: the files that are merged.
-        modules: folders of sentence-transformers' modules, which go along whole.
+        modules: folders of sentence-transformers' modules, which go along whole, but for weights in
+            other formats.
     """
     folders = _folders_left_out(sizes, modules)
     with_safetensors = {path.rpartition("/")[0] for path in sizes if path.endswith(".safetensors")}
@@ -208,10 +211,9 @@ def divide(
     for path in sorted(sizes):
         if path in weights or _within(path, folders):
             continue
-        if path.split("/")[0] in modules:
-            kept.append(path)
-            continue
         finding = _file_left_out(path, with_safetensors)
+        if path.split("/")[0] in modules and finding and finding.reason != OTHER_FORMAT:
+            finding = None
         if finding is None:
             kept.append(path)
         else:

@@ -19,6 +19,8 @@ from shardmix.file_kinds import OTHER_WEIGHTS, LeftOut, divide, is_companion_fil
 from shardmix.filesystem import read_regular
 from shardmix.folder_kinds import no_weights_finding
 from shardmix.json_files import file_name_finding, read_index
+from shardmix.module_tree import ROUTER_CONFIGS, module_places, read_modules
+from shardmix.sentence_modules import MODULES_NAME
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -31,6 +33,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MOST_COMMIT_NBYTES = 100
 # Without any of these, what a repository holds besides weights is nothing that a merge knows.
 _MODEL_MARKS = ("config.json", "modules.json", "params.json", "open_clip_config.json")
+_MODULE_WEIGHTS = (".safetensors", ".safetensors.index.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^@\s]+)?")
 
 
@@ -170,14 +173,25 @@ def _fetch(
     from huggingface_hub import hf_hub_download, snapshot_download
 
     files = list(sizes)
-    # Both present: as in transformers, the single file counts.
-    weights = [WEIGHTS_NAME] if with_weights else []
-    if with_weights and WEIGHTS_NAME not in files:
-        if INDEX_NAME not in files:
-            raise SourceError(no_weights_finding(files, repo_id))
-        index = hf_hub_download(repo_id, INDEX_NAME, revision=commit)
-        weights = [INDEX_NAME, *sorted(set(read_index(Path(index)).values()))]
-    companions, left_out = _companions(sizes, weights)
+    places = _module_places(repo_id, files, commit)
+    stored = [place for place in ("", *places) if _has_weights(files, place)]
+    if with_weights and not stored:
+        raise SourceError(no_weights_finding(files, repo_id))
+    weights: list[str] = []
+    for place in stored if with_weights else ():
+        # Both present: as in transformers, the single file counts.
+        if _within(place, WEIGHTS_NAME) in files:
+            weights.append(_within(place, WEIGHTS_NAME))
+            continue
+        index = hf_hub_download(repo_id, _within(place, INDEX_NAME), revision=commit)
+        shards = sorted(set(read_index(Path(index)).values()))
+        weights += [_within(place, name) for name in (INDEX_NAME, *shards)]
+    of_modules = [
+        name
+        for name in files
+        if name.rpartition("/")[0] in set(stored) - {""} and name.endswith(_MODULE_WEIGHTS)
+    ]
+    companions, left_out = _companions(sizes, {*weights, *of_modules}, places)
     for name in (*companions, *weights):
         finding = file_name_finding(name)
         if finding is not None:
@@ -195,15 +209,38 @@ def _fetch(
 
 
 def _companions(
-    sizes: Mapping[str, int], weights: Collection[str]
+    sizes: Mapping[str, int], weights: Collection[str], places: Collection[str]
 ) -> tuple[list[str], list[LeftOut]]:
     """Divide a repository's files but for the weights into those to fetch and the others."""
     tops = {name.partition("/")[0] for name in sizes if "/" in name}
-    modules = [top for top in tops if is_module_folder(top)]
+    modules = {top for top in tops if is_module_folder(top)}
+    modules |= {place.partition("/")[0] for place in places}
     companions, left_out = divide(sizes, weights=weights, modules=modules)
     if not any(name in sizes for name in _MODEL_MARKS):
         companions = [name for name in companions if is_companion_file(name)]
     return companions, left_out
+
+
+def _module_places(repo_id: str, files: list[str], commit: str | None) -> tuple[str, ...]:
+    """Return the folders of a repository's modules, by the files that name them."""
+    from huggingface_hub import snapshot_download
+
+    if MODULES_NAME not in files:
+        return ()
+    naming = [name for name in files if name.rpartition("/")[2] in ROUTER_CONFIGS]
+    patterns = [
+        glob.escape(name) for name in (MODULES_NAME, *naming) if not file_name_finding(name)
+    ]
+    folder = Path(snapshot_download(repo_id, revision=commit, allow_patterns=patterns))
+    return module_places(read_modules(folder))
+
+
+def _has_weights(files: list[str], place: str) -> bool:
+    return any(_within(place, name) in files for name in (WEIGHTS_NAME, INDEX_NAME))
+
+
+def _within(place: str, name: str) -> str:
+    return f"{place}/{name}" if place else name
 
 
 def _cached(repo_id: str, revision: str | None, *, with_weights: bool) -> Path | None:
@@ -211,11 +248,17 @@ def _cached(repo_id: str, revision: str | None, *, with_weights: bool) -> Path |
     from huggingface_hub import try_to_load_from_cache
 
     # Not snapshot_download(local_files_only=True): it takes what was never wanted for missing.
-    for name in (WEIGHTS_NAME, INDEX_NAME) if with_weights else ("config.json",):
+    for name in (WEIGHTS_NAME, INDEX_NAME) if with_weights else ("config.json", MODULES_NAME):
         found = try_to_load_from_cache(repo_id, name, revision=revision)
         if isinstance(found, str):
             return Path(found).parent
-    return None
+    found = try_to_load_from_cache(repo_id, MODULES_NAME, revision=revision)
+    if not isinstance(found, str):
+        return None
+    folder = Path(found).parent
+    places = [folder / place for place in module_places(read_modules(folder))]
+    weights = [place / name for place in places for name in (WEIGHTS_NAME, INDEX_NAME)]
+    return folder if any(path.exists() for path in weights) else None
 
 
 def _refusal(error: BaseException | None) -> str | None:

@@ -23,7 +23,7 @@ from shardmix.errors import SourceError, printable, writing_failed
 from shardmix.hub import INDEX_NAME
 from shardmix.json_files import read_json
 from shardmix.model_types import ENCODER
-from shardmix.plan import MergePlan
+from shardmix.plan import MergePlan, ModuleConfig, OutputShard
 from shardmix.recipe import WEIGHT_SUM_TOLERANCE
 from shardmix.sentence_modules import MODULES_NAME, sentence_modules
 
@@ -42,32 +42,48 @@ def write_companions(plan: MergePlan, folder: Path) -> None:
             if str(error.filename) == str(source) and error.filename2 is None:
                 raise SourceError(f"{source}: cannot be read ({error.strerror})") from None
             raise writing_failed(target, error) from None
-    if CONFIG_NAME in plan.companions:
-        config = read_json(folder / CONFIG_NAME)
-        adapted = untied(adapted_config(config, dtype=plan.config_dtype), plan.untied)
-        if plan.dtype != "keep" and not any(map(adapted.get, DTYPE_KEYS)):
-            adapted["torch_dtype"] = plan.config_dtype  # transformers 5 reads the old key as well
-        # Untouched where nothing changes: then it stays the donor's, byte for byte.
-        if adapted != config:
-            _write_json(folder / CONFIG_NAME, adapted)
-        if _needs_sentence_modules(plan):
-            for name, content in sentence_modules(config).items():
-                (folder / name).parent.mkdir(exist_ok=True)
-                _write_json(folder / name, content)
+    main = ModuleConfig(plan.main_place, plan.config_dtype, plan.untied)
+    for part in (main, *plan.module_configs):
+        _adapt_config(plan, folder, part)
+    if CONFIG_NAME in plan.companions and _needs_sentence_modules(plan):
+        for name, content in sentence_modules(read_json(folder / CONFIG_NAME)).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            _write_json(folder / name, content)
+
+
+def _adapt_config(plan: MergePlan, folder: Path, part: ModuleConfig) -> None:
+    """Make the config of the output, or of one of its modules, true of what is stored there."""
+    name = f"{part.place}/{CONFIG_NAME}" if part.place else CONFIG_NAME
+    if name not in plan.companions:
+        return
+    config = read_json(folder / name)
+    if part.place and "model_type" not in config:
+        return  # a module's arguments, and no config of transformers
+    adapted = untied(adapted_config(config, dtype=part.dtype), part.untied)
+    if plan.dtype != "keep" and not any(map(adapted.get, DTYPE_KEYS)):
+        adapted["torch_dtype"] = part.dtype  # transformers 5 reads the old key as well
+    # Untouched where nothing changes: then it stays the donor's, byte for byte.
+    if adapted != config:
+        _write_json(folder / name, adapted)
 
 
 def write_index(plan: MergePlan, folder: Path) -> None:
-    """Write the index of a sharded output, as huggingface_hub lays it out; nothing for one file."""
-    if len(plan.shards) == 1:
-        return
-    data_nbytes = sum(shard.file_nbytes - shard.head_nbytes() for shard in plan.shards)
+    """Write an index, as huggingface_hub lays it out, in each folder with several shards."""
+    for place in dict.fromkeys(shard.place for shard in plan.shards):
+        shards = [shard for shard in plan.shards if shard.place == place]
+        if len(shards) > 1:
+            _write_index(shards, folder / place / INDEX_NAME)
+
+
+def _write_index(shards: Sequence[OutputShard], path: Path) -> None:
+    data_nbytes = sum(shard.file_nbytes - shard.head_nbytes() for shard in shards)
     # Merged, not sorted: pairs of a million names take memory that nobody planned.
     by_shard = (
-        zip(sorted(shard.tensor_names), itertools.repeat(shard.filename), strict=False)
-        for shard in plan.shards
+        zip(sorted(shard.tensor_names), itertools.repeat(Path(shard.filename).name), strict=False)
+        for shard in shards
     )
     places = heapq.merge(*by_shard)
-    with _writing(folder / INDEX_NAME) as file:
+    with _writing(path) as file:
         # Line by line: as one text, the index of 90,000 tensors takes 17 MiB that nobody planned.
         file.write(f'{{\n  "metadata": {{"total_size": {data_nbytes}}},\n  "weight_map": {{')
         for number, (name, filename) in enumerate(places):

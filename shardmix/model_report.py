@@ -1,6 +1,6 @@
 """What is told of a model: flat, typed, ready for JSON. From headers and config alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardmix.checkpoint import Checkpoint
 from shardmix.declarations import declaration_of
@@ -53,25 +53,45 @@ class ModelReport:
 
 def describe_model(checkpoint: Checkpoint) -> ModelReport:
     """Return what a checkpoint holds."""
-    tensors = tuple(checkpoint.tensors())
+    parts = checkpoint.parts
+    tensors = tuple(
+        replace(tensor, name=f"{part.place}/{tensor.name}") if part.place else tensor
+        for part in parts
+        for tensor in part.tensors()
+    )
     dtypes: dict[str, int] = {}
     for tensor in tensors:
         dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.num_elements
-    rows = {name: row for row, name in enumerate(checkpoint.table.names)}
-    model = NamedModel(checkpoint.config, declaration_of(checkpoint.config), rows)
-    files = checkpoint.table.files.tolist()
+    tied = {
+        f"{prefix}{absent}": f"{prefix}{stored}"
+        for part in parts
+        for prefix in (f"{part.place}/" if part.place else "",)
+        for absent, stored in _tied(part).items()
+    }
     return ModelReport(
         source=checkpoint.source,
-        path=str(checkpoint.shards[0].path if checkpoint.is_single_file else checkpoint.folder),
+        path=str(checkpoint.shards[0].path if checkpoint.is_single_file else checkpoint.root),
         num_tensors=len(tensors),
         num_parameters=sum(dtypes.values()),
-        bytes=sum(shard.nbytes for shard in checkpoint.shards),
+        bytes=sum(shard.nbytes for part in parts for shard in part.shards),
         dtypes=dtypes,
         shards=tuple(
-            ShardReport(shard.path.name, shard.nbytes, files.count(index), shard.nbytes, ())
-            for index, shard in enumerate(checkpoint.shards)
+            ShardReport(
+                shard.path.relative_to(part.root).as_posix(),
+                shard.nbytes,
+                int((part.table.files == index).sum()),
+                shard.nbytes,
+                (),
+            )
+            for part in parts
+            for index, shard in enumerate(part.shards)
         ),
         tie_word_embeddings=ties_word_embeddings(checkpoint.config),
-        tied=shared_with(model),
+        tied=tied,
         tensors=tensors,
     )
+
+
+def _tied(part: Checkpoint) -> dict[str, str]:
+    rows = {name: row for row, name in enumerate(part.table.names)}
+    return shared_with(NamedModel(part.config, declaration_of(part.config), rows))

@@ -9,6 +9,7 @@ from pathlib import Path
 from shardmix.errors import OutputError, SourceError
 from shardmix.file_kinds import is_companion_file
 from shardmix.filesystem import free_nbytes, walk
+from shardmix.module_tree import module_places, read_modules
 from shardmix.provenance import PROVENANCE_NAME, read_provenance
 from shardmix.units import format_size
 
@@ -94,7 +95,8 @@ def _check_replaceable(output: Path, *, overwrite: bool) -> None:
     if output.is_mount():
         raise OutputError(f"{output}: is a mount point; name a folder in it")
     entries = list(output.iterdir())
-    is_model = any(entry.suffix == ".safetensors" for entry in entries)
+    inner = [path for place in _module_places(output) for path in (output / place).glob("*")]
+    is_model = any(path.suffix == ".safetensors" for path in (*entries, *inner))
     if entries and not is_model:
         raise OutputError(
             f"{output}: holds no safetensors weights, so it isn't a model that --overwrite may "
@@ -118,14 +120,22 @@ def _not_the_models(folder: Path) -> Iterator[str]:
     written: Collection[str] = ()
     with suppress(SourceError):
         written = read_provenance(folder).digests.files
+    places = _module_places(folder)
     for path, _, names in walk(folder):
         for name in names:
             file = (path / name).relative_to(folder).as_posix()
-            is_own = file in written if written else _may_be_a_models(file)
+            is_own = file in written if written else _may_be_a_models(file, places)
             if not is_own and file not in _BESIDE_A_MODEL and not file.startswith(_HUB_LEFTOVERS):
                 yield file
 
 
-def _may_be_a_models(file: str) -> bool:
+def _module_places(folder: Path) -> tuple[str, ...]:
+    with suppress(SourceError):  # then it is no such model
+        return module_places(read_modules(folder))
+    return ()
+
+
+def _may_be_a_models(file: str, places: Sequence[str]) -> bool:
     is_weights = "/" not in file and file.endswith((".safetensors", ".index.json"))
-    return is_weights or is_companion_file(file)
+    is_modules = file.startswith(tuple(f"{place}/" for place in places))
+    return is_weights or is_modules or is_companion_file(file)

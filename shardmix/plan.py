@@ -8,7 +8,6 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import msgspec
 
@@ -44,6 +43,8 @@ class SourceFile:
     """SHA-256 (hex) of its header."""
     model: int = 0
     """Whose it is: an index into `MergePlan.sources`."""
+    name: str = ""
+    """Its path within the model's folder, with `/`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class FileIdentity:
     model: str
     """Whose it is, by public name."""
     file: str
-    """Absolute path, or the name alone of a file from the Hub."""
+    """Absolute path, or that within the model of a file from the Hub."""
     commit: str | None
     """The commit on the Hub."""
     size: int
@@ -101,7 +102,7 @@ class OutputShard:
     """A file that will be written."""
 
     filename: str
-    """Its name in the output folder."""
+    """Its path in the output folder, with `/`; tensors of modules are in the module's folder."""
     header: str
     """The file's first bytes but for the length prefix: JSON, padded."""
     file_nbytes: int
@@ -112,6 +113,15 @@ class OutputShard:
     """Its tensors, in data order."""
     runs: tuple[Run, ...]
     """Its data, in order."""
+
+    @property
+    def place(self) -> str:
+        """The folder within the output that it is in; empty: the output itself."""
+        return self.filename.rpartition("/")[0]
+
+    def full_name(self, name: str) -> str:
+        """Return a tensor's name as it is told: behind its module's folder, if it is in one."""
+        return f"{self.place}/{name}" if self.place else name
 
     def head_nbytes(self) -> int:
         """Return where in the file the header ends."""
@@ -141,6 +151,18 @@ class OutputShard:
         """
         for name, entry in zip(self.tensor_names, _ENTRY.finditer(self.header), strict=True):
             yield name, entry[1], int(entry[3])
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleConfig:
+    """What the config of a module must say that has weights of its own."""
+
+    place: str
+    """The module's folder within the output."""
+    dtype: str
+    """Torch name of its main float dtype."""
+    untied: tuple[str, ...]
+    """Parts of it that must say `tie_word_embeddings: false`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +208,10 @@ class MergePlan:
     untied: tuple[str, ...]
     """Parts of the output's config that must say `tie_word_embeddings: false`, since parameters
     that they tie are stored one by one: "" is its top, others are dotted keys."""
+    main_place: str
+    """Where in the output that config is: "", or the folder of the module that it belongs to."""
+    module_configs: tuple["ModuleConfig", ...]
+    """The same of further modules with weights."""
     files: tuple[SourceFile, ...]
     """All weight files that will be read."""
     shards: tuple[OutputShard, ...]
@@ -227,8 +253,13 @@ class MergePlan:
 
     def tensor_dtype(self, name: str) -> str:
         """Return the safetensors dtype that the output stores a tensor in. Slow: reads a header."""
-        shard = next(shard for shard in self.shards if name in shard.tensor_names)
-        return next(dtype for stored, dtype, _ in shard.tensors() if stored == name)
+        return next(
+            dtype
+            for shard in self.shards
+            if name.startswith(shard.full_name(""))
+            for stored, dtype, _ in shard.tensors()
+            if shard.full_name(stored) == name
+        )
 
     def with_memory(self, memory: MemoryPlan) -> "MergePlan":
         """Return the same merge within other memory; its output is the same, byte for byte."""
@@ -259,7 +290,7 @@ class MergePlan:
             if field.name not in irrelevant | in_parts:
                 yield field.name, getattr(self, field.name)
         for file in self.files:
-            yield Path(file.path).name, file.nbytes, file.header_sha256, file.model
+            yield file.name, file.nbytes, file.header_sha256, file.model
         for shard in self.shards:
             yield shard.filename, shard.file_nbytes, shard.read_nbytes, len(shard.runs)
             # The header has the tensors' names, in data order.
@@ -277,7 +308,7 @@ class MergePlan:
         return tuple(
             FileIdentity(
                 model=self.public_names[file.model],
-                file=Path(file.path).name if self.commits[file.model] else file.path,
+                file=file.name if self.commits[file.model] else file.path,
                 commit=self.commits[file.model],
                 size=file.nbytes,
                 modified=None if self.commits[file.model] else file.mtime_ns,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from shardmix.belonging import check_belong_together
-from shardmix.checkpoint import CONFIG_NAME, Checkpoint
+from shardmix.checkpoint import CONFIG_NAME, Checkpoint, read_config
 from shardmix.companions import (
     Companions,
     adapter_warnings,
@@ -35,8 +35,10 @@ from shardmix.memory import (
     reserved_nbytes,
     vram_use,
 )
+from shardmix.module_tree import Module, module_places
 from shardmix.page_cache import plan_cache_use
-from shardmix.plan import LINEAR, MergePlan, OutputShard, SourceFile
+from shardmix.parts import match_parts
+from shardmix.plan import LINEAR, MergePlan, ModuleConfig, OutputShard, SourceFile
 from shardmix.reader import MAX_MAPPED_AT_ONCE
 from shardmix.recipe import OUT_DTYPES, Recipe
 from shardmix.run_settings import LLVM, LLVM_DTYPES, TORCH, RunSettings
@@ -78,6 +80,10 @@ class Donor:
     """It was named as a file, so what else lies in its folder may be anybody's."""
     left_out: tuple[LeftOut, ...] = ()
     """Files of its repository on the Hub that were not fetched."""
+    modules: tuple[Module, ...] = ()
+    """Its sentence-transformers modules."""
+    main_place: str = ""
+    """Where in its folder config and main weights are: "" or the folder of one of these."""
 
 
 class Outcome(TypedDict, total=False):
@@ -103,29 +109,24 @@ def plan_merge(
     Raises `MismatchError` where the models do not fit, `BudgetError` where the memory budget
     cannot hold one smallest strip.
     """
-    checkpoints, split_notes = split_alike(checkpoints)
-    matched = match_tensors(checkpoints, donor.config, donor.folder)
-    out_dtypes = _output_dtypes(recipe.dtype, checkpoints[0], matched)
-    shards, shard_notes = plan_shards(recipe, checkpoints, matched, out_dtypes)
+    groups = match_parts(checkpoints).groups
+    parts = _planned_parts(recipe, groups, donor)
+    main = parts[0]
+    shards = tuple(shard for part in parts for shard in part.shards)
     settings = _decided(settings, shards)
     write_nbytes = sum(shard.file_nbytes for shard in shards)
     companions = find_companions(
         donor.folder, weights=donor.weights, is_single_file=donor.is_single_file
     )
     left_out = tuple(dict.fromkeys((*companions.left_out, *donor.left_out)))
-    floats = (
-        name for name, dtype in zip(matched.names, out_dtypes, strict=True) if dtype in FLOAT_DTYPES
-    )
     warnings = [
-        *weight_warnings(recipe, floats),
-        *split_notes,
-        *matched.notes,
-        *shard_notes,
+        *weight_warnings(recipe, (name for part in parts for name in part.float_names)),
+        *(note for part in parts for note in part.notes),
         *check_belong_together(checkpoints, recipe),
-        *adapter_warnings(checkpoints),
+        *adapter_warnings(part for checkpoint in checkpoints for part in checkpoint.parts),
         *_companion_warnings(companions, left_out, donor),
     ]
-    if CONFIG_NAME not in companions.files:
+    if _lacks_config(donor, companions.files):
         warnings.append(
             f"no {CONFIG_NAME} in {donor.folder.name}: the output holds weights alone and will not "
             "load with from_pretrained; name a model that has one with --base"
@@ -148,14 +149,24 @@ def plan_merge(
         base_folder=str(donor.folder.absolute()),
         companions=companions.files,
         left_out=left_out,
-        config_dtype=_main_float_dtype(matched, out_dtypes),
-        untied=matched.untied,
+        config_dtype=main.config_dtype,
+        untied=main.untied,
+        main_place=main.place,
+        module_configs=tuple(
+            ModuleConfig(part.place, part.config_dtype, part.untied) for part in parts[1:]
+        ),
         files=tuple(
             SourceFile(
-                str(shard.path.absolute()), shard.nbytes, shard.mtime_ns, shard.header_sha256, model
+                str(shard.path.absolute()),
+                shard.nbytes,
+                shard.mtime_ns,
+                shard.header_sha256,
+                model,
+                shard.path.relative_to(part.root).as_posix(),
             )
-            for model, checkpoint in enumerate(checkpoints)
-            for shard in checkpoint.shards
+            for group in groups
+            for model, part in enumerate(group)
+            for shard in part.shards
         ),
         shards=shards,
         disk_needed_nbytes=write_nbytes + companions.nbytes,
@@ -170,11 +181,75 @@ def plan_merge(
     )
 
 
+def _lacks_config(donor: Donor, companions: Sequence[str]) -> bool:
+    """Tell whether transformers would look for a config in vain; some modules have none."""
+    place = donor.main_place
+    kind = next((module.kind for module in donor.modules if module.place == place), "Transformer")
+    name = f"{place}/{CONFIG_NAME}" if place else CONFIG_NAME
+    return kind == "Transformer" and name not in companions
+
+
+@dataclass(frozen=True, slots=True)
+class _PlannedPart:
+    """One part of the output: the model itself, or a module with weights of its own."""
+
+    place: str
+    """Its folder within the output; empty: the output itself."""
+    float_names: tuple[str, ...]
+    """Its tensors of floats, by the names that they are told by."""
+    untied: tuple[str, ...]
+    """Parts of its config that must say `tie_word_embeddings: false`."""
+    notes: tuple[str, ...]
+    """What is to be told of it."""
+    config_dtype: str
+    """Torch name of its main float dtype."""
+    shards: tuple[OutputShard, ...]
+    """Its files."""
+
+
+def _planned_parts(
+    recipe: Recipe, groups: Sequence[Sequence[Checkpoint]], donor: Donor
+) -> list[_PlannedPart]:
+    """Plan each part by itself: names, ties, dtypes and shards are no business of another's."""
+    places = {module.key: module.place for module in donor.modules}
+    parts: list[_PlannedPart] = []
+    num_files = 0
+    for group in groups:
+        place, config = donor.main_place, donor.config
+        if parts:
+            place = places[group[0].key]
+            config = read_config(donor.folder / place)
+        group, split_notes = split_alike(group)
+        matched = match_tensors(group, config, donor.folder / place)
+        out_dtypes = _output_dtypes(recipe.dtype, group[0], matched)
+        shards, shard_notes = plan_shards(
+            recipe, group, matched, out_dtypes, place=place, num_files_before=num_files
+        )
+        parts.append(
+            _PlannedPart(
+                place=place,
+                float_names=tuple(
+                    f"{place}/{name}" if place else name
+                    for name, dtype in zip(matched.names, out_dtypes, strict=True)
+                    if dtype in FLOAT_DTYPES
+                ),
+                untied=matched.untied,
+                notes=(*split_notes, *matched.notes, *shard_notes),
+                config_dtype=_main_float_dtype(matched, out_dtypes),
+                shards=shards,
+            )
+        )
+        num_files += sum(len(part.shards) for part in group)
+    return parts
+
+
 def _companion_warnings(
     companions: Companions, left_out: Sequence[LeftOut], donor: Donor
 ) -> Iterator[str]:
     """Tell of companions that hold weights, and of what somebody may miss."""
-    unmerged = unmerged_weights(companions.files)
+    modules = tuple(f"{place}/" for place in module_places(donor.modules))
+    # What modules have is the same in all models, or else told of as a difference.
+    unmerged = [name for name in unmerged_weights(companions.files) if not name.startswith(modules)]
     if unmerged:
         values = "its values are" if len(unmerged) == 1 else "their values are"
         yield f"{listed(unmerged)}: copied, not merged; {values} those of {donor.name}"
@@ -238,7 +313,7 @@ def public_name(checkpoint: Checkpoint) -> str:
         return checkpoint.source
     if checkpoint.is_single_file:
         return checkpoint.shards[0].path.name
-    return checkpoint.folder.resolve().name
+    return checkpoint.root.resolve().name
 
 
 def _decided(settings: RunSettings, shards: Sequence[OutputShard]) -> RunSettings:

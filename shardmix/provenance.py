@@ -29,7 +29,7 @@ class SourceFileRecord(msgspec.Struct, frozen=True):
     """One weight file of a source."""
 
     name: str
-    """File name."""
+    """Its path within the model's folder."""
     bytes: int
     """Its size."""
     header_sha256: str
@@ -227,10 +227,7 @@ def _source_record(plan: MergePlan, model: int) -> SourceRecord:
         hub_id=plan.hub_ids[model],
         commit=plan.commits[model],
         path=str(Path(plan.sources[model]).absolute()) if _tells_path(plan, model) else None,
-        files=tuple(
-            SourceFileRecord(Path(file.path).name, file.nbytes, file.header_sha256)
-            for file in files
-        ),
+        files=tuple(SourceFileRecord(file.name, file.nbytes, file.header_sha256) for file in files),
     )
 
 

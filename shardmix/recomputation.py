@@ -93,7 +93,7 @@ def recompute(
     found += [
         f"{folder / name}: is not what a merge of {givers} would write"
         for name in sorted(provenance.digests.files)
-        if name.endswith(".safetensors") and "/" not in name and name not in planned
+        if name.endswith(".safetensors") and name not in planned
     ]
     return found, plan.read_nbytes + plan.write_nbytes
 
@@ -132,9 +132,7 @@ def _check_identity(plan: MergePlan, model: int, source: SourceRecord) -> None:
     """Raise `SourceError` where a source is not the model that was merged."""
     # In order: files in several folders may have one name.
     files = [
-        (Path(file.path).name, file.nbytes, file.header_sha256)
-        for file in plan.files
-        if file.model == model
+        (file.name, file.nbytes, file.header_sha256) for file in plan.files if file.model == model
     ]
     records = [(record.name, record.bytes, record.header_sha256) for record in source.files]
     if files == records:

@@ -32,16 +32,22 @@ def plan_shards(
     checkpoints: Sequence[Checkpoint],
     matched: MatchedTensors,
     out_dtypes: Sequence[str],
+    *,
+    place: str = "",
+    num_files_before: int = 0,
 ) -> tuple[tuple[OutputShard, ...], list[str]]:
     """Return the output's files, in order, and what is to be told of them.
 
     Each file has its header and its runs. `out_dtypes` are safetensors dtypes, one for each of the
-    matched tensors.
+    matched tensors; `place` is the folder within the output that the files go into;
+    `num_files_before` counts the files of other parts, which come before these in
+    `MergePlan.files`.
     """
-    columns = _SourceColumns(recipe, checkpoints, matched, out_dtypes)
+    prefix = f"{place}/" if place else ""
+    columns = _SourceColumns(recipe, checkpoints, matched, out_dtypes, prefix, num_files_before)
     groups = _shard_groups(recipe, checkpoints[0], matched, out_dtypes)
     notes = lost_metadata(
-        recipe.sources[0],
+        checkpoints[0].source,
         before=(shard.metadata for shard in checkpoints[0].shards),
         after=(metadata for _, _, metadata in groups),
         is_laid_out_anew=recipe.max_shard_size is not None,
@@ -95,7 +101,10 @@ class _SourceColumns:
         checkpoints: Sequence[Checkpoint],
         matched: MatchedTensors,
         out_dtypes: Sequence[str],
+        prefix: str,
+        num_files_before: int,
     ) -> None:
+        self._prefix = prefix
         self._names = matched.names
         self._shapes = matched.shapes
         self._out_dtypes = out_dtypes
@@ -108,7 +117,7 @@ class _SourceColumns:
             model for model in self._weighted if not vanishes_in_float32(recipe.weights[model])
         )
         self._files, self._starts, self._nbytes, self._ranks = [], [], [], []
-        first_file = 0
+        first_file = num_files_before
         for checkpoint, rows in zip(checkpoints, matched.rows, strict=True):
             table = checkpoint.table
             self._files.append(table.files[rows] + first_file)
@@ -141,7 +150,7 @@ class _SourceColumns:
             for start, stop in pairwise(self._run_bounds(order))
         )
         return OutputShard(
-            filename=filename,
+            filename=self._prefix + filename,
             header=header.encoded[HEADER_LENGTH_NBYTES:].decode(),
             file_nbytes=header.file_nbytes,
             read_nbytes=sum(
@@ -175,7 +184,7 @@ class _SourceColumns:
         is_float = out_dtype in FLOAT_DTYPES
         models = self._summed(first) if is_float else self._compared()
         return Run(
-            name=self._names[first],
+            name=self._prefix + self._names[first],
             num_tensors=len(members),
             num_elements=num_elements,
             reduction=LINEAR if is_float else AGREE,

@@ -75,12 +75,13 @@ class Staging:
     def drop_all_but(self, names: Collection[str]) -> None:
         """Remove what is in its folder besides some files: what an earlier run left there.
 
-        That may be another merge's, whose journal is lost, or the model that was replaced.
+        That may be another merge's, whose journal is lost, or the model that was replaced. Makes
+        the folders that these files, named by their paths within it with `/`, are to be in.
         """
         try:
-            for entry in self.folder.iterdir():
-                if entry.name not in names:
-                    _remove(entry)
+            _drop_all_but(self.folder, names)
+            for name in names:
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise writing_failed(self.folder, error, "cannot be tidied up") from None
 
@@ -202,6 +203,16 @@ def _clear(folder: Path) -> None:
     # The marker last: as long as anything is there, it says that it is not to be gone on with.
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == _PLACING):
         if entry.name != LOCK_NAME:
+            _remove(entry)
+
+
+def _drop_all_but(folder: Path, names: Collection[str]) -> None:
+    for entry in folder.iterdir():
+        inside = [name.removeprefix(f"{entry.name}/") for name in names]
+        inside = [name for name, whole in zip(inside, names, strict=True) if name != whole]
+        if inside and entry.is_dir() and not entry.is_symlink():
+            _drop_all_but(entry, inside)
+        elif entry.name not in names or entry.is_dir():
             _remove(entry)
 
 

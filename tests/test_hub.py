@@ -336,6 +336,38 @@ def test_of_a_sentence_transformers_model_the_modules_are_fetched(
     assert hub.fetched() == sorted(files)
 
 
+def test_weights_of_modules_alone_are_fetched(hub: HubServer, machine: Machine) -> None:
+    """A Router's folders have names of their own; with safetensors, no pickle is fetched."""
+    router = {
+        "structure": {"query": ["query_0_Transformer"], "document": ["doc"]},
+        "types": {"query_0_Transformer": "x.Transformer", "doc": "x.StaticEmbedding"},
+    }
+    files = {
+        "modules.json": json.dumps([{"path": "", "type": "x.Router"}]).encode(),
+        "router_config.json": json.dumps(router).encode(),
+        "query_0_Transformer/config.json": b'{"model_type": "bert"}',
+        "query_0_Transformer/tokenizer.json": b"{}",
+        "doc/model.safetensors": weights(2.0),
+        "doc/tokenizer.json": b"{} ",
+    }
+    shards = sharded_model("model-00001-of-00001.safetensors")
+    files |= {
+        f"query_0_Transformer/{name}": content
+        for name, content in shards.items()
+        if "safetensors" in name
+    }
+    pickles = {"query_0_Transformer/pytorch_model.bin": b"", "doc/onnx/model.onnx": b""}
+    commit = hub.push("org/router", files | pickles | {"old/model.safetensors": b""})
+
+    [folder] = machine.find("org/router")
+
+    assert hub.fetched() == sorted(files)
+    hub.requests.clear()
+    offline = machine.run("-c", INSPECT, "org/router", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
+    assert commit in str(folder)
+
+
 # What is kept
 
 
