@@ -21,6 +21,7 @@ _STACKED = (("MergeModulelist", 0),)
 _STACKED_PARTS = (("MergeModulelist", 0), ("Concatenate", 1))
 _ROW = (("Concatenate", 0),)
 _TAKEN_APART = (("Chunk", 0),)
+_KNOWN = (_STACKED, _STACKED_PARTS, _ROW, _TAKEN_APART)
 
 Shape = tuple[int, ...]
 
@@ -42,6 +43,14 @@ def split_alike(checkpoints: Sequence[Checkpoint]) -> tuple[Sequence[Checkpoint]
     declarations = [
         declaration_of(checkpoint.config, checkpoint.folder) for checkpoint in checkpoints
     ]
+    fused = [
+        _whole(renaming)
+        for own in declarations
+        for renaming in own.renames
+        if renaming.ops in _KNOWN
+    ]
+    if not any(text in name for text in set(fused) for names in stored for name in names):
+        return checkpoints, []
     named = [
         dict(zip(class_names(checkpoint.table.names, own), checkpoint.tensors(), strict=True))
         for checkpoint, own in zip(checkpoints, declarations, strict=True)
@@ -69,12 +78,10 @@ def _pieces(
     renaming: Renaming, name: str, shape: Shape, others: Sequence[Mapping[str, TensorInfo]]
 ) -> list[_Piece]:
     """Return what another model has in place of a tensor, in the order in which it lies in it."""
-    if renaming.ops not in (_STACKED, _STACKED_PARTS, _ROW, _TAKEN_APART):
+    if renaming.ops not in _KNOWN:
         return []
-    whole, parts = renaming.to[:1], renaming.sources
-    if renaming.ops == _TAKEN_APART:
-        whole, parts = renaming.sources[:1], renaming.to
-    head, end, tail = name.rpartition(_plain(whole[0]))
+    parts = renaming.to if renaming.ops == _TAKEN_APART else renaming.sources
+    head, end, tail = name.rpartition(_whole(renaming))
     if not end or (tail and not tail.startswith(".")):
         return []
     names = [head + _plain(part) + tail for part in parts]
@@ -102,6 +109,11 @@ def _fills(renaming: Renaming, pieces: Sequence[_Piece], shape: Shape) -> bool:
     part = shape[1:] if renaming.ops == _STACKED else (shape[1] // num_parts, *shape[2:])
     is_even = renaming.ops == _STACKED or shape[1] % num_parts == 0
     return is_even and all(piece.shape == part for piece in pieces)
+
+
+def _whole(renaming: Renaming) -> str:
+    """Return what the name of the fused tensor has in place of the pieces' parts."""
+    return _plain(renaming.sources[0] if renaming.ops == _TAKEN_APART else renaming.to[0])
 
 
 def _plain(pattern: str) -> str:

@@ -95,53 +95,58 @@ def match_tensors(
     """
     notes: list[str] = []
     stored = [_own_names(checkpoint, notes) for checkpoint in checkpoints]
-    same_names = all(names == stored[0] for names in stored) or all(
+    has_same_names = all(names == stored[0] for names in stored) or all(
         set(names) == set(stored[0]) for names in stored
     )
-    statements = [_tie_statements(checkpoint.config) for checkpoint in checkpoints]
-    if same_names and all(said == _tie_statements(out_config) for said in statements):
-        names, num_added = list(stored[0]), 0
-        untied: tuple[str, ...] = ()
-        shared: Sequence[Mapping[str, int]] = [{} for _ in checkpoints]
-        row_of = [{name: row for row, name in enumerate(own)} for own in stored]
+    ties = [_tie_statements(checkpoint.config) for checkpoint in checkpoints]
+    if has_same_names and ties.count(_tie_statements(out_config)) == len(ties):
+        row_of = [_rows(names) for names in stored]
+        names, shared = list(stored[0]), SharedTensors((), tuple({} for _ in stored))
     else:
         declarations = [
             declaration_of(checkpoint.config, checkpoint.folder) for checkpoint in checkpoints
         ]
-        known = stored if same_names else _names_of_class(stored, declarations)
-        row_of = [{name: row for row, name in enumerate(own)} for own in known]
-        partial = [] if same_names else _names_not_in_all(row_of)
-        left_out = dict.fromkeys(name for name in partial if naming.is_computed_buffer(name))
-        if left_out:
+        known = stored if has_same_names else _names_of_class(stored, declarations)
+        row_of = [_rows(names) for names in known]
+        partial = [] if has_same_names else _names_not_in_all(row_of)
+        computed = {name for name in partial if naming.is_computed_buffer(name)}
+        if computed:
             notes.append(
-                f"left out {_listed(list(left_out))}: not in every model; transformers computes it "
-                "by itself"
+                f"left out {_listed(sorted(computed))}: not in every model; transformers computes "
+                "it by itself"
             )
-            partial = [name for name in partial if name not in left_out]
         models = [
             NamedModel(checkpoint.config, declaration, rows)
             for checkpoint, declaration, rows in zip(checkpoints, declarations, row_of, strict=True)
         ]
         output = NamedModel(out_config, declaration_of(out_config, out_folder), row_of[0])
         _refuse_other_scale(checkpoints, output, declarations)
-        resolved = share(models, output, partial)
-        class_of_first = [name for name in known[0] if name not in left_out]
-        names = [*class_of_first, *resolved.added]
-        num_added, untied, shared = len(resolved.added), resolved.untied, resolved.rows
-        _refuse_missing(checkpoints, row_of, shared, names, declarations)
-        notes += _notes_of(resolved)
+        shared = share(models, output, [name for name in partial if name not in computed])
+        names = [*(name for name in known[0] if name not in computed), *shared.added]
+        _refuse_missing(checkpoints, row_of, shared.rows, names, declarations)
+        notes += _notes_of(shared)
     rows = tuple(
         np.fromiter(
             (own[name] if name in own else held[name] for name in names),
             dtype=np.int32,
             count=len(names),
         )
-        for own, held in zip(row_of, shared, strict=True)
+        for own, held in zip(row_of, shared.rows, strict=True)
     )
     shapes = _common_shapes(checkpoints, names, rows)
     _refuse_mixed_kinds(checkpoints, names, rows)
-    written = _written_names(names, stored, row_of)
-    return MatchedTensors(tuple(written), num_added, shapes, rows, untied, tuple(notes))
+    return MatchedTensors(
+        names=tuple(_written_names(names, stored, row_of)),
+        num_added=len(shared.added),
+        shapes=shapes,
+        rows=rows,
+        untied=shared.untied,
+        notes=tuple(notes),
+    )
+
+
+def _rows(names: Sequence[str]) -> dict[str, int]:
+    return {name: row for row, name in enumerate(names)}
 
 
 def _own_names(checkpoint: Checkpoint, notes: list[str]) -> Sequence[str]:

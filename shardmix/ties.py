@@ -50,11 +50,11 @@ class SharedTensors:
     """Names that the first model does not store, sorted."""
     rows: tuple[dict[str, int], ...]
     """For each model, name → row of what it does not store by that name but holds."""
-    untied: tuple[str, ...]
+    untied: tuple[str, ...] = ()
     """Parts of the output's config that must say that they tie nothing: "" is its top."""
-    split: tuple[str, ...]
+    split: tuple[str, ...] = ()
     """Parameters that some model shares and the output stores one by one."""
-    is_kept_tied: bool
+    is_kept_tied: bool = False
     """Some of them although the output's config says that they are tied."""
 
 
