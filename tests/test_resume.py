@@ -259,6 +259,20 @@ def test_what_was_found_before_the_cut_is_told_after_it(tmp_path):
         shardmix.merge(models, tmp_path / "out2", on_nonfinite="error")
 
 
+def test_findings_of_a_leaf_merged_again(tmp_path, models, undisturbed):
+    """A leaf's last line counts: what an earlier one found in it is not told of the new bytes."""
+    cut_off(models, tmp_path / "out", num_leaves=3)
+    journal = staged(tmp_path) / "journal"
+    head, *lines = journal.read_bytes().splitlines(keepends=True)
+    shard, leaf, digest, *_ = json.loads(lines[0])
+    found = [shard, leaf, digest, [{"layer0.weight": [5, 0, 0]}, {}]]
+    journal.write_bytes(head + json.dumps(found).encode() + b"\n" + b"".join(lines))
+    report = shardmix.merge(models, tmp_path / "out")
+    assert report.bytes_kept > 0
+    assert report.nonfinite == ()
+    assert folder_bytes(tmp_path / "out") == undisturbed
+
+
 def test_a_cancelled_merge_can_be_gone_on_with(tmp_path, models, undisturbed):
     cancel = threading.Event()
 

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import shardmix
-from shardmix import declarations
+from shardmix import declarations, naming
 from shardmix.checkpoint import open_checkpoint
 from shardmix.declarations import declaration_of
 from shardmix.errors import MismatchError
@@ -182,6 +182,17 @@ def test_a_class_with_code_of_its_own(tmp_path):
         values, config, _ = merged(tmp_path / str(number), *models[::order])
         assert values == {E: 2, H: 3}
         assert config["tie_word_embeddings"] is False
+
+
+def test_the_outermost_embedding(tmp_path):
+    """Of several embeddings that names might mean, the one with the shortest name is the input."""
+    inner = "vision.encoder.patches.word_embeddings.weight"
+    assert naming.input_embedding(["h.0.weight", inner, "model.word_embeddings.weight"]) == (
+        "model.word_embeddings.weight"
+    )
+    one = {inner: 7, "word_embeddings.weight": 1}
+    values, _, _ = merged(tmp_path, (one, {}), ({**one, H: 5}, {}))
+    assert values == {inner: 7, "word_embeddings.weight": 1, H: 3}
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
