@@ -17,7 +17,7 @@ from typing import Any
 from shardmix import api
 from shardmix.by_examples import merge_by_examples
 from shardmix.errors import RecipeError, SourceError, one_line
-from shardmix.hub import locate
+from shardmix.hub import check_endpoint, locate
 from shardmix.merge_options import MergeOptions
 from shardmix.model_types import AUTO_CLASSES, check_model_type
 from shardmix.recipe import build_recipe
@@ -253,6 +253,7 @@ def _check_loadable(source: str, model_type: str, *, trust_remote_code: bool) ->
 
 
 def _transformers() -> Any:
+    check_endpoint()
     try:
         import transformers
     except ModuleNotFoundError as error:

@@ -7,11 +7,17 @@ can tell apart what it can do something about; `exit_status` is what the command
 import errno
 from pathlib import Path
 
+from shardmix.redaction import without_environment, without_secrets
+
 
 class ShardmixError(Exception):
     """Something the user can mend; the message says how."""
 
     exit_status = 1
+
+    def __init__(self, message: str = "", *more: object) -> None:
+        # Here, so that `repr`, `args` and a pickled error don't hold secrets either.
+        super().__init__(without_secrets(str(message)), *more)
 
     def __str__(self) -> str:
         """Return the message, escaped: it names what strangers named."""
@@ -68,14 +74,18 @@ def writing_failed(path: Path, error: OSError, what: str = "cannot be written") 
 
 def one_line(error: BaseException | None, limit: int = 200) -> str:
     """Return what an error of someone else's says, on one line and cut short, for a message."""
-    return printable(" ".join(str(error).split())[:limit]) or type(error).__name__
+    # Secrets first: half a URL cannot be told from a word.
+    text = " ".join(without_environment(str(error)).split())
+    return printable(text[:limit]) or type(error).__name__
 
 
 def printable(text: str) -> str:
-    """Return text with what a terminal would obey escaped: names come from strangers' files.
+    """Return text with what a terminal would obey escaped, and without secrets.
 
-    That is control characters, newlines and marks that turn the direction of writing.
+    Names come from strangers' files: control characters, newlines and marks that turn the direction
+    of writing are escaped. Places come from users: credentials in URLs and tokens are left out.
     """
+    text = without_secrets(text)
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from shardmix.errors import SourceError, is_unicode, one_line, printable, shown
 from shardmix.file_kinds import OTHER_WEIGHTS, LeftOut, divide, is_companion_file, is_module_folder
@@ -20,6 +21,7 @@ from shardmix.filesystem import read_regular
 from shardmix.folder_kinds import no_weights_finding
 from shardmix.json_files import file_name_finding, read_index
 from shardmix.module_tree import ROUTER_CONFIGS, module_places, read_modules
+from shardmix.redaction import HIDDEN, logs_redacted, without_user
 from shardmix.sentence_modules import MODULES_NAME
 
 WEIGHTS_NAME = "model.safetensors"
@@ -70,11 +72,12 @@ def locate(source: str, *, with_weights: bool = True) -> LocalSource:
         return LocalSource(_snapshot(path))
     if not _HUB_ID.fullmatch(source):
         raise SourceError(
-            f"{source}: no such file or folder, and not a Hub id (org/name or org/name@revision); "
-            "check the path"
+            f"{without_user(source)}: no such file or folder, and not a Hub id (org/name or "
+            "org/name@revision); check the path"
         )
     repo_id, _, revision = source.partition("@")
-    folder, left_out = _download(repo_id, revision or None, with_weights=with_weights)
+    with logs_redacted():
+        folder, left_out = _download(repo_id, revision or None, with_weights=with_weights)
     # The cache keeps each commit's files in a folder of that name.
     return LocalSource(folder, hub_id=repo_id, commit=folder.name, left_out=left_out)
 
@@ -94,9 +97,30 @@ def _snapshot(path: Path) -> Path:
     return all_of_them[0] if len(all_of_them) == 1 else path
 
 
+def check_endpoint() -> None:
+    """Raise `SourceError` if `HF_ENDPOINT` is no URL; huggingface_hub then cannot be imported.
+
+    It prints, and raises, what it takes for the port: a part of a password that is not encoded.
+    """
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    try:
+        parts = urlsplit(endpoint)
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_url = False
+    if endpoint and (not is_url or "@" in parts.path or re.search(r"\s", endpoint)):
+        user, at, host = endpoint.rpartition("@")
+        raise SourceError(
+            f"HF_ENDPOINT: {HIDDEN * bool(user)}{at}{host} is no URL of a Hub; it must be "
+            "https://host[:port], and in user information before the host / ? # @ and : must be "
+            "written as %2F %3F %23 %40 and %3A"
+        )
+
+
 def _download(
     repo_id: str, revision: str | None, *, with_weights: bool
 ) -> tuple[Path, tuple[LeftOut, ...]]:
+    check_endpoint()
     # Imported here: a merge of local folders needs no HTTP client.
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT, HF_HUB_OFFLINE

@@ -11,6 +11,7 @@ from shardmix.file_kinds import is_companion_file
 from shardmix.filesystem import free_nbytes, walk
 from shardmix.module_tree import module_places, read_modules
 from shardmix.provenance import PROVENANCE_NAME, read_provenance
+from shardmix.redaction import is_url
 from shardmix.units import format_size
 
 _BESIDE_A_MODEL = ("README.md", PROVENANCE_NAME, ".gitattributes")
@@ -20,6 +21,11 @@ _MOST_NAME_NBYTES = 240  # of 255, and the folder that the work goes into has a 
 
 def resolve_output(output: str | os.PathLike[str]) -> Path:
     """Return the one absolute path that all checks and the rename use; links and `..` resolved."""
+    if is_url(os.fspath(output)):
+        raise OutputError(
+            f"{os.fspath(output)}: is a URL, and an output is a folder on this machine; name one, "
+            "and upload it afterwards"
+        )
     try:
         resolved = Path(output).expanduser().resolve()
         os.fsencode(resolved).decode()

@@ -11,7 +11,7 @@ from shardmix._version import __version__
 from shardmix.cli import arguments, pictures, rare_collections
 from shardmix.cli import options as opt
 from shardmix.cli.ending import errors_reported, ignore_signals
-from shardmix.errors import RecipeError
+from shardmix.errors import RecipeError, printable
 
 if TYPE_CHECKING:
     from shardmix.recipe import ModelsArgument
@@ -24,6 +24,13 @@ class _InOrder(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:  # which quotes words of the command line
+            error.message = printable(error.message)  # type: ignore[misc]
+            raise
 
 
 @click.group(

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import click
 
-from shardmix.errors import ShardmixError
+from shardmix.errors import ShardmixError, printable
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def errors_reported(
     except KeyboardInterrupt as error:
         is_terminated = isinstance(error, _Terminated)
         word, status = ("terminated", 143) if is_terminated else ("interrupted", 130)
-        message = f"{word}: {str(error) or if_stopped}"
+        message = printable(f"{word}: {str(error) or if_stopped}")
         click.echo(message, err=True)
         if json:
             from shardmix.cli import render

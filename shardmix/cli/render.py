@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from shardmix.errors import ShardmixError, printable
+from shardmix.redaction import without_secrets
 from shardmix.units import format_size
 
 if TYPE_CHECKING:
@@ -292,5 +293,6 @@ def _console(*, stderr: bool = False) -> "Console":
 def _print_json(content: object) -> None:
     text = msgspec.json.format(msgspec.json.encode(content), indent=2).decode()
     # JSON may hold them as they are, but a terminal would obey them.
+    text = without_secrets(text)
     obeyed = [char for char in set(text) if not char.isprintable() and char != "\n"]
     print(text.translate({ord(char): dumps(char)[1:-1] for char in obeyed}))

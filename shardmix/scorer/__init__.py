@@ -26,6 +26,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from shardmix.errors import RecipeError
+from shardmix.hub import check_endpoint
 
 if TYPE_CHECKING:
     from shardmix.scorer.options import ScoreOptions as ScoreOptions
@@ -50,6 +51,7 @@ __all__ = list(_HOME)
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'shardmix.scorer' has no attribute {name!r}")
+    check_endpoint()  # transformers imports huggingface_hub
     try:
         module = importlib.import_module(f"shardmix.scorer.{_HOME[name]}")
     except ModuleNotFoundError as error:

@@ -1,0 +1,171 @@
+"""Secrets left out of what is told: credentials in URLs, signed queries and tokens.
+
+Texts that end up in errors, logs and reports name what users typed, what the environment holds, and
+what HTTP clients say of both. Knows texts, not where they come from.
+"""
+
+import base64
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import quote, unquote
+
+HIDDEN = "***"
+"""Stands where something is left out."""
+
+# `https:/host` is what a path makes of a URL.
+_SCHEME = (
+    r"(?:\b[a-z][a-z0-9+.-]+://|"
+    r"\b(?:https?|ftps?|sftp|ssh|git|s3|gs|gcs|az|abfss?|hdfs|hf|webdavs?|smb|wss?|socks[45]?h?):/)"
+)
+_URL = re.compile(rf'({_SCHEME})([^\s"<>]+)', re.IGNORECASE)
+_CLOSING = re.compile(r"[)\]}.,;:']*$")
+# Behind this colon comes a password and no port; so a `/` behind it does not end the host.
+_PASSWORD = re.compile(r"[^:\[]*:(?!\d*$)")
+_QUERY_SECRET = re.compile(
+    r"([?&][\w.-]*(?:token|signature|secret|password|passwd|api_?key|credential|sig)=)[^\s&\"'<>]+",
+    re.IGNORECASE,
+)
+_HEADER = re.compile(
+    r"(authorization\W{1,6}(?:(?:bearer|basic|token) +)?)[^\s'\",]+", re.IGNORECASE
+)
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+_CLUES = (":/", "hf_", "=", "uthorization")
+
+_TOKEN_VARIABLES = (
+    *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN"),
+    *("HUGGINGFACE_TOKEN", "HUGGINGFACEHUB_API_TOKEN"),
+)
+_LEAST_TOKEN = 8  # shorter ones are words that a path may hold
+
+
+def without_secrets(text: str) -> str:
+    """Return a text without the user information and queries of URLs, and without tokens.
+
+    Example:
+        >>> without_secrets("https://me:secret@host/x?token=1 is down")
+        'https://***@host/x?*** is down'
+    """
+    for variable in _TOKEN_VARIABLES:
+        token = os.environ.get(variable, "").strip()
+        if len(token) >= _LEAST_TOKEN:
+            text = text.replace(token, HIDDEN)
+    if not any(clue in text for clue in _CLUES):
+        return text
+    text = _URL.sub(_bare_url, text)
+    text = _QUERY_SECRET.sub(rf"\1{HIDDEN}", text)
+    text = _HEADER.sub(rf"\1{HIDDEN}", text)
+    return _TOKEN.sub(f"hf_{HIDDEN}", text)
+
+
+def without_environment(text: str) -> str:
+    """Return what others say without any part of the credentials in the environment's URLs.
+
+    They may name a password outside of its URL: "Invalid port: 'secret'".
+    """
+    text = without_secrets(text)
+    for secret in _environment_secrets():
+        text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", HIDDEN, text)
+    return text
+
+
+def without_user(address: str) -> str:
+    """Return what was meant for a place without its user, also if it has no scheme.
+
+    Only for what is known to be no path: `a:b@c` may be the name of a file.
+    """
+    if not is_url(address) and re.match(r"[^/@\s]*:[^@]*@", address):
+        return f"{HIDDEN}@{address.rpartition('@')[2]}"
+    return without_secrets(address)
+
+
+def is_url(address: str) -> bool:
+    """Tell whether this is a URL, or what a path makes of one (`https:/host`)."""
+    return re.match(_SCHEME, address, re.IGNORECASE) is not None
+
+
+def _bare_url(match: re.Match[str]) -> str:
+    scheme, rest = match[1], match[2]
+    following = _URL.search(rest)
+    if following is not None:  # with nothing between them that no URL may hold
+        start = following.start()
+        return scheme + _bare_rest(rest[:start]) + _URL.sub(_bare_url, rest[start:])
+    return scheme + _bare_rest(rest)
+
+
+def _bare_rest(rest: str) -> str:
+    host = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    if "@" in host:
+        rest = f"{HIDDEN}@{rest[host.rindex('@') + 1 :]}"
+    elif "@" in rest and _PASSWORD.match(host):
+        rest = f"{HIDDEN}@{rest.rpartition('@')[2]}"
+    found = re.search(r"[?#]", rest)
+    if found is not None:
+        closing = _CLOSING.search(rest)
+        tail = closing[0] if closing is not None and closing.start() > found.start() else ""
+        rest = f"{rest[: found.end()]}{HIDDEN}{tail}"
+    return rest
+
+
+def _environment_secrets() -> list[str]:
+    """Return what URLs of the environment hold as user information, the longest part first."""
+    found: set[str] = set()
+    for name, value in os.environ.items():
+        if "@" in value and name.upper().endswith(("ENDPOINT", "PROXY", "URL", "URI", "MIRROR")):
+            user_info = value.partition("://")[2] or value
+            user, _, password = user_info.rpartition("@")[0].partition(":")
+            found |= _spellings(password or user)
+            if password:
+                joined = f"{unquote(user)}:{unquote(password)}"
+                found.add(base64.b64encode(joined.encode()).decode())
+    return sorted(filter(None, found), key=len, reverse=True)
+
+
+def _spellings(secret: str) -> set[str]:
+    """Return a secret as it may be told: whole, decoded, encoded, or cut where a URL is cut."""
+    whole = {secret, unquote(secret), quote(unquote(secret), safe="")}
+    parts = {part for spelling in whole for part in re.split(r"[/?#@:]", spelling)}
+    return whole | {part for part in parts if len(part) > 1}
+
+
+_lock = threading.Lock()
+_num_redacting = 0
+_factory_before: Any = None
+
+
+@contextmanager
+def logs_redacted() -> Iterator[None]:
+    """Keep secrets out of what anybody logs meanwhile: HTTP clients log the URLs they ask."""
+    global _num_redacting, _factory_before
+    with _lock:
+        if _num_redacting == 0:
+            _factory_before = logging.getLogRecordFactory()
+            logging.setLogRecordFactory(_redacted_record)
+        _num_redacting += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _num_redacting -= 1
+            # Somebody else's may have come on top: that one calls ours.
+            if _num_redacting == 0 and logging.getLogRecordFactory() is _redacted_record:
+                logging.setLogRecordFactory(_factory_before)
+
+
+def _redacted_record(*arguments: Any, **keywords: Any) -> logging.LogRecord:
+    record: logging.LogRecord = _factory_before(*arguments, **keywords)
+    try:
+        message = record.getMessage()
+    except (TypeError, ValueError):  # its arguments do not fit: for logging to say
+        return record
+    bare = without_environment(message)
+    if bare != message:
+        record.msg, record.args = bare, ()
+    if record.exc_info:
+        traceback = logging.Formatter().formatException(record.exc_info)
+        record.exc_text = without_environment(traceback)
+    return record
