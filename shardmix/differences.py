@@ -24,6 +24,14 @@ class Difference:
     """What the output takes of it: `the output takes "gelu"`; may be empty."""
     is_refused: bool
     """Nobody can have meant an average over this, unless it is allowed by name."""
+    other_keys: tuple[str, ...] = ()
+    """Further keys that it is about."""
+
+    def is_of(self, allowed: str) -> bool:
+        """Tell whether a key of `allow_differences` names this, or something above it."""
+        return any(
+            key == allowed or key.startswith(f"{allowed}.") for key in (self.key, *self.other_keys)
+        )
 
 
 def settle(differences: Sequence[Difference], allowed: Sequence[str]) -> tuple[str, ...]:
@@ -35,9 +43,9 @@ def settle(differences: Sequence[Difference], allowed: Sequence[str]) -> tuple[s
     refused = [
         difference
         for difference in differences
-        if difference.is_refused and not any(_names(key, difference.key) for key in allowed)
+        if difference.is_refused and not any(map(difference.is_of, allowed))
     ]
-    unused = [key for key in allowed if not any(_names(key, found.key) for found in differences)]
+    unused = [key for key in allowed if not any(found.is_of(key) for found in differences)]
     if refused:
         raise MismatchError(_refusal(refused, unused))
     told = [
@@ -47,10 +55,6 @@ def settle(differences: Sequence[Difference], allowed: Sequence[str]) -> tuple[s
         for difference in differences
     ]
     return (*told, *(_unused(key, differences) for key in unused))
-
-
-def _names(allowed: str, key: str) -> bool:
-    return key == allowed or key.startswith(f"{allowed}.")
 
 
 def _refusal(refused: Sequence[Difference], unused: Sequence[str]) -> str:
@@ -71,7 +75,7 @@ def _refusal(refused: Sequence[Difference], unused: Sequence[str]) -> str:
 
 
 def _unused(key: str, differences: Iterable[Difference]) -> str:
-    known = [difference.key for difference in differences]
+    known = [name for found in differences for name in (found.key, *found.other_keys)]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     suggestion = f" (did you mean {near[0]}?)" if near else ""
     return f"allow_differences names {key}, in which no models differ{suggestion}"

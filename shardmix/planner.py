@@ -122,7 +122,13 @@ def plan_merge(
     warnings = [
         *weight_warnings(recipe, (name for part in parts for name in part.float_names)),
         *(note for part in parts for note in part.notes),
-        *check_belong_together(checkpoints, recipe),
+        *check_belong_together(
+            checkpoints,
+            recipe,
+            base_folder=donor.folder,
+            base_config=donor.config,
+            max_memory=settings.max_memory_nbytes,
+        ),
         *adapter_warnings(part for checkpoint in checkpoints for part in checkpoint.parts),
         *_companion_warnings(companions, left_out, donor),
     ]

@@ -1,0 +1,325 @@
+"""Pairs of tokenizers that differ in one thing each, and what is to be said of them."""
+
+import base64
+import json
+import os
+
+import pytest
+
+import shardmix
+from shardmix.errors import MismatchError
+from shardmix.tokenizer_differences import TokenizerFolder, tokenizer_differences
+from tests.models import random_model, save_model
+
+WORDS = ["<unk>", "<s>", "</s>", *"abcdefghij"]
+NUM_ROWS = 20
+
+
+def added(*pairs):
+    return [{"id": number, "content": token, "special": True} for number, token in pairs]
+
+
+def fast(words=WORDS, model="BPE", *, tokens=(), **changes):
+    """Return a tokenizer.json."""
+    vocab = {word: number for number, word in enumerate(words)}
+    body = {"type": model, "vocab": vocab, "merges": [["a", "b"], ["c", "d"]]}
+    body |= changes.pop("body", {})
+    whole = {"version": "1.0", "added_tokens": added(*tokens), "normalizer": None, "model": body}
+    return {"tokenizer.json": json.dumps({**whole, **changes})}
+
+
+def unigram(scores=(0.0, -1.0), words=WORDS):
+    vocab = [[word, scores[number % len(scores)]] for number, word in enumerate(words)]
+    return fast(body={"type": "Unigram", "vocab": vocab, "merges": None})
+
+
+def settings(**content):
+    return {"tokenizer_config.json": json.dumps(content)}
+
+
+def pieces(words=WORDS):
+    """Return a SentencePiece model: field 1 of each message is a piece, 2 of it a score."""
+    encoded = b""
+    for word in words:
+        text = word.encode()
+        piece = b"\x0a" + bytes([len(text)]) + text + b"\x15" + bytes(4)
+        encoded += b"\x0a" + bytes([len(piece)]) + piece
+    return {"tokenizer.model": encoded + b"\x12\x02\x18\x01"}
+
+
+def ranks(words=WORDS):
+    lines = [b"%b %d" % (base64.b64encode(word.encode()), i) for i, word in enumerate(words)]
+    return {"own.tiktoken": b"\n".join(lines) + b"\n"}
+
+
+def tekken(words=WORDS):
+    encoded = [base64.b64encode(word.encode()).decode() for word in words]
+    vocab = [{"rank": i, "token_bytes": word, "token_str": "x"} for i, word in enumerate(encoded)]
+    return {"tekken.json": json.dumps({"config": {}, "vocab": vocab})}
+
+
+def lines(words=WORDS):
+    return {"vocab.txt": "".join(f"{word}\n" for word in words)}
+
+
+def numbers(words=WORDS, merges="a b\n"):
+    vocab = {word: number for number, word in enumerate(words)}
+    return {"vocab.json": json.dumps(vocab), "merges.txt": f"#version: 0.2\n{merges}"}
+
+
+SWAPPED = [*WORDS[:3], "b", "a", *WORDS[5:]]
+LOWER = {"normalizer": {"type": "Lowercase"}}
+SPACES = {"type": "Metaspace", "replacement": "▁"}
+
+# Kinds: error; ids, text, settings (warnings of these); tokenizer (another warning).
+PAIRS = {
+    "same": (fast(), fast(), []),
+    "another order": (fast(), fast(SWAPPED), ["error"]),
+    "another word": (fast(), fast([*WORDS[:-1], "z"]), ["error"]),
+    "another order of lines": (lines(), lines(SWAPPED), ["error"]),
+    "another order of numbers": (numbers(), numbers(SWAPPED), ["error"]),
+    "another order of pieces": (pieces(), pieces(SWAPPED), ["error"]),
+    "another order of ranks": (ranks(), ranks(SWAPPED), ["error"]),
+    "another order in tekken": (tekken(), tekken(SWAPPED), ["error"]),
+    "another order of scored words": (unigram(), unigram(words=SWAPPED), ["error", "text"]),
+    "formatting": (fast(), {"tokenizer.json": fast()["tokenizer.json"].replace(" ", "\n ")}, []),
+    "escapes": (
+        fast(["<s>", "▁é"]),
+        {"tokenizer.json": json.dumps(json.loads(fast(["<s>", "▁é"])["tokenizer.json"]), indent=1)},
+        [],
+    ),
+    "escapes or not": (
+        fast(["<s>", '▁é"\\']),
+        {
+            "tokenizer.json": json.dumps(
+                json.loads(fast(["<s>", '▁é"\\'])["tokenizer.json"]), ensure_ascii=False
+            )
+        },
+        [],
+    ),
+    "order in the file": (
+        fast(),
+        fast(body={"vocab": {word: i for i, word in reversed(list(enumerate(WORDS)))}}),
+        [],
+    ),
+    "line breaks of Windows": (
+        lines(),
+        {"vocab.txt": lines()["vocab.txt"].replace("\n", "\r\n")},
+        [],
+    ),
+    "no last line break": (lines(), {"vocab.txt": lines()["vocab.txt"].removesuffix("\n")}, []),
+    "other added tokens": (
+        fast(tokens=[(13, "<x>")]),
+        fast(tokens=[(13, "<y>")]),
+        ["error"],
+    ),
+    "added tokens in another order": (
+        fast(tokens=[(13, "<x>"), (14, "<y>")]),
+        fast(tokens=[(13, "<y>"), (14, "<x>")]),
+        ["error"],
+    ),
+    "added tokens of one": (fast(), fast(tokens=[(13, "<x>")]), ["ids"]),
+    "added tokens beyond the rows": (fast(), fast(tokens=[(NUM_ROWS, "<x>")]), []),
+    "a token for a reserved one": (
+        fast(tokens=[(13, "<|reserved_special_token_2|>")]),
+        fast(tokens=[(13, "<|eom_id|>")]),
+        ["ids"],
+    ),
+    "a token for an unused one": (
+        lines([*WORDS, "[unused1]"]),
+        lines([*WORDS, "[ENT]"]),
+        ["ids"],
+    ),
+    "added in another file": (
+        fast(tokens=[(13, "<x>")]),
+        {**fast(), "added_tokens.json": '{"<x>": 13}'},
+        [],
+    ),
+    "added by the config": (
+        {**pieces(), **settings(added_tokens_decoder={"13": {"content": "<x>"}})},
+        {**pieces(), **settings(added_tokens_decoder={"13": {"content": "<y>"}})},
+        ["error"],
+    ),
+    "added in a file of its own": (
+        {**numbers(), "added_tokens.json": '{"<x>": 13}'},
+        {**numbers(), "added_tokens.json": '{"<x>": 14}'},
+        ["ids", "ids"],
+    ),
+    "more words": (fast(), fast([*WORDS, "z"]), ["ids"]),
+    "merges": (fast(), fast(body={"merges": [["a", "b"], ["e", "f"]]}), ["text"]),
+    "fewer merges": (fast(), fast(body={"merges": [["a", "b"]]}), ["text"]),
+    "merges written as words": (fast(), fast(body={"merges": ["a b", "c d"]}), []),
+    "other merges written as words": (fast(), fast(body={"merges": ["a b"]}), ["text"]),
+    "merges.txt": (numbers(), numbers(merges="c d\n"), ["text"]),
+    "scores": (unigram(), unigram((0.0, -2.0)), ["text"]),
+    "kind of model": (fast(), fast(model="WordLevel"), ["text"]),
+    "byte fallback": (fast(), fast(body={"byte_fallback": True}), ["text"]),
+    "stated default": (fast(), fast(body={"byte_fallback": False, "ignore_merges": False}), []),
+    "normalizer": (fast(), fast(**LOWER), ["text"]),
+    "pre-tokenizer": (fast(), fast(pre_tokenizer={"type": "Whitespace"}), ["text"]),
+    "post-processor": (fast(), fast(post_processor={"type": "ByteLevel"}), ["text"]),
+    "older metaspace": (
+        fast(pre_tokenizer={**SPACES, "add_prefix_space": True, "str_rep": "▁"}),
+        fast(pre_tokenizer={**SPACES, "prepend_scheme": "always", "split": True}),
+        [],
+    ),
+    "older byte level": (
+        fast(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False}),
+        fast(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}),
+        [],
+    ),
+    "truncation": (fast(), fast(truncation={"max_length": 8}, padding=None), []),
+    "decoder": (fast(), fast(decoder={"type": "ByteLevel"}), []),
+    "end of sequence": (
+        {**fast(), **settings(eos_token="</s>")},
+        {**fast(), **settings(eos_token={"content": "<s>"})},
+        ["settings"],
+    ),
+    "end of sequence, written twice": (
+        {**fast(), **settings(eos_token="</s>")},
+        {**fast(), **settings(), "special_tokens_map.json": '{"eos_token": {"content": "</s>"}}'},
+        [],
+    ),
+    "chat template": ({**fast(), **settings(chat_template="x")}, fast(), ["settings"]),
+    "chat template in a file": (
+        {**fast(), **settings(chat_template="x")},
+        {**fast(), "chat_template.jinja": "x"},
+        [],
+    ),
+    "lower case": (
+        {**lines(), **settings(do_lower_case=True)},
+        {**lines(), **settings(do_lower_case=False)},
+        ["text"],
+    ),
+    "length": (
+        {**fast(), **settings(model_max_length=8, tokenizer_class="LlamaTokenizer")},
+        {**fast(), **settings(model_max_length=9, tokenizer_class="LlamaTokenizerFast")},
+        [],
+    ),
+    "lines and json": (lines(), fast(model="WordPiece"), []),
+    "lines and another json": (lines(), fast(SWAPPED), ["error"]),
+    "pieces and json": (pieces(), fast(), []),
+    "pieces and json with an offset": (pieces(WORDS[1:]), fast(), ["tokenizer"]),
+    "pieces by another name": (pieces(), {"spiece.model": pieces()["tokenizer.model"]}, []),
+    "ranks and json": (ranks(), fast(), ["tokenizer"]),
+    "none in the second": (fast(), {}, []),
+    "none in the first": ({}, fast(), ["tokenizer"]),
+    "none": ({}, {}, []),
+    "no json": (fast(), {"tokenizer.json": "{"}, ["tokenizer"]),
+    "a pointer of Git LFS": (fast(), {"tokenizer.json": "version https://git-lfs"}, ["tokenizer"]),
+    "no json beside": (fast(), {**fast(), "tokenizer_config.json": "{"}, ["tokenizer"]),
+    "no pieces": (pieces(), {"tokenizer.model": b"\xff" * 40}, ["tokenizer"]),
+    "a huge id": (fast(), fast(body={"vocab": {"a": 10**30}}), None),
+    "a negative id": (fast(), fast(tokens=[(-1, "<x>")]), []),
+}
+
+
+def write(folder, files):
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def kinds(one, other):
+    folders = [TokenizerFolder(path.name, path) for path in (one, other)]
+    found = tokenizer_differences(folders, num_rows=NUM_ROWS)
+    return [
+        "error" if difference.is_refused else difference.key.removeprefix("tokenizer.")
+        for difference in found
+    ]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_one_thing_is_judged(tmp_path, name):
+    """In either order, but for a tokenizer that only one has."""
+    one, other, expected = PAIRS[name]
+    a, b = write(tmp_path / "a", one), write(tmp_path / "b", other)
+    found = kinds(a, b)
+    if expected is not None:
+        assert found == expected
+    if one and other:
+        assert sorted(kinds(b, a)) == sorted(found)
+
+
+def test_an_error_names_the_tokens(tmp_path):
+    a, b = write(tmp_path / "a", fast()), write(tmp_path / "b", fast(SWAPPED))
+    (found,) = tokenizer_differences([TokenizerFolder(path.name, path) for path in (a, b)])
+    assert found.finding == (
+        'tokenizer: 2 ids stand for other tokens: 3 is "a" in a, "b" in b; 4 is "b" in a, "a" in b'
+    )
+
+
+def test_lone_ids_are_named_as_ranges(tmp_path):
+    more = [(13, "<x>"), (14, "<y>"), (17, "<z>")]
+    a, b = write(tmp_path / "a", fast()), write(tmp_path / "b", fast(tokens=more))
+    (found,) = tokenizer_differences([TokenizerFolder(path.name, path) for path in (a, b)])
+    assert "ids 13-14, 17 stand for tokens in b only" in found.finding
+
+
+def test_the_odd_one_of_many_is_named(tmp_path):
+    folders = [write(tmp_path / name, fast()) for name in "abc"]
+    folders.append(write(tmp_path / "odd", fast(SWAPPED)))
+    (found,) = tokenizer_differences([TokenizerFolder(path.name, path) for path in folders])
+    assert '3 is "a" in a, "b" in odd' in found.finding
+
+
+def test_a_link_out_of_a_folder_is_not_followed(tmp_path):
+    write(tmp_path / "elsewhere", fast(SWAPPED))
+    a, b = write(tmp_path / "a", fast()), write(tmp_path / "b", {})
+    (b / "tokenizer.json").symlink_to(tmp_path / "elsewhere" / "tokenizer.json")
+    (found,) = tokenizer_differences([TokenizerFolder(path.name, path) for path in (a, b)])
+    assert not found.is_refused
+    assert "outside the model's folder" in found.finding
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    a, b = write(tmp_path / "a", fast()), write(tmp_path / "b", {})
+    os.mkfifo(b / "tokenizer.json")
+    (found,) = tokenizer_differences([TokenizerFolder(path.name, path) for path in (a, b)])
+    assert "not a regular file" in found.finding
+
+
+def test_a_large_one_is_not_compared_on_a_budget(tmp_path):
+    words = [f"word{number}" for number in range(200_000)]
+    a, b = write(tmp_path / "a", fast(words)), write(tmp_path / "b", fast(words[::-1]))
+    folders = [TokenizerFolder(path.name, path) for path in (a, b)]
+    (found,) = tokenizer_differences(folders, max_memory=1)
+    assert not found.is_refused
+    assert "were not compared" in found.finding
+    (found,) = tokenizer_differences(folders)
+    assert found.is_refused
+
+
+def models(tmp_path, one, other):
+    pairs = []
+    for number, files in enumerate((one, other)):
+        folder = save_model(tmp_path / "ab"[number], random_model(number))
+        for name, content in files.items():
+            (folder / name).write_text(content)
+        pairs.append((folder, 0.5))
+    return pairs
+
+
+def test_a_merge_of_other_ids_is_refused(tmp_path):
+    pairs = models(tmp_path, fast(), fast(SWAPPED))
+    with pytest.raises(MismatchError, match=r"3 is .*--allow-differences tokenizer "):
+        shardmix.plan_merge(pairs)
+    (warning,) = shardmix.plan_merge(pairs, allow_differences=["tokenizer"]).warnings
+    assert "3 is" in warning
+
+
+def test_a_base_with_other_ids_is_refused(tmp_path):
+    """The output's tokenizer must be that of the rows."""
+    pairs = models(tmp_path, fast(), fast())
+    base = save_model(tmp_path / "base", random_model(3))
+    (base / "tokenizer.json").write_text(fast(SWAPPED)["tokenizer.json"])
+    with pytest.raises(MismatchError, match="2 ids stand for other tokens"):
+        shardmix.plan_merge(pairs, base=base)
+
+
+def test_a_missing_tokenizer_is_told_with_its_remedy(tmp_path):
+    pairs = models(tmp_path, {}, fast())
+    (warning,) = shardmix.plan_merge(pairs).warnings
+    assert f"use --base {pairs[1][0]}" in warning
+    assert shardmix.plan_merge(pairs, base=pairs[1][0]).warnings == ()
