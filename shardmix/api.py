@@ -3,6 +3,7 @@
 Puts the layers together. Imports torch only to merge.
 """
 
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from shardmix.errors import (
     BudgetError,
     MergeCancelled,
     NonfiniteError,
+    RecipeError,
     ShardmixError,
     SourceChangedError,
     SourceError,
@@ -35,6 +37,7 @@ from shardmix.journal import Journal, open_journal
 from shardmix.matching import check_mergeable
 from shardmix.merge_options import MergeOptions, digest_algorithm, run_settings
 from shardmix.model_report import ModelReport, describe_model
+from shardmix.model_types import contradiction, fitting_types
 from shardmix.module_tree import read_modules
 from shardmix.output_path import check_disk, check_output, resolve_output
 from shardmix.plan import MergePlan
@@ -43,6 +46,7 @@ from shardmix.readiness import ready
 from shardmix.recipe import ModelsArgument, build_recipe
 from shardmix.recording import check_profile_place, recording
 from shardmix.report import MergeReport, PlanReport, describe_merge, describe_plan
+from shardmix.sentence_modules import MODULES_NAME
 from shardmix.staging import Staging, open_staging, settle
 from shardmix.units import format_size, parse_size
 
@@ -173,6 +177,7 @@ def plan_merge(
                 check_mergeable(part)
             checkpoints.append(checkpoint)
         donor = _donor(recipe.base, checkpoints[0])
+        _check_model_type(model_type=recipe.model_type, donor=donor)
         inputs = [path for checkpoint in checkpoints for path in _extent(checkpoint)]
         inputs += [donor.folder] if recipe.base is not None else []
         if target is not None:
@@ -252,6 +257,20 @@ def _kept(staging: Staging, journal: Journal, plan: MergePlan, error: BaseExcept
         f"{format_size(done)} of {format_size(plan.write_nbytes)} are done and kept in "
         f"{staging.path}: {way}"
     )
+
+
+def _check_model_type(*, model_type: str | None, donor: planner.Donor) -> None:
+    """Raise `RecipeError` if what the output's config says contradicts the type that was named."""
+    if model_type is None:
+        return
+    has_modules = os.path.lexists(donor.folder / MODULES_NAME)
+    finding = contradiction(donor.config, model_type, has_modules=has_modules)
+    if finding is not None:
+        fitting = " or ".join(fitting_types(donor.config))
+        raise RecipeError(
+            f"model type {model_type!r}: the config of {donor.name} says {finding}; "
+            f"leave --model-type out{f', or name what it is: {fitting}' if fitting else ''}"
+        )
 
 
 def _donor(base: str | None, first: Checkpoint) -> planner.Donor:
