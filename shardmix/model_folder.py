@@ -18,6 +18,7 @@ import yaml
 
 from shardmix._version import __version__
 from shardmix.checkpoint import CONFIG_NAME
+from shardmix.config_dtypes import DTYPE_KEYS, with_dtypes
 from shardmix.declarations import TIE_KEY
 from shardmix.errors import SourceError, printable, writing_failed
 from shardmix.hub import INDEX_NAME
@@ -28,7 +29,6 @@ from shardmix.recipe import WEIGHT_SUM_TOLERANCE
 from shardmix.sentence_modules import MODULES_NAME, sentence_modules
 
 CARD_NAME = "README.md"
-DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 def write_companions(plan: MergePlan, folder: Path) -> None:
@@ -42,7 +42,7 @@ def write_companions(plan: MergePlan, folder: Path) -> None:
             if str(error.filename) == str(source) and error.filename2 is None:
                 raise SourceError(f"{source}: cannot be read ({error.strerror})") from None
             raise writing_failed(target, error) from None
-    main = ModuleConfig(plan.main_place, plan.config_dtype, plan.untied)
+    main = ModuleConfig(plan.main_place, plan.config_dtypes, plan.untied)
     for part in (main, *plan.module_configs):
         _adapt_config(plan, folder, part)
     if CONFIG_NAME in plan.companions and _needs_sentence_modules(plan):
@@ -59,9 +59,10 @@ def _adapt_config(plan: MergePlan, folder: Path, part: ModuleConfig) -> None:
     config = read_json(folder / name)
     if part.place and "model_type" not in config:
         return  # a module's arguments, and no config of transformers
-    adapted = untied(adapted_config(config, dtype=part.dtype), part.untied)
-    if plan.dtype != "keep" and not any(map(adapted.get, DTYPE_KEYS)):
-        adapted["torch_dtype"] = part.dtype  # transformers 5 reads the old key as well
+    dtypes = dict(part.dtypes)
+    adapted = untied(with_dtypes(config, dtypes), part.untied)
+    if plan.dtype != "keep" and "" in dtypes and not any(map(adapted.get, DTYPE_KEYS)):
+        adapted["torch_dtype"] = dtypes[""]  # transformers 5 reads the old key as well
     # Untouched where nothing changes: then it stays the donor's, byte for byte.
     if adapted != config:
         _write_json(folder / name, adapted)
@@ -105,23 +106,6 @@ def write_model_card(plan: MergePlan, folder: Path) -> None:
     front_matter = yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=math.inf)
     with _writing(folder / CARD_NAME) as file:
         file.write(f"---\n{front_matter}---\n\n{_card_text(plan)}")
-
-
-def adapted_config(config: dict[str, Any], *, dtype: str) -> dict[str, Any]:
-    """Return a config that names the output's dtype.
-
-    `dtype` is a torch name, "" for a model without floats. The key is `dtype` (transformers 5) or
-    `torch_dtype` (before), whichever the config has; nested configs that name one are adapted too.
-    """
-    adapted: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            adapted[key] = adapted_config(value, dtype=dtype)
-        elif key in DTYPE_KEYS and isinstance(value, str) and dtype:
-            adapted[key] = dtype
-        else:
-            adapted[key] = value
-    return adapted
 
 
 def untied(config: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:

@@ -159,8 +159,8 @@ class ModuleConfig:
 
     place: str
     """The module's folder within the output."""
-    dtype: str
-    """Torch name of its main float dtype."""
+    dtypes: tuple[tuple[str, str], ...]
+    """What it must say of dtypes, as `MergePlan.config_dtypes`."""
     untied: tuple[str, ...]
     """Parts of it that must say `tie_word_embeddings: false`."""
 
@@ -203,8 +203,9 @@ class MergePlan:
     """Those files, relative to that folder."""
     left_out: tuple[LeftOut, ...]
     """What else is there, and why it does not go along."""
-    config_dtype: str
-    """Torch name of the output's main float dtype, for the config."""
+    config_dtypes: tuple[tuple[str, str], ...]
+    """What dtypes the output's config must state, if it states any: a part's keys with dots ("" for
+    the whole), and a torch name."""
     untied: tuple[str, ...]
     """Parts of the output's config that must say `tie_word_embeddings: false`, since parameters
     that they tie are stored one by one: "" is its top, others are dotted keys."""

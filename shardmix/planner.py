@@ -7,7 +7,7 @@ Pure but for looking up files beside the weights and how much memory is in use a
 import importlib.util
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -22,6 +22,7 @@ from shardmix.companions import (
     listed,
     unmerged_weights,
 )
+from shardmix.config_dtypes import config_dtypes
 from shardmix.devices import num_devices
 from shardmix.digests import XXH3
 from shardmix.errors import RecipeError
@@ -155,11 +156,11 @@ def plan_merge(
         base_folder=str(donor.folder.absolute()),
         companions=companions.files,
         left_out=left_out,
-        config_dtype=main.config_dtype,
+        config_dtypes=main.config_dtypes,
         untied=main.untied,
         main_place=main.place,
         module_configs=tuple(
-            ModuleConfig(part.place, part.config_dtype, part.untied) for part in parts[1:]
+            ModuleConfig(part.place, part.config_dtypes, part.untied) for part in parts[1:]
         ),
         files=tuple(
             SourceFile(
@@ -207,8 +208,8 @@ class _PlannedPart:
     """Parts of its config that must say `tie_word_embeddings: false`."""
     notes: tuple[str, ...]
     """What is to be told of it."""
-    config_dtype: str
-    """Torch name of its main float dtype."""
+    config_dtypes: tuple[tuple[str, str], ...]
+    """What its config must say of dtypes."""
     shards: tuple[OutputShard, ...]
     """Its files."""
 
@@ -241,7 +242,7 @@ def _planned_parts(
                 ),
                 untied=matched.untied,
                 notes=(*split_notes, *matched.notes, *shard_notes),
-                config_dtype=_main_float_dtype(matched, out_dtypes),
+                config_dtypes=_config_dtypes(config, matched, out_dtypes),
                 shards=shards,
             )
         )
@@ -303,14 +304,28 @@ def _output_dtypes(dtype: str, first: Checkpoint, matched: MatchedTensors) -> li
     return [OUT_DTYPES[dtype] if own in FLOAT_DTYPES else own for own in kept]
 
 
-def _main_float_dtype(matched: MatchedTensors, out_dtypes: Sequence[str]) -> str:
-    """Return the torch name of the float dtype of most of the output; "" where it has none."""
-    nbytes: dict[str, int] = {}
+def _config_dtypes(
+    config: Mapping[str, Any], matched: MatchedTensors, out_dtypes: Sequence[str]
+) -> tuple[tuple[str, str], ...]:
+    """Return the dtypes that the output's config must state of the whole and of its parts."""
     kinds = Counter(zip(matched.shapes, out_dtypes, strict=True))
-    for (shape, dtype), count in kinds.items():
-        if dtype in FLOAT_DTYPES:
-            nbytes[dtype] = nbytes.get(dtype, 0) + count * (tensor_nbytes(dtype, shape) + 1)
-    return _TORCH_NAMES[max(nbytes, key=lambda dtype: nbytes[dtype])] if nbytes else ""
+    nbytes = {
+        (shape, dtype): tensor_nbytes(dtype, shape)
+        for shape, dtype in kinds
+        if dtype in FLOAT_DTYPES
+    }
+    stored = {dtype for _, dtype in nbytes}
+    if len(stored) == 1:
+        # Of 90,000 tensors no name has to be looked at.
+        columns = [("", _TORCH_NAMES[dtype], 1) for dtype in stored]
+    else:
+        rows = zip(matched.names, matched.shapes, out_dtypes, strict=True)
+        columns = [
+            (name, _TORCH_NAMES[dtype], nbytes[shape, dtype])
+            for name, shape, dtype in rows
+            if dtype in stored
+        ]
+    return tuple(config_dtypes(config, columns).items())
 
 
 def public_name(checkpoint: Checkpoint) -> str:

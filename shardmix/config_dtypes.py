@@ -1,0 +1,177 @@
+"""The dtypes that a config states, of a model and of its parts, held against stored tensors.
+
+A multimodal model's parts may have a dtype each, and its config one for each part. Pure functions
+on configs, names and sizes.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+DTYPE_KEYS = ("dtype", "torch_dtype")
+"""The key since transformers 5, and the one before."""
+
+_PARTS = ("encoder", "decoder", "text_encoder", "audio_encoder")
+_NO_PARTS = ("quantization_config", "compression_config", "generation_config")
+# What a config of a model has, at least one of them.
+_MODEL_KEYS = (
+    *("model_type", "architectures", "hidden_size", "d_model", "embed_dim", "num_hidden_layers"),
+    *("num_layers", "depth", *DTYPE_KEYS),
+)
+_TEXT = ("text", "language", "llm", "lm", "decoder")
+# What a part is called in the names of tensors, by what its config is called.
+_NAMES = {
+    "text": ("language_model", "text_model", "text_encoder", "text_decoder", "llm", "language"),
+    "vision": (
+        *("vision_tower", "vision_model", "vision_encoder", "vision_backbone", "visual", "vit"),
+        *("image_encoder", "image_tower", "vision_embed_tokens", "vision"),
+    ),
+    "audio": ("audio_tower", "audio_model", "audio_encoder", "speech_encoder", "audio"),
+    "projector": ("multi_modal_projector", "mm_projector", "connector", "projector"),
+}
+_SAME = {"language": "text", "llm": "text", "lm": "text", "vit": "vision", "image": "vision"}
+
+
+@dataclass(slots=True)
+class _Part:
+    """A model that a config describes, or a part of one."""
+
+    path: str
+    """Keys that lead to its config, with dots; "" for the whole."""
+    name: str
+    """Its key without `_config`."""
+    config: Mapping[str, Any]
+    parts: list["_Part"] = field(default_factory=list)
+    nbytes: dict[str, int] = field(default_factory=dict)
+    """Dtype → bytes of its tensors that belong to none of its own parts."""
+
+    def each(self) -> Iterator["_Part"]:
+        """Yield it and all parts of it."""
+        yield self
+        for part in self.parts:
+            yield from part.each()
+
+    def has_tensors(self) -> bool:
+        """Tell whether any tensor is known to be of it."""
+        return any(part.nbytes for part in self.each())
+
+
+def config_dtypes(
+    config: Mapping[str, Any], tensors: Iterable[tuple[str, str, int]]
+) -> dict[str, str]:
+    """Return path → dtype for what a config should state of the model and of its parts.
+
+    `tensors` are name, torch name of the dtype, and bytes of all that hold floats. A part has the
+    dtype of most bytes of its own tensors; the whole that of its text part and of what belongs to
+    no part. What cannot be told, and what may be meant as it is, is left out: there the config
+    stays as it is. Paths are keys with dots.
+    """
+    by_place: dict[tuple[str, ...], dict[str, int]] = {}
+    total: dict[str, int] = {}
+    for name, dtype, size in tensors:
+        counted = by_place.setdefault(_place(name), {})
+        counted[dtype] = counted.get(dtype, 0) + size + 1
+        total[dtype] = total.get(dtype, 0) + size + 1
+    if not total:
+        return {}
+    whole = _parts_of(config, "", "")
+    if len(total) == 1:
+        return dict.fromkeys((path for path, _ in _nested(config, "")), *total)
+    for place, sizes in by_place.items():
+        _add(_owner(whole, place), sizes)
+    return dict(_dtypes_of(whole, total))
+
+
+def with_dtypes(config: Mapping[str, Any], dtypes: Mapping[str, str]) -> dict[str, Any]:
+    """Return a config in which all dtypes that it states are those given, by path.
+
+    The key is `dtype` or `torch_dtype`, whichever the config has; none is added.
+    """
+    changed = copy.deepcopy(dict(config))
+    for path, part in _nested(changed, ""):
+        for key in DTYPE_KEYS:
+            stated = part.get(key)
+            if isinstance(stated, str) and stated.removeprefix("torch.") != dtypes.get(path):
+                part[key] = dtypes.get(path, stated)
+    return changed
+
+
+def _nested(config: Mapping[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield a config and all mappings within it, with their paths."""
+    yield path, config  # type: ignore[misc]
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _nested(value, f"{path}.{key}" if path else key)
+
+
+def _parts_of(config: Mapping[str, Any], path: str, name: str) -> _Part:
+    parts = []
+    for key, value in config.items():
+        is_part = (key.endswith("_config") and key not in _NO_PARTS) or key in _PARTS
+        if is_part and isinstance(value, dict) and any(known in value for known in _MODEL_KEYS):
+            inner = f"{path}.{key}" if path else key
+            parts.append(_parts_of(value, inner, key.removesuffix("_config")))
+    return _Part(path, name, config, parts)
+
+
+def _place(name: str) -> tuple[str, ...]:
+    """Return the modules that a tensor lies in, down to the first that is numbered."""
+    modules = name.split(".")[:-1]
+    numbered = next((i for i, module in enumerate(modules) if module.isdecimal()), len(modules))
+    return tuple(modules[:numbered])
+
+
+def _owner(part: _Part, place: tuple[str, ...]) -> _Part:
+    """Return the innermost part that a tensor belongs to, by the modules that it lies in."""
+    for number, module in enumerate(place):
+        for inner in part.parts:
+            if module == inner.name or module in _NAMES.get(_SAME.get(inner.name, inner.name), ()):
+                return _owner(inner, place[number + 1 :])
+    return part
+
+
+def _add(part: _Part, sizes: Mapping[str, int]) -> None:
+    for dtype, size in sizes.items():
+        part.nbytes[dtype] = part.nbytes.get(dtype, 0) + size
+
+
+def _dtypes_of(part: _Part, total: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """Yield path and dtype of a part and of those within it, as far as they can be told."""
+    sizes = _main_sizes(part)
+    found = [inner for inner in part.parts if inner.has_tensors()]
+    lost = [inner for inner in part.parts if inner not in found and inner.name not in _TEXT]
+    stated = _stated(part.config)
+    # What a whole states may be the dtype of any of its parts: that is what it is loaded in. And
+    # tensors of parts whose names we don't know may be among these.
+    possible = {_most(_main_sizes(inner)) for inner in found} | {_most(total) if found else None}
+    is_possible = stated in possible or (bool(lost) and stated in total)
+    own = None if is_possible else _most(sizes)
+    if own is not None:
+        yield part.path, own
+    for inner in part.parts:
+        if inner in found:
+            yield from _dtypes_of(inner, total)
+        elif inner.name in _TEXT and not lost and sizes:
+            yield inner.path, str(_most(sizes))  # the tensors of no other part are its own
+
+
+def _most(sizes: Mapping[str, int]) -> str | None:
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
+
+
+def _main_sizes(part: _Part) -> dict[str, int]:
+    """Return dtype → bytes of what is no part's, and of the part that reads text."""
+    sizes = dict(part.nbytes)
+    for inner in part.parts:
+        if inner.name in _TEXT:
+            for dtype, size in _main_sizes(inner).items():
+                sizes[dtype] = sizes.get(dtype, 0) + size
+    return sizes
+
+
+def _stated(config: Mapping[str, Any]) -> str | None:
+    for key in DTYPE_KEYS:
+        if isinstance(config.get(key), str):
+            return str(config[key]).removeprefix("torch.")
+    return None
