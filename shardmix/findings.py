@@ -1,7 +1,7 @@
 """What there is to tell of merged data besides its bytes: NaN, Inf, and integers that differ."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import msgspec
 
@@ -54,17 +54,21 @@ class FindingsSum:
         for name, models in findings.disagreeing.items():
             self._disagreeing.setdefault(name, set()).update(models)
 
+    def count(self, name: str, counts: NonfiniteCounts) -> None:
+        """Take in what was counted in one more part of a tensor, if it is not nothing."""
+        if counts.num_nan or counts.num_inf:
+            triple = _triple(counts.num_nan, counts.num_inf, counts.num_overflowed)
+            self.add(LeafFindings(nonfinite={name: triple}))
+
     def total(self) -> LeafFindings:
-        """Return all of it."""
+        """Return all of it, not copied: nothing more may be added."""
         return LeafFindings(
-            self._nonfinite.copy(),
+            self._nonfinite,
             {name: tuple(sorted(models)) for name, models in self._disagreeing.items()},
         )
 
 
-def combined(findings: Iterable[LeafFindings]) -> LeafFindings:
-    """Return the findings of several ranges as those of one."""
-    total = FindingsSum()
-    for found in findings:
-        total.add(found)
-    return total.total()
+@lru_cache(maxsize=512)
+def _triple(num_nan: int, num_inf: int, num_overflowed: int) -> tuple[int, int, int]:
+    """Return counts as one tuple wherever they are the same: tensors of one shape often have."""
+    return num_nan, num_inf, num_overflowed

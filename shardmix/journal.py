@@ -91,7 +91,9 @@ class Journal:
 
     def add(self, shard: int, leaf: int, digest: bytes, findings: LeafFindings) -> None:
         """Claim a leaf whose bytes are written. Raises `OutputError`."""
-        line = msgspec.json.encode(_Line(shard, leaf, digest.hex(), findings)) + b"\n"
+        line = bytearray()
+        msgspec.json.Encoder().encode_into(_Line(shard, leaf, digest.hex(), findings), line)
+        line += b"\n"
         with self._lock:
             try:
                 _write(self._descriptor, line)
@@ -164,10 +166,11 @@ def summarise(path: Path) -> JournalSummary | None:
     )
 
 
-def _write(descriptor: int, data: bytes) -> None:
+def _write(descriptor: int, data: bytes | bytearray) -> None:
     """Append all of it, however many calls that takes."""
-    while data:
-        data = data[os.write(descriptor, data) :]
+    left = memoryview(data)
+    while left:
+        left = left[os.write(descriptor, left) :]
 
 
 def _read_head(path: Path) -> _Head | None:

@@ -178,7 +178,7 @@ def plan_merge(
         shards=shards,
         disk_needed_nbytes=write_nbytes + companions.nbytes,
         settings=settings,
-        memory=plan_memory(settings),
+        memory=plan_memory(settings, num_tensors=sum(len(shard.tensor_names) for shard in shards)),
         cache_use=plan_cache_use(
             read_nbytes=sum(shard.read_nbytes for shard in shards),
             write_nbytes=write_nbytes,
@@ -265,18 +265,20 @@ def _companion_warnings(
         yield warning
 
 
-def plan_memory(settings: RunSettings) -> MemoryPlan:
+def plan_memory(settings: RunSettings, *, num_tensors: int) -> MemoryPlan:
     """Fit strips and workers to the budgets and to what the process holds at this moment.
+
+    `num_tensors` are the output's: of each there may be something to tell.
 
     Where the device is still open, to the GPU's, with the peak of whichever takes more. Raises
     `BudgetError` where one smallest strip does not fit.
     """
     num_gpus = num_devices(settings.device)
     if not settings.is_device_open:
-        reserved = reserved_nbytes(settings.backend, num_devices=num_gpus)
+        reserved = reserved_nbytes(settings.backend, num_devices=num_gpus, num_tensors=num_tensors)
         return _fitted(settings, reserved, num_gpus)
     # Both are tried in one process, with the libraries of both.
-    reserved = reserved_nbytes(TORCH, LLVM, num_devices=num_gpus)
+    reserved = reserved_nbytes(TORCH, LLVM, num_devices=num_gpus, num_tensors=num_tensors)
     on_gpu = _fitted(settings, reserved, num_gpus)
     # torch's strips are larger than the kernels', so either fits in what this one takes.
     on_cpu = _fitted(replace(settings, device="cpu", backend=TORCH), reserved, 0)

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from shardmix import device_trial, planner
 from shardmix.errors import BudgetError, RecipeError
+from shardmix.memory import MemoryPlan
 from shardmix.merge_options import MergeOptions
 from shardmix.plan import MergePlan
 from shardmix.reducer import Backend, load_backend
@@ -44,7 +45,7 @@ def ready(
         plan = replan(options)
         backend = load_backend(plan)
     # With the backend loaded, what it takes is known rather than estimated.
-    return plan.with_memory(planner.plan_memory(plan.settings)), backend, notes
+    return plan.with_memory(_memory(plan)), backend, notes
 
 
 def _faster(
@@ -54,17 +55,21 @@ def _faster(
     options = {**options, "device": "cpu"}
     on_cpu, cpu_backend, notes = ready(replan(options), options, replan)
     try:
-        trial_memory = planner.plan_memory(plan.settings)
+        trial_memory = _memory(plan)
     except BudgetError as error:  # with all loaded, it is known to be more than was thought
         return on_cpu, cpu_backend, (*notes, f"on the CPU, since on a GPU {error}")
     closed = replace(plan.settings, is_device_open=False)
     on_gpu = replace(plan, settings=closed, memory=trial_memory)
     (chosen, backend), note = device_trial.faster((on_cpu, cpu_backend), (on_gpu, backend))
-    memory = planner.plan_memory(chosen.settings)
+    memory = _memory(chosen)
     # What the trial took counts to the process's peak as well.
     peak = max(memory.projected_peak_nbytes, trial_memory.projected_peak_nbytes)
     chosen = chosen.with_memory(replace(memory, projected_peak_nbytes=peak))
     return chosen, backend, (*notes, note)
+
+
+def _memory(plan: MergePlan) -> MemoryPlan:
+    return planner.plan_memory(plan.settings, num_tensors=plan.num_tensors)
 
 
 def _load(plan: MergePlan) -> tuple[Backend | None, str | None]:

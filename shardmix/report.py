@@ -3,6 +3,7 @@
 The field names are those of the `--json` output. Reads no files.
 """
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -202,8 +203,8 @@ def describe_merge(
         shards=_shard_reports(plan),
         digest=plan.digest_algorithm,
         nonfinite=tuple(
-            NonfiniteReport(name, *counts)
-            for name, counts in sorted(result.findings.nonfinite.items())
+            NonfiniteReport(name, *result.findings.nonfinite[name])
+            for name in sorted(result.findings.nonfinite)
         ),
         left_out=plan.left_out,
         warnings=(
@@ -217,21 +218,25 @@ def describe_merge(
 
 def _nonfinite_warnings(plan: MergePlan, findings: LeafFindings) -> Iterator[str]:
     """Name the tensors that hold NaN or Inf: the first ones, since it may be all of a model."""
-    found = sorted(findings.nonfinite.items())
-    for name, counts in found[:_MOST_NAMED]:
-        yield f"{name}: {nonfinite_finding(name, counts, plan)}"
+    found = findings.nonfinite
+    for name in heapq.nsmallest(_MOST_NAMED, found):
+        yield f"{name}: {nonfinite_finding(name, found[name], plan)}"
     if len(found) > _MOST_NAMED:
         yield f"{len(found) - _MOST_NAMED} more tensors hold NaN or Inf; --json lists them"
 
 
 def _disagreements(plan: MergePlan, findings: LeafFindings) -> Iterator[str]:
-    """Say which integer tensors differ between models."""
-    sources = plan.sources
-    for name, models in sorted(findings.disagreeing.items()):
+    """Say which integer tensors differ between models: the first ones, as above."""
+    sources, found = plan.sources, findings.disagreeing
+    for name in heapq.nsmallest(_MOST_NAMED, found):
+        models = found[name]
         yield (
             f"{name}: differs in {', '.join(sources[model] for model in models)}; integers are not "
             f"averaged: {sources[0]}'s were kept"
         )
+    if len(found) > _MOST_NAMED:
+        num_more = len(found) - _MOST_NAMED
+        yield f"{num_more} more tensors of integers differ; {sources[0]}'s were kept"
 
 
 def _shard_reports(plan: MergePlan) -> tuple[ShardReport, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from shardmix.blocks import Strip, TensorPlaces
 from shardmix.digests import LEAF_NBYTES
-from shardmix.findings import LeafFindings, combined
+from shardmix.findings import FindingsSum, LeafFindings
 from shardmix.reducer import Reducer
 from shardmix.safetensors_layout import element_nbytes
 
@@ -22,14 +22,12 @@ def strip_findings(
     for leaf in range(first // LEAF_NBYTES, -(-stop // LEAF_NBYTES)):
         start_in_leaf = max(first, leaf * LEAF_NBYTES)
         stop_in_leaf = min(stop, (leaf + 1) * LEAF_NBYTES)
-        found = []
+        found = FindingsSum()
         if reducer.disagreeing:
             models = (strip.run.models[source] for source in sorted(reducer.disagreeing))
-            found.append(LeafFindings(disagreeing={strip.run.name: tuple(models)}))
+            found.add(LeafFindings(disagreeing={strip.run.name: tuple(models)}))
         if not reducer.is_finite:
             for name, start, end in places.between(start_in_leaf, stop_in_leaf):
-                counts = reducer.count_nonfinite((start - first) // width, (end - first) // width)
-                if counts.num_nan or counts.num_inf:
-                    triple = (counts.num_nan, counts.num_inf, counts.num_overflowed)
-                    found.append(LeafFindings(nonfinite={name: triple}))
-        yield leaf, combined(found)
+                part = (start - first) // width, (end - first) // width
+                found.count(name, reducer.count_nonfinite(*part))
+        yield leaf, found.total()

@@ -26,6 +26,10 @@ from tests.simulated_cuda import SimulatedCuda
 from tests.test_planner import all_runs, two_models
 
 
+def memory_of(settings):
+    return planner.plan_memory(settings, num_tensors=0)
+
+
 def gpu_machine(monkeypatch, *, measured_from=1):
     """Make a machine with GPUs of this one, where already small merges are worth measuring."""
     monkeypatch.setattr(devices, "cuda_device_count", lambda: 1)
@@ -82,15 +86,15 @@ def test_who_asks_for_kernels_gets_the_cpu(tmp_path, monkeypatch):
 def test_an_open_plan_projects_whichever_takes_more(monkeypatch):
     gpu_machine(monkeypatch)
     is_open = {"device": "cuda", "backend": "torch", "is_device_open": True}
-    roomy = planner.plan_memory(RunSettings(**is_open, workers=4))
-    on_gpu = planner.plan_memory(RunSettings(device="cuda", backend="torch", workers=4))
+    roomy = memory_of(RunSettings(**is_open, workers=4))
+    on_gpu = memory_of(RunSettings(device="cuda", backend="torch", workers=4))
     assert roomy.strip_nbytes == on_gpu.strip_nbytes == BEST_STRIP_NBYTES["cuda"]
     assert roomy.projected_peak_nbytes >= on_gpu.projected_peak_nbytes
     # So little GPU memory that there the strips are the smaller ones.
     tight = {"workers": 4, "max_vram_nbytes": 4 * 4 * MIB}
-    on_gpu = planner.plan_memory(RunSettings(device="cuda", backend="torch", **tight))
-    on_cpu = planner.plan_memory(RunSettings(device="cpu", backend="torch", **tight))
-    both = planner.plan_memory(RunSettings(**is_open, **tight))
+    on_gpu = memory_of(RunSettings(device="cuda", backend="torch", **tight))
+    on_cpu = memory_of(RunSettings(device="cpu", backend="torch", **tight))
+    both = memory_of(RunSettings(**is_open, **tight))
     assert both.strip_nbytes == on_gpu.strip_nbytes < on_cpu.strip_nbytes
     buffers = 4 * BUFFERS_PER_WORKER * (on_cpu.strip_nbytes - on_gpu.strip_nbytes)
     assert both.projected_peak_nbytes - on_gpu.projected_peak_nbytes >= buffers - 4 * MIB

@@ -2,14 +2,17 @@
 
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import pytest
 import yaml
 from click.testing import CliRunner
 
 import shardmix
 from shardmix import hub
+from shardmix.cli import render
 from shardmix.cli.app import app
 from shardmix.errors import one_line, printable, shown
 from shardmix.recipe import load_recipe
@@ -159,3 +162,29 @@ def test_a_folder_that_is_itself_a_link_is_a_source_as_any(tmp_path):
     a_model(tmp_path / "disk" / "model")
     (tmp_path / "model").symlink_to("disk/model")
     assert shardmix.inspect(tmp_path / "model").num_tensors == 1
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A report with every kind of field."""
+
+    name: str
+    count: int
+    nothing: None
+    empty: tuple[str, ...]
+    items: tuple[dict[str, object], ...]
+    words: tuple[str, ...]
+    inner: dict[str, list[int]]
+
+
+def test_json_in_pieces_is_the_json(capsys):
+    """Item by item it is what it would be as one text."""
+    told = Told(
+        "a\nb", 3, None, (), ({"x": [1, {}], "y": "\n  "}, {}), ("ä\u2028",), {"z": [], "w": [1, 2]}
+    )
+    render._print_json(told)
+    printed = capsys.readouterr().out
+    whole = msgspec.json.format(msgspec.json.encode(told), indent=2).decode()
+    assert printed == whole.replace("\u2028", "\\u2028") + "\n"
+    render._print_json({"error": {"kind": "x"}})
+    assert capsys.readouterr().out == '{\n  "error": {\n    "kind": "x"\n  }\n}\n'

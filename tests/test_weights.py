@@ -223,3 +223,21 @@ def test_counts_of_batches_are_kept(tmp_path):
     ]
     shardmix.merge(models, tmp_path / "out")
     assert load_model(tmp_path / "out")["bn1.num_batches_tracked"].item() == 7
+
+
+def test_of_many_integers_that_differ_some_are_named(tmp_path):
+    """A line each for the first ten; thousands would bury every other warning."""
+    tensors = {f"ids.{number:02d}": torch.arange(3) for number in range(13)}
+    models = [
+        (save_model(tmp_path / "a", {**tensors, "w": torch.ones(2)}), 0.5),
+        (
+            save_model(
+                tmp_path / "b", {"w": torch.ones(2)} | {k: v + 1 for k, v in tensors.items()}
+            ),
+            0.5,
+        ),
+    ]
+    warnings = shardmix.merge(models, tmp_path / "out").warnings
+    named = [text for text in warnings if ": differs in" in text]
+    assert [text[:6] for text in named] == [f"ids.{number:02d}" for number in range(10)]
+    assert any(text.startswith("3 more tensors of integers differ") for text in warnings)

@@ -1,6 +1,7 @@
 """Reports for people (rich tables) and for machines (JSON), who need no rich."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -291,8 +292,36 @@ def _console(*, stderr: bool = False) -> "Console":
 
 
 def _print_json(content: object) -> None:
+    for text in map(without_secrets, _json_pieces(content)):
+        # JSON may hold them as they are, but a terminal would obey them.
+        obeyed = [char for char in set(text) if not char.isprintable() and char != "\n"]
+        print(text.translate({ord(char): dumps(char)[1:-1] for char in obeyed}), end="")
+    print()
+
+
+def _json_pieces(content: object) -> Iterator[str]:
+    """Yield JSON, indented, of a report's lists an item at a time.
+
+    As one text a report that names every tensor takes memory that nobody planned.
+    """
+    if not is_dataclass(content):
+        yield _indented(content)
+        return
+    opening = "{"
+    for field in fields(content):
+        value = getattr(content, field.name)
+        yield f'{opening}\n  "{field.name}": '
+        opening = ","
+        if not isinstance(value, tuple) or not value:
+            yield _indented(value, by=2)
+            continue
+        for number, item in enumerate(value):
+            yield ("," if number else "[") + "\n    "
+            yield _indented(item, by=4)
+        yield "\n  ]"
+    yield "\n}"
+
+
+def _indented(content: object, *, by: int = 0) -> str:
     text = msgspec.json.format(msgspec.json.encode(content), indent=2).decode()
-    # JSON may hold them as they are, but a terminal would obey them.
-    text = without_secrets(text)
-    obeyed = [char for char in set(text) if not char.isprintable() and char != "\n"]
-    print(text.translate({ord(char): dumps(char)[1:-1] for char in obeyed}))
+    return text.replace("\n", "\n" + " " * by)  # within a string it would be escaped
