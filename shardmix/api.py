@@ -26,6 +26,7 @@ from shardmix.errors import (
     BudgetError,
     MergeCancelled,
     NonfiniteError,
+    OutputError,
     RecipeError,
     ShardmixError,
     SourceChangedError,
@@ -47,7 +48,7 @@ from shardmix.recipe import ModelsArgument, build_recipe
 from shardmix.recording import check_profile_place, recording
 from shardmix.report import MergeReport, PlanReport, describe_merge, describe_plan
 from shardmix.sentence_modules import MODULES_NAME
-from shardmix.staging import Staging, open_staging, settle
+from shardmix.staging import Staging, open_staging, settle, staged_nbytes
 from shardmix.units import format_size, parse_size
 
 if sys.version_info >= (3, 11):
@@ -92,12 +93,15 @@ def merge(
     """
     if cancel is not None and cancel.is_set():
         raise MergeCancelled("the merge was cancelled before it began")
-    settle(resolve_output(output))
+    target = resolve_output(output)
+    settle(target)
     plan = plan_merge(models, output, model_type=model_type, **options)
+    if Path(plan.output) != target:
+        raise OutputError(f"{target}: its path leads to {plan.output} by now; start again")
     with open_staging(Path(plan.output), restart=plan.settings.restart) as staging:
         # Again: another process may have made it just before this one had the lock.
         check_output(staging.output, overwrite=plan.settings.overwrite, inputs=())
-        with closing(open_journal(staging.journal_path, plan)) as journal:
+        with closing(open_journal(staging.hidden, plan)) as journal:
             try:
                 check_disk(staging.output, plan.disk_needed_nbytes, staged_nbytes=staging.nbytes)
                 with recording(plan.settings.profile) as recorded:
@@ -204,7 +208,7 @@ def report_plan(plan: MergePlan) -> PlanReport:
         return describe_plan(plan, disk_free=None)
     target = Path(plan.output)
     # What an earlier run has done is not needed once more.
-    return describe_plan(plan, disk_free=free_nbytes(target) + Staging(target).nbytes)
+    return describe_plan(plan, disk_free=free_nbytes(target) + staged_nbytes(target))
 
 
 def inspect(source: str | PathLike[str]) -> ModelReport:
@@ -242,7 +246,7 @@ def _kept(staging: Staging, journal: Journal, plan: MergePlan, error: BaseExcept
     """Say what is kept of an unfinished merge, and how to go on; "" where nothing is."""
     if staging.is_placed:
         return f"{staging.output} is the new model all the same, and whole"
-    if not staging.is_worth_keeping:
+    if not staging.is_worth_keeping or not staging.is_in_its_place:
         return ""
     done = min(journal.num_leaves_done * LEAF_NBYTES, plan.write_nbytes)
     if isinstance(error, SourceChangedError):

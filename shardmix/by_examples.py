@@ -18,7 +18,7 @@ from shardmix.report import MergeReport
 from shardmix.scorer.examples import ExamplesArgument, load_examples
 from shardmix.scorer.options import ScoreOptions, check_options
 from shardmix.scorer.report import OnScoreProgress
-from shardmix.staging import Staging
+from shardmix.staging import staged_nbytes
 
 if sys.version_info >= (3, 11):
     from typing import Unpack
@@ -66,7 +66,7 @@ def merge_by_examples(
     equal = [(name, 1 / len(names)) for name in names]
     plan = api.plan_merge(equal, output, model_type=model_type, **options)
     target = Path(plan.output)
-    check_disk(target, plan.disk_needed_nbytes, staged_nbytes=Staging(target).nbytes)
+    check_disk(target, plan.disk_needed_nbytes, staged_nbytes=staged_nbytes(target))
     scores = score(names, model_type, loaded, on_progress=on_score, **scoring)
     try:
         report = api.merge(

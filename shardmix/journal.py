@@ -17,11 +17,12 @@ import msgspec
 from shardmix._version import __version__
 from shardmix.digests import LEAF_NBYTES, LeafDigests, num_leaves
 from shardmix.errors import OutputError, writing_failed
-from shardmix.filesystem import open_regular
 from shardmix.findings import NOTHING_FOUND, LeafFindings
+from shardmix.held_folder import HeldFolder
 from shardmix.merge_description import MergeDescription, asked_otherwise, changed_files
 from shardmix.plan import MergePlan
 
+JOURNAL_NAME = "journal"
 _FORMAT = 1
 _LONGEST_LINE_NBYTES = 64_000_000  # the first one names every file, others what was found in a leaf
 
@@ -107,11 +108,12 @@ class Journal:
             os.close(self._descriptor)
 
 
-def open_journal(path: Path, plan: MergePlan) -> Journal:
+def open_journal(folder: HeldFolder, plan: MergePlan) -> Journal:
     """Open a merge's journal, new or left by an earlier run of the same merge.
 
     Raises `OutputError` where it is another merge's, and names the difference.
     """
+    path = folder.path / JOURNAL_NAME
     leaves = [LeafDigests(plan.digest_algorithm, shard.file_nbytes) for shard in plan.shards]
     head = _Head(
         _FORMAT,
@@ -121,15 +123,15 @@ def open_journal(path: Path, plan: MergePlan) -> Journal:
         tuple(shard.file_nbytes for shard in plan.shards),
     )
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        descriptor = folder.open_own(JOURNAL_NAME, append=True)
         try:
-            left = _read_head(path)
+            left = _read_head(folder)
             if left is None:  # new, or cut off before it said anything
                 os.ftruncate(descriptor, 0)
                 _write(descriptor, msgspec.json.encode(head) + b"\n")
                 return Journal(path, descriptor, leaves, {}, head.plan_digest)
             _check_same(path, left, head)
-            findings, valid_nbytes = _read_lines(path, leaves)
+            findings, valid_nbytes = _read_lines(folder, leaves)
             os.ftruncate(descriptor, valid_nbytes)
         except BaseException:
             os.close(descriptor)
@@ -139,14 +141,19 @@ def open_journal(path: Path, plan: MergePlan) -> Journal:
     return Journal(path, descriptor, leaves, findings, head.plan_digest)
 
 
-def summarise(path: Path) -> JournalSummary | None:
-    """Return what a journal claims; None where it says nothing. Raises OSError."""
-    head = _read_head(path)
+def summarise(folder: HeldFolder) -> JournalSummary | None:
+    """Return what a staging folder's journal claims; None if it says nothing, or isn't there.
+
+    Raises OSError, and `OutputError` if it is no file.
+    """
+    if folder.entry(JOURNAL_NAME) is None:
+        return None
+    head = _read_head(folder)
     if head is None:
         return None
     counts = list(map(num_leaves, head.file_nbytes))
     done: list[set[int]] = [set() for _ in counts]
-    with open_regular(path) as file:
+    with folder.open_regular(JOURNAL_NAME) as file:
         file.readline(_LONGEST_LINE_NBYTES)
         while encoded := file.readline(_LONGEST_LINE_NBYTES):
             try:
@@ -173,22 +180,24 @@ def _write(descriptor: int, data: bytes | bytearray) -> None:
         left = left[os.write(descriptor, left) :]
 
 
-def _read_head(path: Path) -> _Head | None:
-    with open_regular(path) as file:
+def _read_head(folder: HeldFolder) -> _Head | None:
+    with folder.open_regular(JOURNAL_NAME) as file:
         encoded = file.readline(_LONGEST_LINE_NBYTES)
     if not encoded.endswith(b"\n"):
         return None
     try:
-        _check_format(path, msgspec.json.decode(encoded, type=_Format))
+        _check_format(folder.path / JOURNAL_NAME, msgspec.json.decode(encoded, type=_Format))
         return msgspec.json.decode(encoded, type=_Head)
     except (ValueError, RecursionError):
         return None
 
 
-def _read_lines(path: Path, leaves: Sequence[LeafDigests]) -> tuple[dict[str, LeafFindings], int]:
+def _read_lines(
+    folder: HeldFolder, leaves: Sequence[LeafDigests]
+) -> tuple[dict[str, LeafFindings], int]:
     """Take in the claims; return their findings, and where in the file the last good line ends."""
     findings: dict[str, LeafFindings] = {}
-    with open_regular(path) as file:
+    with folder.open_regular(JOURNAL_NAME) as file:
         end = len(file.readline(_LONGEST_LINE_NBYTES))
         while encoded := file.readline(_LONGEST_LINE_NBYTES):
             try:

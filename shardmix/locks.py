@@ -7,73 +7,66 @@ tells whose it is. Where a file system knows no locks, that telling has to do.
 import errno
 import fcntl
 import os
-import stat
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from shardmix.errors import OutputError
+from shardmix.held_folder import HeldFolder
 
 LOCK_NAME = "lock"
 _NUM_TRIES = 5
 _PAUSE_SECONDS = 0.02
-_NOT_A_LOCK = (errno.ELOOP, errno.ENXIO, errno.ENOTDIR)  # a link, a socket; nobody has it
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
 
 
-def lock_folder(folder: Path) -> int:
-    """Make a folder if need be and lock it; return the descriptor whose closing unlocks it.
+def lock_folder(folder: HeldFolder) -> int | None:
+    """Lock a folder; return the descriptor whose closing unlocks it.
 
-    Raises `OutputError` where another process has it, or where it is a link; and OSError.
+    Returns None if the lock was removed meanwhile, by whoever had it before. Raises `OutputError`
+    if another process has it, or if what is there is no lock; and OSError.
     """
-    path = folder / LOCK_NAME
-    while True:
-        if folder.is_symlink():
-            raise OutputError(f"{folder}: is a link where a folder should be; remove it")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        except (FileNotFoundError, FileExistsError):
-            if folder.exists() and not folder.is_dir():
-                raise
-            continue  # whoever had it has just removed the folder
-        try:
-            _lock(descriptor, folder)
-            if _is_at(descriptor, path):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, str(os.getpid()).encode())
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # removed between opening and locking: nobody else would see it
-
-
-def lock_owner(folder: Path) -> int | None:
-    """Return the process that has a folder locked, or None; 0 where it cannot be told."""
+    descriptor = folder.open_own(LOCK_NAME)
     try:
-        descriptor = os.open(
-            # A pipe must not keep the call that opens it waiting for a writer.
-            folder / LOCK_NAME,
-            os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
-        )
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        return None if error.errno in _NOT_A_LOCK else 0
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return None
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _told(descriptor)
-    except OSError:
-        told = _told(descriptor)
-        return told if _is_alive(told) else None
-    else:
-        return None
-    finally:
+        _lock(descriptor, folder.path)
+        there = folder.entry(LOCK_NAME)
+        if there is not None and os.path.samestat(os.fstat(descriptor), there):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
+            return descriptor
+    except BaseException:
         os.close(descriptor)
+        raise
+    os.close(descriptor)  # removed between opening and locking: nobody else would see it
+    return None
+
+
+def unlock(lock: int) -> None:
+    """Unlock a folder."""
+    with suppress(OSError):  # the system says how the last write went; a lock has none
+        fcntl.flock(lock, fcntl.LOCK_UN)  # a child process may hold a copy of the descriptor
+    with suppress(OSError):
+        os.close(lock)
+
+
+def lock_owner(folder: HeldFolder) -> int | None:
+    """Return the process that has a folder locked, or None; 0 if it cannot be told."""
+    try:
+        file = folder.open_regular(LOCK_NAME)
+    except (FileNotFoundError, OutputError):  # nobody has what is no lock
+        return None
+    except OSError:
+        return 0
+    with file:
+        descriptor = file.fileno()
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _told(descriptor)
+        except OSError:
+            told = _told(descriptor)
+            return told if _is_alive(told) else None
+    return None
 
 
 def _lock(descriptor: int, folder: Path) -> None:
@@ -117,11 +110,3 @@ def _is_alive(process: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        there = path.lstat()
-    except FileNotFoundError:
-        return False
-    return os.path.samestat(os.fstat(descriptor), there)

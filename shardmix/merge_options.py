@@ -107,7 +107,9 @@ def _profile_path(profile: str | PathLike[str] | None) -> str | None:
     if profile is None:
         return None
     try:
-        path = Path(profile).expanduser().resolve()
+        path = Path(profile).expanduser()
+        # Not the file itself: a profile is not written through a link.
+        path = path.parent.resolve() / path.name
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, ~nobody
         raise RecipeError(f"profile {str(profile)!r}: cannot be a path ({error})") from None
     if path.suffix != ".json":

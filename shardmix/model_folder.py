@@ -3,16 +3,16 @@
 Copies files and writes small JSON and Markdown; reads no tensors.
 """
 
+import codecs
 import copy
 import heapq
 import itertools
 import json
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -21,6 +21,8 @@ from shardmix.checkpoint import CONFIG_NAME
 from shardmix.config_dtypes import DTYPE_KEYS, with_dtypes
 from shardmix.declarations import TIE_KEY
 from shardmix.errors import SourceError, printable, writing_failed
+from shardmix.filesystem import open_regular
+from shardmix.held_folder import HeldFolder
 from shardmix.hub import INDEX_NAME
 from shardmix.json_files import read_json
 from shardmix.model_types import ENCODER
@@ -29,34 +31,28 @@ from shardmix.recipe import WEIGHT_SUM_TOLERANCE
 from shardmix.sentence_modules import MODULES_NAME, sentence_modules
 
 CARD_NAME = "README.md"
+_COPIED_AT_ONCE_NBYTES = 1 << 20
 
 
-def write_companions(plan: MergePlan, folder: Path) -> None:
+def write_companions(plan: MergePlan, folder: HeldFolder) -> None:
     """Copy the donor's companion files, with a config that is true of the output."""
+    base = Path(plan.base_folder)
     for name in plan.companions:
-        source, target = Path(plan.base_folder) / name, folder / name
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
-        except OSError as error:
-            if str(error.filename) == str(source) and error.filename2 is None:
-                raise SourceError(f"{source}: cannot be read ({error.strerror})") from None
-            raise writing_failed(target, error) from None
+        _copy(base / name, folder, name)
     main = ModuleConfig(plan.main_place, plan.config_dtypes, plan.untied)
     for part in (main, *plan.module_configs):
         _adapt_config(plan, folder, part)
     if CONFIG_NAME in plan.companions and _needs_sentence_modules(plan):
-        for name, content in sentence_modules(read_json(folder / CONFIG_NAME)).items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            _write_json(folder / name, content)
+        for name, content in sentence_modules(read_json(base / CONFIG_NAME)).items():
+            _write_json(folder, name, content)
 
 
-def _adapt_config(plan: MergePlan, folder: Path, part: ModuleConfig) -> None:
+def _adapt_config(plan: MergePlan, folder: HeldFolder, part: ModuleConfig) -> None:
     """Make the config of the output, or of one of its modules, true of what is stored there."""
     name = f"{part.place}/{CONFIG_NAME}" if part.place else CONFIG_NAME
     if name not in plan.companions:
         return
-    config = read_json(folder / name)
+    config = read_json(Path(plan.base_folder) / name)
     if part.place and "model_type" not in config:
         return  # a module's arguments, and no config of transformers
     dtypes = dict(part.dtypes)
@@ -65,18 +61,19 @@ def _adapt_config(plan: MergePlan, folder: Path, part: ModuleConfig) -> None:
         adapted["torch_dtype"] = dtypes[""]  # transformers 5 reads the old key as well
     # Untouched where nothing changes: then it stays the donor's, byte for byte.
     if adapted != config:
-        _write_json(folder / name, adapted)
+        _write_json(folder, name, adapted)
 
 
-def write_index(plan: MergePlan, folder: Path) -> None:
+def write_index(plan: MergePlan, folder: HeldFolder) -> None:
     """Write an index, as huggingface_hub lays it out, in each folder with several shards."""
     for place in dict.fromkeys(shard.place for shard in plan.shards):
         shards = [shard for shard in plan.shards if shard.place == place]
         if len(shards) > 1:
-            _write_index(shards, folder / place / INDEX_NAME)
+            name = f"{place}/{INDEX_NAME}" if place else INDEX_NAME
+            _write_index(shards, folder, name)
 
 
-def _write_index(shards: Sequence[OutputShard], path: Path) -> None:
+def _write_index(shards: Sequence[OutputShard], folder: HeldFolder, name: str) -> None:
     data_nbytes = sum(shard.file_nbytes - shard.head_nbytes() for shard in shards)
     # Merged, not sorted: pairs of a million names take memory that nobody planned.
     by_shard = (
@@ -84,7 +81,7 @@ def _write_index(shards: Sequence[OutputShard], path: Path) -> None:
         for shard in shards
     )
     places = heapq.merge(*by_shard)
-    with _writing(path) as file:
+    with _writing(folder, name) as file:
         # Line by line: as one text, the index of 90,000 tensors takes 17 MiB that nobody planned.
         file.write(f'{{\n  "metadata": {{"total_size": {data_nbytes}}},\n  "weight_map": {{')
         for number, (name, filename) in enumerate(places):
@@ -93,7 +90,7 @@ def _write_index(shards: Sequence[OutputShard], path: Path) -> None:
         file.write("\n  }\n}\n")
 
 
-def write_model_card(plan: MergePlan, folder: Path) -> None:
+def write_model_card(plan: MergePlan, folder: HeldFolder) -> None:
     """Write the model card: what was merged, by which weights, and how to do it again."""
     # As huggingface_hub's ModelCard would, whose import takes longer than planning a 70B merge.
     data = {
@@ -104,7 +101,7 @@ def write_model_card(plan: MergePlan, folder: Path) -> None:
     }
     known = {key: value for key, value in data.items() if value}
     front_matter = yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=math.inf)
-    with _writing(folder / CARD_NAME) as file:
+    with _writing(folder, CARD_NAME) as file:
         file.write(f"---\n{front_matter}---\n\n{_card_text(plan)}")
 
 
@@ -194,15 +191,42 @@ def _as_code(name: str) -> str:
     return f"`{plain}`"
 
 
-def _write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
-    with _writing(path) as file:
+def _copy(source: Path, folder: HeldFolder, name: str) -> None:
+    """Copy a file's bytes into the output."""
+    try:
+        original = open_regular(source)
+    except OSError as error:
+        raise _unreadable(source, error) from None
+    with original, _creating(folder, name) as file:
+        while True:
+            try:
+                data = original.read(_COPIED_AT_ONCE_NBYTES)
+            except OSError as error:
+                raise _unreadable(source, error) from None
+            if not data:
+                break
+            file.write(data)
+
+
+def _unreadable(source: Path, error: OSError) -> SourceError:
+    return SourceError(f"{source}: cannot be read ({error.strerror or error})")
+
+
+def _write_json(folder: HeldFolder, name: str, content: dict[str, Any] | list[Any]) -> None:
+    with _writing(folder, name) as file:
         file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[TextIO]:
+def _writing(folder: HeldFolder, name: str) -> Iterator[codecs.StreamWriter]:
+    with _creating(folder, name) as file:
+        yield codecs.getwriter("utf-8")(file)
+
+
+@contextmanager
+def _creating(folder: HeldFolder, name: str) -> Iterator[BinaryIO]:
     try:
-        with path.open("w", encoding="utf-8") as file:
+        with folder.create(name) as file:
             yield file
     except OSError as error:
-        raise writing_failed(path, error) from None
+        raise writing_failed(folder.path / name, error) from None

@@ -2,15 +2,17 @@
 
 import itertools
 import os
+import stat
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from shardmix.errors import OutputError, SourceError
 from shardmix.file_kinds import is_companion_file
-from shardmix.filesystem import free_nbytes, walk
+from shardmix.filesystem import free_nbytes
+from shardmix.held_folder import HeldFolder, open_folder
 from shardmix.module_tree import module_places, read_modules
-from shardmix.provenance import PROVENANCE_NAME, read_provenance
+from shardmix.provenance import PROVENANCE_NAME, parse_provenance
 from shardmix.redaction import is_url
 from shardmix.units import format_size
 
@@ -20,14 +22,19 @@ _MOST_NAME_NBYTES = 240  # of 255, and the folder that the work goes into has a 
 
 
 def resolve_output(output: str | os.PathLike[str]) -> Path:
-    """Return the one absolute path that all checks and the rename use; links and `..` resolved."""
+    """Return the one absolute path that all checks and the rename use.
+
+    Links and `..` on the way to it are resolved; it is not, should it be a link itself.
+    """
     if is_url(os.fspath(output)):
         raise OutputError(
             f"{os.fspath(output)}: is a URL, and an output is a folder on this machine; name one, "
             "and upload it afterwards"
         )
     try:
-        resolved = Path(output).expanduser().resolve()
+        path = Path(output).expanduser()
+        is_named = path.name not in ("", "..")
+        resolved = path.parent.resolve() / path.name if is_named else path.resolve()
         os.fsencode(resolved).decode()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, ~nobody, not UTF-8
         raise OutputError(
@@ -65,8 +72,11 @@ def check_output(output: Path, *, overwrite: bool, inputs: Sequence[Path]) -> No
                 f"{output}: contains the input {source}; choose a folder that holds no input"
             )
     try:
-        _check_replaceable(output, overwrite=overwrite)
         parent = next(folder for folder in output.parents if folder.exists())
+        if parent == output.parent:
+            with open_folder(parent) as held:
+                if old := check_replaceable(held, output.name, overwrite=overwrite):
+                    old.close()
         if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
             raise OutputError(f"{parent}: cannot be written to; choose another output")
     except OSError as error:
@@ -86,53 +96,77 @@ def check_disk(output: Path, needed_nbytes: int, *, staged_nbytes: int = 0) -> N
         )
 
 
-def _check_replaceable(output: Path, *, overwrite: bool) -> None:
-    try:
-        output.lstat()
-    except FileNotFoundError:
-        return
+def check_replaceable(parent: HeldFolder, name: str, *, overwrite: bool) -> HeldFolder | None:
+    """Return the model that an output replaces, opened; None if nothing has its name.
+
+    Raises `OutputError` if what is there may not be replaced, and OSError.
+    """
+    there = parent.entry(name)
+    if there is None:
+        return None
+    output = parent.path / name
+    if stat.S_ISLNK(there.st_mode):
+        raise OutputError(
+            f"{output}: is a link, which an output never replaces or follows; name the folder that "
+            "it leads to, remove it, or choose another output"
+        )
     if not overwrite:
         raise OutputError(
             f"{output}: exists; choose another output, or replace it with --overwrite "
             "(overwrite=True)"
         )
-    if not output.is_dir():
+    if not stat.S_ISDIR(there.st_mode):
         raise OutputError(f"{output}: exists and is not a folder; remove it or choose another")
-    if output.is_mount():
+    if there.st_dev != parent.status().st_dev:
         raise OutputError(f"{output}: is a mount point; name a folder in it")
-    entries = list(output.iterdir())
-    inner = [path for place in _module_places(output) for path in (output / place).glob("*")]
-    is_model = any(path.suffix == ".safetensors" for path in (*entries, *inner))
-    if entries and not is_model:
+    folder = parent.subfolder(name)
+    try:
+        check_is_model(folder, output)
+    except BaseException:
+        folder.close()
+        raise
+    return folder
+
+
+def check_is_model(folder: HeldFolder, output: Path) -> None:
+    """Raise `OutputError` if a folder is not empty, and not a model and nothing else.
+
+    `output` is what to call it: by now it may lie elsewhere.
+    """
+    names = folder.names()
+    places = tuple(f"{place}/" for place in _module_places(folder.path))
+    weights = (name for name, _ in folder.files() if name.endswith(".safetensors"))
+    if names and not any("/" not in name or name.startswith(places) for name in weights):
         raise OutputError(
-            f"{output}: holds no safetensors weights, so it isn't a model that --overwrite may "
-            "replace; choose another output"
+            f"{output}: holds no safetensors weights, so it isn't a model that --overwrite "
+            "may replace; choose another output"
         )
-    others = list(itertools.islice(_not_the_models(output), 4))
+    others = list(itertools.islice(_not_the_models(folder), 4))
     if others:
         named = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
         raise OutputError(
-            f"{output}: holds {named} besides a model, which --overwrite would delete; move that "
-            "elsewhere, or choose another output"
+            f"{output}: holds {named} besides a model, which --overwrite would delete; move "
+            "that elsewhere, or choose another output"
         )
 
 
-def _not_the_models(folder: Path) -> Iterator[str]:
+def _not_the_models(folder: HeldFolder) -> Iterator[str]:
     """Yield the files below a folder that are none of the model's in it: they are somebody's work.
 
     What shardmix wrote is known by name; of a model from elsewhere, what loaders read is taken for
     its own: weights in safetensors, and what goes along with weights.
     """
     written: Collection[str] = ()
-    with suppress(SourceError):
-        written = read_provenance(folder).digests.files
-    places = _module_places(folder)
-    for path, _, names in walk(folder):
-        for name in names:
-            file = (path / name).relative_to(folder).as_posix()
-            is_own = file in written if written else _may_be_a_models(file, places)
-            if not is_own and file not in _BESIDE_A_MODEL and not file.startswith(_HUB_LEFTOVERS):
-                yield file
+    with (
+        suppress(SourceError, OutputError, OSError),
+        folder.open_regular(PROVENANCE_NAME) as provenance,
+    ):
+        written = parse_provenance(provenance, folder.path).digests.files
+    places = _module_places(folder.path)
+    for file, _ in folder.files():
+        is_own = file in written if written else _may_be_a_models(file, places)
+        if not is_own and file not in _BESIDE_A_MODEL and not file.startswith(_HUB_LEFTOVERS):
+            yield file
 
 
 def _module_places(folder: Path) -> tuple[str, ...]:

@@ -5,11 +5,11 @@ Puts a writer, a journal and digests together. Knows bytes and leaves, not where
 
 import itertools
 from collections import defaultdict
-from pathlib import Path
 
 from shardmix.blocks import data_start
 from shardmix.digests import LEAF_NBYTES, LeafHasher, file_hasher
 from shardmix.findings import NOTHING_FOUND, FindingsSum, LeafFindings
+from shardmix.held_folder import HeldFolder
 from shardmix.journal import Journal
 from shardmix.plan import MergePlan
 from shardmix.stage_clock import DIGEST, FINISH, NO_CLOCK, OTHER, WRITE, Clock
@@ -23,7 +23,7 @@ class GrowingShard:
         self,
         plan: MergePlan,
         number: int,
-        folder: Path,
+        folder: HeldFolder,
         journal: Journal,
         clock: Clock = NO_CLOCK,
     ) -> None:
@@ -37,7 +37,8 @@ class GrowingShard:
         # With sha256 one worker has the whole file, from end to end.
         self._whole = file_hasher(self._algorithm)
         self._writer = ShardWriter(
-            folder / self._planned.filename,
+            folder,
+            self._planned.filename,
             file_nbytes=self._planned.file_nbytes,
             keep_cached=plan.cache_use.keeps_output,
         )

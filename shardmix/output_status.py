@@ -1,5 +1,6 @@
 """`status`: what is at an output path, and what a merge to it has left unfinished. Reads little."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -10,7 +11,7 @@ from shardmix.locks import lock_owner
 from shardmix.merge_description import MergeDescription
 from shardmix.output_path import resolve_output
 from shardmix.provenance import PROVENANCE_NAME, read_provenance
-from shardmix.staging import Staging
+from shardmix.staging import Staging, existing_staging, staging_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def status(output: str | PathLike[str]) -> StatusReport:
                 note = str(error)
         elif exists:
             note = f"has no {PROVENANCE_NAME}: it is no merge by shardmix"
-        return StatusReport(str(path), exists, complete, note, _unfinished(Staging(path)))
+        return StatusReport(str(path), exists, complete, note, _unfinished(path))
     except OSError as error:
         raise OutputError(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -109,13 +110,21 @@ def _complete(path: Path) -> CompleteReport:
     )
 
 
-def _unfinished(staging: Staging) -> UnfinishedReport | None:
-    if not staging.path.is_dir():
-        return None
-    summary = summarise(staging.journal_path) if staging.journal_path.exists() else None
+def _unfinished(output: Path) -> UnfinishedReport | None:
+    with ExitStack() as stack:
+        try:
+            staging = stack.enter_context(existing_staging(output))
+        except OutputError as error:  # it is not this user's: what it holds is anybody's
+            path = str(staging_path(output))
+            return UnfinishedReport(path, None, None, 0, 0, 0, 0, False, str(error))
+        return None if staging is None else _report(staging)
+
+
+def _report(staging: Staging) -> UnfinishedReport:
+    summary = summarise(staging.hidden)
     return UnfinishedReport(
         staging=str(staging.path),
-        process=lock_owner(staging.path),
+        process=lock_owner(staging.hidden),
         merge=summary.merge if summary else None,
         bytes_done=summary.num_bytes_done if summary else 0,
         bytes_total=summary.num_bytes if summary else 0,

@@ -8,14 +8,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import msgspec
 
 from shardmix._version import __version__
 from shardmix.digests import ALGORITHMS, LEAF_NBYTES, file_digest
 from shardmix.errors import SourceError, one_line, writing_failed
-from shardmix.filesystem import open_regular, walk
+from shardmix.filesystem import open_regular
 from shardmix.findings import LeafFindings
+from shardmix.held_folder import HeldFolder
 from shardmix.plan import MergePlan
 
 PROVENANCE_NAME = "shardmix.json"
@@ -119,7 +121,7 @@ class Provenance(msgspec.Struct, frozen=True, omit_defaults=True):
 
 def write_provenance(
     plan: MergePlan,
-    folder: Path,
+    folder: HeldFolder,
     shard_digests: Mapping[str, str],
     findings: LeafFindings,
     *,
@@ -144,12 +146,12 @@ def write_provenance(
             allow_differences=plan.allow_differences,
         )
         text = msgspec.json.format(msgspec.json.encode(provenance), indent=2)
-        with (folder / PROVENANCE_NAME).open("wb") as file:
+        with folder.create(PROVENANCE_NAME) as file:
             file.write(text.removesuffix(b"\n}"))
             file.writelines(_nonfinite_lines(findings))
             file.write(b"\n}\n")
     except OSError as error:
-        raise writing_failed(folder / PROVENANCE_NAME, error) from None
+        raise writing_failed(folder.path / PROVENANCE_NAME, error) from None
 
 
 def read_provenance(folder: Path) -> Provenance:
@@ -157,7 +159,7 @@ def read_provenance(folder: Path) -> Provenance:
     path = folder / PROVENANCE_NAME
     try:
         with open_regular(path) as file:
-            encoded = file.read(_MAX_NBYTES + 1)
+            return parse_provenance(file, path)
     except FileNotFoundError:
         raise SourceError(
             f"{folder}: has no {PROVENANCE_NAME}, which a merge by shardmix writes; there is "
@@ -165,6 +167,11 @@ def read_provenance(folder: Path) -> Provenance:
         ) from None
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def parse_provenance(file: BinaryIO, path: Path) -> Provenance:
+    """Read an open `shardmix.json`, called `path`. Raises `SourceError` if it is strange."""
+    encoded = file.read(_MAX_NBYTES + 1)
     try:
         provenance = msgspec.json.decode(encoded, type=Provenance)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -192,19 +199,18 @@ def read_provenance(folder: Path) -> Provenance:
 
 
 def _file_records(
-    plan: MergePlan, folder: Path, shard_digests: Mapping[str, str]
+    plan: MergePlan, folder: HeldFolder, shard_digests: Mapping[str, str]
 ) -> list[tuple[str, FileRecord]]:
     """Return every file's record, by name; the shards were hashed as they were written."""
     records = []
-    for path in sorted(where / name for where, _, names in walk(folder) for name in names):
-        name = path.relative_to(folder).as_posix()
+    for name, there in sorted(folder.files()):
         if name in NOT_DIGESTED:
             continue
         digest = shard_digests.get(name)
         if digest is None:
-            with path.open("rb") as file:
+            with folder.open_regular(name) as file:
                 digest = file_digest(file.fileno(), plan.digest_algorithm)
-        records.append((name, FileRecord(path.stat().st_size, digest)))
+        records.append((name, FileRecord(there.st_size, digest)))
     return records
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from shardmix.errors import MergeCancelled, OutputError, ShardmixError
 from shardmix.filesystem import open_regular
 from shardmix.footprint import MEMORY_COLUMNS, VRAM_COLUMNS, Sampler, memory_probe, vram_probe
+from shardmix.held_folder import open_folder
 from shardmix.memory import peak_resident_nbytes
 from shardmix.merge_profile import (
     CANCELLED,
@@ -130,8 +131,14 @@ def check_profile_place(path: str | None, output: Path | None, inputs: Sequence[
             raise OutputError(f"{file}: a profile cannot be in {folder}; choose a place outside it")
     if not file.parent.is_dir():
         raise OutputError(f"{file}: there is no folder {file.parent}; make it first")
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
+    if not os.access(file.parent, os.W_OK | os.X_OK):
         raise OutputError(f"{file}: cannot be written to; choose another place for the profile")
+    _check_replaceable(file)
+
+
+def _check_replaceable(file: Path) -> None:
+    if file.is_symlink():
+        raise OutputError(f"{file}: is a link, which a profile does not follow; name another file")
     if file.exists() and not is_profile(file):
         raise OutputError(
             f"{file}: exists and is not a profile, which alone would be replaced; choose another "
@@ -151,7 +158,10 @@ def is_profile(file: Path) -> bool:
 def _write(path: str, profile: Profile | None) -> None:
     if profile is None:
         return
+    file = Path(path)
+    _check_replaceable(file)  # again: it was looked at before the merge
     try:
-        Path(path).write_bytes(profile.to_json())
+        with open_folder(file.parent) as folder:
+            folder.replace(file.name, profile.to_json())
     except OSError as error:
         raise OutputError(f"{path}: the profile cannot be written ({error.strerror})") from None

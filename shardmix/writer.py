@@ -7,27 +7,28 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from pathlib import Path
 
 from shardmix.digests import read_range
 from shardmix.errors import OutputError, writing_failed
 from shardmix.filesystem import MAX_IO_NBYTES, start_writeback
+from shardmix.held_folder import HeldFolder
 from shardmix.page_cache import DROPPED_AT_ONCE_NBYTES, drop_pages
 
 
 class ShardWriter:
     """One output file, new or begun by an earlier run, open for strips from several threads."""
 
-    def __init__(self, path: Path, *, file_nbytes: int, keep_cached: bool = True) -> None:
-        self._path = path
+    def __init__(
+        self, folder: HeldFolder, name: str, *, file_nbytes: int, keep_cached: bool = True
+    ) -> None:
+        self._path = path = folder.path / name
         self._file_nbytes = file_nbytes
         self._keep_cached = keep_cached
         self._num_cached = 0  # since pages were dropped; threads may count a leaf too few
         self._lock = threading.Lock()
         self._descriptor = -1
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._descriptor = os.open(path, flags, 0o666)
+            self._descriptor = folder.open_own(name)
             os.truncate(self._descriptor, file_nbytes)
         except OSError as error:
             self.close()

@@ -79,7 +79,7 @@ class _Harm:
             return self.paths.get(target, "")
         path = os.fsdecode(target)
         if dir_fd is not None:
-            return os.path.join(self.paths.get(dir_fd, ""), path)
+            return os.path.normpath(os.path.join(self.paths.get(dir_fd, ""), path))
         return os.path.abspath(path)
 
     def is_below_root(self, path):
@@ -186,8 +186,23 @@ def _watch_paths(harm):
 
         return call
 
-    for name in ("rename", "replace", "unlink", "rmdir", "mkdir", "truncate"):
+    for name in ("unlink", "rmdir", "mkdir", "truncate"):
         setattr(os, name, watched(name))
+
+    def moved(name):
+        real = REAL[name]
+
+        def call(source, target, *, src_dir_fd=None, dst_dir_fd=None):
+            return harm.call(
+                name,
+                harm.path_of(source, src_dir_fd),
+                lambda: real(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd),
+            )
+
+        return call
+
+    for name in ("rename", "replace"):
+        setattr(os, name, moved(name))
     for name in ("stat", "lstat", "scandir", "listdir", "statvfs"):
         setattr(os, name, watched(name))
 
@@ -241,6 +256,9 @@ def _watch_file_objects(harm):
     class File(io.FileIO):
         def __init__(self, path, mode):
             self.where = harm.path_of(path)
+            if isinstance(path, int):  # opened, and counted, by os.open
+                super().__init__(path, mode)
+                return
             harm.call("open", self.where, lambda: super(File, self).__init__(path, mode))
             harm.paths[self.fileno()] = self.where
 
@@ -274,7 +292,7 @@ def _watch_file_objects(harm):
     real_open = io.open
 
     def opened(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, **rest):
-        if isinstance(file, int) or rest or not harm.is_below_root(harm.path_of(file)):
+        if rest or not harm.is_below_root(harm.path_of(file)):
             return real_open(file, mode, buffering, encoding, errors, newline, **rest)
         raw = File(file, mode.replace("b", "").replace("t", ""))
         buffered = io.BufferedReader(raw) if mode.strip("bt") == "r" else io.BufferedWriter(raw)
@@ -301,7 +319,7 @@ def _watch_exchange(harm):
                 try:
                     return harm.call(
                         "renameat2",
-                        harm.path_of(old),
+                        harm.path_of(old, old_folder),
                         lambda: function(old_folder, old, new_folder, new, flags),
                     )
                 except OSError as error:

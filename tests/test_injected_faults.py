@@ -37,7 +37,9 @@ def made(bench):
     ("operation", "path", "number", "error", "finding"),
     [
         ("stat", JOURNAL, 0, errno.EACCES, "cannot be used (Permission denied)"),
-        ("stat", ".", 0, errno.EIO, "Input/output error"),
+        ("stat", ".", 2, errno.EIO, "Input/output error"),
+        ("open", ".", 0, errno.EACCES, "Permission denied"),
+        ("open", ".out.shardmix", 0, errno.EIO, "cannot be made (Input/output error)"),
         ("mkdir", ".out.shardmix", 0, errno.EACCES, "cannot be made (Permission denied)"),
         ("flock", ".out.shardmix/lock", 0, errno.EIO, "cannot be made (Input/output error)"),
         ("open", JOURNAL, 0, errno.ENOSPC, "the disk is full"),
@@ -52,7 +54,7 @@ def made(bench):
         (
             "scandir",
             MODEL,
-            -2,
+            -3,
             errno.EACCES,
             "shardmix.json: cannot be written (Permission denied)",
         ),

@@ -148,7 +148,7 @@ def test_bytes_depend_on_recipe_and_sources_alone(tmp_path_factory, data):
         plan = plan.with_memory(dataclasses.replace(plan.memory, strip_nbytes=strip_nbytes))
         with (
             open_staging(tmp_path / "out", restart=True) as staging,
-            closing(open_journal(staging.journal_path, plan)) as journal,
+            closing(open_journal(staging.hidden, plan)) as journal,
         ):
             engine.execute(plan, load_backend(plan), staging, journal)
         assert folder_bytes(tmp_path / "out") == expected
@@ -356,7 +356,7 @@ def test_nan_and_inf_are_counted_by_tensor(tmp_path, backend, strip_nbytes):
     plan = plan.with_memory(dataclasses.replace(plan.memory, strip_nbytes=strip_nbytes))
     with (
         open_staging(tmp_path / "out") as staging,
-        closing(open_journal(staging.journal_path, plan)) as journal,
+        closing(open_journal(staging.hidden, plan)) as journal,
     ):
         result = engine.execute(plan, load_backend(plan), staging, journal)
     assert result.findings.nonfinite == {"t03": (1, 0, 0), "t07": (0, 2, 0), "t08": (1, 0, 0)}

@@ -41,9 +41,18 @@ def test_an_output_that_is_or_touches_an_input_is_refused(tmp_path, overwrite):
     refused(a / "merged", "lies inside", **options)
     refused(tmp_path / "x", "contains the input", **options)
     link = tmp_path / "link"
-    link.symlink_to(a)
-    refused(resolve_output(link), "is the input", **options)
+    link.symlink_to(a.parent)
+    refused(resolve_output(link / "a"), "is the input", **options)
     check_output(tmp_path / "x" / "merged", **options)
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize("target", ["model", "missing"])
+def test_an_output_that_is_a_link_is_refused(tmp_path, overwrite, target):
+    """It could lead to a model that nobody has named, or to a place that nobody wants one at."""
+    model(tmp_path / "model")
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    refused(resolve_output(tmp_path / "link"), "is a link", overwrite=overwrite)
 
 
 def test_a_folder_beside_a_single_file_input_is_fine(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import shardmix
 from shardmix import staging as staging_module
 from shardmix.errors import OutputError
+from shardmix.held_folder import open_folder
 from shardmix.locks import lock_owner
 from tests.cut_off import cut_off, large_models
 from tests.models import random_model, save_model
@@ -22,16 +23,16 @@ def kill_while_placing(out, monkeypatch, *, after_exchange):
     save_model(out, random_model(1))
     place, clear = staging_module._exchange, staging_module._clear
 
-    def exchange(folder, output, *, aside):
+    def exchange(staging, old):
         if after_exchange:
-            place(folder, output, aside=aside)
+            place(staging, old)
         else:
-            output.rename(aside)
+            staging.parent.move("out", staging.hidden, "old")
         raise Killed
 
     monkeypatch.setattr(staging_module, "_exchange", exchange)
     monkeypatch.setattr(staging_module, "_clear", lambda _folder: None)
-    monkeypatch.setattr(staging_module, "_remove_lock", lambda *_: None)
+    monkeypatch.setattr(staging_module._Opened, "remove_empty", lambda _opened: None)
     with pytest.raises(Killed):
         shardmix.merge(models, out, overwrite=True)
     monkeypatch.undo()
@@ -88,9 +89,10 @@ def test_pipes_are_not_waited_for(tmp_path, name):
 def test_a_lock_that_cannot_be_read_is_somebodys(tmp_path, monkeypatch):
     (tmp_path / "lock").touch()
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    assert lock_owner(tmp_path) is None
-    monkeypatch.setattr(os, "open", refuse)
-    assert lock_owner(tmp_path) == 0
+    with open_folder(tmp_path) as folder:
+        assert lock_owner(folder) is None
+        monkeypatch.setattr(os, "open", refuse)
+        assert lock_owner(folder) == 0

@@ -5,6 +5,7 @@ import pytest
 from shardmix import reader as reader_module
 from shardmix import writer as writer_module
 from shardmix.errors import OutputError, SourceError
+from shardmix.held_folder import open_folder
 from shardmix.plan import SourceFile
 from shardmix.reader import open_reader
 from shardmix.writer import ShardWriter
@@ -21,6 +22,13 @@ def source_files(tmp_path, count=1, size=100_003):
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(content)
     return contents, [SourceFile(str(path), size) for path in paths]
+
+
+@pytest.fixture
+def held(tmp_path):
+    """The folder that shards are written into."""
+    with open_folder(tmp_path) as folder:
+        yield folder
 
 
 def read(reader, file, offset, nbytes):
@@ -105,9 +113,9 @@ def test_a_source_that_vanished_is_refused(tmp_path, io):
         open_reader(io, files).view(0, 0, memoryview(bytearray(4)))
 
 
-def test_strips_land_at_their_offsets_in_any_order(tmp_path):
+def test_strips_land_at_their_offsets_in_any_order(tmp_path, held):
     path = tmp_path / "shard"
-    writer = ShardWriter(path, file_nbytes=8 + 6 + 8)
+    writer = ShardWriter(held, "shard", file_nbytes=8 + 6 + 8)
     writer.write(18, memoryview(b"4444"))
     writer.write(14, memoryview(b"3333"))
     assert path.read_bytes()[:14] == bytes(14)  # no header yet: not valid safetensors
@@ -115,35 +123,35 @@ def test_strips_land_at_their_offsets_in_any_order(tmp_path):
     assert path.read_bytes() == (6).to_bytes(8, "little") + b"{    }" + b"33334444"
 
 
-def test_a_write_takes_as_many_calls_as_it_needs(tmp_path, monkeypatch):
+def test_a_write_takes_as_many_calls_as_it_needs(tmp_path, held, monkeypatch):
     monkeypatch.setattr(writer_module, "MAX_IO_NBYTES", 7)
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[:5], at))
     content = os.urandom(100)
-    writer = ShardWriter(tmp_path / "shard", file_nbytes=110)
+    writer = ShardWriter(held, "shard", file_nbytes=110)
     writer.write(10, memoryview(content))
     writer.close()
     assert (tmp_path / "shard").read_bytes()[10:] == content
 
 
-def test_a_file_that_an_earlier_run_began_is_gone_on_with(tmp_path):
+def test_a_file_that_an_earlier_run_began_is_gone_on_with(tmp_path, held):
     (tmp_path / "shard").write_bytes(b"done")
-    writer = ShardWriter(tmp_path / "shard", file_nbytes=8)
+    writer = ShardWriter(held, "shard", file_nbytes=8)
     pieces = [bytes(piece) for piece in writer.read(0, 8, memoryview(bytearray(3)))]
     assert pieces == [b"don", b"e\0\0", b"\0\0"]
     writer.close()
 
 
-def test_a_link_is_not_written_through(tmp_path):
+def test_a_link_is_not_written_through(tmp_path, held):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "shard").symlink_to(tmp_path / "precious")
     with pytest.raises(OutputError):
-        ShardWriter(tmp_path / "shard", file_nbytes=10)
+        ShardWriter(held, "shard", file_nbytes=10)
     assert (tmp_path / "precious").read_text() == "precious"
 
 
-def test_a_full_disk_is_named_as_such(tmp_path, monkeypatch):
-    writer = ShardWriter(tmp_path / "shard", file_nbytes=100)
+def test_a_full_disk_is_named_as_such(tmp_path, held, monkeypatch):
+    writer = ShardWriter(held, "shard", file_nbytes=100)
 
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -1,3 +1,4 @@
+import ctypes
 import fcntl
 import os
 import signal
@@ -17,7 +18,7 @@ from tests.models import random_model, save_model
 @contextmanager
 def staged_folder(output, *, overwrite, fsync):
     with open_staging(output) as staging:
-        yield staging.folder
+        yield staging.folder.path
         staging.place(overwrite=overwrite, fsync=fsync)
 
 
@@ -59,7 +60,7 @@ def test_overwriting_keeps_the_old_one_until_the_new_is_whole(tmp_path, monkeypa
             def __init__(self, *_, **__):
                 pass
 
-        monkeypatch.setattr(staging_module.ctypes, "CDLL", NoLibc)
+        monkeypatch.setattr(ctypes, "CDLL", NoLibc)
     out = model(tmp_path / "out")
     old = (out / "model.safetensors").read_bytes()
     with staged_folder(out, overwrite=True, fsync=False) as folder:
@@ -114,15 +115,15 @@ def test_a_failed_swap_in_two_steps_puts_the_old_one_back(tmp_path, monkeypatch)
         def __init__(self, *_, **__):
             pass
 
-    monkeypatch.setattr(staging_module.ctypes, "CDLL", NoLibc)
-    rename = type(out).rename
+    monkeypatch.setattr(ctypes, "CDLL", NoLibc)
+    rename = os.rename
 
-    def failing_rename(self, target):
-        if target == out and self.name == "model":
+    def failing_rename(source, target, **folders):
+        if (source, target) == ("model", "out"):
             raise OSError(5, "Input/output error")
-        return rename(self, target)
+        rename(source, target, **folders)
 
-    monkeypatch.setattr(type(out), "rename", failing_rename)
+    monkeypatch.setattr(os, "rename", failing_rename)
     with (
         pytest.raises(OutputError, match="Input/output error"),
         staged_folder(out, overwrite=True, fsync=False) as folder,
@@ -135,14 +136,14 @@ def test_a_failed_swap_in_two_steps_puts_the_old_one_back(tmp_path, monkeypatch)
 def test_what_is_worth_keeping_is_found_by_the_next_run(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(RuntimeError), open_staging(out) as staging:
-        fill(staging.folder, "half")
-        staging.journal_path.write_text("half of it is done")
+        fill(staging.folder.path, "half")
+        (staging.path / "journal").write_text("half of it is done")
         staging.is_worth_keeping = True
         raise RuntimeError
     assert not out.exists()
     with open_staging(out) as staging:
-        assert (staging.folder / "model.safetensors").read_text() == "half"
-        fill(staging.folder, "whole")
+        assert (staging.folder.path / "model.safetensors").read_text() == "half"
+        fill(staging.folder.path, "whole")
         staging.place(overwrite=False, fsync=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "model.safetensors").read_text() == "whole"
@@ -150,22 +151,22 @@ def test_what_is_worth_keeping_is_found_by_the_next_run(tmp_path):
 
 def test_a_restart_throws_away_what_is_kept(tmp_path):
     with open_staging(tmp_path / "out") as staging:
-        fill(staging.folder)
-        staging.journal_path.write_text("journal")
+        fill(staging.folder.path)
+        (staging.path / "journal").write_text("journal")
         staging.is_worth_keeping = True
     with open_staging(tmp_path / "out", restart=True) as staging:
-        assert list(staging.folder.iterdir()) == []
-        assert not staging.journal_path.exists()
+        assert list(staging.folder.path.iterdir()) == []
+        assert not (staging.path / "journal").exists()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_another_merge_has_left_is_not_removed_by_a_refusal(tmp_path):
     with open_staging(tmp_path / "out") as staging:
-        staging.journal_path.write_text("another merge's")
+        (staging.path / "journal").write_text("another merge's")
         staging.is_worth_keeping = True
     with pytest.raises(OutputError), open_staging(tmp_path / "out") as staging:
         raise OutputError("it is another merge's")
-    assert staging.journal_path.read_text() == "another merge's"
+    assert (staging.path / "journal").read_text() == "another merge's"
 
 
 def test_folders_made_for_an_output_go_with_it(tmp_path):
@@ -210,24 +211,24 @@ def test_a_kill_around_the_exchange_leaves_the_old_or_the_new(tmp_path, monkeypa
     old = (out / "model.safetensors").read_bytes()
     exchange = staging_module._exchange
 
-    def killed(*args, **kwargs):
+    def killed(*args):
         if moment == "after":
-            exchange(*args, **kwargs)
+            exchange(*args)
         raise Killed
 
     monkeypatch.setattr(staging_module, "_exchange", killed)
     with pytest.raises(Killed), open_staging(out) as staging:
-        fill(staging.folder)
+        fill(staging.folder.path)
         staging.is_worth_keeping = True
         staging.place(overwrite=True, fsync=False)
     monkeypatch.undo()
     settle(out)
     if moment == "after":
         assert (out / "model.safetensors").read_text() == "new"
-        assert not (staging.folder / "model.safetensors").exists()  # the old one is gone
+        assert not (staging.folder.path / "model.safetensors").exists()  # the old one is gone
     else:
         assert (out / "model.safetensors").read_bytes() == old
-        assert (staging.folder / "model.safetensors").read_text() == "new"
+        assert (staging.folder.path / "model.safetensors").read_text() == "new"
 
 
 def test_a_kill_between_the_two_steps_of_a_swap_brings_the_old_one_back(tmp_path, monkeypatch):
@@ -235,19 +236,19 @@ def test_a_kill_between_the_two_steps_of_a_swap_brings_the_old_one_back(tmp_path
     out = model(tmp_path / "out")
     old = (out / "model.safetensors").read_bytes()
 
-    def killed(folder, output, *, aside):
-        output.rename(aside)
+    def killed(staging, _old):
+        staging.parent.move("out", staging.hidden, "old")
         raise Killed
 
     monkeypatch.setattr(staging_module, "_exchange", killed)
     with pytest.raises(Killed), open_staging(out) as staging:
-        fill(staging.folder)
+        fill(staging.folder.path)
         staging.is_worth_keeping = True
         staging.place(overwrite=True, fsync=False)
     assert not out.exists()
     settle(out)
     assert (out / "model.safetensors").read_bytes() == old
-    assert (staging.folder / "model.safetensors").read_text() == "new"
+    assert (staging.folder.path / "model.safetensors").read_text() == "new"
 
 
 @pytest.mark.parametrize("name", [".out.shardmix", ".out.shardmix/lock"])
@@ -279,9 +280,9 @@ def test_data_is_on_disk_before_the_rename_and_the_rename_before_success(
         fsync(descriptor)
 
     with open_staging(out) as staging:
-        (staging.folder / "deep").mkdir()
-        (staging.folder / "deep" / "file").write_text("x")
-        (staging.folder / "model.safetensors").write_text("new")
+        (staging.folder.path / "deep").mkdir()
+        (staging.folder.path / "deep" / "file").write_text("x")
+        (staging.folder.path / "model.safetensors").write_text("new")
         monkeypatch.setattr(os, "fsync", noted)
         staging.place(overwrite=overwrite, fsync=True)
         monkeypatch.undo()
@@ -323,12 +324,12 @@ def test_who_only_looks_whose_it_is_does_not_refuse_a_merge(tmp_path, monkeypatc
 def test_a_marker_that_a_power_cut_spoilt_still_tells_that_the_output_is_in_place(tmp_path, left):
     output = tmp_path / "out"
     with open_staging(output) as staging:
-        (staging.folder / "config.json").write_text("{}")
+        (staging.folder.path / "config.json").write_text("{}")
         staging.place(overwrite=False, fsync=False)
     # As if the run had been killed before it tidied up.
     staging.path.mkdir()
-    staging.marker.write_bytes(left)
-    staging.journal_path.write_text("{}\n")
+    (staging.path / "placing").write_bytes(left)
+    (staging.path / "journal").write_text("{}\n")
     settle(output)
     assert (output / "config.json").exists()
     assert not staging.path.exists()

@@ -32,7 +32,8 @@ def profile_files(asked: Path | None) -> tuple[Path | None, Path | None]:
 
     figures = asked.with_suffix(".json")
     # With its figures beside it, it is an earlier run's picture.
-    if asked.exists() and not (asked.is_file() and is_profile(figures)):
+    is_there = asked.is_symlink() or asked.exists()
+    if is_there and not (asked.is_file() and not asked.is_symlink() and is_profile(figures)):
         raise OutputError(
             f"{asked}: exists and is not the picture of a profile, which alone would be replaced; "
             "choose another name"
@@ -46,18 +47,27 @@ def draw(figures: Path, picture: Path) -> str | None:
     In another process: matplotlib's memory is not this one's, whose peak is a promise.
     """
     import subprocess
+    import tempfile
+
+    from shardmix.held_folder import open_folder
 
     command = [sys.executable, "-m", "shardmix.profile_picture"]
     try:
-        subprocess.run(
-            [*command, str(figures.resolve()), str(picture.resolve())],
-            # Where shardmix lies, since python also imports from the current folder.
-            cwd=Path(__file__).parents[2],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=_MOST_SECONDS,
-        )
+        with (
+            tempfile.TemporaryDirectory() as place,
+            open_folder(picture.parent.resolve()) as folder,
+        ):
+            drawn = Path(place) / f"drawn{picture.suffix}"
+            subprocess.run(
+                [*command, str(figures.resolve()), str(drawn)],
+                # Where shardmix lies, since python also imports from the current folder.
+                cwd=Path(__file__).parents[2],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=_MOST_SECONDS,
+            )
+            folder.replace(picture.name, drawn.read_bytes())
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines()
         reason = lines[-1] if lines else one_line(error)
