@@ -21,12 +21,22 @@ from shardmix.file_kinds import LeftOut
 from shardmix.filesystem import refuse_link_outside
 from shardmix.folder_kinds import no_weights_file_finding, no_weights_finding
 from shardmix.headers import SHORT_HEADER_NBYTES, Headers
-from shardmix.hub import INDEX_NAME, WEIGHTS_NAME, LocalSource, locate
+from shardmix.hub import LocalSource, locate
 from shardmix.json_files import read_index, read_json
 from shardmix.memory import check_room
 from shardmix.module_tree import Module, module_places, read_modules
 from shardmix.safetensors_layout import DTYPES, TensorInfo
-from shardmix.weight_names import STEMS, SUFFIX, index_name, shard_name, weights_name
+from shardmix.weight_names import (
+    DIFFUSERS,
+    MODEL,
+    STEMS,
+    SUFFIX,
+    index_name,
+    shard_name,
+    stem_of,
+    stored_stem,
+    weights_name,
+)
 
 CONFIG_NAME = "config.json"
 
@@ -86,6 +96,8 @@ class Checkpoint:
     """Content of config.json; empty where there is none."""
     table: TensorTable = field(repr=False)
     """The tensors, in columns."""
+    stem: str = MODEL
+    """What its weight files are called, of the names in `weight_names`; MODEL for other names."""
     left_out: tuple[LeftOut, ...] = ()
     """Files of its repository on the Hub that were not fetched."""
     place: str = ""
@@ -111,7 +123,7 @@ class Checkpoint:
     def weight_names(self) -> tuple[str, ...]:
         """The model's weight files, by path within its folder; and indexes of its modules."""
         files = [shard.path for part in self.parts for shard in part.shards]
-        indexes = [f"{part.place}/{INDEX_NAME}" for part in self.parts if part.place]
+        indexes = [f"{part.place}/{index_name(MODEL)}" for part in self.parts if part.place]
         return (*(path.relative_to(self.root).as_posix() for path in files), *indexes)
 
     @property
@@ -157,7 +169,8 @@ def _open(source: str, headers: Headers, max_memory: int | None) -> Checkpoint:
     is_single_file = not located.path.is_dir()
     if is_single_file:
         _refuse_partial_file(source, located.path)
-        return _read_part(source, located, "", (None, [located.path]), _Limits(headers, max_memory))
+        stored = _WeightFiles([located.path], None, stem_of(located.path.name))
+        return _read_part(source, located, "", stored, _Limits(headers, max_memory))
     modules = read_modules(located.path)
     keys: dict[str, str] = {}
     for module in modules:
@@ -210,16 +223,16 @@ def _read_part(
     source: str,
     located: LocalSource,
     place: str,
-    files: tuple[dict[str, str] | None, list[Path]] | None,
+    stored: "_WeightFiles | None",
     limits: _Limits,
 ) -> Checkpoint:
-    """Read the headers of the weights in one folder of a model; `files` are given for one file."""
-    is_single_file = files is not None
+    """Read the headers of the weights in one folder of a model; `stored` is given for one file."""
+    is_single_file = stored is not None
     root = located.path.parent if is_single_file else located.path
     named = f"{source}/{place}" if place else source
-    weight_map, paths = files or _weight_files(named, root, place, limits.max_memory)
-    shards = [_regular_file(named, path) for path in paths]
-    known, table = _read_table(named, root / place, shards, weight_map, limits)
+    stored = stored or _weight_files(named, root, place, limits.max_memory)
+    shards = [_regular_file(named, path) for path in stored.paths]
+    known, table = _read_table(named, root / place, shards, stored, limits)
     return Checkpoint(
         source=named,
         folder=root / place,
@@ -229,6 +242,7 @@ def _read_part(
         shards=known,
         config=_read_config(root, place),
         table=table,
+        stem=stored.stem,
         place=place,
     )
 
@@ -257,7 +271,7 @@ def weight_names(folder: Path, *, max_memory: int | None = None) -> tuple[str, .
         inner = (folder / place).glob(f"*{SUFFIX}")
         if _has_weights(folder / place):
             names.update(path.relative_to(folder).as_posix() for path in inner)
-            names.add(f"{place}/{INDEX_NAME}")
+            names.add(f"{place}/{index_name(MODEL)}")
     return tuple(sorted(names))
 
 
@@ -276,21 +290,47 @@ def _read_config(root: Path, place: str) -> dict[str, Any]:
 
 
 def _has_weights(folder: Path) -> bool:
-    return any(os.path.lexists(folder / name) for name in (WEIGHTS_NAME, INDEX_NAME))
+    return _stem(folder) is not None
 
 
-def _weight_files(
-    source: str, root: Path, place: str, max_memory: int | None
-) -> tuple[dict[str, str] | None, list[Path]]:
-    """Return the index's weight_map, if the folder has one, and the weight files in name order."""
+def _stem(folder: Path) -> str | None:
+    """Return what a folder's weights are called; None if it has none of a name that is loaded."""
+
+    def has(name: str) -> bool:
+        return os.path.lexists(folder / name)
+
+    found = stored_stem(has)
+    has_both = found == MODEL and any(
+        has(name) for name in (weights_name(DIFFUSERS), index_name(DIFFUSERS))
+    )
+    if has_both and "_class_name" in read_config(folder):
+        return stored_stem(has, is_diffusers=True)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _WeightFiles:
+    """The weight files of one folder."""
+
+    paths: list[Path]
+    """In name order."""
+    weight_map: dict[str, str] | None
+    """Tensor → file, by the index; None without one."""
+    stem: str
+    """What they are called."""
+
+
+def _weight_files(source: str, root: Path, place: str, max_memory: int | None) -> _WeightFiles:
+    """Return the weight files of a model's folder, or of one of its modules."""
     folder = root / place
-    index_path = folder / INDEX_NAME
-    # Both present: as in transformers, the single file counts.
-    if os.path.lexists(folder / WEIGHTS_NAME):
-        refuse_link_outside(root, folder / WEIGHTS_NAME)
-        return None, [folder / WEIGHTS_NAME]
-    if not os.path.lexists(index_path):
+    stem = _stem(folder)
+    if stem is None:
         raise SourceError(f"{source}: {no_weights_finding(_names_in(folder), source)}")
+    # Both present: as in transformers, the single file counts.
+    if os.path.lexists(folder / weights_name(stem)):
+        refuse_link_outside(root, folder / weights_name(stem))
+        return _WeightFiles([folder / weights_name(stem)], None, stem)
+    index_path = folder / index_name(stem)
     refuse_link_outside(root, index_path)
     weight_map = read_index(index_path, max_memory=max_memory)
     paths = [folder / name for name in sorted(set(weight_map.values()))]
@@ -301,7 +341,7 @@ def _weight_files(
                 f"{index_path}: names {path.name}, which is not in the folder; "
                 "a download may be incomplete: fetch it again"
             )
-    return weight_map, paths
+    return _WeightFiles(paths, weight_map, stem)
 
 
 def _refuse_partial_file(source: str, path: Path) -> None:
@@ -353,10 +393,11 @@ def _read_table(
     source: str,
     folder: Path,
     shards: Sequence[ShardFile],
-    weight_map: dict[str, str] | None,
+    stored: _WeightFiles,
     limits: _Limits,
 ) -> tuple[tuple[ShardFile, ...], TensorTable]:
     """Return the files, now known by their headers, and the tensors in them."""
+    weight_map, index = stored.weight_map, index_name(stored.stem)
     known: list[ShardFile] = []
     names: list[str] = []
     shapes: list[tuple[int, ...]] = []
@@ -373,7 +414,7 @@ def _read_table(
         kept: slice | npt.NDArray[np.int64] = slice(None)
         if weight_map is not None:
             file = shard.path.relative_to(folder)
-            kept = _named_by_index(source, file, header.names, weight_map)
+            kept = _named_by_index(source, file, header.names, weight_map, index)
         if isinstance(kept, slice):
             names += header.names
             shapes += header.shapes
@@ -386,7 +427,7 @@ def _read_table(
     if weight_map is not None and len(names) != len(weight_map):
         missing = sorted(set(weight_map) - set(names))[:3]
         raise SourceError(
-            f"{source}: {INDEX_NAME} names tensors that their files do not hold: "
+            f"{source}: {index} names tensors that their files do not hold: "
             f"{', '.join(missing)}; fetch the checkpoint again"
         )
     limits.num_tensors += len(names)
@@ -402,13 +443,13 @@ def _read_table(
 
 
 def _named_by_index(
-    source: str, file: Path, names: list[str], weight_map: dict[str, str]
+    source: str, file: Path, names: list[str], weight_map: dict[str, str], index: str
 ) -> slice | npt.NDArray[np.int64]:
     """Return the rows for which the index names this file, should two files hold one name."""
     if not weight_map.keys() >= set(names):
         unnamed = next(name for name in names if name not in weight_map)
         raise SourceError(
-            f"{source}: {file} holds {unnamed}, which {INDEX_NAME} does not name; index and "
+            f"{source}: {file} holds {unnamed}, which {index} does not name; index and "
             "shards are from different checkpoints"
         )
     named = list(map(weight_map.__getitem__, names))

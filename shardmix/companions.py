@@ -17,16 +17,10 @@ from shardmix.file_kinds import LeftOut
 from shardmix.filesystem import LFS_REMEDY, is_lfs_pointer, open_regular, refuse_link_outside
 from shardmix.module_tree import module_places, read_modules
 from shardmix.sentence_modules import MODULES_NAME
-from shardmix.weight_names import MISTRAL, OPEN_CLIP, OPEN_CLIP_OLD
+from shardmix.weight_names import MARKS, stem_of
 
 # What makes a folder a model's.
 _MARKS = (CONFIG_NAME, MODULES_NAME)
-# What does so for weights of these names; elsewhere it may be anybody's file.
-_MARKS_OF_WEIGHTS = {
-    MISTRAL: "params.json",
-    OPEN_CLIP: "open_clip_config.json",
-    OPEN_CLIP_OLD: "open_clip_config.json",
-}
 _WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack"),
     ".onnx",
@@ -165,9 +159,8 @@ def _refuse_lfs_pointer(path: Path) -> None:
 
 def _is_a_models(folder: Path, weights: Collection[str]) -> bool:
     marks = [*_MARKS]
-    for stem, mark in _MARKS_OF_WEIGHTS.items():
-        if any(name.startswith(stem) for name in weights):
-            marks.append(mark)
+    # For weights of other names another file does so, which elsewhere may be anybody's.
+    marks += [mark for stem, mark in MARKS.items() if stem in map(stem_of, weights)]
     return any(os.path.lexists(folder / name) for name in marks)
 
 

@@ -23,9 +23,7 @@ from shardmix.json_files import file_name_finding, read_index
 from shardmix.module_tree import ROUTER_CONFIGS, module_places, read_modules
 from shardmix.redaction import HIDDEN, logs_redacted, without_user
 from shardmix.sentence_modules import MODULES_NAME
-
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
+from shardmix.weight_names import MARKS, STEMS, index_name, stored_stem, weights_name
 
 SHOW_DOWNLOADS = ContextVar("SHOW_DOWNLOADS", default=False)
 """Whether downloads show progress bars on standard error; a library keeps still."""
@@ -34,8 +32,9 @@ _LOGGER = logging.getLogger(__name__)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MOST_COMMIT_NBYTES = 100
 # Without any of these, what a repository holds besides weights is nothing that a merge knows.
-_MODEL_MARKS = ("config.json", "modules.json", "params.json", "open_clip_config.json")
+_MODEL_MARKS = ("config.json", MODULES_NAME, *MARKS.values())
 _MODULE_WEIGHTS = (".safetensors", ".safetensors.index.json")
+_WEIGHTS = tuple(name(stem) for stem in STEMS for name in (weights_name, index_name))
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^@\s]+)?")
 
 
@@ -198,18 +197,20 @@ def _fetch(
 
     files = list(sizes)
     places = _module_places(repo_id, files, commit)
-    stored = [place for place in ("", *places) if _has_weights(files, place)]
+    stems = {place: stem for place in ("", *places) if (stem := _stem(files, place)) is not None}
+    stored = list(stems)
     if with_weights and not stored:
         raise SourceError(no_weights_finding(files, repo_id))
     weights: list[str] = []
     for place in stored if with_weights else ():
         # Both present: as in transformers, the single file counts.
-        if _within(place, WEIGHTS_NAME) in files:
-            weights.append(_within(place, WEIGHTS_NAME))
+        whole, index = weights_name(stems[place]), index_name(stems[place])
+        if _within(place, whole) in files:
+            weights.append(_within(place, whole))
             continue
-        index = hf_hub_download(repo_id, _within(place, INDEX_NAME), revision=commit)
-        shards = sorted(set(read_index(Path(index)).values()))
-        weights += [_within(place, name) for name in (INDEX_NAME, *shards)]
+        fetched = hf_hub_download(repo_id, _within(place, index), revision=commit)
+        shards = sorted(set(read_index(Path(fetched)).values()))
+        weights += [_within(place, name) for name in (index, *shards)]
     of_modules = [
         name
         for name in files
@@ -259,8 +260,8 @@ def _module_places(repo_id: str, files: list[str], commit: str | None) -> tuple[
     return module_places(read_modules(folder))
 
 
-def _has_weights(files: list[str], place: str) -> bool:
-    return any(_within(place, name) in files for name in (WEIGHTS_NAME, INDEX_NAME))
+def _stem(files: list[str], place: str) -> str | None:
+    return stored_stem(lambda name: _within(place, name) in files)
 
 
 def _within(place: str, name: str) -> str:
@@ -272,7 +273,7 @@ def _cached(repo_id: str, revision: str | None, *, with_weights: bool) -> Path |
     from huggingface_hub import try_to_load_from_cache
 
     # Not snapshot_download(local_files_only=True): it takes what was never wanted for missing.
-    for name in (WEIGHTS_NAME, INDEX_NAME) if with_weights else ("config.json", MODULES_NAME):
+    for name in _WEIGHTS if with_weights else _MODEL_MARKS:
         found = try_to_load_from_cache(repo_id, name, revision=revision)
         if isinstance(found, str):
             return Path(found).parent
@@ -281,7 +282,7 @@ def _cached(repo_id: str, revision: str | None, *, with_weights: bool) -> Path |
         return None
     folder = Path(found).parent
     places = [folder / place for place in module_places(read_modules(folder))]
-    weights = [place / name for place in places for name in (WEIGHTS_NAME, INDEX_NAME)]
+    weights = [place / name for place in places for name in _WEIGHTS]
     return folder if any(path.exists() for path in weights) else None
 
 

@@ -23,12 +23,12 @@ from shardmix.declarations import TIE_KEY
 from shardmix.errors import SourceError, printable, writing_failed
 from shardmix.filesystem import open_regular
 from shardmix.held_folder import HeldFolder
-from shardmix.hub import INDEX_NAME
 from shardmix.json_files import read_json
 from shardmix.model_types import ENCODER
 from shardmix.plan import MergePlan, ModuleConfig, OutputShard
 from shardmix.recipe import WEIGHT_SUM_TOLERANCE
 from shardmix.sentence_modules import MODULES_NAME, sentence_modules
+from shardmix.weight_names import DIFFUSERS, index_name, stem_of
 
 CARD_NAME = "README.md"
 _COPIED_AT_ONCE_NBYTES = 1 << 20
@@ -69,8 +69,8 @@ def write_index(plan: MergePlan, folder: HeldFolder) -> None:
     for place in dict.fromkeys(shard.place for shard in plan.shards):
         shards = [shard for shard in plan.shards if shard.place == place]
         if len(shards) > 1:
-            name = f"{place}/{INDEX_NAME}" if place else INDEX_NAME
-            _write_index(shards, folder, name)
+            name = index_name(stem_of(Path(shards[0].filename).name))
+            _write_index(shards, folder, f"{place}/{name}" if place else name)
 
 
 def _write_index(shards: Sequence[OutputShard], folder: HeldFolder, name: str) -> None:
@@ -129,6 +129,8 @@ def _needs_sentence_modules(plan: MergePlan) -> bool:
 
 
 def _library_name(plan: MergePlan) -> str | None:
+    if stem_of(plan.shards[0].filename) == DIFFUSERS:
+        return "diffusers"
     if MODULES_NAME in plan.companions or _needs_sentence_modules(plan):
         return "sentence-transformers"
     return "transformers" if CONFIG_NAME in plan.companions else None

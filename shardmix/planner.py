@@ -5,6 +5,7 @@ Pure but for looking up files beside the weights and how much memory is in use a
 """
 
 import importlib.util
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +46,7 @@ from shardmix.recipe import OUT_DTYPES, Recipe
 from shardmix.run_settings import LLVM, LLVM_DTYPES, TORCH, RunSettings
 from shardmix.safetensors_layout import DTYPES, FLOAT_DTYPES, element_nbytes, tensor_nbytes
 from shardmix.shard_layout import plan_shards
+from shardmix.weight_names import DIFFUSERS, MARKS, MODEL
 from shardmix.weight_warnings import weight_warnings
 
 if sys.version_info >= (3, 11):
@@ -133,7 +135,7 @@ def plan_merge(
         *adapter_warnings(part for checkpoint in checkpoints for part in checkpoint.parts),
         *_companion_warnings(companions, left_out, donor),
     ]
-    if _lacks_config(donor, companions.files):
+    if _stem(checkpoints[0], donor) not in MARKS and _lacks_config(donor, companions.files):
         warnings.append(
             f"no {CONFIG_NAME} in {donor.folder.name}: the output holds weights alone and will not "
             "load with from_pretrained; name a model that has one with --base"
@@ -230,7 +232,13 @@ def _planned_parts(
         matched = match_tensors(group, config, donor.folder / place)
         out_dtypes = _output_dtypes(recipe.dtype, group[0], matched)
         shards, shard_notes = plan_shards(
-            recipe, group, matched, out_dtypes, place=place, num_files_before=num_files
+            recipe,
+            group,
+            matched,
+            out_dtypes,
+            place=place,
+            stem=MODEL if place else _stem(group[0], donor),
+            num_files_before=num_files,
         )
         parts.append(
             _PlannedPart(
@@ -248,6 +256,15 @@ def _planned_parts(
         )
         num_files += sum(len(part.shards) for part in group)
     return parts
+
+
+def _stem(first: Checkpoint, donor: Donor) -> str:
+    """Return what the output's weight files are called: what its loader looks for."""
+    if "_class_name" in donor.config or (first.stem == DIFFUSERS and not donor.config):
+        return DIFFUSERS
+    mark = MARKS.get(first.stem)
+    is_there = mark is not None and os.path.lexists(donor.folder / mark)
+    return first.stem if is_there else MODEL
 
 
 def _companion_warnings(

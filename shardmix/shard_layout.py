@@ -23,8 +23,7 @@ from shardmix.safetensors_layout import (
     encode_header,
     tensor_nbytes,
 )
-
-_FILENAME_PATTERN = "model{suffix}.safetensors"
+from shardmix.weight_names import MODEL, shard_pattern
 
 
 def plan_shards(
@@ -34,18 +33,19 @@ def plan_shards(
     out_dtypes: Sequence[str],
     *,
     place: str = "",
+    stem: str = MODEL,
     num_files_before: int = 0,
 ) -> tuple[tuple[OutputShard, ...], list[str]]:
     """Return the output's files, in order, and what is to be told of them.
 
     Each file has its header and its runs. `out_dtypes` are safetensors dtypes, one for each of the
-    matched tensors; `place` is the folder within the output that the files go into;
-    `num_files_before` counts the files of other parts, which come before these in
-    `MergePlan.files`.
+    matched tensors. `place` is the folder within the output that the files go into, and `stem`
+    what they are called. `num_files_before` counts the files of other parts, which come before
+    these in `MergePlan.files`.
     """
     prefix = f"{place}/" if place else ""
     columns = _SourceColumns(recipe, checkpoints, matched, out_dtypes, prefix, num_files_before)
-    groups = _shard_groups(recipe, checkpoints[0], matched, out_dtypes)
+    groups = _shard_groups(recipe, checkpoints[0], matched, out_dtypes, shard_pattern(stem))
     notes = lost_metadata(
         checkpoints[0].source,
         before=(shard.metadata for shard in checkpoints[0].shards),
@@ -56,7 +56,11 @@ def plan_shards(
 
 
 def _shard_groups(
-    recipe: Recipe, first: Checkpoint, matched: MatchedTensors, out_dtypes: Sequence[str]
+    recipe: Recipe,
+    first: Checkpoint,
+    matched: MatchedTensors,
+    out_dtypes: Sequence[str],
+    pattern: str,
 ) -> list[tuple[str, list[int], Mapping[str, str]]]:
     """Return each output file's name, its tensors (indexes into `matched.names`), its metadata."""
     metadata = [shard.metadata for shard in first.shards]
@@ -67,7 +71,7 @@ def _shard_groups(
         split = split_state_dict_into_shards_factory(
             index_of,  # its values stand for the tensors; sizes come from the headers
             get_storage_size=lambda index: tensor_nbytes(out_dtypes[index], matched.shapes[index]),
-            filename_pattern=_FILENAME_PATTERN,
+            filename_pattern=pattern,
             max_shard_size=recipe.max_shard_size,
         )
         is_one = len(metadata) == len(split.filename_to_tensors) == 1
@@ -82,9 +86,7 @@ def _shard_groups(
     filled = np.flatnonzero(np.bincount(files))  # `np.unique` would import all of `numpy.ma`
     return [
         (
-            _FILENAME_PATTERN.format(
-                suffix=f"-{number:05d}-of-{len(filled):05d}" if len(filled) > 1 else ""
-            ),
+            pattern.format(suffix=f"-{number:05d}-of-{len(filled):05d}" if len(filled) > 1 else ""),
             np.flatnonzero(files == file).tolist(),
             merged_metadata(metadata[file]),
         )

@@ -4,6 +4,7 @@ Pure rules on names; opens nothing.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 MODEL = "model"
@@ -19,6 +20,13 @@ OPEN_CLIP_OLD = "open_clip_pytorch_model"
 
 STEMS = (MODEL, DIFFUSERS, MISTRAL, OPEN_CLIP, OPEN_CLIP_OLD)
 """All names that some loader looks for in a model's folder."""
+
+MARKS = {
+    MISTRAL: "params.json",
+    OPEN_CLIP: "open_clip_config.json",
+    OPEN_CLIP_OLD: "open_clip_config.json",
+}
+"""The file beside weights of such a name that makes them a model; elsewhere it is config.json."""
 
 SUFFIX = ".safetensors"
 
@@ -47,6 +55,22 @@ def weights_name(stem: str) -> str:
 def index_name(stem: str) -> str:
     """Return the name of the index of a model's weights in shards."""
     return stem + SUFFIX + ".index.json"
+
+
+def stored_stem(has: Callable[[str], bool], *, is_diffusers: bool = False) -> str | None:
+    """Return the name that a folder's weights have, of those that `has` tells to be there.
+
+    None if it has none of them. A component of diffusers is loaded from diffusers' own name first.
+    """
+    stems = (DIFFUSERS, *STEMS) if is_diffusers else STEMS
+    return next((stem for stem in stems if has(weights_name(stem)) or has(index_name(stem))), None)
+
+
+def stem_of(name: str) -> str:
+    """Return the name, without suffix and number, that a loader looks for; MODEL if none does."""
+    shard = shard_name(name)
+    stem = name.removesuffix(SUFFIX) if shard is None else shard.stem
+    return stem if stem in STEMS else MODEL
 
 
 def shard_pattern(stem: str) -> str:

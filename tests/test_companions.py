@@ -138,8 +138,9 @@ def test_merged_weights_are_no_loss():
 
 
 def test_module_folders_go_along_whole():
-    name = "Router/checkpoint-1/pytorch_model.onnx"
+    name, format_name = "Router/checkpoint-1/optimizer.pt", "Router/pytorch_model.onnx"
     assert reasons(name, modules=["Router"]) == {}
+    assert reasons(format_name, modules=["Router"]) == {format_name: OTHER_FORMAT}
     assert reasons(name) == {"Router/checkpoint-1/": CHECKPOINT}
 
 
