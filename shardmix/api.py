@@ -75,8 +75,8 @@ def merge(
             dtypes, shard layout, config and tokenizer.
         output: the folder to make. It appears, whole, as the last step.
         model_type: decoder, encoder, reranker or encoder-decoder, where that is known; an encoder's
-            output also loads in sentence-transformers, with CLS pooling and normalisation where the
-            first model has no modules of its own.
+            output also loads in sentence-transformers, with CLS pooling and normalisation if no
+            model has modules of its own.
         on_progress: called about ten times a second with a `ProgressEvent`.
         cancel: an event; once set, the merge stops and raises `MergeCancelled`.
         options: see `MergeOptions`.
@@ -167,6 +167,7 @@ def plan_merge(
         normalize=options.get("normalize"),
         allow_weight_sum=options.get("allow_weight_sum"),
         allow_differences=options.get("allow_differences"),
+        pooling=options.get("pooling"),
         model_type=model_type,
     )
     target = None if output is None else resolve_output(output)
@@ -288,7 +289,8 @@ def _donor(base: str | None, first: Checkpoint) -> planner.Donor:
             weights=first.weight_names,
             is_single_file=first.is_single_file,
             left_out=first.left_out,
-            modules=first.modules,
+            # Of a file alone nothing is merged but itself; that is told of where it is not enough.
+            modules=read_modules(first.root) if first.is_single_file else first.modules,
             main_place=first.place,
         )
     located = locate(base, with_weights=False)

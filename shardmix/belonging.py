@@ -6,69 +6,71 @@ Puts the single checks together. Reads small files; no weights.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shardmix.checkpoint import Checkpoint
 from shardmix.config_differences import NamedConfig, config_differences
 from shardmix.differences import Difference, settle
-from shardmix.module_differences import module_differences
+from shardmix.module_differences import ModularModel, module_differences
 from shardmix.naming import input_embedding
 from shardmix.recipe import Recipe
 from shardmix.tokenizer_differences import TokenizerFolder, tokenizer_differences
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
-    """A model of the merge: one that is averaged, or gives the files beside the weights."""
+class Base:
+    """What gives the output, or one of its modules, the files beside the weights."""
 
-    name: str
-    """What its user calls it."""
+    name: str | None
+    """What its user calls it; None: it is the first model."""
     folder: Path
     """Its folder."""
-    config: dict[str, object]
+    config: dict[str, Any]
     """Content of its config.json."""
 
 
 def check_belong_together(
     checkpoints: Sequence[Checkpoint],
+    groups: Sequence[Sequence[Checkpoint]],
     recipe: Recipe,
     *,
-    base_folder: Path,
-    base_config: dict[str, object],
+    bases: Sequence[Base],
+    modular_base: ModularModel | None = None,
     max_memory: int | None = None,
 ) -> tuple[str, ...]:
     """Return what to know of the ways in which models differ that have the same tensors.
 
-    `base_folder` and `base_config` are of the model that gives the output its config and tokenizer;
-    `max_memory` (bytes) bounds what the process may take. Raises `MismatchError` if they differ in
-    what nobody can have meant to average over.
+    `groups` are the parts of the models that are merged with one another, the models themselves
+    first; `bases` give each its config and tokenizer, and `modular_base` the modules if no model
+    does. `max_memory` (bytes) bounds what the process may take. Raises `MismatchError` if they
+    differ in what nobody can have meant to average over.
     """
-    members = [
-        Member(checkpoint.source, checkpoint.folder, checkpoint.config)
-        for checkpoint in checkpoints
-    ]
-    output = 0
-    if recipe.base is not None:
-        members.append(Member(recipe.base, base_folder, base_config))
-        output = len(members) - 1
-    found = _differences(members, output, checkpoints, max_memory)
+    found = list(module_differences(checkpoints, modular_base, recipe.pooling))
+    for number, (group, base) in enumerate(zip(groups, bases, strict=True)):
+        if number == 0 or any("model_type" in part.config for part in group):
+            found += _config_differences(group, base)
+        found += _tokenizer_differences(group, base, max_memory)
     return settle(found, recipe.allow_differences)
 
 
-def _differences(
-    members: Sequence[Member],
-    output: int,
-    checkpoints: Sequence[Checkpoint],
-    max_memory: int | None,
+def _config_differences(group: Sequence[Checkpoint], base: Base) -> list[Difference]:
+    configs = [NamedConfig(part.source, part.config) for part in group]
+    if base.name is None:
+        return config_differences(configs)
+    return config_differences([*configs, NamedConfig(base.name, base.config)], output=len(group))
+
+
+def _tokenizer_differences(
+    group: Sequence[Checkpoint], base: Base, max_memory: int | None
 ) -> list[Difference]:
-    configs = [NamedConfig(member.name, member.config) for member in members]
-    folders = [TokenizerFolder(member.name, member.folder) for member in members]
-    return [
-        *module_differences(checkpoints),
-        *config_differences(configs, output=output),
-        *tokenizer_differences(
-            folders, output=output, num_rows=_num_rows(checkpoints[0]), max_memory=max_memory
-        ),
-    ]
+    folders = [TokenizerFolder(part.source, part.folder) for part in group]
+    output = 0
+    if base.name is not None:
+        folders.append(TokenizerFolder(base.name, base.folder))
+        output = len(group)
+    return tokenizer_differences(
+        folders, output=output, num_rows=_num_rows(group[0]), max_memory=max_memory
+    )
 
 
 def _num_rows(checkpoint: Checkpoint) -> int | None:

@@ -53,6 +53,7 @@ def merge_by_examples(
         "max_memory": options.get("max_memory"),
         "max_vram": options.get("max_vram"),
         "device": options.get("device", "auto"),
+        "pooling": options.get("pooling"),
     }
     for name in shared:
         if name in scoring:

@@ -121,7 +121,6 @@ def mix_models_with_data(
     *,
     example_ata: ExamplesArgument | None = None,
     seed: int = 0,
-    pooling: str = "cls",
     chat_template: bool = False,
     score_dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -147,13 +146,13 @@ def mix_models_with_data(
         output_path: as for `mix_models`.
         example_ata: `example_data` under the name that LM-Cocktail 0.0.4 has for it.
         seed: of the draw of negatives.
-        pooling: how an encoder's text becomes one vector for scoring: cls, mean or lasttoken.
         chat_template: put a decoder's examples into the tokenizer's chat template.
         score_dtype: what models compute in for scoring: auto (their own dtype), float32, bfloat16
             or float16.
         trust_remote_code: run code that a model's folder brings along (LM-Cocktail does).
         quiet: don't print the weights, as LM-Cocktail does.
-        options: see `MergeOptions`; `max_memory`, `max_vram` and `device` hold for scoring, too.
+        options: see `MergeOptions`; `max_memory`, `max_vram`, `device` and `pooling` hold for
+            scoring, too.
 
     Raises:
         ShardmixError: as `merge` and `shardmix.scorer.score`; about examples before any model is
@@ -178,13 +177,13 @@ def mix_models_with_data(
         "max_input_length": max_input_length,
         "neg_number": neg_number,
         "seed": seed,
-        "pooling": pooling,
         "chat_template": chat_template,
         "dtype": score_dtype,
         "trust_remote_code": trust_remote_code,
     }
 
-    loaded = load_examples(given[0], check_options(model_type, scoring))
+    asked: ScoreOptions = {**scoring, "pooling": options.get("pooling")}
+    loaded = load_examples(given[0], check_options(model_type, asked))
 
     def merge(output: Path) -> MergeReport:
         mixing = _mixing(options, output_path)

@@ -16,7 +16,7 @@ from shardmix.filesystem import LFS_REMEDY, is_lfs_pointer, read_regular
 from shardmix.memory import check_room
 
 # As Python objects, JSON may take 26 times its length ("[[],[],..."): what is read whole is small.
-_MAX_JSON_NBYTES = 4_000_000
+MAX_JSON_NBYTES = 4_000_000
 _MAX_JSON_DEPTH = 64
 _MAX_INDEX_NBYTES = 100_000_000  # as for headers: about a million tensors
 _SMALL_INDEX_NBYTES = 1_000_000
@@ -33,7 +33,7 @@ class _Index(msgspec.Struct):
 
 def read_json(path: Path, *, expected: type = dict) -> Any:
     """Read a JSON object (or list) from a small file; raise `SourceError` where it isn't one."""
-    content = _read(path, _MAX_JSON_NBYTES)
+    content = _read(path, MAX_JSON_NBYTES)
     try:
         decoded = json.loads(content.decode(), object_pairs_hook=_without_duplicates)
         if _ESCAPED_SURROGATE.search(content):

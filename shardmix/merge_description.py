@@ -20,6 +20,7 @@ class MergeDescription:
     max_shard_size: int | None
     model_type: str | None
     allow_differences: tuple[str, ...]
+    pooling: str | None
     digest: str
     record_paths: bool
     files: tuple[FileIdentity, ...]
@@ -37,6 +38,7 @@ class MergeDescription:
             max_shard_size=plan.max_shard_size,
             model_type=plan.model_type,
             allow_differences=plan.allow_differences,
+            pooling=plan.modules.pooling,
             digest=plan.digest_algorithm,
             record_paths=plan.record_paths,
             files=plan.file_identities(),

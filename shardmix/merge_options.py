@@ -32,6 +32,9 @@ class MergeOptions(TypedDict, total=False):
     allow_differences: Sequence[str] | str | None
     """Keys in which the models may differ although an average over that makes no sense by itself:
     of their configs ("num_attention_heads"), "tokenizer", "quantization_config", ..."""
+    pooling: str | None
+    """How an encoder pools: cls, mean, max, mean_sqrt_len, weightedmean or lasttoken; default: as
+    its sentence-transformers modules say, or else cls."""
     max_memory: int | str | None
     """Bound on the whole process's peak resident memory ("2GiB"); default: what speed needs."""
     max_vram: int | str | None

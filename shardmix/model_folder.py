@@ -27,7 +27,13 @@ from shardmix.json_files import read_json
 from shardmix.model_types import ENCODER
 from shardmix.plan import MergePlan, ModuleConfig, OutputShard
 from shardmix.recipe import WEIGHT_SUM_TOLERANCE
-from shardmix.sentence_modules import MODULES_NAME, sentence_modules
+from shardmix.sentence_modules import (
+    CLS,
+    MODULES_NAME,
+    moved_to_root,
+    pooling_config,
+    sentence_modules,
+)
 from shardmix.weight_names import DIFFUSERS, index_name, stem_of
 
 CARD_NAME = "README.md"
@@ -36,14 +42,30 @@ _COPIED_AT_ONCE_NBYTES = 1 << 20
 
 def write_companions(plan: MergePlan, folder: HeldFolder) -> None:
     """Copy the donor's companion files, with a config that is true of the output."""
-    base = Path(plan.base_folder)
     for name in plan.companions:
-        _copy(base / name, folder, name)
+        _copy(Path(plan.base_folder) / name, folder, name)
     main = ModuleConfig(plan.main_place, plan.config_dtypes, plan.untied)
     for part in (main, *plan.module_configs):
         _adapt_config(plan, folder, part)
+    _write_modules(plan, folder)
+
+
+def _write_modules(plan: MergePlan, folder: HeldFolder) -> None:
+    """Write sentence-transformers modules, as far as they are not the base's as they are."""
+    modules = plan.modules
+    giver = Path(plan.modules_folder or plan.base_folder)
+    main = f"{modules.main_place}/" if modules.main_place else ""
+    for name in modules.files:
+        _copy(giver / name, folder, name.removeprefix(main))
+    if main and modules.files:
+        content = read_json(giver / MODULES_NAME, expected=list)
+        _write_json(folder, MODULES_NAME, moved_to_root(content, modules.main_place))
+    pooling = modules.pooling or CLS
+    for name in modules.pooling_configs:
+        _write_json(folder, name, pooling_config(read_json(giver / name), pooling))
     if CONFIG_NAME in plan.companions and _needs_sentence_modules(plan):
-        for name, content in sentence_modules(read_json(base / CONFIG_NAME)).items():
+        config = read_json(Path(plan.base_folder) / CONFIG_NAME)
+        for name, content in sentence_modules(config, pooling).items():
             _write_json(folder, name, content)
 
 
@@ -125,13 +147,17 @@ def _model_ids(plan: MergePlan) -> list[str]:
 
 
 def _needs_sentence_modules(plan: MergePlan) -> bool:
-    return plan.model_type == ENCODER and MODULES_NAME not in plan.companions
+    return plan.model_type == ENCODER and not _has_modules(plan)
+
+
+def _has_modules(plan: MergePlan) -> bool:
+    return MODULES_NAME in plan.companions or MODULES_NAME in plan.modules.files
 
 
 def _library_name(plan: MergePlan) -> str | None:
     if stem_of(plan.shards[0].filename) == DIFFUSERS:
         return "diffusers"
-    if MODULES_NAME in plan.companions or _needs_sentence_modules(plan):
+    if _has_modules(plan) or _needs_sentence_modules(plan):
         return "sentence-transformers"
     return "transformers" if CONFIG_NAME in plan.companions else None
 
@@ -154,6 +180,8 @@ def _card_text(plan: MergePlan) -> str:
         content["max_shard_size"] = plan.max_shard_size
     if abs(math.fsum(plan.weights) - 1) > WEIGHT_SUM_TOLERANCE:
         content["allow_weight_sum"] = True
+    if plan.modules.pooling is not None:
+        content["pooling"] = plan.modules.pooling
     if plan.allow_differences:
         content["allow_differences"] = list(plan.allow_differences)
     recipe = yaml.safe_dump(

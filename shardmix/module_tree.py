@@ -14,10 +14,19 @@ from typing import Any
 from shardmix.errors import SourceError, shown
 from shardmix.filesystem import refuse_link_outside
 from shardmix.json_files import file_name_finding, read_json
-from shardmix.sentence_modules import MODULES_NAME
+from shardmix.sentence_modules import MODULES_NAME, TRANSFORMER_CONFIG_NAMES
 
 ROUTER_CONFIGS = ("router_config.json", "config.json")
 """Where a Router says what its routes are, by version of sentence-transformers."""
+_CONFIG_NAMES = {
+    "Transformer": TRANSFORMER_CONFIG_NAMES,
+    "CLIPModel": (),
+    "StaticEmbedding": (),
+    "Router": ROUTER_CONFIGS,
+    "LSTM": ("lstm_config.json",),
+    "CNN": ("cnn_config.json",),
+    "WordEmbeddings": ("wordembedding_config.json",),
+}
 _MOST_MODULES = 1_000
 _MOST_NESTED = 8  # routes within routes; no model has any
 # Names that one class had in other versions of sentence-transformers.
@@ -34,6 +43,8 @@ class Module:
     """Its class, without the package: Transformer, Pooling, Dense, ..."""
     key: str
     """What it corresponds to in another model by: route, kind, and number among those of it."""
+    class_name: str = ""
+    """Its class as modules.json names it, with the package."""
 
 
 def read_modules(folder: Path) -> tuple[Module, ...]:
@@ -57,6 +68,11 @@ def read_modules(folder: Path) -> tuple[Module, ...]:
     walk = _Walk(folder)
     walk.add(listed, route="")
     return tuple(walk.modules.values())
+
+
+def config_names(module: Module) -> tuple[str, ...]:
+    """Return the names that the config of a module may have in its folder, the likeliest first."""
+    return _CONFIG_NAMES.get(module.kind, ("config.json",))
 
 
 def module_places(modules: Iterable[Module]) -> tuple[str, ...]:
@@ -89,7 +105,7 @@ class _Walk:
                 continue
             self._counts[route + kind] += 1
             key = f"{route}{kind} {self._counts[route + kind]}"
-            self.modules[place, kind] = Module(place, kind, key)
+            self.modules[place, kind] = Module(place, kind, key, str(class_name or ""))
             if kind == "Router":
                 path, structure, types = _routes(self._folder, place)
                 for own, members in structure.items():

@@ -154,6 +154,20 @@ class OutputShard:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputModules:
+    """What makes the output's sentence-transformers modules, besides the base's files."""
+
+    files: tuple[str, ...] = ()
+    """Files of the model that gives modules which the base lacks, relative to its folder."""
+    main_place: str = ""
+    """Where in that folder its encoder is; the output's is in the output itself."""
+    pooling: str | None = None
+    """How the output is to pool, if that was said: one of `sentence_modules.POOLINGS`."""
+    pooling_configs: tuple[str, ...] = ()
+    """Configs of modules that pool otherwise by themselves, relative to the output."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModuleConfig:
     """What the config of a module must say that has weights of its own."""
 
@@ -213,6 +227,10 @@ class MergePlan:
     """Where in the output that config is: "", or the folder of the module that it belongs to."""
     module_configs: tuple["ModuleConfig", ...]
     """The same of further modules with weights."""
+    modules_folder: str
+    """Absolute path of the model that gives modules which the base lacks; empty: there is none."""
+    modules: OutputModules
+    """What is written of sentence-transformers modules besides companions."""
     files: tuple[SourceFile, ...]
     """All weight files that will be read."""
     shards: tuple[OutputShard, ...]
@@ -284,7 +302,7 @@ class MergePlan:
 
     def _decisive_parts(self) -> Iterator[object]:
         """Yield all that decides the output's bytes, in an order that is always the same."""
-        places = {"sources", "output", "base_folder"}
+        places = {"sources", "output", "base_folder", "modules_folder"}
         irrelevant = places | {"settings", "memory", "cache_use", "warnings", "left_out"}
         in_parts = {"files", "shards"}
         for field in fields(self):

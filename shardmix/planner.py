@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
-from shardmix.belonging import check_belong_together
+from shardmix.belonging import Base, check_belong_together
 from shardmix.checkpoint import CONFIG_NAME, Checkpoint, read_config
 from shardmix.companions import (
     Companions,
@@ -37,7 +37,9 @@ from shardmix.memory import (
     reserved_nbytes,
     vram_use,
 )
+from shardmix.module_differences import ModularModel
 from shardmix.module_tree import Module, module_places
+from shardmix.output_modules import PlannedModules, plan_modules
 from shardmix.page_cache import plan_cache_use
 from shardmix.parts import match_parts
 from shardmix.plan import LINEAR, MergePlan, ModuleConfig, OutputShard, SourceFile
@@ -112,24 +114,30 @@ def plan_merge(
     Raises `MismatchError` where the models do not fit, `BudgetError` where the memory budget
     cannot hold one smallest strip.
     """
-    groups = match_parts(checkpoints).groups
-    parts = _planned_parts(recipe, groups, donor)
+    matched = match_parts(checkpoints)
+    modules = plan_modules(recipe, checkpoints, matched, donor.folder, donor.modules)
+    groups = _placed(matched.groups, modules)
+    parts = _planned_parts(recipe, groups, donor, modules)
     main = parts[0]
     shards = tuple(shard for part in parts for shard in part.shards)
     settings = _decided(settings, shards)
     write_nbytes = sum(shard.file_nbytes for shard in shards)
     companions = find_companions(
-        donor.folder, weights=donor.weights, is_single_file=donor.is_single_file
+        donor.folder,
+        weights=_merged_files(donor, parts),
+        is_single_file=donor.is_single_file,
     )
     left_out = tuple(dict.fromkeys((*companions.left_out, *donor.left_out)))
     warnings = [
         *weight_warnings(recipe, (name for part in parts for name in part.float_names)),
         *(note for part in parts for note in part.notes),
+        *modules.notes,
         *check_belong_together(
             checkpoints,
+            groups,
             recipe,
-            base_folder=donor.folder,
-            base_config=donor.config,
+            bases=[part.base for part in parts],
+            modular_base=_modular_base(recipe, donor, checkpoints[0]),
             max_memory=settings.max_memory_nbytes,
         ),
         *adapter_warnings(part for checkpoint in checkpoints for part in checkpoint.parts),
@@ -164,6 +172,8 @@ def plan_merge(
         module_configs=tuple(
             ModuleConfig(part.place, part.config_dtypes, part.untied) for part in parts[1:]
         ),
+        modules_folder="" if modules.folder is None else str(modules.folder.absolute()),
+        modules=modules.output,
         files=tuple(
             SourceFile(
                 str(shard.path.absolute()),
@@ -178,7 +188,7 @@ def plan_merge(
             for shard in part.shards
         ),
         shards=shards,
-        disk_needed_nbytes=write_nbytes + companions.nbytes,
+        disk_needed_nbytes=write_nbytes + companions.nbytes + modules.nbytes,
         settings=settings,
         memory=plan_memory(settings, num_tensors=sum(len(shard.tensor_names) for shard in shards)),
         cache_use=plan_cache_use(
@@ -204,6 +214,8 @@ class _PlannedPart:
 
     place: str
     """Its folder within the output; empty: the output itself."""
+    base: Base
+    """What gives its config and tokenizer."""
     float_names: tuple[str, ...]
     """Its tensors of floats, by the names that they are told by."""
     untied: tuple[str, ...]
@@ -216,20 +228,43 @@ class _PlannedPart:
     """Its files."""
 
 
+def _modular_base(recipe: Recipe, donor: Donor, first: Checkpoint) -> ModularModel | None:
+    """Return what gives the output its modules, unless it is a model of the merge as a whole."""
+    if recipe.base is None and not first.is_single_file:
+        return None
+    return ModularModel(recipe.base or donor.name, donor.folder, donor.modules)
+
+
+def _placed(
+    groups: Sequence[tuple[Checkpoint, ...]], modules: PlannedModules
+) -> list[tuple[Checkpoint, ...]]:
+    """Return the parts for which the output has a module; others are told of as a difference."""
+    main, *others = groups
+    return [main, *(group for group in others if group[0].key in modules.places)]
+
+
+def _merged_files(donor: Donor, parts: Sequence[_PlannedPart]) -> list[str]:
+    """Return those weight files of the base that the output has merged ones in the place of."""
+    unmerged = set(module_places(donor.modules)) - {part.place for part in parts}
+    return [name for name in donor.weights if name.rpartition("/")[0] not in unmerged]
+
+
 def _planned_parts(
-    recipe: Recipe, groups: Sequence[Sequence[Checkpoint]], donor: Donor
+    recipe: Recipe,
+    groups: Sequence[Sequence[Checkpoint]],
+    donor: Donor,
+    modules: PlannedModules,
 ) -> list[_PlannedPart]:
     """Plan each part by itself: names, ties, dtypes and shards are no business of another's."""
-    places = {module.key: module.place for module in donor.modules}
     parts: list[_PlannedPart] = []
     num_files = 0
     for group in groups:
-        place, config = donor.main_place, donor.config
+        folder, place, config = donor.folder, donor.main_place, donor.config
         if parts:
-            place = places[group[0].key]
-            config = read_config(donor.folder / place)
+            folder, place = modules.folder or donor.folder, modules.places[group[0].key]
+            config = read_config(folder / place)
         group, split_notes = split_alike(group)
-        matched = match_tensors(group, config, donor.folder / place)
+        matched = match_tensors(group, config, folder / place)
         out_dtypes = _output_dtypes(recipe.dtype, group[0], matched)
         shards, shard_notes = plan_shards(
             recipe,
@@ -243,6 +278,7 @@ def _planned_parts(
         parts.append(
             _PlannedPart(
                 place=place,
+                base=Base(recipe.base, folder / place, config),
                 float_names=tuple(
                     f"{place}/{name}" if place else name
                     for name, dtype in zip(matched.names, out_dtypes, strict=True)

@@ -115,6 +115,8 @@ class Provenance(msgspec.Struct, frozen=True, omit_defaults=True):
     """What the models were said to be."""
     allow_differences: tuple[str, ...] = ()
     """Keys in which the models were allowed to differ."""
+    pooling: str | None = None
+    """How the output was asked to pool."""
     nonfinite: dict[str, NonfiniteRecord] = {}
     """NaN and Inf in the output, by tensor."""
 
@@ -144,6 +146,7 @@ def write_provenance(
             max_shard_size=plan.max_shard_size,
             model_type=plan.model_type,
             allow_differences=plan.allow_differences,
+            pooling=plan.modules.pooling,
         )
         text = msgspec.json.format(msgspec.json.encode(provenance), indent=2)
         with folder.create(PROVENANCE_NAME) as file:

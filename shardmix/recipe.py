@@ -18,6 +18,7 @@ from shardmix.errors import RecipeError, is_unicode, one_line, shown
 from shardmix.filesystem import read_regular
 from shardmix.mergekit_recipes import mergekit_finding
 from shardmix.model_types import check_model_type
+from shardmix.sentence_modules import check_pooling
 from shardmix.units import parse_size
 
 WEIGHT_SUM_TOLERANCE = 1e-3
@@ -62,6 +63,9 @@ class Recipe:
     model_type: str | None = None
     """decoder, encoder, reranker or encoder-decoder. The output of encoders also loads in
     sentence-transformers: with its own modules, or else with CLS pooling and normalisation."""
+    pooling: str | None = None
+    """How an encoder's output pools the states of a text's tokens, one of
+    `sentence_modules.POOLINGS`; None: as its modules say, or else by the first (cls)."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -161,7 +165,7 @@ def recipe_from_dict(content: object, *, origin: str = "recipe") -> Recipe:
         options["allow_differences"] = difference_keys(options["allow_differences"], where=origin)
     if "max_shard_size" in options:
         options["max_shard_size"] = parse_size(options["max_shard_size"])
-    for key in ("dtype", "base", "model_type"):
+    for key in ("dtype", "base", "model_type", "pooling"):
         if key in options:
             options[key] = _text(options[key], key=key, where=origin)
     return Recipe(models=tuple(_weighted_source(pair) for pair in pairs), **options)
@@ -229,6 +233,8 @@ def checked(recipe: Recipe) -> Recipe:
         )
     if recipe.model_type is not None:
         check_model_type(recipe.model_type)
+    if recipe.pooling is not None:
+        check_pooling(recipe.pooling)
     total = math.fsum(weights)
     if all(map(vanishes_in_float32, weights)) and not (recipe.normalize and total):
         raise RecipeError(

@@ -71,6 +71,7 @@ def recompute(
         allow_weight_sum=True,
         model_type=provenance.model_type,
         allow_differences=provenance.allow_differences,
+        pooling=provenance.pooling,
     )
     options: MergeOptions = {"max_memory": max_memory}
     plan = api.plan_merge(recipe, **options)

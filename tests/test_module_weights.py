@@ -160,7 +160,9 @@ def test_shapes_of_a_module_must_match(tmp_path):
 def test_weights_of_one_model_alone_are_refused(tmp_path, order):
     """A bare encoder has no projection to average with."""
     sources = [two_models("dense", tmp_path)[0], Path(encoder(tmp_path / "bare", 3))]
-    with pytest.raises(MismatchError, match=r"2_Dense.*holds weights in .*/a.*/bare has no such"):
+    with pytest.raises(
+        MismatchError, match=r"2_Dense.*holds safetensors weights in .*/a, .*/bare has no such"
+    ):
         shardmix.plan_merge(halves(sources[number] for number in order))
 
 

@@ -160,6 +160,7 @@ def merge(
 @opt.data
 @opt.model_type
 @opt.scoring
+@opt.pooling
 @opt.score_dtype
 @opt.device
 @opt.max_memory
@@ -172,6 +173,7 @@ def score(
     data: Path,
     model_type: str,
     score_dtype: str,
+    pooling: str | None,
     device: str,
     max_memory: str | None,
     max_vram: str | None,
@@ -190,6 +192,7 @@ def score(
             "device": device,
             "max_memory": max_memory,
             "max_vram": max_vram,
+            "pooling": pooling,
         }
         from shardmix.cli import render
         from shardmix.cli.progress import score_display

@@ -27,7 +27,8 @@ def score_options(arguments: dict[str, Any], *, dtype: str) -> "ScoreOptions":
     """Return those scoring options that were given; the library knows the defaults."""
     from shardmix.scorer.options import ScoreOptions
 
-    names = set(ScoreOptions.__annotations__) - {"dtype", "device", "max_memory", "max_vram"}
+    shared = {"dtype", "device", "max_memory", "max_vram", "pooling"}
+    names = set(ScoreOptions.__annotations__) - shared
     given = {
         name: value
         for name in sorted(names)

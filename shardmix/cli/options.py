@@ -201,8 +201,9 @@ neg_number = click.option(
 seed = click.option("--seed", metavar="N", type=int, help="Of the draw of negatives. Default: 0.")
 pooling = click.option(
     "--pooling",
-    metavar="cls|mean|lasttoken",
-    help="How an encoder's text becomes one vector for scoring. Default: cls.",
+    metavar="cls|mean|max|...",
+    help="How the states of a text's tokens become an encoder's vector (also mean_sqrt_len, "
+    "weightedmean, lasttoken). Default: as its sentence-transformers modules say, else cls.",
 )
 chat_template = click.option(
     "--chat-template",
@@ -240,6 +241,7 @@ merging = together(
     normalize,
     allow_weight_sum,
     allow_differences,
+    pooling,
     base,
 )
 # What losses depend on, and the weights that come of them.
@@ -249,7 +251,6 @@ scoring = together(
     max_input_length,
     neg_number,
     seed,
-    pooling,
     chat_template,
     trust_remote_code,
 )

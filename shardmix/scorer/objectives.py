@@ -21,6 +21,7 @@ from shardmix.model_types import AUTO_CLASSES, DECODER, ENCODER, ENCODER_DECODER
 from shardmix.scorer.batches import BatchShape, padded, padded_inputs
 from shardmix.scorer.encoding import EncodedExamples, TokenSequence
 from shardmix.scorer.options import ScoreSettings
+from shardmix.sentence_modules import CLS
 
 CONTRASTIVE_TEMPERATURE = 0.05
 """What cosines are divided by before the softmax over passages."""
@@ -175,7 +176,7 @@ class EncoderObjective(Objective):
         """Return one normalised float32 vector for each sequence."""
         inputs = padded_inputs(self._sequences(shape), self._filler, device)
         states = model(**inputs).last_hidden_state.float()
-        vectors = _pooled(states, inputs["attention_mask"], self._settings.pooling)
+        vectors = _pooled(states, inputs["attention_mask"], self._settings.pooling or CLS)
         return list(functional.normalize(vectors, dim=-1).cpu())
 
     def losses(self, results: Sequence[torch.Tensor]) -> Losses:

@@ -7,9 +7,9 @@ from typing import TypedDict
 from shardmix.errors import RecipeError
 from shardmix.model_types import DECODER, check_model_type
 from shardmix.scorer.weights import check_temperature
+from shardmix.sentence_modules import check_pooling
 from shardmix.units import parse_size
 
-POOLINGS = ("cls", "mean", "lasttoken")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MOST = 1 << 31
 
@@ -35,8 +35,9 @@ class ScoreOptions(TypedDict, total=False):
     """Bound on the whole process's peak resident memory ("2GiB"); default: what speed needs."""
     max_vram: int | str | None
     """Bound on GPU memory."""
-    pooling: str
-    """How an encoder's text becomes one vector: cls (default), mean or lasttoken."""
+    pooling: str | None
+    """How an encoder's text becomes one vector: cls, mean, max, mean_sqrt_len, weightedmean or
+    lasttoken; default: as the model's sentence-transformers modules say, or else cls."""
     chat_template: bool
     """Put a decoder's examples into the tokenizer's chat template."""
     trust_remote_code: bool
@@ -58,7 +59,7 @@ class ScoreSettings:
     dtype: str = "auto"
     max_memory_nbytes: int | None = None
     max_vram_nbytes: int | None = None
-    pooling: str = "cls"
+    pooling: str | None = None
     chat_template: bool = False
     trust_remote_code: bool = False
 
@@ -77,7 +78,8 @@ def check_options(model_type: str, options: ScoreOptions) -> ScoreSettings:
         max_vram_nbytes=None if max_vram is None else parse_size(max_vram),  # type: ignore[arg-type]
         **given,  # type: ignore[arg-type]
     )
-    _one_of("pooling", settings.pooling, POOLINGS)
+    if settings.pooling is not None:
+        check_pooling(settings.pooling)
     _one_of("dtype", settings.dtype, DTYPES)
     settings = replace(
         settings,
