@@ -48,6 +48,7 @@ from shardmix.recipe import ModelsArgument, build_recipe
 from shardmix.recording import check_profile_place, recording
 from shardmix.report import MergeReport, PlanReport, describe_merge, describe_plan
 from shardmix.sentence_modules import MODULES_NAME
+from shardmix.source_files import has_changed
 from shardmix.staging import Staging, open_staging, settle, staged_nbytes
 from shardmix.units import format_size, parse_size
 
@@ -106,7 +107,7 @@ def merge(
                 check_disk(staging.output, plan.disk_needed_nbytes, staged_nbytes=staging.nbytes)
                 with recording(plan.settings.profile) as recorded:
                     # What an earlier run has done is not read again.
-                    is_begun = journal.num_leaves_done > 0
+                    planned, is_begun = plan, journal.num_leaves_done > 0
                     with nullcontext() if is_begun else reading_ahead(plan):
                         plan, backend, notes = ready(
                             plan,
@@ -115,6 +116,7 @@ def merge(
                                 models, output, model_type=model_type, **chosen
                             ),
                         )
+                    _check_planned_alike(planned, plan)
                     recorded.begin_merge(plan, backend)
                     result = engine.execute(
                         plan,
@@ -241,6 +243,13 @@ def _extent(checkpoint: Checkpoint) -> list[Path]:
     """Return what of the disk is the checkpoint's: its folder, and files that may be links."""
     files = [shard.path for part in checkpoint.parts for shard in part.shards]
     return files if checkpoint.is_single_file else [checkpoint.root, *files]
+
+
+def _check_planned_alike(then: MergePlan, now: MergePlan) -> None:
+    """Raise `SourceError` if a source has changed between two plans; a journal knows the first."""
+    for before, after in zip(then.files, now.files, strict=False):
+        if before != after:
+            raise has_changed(after.path)
 
 
 def _kept(staging: Staging, journal: Journal, plan: MergePlan, error: BaseException) -> str:

@@ -26,6 +26,7 @@ from shardmix.json_files import read_index, read_json
 from shardmix.memory import check_room
 from shardmix.module_tree import Module, module_places, read_modules
 from shardmix.safetensors_layout import DTYPES, TensorInfo
+from shardmix.source_files import FileStamp
 from shardmix.weight_names import (
     DIFFUSERS,
     MODEL,
@@ -56,9 +57,11 @@ class ShardFile:
     mtime_ns: int
     """When it was last modified, in nanoseconds since 1970."""
     header_sha256: str = ""
-    """SHA-256 (hex) of its header; with size and time, what it is known by."""
+    """SHA-256 (hex) of its header; with size, time and stamp, what it is known by."""
     metadata: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
     """What its header says of it beside the tensors."""
+    stamp: FileStamp | None = None
+    """What its file system told of it besides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,7 +389,7 @@ def _regular_file(source: str, path: Path) -> ShardFile:
         raise SourceError(f"{source}: {path.name} cannot be read ({error.strerror})") from None
     if not stat.S_ISREG(status.st_mode):
         raise SourceError(f"{source}: {path.name} is not a regular file")
-    return ShardFile(path, status.st_size, status.st_mtime_ns)
+    return ShardFile(path, status.st_size, status.st_mtime_ns, stamp=FileStamp.of(status))
 
 
 def _read_table(

@@ -13,6 +13,7 @@ from shardmix.blocks import TensorPlaces
 from shardmix.digests import READ_NBYTES, read_range
 from shardmix.filesystem import open_regular
 from shardmix.findings import LeafFindings
+from shardmix.held_folder import HeldFolder
 from shardmix.page_cache import PassedRanges
 from shardmix.placement import buffer_for_reading
 from shardmix.plan import MergePlan
@@ -39,11 +40,12 @@ class ComparedShard:
     """One existing file that stands where a merge would write one (a `work.ShardTarget`)."""
 
     def __init__(
-        self, plan: MergePlan, number: int, folder: Path, differences: Differences
+        self, plan: MergePlan, number: int, folder: Path | HeldFolder, differences: Differences
     ) -> None:
         self._planned = planned = plan.shards[number]
         self._places = TensorPlaces(planned)
-        self._path = folder / planned.filename
+        where = folder.path if isinstance(folder, HeldFolder) else folder
+        self._path = where / planned.filename
         # Here it is read, as sources are.
         is_kept = plan.cache_use.keeps_sources
         self._passed = None if is_kept else PassedRanges([self._path])
@@ -51,7 +53,11 @@ class ComparedShard:
         self._local = threading.local()
         self._file: BinaryIO | None = None
         try:
-            self._file = open_regular(self._path)
+            self._file = (
+                folder.open_regular(planned.filename)
+                if isinstance(folder, HeldFolder)
+                else open_regular(self._path)
+            )
             nbytes = os.fstat(self._file.fileno()).st_size
         except OSError as error:
             self._cannot_read(error)

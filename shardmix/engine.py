@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from shardmix.comparison import ComparedShard, Differences
 from shardmix.errors import MergeCancelled
 from shardmix.findings import LeafFindings
+from shardmix.held_folder import HeldFolder
 from shardmix.journal import Journal
 from shardmix.memory import peak_resident_nbytes, resident_nbytes
 from shardmix.model_folder import write_companions, write_index, write_model_card
@@ -18,7 +20,7 @@ from shardmix.output_shard import GrowingShard
 from shardmix.plan import MergePlan
 from shardmix.provenance import write_provenance
 from shardmix.reducer import Backend
-from shardmix.source_files import check_unchanged
+from shardmix.source_files import check_unchanged, has_changed, stamps, touched
 from shardmix.stage_clock import NO_CLOCK, Clock
 from shardmix.staging import Staging
 from shardmix.threads import running
@@ -124,7 +126,7 @@ def execute(
     run_blocks(plan, backend, work, teller, cancel, meanwhile=write_the_rest, clock=clock)
     findings = work.findings
     write_provenance(plan, folder, work.file_digests, findings, plan_digest=journal.plan_digest)
-    check_unchanged(plan.files)
+    _check_sources(plan, backend, folder, teller, cancel)
     staging.place(overwrite=settings.overwrite, fsync=settings.fsync)
     seconds = time.perf_counter() - started
     if teller is not None:
@@ -136,6 +138,32 @@ def execute(
         num_bytes_kept=work.num_bytes_kept,
         findings=findings,
     )
+
+
+def _check_sources(
+    plan: MergePlan,
+    backend: Backend,
+    folder: HeldFolder,
+    on_progress: OnProgress | None,
+    cancel: threading.Event | None,
+) -> None:
+    """Raise `SourceChangedError` if a source is not what it was, or has not given what is written.
+
+    If nothing but the time of status change tells of it, somebody may have written to it, or just
+    touched it. So all is merged again and held against the output.
+    """
+    check_unchanged(plan.files)
+    then, now = [file.stamp for file in plan.files], stamps(plan.files)
+    path = touched(plan.files, then, now)
+    if path is None:
+        return
+    differences = Differences()
+    work = Work(plan, lambda number: ComparedShard(plan, number, folder, differences))
+    run_blocks(plan, backend, work, on_progress, cancel)
+    check_unchanged(plan.files)
+    is_same = not (differences.num_bytes or differences.unreadable)
+    if not is_same or touched(plan.files, now, stamps(plan.files)) is not None:
+        raise has_changed(path)
 
 
 def run_blocks(

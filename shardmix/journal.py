@@ -23,7 +23,7 @@ from shardmix.merge_description import MergeDescription, asked_otherwise, change
 from shardmix.plan import MergePlan
 
 JOURNAL_NAME = "journal"
-_FORMAT = 1
+_FORMAT = 2
 _LONGEST_LINE_NBYTES = 64_000_000  # the first one names every file, others what was found in a leaf
 
 
@@ -227,13 +227,13 @@ def _check_format(path: Path, then: _Format) -> None:
 
 
 def _check_same(path: Path, then: _Head, now: _Head) -> None:
-    if (then.plan_digest, then.merge) == (now.plan_digest, now.merge):
-        return
     differences = asked_otherwise(then.merge, now.merge)
     remedy = "give the same again to go on from there, or throw it away with --restart"
     if not differences:
         differences = changed_files(then.merge, now.merge)
         remedy = "throw it away with --restart"
+        if not differences and then.plan_digest == now.plan_digest:
+            return
     found = "; ".join(differences[:3]) or f"shardmix {then.version} planned it otherwise"
     if len(differences) > 3:
         found += f"; and {len(differences) - 3} more differences"

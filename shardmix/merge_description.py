@@ -1,5 +1,6 @@
 """What makes a merge this one and no other, and in what two of them differ. Knows no journal."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from shardmix.plan import FileIdentity, MergePlan
@@ -58,24 +59,43 @@ def asked_otherwise(then: MergeDescription, now: MergeDescription) -> list[str]:
 
 def changed_files(then: MergeDescription, now: MergeDescription) -> list[str]:
     """Say which sources are not what they were."""
-    was = {(file.model, file.file): file for file in then.files}
-    found = []
-    for file in now.files:
-        earlier = was.pop((file.model, file.file), None)
-        if earlier is None:
-            found.append(f"{file.file} was not among its files")
-        elif earlier.commit != file.commit:
+    before, after = [_key(file) for file in then.files], [_key(file) for file in now.files]
+    found = [f"{name} was not among its files" for _, name in _without(after, before)]
+    found += [f"{name} is no longer among its files" for _, name in _without(before, after)]
+    if before == after:
+        # By number, since one model may be there twice.
+        pairs = list(zip(then.files, now.files, strict=True))
+    else:
+        was = dict(zip(before, then.files, strict=True))
+        pairs = [(was[_key(file)], file) for file in now.files if _key(file) in was]
+    for earlier, file in pairs:
+        if earlier.commit != file.commit:
             found.append(f"{file.file}: commit {earlier.commit} then, {file.commit} now")
         elif (earlier.size, earlier.header) != (file.size, file.header):
             what = "size" if earlier.size != file.size else "header"
             found.append(f"{file.file} has changed since ({what})")
-        elif earlier != file:
+        elif earlier.modified != file.modified:
             found.append(f"{file.file} has changed since (time of modification)")
-    found += [f"{file} is no longer among its files" for _, file in was]
+        elif earlier.stamp and file.stamp and file.stamp.may_be_written_since(earlier.stamp):
+            found.append(
+                f"{file.file} has changed since (its status did: it was written to or replaced and "
+                "its time of modification set back, or only its rights or links are others)"
+            )
     is_told = now.base_commit in {file.commit for file in now.files}
     if then.base_commit != now.base_commit and not is_told:
         found.append(f"{now.base}: commit {then.base_commit} then, {now.base_commit} now")
     return found
+
+
+def _key(file: FileIdentity) -> tuple[str, str]:
+    return file.model, file.file
+
+
+def _without(
+    keys: Iterable[tuple[str, str]], others: Iterable[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    left_out = set(others)
+    return [key for key in keys if key not in left_out]
 
 
 def _shown(value: object) -> str:

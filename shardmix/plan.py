@@ -16,6 +16,7 @@ from shardmix.memory import MemoryPlan
 from shardmix.page_cache import CacheUse
 from shardmix.run_settings import RunSettings
 from shardmix.safetensors_layout import HEADER_LENGTH_NBYTES
+from shardmix.source_files import FileStamp
 
 LINEAR = "linear"
 """Reduction: the weighted sum of floats."""
@@ -45,6 +46,8 @@ class SourceFile:
     """Whose it is: an index into `MergePlan.sources`."""
     name: str = ""
     """Its path within the model's folder, with `/`."""
+    stamp: FileStamp | None = None
+    """What its file system told of it besides; None: not looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,8 @@ class FileIdentity:
     """In nanoseconds since 1970; None from the Hub."""
     header: str
     """SHA-256 (hex) of its header."""
+    stamp: FileStamp | None
+    """What its file system tells besides; None from the Hub."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +337,7 @@ class MergePlan:
                 size=file.nbytes,
                 modified=None if self.commits[file.model] else file.mtime_ns,
                 header=file.header_sha256,
+                stamp=None if self.commits[file.model] else file.stamp,
             )
             for file in self.files
         )

@@ -182,6 +182,7 @@ def plan_merge(
                 shard.header_sha256,
                 model,
                 shard.path.relative_to(part.root).as_posix(),
+                shard.stamp,
             )
             for group in groups
             for model, part in enumerate(group)

@@ -214,11 +214,11 @@ def _is_there(folder: Path, pattern: str) -> bool:
         return False
 
 
-def _end(merge: Merge, tally: Tally, story: object) -> None:
+def _end(merge: Merge, tally: Tally, story: object, *words: str) -> None:
     """Let a merge end in peace, and see that it is right."""
     tally.add("resumed to the end", merge.num_claims > 0)
     tally.add("claims found by the last run", merge.num_claims)
-    if tally.judge(merge.trouble_after_end(), story):
+    if tally.judge(merge.trouble_after_end(*words), story):
         merge.remove()
 
 
@@ -568,7 +568,8 @@ def _source(harness, kind, is_during, io, is_sharded, name) -> None:
     elif merge.found != NONE:
         trouble = trouble or f"there is {merge.found}"
     if tally.judge(trouble, story):
-        _end(merge, tally, story)
+        # Its content is put back, but the file system knows that it was another.
+        _end(merge, tally, story, "--restart")
 
 
 CAMPAIGNS = {
