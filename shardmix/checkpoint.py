@@ -355,7 +355,8 @@ def _refuse_partial_file(source: str, path: Path) -> None:
     if shard is not None:
         raise SourceError(
             f"{source}: is number {shard.number} of {shard.count} files that are a model together; "
-            f"give their folder, {path.parent}, with the index in it"
+            f"give their folder, {path.parent}, with the index in it (or rename the file, if it is "
+            "a whole model)"
         )
     for index_path in (path.parent / index_name(stem) for stem in STEMS):
         if index_path.is_file():

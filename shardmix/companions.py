@@ -6,13 +6,13 @@ Lists them, and what is left out; copies nothing and reads no weights.
 import os
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from shardmix import file_kinds
 from shardmix.adapters import inner_adapter_tensor
 from shardmix.checkpoint import CONFIG_NAME, Checkpoint
-from shardmix.errors import SourceError
+from shardmix.errors import SourceError, printable
 from shardmix.file_kinds import LeftOut
 from shardmix.filesystem import LFS_REMEDY, is_lfs_pointer, open_regular, refuse_link_outside
 from shardmix.module_tree import module_places, read_modules
@@ -83,6 +83,10 @@ def find_companions(
         kept = [name for name in kept if _is_surely_a_models(name, modules)]
     files, nbytes = [], 0
     for name in kept:
+        reason = None if _is_surely_a_models(name, modules) else _unfit(folder, name)
+        if reason is not None:
+            left_out.append(LeftOut(name, reason))
+            continue
         refuse_link_outside(folder, folder / name)
         if not (folder / name).is_file():
             raise SourceError(
@@ -93,9 +97,6 @@ def find_companions(
             raise SourceError(
                 f"{folder / name}: has control characters in its name; rename it, or remove it"
             )
-        if not (_is_surely_a_models(name, modules) or os.access(folder / name, os.R_OK)):
-            left_out.append(LeftOut(name, "cannot be read"))
-            continue
         if found.sizes[name] <= _MOST_POINTER_NBYTES:
             _refuse_lfs_pointer(folder / name)
         files.append(name)
@@ -162,6 +163,13 @@ def _is_a_models(folder: Path, weights: Collection[str]) -> bool:
     # For weights of other names another file does so, which elsewhere may be anybody's.
     marks += [mark for stem, mark in MARKS.items() if stem in map(stem_of, weights)]
     return any(os.path.lexists(folder / name) for name in marks)
+
+
+def _unfit(folder: Path, name: str) -> str | None:
+    """Say why a file that may be the model's cannot go along; None if it can."""
+    if not name.isprintable():
+        return file_kinds.UNPRINTABLE
+    return None if os.access(folder / name, os.R_OK) else "cannot be read"
 
 
 def _is_surely_a_models(name: str, modules: Collection[str]) -> bool:
@@ -272,7 +280,9 @@ def _file_nbytes(entry: os.DirEntry[str]) -> int | None:
 
 def _shortened(left_out: list[LeftOut]) -> tuple[LeftOut, ...]:
     more = len(left_out) - _MOST_LEFT_OUT
-    ordered = sorted(left_out, key=lambda finding: (not finding.is_told, finding.name))
+    # A name that is no valid Unicode would not go into JSON.
+    plain = [replace(finding, name=printable(finding.name)) for finding in left_out]
+    ordered = sorted(plain, key=lambda finding: (not finding.is_told, finding.name))
     if more <= 0:
         return tuple(ordered)
     return (*ordered[:_MOST_LEFT_OUT], LeftOut("...", f"{more:,} more", is_told=False))

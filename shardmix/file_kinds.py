@@ -20,6 +20,8 @@ MAX_FOLDER_FILES = 1_000
 """Files below one folder beyond which none of it goes along: a data set, or a project."""
 TOO_MANY_FILES = f"more than {MAX_FOLDER_FILES:,} files"
 """The reason of such a folder."""
+UNPRINTABLE = "a name with characters that cannot be printed"
+"""The reason of a file whose name nothing could tell as it is."""
 MAX_FOLDER_DEPTH = 8
 """Folders within folders that are looked at."""
 
@@ -39,6 +41,7 @@ _COMPANION_SUFFIXES = (
     ".bpe",
 )
 _COMPANION_PREFIXES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+_VERSIONED_TOKENIZER = re.compile(r"tokenizer\.model\.v\w+")  # of Mistral
 _NOT_COMPANIONS = re.compile(
     r".*\.index\.json|.*_results\.json|trainer_state\.json|requirements.*\.txt|shardmix\.json|"
     r"adapter_config\.json"
@@ -58,6 +61,8 @@ def is_companion_file(path: str) -> bool:
         return folder == TEMPLATE_FOLDER and name.endswith(".jinja")
     if _NOT_COMPANIONS.fullmatch(name):
         return False
+    if _VERSIONED_TOKENIZER.fullmatch(name):
+        return True
     return name.endswith(_COMPANION_SUFFIXES) or name.startswith(_COMPANION_PREFIXES)
 
 

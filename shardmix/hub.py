@@ -16,7 +16,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from shardmix.errors import SourceError, is_unicode, one_line, printable, shown
-from shardmix.file_kinds import OTHER_WEIGHTS, LeftOut, divide, is_companion_file, is_module_folder
+from shardmix.file_kinds import (
+    OTHER_WEIGHTS,
+    UNPRINTABLE,
+    LeftOut,
+    divide,
+    is_companion_file,
+    is_module_folder,
+)
 from shardmix.filesystem import read_regular
 from shardmix.folder_kinds import no_weights_finding
 from shardmix.json_files import file_name_finding, read_index
@@ -243,7 +250,10 @@ def _companions(
     companions, left_out = divide(sizes, weights=weights, modules=modules)
     if not any(name in sizes for name in _MODEL_MARKS):
         companions = [name for name in companions if is_companion_file(name)]
-    return companions, left_out
+    # Pictures have such names; a file that is surely the model's is refused for one.
+    odd = [name for name in companions if not name.isprintable() and not is_companion_file(name)]
+    left_out += [LeftOut(printable(name), UNPRINTABLE) for name in odd]
+    return [name for name in companions if name not in odd], left_out
 
 
 def _module_places(repo_id: str, files: list[str], commit: str | None) -> tuple[str, ...]:

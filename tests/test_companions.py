@@ -210,6 +210,42 @@ def test_a_link_that_would_not_go_along_is_let_be(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    "name", ["Screenshot at 3.04\u202fPM.png", "a\nb.png", "\udcff.wav", "\udcff.onnx"]
+)
+def test_a_name_that_cannot_be_printed_stays_behind(tmp_path, name):
+    """It is no reason to refuse a merge, unless the file is surely the model's."""
+    fill(tmp_path, "config.json", name)
+    found = find_companions(tmp_path)
+    assert found.files == ("config.json",)
+    [left_out] = found.left_out
+    assert left_out.name.isprintable()
+    assert left_out.reason in (file_kinds.UNPRINTABLE, OTHER_FORMAT)
+    fill(tmp_path, "a\u202fb.json")
+    with pytest.raises(SourceError, match="control characters in its name"):
+        find_companions(tmp_path)
+
+
+def test_what_cannot_be_read_stays_behind(tmp_path, monkeypatch):
+    """Unless it is surely the model's: then the merge itself says so."""
+    fill(tmp_path, "config.json", "notes.md", "private/x", "code/x.py")
+    real_scandir = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("private"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real_scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(os, "access", lambda path, mode: "notes" not in str(path))
+    found = find_companions(tmp_path)
+    assert found.files == ("code/x.py", "config.json")
+    assert [(each.name, each.reason) for each in found.left_out] == [
+        ("notes.md", "cannot be read"),
+        ("private/", "cannot be read"),
+    ]
+
+
 def test_of_a_single_files_folder_only_a_models_files_go_along(tmp_path):
     """It may be a folder of downloads; what stays behind is told, as it may be the model's."""
     models = [
@@ -229,7 +265,7 @@ def test_of_a_single_files_folder_only_a_models_files_go_along(tmp_path):
 @pytest.mark.parametrize(
     ("weights", "mark", "others"),
     [
-        ("consolidated.safetensors", "params.json", ("tekken.json", "tokenizer.model")),
+        ("consolidated.safetensors", "params.json", ("tekken.json", "tokenizer.model.v3")),
         ("open_clip_model.safetensors", "open_clip_config.json", ("vocab.json", "merges.txt")),
     ],
 )
