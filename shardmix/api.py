@@ -43,6 +43,7 @@ from shardmix.module_tree import read_modules
 from shardmix.output_path import check_disk, check_output, resolve_output
 from shardmix.plan import MergePlan
 from shardmix.read_ahead import reading_ahead
+from shardmix.readers import readers_of
 from shardmix.readiness import ready
 from shardmix.recipe import ModelsArgument, build_recipe
 from shardmix.recording import check_profile_place, recording
@@ -102,6 +103,7 @@ def merge(
     with open_staging(Path(plan.output), restart=plan.settings.restart) as staging:
         # Again: another process may have made it just before this one had the lock.
         check_output(staging.output, overwrite=plan.settings.overwrite, inputs=())
+        notes = _limit_readers(staging, plan)
         with closing(open_journal(staging.hidden, plan)) as journal:
             try:
                 check_disk(staging.output, plan.disk_needed_nbytes, staged_nbytes=staging.nbytes)
@@ -109,7 +111,7 @@ def merge(
                     # What an earlier run has done is not read again.
                     planned, is_begun = plan, journal.num_leaves_done > 0
                     with nullcontext() if is_begun else reading_ahead(plan):
-                        plan, backend, notes = ready(
+                        plan, backend, findings = ready(
                             plan,
                             options,
                             lambda chosen: plan_merge(
@@ -135,7 +137,7 @@ def merge(
                 elif isinstance(error, ShardmixError) and kept:
                     raise type(error)(f"{error}; {kept}") from None
                 raise
-        return describe_merge(plan, result, notes=notes)
+        return describe_merge(plan, result, warnings=findings, notes=notes)
 
 
 def plan_merge(
@@ -237,6 +239,17 @@ def _disk_errors_named() -> Iterator[None]:
             f"{error.filename or 'a file'}: cannot be read ({error.strerror or error}); check its "
             "permissions and its disk"
         ) from None
+
+
+def _limit_readers(staging: Staging, plan: MergePlan) -> tuple[str, ...]:
+    """Shut out of the output who may not read every source, unless asked; say so."""
+    if plan.settings.share:
+        return ()
+    with _disk_errors_named():
+        readers = readers_of(plan, group=staging.hidden.status().st_gid)
+    note = readers.note(staging.output, staging.folder.mode)
+    staging.folder.limit_permissions(readers.mode)
+    return note
 
 
 def _extent(checkpoint: Checkpoint) -> list[Path]:

@@ -51,6 +51,8 @@ class MergeOptions(TypedDict, total=False):
     """Replace an existing output, which stays until the new one is whole."""
     fsync: bool
     """Force everything to disk before the output appears (default); False for scratch disks."""
+    share: bool
+    """Let the umask decide who may read the output, though a source can be read by fewer."""
     restart: bool
     """Throw away what an earlier run of a merge to this output has left, instead of going on."""
     on_nonfinite: str
@@ -87,6 +89,7 @@ def run_settings(options: MergeOptions) -> RunSettings:
         max_vram_nbytes=None if max_vram is None else parse_size(max_vram),
         overwrite=options.get("overwrite", False),
         fsync=options.get("fsync", True),
+        share=options.get("share", False),
         restart=options.get("restart", False),
         on_nonfinite=on_nonfinite,
         profile=_profile_path(options.get("profile")),

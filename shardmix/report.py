@@ -135,6 +135,8 @@ class MergeReport:
     """Files and folders of the model that gives the companions, but do not go along, and why."""
     warnings: tuple[str, ...]
     """What to know about the output."""
+    notes: tuple[str, ...] = ()
+    """What else there is to know, though nothing is amiss: who may read the output."""
     scores: ScoreReport | None = None
     """Where the weights come from examples: the losses that they follow from."""
 
@@ -180,9 +182,10 @@ def describe_merge(
     plan: MergePlan,
     result: ExecutionResult,
     *,
+    warnings: tuple[str, ...],
     notes: tuple[str, ...],
 ) -> MergeReport:
-    """Return what carrying out a plan came to; `notes` come after the plan's own warnings."""
+    """Return what carrying out a plan came to; `warnings` come after the plan's own."""
     return MergeReport(
         output=plan.output,
         num_tensors=plan.num_tensors,
@@ -209,10 +212,11 @@ def describe_merge(
         left_out=plan.left_out,
         warnings=(
             *plan.warnings,
-            *notes,
+            *warnings,
             *_nonfinite_warnings(plan, result.findings),
             *_disagreements(plan, result.findings),
         ),
+        notes=notes,
     )
 
 

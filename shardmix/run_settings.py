@@ -37,6 +37,8 @@ class RunSettings:
     """Replace an existing output."""
     fsync: bool = True
     """Force files to disk before the output appears."""
+    share: bool = False
+    """The output can be read by whom the umask lets in, though a source is private."""
     restart: bool = False
     """Throw away what an earlier run has left, rather than go on from it."""
     on_nonfinite: str = WARN

@@ -72,6 +72,7 @@ def _command(*, example: str) -> Callable[[Callable[..., None]], click.Command]:
 @opt.scoring
 @opt.merge_score_dtype
 @opt.overwrite
+@opt.share
 @opt.no_fsync
 @opt.restart
 @opt.on_nonfinite

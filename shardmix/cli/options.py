@@ -108,6 +108,11 @@ overwrite = click.option(
     is_flag=True,
     help="Replace an existing OUT, which stays until the new is whole.",
 )
+share = click.option(
+    "--share",
+    is_flag=True,
+    help="Let the umask decide who may read OUT. Default: nobody who could not read every model.",
+)
 no_fsync = click.option(
     "--no-fsync",
     is_flag=True,

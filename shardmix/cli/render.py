@@ -68,6 +68,8 @@ def merge_report(report: "MergeReport", *, profile: Path | None, json: bool, qui
                 "not have to be read again",
                 soft_wrap=True,
             )
+        for note in report.notes:
+            console.print(f"note: {_plain(note)}", soft_wrap=True)
         if profile is not None:
             console.print(f"profile: {_plain(str(profile))}", soft_wrap=True)
     if not quiet:
