@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from shardmix.checkpoint import open_checkpoint
-from shardmix.errors import MismatchError
-from shardmix.matching import match_tensors
+from shardmix.errors import MismatchError, SourceError
+from shardmix.matching import check_mergeable, match_tensors
 from tests.models import save_model
 
 TIED = {"model_type": "llama", "tie_word_embeddings": True}
@@ -144,6 +144,7 @@ def test_a_tied_bias_is_found_beside_its_head(tmp_path):
     [
         "embeddings.position_ids",
         "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.rotary_emb.original_inv_freq",
         "transformer.h.0.attn.masked_bias",
     ],
 )
@@ -178,3 +179,15 @@ def test_an_attention_bias_that_is_a_parameter_is_not_left_out(tmp_path):
         match_tensors(
             opened(tmp_path, ({"a": (2,), name: (3,)}, {}), ({"a": (2,)}, {})), out_config={}
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_a_matrix_of_codes_is_refused(tmp_path, dtype):
+    """Two axes are enough; a vector of such integers is none, nor a matrix of int64 or booleans."""
+    codes = torch.ones(2, 3).to(dtype)
+    (model,) = opened(tmp_path / "codes", ({"layer.codes": codes}, {}))
+    with pytest.raises(SourceError, match=r"layer.codes, a mark of quantised weights"):
+        check_mergeable(model)
+    for number, other in enumerate([codes[0], codes.long(), codes.bool()]):
+        (model,) = opened(tmp_path / str(number), ({"layer.codes": other}, {}))
+        check_mergeable(model)

@@ -1,6 +1,7 @@
 import itertools
 import math
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from shardmix.plan import AGREE
 from shardmix.reducer import NonfiniteCounts
 from shardmix.reducer.agree import AgreeReducer
 from shardmix.units import MIB
+from shardmix.work import nonfinite_finding
 from tests.models import random_tensor
 from tests.reducing import COMPILED, FLOATS, NAMES, backend_of, raw_bytes, reduced_strips, run_of
 
@@ -236,3 +238,20 @@ def test_a_look_for_nans_takes_no_memory_of_the_gpu_beyond_what_is_planned():
         [source, source], [0.5, 0.5], torch.float32, strip_nbytes=4 * MIB, backend="cuda"
     ):
         assert torch.cuda.max_memory_reserved() - before <= planned
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ((2, 0, 0), "2 NaN in the merged tensor"),
+        ((0, 3, 0), "3 Inf in the merged tensor"),
+        ((0, 3, 3), "3 values too large for F16, made Inf by rounding"),
+        ((1, 5, 3), "1 NaN and 2 Inf and 3 values too large for F16, made Inf by rounding"),
+    ],
+)
+def test_infinities_by_rounding_are_told_apart(counts, said):
+    """They are counted once: as values that were too large, not as infinities as well."""
+    plan = SimpleNamespace(tensor_dtype=lambda name: "F16")
+    told = nonfinite_finding("w", counts, plan)
+    assert told.startswith(said)
+    assert told.count("Inf") == (counts[1] > counts[2]) + (counts[2] > 0)

@@ -1,9 +1,13 @@
+import os
+
 import pytest
 
 import shardmix
 from shardmix import output_path
 from shardmix.errors import OutputError
+from shardmix.held_folder import HeldFolder
 from shardmix.output_path import check_disk, check_output, resolve_output
+from tests.faults import small_disk
 from tests.models import random_model, save_model
 
 
@@ -129,3 +133,32 @@ def test_of_a_merged_model_all_that_the_merge_wrote_may_go_and_nothing_else(tmp_
     shardmix.merge(sources, tmp_path / "out", overwrite=True)
     (tmp_path / "out" / "vocab.txt").write_text("looks like a model's, but the merge wrote none")
     refused(tmp_path / "out", "holds vocab.txt besides a model", overwrite=True)
+
+
+def test_a_mount_point_is_not_overwritten(tmp_path, monkeypatch):
+    """It cannot be renamed, and what is mounted there may be anything."""
+    model = save_model(tmp_path / "out", random_model(1))
+    check_output(model, overwrite=True, inputs=())
+    status = HeldFolder.status
+
+    def on_another_disk(folder):
+        mode, inode, device, *rest = status(folder)
+        return os.stat_result((mode, inode, device + 1, *rest))
+
+    monkeypatch.setattr(HeldFolder, "status", on_another_disk)
+    with pytest.raises(OutputError, match="out: is a mount point; name a folder in it"):
+        check_output(model, overwrite=True, inputs=())
+
+
+def test_a_disk_mounted_there_is_not_overwritten(tmp_path):
+    mounted = small_disk(tmp_path / "out", 400_000)
+    try:
+        place = mounted.__enter__()
+    except PermissionError as error:
+        pytest.skip(f"this process may not mount a disk: {error}")
+    try:
+        save_model(place, random_model(1))
+        with pytest.raises(OutputError, match="out: is a mount point"):
+            check_output(place, overwrite=True, inputs=())
+    finally:
+        mounted.__exit__(None, None, None)

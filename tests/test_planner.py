@@ -7,7 +7,8 @@ import torch
 
 import shardmix
 from shardmix.plan import AGREE, LINEAR, MergePlan
-from tests.models import random_model, save_model
+from shardmix.units import MIB
+from tests.models import assert_same_bits, load_model, random_model, save_model
 
 NAMES = sorted(random_model(0))
 
@@ -217,3 +218,87 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_written(tmp_pa
     with pytest.raises(shardmix.BudgetError, match="the least that works here is"):
         shardmix.merge(models, tmp_path / "out", max_memory="20MiB")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_part_in_another_dtype_is_not_joined(tmp_path):
+    """Neighbours in every file, of one dtype in one model and of two in the other."""
+    one = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}
+    other = {"a": torch.tensor([5.0, 6.0]), "b": torch.tensor([7.0, 8.0]).bfloat16()}
+    for number, (first, second) in enumerate([(one, other), (other, one)]):
+        root = tmp_path / str(number)
+        models = [(save_model(root / "a", first), 0.5), (save_model(root / "b", second), 0.5)]
+        assert [run.name for run in all_runs(shardmix.plan_merge(models))] == ["a", "b"]
+        shardmix.merge(models, root / "out")
+        merged = {name: value.tolist() for name, value in load_model(root / "out").items()}
+        assert merged == {"a": [3.0, 4.0], "b": [5.0, 6.0]}
+
+
+def test_two_output_dtypes_are_not_joined(tmp_path):
+    """Of a first model that is left out nothing counts but the dtypes of the output."""
+    first = {"a": torch.zeros(2), "b": torch.zeros(2).bfloat16()}
+    second = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}
+    models = [(save_model(tmp_path / "a", first), 0), (save_model(tmp_path / "b", second), 1)]
+    runs = all_runs(shardmix.plan_merge(models))
+    assert [(run.name, run.out_dtype) for run in runs] == [("a", "F32"), ("b", "BF16")]
+    shardmix.merge(models, tmp_path / "out")
+    assert_same_bits(load_model(tmp_path / "out"), second | {"b": second["b"].bfloat16()})
+
+
+def test_a_gap_between_neighbours_is_not_joined(tmp_path):
+    """Between them the second model's file has another tensor, which the merge leaves out."""
+    one = {"a": torch.ones(2), "c": torch.ones(3)}
+    buffer = "b.rotary_emb.inv_freq"
+    models = [
+        (save_model(tmp_path / "a", one), 0.5),
+        (save_model(tmp_path / "b", one | {buffer: torch.full((5,), 9.0)}), 0.5),
+    ]
+    assert [run.name for run in all_runs(shardmix.plan_merge(models))] == ["a", "c"]
+    shardmix.merge(models, tmp_path / "out")
+    assert_same_bits(load_model(tmp_path / "out"), one)
+
+
+def test_neighbours_by_offset_in_two_files(tmp_path):
+    """One file's data ends where another's begins, by its offset: that makes no neighbours."""
+    whole = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}
+    apart = save_model(tmp_path / "b", whole, shards=[["a"], ["b"]])
+    first, second = sorted(apart.glob("*.safetensors"))
+    end_of_first = first.stat().st_size
+    saved = second.read_bytes()
+    length = int.from_bytes(saved[:8], "little")
+    padded = end_of_first - 8
+    assert padded > length
+    header = saved[8 : 8 + length].ljust(padded)
+    second.write_bytes(padded.to_bytes(8, "little") + header + saved[8 + length :])
+    models = [(save_model(tmp_path / "a", whole), 0.5), (apart, 0.5)]
+    (a, b) = all_runs(shardmix.plan_merge(models))
+    assert a.offsets[1] + 8 == b.offsets[1]
+    shardmix.merge(models, tmp_path / "out")
+    assert_same_bits(load_model(tmp_path / "out"), whole)
+
+
+@pytest.mark.parametrize("backend", ["torch", "llvm"])
+def test_mapped_pages_count_in_the_projection(tmp_path, backend):
+    """Each worker may have pages of three sources mapped, up to 4 MiB beyond each."""
+    if backend == "llvm":
+        pytest.importorskip("llvmlite", reason="needs llvmlite")
+    models = two_models(tmp_path)
+    peaks = {}
+    for workers in (1, 5):
+        plans = [
+            shardmix.plan_merge(models, io=io, workers=workers, backend=backend).memory
+            for io in ("pread", "mmap")
+        ]
+        read, mapped = (plan.projected_peak_nbytes - plan.reserved_nbytes for plan in plans)
+        peaks[workers] = mapped - read
+    assert peaks == {1: 3 * 4 * MIB, 5: 5 * 3 * 4 * MIB}
+
+
+def test_the_config_names_the_dtype_of_most_bytes(tmp_path):
+    """Many small tensors in float32 are fewer bytes than one large one in bfloat16."""
+    small = {f"norm.{number}": torch.ones(4) for number in range(20)}
+    tensors = {**small, "mlp": torch.ones(40, 40).bfloat16()}
+    stated = {"model_type": "x", "torch_dtype": "float16"}
+    models = [(save_model(tmp_path / name, tensors, config=stated), 0.5) for name in "ab"]
+    shardmix.merge(models, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["torch_dtype"] == "bfloat16"

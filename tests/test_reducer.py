@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from shardmix.plan import AGREE
+from shardmix.reducer import strip_num_elements
 from shardmix.reducer.agree import AgreeReducer
+from shardmix.reducer.tensor_math import accumulate, round_into
 from tests.models import random_tensor, round_once, weighted_sum
 from tests.reducing import COMPILED, FLOATS, NAMES, backend_of, raw_bytes, reduce, run_of
 
@@ -266,3 +268,68 @@ def test_a_gpu_gives_the_same_bits_as_the_cpu(dtypes, out_dtype):
     for strip_nbytes in (1 << 12, 1 << 20):
         on_gpu = reduce(sources, weights, out_dtype, strip_nbytes=strip_nbytes, backend="cuda")
         assert_bits(on_gpu, reduce(sources, weights, out_dtype))
+
+
+class Recorded:
+    """In the place of a tensor: tells by what it was multiplied."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+    def copy_(self, values):
+        self.factors = []
+
+    def mul_(self, factor):
+        self.factors.append(factor)
+
+    def add_(self, values):
+        pass
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_weight_is_rounded_to_the_sums_dtype(is_first):
+    """By ourselves: how a library rounds a number that it multiplies by is its own affair."""
+    for dtype, expected in [(torch.float32, float(np.float32(0.1))), (torch.float64, 0.1)]:
+        accumulator, scratch = Recorded(dtype), Recorded(dtype)
+        accumulate(accumulator, scratch, None, 0.1, first=is_first)
+        assert (accumulator if is_first else scratch).factors == [expected]
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16])
+def test_a_float64_nan_stays_one_in_16_bits(out_dtype):
+    """Whatever its bits are: rounding to odd takes some of them apart."""
+    patterns = [0x7FF0000000000001, 0xFFF0000000000001, 0x7FF8000000000000, 0x7FFFFFFFFFFFFFFF]
+    patterns += [0xFFFFFFFFFFFFFFFF, 0x7FF00000FFFFFFFF, 0xFFF7FFFFFFFFFFFF]
+    source = torch.from_numpy(np.array(patterns, dtype=np.uint64).view(np.float64))
+    out = torch.zeros(len(patterns), dtype=out_dtype)
+    round_into(out, source.clone(), torch.zeros_like(source))
+    assert out.isnan().all()
+    result = reduce([source], [1.0], out_dtype)
+    assert_bits(result, torch.full_like(out, math.nan))
+
+
+@pytest.mark.parametrize("strip_nbytes", [1 << 16, 1 << 20, 2 << 20, 3_000_000])
+@pytest.mark.parametrize("out_dtype", ["BF16", "F16", "F32", "F64"])
+@pytest.mark.parametrize(
+    "dtypes", [["BF16"], ["F64"], ["F32"] * 2, ["BF16"] * 9, ["BF16", "F64"], ["F16"] * 40]
+)
+def test_a_strip_fits_its_buffers(dtypes, out_dtype, strip_nbytes):
+    """No part is larger than a buffer, and all parts together not larger than the four."""
+    run = run_of(dtypes, out_dtype, [1.0] * len(dtypes), 10**9)
+    count = strip_num_elements(run, strip_nbytes=strip_nbytes)
+    widths = [int(dtype.removeprefix("B")[1:]) // 8 for dtype in (*dtypes, out_dtype)]
+    assert count * max(*widths, 4) <= strip_nbytes
+    assert count * (sum(widths) + 4) <= 4 * strip_nbytes
+    assert count >= strip_nbytes // (3 * max(*widths, 4)) or len(dtypes) > 8
+
+
+@pytest.mark.parametrize("dtype", ["BOOL", "I8", "I16", "I32", "I64"])
+def test_a_strip_of_integers_fits_its_buffers(dtype):
+    """They are smaller, and a strip may be smaller still."""
+    width = 1 if dtype == "BOOL" else int(dtype[1:]) // 8
+    for other in (dtype, "I64"):
+        run = run_of([dtype, other], dtype, [0.5, 0.5], 10**9, AGREE)
+        widest = 8 if other == "I64" else width
+        for strip_nbytes, buffer_nbytes in [(1 << 20, 1 << 16), (1 << 12, 1 << 12), (4, 8)]:
+            count = strip_num_elements(run, strip_nbytes=strip_nbytes)
+            assert 1 <= count <= max(1, buffer_nbytes // widest)

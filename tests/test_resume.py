@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -286,3 +287,22 @@ def test_a_cancelled_merge_can_be_gone_on_with(tmp_path, models, undisturbed):
         )
     shardmix.merge(models, tmp_path / "out")
     assert folder_bytes(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.parametrize(
+    "stray", ["model-00003-of-00003.safetensors", "notes.txt", "2_Dense/model.safetensors", "tf/x"]
+)
+def test_strays_in_the_staging_folder_are_no_output(tmp_path, stray):
+    """What an earlier run left, or somebody put there, is not this merge's."""
+    models = large_models(tmp_path)
+    cut_off(models, tmp_path / "out")
+    path = tmp_path / ".out.shardmix" / "model" / stray
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("stray")
+    report = shardmix.merge(models, tmp_path / "out")
+    assert report.bytes_kept > 0
+    shardmix.merge(models, tmp_path / "clean")
+    assert set(folder_bytes(tmp_path / "out")) == set(folder_bytes(tmp_path / "clean"))
+    recorded = json.loads((tmp_path / "out" / "shardmix.json").read_text())
+    assert stray not in recorded["digests"]["files"]
+    assert not (tmp_path / "out" / Path(stray).parts[0]).is_dir()

@@ -97,7 +97,7 @@ def _round_to_odd(values: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     for start in range(0, values.numel(), step):
         piece = slice(start, start + step)
         wide, back = values[piece], rounded[piece].double()
-        inexact = (back != wide) & ~wide.isnan()
+        inexact = back != wide  # also a NaN, which with its last bit set is still one
         too_large = back.abs() > wide.abs()
         bits[piece] -= (inexact & too_large).int()
         bits[piece] |= inexact.int()
