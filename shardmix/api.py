@@ -183,7 +183,7 @@ def plan_merge(
         checkpoints = []
         for checkpoint in open_checkpoints(recipe.sources, max_memory=settings.max_memory_nbytes):
             for part in checkpoint.parts:
-                check_mergeable(part)
+                check_mergeable(part, recipe.allow_differences)
             checkpoints.append(checkpoint)
         donor = _donor(recipe.base, checkpoints[0])
         _check_model_type(model_type=recipe.model_type, donor=donor)

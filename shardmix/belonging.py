@@ -3,16 +3,18 @@
 Puts the single checks together. Reads small files; no weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shardmix.checkpoint import Checkpoint
 from shardmix.config_differences import NamedConfig, config_differences
+from shardmix.config_fit import config_misfits
 from shardmix.differences import Difference, settle
+from shardmix.matching import QUANTISATION
 from shardmix.module_differences import ModularModel, module_differences
-from shardmix.naming import input_embedding
+from shardmix.naming import declared_quantisation, input_embedding
 from shardmix.recipe import Recipe
 from shardmix.tokenizer_differences import TokenizerFolder, tokenizer_differences
 
@@ -48,9 +50,44 @@ def check_belong_together(
     found = list(module_differences(checkpoints, modular_base, recipe.pooling))
     for number, (group, base) in enumerate(zip(groups, bases, strict=True)):
         if number == 0 or any("model_type" in part.config for part in group):
+            found += _quantisations(group, base)
+            found += _misfits(group[0], base)
             found += _config_differences(group, base)
         found += _tokenizer_differences(group, base, max_memory)
     return settle(found, recipe.allow_differences)
+
+
+def _quantisations(group: Sequence[Checkpoint], base: Base) -> Iterator[Difference]:
+    """Find configs that declare a quantisation: that no weight has one was seen before."""
+    configs = [(part.source, part.config) for part in group]
+    configs += [(base.name, base.config)] if base.name is not None else []
+    giver = group[0].source if base.name is None else base.name
+    for name, config in configs:
+        declared = declared_quantisation(config)
+        if declared is not None:
+            yield Difference(
+                QUANTISATION,
+                f"config.json of {name} says that the model is quantised ({declared[1]}, in "
+                f"{declared[0]}), but no weight of the merge is",
+                "it is left out of the output" if name == giver else "",
+                is_refused=True,
+                remedy="the output would not load: remove the key from that config.json",
+            )
+
+
+def _misfits(first: Checkpoint, base: Base) -> Iterator[Difference]:
+    """Find what the output's config states and its tensors contradict."""
+    config, name, way = base.config, base.name, "name another model with --base"
+    if name is None:
+        config, name, way = first.config, first.source, "correct it there, or use --base"
+    for misfit in config_misfits(config, first.table.names, first.table.shapes):
+        yield Difference(
+            misfit.key,
+            f"config.json of {name} is not of these tensors: {misfit.finding}",
+            "the output has that config all the same",
+            is_refused=misfit.is_certain,
+            remedy=f"the output would not load: {way}",
+        )
 
 
 def _config_differences(group: Sequence[Checkpoint], base: Base) -> list[Difference]:

@@ -26,6 +26,10 @@ class Difference:
     """Nobody can have meant an average over this, unless it is allowed by name."""
     other_keys: tuple[str, ...] = ()
     """Further keys that it is about."""
+    remedy: str = (
+        "an average over this computes what none of the models means: merge models that agree in it"
+    )
+    """The rule, and a way on without allowing it."""
 
     def is_of(self, allowed: str) -> bool:
         """Tell whether a key of `allow_differences` names this, or something above it."""
@@ -62,16 +66,12 @@ def _refusal(refused: Sequence[Difference], unused: Sequence[str]) -> str:
     if len(findings) > _MOST_TOLD:
         findings = [*findings[:_MOST_TOLD], f"and {len(findings) - _MOST_TOLD} more differences"]
     keys = ",".join(dict.fromkeys(difference.key for difference in refused))
-    told = [_unused(key, refused) for key in unused]
-    return "; ".join(
-        (
-            *findings,
-            "an average over this computes what none of the models means: merge models that agree "
-            f"in it, or use --allow-differences {keys} (allow_differences in a recipe or in "
-            "Python) if it is meant",
-            *told,
-        )
+    remedies = list(dict.fromkeys(difference.remedy for difference in refused))
+    remedies[-1] += (
+        f", or use --allow-differences {keys} (allow_differences in a recipe or in Python) if it "
+        "is meant"
     )
+    return "; ".join((*findings, *remedies, *(_unused(key, refused) for key in unused)))
 
 
 def _unused(key: str, differences: Iterable[Difference]) -> str:

@@ -5,7 +5,7 @@ share a tensor, names of other programs and versions, and buffers that transform
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,19 @@ class MatchedTensors:
     """What was left out or taken from elsewhere, for the user."""
 
 
-def check_mergeable(checkpoint: Checkpoint) -> None:
-    """Raise `SourceError` where a model's weights are none to average: quantised, FP8, complex."""
+QUANTISATION = "quantization_config"
+"""What `allow_differences` calls a quantisation that a config declares and no weight has."""
+
+# Methods that quantise weights as they are used: beside floats, what declares them is not stale.
+_WHILE_RUNNING = frozenset({"bitnet"})
+
+
+def check_mergeable(checkpoint: Checkpoint, allow_differences: Collection[str] = ()) -> None:
+    """Raise `SourceError` if a model's weights are none to average: quantised, FP8, complex.
+
+    A quantisation that the config alone declares is refused as well, unless it is among the keys of
+    `allow_differences`.
+    """
     source, table = checkpoint.source, checkpoint.table
     if not table.names:
         raise SourceError(f"{source}: holds no tensors")
@@ -57,12 +68,27 @@ def check_mergeable(checkpoint: Checkpoint) -> None:
     if tensor is not None or checkpoint.shards[0].path.name.startswith("adapter_model"):
         found = f" (it holds {tensor})" if tensor is not None else ""
         raise SourceError(f"{source}: is an adapter, not a model{found}; {ADAPTER_REMEDY}")
-    method = naming.quantisation_method(checkpoint.config)
-    if method is not None:
+    finding = _unmergeable_tensor(checkpoint)
+    declared = naming.declared_quantisation(checkpoint.config)
+    if declared is not None and (finding is not None or declared[1] in _WHILE_RUNNING):
         raise SourceError(
-            f"{source}: is quantised ({method}, in config.json); a weighted sum of quantised codes "
-            "would be silently wrong: merge the unquantised checkpoints"
+            f"{source}: is quantised ({declared[1]}, in config.json); a weighted sum of quantised "
+            "codes would be silently wrong: merge the unquantised checkpoints"
         )
+    if declared is not None and QUANTISATION not in allow_differences:
+        raise SourceError(
+            f"{source}: config.json says that the model is quantised ({declared[1]}, in "
+            f"{declared[0]}), but none of its weights is: the key is stale; remove it from "
+            f"config.json, or use --allow-differences {QUANTISATION} (allow_differences in a "
+            "recipe or in Python), which leaves it out of the output"
+        )
+    if finding is not None:
+        raise SourceError(f"{source}: {finding}")
+
+
+def _unmergeable_tensor(checkpoint: Checkpoint) -> str | None:
+    """Say which tensor is none to average, why, and what to do; None if all of them can be."""
+    table = checkpoint.table
     # One tensor of each kind is enough to look at: 90,000 experts have few.
     endings = [name.rpartition(".")[2] for name in table.names]
     columns = zip(table.dtype_ranks.tolist(), endings, map(len, table.shapes), strict=True)
@@ -70,19 +96,19 @@ def check_mergeable(checkpoint: Checkpoint) -> None:
     for (rank, ending, _), row in kinds.items():
         dtype, name = DTYPES[rank], table.names[row]
         if dtype not in FLOAT_DTYPES and dtype not in INTEGER_DTYPES:
-            raise SourceError(
-                f"{source}: {name} {list(table.shapes[row])} is {dtype}; a weighted sum of it "
-                "would be silently wrong: merge checkpoints in float16, bfloat16, float32 or "
-                "float64"
+            return (
+                f"{name} {list(table.shapes[row])} is {dtype}; a weighted sum of it would be "
+                "silently wrong: merge checkpoints in float16, bfloat16, float32 or float64"
             )
         packed = dtype in _PACKING_DTYPES and len(table.shapes[row]) >= 2
         if naming.marks_quantisation(ending, dtype) or (
             packed and not naming.is_computed_buffer(name)
         ):
-            raise SourceError(
-                f"{source}: holds {name}, a mark of quantised weights; a weighted sum of quantised "
-                "codes would be silently wrong: merge the unquantised checkpoints"
+            return (
+                f"holds {name}, a mark of quantised weights; a weighted sum of quantised codes "
+                "would be silently wrong: merge the unquantised checkpoints"
             )
+    return None
 
 
 def match_tensors(

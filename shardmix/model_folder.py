@@ -24,7 +24,9 @@ from shardmix.errors import SourceError, printable, writing_failed
 from shardmix.filesystem import open_regular
 from shardmix.held_folder import HeldFolder
 from shardmix.json_files import read_json
+from shardmix.matching import QUANTISATION
 from shardmix.model_types import ENCODER
+from shardmix.naming import without_quantisation
 from shardmix.plan import MergePlan, ModuleConfig, OutputShard
 from shardmix.recipe import WEIGHT_SUM_TOLERANCE
 from shardmix.sentence_modules import (
@@ -81,6 +83,8 @@ def _adapt_config(plan: MergePlan, folder: HeldFolder, part: ModuleConfig) -> No
     adapted = untied(with_dtypes(config, dtypes), part.untied)
     if plan.dtype != "keep" and "" in dtypes and not any(map(adapted.get, DTYPE_KEYS)):
         adapted["torch_dtype"] = dtypes[""]  # transformers 5 reads the old key as well
+    if QUANTISATION in plan.allow_differences:
+        adapted = without_quantisation(adapted)
     # Untouched where nothing changes: then it stays the donor's, byte for byte.
     if adapted != config:
         _write_json(folder, name, adapted)

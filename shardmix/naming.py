@@ -67,6 +67,11 @@ def is_tied_input(name: str) -> bool:
     return _has_ending(name, _TIED_INPUT_ENDINGS)
 
 
+def is_input_embedding(name: str) -> bool:
+    """Tell whether this is called as an embedding of tokens is."""
+    return is_tied_input(name) or _has_ending(name, _TIE_SOURCE_ENDINGS)
+
+
 def has_vocabulary_axis(name: str) -> bool:
     """Tell whether the first axis of this parameter counts the vocabulary."""
     return is_tied_head(name) or is_tied_input(name) or _has_ending(name, _TIE_SOURCE_ENDINGS)
@@ -100,12 +105,29 @@ def marks_quantisation(ending: str, dtype: str) -> bool:
 
 def quantisation_method(config: Mapping[str, Any]) -> str | None:
     """Return the quantisation method that a config declares, or None."""
-    for part in config_parts(config):
-        quantisation = next(filter(None, map(part.get, _QUANTISATION_KEYS)), None)
-        if quantisation:
+    declared = declared_quantisation(config)
+    return None if declared is None else declared[1]
+
+
+def declared_quantisation(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return the key by which a config declares a quantisation, dotted if nested, and its method.
+
+    Returns None if it declares none.
+    """
+    parts = {"": config, **{f"{key}.": part for key, part in _nested_parts(config).items()}}
+    for prefix, part in parts.items():
+        for key in filter(part.get, _QUANTISATION_KEYS):
+            quantisation = part[key]
             method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-            return str(method or "unknown method")
+            return f"{prefix}{key}", str(method or "unknown method")
     return None
+
+
+def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config that declares no quantisation, nor do the configs nested in it."""
+    bare = {key: value for key, value in config.items() if key not in _QUANTISATION_KEYS}
+    nested = {key: without_quantisation(part) for key, part in _nested_parts(config).items()}
+    return {**bare, **nested}
 
 
 def ties_word_embeddings(config: Mapping[str, Any]) -> bool | None:
@@ -123,13 +145,16 @@ def ties_word_embeddings(config: Mapping[str, Any]) -> bool | None:
 
 def config_parts(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a config and the configs nested in it (`text_config`, `vision_config`, ...)."""
-    nested = [
-        value
+    return [dict(config), *_nested_parts(config).values()]
+
+
+def _nested_parts(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        key: value
         for key, value in config.items()
         if isinstance(value, dict) and (key.endswith("_config") or key in ("encoder", "decoder"))
         if key not in (*_QUANTISATION_KEYS, "generation_config")
-    ]
-    return [dict(config), *nested]
+    }
 
 
 def _has_ending(name: str, endings: tuple[str, ...]) -> bool:
