@@ -25,11 +25,13 @@ _NAMES = {
     "text": ("language_model", "text_model", "text_encoder", "text_decoder", "llm", "language"),
     "vision": (
         *("vision_tower", "vision_model", "vision_encoder", "vision_backbone", "visual", "vit"),
-        *("image_encoder", "image_tower", "vision_embed_tokens", "vision"),
+        *("image_encoder", "image_tower", "video_tower", "vision_embed_tokens", "vision"),
     ),
     "audio": ("audio_tower", "audio_model", "audio_encoder", "speech_encoder", "audio"),
     "projector": ("multi_modal_projector", "mm_projector", "connector", "projector"),
 }
+# How the name of such a module may end, if it begins as that of the config does.
+_KINDS = ("model", "encoder", "tower", "transformer", "tokenizer", "backbone")
 _SAME = {"language": "text", "llm": "text", "lm": "text", "vit": "vision", "image": "vision"}
 
 
@@ -126,9 +128,20 @@ def _owner(part: _Part, place: tuple[str, ...]) -> _Part:
     """Return the innermost part that a tensor belongs to, by the modules that it lies in."""
     for number, module in enumerate(place):
         for inner in part.parts:
-            if module == inner.name or module in _NAMES.get(_SAME.get(inner.name, inner.name), ()):
+            if _is_called(module, inner.name):
                 return _owner(inner, place[number + 1 :])
     return part
+
+
+def _is_called(module: str, name: str) -> bool:
+    """Tell whether a module is that of a part's config, by what both are called."""
+    own = name.removesuffix("_model")
+    is_like = module.startswith(f"{own}_") and module.rpartition("_")[2] in _KINDS
+    return (
+        module in (name, f"{own}model")
+        or module in _NAMES.get(_SAME.get(name, name), ())
+        or (is_like and "decoder" not in module)  # of speech, which has an encoder's config
+    )
 
 
 def _add(part: _Part, sizes: Mapping[str, int]) -> None:

@@ -118,6 +118,25 @@ def test_encoder_and_decoder_are_parts():
     assert changed["dtype"] == F32
 
 
+@pytest.mark.parametrize(
+    ("key", "module"),
+    [
+        ("codec_config", "codec_model"),
+        ("vq_config", "model.vqmodel"),
+        ("audio_config", "model.audio_tokenizer"),
+        ("semantic_model_config", "semantic_encoder"),
+        ("image_config", "image_model"),
+        ("depth_decoder_config", "depth_decoder"),
+    ],
+)
+def test_a_part_is_known_by_its_name(key, module):
+    config = {"dtype": F32, key: {"model_type": "x", "dtype": F32}}
+    tensors = {"layers.0.w": (F32, 10), f"{module}.layers.0.w": (BF16, 1000)}
+    tensors |= {"speech_decoder_model.w": (F32, 1), "text_projection.weight": (F32, 1)}
+    changed = with_dtypes(config, dtypes(config, tensors))
+    assert (changed["dtype"], changed[key]["dtype"]) == (F32, BF16)
+
+
 def test_settings_that_are_no_parts_are_let_be():
     config = {
         "dtype": BF16,
