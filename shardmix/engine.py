@@ -93,6 +93,8 @@ class ExecutionResult:
     """Source bytes not read, since an earlier run had done their part of the output."""
     findings: LeafFindings
     """NaN and Inf in the output, and integer tensors that differ between models."""
+    provenance_sha256: str
+    """SHA-256 (hex) of the output's shardmix.json."""
 
 
 def execute(
@@ -125,7 +127,9 @@ def execute(
     teller = Teller(on_progress) if on_progress is not None else None
     run_blocks(plan, backend, work, teller, cancel, meanwhile=write_the_rest, clock=clock)
     findings = work.findings
-    write_provenance(plan, folder, work.file_digests, findings, plan_digest=journal.plan_digest)
+    sha256 = write_provenance(
+        plan, folder, work.file_digests, findings, plan_digest=journal.plan_digest
+    )
     _check_sources(plan, backend, folder, teller, cancel)
     staging.place(overwrite=settings.overwrite, fsync=settings.fsync)
     seconds = time.perf_counter() - started
@@ -137,6 +141,7 @@ def execute(
         peak_vram_nbytes=backend.peak_vram_nbytes(),
         num_bytes_kept=work.num_bytes_kept,
         findings=findings,
+        provenance_sha256=sha256,
     )
 
 

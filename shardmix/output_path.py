@@ -161,7 +161,7 @@ def _not_the_models(folder: HeldFolder) -> Iterator[str]:
         suppress(SourceError, OutputError, OSError),
         folder.open_regular(PROVENANCE_NAME) as provenance,
     ):
-        written = parse_provenance(provenance, folder.path).digests.files
+        written = parse_provenance(provenance, folder.path)[0].digests.files
     places = _module_places(folder.path)
     for file, _ in folder.files():
         is_own = file in written if written else _may_be_a_models(file, places)

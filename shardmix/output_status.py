@@ -10,7 +10,7 @@ from shardmix.journal import summarise
 from shardmix.locks import lock_owner
 from shardmix.merge_description import MergeDescription
 from shardmix.output_path import resolve_output
-from shardmix.provenance import PROVENANCE_NAME, read_provenance
+from shardmix.provenance import EDITED, PROVENANCE_NAME, read_provenance
 from shardmix.staging import Staging, existing_staging, staging_path
 
 
@@ -30,6 +30,10 @@ class CompleteReport:
     """Their size."""
     digest: str
     """What they are hashed with."""
+    provenance_sha256: str
+    """SHA-256 (hex) of shardmix.json, which tells all this."""
+    is_edited: bool
+    """Whether shardmix.json was edited since the merge, so that none of this may be true."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,7 @@ def status(output: str | PathLike[str]) -> StatusReport:
         if (path / PROVENANCE_NAME).exists():
             try:
                 complete = _complete(path)
+                note = f"{PROVENANCE_NAME} {EDITED}" if complete.is_edited else ""
             except SourceError as error:
                 note = str(error)
         elif exists:
@@ -98,7 +103,7 @@ def status(output: str | PathLike[str]) -> StatusReport:
 
 
 def _complete(path: Path) -> CompleteReport:
-    provenance = read_provenance(path)
+    provenance, seal = read_provenance(path)
     files = provenance.digests.files
     return CompleteReport(
         shardmix=provenance.shardmix,
@@ -107,6 +112,8 @@ def _complete(path: Path) -> CompleteReport:
         num_files=len(files),
         bytes=sum(record.bytes for record in files.values()),
         digest=provenance.digests.algorithm,
+        provenance_sha256=seal.sha256,
+        is_edited=not seal.holds,
     )
 
 

@@ -1,11 +1,15 @@
 """`shardmix.json`: what an output was made from, by what, and the digests of its files.
 
 Written into the output, and read back to verify it. Tells nothing of the machine that it was made
-on, unless that was asked for. What is read back may come from anyone.
+on, unless that was asked for. What is read back may come from anyone. Its last field is a digest of
+all bytes before it: what was edited since is found, unless that digest was made anew.
 """
 
+import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -22,9 +26,16 @@ from shardmix.plan import MergePlan
 
 PROVENANCE_NAME = "shardmix.json"
 _FORMAT = 1
+EDITED = (
+    "is not as the merge wrote it, since its digest of itself does not hold: the models, weights "
+    "and digests that it tells may be others; take it from a copy, or merge again"
+)
+"""What is to be said of one whose seal does not hold."""
 _MAX_NBYTES = 64_000_000
+_END = b'"\n}\n'
+_SEALED = re.compile(rb'"sha256_above": "([0-9a-f]{64})' + _END + rb"\Z")
 NOT_DIGESTED = ("README.md", PROVENANCE_NAME)
-"""A model card is for people to edit."""
+"""A model card is for people to edit; the other has a digest of itself."""
 
 
 class SourceFileRecord(msgspec.Struct, frozen=True):
@@ -119,6 +130,18 @@ class Provenance(msgspec.Struct, frozen=True, omit_defaults=True):
     """How the output was asked to pool."""
     nonfinite: dict[str, NonfiniteRecord] = {}
     """NaN and Inf in the output, by tensor."""
+    sha256_above: str = ""
+    """SHA-256 (hex) of all bytes of the file before this value, which ends it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """What a `shardmix.json` says of itself."""
+
+    sha256: str
+    """SHA-256 (hex) of the whole file, as `sha256sum` shows it."""
+    holds: bool
+    """Whether its own digest is right: nobody has edited it without making that anew."""
 
 
 def write_provenance(
@@ -128,8 +151,11 @@ def write_provenance(
     findings: LeafFindings,
     *,
     plan_digest: str,
-) -> None:
-    """Write an output's `shardmix.json`, as its last file. Raises `OutputError`."""
+) -> str:
+    """Write an output's `shardmix.json`, as its last file, and return its SHA-256 (hex).
+
+    Raises `OutputError`.
+    """
     try:
         files = dict(_file_records(plan, folder, shard_digests))
         provenance = Provenance(
@@ -150,15 +176,28 @@ def write_provenance(
         )
         text = msgspec.json.format(msgspec.json.encode(provenance), indent=2)
         with folder.create(PROVENANCE_NAME) as file:
-            file.write(text.removesuffix(b"\n}"))
-            file.writelines(_nonfinite_lines(findings))
-            file.write(b"\n}\n")
+            hasher = hashlib.sha256()
+            for part in _sealed(text, findings, hasher):
+                hasher.update(part)
+                file.write(part)
+            return hasher.hexdigest()
     except OSError as error:
         raise writing_failed(folder.path / PROVENANCE_NAME, error) from None
 
 
-def read_provenance(folder: Path) -> Provenance:
-    """Read an output's `shardmix.json`. Raises `SourceError` where that is missing or strange."""
+def _sealed(text: bytes, findings: LeafFindings, hasher: "hashlib._Hash") -> Iterator[bytes]:
+    """Yield all of the file, whose parts the hasher takes in one after the other."""
+    yield text.removesuffix(b"\n}")
+    yield from _nonfinite_lines(findings)
+    yield b',\n  "sha256_above": "'
+    yield hasher.hexdigest().encode() + _END
+
+
+def read_provenance(folder: Path) -> tuple[Provenance, Seal]:
+    """Read an output's `shardmix.json`, and look at its seal.
+
+    Raises `SourceError` where it is missing or strange.
+    """
     path = folder / PROVENANCE_NAME
     try:
         with open_regular(path) as file:
@@ -172,8 +211,11 @@ def read_provenance(folder: Path) -> Provenance:
         raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def parse_provenance(file: BinaryIO, path: Path) -> Provenance:
-    """Read an open `shardmix.json`, called `path`. Raises `SourceError` if it is strange."""
+def parse_provenance(file: BinaryIO, path: Path) -> tuple[Provenance, Seal]:
+    """Read an open `shardmix.json`, called `path`. Raises `SourceError` if it is strange.
+
+    One whose seal does not hold is still told of: what it says of the files is held against them.
+    """
     encoded = file.read(_MAX_NBYTES + 1)
     try:
         provenance = msgspec.json.decode(encoded, type=Provenance)
@@ -198,7 +240,15 @@ def parse_provenance(file: BinaryIO, path: Path) -> Provenance:
             f"{path}: names no weight file, which every merge writes; there is nothing to verify "
             "the model against"
         )
-    return provenance
+    return provenance, _seal(encoded)
+
+
+def _seal(encoded: bytes) -> Seal:
+    value = _SEALED.search(encoded)
+    holds = value is not None and (
+        hashlib.sha256(memoryview(encoded)[: value.start(1)]).hexdigest().encode() == value[1]
+    )
+    return Seal(hashlib.sha256(encoded).hexdigest(), holds)
 
 
 def _file_records(

@@ -129,6 +129,8 @@ class MergeReport:
     """The files written."""
     digest: str
     """What the output's files are hashed with: xxh3, blake3 or sha256."""
+    provenance_sha256: str
+    """SHA-256 (hex) of the output's shardmix.json: noted elsewhere, it finds all later edits."""
     nonfinite: tuple[NonfiniteReport, ...]
     """Tensors of the output that hold NaN or Inf."""
     left_out: tuple[LeftOut, ...]
@@ -205,6 +207,7 @@ def describe_merge(
         weights=plan.weights,
         shards=_shard_reports(plan),
         digest=plan.digest_algorithm,
+        provenance_sha256=result.provenance_sha256,
         nonfinite=tuple(
             NonfiniteReport(name, *result.findings.nonfinite[name])
             for name in sorted(result.findings.nonfinite)

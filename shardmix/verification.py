@@ -4,6 +4,7 @@ Reads everything once, in bounded memory; changes nothing.
 """
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,12 +19,35 @@ from shardmix.file_kinds import is_companion_file
 from shardmix.filesystem import open_regular, refuse_link_outside
 from shardmix.memory import default_workers, peak_resident_nbytes, resident_nbytes
 from shardmix.page_cache import PassedRanges, plan_cache_use
-from shardmix.provenance import NOT_DIGESTED, Digests, Provenance, read_provenance
+from shardmix.provenance import (
+    EDITED,
+    NOT_DIGESTED,
+    PROVENANCE_NAME,
+    Digests,
+    Provenance,
+    read_provenance,
+)
 from shardmix.recomputation import places_given
 from shardmix.threads import running
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
-_LOADED_TOO = (".py", ".index.json", "adapter_config.json")
+# What loaders of models read besides what goes along with weights: weights of any format ...
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pt2", ".ptl", ".pte", ".torchscript"),
+    *(".gguf", ".ggml", ".llamafile", ".h5", ".hdf5", ".keras", ".msgpack", ".pb", ".tflite"),
+    *(".npz", ".npy", ".pkl", ".pickle", ".joblib", ".dill", ".distcp", ".nemo", ".params"),
+    *(".onnx", ".onnx_data", ".onnx.data", ".ort", ".xml", ".engine", ".plan", ".trt", ".mlmodel"),
+    *(".pdparams", ".pdiparams", ".pdmodel", ".mnn", ".rknn", ".mar", ".jit"),
+)
+# ... code, and the configs by which they find modules and weights in subfolders.
+_CODE = (".py", ".pyc", ".pyd", ".so", ".dylib", ".dll", ".wasm")
+_CONFIG = re.compile(
+    r".*\.index\.json|(\w+_)?config\.json|modules\.json|tokenizer\w*\.json|vocab\.(json|txt)|"
+    r"merges\.txt|special_tokens_map\.json|added_tokens\.json"
+)
+_PROOF = (
+    "{algorithm} finds damage, but whoever edits files can make new digests, too: compare the "
+    "SHA-256 of shardmix.json with one that was noted elsewhere: {sha256}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +66,10 @@ class VerifyReport:
     """What was read of them, and of the sources where it was recomputed."""
     digest: str
     """What they are hashed with: xxh3, blake3 or sha256."""
+    provenance_sha256: str
+    """SHA-256 (hex) of shardmix.json, as `sha256sum` shows it."""
+    proof: str
+    """What the digests can prove, and what not."""
     recomputed: bool
     """Whether the weights were computed again from the sources, and compared byte for byte."""
     seconds: float
@@ -83,7 +111,7 @@ def verify(
         option = "--source" if sources else "--max-memory"
         raise RecipeError(f"{option} is for recomputing: give --recompute (recompute=True), too")
     folder = Path(output).expanduser()
-    provenance = read_provenance(folder)
+    provenance, seal = read_provenance(folder)
     check_algorithm(provenance.digests.algorithm, is_choice=False)
     given = places_given(provenance, sources or {})
     teller = engine.Teller(on_progress) if on_progress is not None else None
@@ -97,6 +125,8 @@ def verify(
         num_bytes += num_bytes_recomputed
     elif recompute:
         problems.append(f"{folder}: was not recomputed, since its files are not what they were")
+    if not seal.holds:
+        problems.insert(0, f"{folder / PROVENANCE_NAME}: {EDITED}")
     if teller is not None:
         teller.end()
     return VerifyReport(
@@ -106,6 +136,8 @@ def verify(
         num_files=len(provenance.digests.files),
         bytes_read=num_bytes,
         digest=provenance.digests.algorithm,
+        provenance_sha256=seal.sha256,
+        proof=_PROOF.format(algorithm=provenance.digests.algorithm, sha256=seal.sha256),
         recomputed=is_recomputed,
         seconds=time.perf_counter() - started,
         peak_rss_bytes=peak_resident_nbytes(),
@@ -273,4 +305,7 @@ def _added_files(folder: Path, provenance: Provenance) -> list[str]:
 
 
 def _would_be_loaded(name: str) -> bool:
-    return name.endswith((*_WEIGHTS, *_LOADED_TOO)) or is_companion_file(name)
+    """Tell whether a loader of models reads a file of this name, wherever in the folder it is."""
+    base = name.rpartition("/")[2].lower()
+    is_data = base.endswith((*_WEIGHTS, *_CODE)) or ".so." in base or ".data-0" in base
+    return is_data or _CONFIG.fullmatch(base) is not None or is_companion_file(name)

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from shardmix.scorer import compute_weights
 from tests.cut_off import cut_off, large_models
 from tests.language_models import TEXTS, save_language_model, write_examples
 from tests.models import assert_same_bits, load_model, random_model, save_model
+from tests.sealed import edit_provenance
 
 REPORT_KEYS = (
     *("output", "num_tensors", "num_models", "bytes_read", "bytes_written", "seconds", "device"),
@@ -361,9 +363,15 @@ def test_status_shows_what_is_there_and_what_is_not(models, tmp_path):
     done = shardmix("status", out)
     assert (done.returncode, done.stderr) == (0, "")
     assert "complete, a × 0.5, b × 0.5; 2 files" in done.stdout
+    sha256 = hashlib.sha256((out / "shardmix.json").read_bytes()).hexdigest()
+    assert sha256 in shardmix("verify", out).stdout
+    edit_provenance(out, lambda content: content["sources"][0].update(weight=0.7), is_sealed=False)
+    done = shardmix("status", out)
+    assert "complete, a × 0.7" in done.stdout
+    assert "but shardmix.json is not as the merge wrote it" in done.stdout
     cut_off(large_models(tmp_path), out, overwrite=True)
     done = shardmix("status", out)
-    assert "complete, a × 0.5" in done.stdout
+    assert "complete, a × 0.7" in done.stdout
     assert "unfinished, m0 × 0.6, m1 × 0.4; 12.6 MB of 28.0 MB, 0 of 2 files" in done.stdout
     assert "nobody is at work on it" in done.stdout
     assert json.loads(shardmix("status", out, "--json").stdout)["unfinished"]["num_shards"] == 2

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 import shardmix
 from shardmix.errors import RecipeError, SourceError
 from tests.models import random_model, save_model
+from tests.sealed import edit_provenance
 
 
 def namesakes(folder):
@@ -18,13 +19,6 @@ def namesakes(folder):
     ]
     shardmix.merge(list(zip(finals, (0.7, 0.3), strict=True)), folder / "y" / "merged")
     return folder / "y" / "merged", finals
-
-
-def edit_provenance(folder, edit):
-    path = folder / "shardmix.json"
-    content = json.loads(path.read_text())
-    edit(content)
-    path.write_text(json.dumps(content))
 
 
 def test_sources_of_one_name_are_asked_for_by_number(tmp_path):

@@ -14,12 +14,14 @@ import threading
 import msgspec
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import shardmix
 from shardmix.digests import file_digest
 from shardmix.errors import MergeCancelled, RecipeError, SourceError
 from tests.cut_off import cut_off, folder_bytes, large_models
 from tests.models import random_model, save_model
+from tests.sealed import edit_provenance
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +148,94 @@ def test_a_digest_is_of_leaves_or_of_the_whole_file(tmp_path):
             assert file_digest(file.fileno(), algorithm) == expected
 
 
+def set_weight(content):
+    content["sources"][0]["weight"] = 0.7
+
+
+EDITS = {
+    "weight": set_weight,
+    "name": lambda content: content["sources"][1].update(name="somebody/else"),
+    "commit": lambda content: content["sources"][0].update(commit="c0ffee"),
+    "version": lambda content: content.update(shardmix="9.9"),
+    "digest of itself": lambda content: content.pop("sha256_above"),
+    "form": lambda content: None,
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_provenance_is_found(copied, edit):
+    change = EDITS[edit]
+    if edit == "form":  # the same content, written otherwise
+        path = copied / "shardmix.json"
+        path.write_text(json.dumps(json.loads(path.read_text())))
+    else:
+        edit_provenance(copied, change, is_sealed=False)
+    (problem,) = problems(copied)
+    assert problem.startswith(f"{copied / 'shardmix.json'}: is not as the merge wrote it")
+    status = shardmix.status(copied)
+    assert status.complete.is_edited
+    assert "shardmix.json is not as the merge wrote it" in status.note
+
+
+@pytest.mark.parametrize("more", [b" ", b"\n", b"x"])
+def test_bytes_added_to_a_provenance_are_found(copied, more):
+    path = copied / "shardmix.json"
+    content = path.read_bytes()
+    if more != b"x":
+        path.write_bytes(content + more)
+        assert len(problems(copied)) == 1
+    path.write_bytes(content.replace(b"{", b"{ ", 1))
+    assert len(problems(copied)) == 1
+
+
+def test_an_edited_provenance_is_recomputed_all_the_same(merged, copied):
+    """What its weights would give differs from what is there."""
+    edit_provenance(copied, set_weight, is_sealed=False)
+    sources = {f"m{number}": merged.parent / f"m{number}" for number in range(2)}
+    report = shardmix.verify(copied, recompute=True, sources=sources)
+    assert report.recomputed
+    assert "shardmix.json: is not as the merge wrote it" in report.problems[0]
+    assert "bytes of layer0.weight are not what" in report.problems[1]
+
+
+def test_the_sha256_of_a_provenance_is_told(tmp_path):
+    """By the merge, by verify and by status; a seal that was made anew changes it."""
+    out = tmp_path / "out"
+    report = shardmix.merge(large_models(tmp_path), out)
+    sha256 = hashlib.sha256((out / "shardmix.json").read_bytes()).hexdigest()
+    assert report.provenance_sha256 == sha256
+    verified = shardmix.verify(out)
+    assert verified.provenance_sha256 == sha256
+    assert "xxh3 finds damage, but whoever edits files can make new digests" in verified.proof
+    assert sha256 in verified.proof
+    assert shardmix.status(out).complete.provenance_sha256 == sha256
+    assert not shardmix.status(out).complete.is_edited
+    edit_provenance(out, set_weight)
+    forged = shardmix.verify(out)
+    assert forged.is_verified
+    assert forged.provenance_sha256 != sha256
+
+
+def test_a_seal_is_of_all_bytes_above_it(merged):
+    """The definition, computed otherwise."""
+    content = (merged / "shardmix.json").read_bytes()
+    above, sealed, rest = content.rpartition(b'"sha256_above": "')
+    assert rest == hashlib.sha256(above + sealed).hexdigest().encode() + b'"\n}\n'
+
+
+def test_a_provenance_with_findings_is_sealed(tmp_path):
+    """They are written one by one, behind the rest."""
+    models = large_models(tmp_path)
+    path = models[0][0] / "model-00001-of-00002.safetensors"
+    tensors = load_file(path)
+    for tensor in tensors.values():
+        tensor[0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    shardmix.merge(models, tmp_path / "out")
+    assert len(json.loads((tmp_path / "out" / "shardmix.json").read_text())["nonfinite"]) == 4
+    assert problems(tmp_path / "out") == ()
+
+
 def test_an_unknown_digest_is_refused(tmp_path):
     models = large_models(tmp_path)
     with pytest.raises(RecipeError, match="digest 'md5': must be one of xxh3, blake3, sha256"):
@@ -171,12 +261,13 @@ def test_recomputing_compares_with_sources_beside_the_output(merged):
 
 def forge(folder, name):
     """Make the digest of a damaged file right."""
-    path = folder / "shardmix.json"
-    content = json.loads(path.read_text())
-    record = content["digests"]["files"][name]
-    with (folder / name).open("rb") as file:
-        record["digest"] = file_digest(file.fileno(), content["digests"]["algorithm"])
-    path.write_text(json.dumps(content))
+
+    def edit(content):
+        with (folder / name).open("rb") as file:
+            digest = file_digest(file.fileno(), content["digests"]["algorithm"])
+        content["digests"]["files"][name]["digest"] = digest
+
+    edit_provenance(folder, edit)
 
 
 def test_recomputing_finds_what_a_forged_digest_hides(merged, copied):
@@ -314,6 +405,12 @@ def test_a_link_out_of_the_folder_is_not_followed(copied, tmp_path):
         ),
         *("deep/er/model.safetensors", "modeling.py", "deep/code.py", "tokenizer.json"),
         *("1_Pooling/config.json", "pytorch_model.bin.index.json", "adapter_config.json"),
+        *("model.onnx", "onnx/model.onnx_data", "onnx/config.json", "model.onnx.data"),
+        *("openvino_model.xml", "openvino/openvino_model.bin", "MODEL.ONNX", "3_Evil/x"),
+        *("model.pkl", "m.pickle", "m.joblib", "m.npz", "m.npy", "tf_model.h5", "m.tflite"),
+        *("coreml/m.mlpackage/Data/m.mlmodel", "m.pte", "m.engine", "lib/evil.so", "evil.so.1"),
+        *("evil.cpython-311-x86_64-linux-gnu.so", "__pycache__/m.pyc", "tf/saved_model.pb"),
+        *("model.ckpt.data-00000-of-00001", "text_encoder/config.json", "vocab.txt", "a.model"),
     ],
 )
 def test_an_added_file_that_a_loader_reads_is_found(copied, name):
@@ -330,7 +427,8 @@ def test_an_added_link_to_a_folder_is_found(copied, tmp_path):
 
 
 def test_what_no_loader_reads_may_be_added(copied):
-    for name in ("README.md", ".gitattributes", ".git/x.bin", "plot.png", "notes/README.md"):
+    names = ("README.md", ".gitattributes", ".git/x.bin", "plot.png", "notes/README.md")
+    for name in (*names, "eval/scores.csv", "eval/results.json", "paper.pdf", "notes/list.txt"):
         (copied / name).parent.mkdir(exist_ok=True)
         (copied / name).write_text("")
     assert problems(copied) == ()
@@ -408,11 +506,10 @@ def test_a_signal_stops_the_command(copied, number, status):
 
 def grow(folder, name):
     """Let a file have terabytes, nearly all of them a hole, and its record as many."""
-    path = folder / "shardmix.json"
-    content = json.loads(path.read_text())
     os.truncate(folder / name, 2 * 10**12)
-    content["digests"]["files"][name]["bytes"] = 2 * 10**12
-    path.write_text(json.dumps(content))
+    edit_provenance(
+        folder, lambda content: content["digests"]["files"][name].update(bytes=2 * 10**12)
+    )
 
 
 def test_status_tells_what_is_there(tmp_path):

@@ -72,6 +72,7 @@ def merge_report(report: "MergeReport", *, profile: Path | None, json: bool, qui
             console.print(f"note: {_plain(note)}", soft_wrap=True)
         if profile is not None:
             console.print(f"profile: {_plain(str(profile))}", soft_wrap=True)
+        console.print(f"shardmix.json: sha256 {report.provenance_sha256}", soft_wrap=True)
     if not quiet:
         _warnings(report.warnings)
 
@@ -88,6 +89,7 @@ def verify_report(report: "VerifyReport", *, json: bool, quiet: bool) -> None:
             f"wrote them, {how}by their {report.digest} digests",
             soft_wrap=True,
         )
+        _console().print(_plain(report.proof), soft_wrap=True)
     for problem in report.problems:
         _console(stderr=True).print(f"[bold red]error:[/] {_plain(problem)}", soft_wrap=True)
 
@@ -107,6 +109,8 @@ def status_report(report: "StatusReport", *, json: bool) -> None:
             f"{_plain(report.complete.shardmix)}; `shardmix verify` reads them again",
             soft_wrap=True,
         )
+        if report.note:
+            console.print(f"[bold red]but[/] {_plain(report.note)}", soft_wrap=True)
     else:
         finding = report.note if report.exists else "does not exist"
         console.print(f"{output}: {_plain(finding)}", soft_wrap=True)
