@@ -28,7 +28,8 @@ _HEADS_OF_OTHER_SHAPES = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "at
 _OWN_RULES = frozenset(
     (
         *("csm", "csm_depth_decoder_model", "dory", "hrm_text"),
-        *("kyutai_speech_to_text", "molmo2", "molmo2_text", "neomme", "pp_doclayout_v2"),
+        *("kyutai_speech_to_text", "mllama", "mllama_text_model", "molmo2", "molmo2_text"),
+        *("moshi", "moshi_depth", "neomme", "pp_doclayout_v2"),
     )
 )
 """Classes that add rows, embed in another width or count layers by rules of their own."""
@@ -38,9 +39,9 @@ _PLACE = re.compile(r"(?:embeddings\.)?\w+\.weight$")
 # ... unless it is of pictures or sounds, or predicts further tokens.
 _OTHER_SENSES = re.compile(r"vision|visual|video|image|audio|speech|codec|tower|qformer|mtp\.")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|block)\.(\d+)\.")
-_CLASSIFIER = re.compile(r"(?:^|\.)(?:classifier|score)\.(?:out_proj\.)?weight$")
-_QUERY = re.compile(r"\.self_attn\.q_proj\.weight$")
-_MLP = re.compile(r"\.\d+\.(?:mlp\.up_proj|mlp\.gate_proj|intermediate\.dense)\.weight$")
+_CLASSIFIERS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
+_QUERIES = (".self_attn.q_proj.weight",)
+_INNER = (".mlp.up_proj.weight", ".mlp.gate_proj.weight", ".intermediate.dense.weight")
 _CLASSIFIES = re.compile(r"For(?:Sequence|Token|Image)Classification$")
 
 
@@ -63,7 +64,11 @@ def config_misfits(
     if not config:
         return []
     found = list(_head_misfits(config, names, shapes))
-    embeddings = {name: shapes[row] for row, name in enumerate(names) if is_input_embedding(name)}
+    embeddings = {
+        name: shapes[row]
+        for row, name in enumerate(names)
+        if ("emb" in name or "wte" in name or "shared" in name) and is_input_embedding(name)
+    }
     if len(set(embeddings.values())) != 1:
         return found  # none, or a model of several vocabularies
     name, shape = min(embeddings.items(), key=lambda item: len(item[0]))
@@ -75,16 +80,10 @@ def config_misfits(
     if any(str(either.get("model_type")) in _OWN_RULES for either in (config, part)):
         return found
     place = _PLACE.sub("", name)
-    rows = [
-        row
-        for row, other in enumerate(names)
-        if other.startswith(place) and not _OTHER_SENSES.search(other)
-    ]
-    own_names, own_shapes = [names[row] for row in rows], [shapes[row] for row in rows]
     found += _vocabulary_misfits(part, prefix, name, shape[0])
     found += _width_misfits(part, prefix, name, shape[1])
-    found += _layer_misfits(part, prefix, own_names)
-    found += _matrix_misfits(part, prefix, own_names, own_shapes)
+    found += _layer_misfits(part, prefix, names, place)
+    found += _matrix_misfits(part, prefix, names, shapes, place)
     return found
 
 
@@ -133,26 +132,32 @@ def _width_misfits(part: Mapping[str, Any], prefix: str, name: str, width: int) 
         )
 
 
-def _layer_misfits(part: Mapping[str, Any], prefix: str, names: Sequence[str]) -> Iterator[Misfit]:
+def _layer_misfits(
+    part: Mapping[str, Any], prefix: str, names: Sequence[str], place: str
+) -> Iterator[Misfit]:
     stated = _integers(part, _LAYER_KEYS)
     if not stated:
         return
     more = sum(_integers(part, _MORE_LAYERS_KEYS).values())
     expected = {count + extra for count in stated.values() for extra in (0, more)}
     counts: dict[str, int] = {}
+    layer = "\0"
     for name in names:
+        # Names of one layer mostly follow one another: 90,000 experts are few layers.
+        if name.startswith(layer) or not name.startswith(place):
+            continue
         match = _LAYER.search(name)
-        if match is not None:
-            place = name[: match.start(1)]
-            counts[place] = max(counts.get(place, 0), int(match[1][:9]) + 1)
+        if match is not None and not _OTHER_SENSES.search(name):
+            layer, of = name[: match.end()], name[: match.start(1)]
+            counts[of] = max(counts.get(of, 0), int(match[1][:9]) + 1)
     if not counts:
         return
-    place, count = max(counts.items(), key=lambda item: item[1])
+    of, count = max(counts.items(), key=lambda item: item[1])
     if count not in expected:
         key, value = next(iter(stated.items()))
         yield Misfit(
             f"{prefix}{key}",
-            f"{key} is {value}, but the tensors have {count} layers ({place}*)",
+            f"{key} is {value}, but the tensors have {count} layers ({of}*)",
             is_certain=True,
         )
 
@@ -162,9 +167,10 @@ def _matrix_misfits(
     prefix: str,
     names: Sequence[str],
     shapes: Sequence[tuple[int, ...]],
+    place: str,
 ) -> Iterator[Misfit]:
     """Hold one layer's matrices against heads and intermediate size."""
-    query = _first(_QUERY, names, shapes)
+    query = _first(_QUERIES, names, shapes, place)
     sizes = {key: n for key, n in part.items() if isinstance(n, int) and not isinstance(n, bool)}
     heads, head_dim = sizes.get("num_attention_heads"), sizes.get("head_dim")
     is_plain = not any(part.get(key) for key in _HEADS_OF_OTHER_SHAPES)
@@ -177,7 +183,7 @@ def _matrix_misfits(
                 f"{shape[0]} rows",
                 is_certain=False,
             )
-    matrix = _first(_MLP, names, shapes)
+    matrix = _first(_INNER, names, shapes, place)
     stated = sizes.get("intermediate_size")
     others = [size for key, size in sizes.items() if "ffn" in key or "intermediate" in key]
     if matrix is not None and stated is not None and matrix[1][0] not in others:
@@ -197,7 +203,7 @@ def _head_misfits(
         return
     if not any(_CLASSIFIES.search(str(name)) for name in architectures):
         return
-    head = _first(_CLASSIFIER, names, shapes)
+    head = _first(_CLASSIFIERS, names, shapes)
     if head is not None and head[1][0] != len(labels):
         yield Misfit(
             "id2label",
@@ -207,10 +213,14 @@ def _head_misfits(
 
 
 def _first(
-    pattern: re.Pattern[str], names: Sequence[str], shapes: Sequence[tuple[int, ...]]
+    endings: tuple[str, ...],
+    names: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    place: str = "",
 ) -> tuple[str, tuple[int, ...]] | None:
-    """Return the first matrix of that name."""
+    """Return the first matrix of that name in a part of a model."""
     for name, shape in zip(names, shapes, strict=True):
-        if len(shape) == 2 and name.endswith(".weight") and pattern.search(name):
+        is_of_it = name.endswith(endings) and name.startswith(place) and len(shape) == 2
+        if is_of_it and not _OTHER_SENSES.search(name):
             return name, shape
     return None
