@@ -17,13 +17,8 @@ SMALL = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
-DECODER = {
-    **SMALL,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+DECODER = {**SMALL, **TOKENS, "num_key_value_heads": 2}
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 24,
