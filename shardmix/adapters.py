@@ -35,8 +35,9 @@ def adapter_tensor(names: Collection[str]) -> str | None:
     A model may hold adapters beside the weights that they change. These are its own parameters,
     unless PEFT wrapped it.
     """
-    stored = frozenset(names)
+    stored: frozenset[str] = frozenset()
     for name, changed in _adapter_tensors(names):
+        stored = stored or frozenset(names)
         has_base = any(f"{changed}{ending}" in stored for ending in _BASE_ENDINGS)
         if not has_base or name.startswith(_WRAPPED):
             return name

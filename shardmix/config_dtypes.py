@@ -69,15 +69,15 @@ def config_dtypes(
     no part. What cannot be told, and what may be meant as it is, is left out: there the config
     stays as it is. Paths are keys with dots.
     """
+    whole = _parts_of(config, "", "")
     by_place: dict[tuple[str, ...], dict[str, int]] = {}
     total: dict[str, int] = {}
     for name, dtype, size in tensors:
-        counted = by_place.setdefault(_place(name), {})
+        counted = by_place.setdefault(_place(name) if whole.parts else (), {})
         counted[dtype] = counted.get(dtype, 0) + size + 1
         total[dtype] = total.get(dtype, 0) + size + 1
     if not total:
         return {}
-    whole = _parts_of(config, "", "")
     if len(total) == 1:
         return dict.fromkeys((path for path, _ in _nested(config, "")), *total)
     for place, sizes in by_place.items():

@@ -185,8 +185,9 @@ def test_a_cached_repository_stands_for_its_snapshot(tmp_path):
         assert open_checkpoint(str(repository)).folder == repository / "snapshots" / commit
 
 
-@pytest.mark.parametrize("main", [None, "../../../secret", "a" * 39, "\xff"])
+@pytest.mark.parametrize("main", [None, "../../secret", "a" * 39, "\xff"])
 def test_of_several_snapshots_one_must_be_named(tmp_path, main):
+    save_model(tmp_path / "secret", random_model(3))
     message = refused(cached(tmp_path, "a" * 40, "b" * 40, main=main))
     assert f"snapshots/{'a' * 40}/, snapshots/{'b' * 40}/" in message
     assert "models--org--name/snapshots/COMMIT" in message
