@@ -22,6 +22,7 @@ from shardmix.checkpoint import (
     weight_names,
 )
 from shardmix.digests import LEAF_NBYTES
+from shardmix.disk_need import disk_needed_nbytes
 from shardmix.errors import (
     BudgetError,
     MergeCancelled,
@@ -198,13 +199,14 @@ def plan_merge(
             "record_paths": options.get("record_paths", False),
         }
         try:
-            return planner.plan_merge(recipe, checkpoints, donor, settings, **outcome)
+            plan = planner.plan_merge(recipe, checkpoints, donor, settings, **outcome)
         except BudgetError as error:
             if settings.device != "auto":
                 raise
             on_cpu = replace(settings, device="cpu")
             plan = planner.plan_merge(recipe, checkpoints, donor, on_cpu, **outcome)
-            return replace(plan, warnings=(*plan.warnings, f"on the CPU, since on a GPU {error}"))
+            plan = replace(plan, warnings=(*plan.warnings, f"on the CPU, since on a GPU {error}"))
+        return plan.with_disk_needed(disk_needed_nbytes(plan))
 
 
 def report_plan(plan: MergePlan) -> PlanReport:

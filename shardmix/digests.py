@@ -75,9 +75,10 @@ class LeafDigests:
 
     def __init__(self, algorithm: str, file_nbytes: int) -> None:
         self._algorithm = algorithm
-        self._digest_nbytes = len(_leaf_hasher(algorithm).digest())
+        self.digest_nbytes = len(_leaf_hasher(algorithm).digest())
+        """Length of one leaf's digest."""
         self._known = bytearray(num_leaves(file_nbytes))
-        self._digests = bytearray(len(self._known) * self._digest_nbytes)
+        self._digests = bytearray(len(self._known) * self.digest_nbytes)
 
     def __len__(self) -> int:
         return len(self._known)
@@ -89,19 +90,19 @@ class LeafDigests:
 
     def get(self, leaf: int) -> bytes | None:
         """Return a leaf's digest, or None where it is not known."""
-        start = leaf * self._digest_nbytes
+        start = leaf * self.digest_nbytes
         known = self._known[leaf]
-        return bytes(self._digests[start : start + self._digest_nbytes]) if known else None
+        return bytes(self._digests[start : start + self.digest_nbytes]) if known else None
 
     def put(self, leaf: int, digest: bytes) -> None:
         """Keep a leaf's digest."""
-        start = leaf * self._digest_nbytes
-        self._digests[start : start + self._digest_nbytes] = digest
+        start = leaf * self.digest_nbytes
+        self._digests[start : start + self.digest_nbytes] = digest
         self._known[leaf] = True
 
     def fits(self, leaf: int, digest: bytes) -> bool:
         """Return whether there is such a leaf, and a digest of such a length."""
-        return 0 <= leaf < len(self._known) and len(digest) == self._digest_nbytes
+        return 0 <= leaf < len(self._known) and len(digest) == self.digest_nbytes
 
     def forget(self, leaf: int) -> None:
         """Take a leaf for unknown again."""

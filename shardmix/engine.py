@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from shardmix.comparison import ComparedShard, Differences
+from shardmix.disk_need import FindingsRoom
 from shardmix.errors import MergeCancelled
 from shardmix.findings import LeafFindings
 from shardmix.held_folder import HeldFolder
 from shardmix.journal import Journal
 from shardmix.memory import peak_resident_nbytes, resident_nbytes
-from shardmix.model_folder import write_companions, write_index, write_model_card
+from shardmix.model_folder import write_all_but_weights
 from shardmix.output_shard import GrowingShard
 from shardmix.plan import MergePlan
 from shardmix.provenance import write_provenance
@@ -117,12 +118,15 @@ def execute(
     settings, folder = plan.settings, staging.folder
     # All but the weights is written anew.
     staging.drop_all_but({shard.filename for shard in plan.shards})
-    work = Work(plan, lambda number: GrowingShard(plan, number, folder, journal, clock))
+    room = FindingsRoom(plan, staging)
+    work = Work(
+        plan,
+        lambda number: GrowingShard(plan, number, folder, journal, clock),
+        on_many_findings=room.check,
+    )
 
     def write_the_rest() -> None:
-        write_companions(plan, folder)
-        write_model_card(plan, folder)
-        write_index(plan, folder)
+        write_all_but_weights(plan, folder)
 
     teller = Teller(on_progress) if on_progress is not None else None
     run_blocks(plan, backend, work, teller, cancel, meanwhile=write_the_rest, clock=clock)

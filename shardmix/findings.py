@@ -43,6 +43,10 @@ class FindingsSum:
         self._nonfinite: dict[str, tuple[int, int, int]] = {}
         self._disagreeing: dict[str, set[int]] = {}
 
+    def has_nonfinite(self, name: str) -> bool:
+        """Tell whether a tensor holds NaN or Inf in what was added."""
+        return name in self._nonfinite
+
     def add(self, findings: LeafFindings) -> None:
         """Take in what was found in one more range."""
         for name, counts in findings.nonfinite.items():

@@ -115,13 +115,7 @@ def open_journal(folder: HeldFolder, plan: MergePlan) -> Journal:
     """
     path = folder.path / JOURNAL_NAME
     leaves = [LeafDigests(plan.digest_algorithm, shard.file_nbytes) for shard in plan.shards]
-    head = _Head(
-        _FORMAT,
-        __version__,
-        plan.digest(),
-        MergeDescription.of(plan),
-        tuple(shard.file_nbytes for shard in plan.shards),
-    )
+    head = _head(plan, plan.digest())
     try:
         descriptor = folder.open_own(JOURNAL_NAME, append=True)
         try:
@@ -139,6 +133,23 @@ def open_journal(folder: HeldFolder, plan: MergePlan) -> Journal:
     except OSError as error:
         raise writing_failed(path, error, "cannot be used") from None
     return Journal(path, descriptor, leaves, findings, head.plan_digest)
+
+
+def journal_nbytes(plan: MergePlan) -> int:
+    """Return how long a merge's journal will be, at most, if nothing is found in the data."""
+    head = msgspec.json.encode(_head(plan, "0" * 64))
+    lines = 0
+    for number, shard in enumerate(plan.shards):
+        leaves = LeafDigests(plan.digest_algorithm, shard.file_nbytes)
+        line = _Line(number, len(leaves), "00" * leaves.digest_nbytes)
+        lines += len(leaves) * (len(msgspec.json.encode(line)) + 1)
+    return len(head) + 1 + lines
+
+
+def nonfinite_nbytes(name: str) -> int:
+    """Return what a line takes more to tell that a tensor holds NaN or Inf, at most."""
+    most = 10**15
+    return len(msgspec.json.encode({name: (most, most, most)}))
 
 
 def summarise(folder: HeldFolder) -> JournalSummary | None:
@@ -170,6 +181,16 @@ def summarise(folder: HeldFolder) -> JournalSummary | None:
             len(leaves) == count for leaves, count in zip(done, counts, strict=True)
         ),
         num_shards=len(counts),
+    )
+
+
+def _head(plan: MergePlan, plan_digest: str) -> _Head:
+    return _Head(
+        _FORMAT,
+        __version__,
+        plan_digest,
+        MergeDescription.of(plan),
+        tuple(shard.file_nbytes for shard in plan.shards),
     )
 
 

@@ -241,7 +241,7 @@ class MergePlan:
     shards: tuple[OutputShard, ...]
     """All weight files that will be written."""
     disk_needed_nbytes: int
-    """What the output takes, companion files included."""
+    """What the output takes of the disk, all files counted in whole blocks, and the journal."""
     settings: RunSettings
     """Device, way to read, budgets."""
     memory: MemoryPlan
@@ -285,6 +285,10 @@ class MergePlan:
             if shard.full_name(stored) == name
         )
 
+    def with_disk_needed(self, nbytes: int) -> "MergePlan":
+        """Return the same merge, now that it is known what its output takes of the disk."""
+        return replace(self, disk_needed_nbytes=nbytes)
+
     def with_memory(self, memory: MemoryPlan) -> "MergePlan":
         """Return the same merge within other memory; its output is the same, byte for byte."""
         return replace(self, memory=memory)
@@ -308,7 +312,9 @@ class MergePlan:
     def _decisive_parts(self) -> Iterator[object]:
         """Yield all that decides the output's bytes, in an order that is always the same."""
         places = {"sources", "output", "base_folder", "modules_folder"}
-        irrelevant = places | {"settings", "memory", "cache_use", "warnings", "left_out"}
+        irrelevant = places | {
+            *("settings", "memory", "cache_use", "warnings", "left_out", "disk_needed_nbytes"),
+        }
         in_parts = {"files", "shards"}
         for field in fields(self):
             if field.name not in irrelevant | in_parts:

@@ -189,7 +189,7 @@ def plan_merge(
             for shard in part.shards
         ),
         shards=shards,
-        disk_needed_nbytes=write_nbytes + companions.nbytes + modules.nbytes,
+        disk_needed_nbytes=write_nbytes,  # and what is beside the weights, once there is a plan
         settings=settings,
         memory=plan_memory(settings, num_tensors=sum(len(shard.tensor_names) for shard in shards)),
         cache_use=plan_cache_use(

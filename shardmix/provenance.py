@@ -17,6 +17,7 @@ from typing import BinaryIO
 import msgspec
 
 from shardmix._version import __version__
+from shardmix.counted_folder import CountedFolder
 from shardmix.digests import ALGORITHMS, LEAF_NBYTES, file_digest
 from shardmix.errors import SourceError, one_line, writing_failed
 from shardmix.filesystem import open_regular
@@ -146,18 +147,18 @@ class Seal:
 
 def write_provenance(
     plan: MergePlan,
-    folder: HeldFolder,
-    shard_digests: Mapping[str, str],
+    folder: HeldFolder | CountedFolder,
+    known_digests: Mapping[str, str],
     findings: LeafFindings,
     *,
     plan_digest: str,
 ) -> str:
     """Write an output's `shardmix.json`, as its last file, and return its SHA-256 (hex).
 
-    Raises `OutputError`.
+    `known_digests` are those of files that need not be read for them. Raises `OutputError`.
     """
     try:
-        files = dict(_file_records(plan, folder, shard_digests))
+        files = dict(_file_records(plan, folder, known_digests))
         provenance = Provenance(
             format=_FORMAT,
             shardmix=__version__,
@@ -252,19 +253,31 @@ def _seal(encoded: bytes) -> Seal:
 
 
 def _file_records(
-    plan: MergePlan, folder: HeldFolder, shard_digests: Mapping[str, str]
+    plan: MergePlan, folder: HeldFolder | CountedFolder, known_digests: Mapping[str, str]
 ) -> list[tuple[str, FileRecord]]:
     """Return every file's record, by name; the shards were hashed as they were written."""
+    if isinstance(folder, CountedFolder):
+        sizes = folder.sizes
+    else:
+        sizes = {name: there.st_size for name, there in folder.files()}
     records = []
-    for name, there in sorted(folder.files()):
+    for name, nbytes in sorted(sizes.items()):
         if name in NOT_DIGESTED:
             continue
-        digest = shard_digests.get(name)
+        digest = known_digests.get(name)
         if digest is None:
+            assert isinstance(folder, HeldFolder)
             with folder.open_regular(name) as file:
                 digest = file_digest(file.fileno(), plan.digest_algorithm)
-        records.append((name, FileRecord(there.st_size, digest)))
+        records.append((name, FileRecord(nbytes, digest)))
     return records
+
+
+def nonfinite_nbytes(name: str) -> int:
+    """Return what `shardmix.json` takes to tell that a tensor holds NaN or Inf, at most."""
+    most = 10**15
+    findings = LeafFindings(nonfinite={name: (most, most, most)})
+    return sum(map(len, _nonfinite_lines(findings)))
 
 
 def _nonfinite_lines(findings: LeafFindings) -> Iterator[bytes]:

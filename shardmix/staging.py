@@ -82,11 +82,11 @@ class Staging:
 
     @property
     def nbytes(self) -> int:
-        """What its files take of the disk already."""
+        """What its files, and the journal, take of the disk already; not an old model."""
         total = 0
         with suppress(OSError):  # its process is just removing it
             for name, there in self.hidden.files():
-                if name.startswith(f"{_MODEL}/"):
+                if not name.startswith(f"{_ASIDE}/"):
                     total += there.st_blocks * 512
         return total
 

@@ -5,7 +5,7 @@ Knows no bytes: where output goes is behind `ShardTarget`.
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Protocol
 
 from shardmix.blocks import Block, Strip, TensorPlaces, blocks
@@ -15,6 +15,8 @@ from shardmix.page_cache import PassedRanges
 from shardmix.plan import MergePlan
 from shardmix.run_settings import ERROR
 from shardmix.safetensors_layout import element_nbytes
+
+_MANY = 1000
 
 
 class LeafTarget(Protocol):
@@ -65,7 +67,16 @@ class Work:
     that has no file of its own left helps others with theirs.
     """
 
-    def __init__(self, plan: MergePlan, open_shard: Callable[[int], ShardTarget]) -> None:
+    def __init__(
+        self,
+        plan: MergePlan,
+        open_shard: Callable[[int], ShardTarget],
+        *,
+        on_many_findings: Callable[[Collection[str]], None] | None = None,
+    ) -> None:
+        """`on_many_findings` is called with new tensors that hold NaN, a thousand at a time."""
+        self._on_many_findings = on_many_findings
+        self._untold: list[str] = []
         self._plan = plan
         self._open_shard = open_shard
         self._lock = threading.Lock()
@@ -123,8 +134,16 @@ class Work:
         """Take in findings. Raises `NonfiniteError` where there are NaN or Inf, and may not be."""
         if not findings:
             return
+        many: list[str] = []
         with self._lock:
+            if self._on_many_findings is not None:
+                names = findings.nonfinite
+                self._untold += (name for name in names if not self._findings.has_nonfinite(name))
+                if len(self._untold) >= _MANY:
+                    many, self._untold = self._untold, []
             self._findings.add(findings)
+        if many and self._on_many_findings is not None:
+            self._on_many_findings(many)
         if findings.nonfinite and self._plan.settings.on_nonfinite == ERROR:
             name, counts = next(iter(findings.nonfinite.items()))
             finding = nonfinite_finding(name, counts, self._plan)
