@@ -37,8 +37,6 @@ class Companions:
 
     files: tuple[str, ...] = ()
     """Paths within the folder, in order."""
-    nbytes: int = 0
-    """Their size."""
     left_out: tuple[LeftOut, ...] = ()
     """What does not go along, but for the weights that are merged."""
 
@@ -81,7 +79,7 @@ def find_companions(
         others = [name for name in kept if not _is_surely_a_models(name, modules)]
         left_out = [LeftOut(name, "beside a single file; name the folder") for name in others]
         kept = [name for name in kept if _is_surely_a_models(name, modules)]
-    files, nbytes = [], 0
+    files = []
     for name in kept:
         reason = None if _is_surely_a_models(name, modules) else _unfit(folder, name)
         if reason is not None:
@@ -100,8 +98,7 @@ def find_companions(
         if found.sizes[name] <= _MOST_POINTER_NBYTES:
             _refuse_lfs_pointer(folder / name)
         files.append(name)
-        nbytes += found.sizes[name]
-    return Companions(tuple(sorted(files)), nbytes, _shortened(left_out))
+    return Companions(tuple(sorted(files)), _shortened(left_out))
 
 
 def unmerged_weights(companions: Iterable[str]) -> list[str]:

@@ -35,8 +35,6 @@ class PlannedModules:
     """The model that they are taken from, if it is not the one that gives config and tokenizer."""
     output: OutputModules
     """What of that is to be written."""
-    nbytes: int
-    """Size of the files that are taken from there."""
     notes: tuple[str, ...]
     """What is to be told of it."""
 
@@ -67,12 +65,11 @@ def plan_modules(
         )
     if giver is None:
         files: tuple[str, ...] = ()
-        folder, modules, main_place, nbytes = base, base_modules, "", 0
+        folder, modules, main_place = base, base_modules, ""
         notes: list[str] = []
     else:
         files = _module_files(giver, base)
         folder, modules, main_place = giver.root, giver.modules, giver.place
-        nbytes = sum((folder / file).stat().st_size for file in files)
         notes = [
             f"{MODULES_NAME}: the output takes {giver.source}'s modules{_pooled(giver)}, since the "
             "model that gives it config and tokenizer has none"
@@ -90,7 +87,6 @@ def plan_modules(
             pooling=recipe.pooling,
             pooling_configs=configs,
         ),
-        nbytes=nbytes,
         notes=tuple(notes),
     )
 

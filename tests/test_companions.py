@@ -178,11 +178,6 @@ def test_folders_nested_too_deeply_stay_behind(tmp_path):
     assert [finding.name for finding in found.left_out] == [f"{deep}/i/"]
 
 
-def test_the_size_of_what_goes_along_is_told(tmp_path):
-    fill(tmp_path, "config.json", "a/voice.wav", "model.onnx")
-    assert find_companions(tmp_path).nbytes == 2
-
-
 @pytest.mark.parametrize("name", ["notes.md", "vocab", "code/x.py", "colbert_linear.pt"])
 def test_a_link_to_a_file_outside_is_refused(tmp_path, name):
     (tmp_path / "secret").write_text("secret")
