@@ -15,6 +15,7 @@ from shardmix.differences import Difference, settle
 from shardmix.matching import QUANTISATION
 from shardmix.module_differences import ModularModel, module_differences
 from shardmix.naming import declared_quantisation, input_embedding
+from shardmix.preprocessor_differences import preprocessor_differences
 from shardmix.recipe import Recipe
 from shardmix.tokenizer_differences import TokenizerFolder, tokenizer_differences
 
@@ -54,6 +55,7 @@ def check_belong_together(
             found += _misfits(group[0], base)
             found += _config_differences(group, base)
         found += _tokenizer_differences(group, base, max_memory)
+        found += _preprocessor_differences(group, base)
     return settle(found, recipe.allow_differences)
 
 
@@ -108,6 +110,13 @@ def _tokenizer_differences(
     return tokenizer_differences(
         folders, output=output, num_rows=_num_rows(group[0]), max_memory=max_memory
     )
+
+
+def _preprocessor_differences(group: Sequence[Checkpoint], base: Base) -> list[Difference]:
+    folders = [(part.source, part.folder) for part in group]
+    if base.name is not None:
+        folders.append((base.name, base.folder))
+    return preprocessor_differences(folders, output=0 if base.name is None else len(group))
 
 
 def _num_rows(checkpoint: Checkpoint) -> int | None:

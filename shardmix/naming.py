@@ -103,12 +103,6 @@ def marks_quantisation(ending: str, dtype: str) -> bool:
     return ending in _QUANTISED_NAMES or ending.startswith(_QUANTISED_PREFIX)
 
 
-def quantisation_method(config: Mapping[str, Any]) -> str | None:
-    """Return the quantisation method that a config declares, or None."""
-    declared = declared_quantisation(config)
-    return None if declared is None else declared[1]
-
-
 def declared_quantisation(config: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return the key by which a config declares a quantisation, dotted if nested, and its method.
 

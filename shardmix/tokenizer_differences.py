@@ -5,7 +5,7 @@ Reads their files, byte for byte first: those of fine-tunes are mostly their bas
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,10 @@ def tokenizer_differences(
         if other is first or not other.vocabularies:
             continue
         try:
-            found += _compared(first, other, num_rows, max_memory)
+            told = _compared(first, other, num_rows, max_memory)
+            if first is not files[output]:
+                told = [replace(difference, consequence="") for difference in told]
+            found += told
         except (SourceError, BudgetError) as error:
             found.append(
                 _told(f"{KEY}: those of {first.name} and {other.name} were not compared: {error}")
@@ -309,6 +312,15 @@ def _id_differences(
                 f"{KEY}: {_ids(conflicts)} stand for a token in one of {one.name} and {two.name}, "
                 "and are kept free in the other",
                 "their rows are averaged all the same",
+                f"{KEY}.ids",
+            )
+        )
+    if num_rows is not None and one.vocabulary.ids.size and one.vocabulary.ids[-1] >= num_rows:
+        found.append(
+            _told(
+                f"{KEY}: {one.name} has ids up to {one.vocabulary.ids[-1]}, and the embedding has "
+                f"{num_rows} rows",
+                "",
                 f"{KEY}.ids",
             )
         )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from shardmix.naming import config_parts, quantisation_method
+from shardmix.naming import config_parts, declared_quantisation, without_quantisation
 
 QUANTISED = {"quantization_config": {"quant_method": "gptq"}}
 
@@ -20,7 +20,14 @@ QUANTISED = {"quantization_config": {"quant_method": "gptq"}}
     ],
 )
 def test_quantisation_of_a_part_is_found(config):
-    assert quantisation_method(config) == "gptq"
+    key, method = declared_quantisation(config)
+    assert method == "gptq"
+    part = config
+    for word in key.split("."):
+        part = part[word]
+    assert part == {"quant_method": "gptq"}
+    assert declared_quantisation(without_quantisation({**config, "a": 1})) is None
+    assert without_quantisation({**config, "a": 1})["a"] == 1
 
 
 @pytest.mark.parametrize(
@@ -34,7 +41,7 @@ def test_quantisation_of_a_part_is_found(config):
     ],
 )
 def test_what_is_no_part_is_not_searched(config):
-    assert quantisation_method(config) is None
+    assert declared_quantisation(config) is None
 
 
 def test_parts_of_a_config():

@@ -119,7 +119,6 @@ PAIRS = {
         ["error"],
     ),
     "added tokens of one": (fast(), fast(tokens=[(13, "<x>")]), ["ids"]),
-    "added tokens beyond the rows": (fast(), fast(tokens=[(NUM_ROWS, "<x>")]), []),
     "a token for a reserved one": (
         fast(tokens=[(13, "<|reserved_special_token_2|>")]),
         fast(tokens=[(13, "<|eom_id|>")]),
@@ -240,6 +239,15 @@ def test_one_thing_is_judged(tmp_path, name):
         assert found == expected
     if one and other:
         assert sorted(kinds(b, a)) == sorted(found)
+
+
+def test_tokens_beyond_the_rows_are_told(tmp_path):
+    """Of the output's tokenizer: another's are of no use to anybody."""
+    a, b = write(tmp_path / "a", fast()), write(tmp_path / "b", fast(tokens=[(NUM_ROWS, "<x>")]))
+    assert kinds(a, b) == []
+    folders = [TokenizerFolder(path.name, path) for path in (b, a)]
+    (found,) = tokenizer_differences(folders, num_rows=NUM_ROWS)
+    assert found.finding == "tokenizer: b has ids up to 20, and the embedding has 20 rows"
 
 
 def test_an_error_names_the_tokens(tmp_path):

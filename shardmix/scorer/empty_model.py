@@ -15,7 +15,7 @@ from accelerate import init_empty_weights
 
 from shardmix.checkpoint import CONFIG_NAME, Checkpoint
 from shardmix.errors import SourceError, one_line
-from shardmix.naming import quantisation_method
+from shardmix.naming import declared_quantisation
 from shardmix.safetensors_layout import FLOAT_DTYPES
 
 TORCH_DTYPES = {
@@ -47,10 +47,11 @@ def build_empty_model(
             f"{checkpoint.source}: has no {CONFIG_NAME}, so that it cannot be run; scoring needs a "
             "whole model folder"
         )
-    method = quantisation_method(checkpoint.config)
-    if method is not None:
+    declared = declared_quantisation(checkpoint.config)
+    if declared is not None:
         raise SourceError(
-            f"{checkpoint.source}: is quantised ({method}); scoring needs the original weights"
+            f"{checkpoint.source}: is quantised ({declared[1]}, in config.json); scoring needs the "
+            f"original weights: if these are floats, remove {declared[0]} from config.json"
         )
     try:
         with _quiet_transformers():

@@ -1,0 +1,72 @@
+"""In what models differ that prepare pictures or sounds: `preprocessor_config.json`. Warnings."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shardmix.differences import Difference
+from shardmix.errors import SourceError, printable
+from shardmix.filesystem import refuse_link_outside
+from shardmix.json_files import read_json
+
+NAME = "preprocessor_config.json"
+_NUM_NAMED = 4
+_LONGEST_VALUE = 60
+_ABOUT_THE_CODE = ("auto_map", "use_fast", "device", "return_tensors", "processor_class")
+
+
+def preprocessor_differences(
+    folders: Sequence[tuple[str, Path]], *, output: int = 0
+) -> list[Difference]:
+    """Return the settings that differ from those of the output's, which is `folders[output]`.
+
+    A folder is a model's name and where it lies. What one of them leaves out, or writes in another
+    form, as versions do, is no difference.
+    """
+    contents = {}
+    for number, (name, folder) in enumerate(folders):
+        if os.path.lexists(folder / NAME):
+            try:
+                refuse_link_outside(folder, folder / NAME)
+                contents[number] = read_json(folder / NAME)
+            except SourceError as error:
+                return [_told(f"{error}; how {name} prepares its inputs was not compared")]
+    if output not in contents:
+        return []
+    first, found = folders[output][0], []
+    for number, content in contents.items():
+        keys = _differing(contents[output], content)
+        if keys:
+            name = folders[number][0]
+            words = [
+                f"{printable(key)} ({_shown(contents[output][key])} in {first}, "
+                f"{_shown(content[key])} in {name})"
+                for key in keys[:_NUM_NAMED]
+            ]
+            more = f" and {len(keys) - _NUM_NAMED} more" if len(keys) > _NUM_NAMED else ""
+            found.append(
+                _told(f"{NAME}: {', '.join(words)}{more}", f"the output takes that of {first}")
+            )
+    return found
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    return [
+        key
+        for key, value in one.items()
+        if key in other
+        and value != other[key]
+        and isinstance(value, dict) == isinstance(other[key], dict)
+        and not (key.startswith("_") or key.endswith("_type") or key in _ABOUT_THE_CODE)
+    ]
+
+
+def _told(finding: str, consequence: str = "") -> Difference:
+    return Difference(NAME, finding, consequence, is_refused=False)
+
+
+def _shown(value: object) -> str:
+    text = printable(json.dumps(value, ensure_ascii=False))
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
