@@ -271,7 +271,7 @@ def _kept(staging: Staging, journal: Journal, plan: MergePlan, error: BaseExcept
     """Say what is kept of an unfinished merge, and how to go on; "" where nothing is."""
     if staging.is_placed:
         return f"{staging.output} is the new model all the same, and whole"
-    if not staging.is_worth_keeping or not staging.is_in_its_place:
+    if not staging.is_worth_keeping or staging.is_moved:
         return ""
     done = min(journal.num_leaves_done * LEAF_NBYTES, plan.write_nbytes)
     if isinstance(error, SourceChangedError):

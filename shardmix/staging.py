@@ -61,10 +61,10 @@ class Staging:
         return self._is_placed
 
     @property
-    def is_in_its_place(self) -> bool:
-        """Whether its path still leads to it, and the output's to the folder beside it."""
+    def is_moved(self) -> bool:
+        """Whether its path leads elsewhere by now; False if that cannot be told."""
         with suppress(OSError):
-            return _is_in_its_place(self)
+            return not _is_in_its_place(self)
         return False
 
     @property
@@ -142,9 +142,8 @@ def open_staging(output: Path, *, restart: bool = False) -> Iterator[Staging]:
             finally:
                 if not staging.is_worth_keeping:
                     # After success this is nothing, or the model that was replaced.
-                    with suppress(
-                        OSError, OutputError
-                    ):  # what cannot be removed is at the next run
+                    # What cannot be removed now is at the next run.
+                    with suppress(OSError, OutputError):
                         _clear(staging.hidden)
                         opened.remove_empty()
         except KeyboardInterrupt as error:
@@ -209,16 +208,21 @@ class _Opened:
         self._made: list[tuple[HeldFolder, str, HeldFolder]] = []  # parent, name, folder
         self._lock: int | None = None
         self._held = ExitStack()
+        self._name = staging_path(output).name
+        is_new = False
         try:
             self._parent = self._open_parent(output)
-            self._name = staging_path(output).name
             with suppress(FileExistsError):
                 self._parent.make_folder(self._name, 0o700)
+                is_new = True
             hidden = self._held.enter_context(_own_hidden(self._parent, self._name))
             hidden.limit_permissions(0o700)
             self.staging = Staging(output, self._parent, hidden)
             self._lock = lock_folder(hidden)
         except BaseException:
+            if is_new:
+                with suppress(OSError):  # others are at work there already
+                    self._parent.remove_empty(self._name)
             self.remove_made()
             self.close()
             raise

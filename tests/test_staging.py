@@ -333,3 +333,17 @@ def test_a_marker_that_a_power_cut_spoilt_still_tells_that_the_output_is_in_plac
     settle(output)
     assert (output / "config.json").exists()
     assert not staging.path.exists()
+
+
+def test_a_lock_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):
+    opened = os.open
+
+    def full(path, *arguments, **options):
+        if path == "lock":
+            raise OSError(28, "No space left on device")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(OutputError, match="disk is full"), open_staging(tmp_path / "new" / "out"):
+        pass
+    assert list(tmp_path.iterdir()) == []
