@@ -7,17 +7,26 @@ Prints JSON: which parameters of the class share a tensor, and for which values 
 """
 
 import json
+import resource
 import sys
 from typing import Any
 
+import psutil
+
 TIE_KEY = "tie_word_embeddings"
+_MOST_NBYTES = 4 << 30  # layers of a model without weights; a stranger's config may name any number
 
 
 def ties(name: str, folder: str) -> list[dict[str, Any]]:
     """Return the shared parameters of each model in a model: pairs, and nine letters T or F."""
-    import torch
     import transformers
 
+    if name not in dir(transformers):  # which knows all names without loading their code
+        raise TypeError(f"{name} is not in transformers")
+    import torch
+
+    held = psutil.Process().memory_info().data
+    resource.setrlimit(resource.RLIMIT_DATA, (held + _MOST_NBYTES, resource.RLIM_INFINITY))
     cls = getattr(transformers, name)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise TypeError(f"{name} is no model class")

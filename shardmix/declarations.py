@@ -20,7 +20,7 @@ import msgspec
 TIE_KEY = "tie_word_embeddings"
 SCALE_KEY = "scale_decoder_outputs"
 _TABLE_NAME = "transformers_declarations.json"
-_ASK_SECONDS = 120
+_ASK_SECONDS = 60
 
 
 class Tie(msgspec.Struct, frozen=True):
@@ -43,6 +43,15 @@ class Tie(msgspec.Struct, frozen=True):
     """That nested part."""
     key: str = ""
     """A key at the top that goes before `tie_word_embeddings`."""
+    when: tuple[tuple[str, bool, bool], ...] = ()
+    """Keys at the top, the value that each must have, and whether silence means that value."""
+
+    def is_declared(self, config: Mapping[str, Any]) -> bool:
+        """Tell whether the class of a config.json declares it at all."""
+        return all(
+            config[key] == value if isinstance(config.get(key), bool) else is_default
+            for key, value, is_default in self.when
+        )
 
     def is_in_force(self, config: Mapping[str, Any]) -> bool:
         """Tell whether a model of this config.json shares the parameters."""
@@ -83,6 +92,8 @@ class ModelClass(msgspec.Struct, frozen=True, rename={"model_type": "type"}):
     """Which entries of the table's parts are its ties."""
     renames: tuple[int, ...] = ()
     """Which entries are its renamings."""
+    asked: bool = False
+    """Its ties depend on more of a config than the table can say: transformers is asked."""
     scale: str = ""
     """For a class whose head's input is scaled by a key that may be the tie's: nine letters T or F,
     for that one saying nothing, true, false, in each for the scale's own key."""
@@ -123,17 +134,19 @@ def declaration_of(config: Mapping[str, Any], folder: Path | None = None) -> Dec
     table = _table()
     name = class_name(config)
     found = table.classes.get(name or "")
-    if found is None and name is not None and folder is not None:
-        asked = _asked(name, folder)
+    if name is None:
+        return _of_model_type(table, config)
+    if found is None or found.asked:
+        asked = None if folder is None else _asked(name, folder)
         if asked is not None:
             return asked
-    if found is None and name is None:
-        return _of_model_type(table, config.get("model_type"))
-    if found is None:
         has_code = isinstance(config.get("auto_map"), Mapping)
         return Declaration((), table.legacy, "", "", is_known=False, is_conventional=has_code)
     return Declaration(
-        ties=(*_parts(table, found.ties, Tie), *_nested_ties(table, config, found)),
+        ties=(
+            *(tie for tie in _parts(table, found.ties, Tie) if tie.is_declared(config)),
+            *_nested_ties(table, config, found),
+        ),
         renames=(*_parts(table, found.renames, Renaming), *table.legacy),
         prefix=found.prefix,
         scale=found.scale,
@@ -168,14 +181,16 @@ def _state(config: Mapping[str, Any], key: str = TIE_KEY) -> int:
     return 0 if not isinstance(value, bool) else 1 if value else 2
 
 
-def _of_model_type(table: _Table, model_type: object) -> Declaration:
-    """Return what the classes of a model type declare, all together: a config names no class."""
+def _of_model_type(table: _Table, config: Mapping[str, Any]) -> Declaration:
+    """Return what all classes of a config's model type declare: it names no class."""
+    model_type = config.get("model_type")
     ties: dict[Tie, None] = {}
     renames: tuple[Renaming, ...] = ()
     prefix = ""
     for found in table.classes.values():
         if found.model_type == model_type and model_type:
-            ties |= dict.fromkeys(_parts(table, found.ties, Tie))
+            own = (tie for tie in _parts(table, found.ties, Tie) if tie.is_declared(config))
+            ties |= dict.fromkeys(own)
             renames = renames or _parts(table, found.renames, Renaming)
             prefix = prefix or found.prefix
     renames = (*renames, *table.legacy)

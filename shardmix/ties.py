@@ -230,15 +230,18 @@ def _pairs(model: NamedModel, universe: Mapping[str, None]) -> Iterator[Pair]:
     declaration = model.declaration
     ties = _conventional(universe) if declaration.is_conventional else declaration.ties
     for tie in ties:
+        found: dict[str, Pair] = {}  # of two declarations for one parameter the last holds
         for at in _places(tie, universe):
             for target, source in tie.pairs:
                 if target.startswith("~"):
-                    yield from _by_beginning(tie, at, target[1:], source, universe)
+                    for pair in _by_beginning(tie, at, target[1:], source, universe):
+                        found[pair.target] = pair
                     continue
                 names = _spelled(at + target, at + source, declaration.prefix, universe)
                 # A kind of model in a model has its names, but maybe not its head.
                 if names is not None and (tie.at != _ANYWHERE or names[0] in universe):
-                    yield Pair(*names, tie)
+                    found[names[0]] = Pair(*names, tie)
+        yield from found.values()
 
 
 def _places(tie: Tie, universe: Mapping[str, None]) -> list[str]:

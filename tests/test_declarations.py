@@ -11,6 +11,8 @@ from shardmix.declarations import Tie, class_name, config_part, declaration_of, 
 
 transformers = pytest.importorskip("transformers")
 
+from tools import transformers_declarations as generator  # noqa: E402
+
 NUM_SAMPLED = 10
 # Their ties are declared in ways of their own.
 PECULIAR = (
@@ -22,15 +24,8 @@ PECULIAR = (
 
 
 def table():
-    content = json.loads(files("shardmix").joinpath("transformers_declarations.json").read_text())
-    parts = content["parts"]
-    return content["transformers"], {
-        name: {
-            key: [parts[number] for number in value] if key in ("ties", "renames") else value
-            for key, value in entry.items()
-        }
-        for name, entry in content["classes"].items()
-    }
+    path = files("shardmix").joinpath("transformers_declarations.json")
+    return json.loads(path.read_text())["transformers"], generator.read_table(path)
 
 
 def test_table_is_transformers_own():
@@ -38,8 +33,6 @@ def test_table_is_transformers_own():
     version, classes = table()
     if version != transformers.__version__:
         pytest.skip(f"the table is of transformers {version}, not {transformers.__version__}")
-    from tools import transformers_declarations as generator
-
     seed = int(os.environ.get("SHARDMIX_TEST_SEED", random.SystemRandom().randrange(2**32)))
     print(f"SHARDMIX_TEST_SEED={seed}")
     found = generator.model_classes()

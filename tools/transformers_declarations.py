@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import importlib
 import inspect
+import itertools
 import json
 import pkgutil
 import re
@@ -35,7 +36,23 @@ KEY = "tie_word_embeddings"
 OTHER_KEYS = ("tie_embedding", "tie_codebooks_embeddings")
 SCALE_KEY = "scale_decoder_outputs"
 # What some configs leave open although their models need it.
-DEFAULTS = {"vocab_size": 64, "pad_token_id": 0}
+DEFAULTS = {"vocab_size": 64, "pad_token_id": 0, "num_key_value_heads": 4, "head_dim": 16}
+DEFAULTS |= {"vocabulary_map": {"<image>": 1}, "prediction_length": 4}
+# A backbone from transformers, for models whose default one is another library's.
+BACKBONE = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None}
+# Keys by which a class declares other ties; each combination is an entry of its own.
+CHOICES = {
+    "DeformableDetrForObjectDetection": ("with_box_refine", "two_stage"),
+    "Deimv2ForObjectDetection": ("share_bbox_head",),
+    "GroundingDinoForObjectDetection": ("decoder_bbox_embed_share",),
+    "MMGroundingDinoForObjectDetection": ("decoder_bbox_embed_share", "decoder_cls_embed_share"),
+    "MarianMTModel": ("share_encoder_decoder_embeddings",),
+    "MarianModel": ("share_encoder_decoder_embeddings",),
+}
+# Values with which a class declares all that it ever does; other names do no harm.
+BUILT_WITH = {"IdeficsForVisionText2Text": {"additional_vocab_size": 8}}
+# Classes whose ties depend on a list in the config: transformers is asked for each model.
+ASKED = ("Zamba2?(Model|ForCausalLM|ForSequenceClassification)",)
 # Reads a tie's key in a forward pass, so that it decides more than the tie.
 _IN_FORWARD = re.compile(rf"if self\.config\.{KEY}:\s*(#[^\n]*\s*)*\w+ = \w+ \*")
 _PLAIN_NAME = re.compile(r"[\w.]+")
@@ -63,26 +80,30 @@ def model_classes() -> dict[str, type[PreTrainedModel]]:
     }
 
 
-def build(cls: type[PreTrainedModel]) -> PreTrainedModel | None:
+def build(cls: type[PreTrainedModel], **chosen: int) -> PreTrainedModel | None:
     """Return a class's model without weights, or None if its default config gives none."""
-    for changes in ({}, DEFAULTS):
-        with contextlib.suppress(Exception):
-            config = cls.config_class()
-            for key, value in changes.items():
-                if getattr(config, key, None) is None:
-                    setattr(config, key, value)
-            with torch.device("meta"):
-                return cls(config)
+    backbone = transformers.ResNetConfig(out_features=["stage2", "stage3", "stage4"])
+    for given in ({}, BACKBONE | {"backbone_config": backbone}):
+        for changes in ({}, DEFAULTS):
+            with contextlib.suppress(Exception):
+                config = cls.config_class(**given, **chosen)
+                for key, value in changes.items():
+                    if getattr(config, key, None) is None:
+                        setattr(config, key, value)
+                with torch.device("meta"):
+                    return cls(config)
     return None
 
 
 def ties(cls: type[PreTrainedModel], model: PreTrainedModel | None) -> list[dict[str, Any]]:
     """Return the declarations of a class and of the models in it: where, by which config, what."""
-    if model is None:
-        declared = cls.__dict__.get("_tied_weights_keys", cls._tied_weights_keys)
-        pairs = normalised(declared) if isinstance(declared, dict) else []
-        return [{"at": "", "of": "", "pairs": pairs}] if pairs else []
     found = []
+    if model is None:
+        for at, declared in (("", cls), (cls.base_model_prefix, base_class(cls))):
+            keys = getattr(declared, "_tied_weights_keys", None)
+            if isinstance(keys, dict) and keys:
+                found.append({"at": at, "of": "", "pairs": normalised(keys)})
+        return found
     for at, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, PreTrainedModel) or not module._tied_weights_keys:
             continue
@@ -92,6 +113,12 @@ def ties(cls: type[PreTrainedModel], model: PreTrainedModel | None) -> list[dict
         pairs = normalised(module._tied_weights_keys)
         found.append({"at": at, "of": of, "pairs": pairs})
     return found
+
+
+def base_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel] | None:
+    """Return the model without a head that a class is named after, or None."""
+    stem, found, _ = cls.__name__.partition("For")
+    return getattr(sys.modules[cls.__module__], f"{stem}Model", None) if found else None
 
 
 def config_path(config: Any, part: Any) -> str | None:
@@ -228,9 +255,15 @@ def renames(model: PreTrainedModel | None, cls: type[PreTrainedModel]) -> list[d
     if model is not None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
     else:
+        model_type = cls.config_class.model_type
         conversions = get_checkpoint_conversion_mapping(cls.__name__)
         if conversions is None:
-            conversions = get_checkpoint_conversion_mapping(cls.config_class.model_type) or []
+            conversions = get_checkpoint_conversion_mapping(model_type) or []
+        base = base_class(cls)
+        inner = get_checkpoint_conversion_mapping(base.__name__) if base is not None else None
+        for conversion in inner or ():
+            conversion.scope_prefix, conversion.base_model_prefix = "", cls.base_model_prefix
+            conversions.append(conversion)
     return [entry for entry in map(rename, conversions) if entry]
 
 
@@ -260,13 +293,25 @@ def rename(conversion: Any) -> dict[str, Any]:
 
 def declared(name: str, cls: type[PreTrainedModel]) -> dict[str, Any]:
     """Return all that is declared of a class."""
-    model = build(cls)
+    model = build(cls, **BUILT_WITH.get(name, {}))
     if model is None:
         print(f"{name}: not built", file=sys.stderr)
     entry: dict[str, Any] = {"type": cls.config_class.model_type}
     if cls.base_model_prefix:
         entry["prefix"] = cls.base_model_prefix
+    if any(re.fullmatch(pattern, name) for pattern in ASKED):
+        return entry | {"asked": True}
     found = ties(cls, model)
+    if name in CHOICES:
+        found = []
+        for values in itertools.product((True, False), repeat=len(CHOICES[name])):
+            chosen = dict(zip(CHOICES[name], values, strict=True))
+            built = build(cls, **chosen)
+            if built is None:  # some values exclude one another
+                continue
+            defaults = {key: getattr(cls.config_class(), key) for key in chosen}
+            when = [[key, value, value == defaults[key]] for key, value in chosen.items()]
+            found += [tie | {"when": when} for tie in ties(cls, built)]
     for tie in found:
         try:
             tie |= flags(cls.config_class, tie["of"])
@@ -286,20 +331,41 @@ def declared(name: str, cls: type[PreTrainedModel]) -> dict[str, Any]:
     return entry
 
 
+def read_table(path: Path | None) -> dict[str, dict[str, Any]]:
+    """Return class name → what a table has of it; empty without a table."""
+    if path is None:
+        return {}
+    content = json.loads(path.read_text())
+    return {
+        name: {
+            key: [content["parts"][number] for number in value]
+            if key in ("ties", "renames")
+            else value
+            for key, value in entry.items()
+        }
+        for name, entry in content["classes"].items()
+    }
+
+
 def main() -> None:
     """Print the table, one line a class."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--classes", default="")
+    parser.add_argument("--classes", default="", help="a regex of class names")
+    parser.add_argument("--update", type=Path, help="a table whose other classes stay")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     legacy = [rename(conversion) for conversion in get_checkpoint_conversion_mapping("legacy")]
     shared: dict[str, int] = {}
     lines = []
+    old = read_table(arguments.update)
     for name, cls in model_classes().items():
         if not re.search(arguments.classes, name):
-            continue
-        entry = declared(name, cls)
+            if name not in old:
+                continue
+            entry = old[name]
+        else:
+            entry = declared(name, cls)
         for key in ("ties", "renames"):
             if key in entry:
                 entry[key] = [
