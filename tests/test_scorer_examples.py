@@ -128,7 +128,7 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
         ({"batch_size": 0}, "batch size 0: must be a whole number, 1 or more"),
         ({"max_input_length": 1}, "max input length 1"),
         ({"neg_number": -1}, "neg number -1"),
-        ({"pooling": "max"}, "pooling 'max': must be one of cls, mean, lasttoken"),
+        ({"pooling": "best"}, "pooling 'best': must be one of cls, mean, max"),
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"max_memory": "plenty"}, "size 'plenty'"),
     ],

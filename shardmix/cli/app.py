@@ -184,8 +184,8 @@ def score(
 ) -> None:
     """Compute merging weights from a few examples: softmax(-loss / temperature) over the models.
 
-    SOURCE... are the models to score: folders or Hub ids org/name[@revision]. The first one's
-    tokenizer encodes the examples for all.
+    SOURCE... are the models to score: folders or Hub ids org/name[@revision]. Each reads the
+    examples by its own tokenizer.
     """
     with errors_reported(json=json, quiet=quiet):
         options: ScoreOptions = {

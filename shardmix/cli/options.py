@@ -150,7 +150,13 @@ profile = click.option(
 )
 dry_run = click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 json = click.option("--json", is_flag=True, help="Print a JSON report to standard output.")
-quiet = click.option("--quiet", "-q", is_flag=True, help="No progress, no summary.")
+quiet = click.option(
+    "--quiet",
+    "-q",
+    is_flag=True,
+    help="No progress, no summary; warnings all the same, on standard error, or with --json in "
+    "the report.",
+)
 
 data = click.option(
     "--data",

@@ -73,7 +73,7 @@ def merge_report(report: "MergeReport", *, profile: Path | None, json: bool, qui
         if profile is not None:
             console.print(f"profile: {_plain(str(profile))}", soft_wrap=True)
         console.print(f"shardmix.json: sha256 {report.provenance_sha256}", soft_wrap=True)
-    if not quiet:
+    if not (json and quiet):
         _warnings(report.warnings)
 
 
@@ -158,7 +158,7 @@ def score_report(report: "ScoreReport", *, json: bool, quiet: bool) -> None:
             f"{format_size(report.projected_peak_bytes)} projected",
             soft_wrap=True,
         )
-    if not quiet:
+    if not (json and quiet):
         _warnings(report.warnings)
 
 

@@ -9,7 +9,9 @@ A package by itself: it reads checkpoints and knows nothing of merging. Its part
 which they are used:
 
     options, examples      what is asked, checked before any model is opened
-    encoding, batches      texts to tokens to padded batches
+    reading, encoding      texts to tokens, by each model's tokenizer
+    batches                tokens to padded batches
+    embedding              an encoder's states to one vector, by its modules
     empty_model            a model without its weights
     model_weights          how its parameters are stored, and their values
     units, fit             the model cut to fit into memory

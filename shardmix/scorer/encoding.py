@@ -64,15 +64,15 @@ def load_tokenizer(source: str, folder: Path, *, trust_remote_code: bool) -> Any
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:
         raise SourceError(
-            f"{source}: its config or tokenizer cannot be loaded ({one_line(error)}); examples are "
-            "turned into tokens by the first model's: put its tokenizer files into the folder"
+            f"{source}: its config or tokenizer cannot be loaded ({one_line(error)}); it reads the "
+            "examples by it: put the tokenizer's files into the folder"
         ) from None
 
 
 def encode_examples(
     examples: Sequence[Example], tokenizer: Any, settings: ScoreSettings, config: Mapping[str, Any]
 ) -> EncodedExamples:
-    """Return what the first model's tokenizer makes of the examples.
+    """Return what a model's tokenizer makes of the examples.
 
     `config` is the model's config.json; it tells how many positions the model has. Raises
     `RecipeError` where the output of every example of a batch is cut off entirely, naming them:
@@ -117,15 +117,24 @@ def _silent(
     return tuple(examples[number].name for number in silent)
 
 
-def _max_length(tokenizer: Any, settings: ScoreSettings, config: Mapping[str, Any]) -> int:
+def position_limit(config: Mapping[str, Any]) -> int | None:
+    """Return how many positions a model has by its config; None if it says nothing."""
     text_config = config.get("text_config")
     parts = (config, text_config) if isinstance(text_config, Mapping) else (config,)
-    limits = [settings.max_input_length]
+    limits = []
     for part in parts:
         limit = part.get("max_position_embeddings", part.get("n_positions"))
         # T5 and its kin write `n_positions` and have relative positions, without a limit.
         if "relative_attention_num_buckets" not in part and isinstance(limit, int) and limit > 0:
             limits.append(limit)
+    return min(limits, default=None)
+
+
+def _max_length(tokenizer: Any, settings: ScoreSettings, config: Mapping[str, Any]) -> int:
+    limits = [settings.max_input_length]
+    positions = position_limit(config)
+    if positions is not None:
+        limits.append(positions)
     own = tokenizer.model_max_length
     # RoBERTa's positions start at 2: its tokenizer knows how many are left, not its config.
     if settings.model_type in (ENCODER, RERANKER) and 0 < own < _NO_LIMIT:

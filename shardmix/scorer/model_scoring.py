@@ -124,7 +124,7 @@ def _score_cut(
         weights = ModelWeights(checkpoint, model)
         _check_complete(checkpoint, weights, settings)
         # What an earlier model left on the heap is used again.
-        held = resident_nbytes() if reserved is None else reserved
+        held = resident_nbytes() if reserved is None else reserved + objective.nbytes
         arrangement, projected, projected_vram = _arrange(
             model, weights, objective, settings, device, held, grains
         )

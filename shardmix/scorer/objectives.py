@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from shardmix.model_types import AUTO_CLASSES, DECODER, ENCODER, ENCODER_DECODER, RERANKER
 from shardmix.scorer.batches import BatchShape, padded, padded_inputs
+from shardmix.scorer.embedding import Embedding
 from shardmix.scorer.encoding import EncodedExamples, TokenSequence
 from shardmix.scorer.options import ScoreSettings
 from shardmix.sentence_modules import CLS
@@ -51,6 +52,8 @@ class Objective(ABC):
         self.auto_class = AUTO_CLASSES[settings.model_type]
         self._settings = settings
         self._filler = encoded.pad_token_id
+        self.nbytes = 0
+        """What it holds of weights besides the model's."""
 
     def prepare(self, model: Any) -> None:
         """Make ready for a model, whose weights need not be there yet.
@@ -123,8 +126,8 @@ class _TokenObjective(Objective):
             return [(0.0, 0)] * len(sequences)
         if int(targets.max()) >= flat.shape[-1]:
             raise ValueError(
-                f"token {int(targets.max())} is beyond its vocabulary of {flat.shape[-1]}; the "
-                "models must share the first one's tokenizer"
+                f"token {int(targets.max())} is beyond its vocabulary of {flat.shape[-1]}; "
+                "its tokenizer is not the one that it was trained with"
             )
         losses = torch.cat(
             [
@@ -172,12 +175,19 @@ class EncoderDecoderObjective(_TokenObjective):
 class EncoderObjective(Objective):
     """Contrastive loss of a query's passage among all passages of its batch."""
 
+    def __init__(
+        self, encoded: EncodedExamples, settings: ScoreSettings, embedding: Embedding
+    ) -> None:
+        super().__init__(encoded, settings)
+        self._embedding = embedding
+        self.nbytes = embedding.nbytes
+
     def run(self, model: Any, shape: BatchShape, device: torch.device) -> list[Any]:
         """Return one normalised float32 vector for each sequence."""
         inputs = padded_inputs(self._sequences(shape), self._filler, device)
         states = model(**inputs).last_hidden_state.float()
-        vectors = _pooled(states, inputs["attention_mask"], self._settings.pooling or CLS)
-        return list(functional.normalize(vectors, dim=-1).cpu())
+        vectors = self._embedding.vectors(states, inputs["attention_mask"])
+        return list(functional.normalize(vectors, dim=-1))
 
     def losses(self, results: Sequence[torch.Tensor]) -> Losses:
         """Compare each query with the passages of its batch."""
@@ -225,11 +235,14 @@ class RerankerObjective(Objective):
         return Losses(fmean(means), tuple(per_example))
 
 
-def objective_for(encoded: EncodedExamples, settings: ScoreSettings) -> Objective:
-    """Return the objective of the settings' type of model."""
+def objective_for(
+    encoded: EncodedExamples, settings: ScoreSettings, embedding: Embedding | None = None
+) -> Objective:
+    """Return the objective of the settings' type of model; an encoder's has its `embedding`."""
+    if settings.model_type == ENCODER:
+        return EncoderObjective(encoded, settings, embedding or Embedding((CLS,)))
     kinds: dict[str, type[Objective]] = {
         DECODER: DecoderObjective,
-        ENCODER: EncoderObjective,
         RERANKER: RerankerObjective,
         ENCODER_DECODER: EncoderDecoderObjective,
     }
@@ -271,16 +284,6 @@ def _shifted(model: Any, labels: Sequence[int]) -> list[int]:
     # One by one: some models count the labels that are not padding.
     row = model.prepare_decoder_input_ids_from_labels(labels=torch.tensor([labels]))
     return row[0].tolist()  # type: ignore[no-any-return]
-
-
-def _pooled(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Return [sequences, width] from [sequences, length, width]."""
-    if pooling == "cls":
-        return states[:, 0]
-    if pooling == "lasttoken":
-        return states[torch.arange(len(states)), mask.sum(dim=1) - 1]
-    weights = mask.unsqueeze(-1).to(states.dtype)
-    return (states * weights).sum(dim=1) / weights.sum(dim=1)
 
 
 def _by_example(results: Sequence[Any], counts: Sequence[int]) -> Iterator[list[Any]]:

@@ -29,6 +29,8 @@ class ScoreReport:
     """cpu, cuda or cuda:N."""
     dtypes: tuple[str, ...]
     """What each model computed in."""
+    poolings: tuple[str, ...]
+    """How each encoder's states became one vector, as `mean` or `mean, Dense`; empty for others."""
     bytes_read: int
     """Weights read, over all models."""
     bytes_stored: int

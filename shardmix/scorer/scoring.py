@@ -6,7 +6,7 @@ One model in memory at a time, or as much of it as the budget allows. Knows noth
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from os import PathLike
 
 import torch
@@ -15,14 +15,18 @@ from shardmix.checkpoint import Checkpoint, open_checkpoints
 from shardmix.devices import resolve_device
 from shardmix.errors import RecipeError, SourceError
 from shardmix.memory import give_back_large_blocks, peak_resident_nbytes, resident_nbytes
+from shardmix.model_types import AUTO_CLASSES, ENCODER
+from shardmix.scorer.embedding import Embedding, embedding_of
 from shardmix.scorer.empty_model import import_model_code
-from shardmix.scorer.encoding import EncodedExamples, encode_examples, load_tokenizer
+from shardmix.scorer.encoding import EncodedExamples
 from shardmix.scorer.examples import Example, ExamplesArgument, load_examples
 from shardmix.scorer.model_scoring import ModelScore, score_model
 from shardmix.scorer.objectives import objective_for
 from shardmix.scorer.options import ScoreOptions, ScoreSettings, check_options
+from shardmix.scorer.reading import read_examples
 from shardmix.scorer.report import OnScoreProgress, ScoreProgress, ScoreReport
 from shardmix.scorer.weights import compute_weights
+from shardmix.sentence_modules import CLS
 
 if sys.version_info >= (3, 11):
     from typing import Unpack
@@ -44,8 +48,8 @@ def score(
     of the batch's mean loss. Source: LM-Cocktail (arXiv 2311.13534), section 3.
 
     Args:
-        sources: model folders, `.safetensors` files within one, or Hub ids. The first one's
-            tokenizer encodes the examples for all.
+        sources: model folders, `.safetensors` files within one, or Hub ids. Each reads the examples
+            by its own tokenizer, and embeds by its own sentence-transformers modules.
         model_type: decoder, encoder, reranker or encoder-decoder.
         examples: mappings, or the path of a JSON or JSON lines file: `{"input", "output"}` for
             decoders and encoder-decoders, `{"query", "pos": [...], "neg": [...]}` for encoders and
@@ -71,12 +75,14 @@ def score(
     device = torch.device(resolve_device(settings.device))
     _open_device(device)
     checkpoints = list(open_checkpoints(names, max_memory=settings.max_memory_nbytes))
-    encoded = _encode(loaded, checkpoints[0], settings)
-    objective = objective_for(encoded, settings)
-    import_model_code(checkpoints[0], objective.auto_class)
+    readings, notes = read_examples(loaded, checkpoints, settings)
+    embeddings = _embeddings(checkpoints, settings)
+    import_model_code(checkpoints[0], AUTO_CLASSES[model_type])
     started = time.perf_counter()
     scores: list[ModelScore] = []
     for number, checkpoint in enumerate(checkpoints, start=1):
+        embedding = embeddings[number - 1] if embeddings else None
+        objective = objective_for(readings[number - 1], settings, embedding)
 
         def tell(fraction: float, number: int = number, source: str = checkpoint.source) -> None:
             if on_progress is not None:
@@ -112,7 +118,13 @@ def score(
         peak_rss_bytes=peak_resident_nbytes(),
         projected_vram_bytes=max(one.projected_vram_nbytes for one in scores),
         peak_vram_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
-        warnings=_warnings(encoded, settings) + tuple(note for one in scores for note in one.notes),
+        poolings=tuple(embedding.name for embedding in embeddings),
+        warnings=(
+            *notes,
+            *_pooling_notes(embeddings, checkpoints),
+            *_cut_notes(readings, checkpoints, settings),
+            *(note for one in scores for note in one.notes),
+        ),
     )
 
 
@@ -134,17 +146,24 @@ def compute_losses(
     return list(report.losses)
 
 
-def _encode(
-    examples: tuple[Example, ...], first: Checkpoint, settings: ScoreSettings
-) -> EncodedExamples:
-    tokenizer = load_tokenizer(
-        first.source, first.folder, trust_remote_code=settings.trust_remote_code
-    )
-    if settings.chat_template and not getattr(tokenizer, "chat_template", None):
-        raise RecipeError(
-            f"{first.source}: its tokenizer has no chat template; score without --chat-template"
+def _embeddings(checkpoints: Sequence[Checkpoint], settings: ScoreSettings) -> list[Embedding]:
+    """Return how each encoder embeds; empty for other types of models."""
+    if settings.model_type != ENCODER:
+        return []
+    return [embedding_of(checkpoint, settings.pooling) for checkpoint in checkpoints]
+
+
+def _pooling_notes(
+    embeddings: Sequence[Embedding], checkpoints: Sequence[Checkpoint]
+) -> Iterator[str]:
+    """Say where modules decided on the pooling, or the user did against them."""
+    yield from (embedding.note for embedding in embeddings if embedding.note)
+    bare = [each.source for each in checkpoints if not each.modules]
+    if bare and len({embedding.name for embedding in embeddings}) > 1:
+        yield (
+            f"{', '.join(bare)}: pooled by {CLS}, since no modules say otherwise; others here pool "
+            "in another way: name one for all with --pooling"
         )
-    return encode_examples(examples, tokenizer, settings, first.config)
 
 
 def _open_device(device: torch.device) -> None:
@@ -167,13 +186,25 @@ def _check_finite(checkpoint: Checkpoint, one: ModelScore, examples: tuple[Examp
             )
 
 
-def _warnings(encoded: EncodedExamples, settings: ScoreSettings) -> tuple[str, ...]:
-    silent = tuple(
-        f"{name}: `output` is cut off entirely; it counts for nothing" for name in encoded.silent
-    )
-    if not encoded.num_cut:
-        return silent
-    limit = f"{encoded.max_length} tokens"
-    if encoded.is_clamped:
-        limit += f" (the model takes no more; {settings.max_input_length} were asked for)"
-    return (f"{encoded.num_cut} of {len(encoded.sequences)} texts were cut off at {limit}", *silent)
+def _cut_notes(
+    readings: Sequence[EncodedExamples],
+    checkpoints: Sequence[Checkpoint],
+    settings: ScoreSettings,
+) -> Iterator[str]:
+    """Say what was cut off, of each way in which the examples are read."""
+    distinct = {id(encoded): encoded for encoded in readings}
+    for key, encoded in distinct.items():
+        names = [
+            checkpoint.source
+            for checkpoint, own in zip(checkpoints, readings, strict=True)
+            if id(own) == key
+        ]
+        prefix = f"{', '.join(names)}: " if len(distinct) > 1 else ""
+        if encoded.num_cut:
+            limit = f"{encoded.max_length} tokens"
+            if encoded.is_clamped:
+                limit += f" (the model takes no more; {settings.max_input_length} were asked for)"
+            count = f"{encoded.num_cut} of {len(encoded.sequences)}"
+            yield f"{prefix}{count} texts were cut off at {limit}"
+        for name in encoded.silent:
+            yield f"{prefix}{name}: `output` is cut off entirely; it counts for nothing"
