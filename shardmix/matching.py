@@ -132,9 +132,11 @@ def match_tensors(
         declarations = [
             declaration_of(checkpoint.config, checkpoint.folder) for checkpoint in checkpoints
         ]
-        known = stored if has_same_names else _names_of_class(stored, declarations)
+        known = _names_of_class(stored, declarations)
         row_of = [_rows(names) for names in known]
-        partial = [] if has_same_names else _names_not_in_all(row_of)
+        partial = _names_not_in_all(row_of)
+        if has_same_names and partial:  # their classes read them as different parameters
+            known, row_of, partial = stored, [_rows(names) for names in stored], []
         computed = {name for name in partial if naming.is_computed_buffer(name)}
         if computed:
             notes.append(

@@ -301,3 +301,14 @@ def test_equal_models_read_no_table(tmp_path, monkeypatch):
     folders = [save(tmp_path / name, {E: 1, H: 2}, LLAMA | UNTIED) for name in "ab"]
     matched = match_tensors([open_checkpoint(str(folder)) for folder in folders], LLAMA | UNTIED)
     assert matched.names == (H, E) or matched.names == (E, H)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_untied_under_older_names(tmp_path, order):
+    """A config is untied, too, if files have other names for the head than the class."""
+    config = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"}
+    names = ("gpt_neox.embed_in.weight", "embed_out.weight")
+    models = (dict.fromkeys(names, 1), config | TIED), (dict.fromkeys(names, 3), config | UNTIED)
+    values, written, _ = merged(tmp_path, *models[::order])
+    assert values == dict.fromkeys(names, 2)
+    assert written["tie_word_embeddings"] is False
