@@ -48,6 +48,25 @@ _NOT_COMPANIONS = re.compile(
 )
 
 
+# Names that programs give to texts, data and code of a model; a person calls them otherwise.
+_GIVEN_NAME = re.compile(
+    r"(.*_)?config\.json|config_.*\.json|(tokenizer|vocab|merges|added_tokens|special_tokens|"
+    r"chat_template|normalizer|processor|preprocessor|quant|modules|params|tekken|sentence_).*\."
+    r"(json|txt|model)|(LICEN[SC]E|NOTICE|USE_POLICY).*|(modeling|configuration|tokenization|"
+    r"processing|image_processing|video_processing|feature_extraction|generation)_\w+\.py|"
+    r"(.*\.)?(spiece|sentencepiece.*|bpe)\.model|.*\.(tiktoken|jinja|spm|bpe)"
+)
+
+
+def has_given_name(path: str) -> bool:
+    """Tell whether a file is a model's, and called as programs call it, so that it may be deleted.
+
+    `is_companion_file` holds for any text and any JSON, which may be a person's work.
+    """
+    name = path.rpartition("/")[2]
+    return is_companion_file(path) and ("/" in path or _GIVEN_NAME.fullmatch(name) is not None)
+
+
 def is_companion_file(path: str) -> bool:
     """Tell whether a file (path within the model's folder, with `/`) is surely a model's.
 

@@ -8,13 +8,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from shardmix.errors import OutputError, SourceError
-from shardmix.file_kinds import is_companion_file
+from shardmix.file_kinds import has_given_name
 from shardmix.filesystem import free_nbytes
 from shardmix.held_folder import HeldFolder, open_folder
 from shardmix.module_tree import module_places, read_modules
 from shardmix.provenance import PROVENANCE_NAME, parse_provenance
 from shardmix.redaction import is_url
 from shardmix.units import format_size
+from shardmix.weight_names import is_loaded_name
 
 _BESIDE_A_MODEL = ("README.md", PROVENANCE_NAME, ".gitattributes")
 _HUB_LEFTOVERS = ".cache/huggingface/"  # of a download into a folder
@@ -153,8 +154,8 @@ def check_is_model(folder: HeldFolder, output: Path) -> None:
 def _not_the_models(folder: HeldFolder) -> Iterator[str]:
     """Yield the files below a folder that are none of the model's in it: they are somebody's work.
 
-    What shardmix wrote is known by name; of a model from elsewhere, what loaders read is taken for
-    its own: weights in safetensors, and what goes along with weights.
+    What shardmix wrote is known by name; of a model from elsewhere, what is called as loaders and
+    other programs call it is taken for its own: weights, and what goes along with weights.
     """
     written: Collection[str] = ()
     with (
@@ -176,6 +177,6 @@ def _module_places(folder: Path) -> tuple[str, ...]:
 
 
 def _may_be_a_models(file: str, places: Sequence[str]) -> bool:
-    is_weights = "/" not in file and file.endswith((".safetensors", ".index.json"))
+    is_weights = "/" not in file and is_loaded_name(file)
     is_modules = file.startswith(tuple(f"{place}/" for place in places))
-    return is_weights or is_modules or is_companion_file(file)
+    return is_weights or is_modules or has_given_name(file)

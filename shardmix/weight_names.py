@@ -73,6 +73,14 @@ def stem_of(name: str) -> str:
     return stem if stem in STEMS else MODEL
 
 
+def is_loaded_name(name: str) -> bool:
+    """Tell whether some loader looks for weights of this name, or for an index of it."""
+    plain = name.removesuffix(".index.json")
+    shard = shard_name(plain)
+    stem = plain.removesuffix(SUFFIX) if shard is None else shard.stem
+    return plain.endswith(SUFFIX) and stem in STEMS
+
+
 def shard_pattern(stem: str) -> str:
     """Return the pattern of its shards' names, with huggingface_hub's `{suffix}` in it."""
     return stem + "{suffix}" + SUFFIX

@@ -117,13 +117,38 @@ def test_a_name_that_no_disk_takes_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["thesis.pdf", "model-q4.gguf", "runs/exp1/model.safetensors", "a/b/c/notes.txt", ".git/HEAD"],
+    [
+        *("thesis.pdf", "model-q4.gguf", "runs/exp1/model.safetensors", "a/b/c/notes.txt"),
+        *(".git/HEAD", "thesis.txt", "results.json", "analysis.py", "another.safetensors"),
+    ],
 )
 def test_what_is_not_the_models_is_never_deleted_with_it(tmp_path, name):
     out = model(tmp_path / "out")
     (out / name).parent.mkdir(parents=True, exist_ok=True)
     (out / name).write_text("precious")
     refused(out, f"holds {name} besides a model", overwrite=True)
+
+
+def test_a_downloaded_model_is_overwritten(tmp_path):
+    """What programs give a model's files as names may go with it."""
+    out = model(tmp_path / "out")
+    names = [
+        *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+        *("special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt"),
+        *(
+            "model.safetensors.index.json",
+            "model-00001-of-00002.safetensors",
+            "chat_template.jinja",
+        ),
+        *("preprocessor_config.json", "modeling_own.py", "configuration_own.py", "LICENSE.txt"),
+        *("USE_POLICY.md", "sentencepiece.bpe.model", "spiece.model", "README.md"),
+        *("1_Pooling/config.json", "sentence_bert_config.json", "modules.json"),
+        *("config_sentence_transformers.json", ".gitattributes", "qwen.tiktoken"),
+    ]
+    (out / "1_Pooling").mkdir()
+    for name in names:
+        (out / name).write_text("[]")
+    check_output(out, overwrite=True, inputs=[])
 
 
 def test_of_a_merged_model_all_that_the_merge_wrote_may_go_and_nothing_else(tmp_path):
