@@ -131,7 +131,8 @@ def merge(
                         clock=recorded.clock,
                     )
             except BaseException as error:
-                staging.is_worth_keeping = not staging.is_placed and journal.num_leaves_done > 0
+                is_begun = journal.num_leaves_done > 0 or staging.has_scores
+                staging.is_worth_keeping = is_begun and not staging.is_placed
                 kept = _kept(staging, journal, plan, error)
                 if isinstance(error, KeyboardInterrupt):
                     error.args = (kept,)
@@ -271,7 +272,7 @@ def _kept(staging: Staging, journal: Journal, plan: MergePlan, error: BaseExcept
     """Say what is kept of an unfinished merge, and how to go on; "" where nothing is."""
     if staging.is_placed:
         return f"{staging.output} is the new model all the same, and whole"
-    if not staging.is_worth_keeping or staging.is_moved:
+    if journal.num_leaves_done == 0 or staging.is_moved:
         return ""
     done = min(journal.num_leaves_done * LEAF_NBYTES, plan.write_nbytes)
     if isinstance(error, SourceChangedError):

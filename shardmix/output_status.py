@@ -11,6 +11,7 @@ from shardmix.locks import lock_owner
 from shardmix.merge_description import MergeDescription
 from shardmix.output_path import resolve_output
 from shardmix.provenance import EDITED, PROVENANCE_NAME, read_provenance
+from shardmix.score_log import num_models_scored
 from shardmix.staging import Staging, existing_staging, staging_path
 
 
@@ -54,6 +55,8 @@ class UnfinishedReport:
     """Weight files that are complete."""
     num_shards: int
     """Weight files."""
+    num_models_scored: int
+    """Models whose losses on examples are kept, from which the weights follow."""
     is_left_over: bool
     """Whether the output is in place, and this the rest: nothing to go on from."""
     note: str
@@ -123,7 +126,7 @@ def _unfinished(output: Path) -> UnfinishedReport | None:
             staging = stack.enter_context(existing_staging(output))
         except OutputError as error:  # it is not this user's: what it holds is anybody's
             path = str(staging_path(output))
-            return UnfinishedReport(path, None, None, 0, 0, 0, 0, False, str(error))
+            return UnfinishedReport(path, None, None, 0, 0, 0, 0, 0, False, str(error))
         return None if staging is None else _report(staging)
 
 
@@ -137,6 +140,7 @@ def _report(staging: Staging) -> UnfinishedReport:
         bytes_total=summary.num_bytes if summary else 0,
         num_shards_done=summary.num_shards_done if summary else 0,
         num_shards=summary.num_shards if summary else 0,
+        num_models_scored=num_models_scored(staging.hidden),
         is_left_over=staging.is_placed,
         note=_note(staging),
     )

@@ -4,6 +4,7 @@ Until the rename the output path does not exist, or still is the old model. It g
 folder beside the output, `.NAME.shardmix`, which a failed or killed run leaves behind for the next:
 
     lock        whose it is
+    scores      what scoring has found, if the weights come from examples
     journal     what is done
     model/      what becomes the output
     placing     there for the moment of the rename
@@ -27,6 +28,7 @@ from shardmix.output_path import check_is_model, check_replaceable
 
 _JOURNAL = "journal"
 _MODEL = "model"
+_SCORES = "scores"  # what scoring has found, before the merge begins
 _PLACING = "placing"  # there while new and old change places: the inodes of both
 _ASIDE = "old"  # where the old one is meanwhile, on systems that cannot exchange in one step
 _FRESH = "fresh"  # made for a moment, to see what permissions a new folder gets
@@ -73,6 +75,11 @@ class Staging:
         return self.hidden.entry(_JOURNAL) is not None
 
     @property
+    def has_scores(self) -> bool:
+        """Whether what scoring has found is kept there."""
+        return self.hidden.entry(_SCORES) is not None
+
+    @property
     def old_model(self) -> Path | None:
         """Where the old model lies, if a run was killed with it out of its place."""
         aside = self.hidden.entry(_ASIDE)
@@ -89,6 +96,14 @@ class Staging:
                 if not name.startswith(f"{_ASIDE}/"):
                     total += there.st_blocks * 512
         return total
+
+    def forget_scores(self) -> None:
+        """Remove what scoring has found in an earlier run. Raises `OutputError`."""
+        try:
+            if self.has_scores:
+                self.hidden.remove(_SCORES)
+        except OSError as error:
+            raise writing_failed(self.path, error, "cannot be tidied up") from None
 
     def drop_all_but(self, names: Collection[str]) -> None:
         """Remove what is in its folder besides some files: what an earlier run left there.
@@ -343,11 +358,12 @@ def _take_up(staging: Staging, *, restart: bool) -> None:
     try:
         _settle(staging)
         if restart:
-            _clear(staging.hidden)
-        has_journal = staging.has_journal
+            # Scores may be of this very run, which found them before it began to merge.
+            _clear(staging.hidden, but=(_SCORES,))
+        is_begun = staging.has_journal or staging.has_scores
         mode = _mode_of_new_folder(staging.hidden)
         staging.folder = staging.hidden.own_subfolder(_MODEL, mode=mode)
-        staging.is_worth_keeping = has_journal
+        staging.is_worth_keeping = is_begun
     except OSError as error:
         raise writing_failed(staging.path, error, "cannot be used") from None
 
@@ -414,8 +430,8 @@ def _marked(hidden: HeldFolder) -> tuple[int, ...] | None:
     return tuple(map(int, words)) if is_whole else ()
 
 
-def _clear(hidden: HeldFolder) -> None:
-    """Remove what is in a staging folder, but for its lock."""
+def _clear(hidden: HeldFolder, *, but: Collection[str] = ()) -> None:
+    """Remove what is in a staging folder, but for its lock and what else is named."""
     models = _marked(hidden)
     # The marker last: as long as anything is there, it says that it is not to be gone on with.
     for name in sorted(hidden.names(), key=lambda name: name == _PLACING):
@@ -425,7 +441,7 @@ def _clear(hidden: HeldFolder) -> None:
                 f"{hidden.path / name}: is not the model that was to be replaced, but got here in "
                 "its place; move it to where it belongs"
             )
-        if name != LOCK_NAME:
+        if name != LOCK_NAME and name not in but:
             hidden.remove(name)
 
 

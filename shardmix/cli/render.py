@@ -129,6 +129,11 @@ def status_report(report: "StatusReport", *, json: bool) -> None:
         f"{unfinished.num_shards_done} of {unfinished.num_shards} files",
         soft_wrap=True,
     )
+    if unfinished.num_models_scored:
+        console.print(
+            f"weights come from examples: the losses of {unfinished.num_models_scored} models are "
+            "kept"
+        )
     if unfinished.process is None:
         console.print(
             "nobody is at work on it; the same merge goes on from there, and --restart throws it "

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,3 +77,13 @@ class ScoreProgress:
 
 
 OnScoreProgress = Callable[[ScoreProgress], None]
+
+
+class ScoreLog(Protocol):
+    """Keeps models' scores, so that a run that was cut off need not find them again."""
+
+    def get(self, model: int, /) -> bytes | None:
+        """Return what was kept of a model (by number, from 1), or None."""
+
+    def put(self, model: int, score: bytes, /) -> None:
+        """Keep what is to be known of a model: JSON, on one line."""

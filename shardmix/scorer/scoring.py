@@ -7,8 +7,10 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from os import PathLike
 
+import msgspec
 import torch
 
 from shardmix.checkpoint import Checkpoint, open_checkpoints
@@ -24,7 +26,7 @@ from shardmix.scorer.model_scoring import ModelScore, score_model
 from shardmix.scorer.objectives import objective_for
 from shardmix.scorer.options import ScoreOptions, ScoreSettings, check_options
 from shardmix.scorer.reading import read_examples
-from shardmix.scorer.report import OnScoreProgress, ScoreProgress, ScoreReport
+from shardmix.scorer.report import OnScoreProgress, ScoreLog, ScoreProgress, ScoreReport
 from shardmix.scorer.weights import compute_weights
 from shardmix.sentence_modules import CLS
 
@@ -40,6 +42,7 @@ def score(
     examples: ExamplesArgument,
     *,
     on_progress: OnScoreProgress | None = None,
+    log: ScoreLog | None = None,
     **options: Unpack[ScoreOptions],
 ) -> ScoreReport:
     """Compute each model's loss on a few examples, and the merging weights that follow.
@@ -55,6 +58,7 @@ def score(
             decoders and encoder-decoders, `{"query", "pos": [...], "neg": [...]}` for encoders and
             rerankers.
         on_progress: called with a `ScoreProgress` now and then.
+        log: keeps scores; a model whose score it has is not run.
         options: see `ScoreOptions`.
 
     Raises:
@@ -80,6 +84,7 @@ def score(
     import_model_code(checkpoints[0], AUTO_CLASSES[model_type])
     started = time.perf_counter()
     scores: list[ModelScore] = []
+    reserved: int | None = None
     for number, checkpoint in enumerate(checkpoints, start=1):
         embedding = embeddings[number - 1] if embeddings else None
         objective = objective_for(readings[number - 1], settings, embedding)
@@ -91,13 +96,20 @@ def score(
                     ScoreProgress(source, number, len(names), fraction, seconds, resident_nbytes())
                 )
 
-        reserved = scores[0].reserved_nbytes if scores else None
+        kept = None if log is None else _kept_score(log, number, num_examples=len(loaded))
+        if kept is not None:
+            scores.append(kept)
+            tell(1.0)
+            continue
         one = score_model(
             checkpoint, objective, settings, device, reserved=reserved, on_fraction=tell
         )
+        reserved = one.reserved_nbytes if reserved is None else reserved
         tell(1.0)
         _check_finite(checkpoint, one, loaded)
         scores.append(one)
+        if log is not None:
+            log.put(number, msgspec.json.encode(replace(one, bytes_read=0)))
     losses = [one.losses.mean for one in scores]
     return ScoreReport(
         sources=tuple(names),
@@ -164,6 +176,15 @@ def _pooling_notes(
             f"{', '.join(bare)}: pooled by {CLS}, since no modules say otherwise; others here pool "
             "in another way: name one for all with --pooling"
         )
+
+
+def _kept_score(log: ScoreLog, number: int, *, num_examples: int) -> ModelScore | None:
+    """Return what an earlier run found of a model; None if it found nothing, or nothing of use."""
+    try:
+        kept = msgspec.json.decode(log.get(number) or b"", type=ModelScore)
+    except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
+        return None
+    return kept if len(kept.losses.per_example) == num_examples else None
 
 
 def _open_device(device: torch.device) -> None:
