@@ -3,6 +3,7 @@
 A sample of classes by chance, its seed printed, unless `SHARDMIX_TIE_MATRIX=all` (half an hour).
 """
 
+import itertools
 import os
 import random
 import shutil
@@ -16,8 +17,9 @@ pytest.importorskip("transformers")
 
 import shardmix
 from tests import tie_matrix
-from tests.tie_matrix import REFUSED, WRONG, ClassResult
-from tests.tied_classes import tied_class_names
+from tests.tie_matrix import MERGED, REFUSED, WRONG, ClassResult
+from tests.tie_states import StoredModels
+from tests.tied_classes import Variant, model_class, tied_class_names
 
 ALL = os.environ.get("SHARDMIX_TIE_MATRIX") == "all"
 SEED = int(os.environ.get("SHARDMIX_TIE_SEED", random.randrange(10**6)))
@@ -44,6 +46,18 @@ def test_merges_of_a_sample_are_the_mean() -> None:
     totals = tie_matrix.summary(results)
     assert totals["built"] >= (110 if ALL else len(ALWAYS))
     assert totals["merged of what can be"] >= 0.95, [tie_matrix.describe(r) for r in results]
+
+
+@pytest.mark.parametrize("name", ALWAYS)
+def test_three_models_merge_in_any_order(name: str, tmp_path: Path) -> None:
+    """A tied model, an untied or separately stored one, and one stored with copies."""
+    stored = StoredModels(model_class(name), Variant(), tmp_path, num_models=3)
+    own = "untied" if "untied" in stored.models[0] else "separate"
+    judge = tie_matrix.Judge(stored)
+    for labels in itertools.permutations(("tied", own, "copy")):
+        states = [states[label] for states, label in zip(stored.models, labels, strict=True)]
+        verdict = judge.judge(states, weights=(0.2, 0.3, 0.5))
+        assert (verdict.verdict, verdict.reason) == (MERGED, ""), labels
 
 
 def test_a_forgotten_head_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +127,7 @@ def _judge(names: list[str], *, most_pairs: int | None) -> Iterator[ClassResult]
 def _faults(result: ClassResult) -> list[str]:
     """Return what is worse than a refusal."""
     return [
-        f"{result.name} {verdict.variant}: {verdict.first} × {verdict.second}: {verdict.reason}"
+        f"{result.name} {verdict.variant}: {verdict.states}: {verdict.reason}"
         for verdict in result.verdicts
         if verdict.verdict != REFUSED and not verdict.is_right
     ]

@@ -60,16 +60,14 @@ MERGED, REFUSED, WRONG, CRASH = "merged", "refused", "wrong", "crash"
 class Verdict:
     """What became of one merge."""
 
-    first: str
-    """How the first model is stored."""
-    second: str
-    """How the second is."""
+    states: list[str]
+    """How each model is stored."""
     variant: str = ""
     """The kind of config of the class."""
-    weights: tuple[float, float] = (0.5, 0.5)
+    weights: list[float] = field(default_factory=list)
     """In the order of the models."""
-    base: str = "first"
-    """The model that gives the config."""
+    base: int = 0
+    """The place of the model that gives the config."""
     verdict: str = MERGED
     """merged, refused, wrong or crash."""
     is_right: bool = True
@@ -122,38 +120,34 @@ class Judge:
         self._apart: dict[str, PreTrainedModel] = {}
 
     def judge(
-        self,
-        first: State,
-        second: State,
-        *,
-        weights: tuple[float, float] = (0.5, 0.5),
-        base: str = "first",
+        self, states: Sequence[State], *, weights: Sequence[float] | None = None, base: int = 0
     ) -> Verdict:
-        """Merge two models and compare what comes out with the mean."""
-        verdict = Verdict(first.label, second.label, self.stored.variant.label, weights, base)
-        mean = _mean(first.values, second.values, weights)
+        """Merge models and compare what comes out with the mean."""
+        weights = [1 / len(states)] * len(states) if weights is None else list(weights)
+        labels = [state.label for state in states]
+        verdict = Verdict(labels, self.stored.variant.label, weights, base)
+        mean = _mean([state.values for state in states], weights)
         output = self.stored.root / "output"
         shutil.rmtree(output, ignore_errors=True)
-        sources = [(str(first.folder), weights[0]), (str(second.folder), weights[1])]
+        sources = [(str(s.folder), weight) for s, weight in zip(states, weights, strict=True)]
         options: dict[str, Any] = {"fsync": False, "workers": 1, "backend": "torch"}
-        if base != "first":
-            options["base"] = str(second.folder)
-        is_one_computation = self._compute_alike(first, second, mean)
+        if base:
+            options["base"] = str(states[base].folder)
+        is_one_computation = all(self._compute_alike(states[0], s, mean) for s in states[1:])
         try:
             report = shardmix.merge(sources, output, device="cpu", **options)
         except ShardmixError as error:
             verdict.verdict = REFUSED
             verdict.reason = one_line(error).replace(str(self.stored.root), "")
-            verdict.is_right = not is_one_computation or not self._is_expressible(first, mean)
+            verdict.is_right = not is_one_computation or not self._is_expressible(states[0], mean)
             return verdict
         except Exception as error:
             verdict.verdict, verdict.is_right = CRASH, False
             verdict.reason = f"{type(error).__name__}: {one_line(error)}"
             return verdict
-        config_source = first if base == "first" else second
-        key = "-".join((folder_digest(output), values_digest(mean), config_source.computation))
+        key = "-".join((folder_digest(output), values_digest(mean), states[base].computation))
         if key not in self._judged:
-            self._judged[key] = self._compare(output, config_source, mean)
+            self._judged[key] = self._compare(output, states[base], mean)
         known = self._judged[key]
         verdict.verdict, verdict.is_right = known.verdict, known.is_right
         verdict.reason, verdict.remarks = known.reason, list(known.remarks)
@@ -164,7 +158,7 @@ class Judge:
         return verdict
 
     def _compare(self, output: Path, config_source: State, mean: Values) -> Verdict:
-        found = Verdict("", "")
+        found = Verdict([])
         try:
             model = load_whole(self.cls, output)
             wrong = difference(model.state_dict(), mean)
@@ -242,13 +236,14 @@ class Judge:
         return self._expressible[key]
 
 
-def _mean(first: Values, second: Values, weights: tuple[float, float]) -> Values:
-    return {
-        name: (tensor.float() * weights[0] + second[name].float() * weights[1]).to(tensor.dtype)
-        if tensor.is_floating_point() and name in second
-        else tensor
-        for name, tensor in first.items()
-    }
+def _mean(models: Sequence[Values], weights: Sequence[float]) -> Values:
+    mean: dict[str, torch.Tensor] = {}
+    for name, tensor in models[0].items():
+        mean[name] = tensor
+        if tensor.is_floating_point():
+            summands = [m[name].double() * w for m, w in zip(models, weights, strict=True)]
+            mean[name] = torch.stack(summands).sum(dim=0).to(tensor.dtype)
+    return mean
 
 
 def _first_off(actual: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> str:
@@ -303,9 +298,9 @@ def _judge_variant(
         pairs.sort(key=lambda pair: sum(state.label not in USUAL for state in pair))
         pairs = pairs[:most_pairs]
     for number, (first, second) in enumerate(pairs):
-        weights = (0.3, 0.7) if number % 7 == 3 else (0.5, 0.5)
-        base = "second" if number % 5 == 2 else "first"
-        result.verdicts.append(judge.judge(first, second, weights=weights, base=base))
+        weights = (0.3, 0.7) if number % 7 == 3 else None
+        base = 1 if number % 5 == 2 else 0
+        result.verdicts.append(judge.judge((first, second), weights=weights, base=base))
     if not result.kinds:
         result.ties = stored.ties()
         result.can_be_untied = stored.untied_config is not None

@@ -57,9 +57,11 @@ class State:
 
 
 class StoredModels:
-    """Two models of one class and kind of config, each in all its states."""
+    """Models of one class and kind of config, each in all its states."""
 
-    def __init__(self, cls: type[PreTrainedModel], variant: Variant, root: Path) -> None:
+    def __init__(
+        self, cls: type[PreTrainedModel], variant: Variant, root: Path, *, num_models: int = 2
+    ) -> None:
         self.cls = cls
         self.variant = variant
         self.root = root
@@ -70,8 +72,8 @@ class StoredModels:
         self._built: dict[str, Values] = {}
         self._loads_as_built: set[str] = set()
         self.models: list[dict[str, State]] = []
-        """For each of the two models: label → state."""
-        for number in (1, 2):
+        """For each model: label → state."""
+        for number in range(1, num_models + 1):
             self.models.append(self._states(number))
 
     def bare(self, config: PreTrainedConfig) -> PreTrainedModel:
@@ -109,10 +111,16 @@ class StoredModels:
         for how, folder in saved.items():
             if folder is not None:
                 yield f"{how}-silent", _edited(folder, f"{how}-silent", _without_tie_key), how
-        for how, value in (("tied", True), ("untied", False)):
+        for how in ("tied", "untied"):
             folder = saved.get(how)
-            if folder is not None and (part := _nested_part(folder)) is not None:
-                yield f"{how}-nested", _edited(folder, f"{how}-nested", _moved(part, value)), how
+            if folder is None or (part := _nested_part(folder)) is None:
+                continue
+            for label, top, nested in (
+                (f"{how}-nested", None, how == "tied"),
+                (f"{how}-top-only", True, False),
+                (f"{how}-nested-only", False, True),
+            ):
+                yield label, _edited(folder, label, _said(part, top, nested)), how
         for label, last in (("other", False), ("other-last", True)):
             yield label, self._renamed(saved, root / label, number, last=last), "tied"
 
@@ -301,11 +309,11 @@ def _nested_part(folder: Path) -> str | None:
     return "text_config" if isinstance(config.get("text_config"), dict) else None
 
 
-def _moved(part: str, value: bool) -> _Edit:
+def _said(part: str, top: bool | None, nested: bool) -> _Edit:
     def edit(config: dict[str, Any]) -> dict[str, Any]:
-        moved = _without_tie_key(config)
-        moved[part][TIE_KEY] = value
-        return moved
+        said = _without_tie_key(config)
+        said[part][TIE_KEY] = nested
+        return said if top is None else {**said, TIE_KEY: top}
 
     return edit
 

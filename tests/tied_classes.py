@@ -47,7 +47,7 @@ llama4:Llama4ForConditionalGeneration mbart:MBartForQuestionAnswering
 mbart:MBartForSequenceClassification mt5:MT5ForSequenceClassification
 mt5:MT5ForTokenClassification mvp:MvpForQuestionAnswering mvp:MvpForSequenceClassification
 pix2struct:Pix2StructForConditionalGeneration plbart:PLBartForSequenceClassification
-pp_doclayout_v3:PPDocLayoutV3ForObjectDetection qwen2_5_omni:Qwen2_5OmniForConditionalGeneration
+pp_doclayout_v3:PPDocLayoutV3ForObjectDetection
 rag:RagModel rag:RagSequenceForGeneration rag:RagTokenForGeneration
 """
 # Classes that declare no ties but have parts that do.
