@@ -11,6 +11,7 @@ from typing import Any
 from shardmix.checkpoint import Checkpoint
 from shardmix.config_differences import NamedConfig, config_differences
 from shardmix.config_fit import config_misfits
+from shardmix.declarations import SCALE_KEY, TIE_KEY, declaration_of, scales_output
 from shardmix.differences import Difference, settle
 from shardmix.matching import QUANTISATION
 from shardmix.module_differences import ModularModel, module_differences
@@ -54,6 +55,7 @@ def check_belong_together(
             found += _quantisations(group, base)
             found += _misfits(group[0], base)
             found += _config_differences(group, base)
+            found += _scale_differences(group, base)
         found += _tokenizer_differences(group, base, max_memory)
         found += _preprocessor_differences(group, base)
     return settle(found, recipe.allow_differences)
@@ -97,6 +99,28 @@ def _config_differences(group: Sequence[Checkpoint], base: Base) -> list[Differe
     if base.name is None:
         return config_differences(configs)
     return config_differences([*configs, NamedConfig(base.name, base.config)], output=len(group))
+
+
+def _scale_differences(group: Sequence[Checkpoint], base: Base) -> Iterator[Difference]:
+    """Find models whose config scales what the output head reads while the output's does not."""
+    configs = [(part.source, part.config) for part in group]
+    name, config = configs[0] if base.name is None else (base.name, base.config)
+    said = {(each.get(TIE_KEY), each.get(SCALE_KEY)) for each in (config, *dict(configs).values())}
+    scale = declaration_of(config).scale if len(said) > 1 else ""
+    if not scale:
+        return
+    wanted = scales_output(scale, config)
+    for other, theirs in configs:
+        if declaration_of(theirs).scale == scale and scales_output(scale, theirs) != wanted:
+            yield Difference(
+                TIE_KEY,
+                f"{TIE_KEY} and {SCALE_KEY}: what the output head reads is "
+                f"{'scaled' if wanted else 'not scaled'} by the config of {name}, but "
+                f"{'not scaled' if wanted else 'scaled'} by that of {other}",
+                f"in the output it is {'scaled' if wanted else 'not scaled'}",
+                is_refused=True,
+                other_keys=(SCALE_KEY,),
+            )
 
 
 def _tokenizer_differences(

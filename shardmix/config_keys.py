@@ -65,6 +65,7 @@ _NOTHING = frozenset(
         *("forced_decoder_ids", "cache_implementation", "renormalize_logits"),
         # Ties and quantisation have checks of their own; sizes are in the tensors' shapes.
         *("tie_word_embeddings", "tie_encoder_decoder", "tie_embeddings", "tie_lm_head"),
+        "scale_decoder_outputs",  # a tie may decide it: `belonging`
         *("quantization_config", "compression_config", "quantization"),
         *("is_gated_act", "num_labels", "_num_labels"),  # both follow from other keys
     )
@@ -99,7 +100,7 @@ _COMPUTATION = frozenset(
         *("attention_type", "attn_type", "add_cross_attention", "norm_rel_ebd"),
         # Factors that the weights have grown up with.
         *("scale_embedding", "scale_embeddings", "scale_emb", "scale_depth", "scale_attn_weights"),
-        *("scale_attn_by_inverse_layer_idx", "scale_decoder_outputs", "dim_model_base"),
+        *("scale_attn_by_inverse_layer_idx", "dim_model_base"),
         *("logits_scaling", "logit_scale", "query_pre_attn_scalar", "route_scale", "emb_scale"),
         # Which experts are at work.
         *("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k"),

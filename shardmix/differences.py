@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from shardmix.errors import MismatchError
 
 _MOST_TOLD = 5
+EVERYTHING = "\0"
+"""Allows every difference: of a merge that was made, and is only computed again. Nobody's key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class Difference:
 
     def is_of(self, allowed: str) -> bool:
         """Tell whether a key of `allow_differences` names this, or something above it."""
-        return any(
+        return allowed == EVERYTHING or any(
             key == allowed or key.startswith(f"{allowed}.") for key in (self.key, *self.other_keys)
         )
 
@@ -49,7 +51,11 @@ def settle(differences: Sequence[Difference], allowed: Sequence[str]) -> tuple[s
         for difference in differences
         if difference.is_refused and not any(map(difference.is_of, allowed))
     ]
-    unused = [key for key in allowed if not any(found.is_of(key) for found in differences)]
+    unused = [
+        key
+        for key in allowed
+        if key != EVERYTHING and not any(found.is_of(key) for found in differences)
+    ]
     if refused:
         raise MismatchError(_refusal(refused, unused))
     told = [

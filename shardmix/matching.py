@@ -16,7 +16,7 @@ import numpy.typing as npt
 from shardmix import naming
 from shardmix.adapters import ADAPTER_REMEDY, adapter_tensor
 from shardmix.checkpoint import Checkpoint
-from shardmix.declarations import SCALE_KEY, TIE_KEY, Declaration, declaration_of, scales_output
+from shardmix.declarations import TIE_KEY, Declaration, declaration_of
 from shardmix.errors import MismatchError, SourceError
 from shardmix.safetensors_layout import DTYPES, FLOAT_DTYPES, INTEGER_DTYPES
 from shardmix.tensor_names import aligned, class_names, prefix_of, without_wrappers
@@ -148,7 +148,6 @@ def match_tensors(
             for checkpoint, declaration, rows in zip(checkpoints, declarations, row_of, strict=True)
         ]
         output = NamedModel(out_config, declaration_of(out_config, out_folder), row_of[0])
-        _refuse_other_scale(checkpoints, output, declarations)
         shared = share(models, output, [name for name in partial if name not in computed])
         names = [*(name for name in known[0] if name not in computed), *shared.added]
         _refuse_missing(checkpoints, row_of, shared.rows, names, declarations)
@@ -202,7 +201,7 @@ def _tie_statements(config: Mapping[str, Any]) -> tuple[object, ...]:
         (key, str(part[key]))
         for part in naming.config_parts(config)
         for key in sorted(part)
-        if key in ("model_type", "architectures", SCALE_KEY) or key.startswith("tie_")
+        if key in ("model_type", "architectures") or key.startswith("tie_")
     )
 
 
@@ -246,23 +245,6 @@ def _notes_of(shared: SharedTensors) -> list[str]:
             "read beside a config that ties them"
         ]
     return [f"{told}others; the output stores the mean of each"]
-
-
-def _refuse_other_scale(
-    checkpoints: Sequence[Checkpoint], output: NamedModel, declarations: Sequence[Declaration]
-) -> None:
-    scale = output.declaration.scale
-    if not scale:
-        return
-    wanted = scales_output(scale, output.config)
-    for checkpoint, declaration in zip(checkpoints, declarations, strict=True):
-        if declaration.scale == scale and scales_output(scale, checkpoint.config) != wanted:
-            raise MismatchError(
-                f"{checkpoint.source}: its config says that what the output head reads is "
-                f"{'not ' * wanted}scaled ({TIE_KEY}, scale_decoder_outputs), the output's that it "
-                f"is{' not' * (not wanted)}; heads of both kinds cannot be averaged: merge models "
-                "that agree in it"
-            )
 
 
 def _names_not_in_all(row_of: Sequence[Mapping[str, int]]) -> list[str]:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from shardmix import api, engine
 from shardmix.comparison import ComparedShard, Differences
+from shardmix.differences import EVERYTHING
 from shardmix.errors import RecipeError, SourceError
+from shardmix.matching import QUANTISATION
 from shardmix.merge_options import MergeOptions
 from shardmix.plan import MergePlan
 from shardmix.provenance import PROVENANCE_NAME, Provenance, SourceRecord
@@ -70,7 +72,8 @@ def recompute(
         max_shard_size=provenance.max_shard_size,
         allow_weight_sum=True,
         model_type=provenance.model_type,
-        allow_differences=provenance.allow_differences,
+        # What they are beside their weights was judged when they were merged.
+        allow_differences=(*provenance.allow_differences, EVERYTHING, QUANTISATION),
         pooling=provenance.pooling,
     )
     options: MergeOptions = {"max_memory": max_memory}

@@ -133,3 +133,15 @@ def test_a_hub_id_without_a_commit_is_none(tmp_path):
     shardmix.merge([(model, 0.5) for model in models], tmp_path / "out")
     edit_provenance(tmp_path / "out", lambda content: content["sources"][0].update(hub_id="org/m"))
     assert shardmix.verify(tmp_path / "out", recompute=True).is_verified
+
+
+def test_what_lies_beside_the_weights_may_change(tmp_path):
+    """Configs and tokenizers were judged at the merge: a source edited since still gives the sum."""
+    folders = [save_model(tmp_path / name, {"w": torch.ones(2, 2)}) for name in "ab"]
+    for folder in folders:
+        (folder / "config.json").write_text('{"model_type": "llama", "hidden_act": "silu"}')
+        (folder / "vocab.txt").write_text("one\ntwo\n")
+    shardmix.merge(dict.fromkeys(folders, 0.5), tmp_path / "out")
+    (folders[1] / "config.json").write_text('{"model_type": "bert", "hidden_act": "gelu"}')
+    (folders[1] / "vocab.txt").write_text("two\none\n")
+    assert shardmix.verify(tmp_path / "out", recompute=True).is_verified

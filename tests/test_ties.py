@@ -120,8 +120,17 @@ def test_an_untied_config_from_elsewhere(tmp_path):
 
 def test_scaled_and_unscaled_heads(tmp_path):
     """T5 of the first version scales what its head reads, later ones do not: no mean of both."""
-    with pytest.raises(MismatchError, match="scaled"):
-        merged(tmp_path, ({"shared.weight": 1}, T5), ({"shared.weight": 1}, T5 | UNTIED))
+    models = ({"shared.weight": 1}, T5), ({"shared.weight": 3}, T5 | UNTIED)
+    with pytest.raises(MismatchError, match=r"scaled by.*--allow-differences tie_word_embeddings"):
+        merged(tmp_path / "refused", *models)
+    allowed = {"allow_differences": ["tie_word_embeddings"]}
+    values, config, warnings = merged(tmp_path / "allowed", *models, **allowed)
+    assert (values, config) == ({"shared.weight": 2}, T5)
+    assert any("it is scaled" in warning for warning in warnings)
+    # As transformers 5 writes what older versions wrote: the same.
+    resaved = T5 | TIED | {"scale_decoder_outputs": False}
+    values, _, _ = merged(tmp_path / "same", models[1], ({"shared.weight": 1}, resaved))
+    assert values == {"shared.weight": 2}
 
 
 def test_a_head_that_is_missing(tmp_path):
