@@ -136,7 +136,7 @@ def test_a_hub_id_without_a_commit_is_none(tmp_path):
 
 
 def test_what_lies_beside_the_weights_may_change(tmp_path):
-    """Configs and tokenizers were judged at the merge: a source edited since still gives the sum."""
+    """Configs and tokenizers were judged at the merge: an edited source still gives the sum."""
     folders = [save_model(tmp_path / name, {"w": torch.ones(2, 2)}) for name in "ab"]
     for folder in folders:
         (folder / "config.json").write_text('{"model_type": "llama", "hidden_act": "silu"}')
