@@ -15,10 +15,12 @@ from shardmix.differences import EVERYTHING
 from shardmix.errors import RecipeError, SourceError
 from shardmix.matching import QUANTISATION
 from shardmix.merge_options import MergeOptions
+from shardmix.module_tree import module_places, read_modules
 from shardmix.plan import MergePlan
 from shardmix.provenance import PROVENANCE_NAME, Provenance, SourceRecord
 from shardmix.readiness import ready
 from shardmix.recipe import Recipe, WeightedSource
+from shardmix.sentence_modules import MODULES_NAME
 from shardmix.work import Work
 
 
@@ -94,10 +96,16 @@ def recompute(
         for file, reason in sorted(differences.unreadable.items())
     ]
     planned = {shard.filename for shard in plan.shards}
+    # Weights elsewhere came along as they were; so did modules', if models may differ in them.
+    summed = {""}
+    if MODULES_NAME not in provenance.allow_differences:
+        summed |= set(module_places(read_modules(folder)))
     found += [
         f"{folder / name}: is not what a merge of {givers} would write"
         for name in sorted(provenance.digests.files)
-        if name.endswith(".safetensors") and name not in planned
+        if name.endswith(".safetensors")
+        and name not in planned
+        and name.rpartition("/")[0] in summed
     ]
     return found, plan.read_nbytes + plan.write_nbytes
 

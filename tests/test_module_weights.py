@@ -166,6 +166,26 @@ def test_weights_of_one_model_alone_are_refused(tmp_path, order):
         shardmix.plan_merge(halves(sources[number] for number in order))
 
 
+def test_what_is_allowed_is_copied_as_it_is(tmp_path):
+    """The first model's modules, with their weights, if the others have none."""
+    sources = [two_models("dense", tmp_path)[0], Path(encoder(tmp_path / "bare", 3))]
+    report = shardmix.merge(halves(sources), tmp_path / "out", allow_differences="modules.json")
+    assert any("2_Dense/" in warning and "not merged" in warning for warning in report.warnings)
+    name = "2_Dense/model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (sources[0] / name).read_bytes()
+    assert shardmix.verify(tmp_path / "out", recompute=True).is_verified
+
+
+def test_weights_beside_a_model_can_be_recomputed(tmp_path):
+    """They came along as they were, and are no part of the sum."""
+    sources = two_models("dense", tmp_path)
+    (sources[0] / "codec").mkdir()
+    save_file({"x": torch.ones(2)}, sources[0] / "codec" / "model.safetensors")
+    shardmix.merge(halves(sources), tmp_path / "out")
+    assert "codec/model.safetensors" in files(tmp_path / "out")
+    assert shardmix.verify(tmp_path / "out", recompute=True).is_verified
+
+
 def test_pickled_modules_are_copied_if_all_agree(tmp_path):
     sources = two_models("dense", tmp_path)
     for folder in sources:
