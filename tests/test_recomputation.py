@@ -1,12 +1,14 @@
 """`verify --recompute`: which sources are taken, and what is said where they are not those."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import shardmix
+from shardmix.digests import file_digest
 from shardmix.errors import RecipeError, SourceError
 from tests.models import random_model, save_model
 from tests.sealed import edit_provenance
@@ -145,3 +147,44 @@ def test_what_lies_beside_the_weights_may_change(tmp_path):
     (folders[1] / "config.json").write_text('{"model_type": "bert", "hidden_act": "gelu"}')
     (folders[1] / "vocab.txt").write_text("two\none\n")
     assert shardmix.verify(tmp_path / "out", recompute=True).is_verified
+
+
+def test_a_weight_file_that_no_merge_writes_is_found(tmp_path):
+    """Somebody has added it, and made the digests anew."""
+    models = [save_model(tmp_path / name, random_model(seed)) for seed, name in enumerate("ab")]
+    out = tmp_path / "out"
+    shardmix.merge([(model, 0.5) for model in models], out)
+    shutil.copy(out / "model.safetensors", out / "more.safetensors")
+
+    def add(content):
+        files = content["digests"]["files"]
+        files["more.safetensors"] = files["model.safetensors"]
+
+    edit_provenance(out, add)
+    assert shardmix.verify(out).is_verified
+    (problem,) = shardmix.verify(out, recompute=True).problems
+    assert problem.startswith(f"{out / 'more.safetensors'}: is not what a merge of ")
+
+
+@pytest.mark.parametrize("more", [b"x", b"x" * 5000, None])
+def test_a_file_of_another_size_is_found(tmp_path, more):
+    """Its digest was made anew; what the sources give is all there, or all but its end."""
+    models = [save_model(tmp_path / name, random_model(seed)) for seed, name in enumerate("ab")]
+    out = tmp_path / "out"
+    shardmix.merge([(model, 0.5) for model in models], out)
+    path = out / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-3] if more is None else content + more)
+
+    def forge(content):
+        with path.open("rb") as file:
+            digest = file_digest(file.fileno(), "xxh3")
+        record = {"bytes": path.stat().st_size, "digest": digest}
+        content["digests"]["files"]["model.safetensors"] = record
+
+    edit_provenance(out, forge)
+    assert shardmix.verify(out).is_verified
+    problems = shardmix.verify(out, recompute=True).problems
+    num_bytes = 3 if more is None else len(more)
+    assert f"{path}: {num_bytes} bytes of its size are not what" in "\n".join(problems)
+    assert len(problems) == (2 if more is None else 1)  # its end, too

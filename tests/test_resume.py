@@ -306,3 +306,32 @@ def test_strays_in_the_staging_folder_are_no_output(tmp_path, stray):
     recorded = json.loads((tmp_path / "out" / "shardmix.json").read_text())
     assert stray not in recorded["digests"]["files"]
     assert not (tmp_path / "out" / Path(stray).parts[0]).is_dir()
+
+
+def test_a_claim_without_its_end_is_none(tmp_path, models, undisturbed):
+    """The next one would be written behind it, on the same line."""
+    cut_off(models, tmp_path / "out", num_leaves=3)
+    journal = staged(tmp_path) / "journal"
+    content = journal.read_bytes()
+    journal.write_bytes(content.removesuffix(b"\n"))
+    json.loads(content.splitlines()[-1])  # it is whole, but for its end
+    cut_off(models, tmp_path / "out", num_leaves=1)
+    lines = journal.read_bytes().splitlines()
+    assert len([json.loads(line) for line in lines]) == 1 + 3
+    report = shardmix.merge(models, tmp_path / "out")
+    assert 0.9 * 6 * LEAF < report.bytes_kept <= 6 * LEAF
+    assert folder_bytes(tmp_path / "out") == undisturbed
+
+
+def test_another_plan_of_the_same_words_is_refused(tmp_path, models):
+    """As another version might make it."""
+    cut_off(models, tmp_path / "out")
+    journal = staged(tmp_path) / "journal"
+    head, rest = journal.read_bytes().split(b"\n", 1)
+    content = json.loads(head)
+    content["plan_digest"] = content["plan_digest"][::-1]
+    content["version"] = "0.0.9"
+    journal.write_bytes(json.dumps(content).encode() + b"\n" + rest)
+    with pytest.raises(OutputError, match=r"another merge: shardmix 0\.0\.9 planned it otherwise"):
+        shardmix.merge(models, tmp_path / "out")
+    assert shardmix.merge(models, tmp_path / "out", restart=True).bytes_kept == 0

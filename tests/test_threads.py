@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from shardmix import threads
 from shardmix.threads import running
 
 
@@ -88,3 +89,25 @@ def test_a_start_that_is_interrupted(monkeypatch):
     (thread,) = started
     thread.join(60)
     assert not thread.is_alive()
+
+
+def test_the_thread_itself_is_waited_for(monkeypatch):
+    """Not just its task: at its end it is still there for a moment."""
+    joined = threading.Event()
+    run, join = threads._Member._run, threading.Thread.join
+
+    def lingering_run(member):
+        run(member)
+        joined.wait(60)
+
+    def noted_join(thread, *args):
+        joined.set()
+        join(thread, *args)
+
+    monkeypatch.setattr(threads._Member, "_run", lingering_run)
+    monkeypatch.setattr(threading.Thread, "join", noted_join)
+    try:
+        with no_thread_left(), running(lambda: None, 2, stop=lambda: None):
+            pass
+    finally:
+        joined.set()
