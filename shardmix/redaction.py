@@ -17,13 +17,14 @@ from urllib.parse import quote, unquote
 HIDDEN = "***"
 """Stands where something is left out."""
 
-# `https:/host` is what a path makes of a URL.
-_SCHEME = (
-    r"(?:\b[a-z][a-z0-9+.-]+://|"
-    r"\b(?:https?|ftps?|sftp|ssh|git|s3|gs|gcs|az|abfss?|hdfs|hf|webdavs?|smb|wss?|socks[45]?h?):/)"
+# `https:/host` is what a path makes of a URL. Of bounded length, since a stranger's text is long.
+_SCHEME = re.compile(
+    r"(?<![a-z0-9+.-])[a-z][a-z0-9+.-]{1,20}://+|"
+    r"\b(?:https?|ftps?|sftp|ssh|git|s3|gs|gcs|az|abfss?|hdfs|hf|webdavs?|smb|wss?|socks[45]h?):/",
+    re.IGNORECASE,
 )
-_URL = re.compile(rf'({_SCHEME})([^\s"<>]+)', re.IGNORECASE)
-_CLOSING = re.compile(r"[)\]}.,;:']*$")
+_END = re.compile(r'[\s"<>]')
+_CLOSING = ")]}.,;:'"
 # Behind this colon comes a password and no port; so a `/` behind it does not end the host.
 _PASSWORD = re.compile(r"[^:\[]*:(?!\d*$)")
 _QUERY_SECRET = re.compile(
@@ -56,7 +57,7 @@ def without_secrets(text: str) -> str:
             text = text.replace(token, HIDDEN)
     if not any(clue in text for clue in _CLUES):
         return text
-    text = _URL.sub(_bare_url, text)
+    text = "".join(_bare_urls(text))
     text = _QUERY_SECRET.sub(rf"\1{HIDDEN}", text)
     text = _HEADER.sub(rf"\1{HIDDEN}", text)
     return _TOKEN.sub(f"hf_{HIDDEN}", text)
@@ -78,26 +79,31 @@ def without_user(address: str) -> str:
 
     Only for what is known to be no path: `a:b@c` may be the name of a file.
     """
-    if not is_url(address) and re.match(r"[^/@\s]*:[^@]*@", address):
+    if not is_url(address) and re.match(r"[^/@:\s]*:[^@]*@", address):
         return f"{HIDDEN}@{address.rpartition('@')[2]}"
     return without_secrets(address)
 
 
 def is_url(address: str) -> bool:
     """Tell whether this is a URL, or what a path makes of one (`https:/host`)."""
-    return re.match(_SCHEME, address, re.IGNORECASE) is not None
+    return _SCHEME.match(address) is not None
 
 
-def _bare_url(match: re.Match[str]) -> str:
-    scheme, rest = match[1], match[2]
-    following = _URL.search(rest)
-    if following is not None:  # with nothing between them that no URL may hold
-        start = following.start()
-        return scheme + _bare_rest(rest[:start]) + _URL.sub(_bare_url, rest[start:])
-    return scheme + _bare_rest(rest)
+def _bare_urls(text: str) -> Iterator[str]:
+    """Yield a text in pieces. A URL ends where the next one begins, if nothing else ends it."""
+    schemes = list(_SCHEME.finditer(text))
+    position = 0
+    for number, scheme in enumerate(schemes, start=1):
+        end = schemes[number].start() if number < len(schemes) else len(text)
+        stop = _END.search(text, scheme.end(), end)
+        yield text[position : scheme.end()]
+        position = end if stop is None else stop.start()
+        yield _bare_rest(text[scheme.end() : position])
+    yield text[position:]
 
 
 def _bare_rest(rest: str) -> str:
+    """Return what is behind a URL's scheme without user information and query."""
     host = re.split(r"[/?#]", rest, maxsplit=1)[0]
     if "@" in host:
         rest = f"{HIDDEN}@{rest[host.rindex('@') + 1 :]}"
@@ -105,9 +111,9 @@ def _bare_rest(rest: str) -> str:
         rest = f"{HIDDEN}@{rest.rpartition('@')[2]}"
     found = re.search(r"[?#]", rest)
     if found is not None:
-        closing = _CLOSING.search(rest)
-        tail = closing[0] if closing is not None and closing.start() > found.start() else ""
-        rest = f"{rest[: found.end()]}{HIDDEN}{tail}"
+        query = rest[found.end() :]
+        closing = query[len(query.rstrip(_CLOSING)) :]
+        rest = f"{rest[: found.end()]}{HIDDEN}{closing}"
     return rest
 
 
