@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import msgspec
@@ -44,6 +45,10 @@ _MAX_NBYTES = 150_000_000
 # What reading takes for each byte: the file, its tokens as a dict, their hashes; 3 measured.
 _MEMORY_PER_BYTE = 4
 _CHUNK_NBYTES = 1 << 20
+# No tokenizer has so many tokens, one so long, or so much to say of a step; a stranger's file may.
+_MOST_TOKENS = 4_000_000
+_LONGEST_TOKEN_NBYTES = 1_000_000
+_MAX_STEP_NBYTES = 4_000_000
 _END_OF_IDS = 1 << 31
 
 
@@ -117,6 +122,10 @@ def vocabulary(pairs: Iterable[tuple[bytes, int]]) -> Vocabulary:
     """Return a vocabulary from UTF-8 tokens and ids; of two tokens of one id the last counts."""
     hashes, ids = array("q"), array("q")
     for token, number in pairs:
+        if len(ids) == _MOST_TOKENS or len(token) > _LONGEST_TOKEN_NBYTES:
+            raise ValueError(
+                f"more than {_MOST_TOKENS} tokens, or one longer than {_LONGEST_TOKEN_NBYTES} bytes"
+            )
         hashes.append(hash(token))
         ids.append(number)
     return _in_order(np.array(ids, dtype=np.int64), np.array(hashes, dtype=np.int64))
@@ -204,10 +213,12 @@ def same_content(one: Path, other: Path) -> bool:
                 return True
 
 
-_TEXT = re.compile(rb'"((?:[^"\\]|\\.)*)"')
-_NEW_MERGE = re.compile(rb'\["((?:[^"\\]|\\.)*)","((?:[^"\\]|\\.)*)"\]')
-_NUMBERED = re.compile(rb'"((?:[^"\\]|\\.)*)":(\d{1,10})[,}]')
-_SCORED = re.compile(rb'\["((?:[^"\\]|\\.)*)",')
+# Of JSON as `_compact` writes it, in which a quote within a text is no quote.
+_TEXT = re.compile(rb'"([^"]*)"')
+_NEW_MERGE = re.compile(rb'\["([^"]*)","([^"]*)"\]')
+_NUMBERED = re.compile(rb'"([^"]*)":(\d{1,10})[,}]')
+_SCORED = re.compile(rb'\["([^"]*)",')
+_BACKSLASH, _QUOTE = b"\x01\x01", b"\x02\x02"
 
 
 @contextmanager
@@ -241,15 +252,14 @@ def _pairs(folder: Path, name: str, max_memory: int | None) -> Iterable[tuple[by
         return _json_pairs(_compact(_tokenizer_file(folder, max_memory).model.vocab))
     content = _read(folder, name, max_memory)
     if name == "vocab.txt":
-        lines = content.replace(b"\r\n", b"\n").removesuffix(b"\n")
-        return ((token, number) for number, token in enumerate(lines.split(b"\n")))
+        return ((line.rstrip(b"\r\n"), number) for number, line in enumerate(BytesIO(content)))
     if name == "vocab.json":
-        return _json_pairs(msgspec.json.format(content, indent=-1))
+        return _json_pairs(_compact(content))
     if name == "tekken.json":
         ranks = msgspec.json.decode(content, type=_TekkenFile).vocab
         return ((entry.token_bytes.encode(), entry.rank) for entry in ranks)
     if name.endswith(TIKTOKEN_SUFFIX):
-        words = (line.split() for line in content.splitlines() if line)
+        words = (line.split() for line in BytesIO(content) if line.strip())
         return ((token, int(rank)) for token, rank in words)
     return ((piece, number) for number, piece in enumerate(_pieces(content)))
 
@@ -272,6 +282,7 @@ def _json_pairs(compact: bytes) -> Iterator[tuple[bytes, int]]:
 
 
 def _unescaped(text: bytes) -> bytes:
+    text = text.replace(_QUOTE, b'\\"').replace(_BACKSLASH, b"\\\\")
     if b"\\" not in text:
         return text
     return msgspec.json.decode(b'"%b"' % text, type=str).encode()
@@ -319,12 +330,21 @@ def _varint(message: memoryview, position: int) -> tuple[int, int]:
         shift += 7
 
 
-def _compact(raw: msgspec.Raw) -> bytes:
-    return msgspec.json.format(memoryview(raw), indent=-1)
+def _compact(encoded: msgspec.Raw | bytes) -> bytes:
+    """Return JSON without spaces, in which the next quote always ends a text.
+
+    Escaped quotes and backslashes become control characters, which no text of JSON holds. A pattern
+    that knows escapes takes 130 bytes for each character of a text, and where it does not fit it
+    starts anew at every quote within the text.
+    """
+    compact = msgspec.json.format(memoryview(encoded), indent=-1)
+    return compact.replace(b"\\\\", _BACKSLASH).replace(b'\\"', _QUOTE)
 
 
 def _canonical(raw: msgspec.Raw) -> str:
     """Return a step's settings as text that is the same for all versions that mean the same."""
+    if len(memoryview(raw)) > _MAX_STEP_NBYTES:
+        return xxhash.xxh3_128_hexdigest(_compact(raw))
     return json.dumps(_step(msgspec.json.decode(raw)), sort_keys=True)
 
 

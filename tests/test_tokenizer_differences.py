@@ -258,6 +258,35 @@ def test_an_error_names_the_tokens(tmp_path):
     )
 
 
+@pytest.mark.parametrize("word", ['"', "\\", '\\"', '"\\\\"', 'a\\"b', "\u0120"])
+def test_tokens_of_quotes_are_read(tmp_path, word):
+    """As JSON escapes them, and as a SentencePiece model has them."""
+    words = [*WORDS, word, "end"]
+    a, b = write(tmp_path / "a", fast(words)), write(tmp_path / "b", fast([*WORDS, "end", word]))
+    (found,) = tokenizer_differences([TokenizerFolder(path.name, path) for path in (a, b)])
+    assert "2 ids stand for other tokens" in found.finding
+    plain = {"vocab.txt": "\n".join(words)}
+    listed = {"vocab.json": json.dumps({own: number for number, own in enumerate(words)})}
+    assert kinds(write(tmp_path / "c", plain), write(tmp_path / "d", listed)) == []
+
+
+def test_a_token_of_many_quotes_is_read(tmp_path):
+    """It takes neither hours nor gigabytes, though its id is none."""
+    hostile = json.dumps({'"' * 900_000: 12345678901, **dict.fromkeys(WORDS, 1)})
+    a, b = write(tmp_path / "a", {"vocab.json": hostile}), write(tmp_path / "b", fast())
+    assert "error" in kinds(a, b)
+
+
+def test_too_many_tokens_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("shardmix.vocabularies._MOST_TOKENS", len(WORDS))
+    a, b = (
+        write(tmp_path / "a", {"vocab.txt": "\n" * (len(WORDS) + 1)}),
+        write(tmp_path / "b", fast()),
+    )
+    (found,) = tokenizer_differences([TokenizerFolder(path.name, path) for path in (a, b)])
+    assert "more than 13 tokens" in found.finding
+
+
 def test_lone_ids_are_named_as_ranges(tmp_path):
     more = [(13, "<x>"), (14, "<y>"), (17, "<z>")]
     a, b = write(tmp_path / "a", fast()), write(tmp_path / "b", fast(tokens=more))
