@@ -76,6 +76,7 @@ class _Comparison:
         self._names = names
         self._output = output
         self._found: list[Difference] = []
+        self._found_paths: set[str] = set()
         self._listed: list[tuple[str, str]] = []
 
     def compare(
@@ -165,8 +166,7 @@ class _Comparison:
 
     def _is_of_told_rope(self, path: str) -> bool:
         """Tell whether this is a parameter of a kind of scaling that not all models have."""
-        rope_type = f"{path.rpartition('.')[0]}.rope_type"
-        return any(difference.key == rope_type for difference in self._found)
+        return f"{path.rpartition('.')[0]}.rope_type" in self._found_paths
 
     def _judge_model_type(self, path: str, values: Sequence[object], *, is_nested: bool) -> None:
         types = [value for value in values if isinstance(value, str)]
@@ -196,6 +196,7 @@ class _Comparison:
         finding = f"{printable(path)}: {self._by_text(texts)}"
         taken = "" if self._output is None else f"the output takes {texts[self._output]}"
         self._found.append(Difference(path, finding, taken, is_refused))
+        self._found_paths.add(path)
 
     def _list(self, path: str, values: Sequence[object]) -> None:
         self._listed.append((path, self._by_text([_shown(value) for value in values])))
@@ -259,13 +260,13 @@ def _with_parts(
     completed = []
     for part, own in zip(parts, classes, strict=True):
         whole = dict(part)
-        for key in nested & (own.parts.keys() if own is not None else set()):
-            if isinstance(whole.get(key), dict):
+        for key, model_type in own.parts.items() if own is not None else ():
+            if key not in nested or isinstance(whole.get(key), dict):
                 continue
-            below = class_defaults(own.parts[key]) if own is not None else None
-            fields = (*below.fields, *_ROPE_KEYS) if below is not None else ()
+            below = class_defaults(model_type)
+            fields = {*below.fields, *_ROPE_KEYS} if below is not None else set()
             there = own.fields if own is not None else {}
-            moved = [field for field in fields if field in part and field not in there]
+            moved = [field for field in whole if field in fields and field not in there]
             whole[key] = {field: whole.pop(field) for field in moved}
         completed.append(whole)
     return completed

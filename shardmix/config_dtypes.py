@@ -19,6 +19,7 @@ _MODEL_KEYS = (
     *("model_type", "architectures", "hidden_size", "d_model", "embed_dim", "num_hidden_layers"),
     *("num_layers", "depth", *DTYPE_KEYS),
 )
+_MOST_PARTS = 50  # of one model; a stranger's config may have more than tensors can be held against
 _TEXT = ("text", "language", "llm", "lm", "decoder")
 # What a part is called in the names of tensors, by what its config is called.
 _NAMES = {
@@ -111,6 +112,8 @@ def _parts_of(config: Mapping[str, Any], path: str, name: str) -> _Part:
     parts = []
     for key, value in config.items():
         is_part = (key.endswith("_config") and key not in _NO_PARTS) or key in _PARTS
+        if len(parts) == _MOST_PARTS:
+            break
         if is_part and isinstance(value, dict) and any(known in value for known in _MODEL_KEYS):
             inner = f"{path}.{key}" if path else key
             parts.append(_parts_of(value, inner, key.removesuffix("_config")))

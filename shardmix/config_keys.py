@@ -25,6 +25,8 @@ def meaning(key: str) -> Meaning:
     Keys of `rope_parameters` have dots in them: these all turn positions into angles.
     """
     group, _, key = key.rpartition(".")
+    if len(key) > _LONGEST_KEY:
+        return Meaning.UNKNOWN
     if key in _NOTHING or _NOTHING_PATTERN.search(key):
         return Meaning.NOTHING
     if key in ("layer_types", "layers_block_type", "mlp_layer_types"):
@@ -38,6 +40,7 @@ def meaning(key: str) -> Meaning:
     return Meaning.UNKNOWN
 
 
+_LONGEST_KEY = 200  # the patterns go back within a key; transformers' longest has 40 letters
 _NOTHING = frozenset(
     (
         # Names, versions, places.

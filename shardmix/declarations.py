@@ -75,7 +75,7 @@ class Renaming(msgspec.Struct, frozen=True, rename={"pattern": "re", "sources": 
     """A prefix that may stand before the scope or not."""
     guarded: bool = False
     """It holds only if a name matches the first alternative; each has its own replacement."""
-    ops: tuple[tuple[str | int, ...], ...] = ()
+    ops: tuple[tuple[str | int | bool, ...], ...] = ()
     """What is done to values; a renaming alone does nothing to them."""
     sources: tuple[str, ...] = ()
     """The patterns, as declared, of what is put together."""

@@ -7,7 +7,6 @@ trainer's, caches. The same rules decide what is fetched from the Hub. Opens no 
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 from shardmix.units import format_size
 from shardmix.weight_names import shard_name
@@ -303,7 +302,7 @@ def _too_large(
 
 def _parents(path: str) -> list[str]:
     """Return the folders that a file lies in, the outermost first."""
-    return [parent.as_posix() for parent in PurePosixPath(path).parents][-2::-1]
+    return [path[:at] for at, letter in enumerate(path) if letter == "/"]
 
 
 def _within(path: str, folders: Collection[str]) -> bool:

@@ -251,8 +251,8 @@ def _companions(
     if not any(name in sizes for name in _MODEL_MARKS):
         companions = [name for name in companions if is_companion_file(name)]
     # Pictures have such names; a file that is surely the model's is refused for one.
-    odd = [name for name in companions if not name.isprintable() and not is_companion_file(name)]
-    left_out += [LeftOut(printable(name), UNPRINTABLE) for name in odd]
+    odd = {name for name in companions if not name.isprintable() and not is_companion_file(name)}
+    left_out += [LeftOut(printable(name), UNPRINTABLE) for name in sorted(odd)]
     return [name for name in companions if name not in odd], left_out
 
 

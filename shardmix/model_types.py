@@ -76,7 +76,7 @@ def contradiction(
     fits = any(head in _FITTING_HEADS[model_type] for head in heads)
     if heads and not fits:
         return f"architectures {shown(named)}"
-    family, is_decoder = config.get("model_type"), config.get("is_decoder") is True
+    family, is_decoder = str(config.get("model_type")), config.get("is_decoder") is True
     is_bare = bool(named) and all(str(name).endswith("Model") for name in named)
     if model_type == RERANKER and family in _ENCODER_FAMILIES and is_bare:
         return f"architectures {shown(named)}, without a head that scores"

@@ -391,6 +391,29 @@ def test_the_list_is_one_line_and_short():
     assert set(more) == {difference.key, *difference.other_keys}
 
 
+def test_flat_keys_go_to_one_part_of_a_model():
+    """As old versions wrote them: RoPE's own key is among them, and both parts may have others."""
+    text = {"rope_theta": 7.0, "rope_parameters": {"rope_type": "default"}}
+    flat = {"model_type": "llava", **text, "attention_dropout": 0.5}
+    parts = {
+        "text_config": {"model_type": "llama", **text, "attention_dropout": 0.5},
+        "vision_config": {"model_type": "clip_vision_model"},
+    }
+    nested = {"model_type": "llava", **parts}
+    for both in ((flat, nested), (nested, flat)):
+        found = config_differences([NamedConfig("a", both[0]), NamedConfig("b", both[1])])
+        assert not any(difference.is_refused for difference in found)
+
+
+def test_many_keys_take_no_longer_than_their_number():
+    """20,000 of either kind; and a key that patterns could go back in for hours."""
+    numbers = range(20_000)
+    one = {f"a{number}_eps": 1 for number in numbers} | {f"b{number}": 1 for number in numbers}
+    other = {f"a{number}_eps": 2 for number in numbers} | {"heads_per_" * 200_000 + "!": 1}
+    found = config_differences([NamedConfig("a", one), NamedConfig("b", other)])
+    assert len(found) == len(numbers) + 1
+
+
 def test_models_without_configs_are_silent():
     assert verdicts({}, LLAMA) == verdicts(LLAMA, {}) == verdicts({}, {}) == {}
     assert verdicts({}, LLAMA, changed(LLAMA, hidden_act="relu")) == {"hidden_act": "error"}

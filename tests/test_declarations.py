@@ -28,6 +28,17 @@ def table():
     return json.loads(path.read_text())["transformers"], generator.read_table(path)
 
 
+def test_every_class_of_the_table_is_read():
+    """With whatever its renamings do to values."""
+    path = files("shardmix").joinpath("transformers_declarations.json")
+    classes = json.loads(path.read_text())["classes"]
+    assert len(classes) > 1_000
+    for name, entry in classes.items():
+        found = declaration_of({"architectures": [name], "model_type": entry["type"]})
+        assert found.is_known != entry.get("asked", False)
+        assert len(found.renames) >= len(entry.get("renames", ()))
+
+
 def test_table_is_transformers_own():
     """Classes chosen by chance, and the peculiar ones, declare what the table says of them."""
     version, classes = table()

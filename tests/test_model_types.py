@@ -58,10 +58,14 @@ def test_types_that_a_class_of_transformers_fits(tmp_path, name):
 @pytest.mark.parametrize("model_type", ["decoder", "encoder", "reranker", "encoder-decoder"])
 @pytest.mark.parametrize(
     "config",
-    [{}, {"model_type": "own"}, {"architectures": ["Own"]}, {"architectures": None}, {"a": []}],
+    [{}, {"model_type": "own"}, {"architectures": ["Own"]}, {"architectures": 1}, {"a": []}],
 )
 def test_a_config_that_tells_nothing_contradicts_nothing(config, model_type):
     assert contradiction(config, model_type) is None
+
+
+def test_a_type_that_is_no_text_contradicts_nothing():
+    assert contradiction({"model_type": []}, "decoder") is None
 
 
 def test_a_language_model_with_modules_embeds_texts():

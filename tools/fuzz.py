@@ -19,12 +19,15 @@ import atheris
 with atheris.instrument_imports(include=["shardmix", "yaml", "json"]):
     from shardmix import companions, json_files, recipe, safetensors_header
     from shardmix.checkpoint import open_checkpoint, read_config
+    from shardmix.config_differences import NamedConfig, config_differences
+    from shardmix.config_fit import config_misfits
     from shardmix.errors import ShardmixError
     from shardmix.matching import check_mergeable
-    from shardmix.naming import quantisation_method, ties_word_embeddings
+    from shardmix.naming import declared_quantisation, ties_word_embeddings
     from shardmix.safetensors_layout import DTYPES, tensor_nbytes
     from shardmix.scorer.examples import load_examples
     from shardmix.scorer.options import check_options
+    from shardmix.vocabularies import read_tokenizer_json
 
 import safetensors
 from safetensors.numpy import save
@@ -128,8 +131,16 @@ def config(content: bytes, folder: Path) -> None:
     """A config.json, and what is asked of it."""
     (folder / "config.json").write_bytes(content)
     read = read_config(folder)
-    quantisation_method(read)
+    declared_quantisation(read)
     ties_word_embeddings(read)
+    config_misfits(read, ["wte.weight"], [(4, 2)])
+    config_differences([NamedConfig("a", read), NamedConfig("b", {"model_type": "llama"})])
+
+
+def tokenizer(content: bytes, folder: Path) -> None:
+    """A tokenizer.json beside another model's."""
+    (folder / "tokenizer.json").write_bytes(content)
+    read_tokenizer_json(folder, max_memory=None)
 
 
 def modules(content: bytes, folder: Path) -> None:
@@ -206,6 +217,7 @@ TARGETS: dict[str, Target] = {
     "recipe": yaml_recipe,
     "config": config,
     "modules": modules,
+    "tokenizer": tokenizer,
     "examples": examples,
 }
 
@@ -245,6 +257,10 @@ def seeds(target: str) -> list[bytes]:
             {"text_config": {"quantization_config": {"quant_method": "gptq"}}, "n": [1.5, None]},
         ],
         "modules": [[{"idx": 0, "path": ""}, pooling]],
+        "tokenizer": [
+            {"model": {"type": "BPE", "vocab": {"a": 0, '"': 1}, "merges": [["a", "\\"]]}},
+            {"model": {"vocab": [["a", -1.5]]}, "added_tokens": [{"id": 7, "content": "<s>"}]},
+        ],
         "examples": [[text, text], {"task": [text]}, query, [query, query]],
     }
     return [
