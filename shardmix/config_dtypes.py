@@ -109,7 +109,7 @@ def _nested(config: Mapping[str, Any], path: str) -> Iterator[tuple[str, dict[st
 
 
 def _parts_of(config: Mapping[str, Any], path: str, name: str) -> _Part:
-    parts = []
+    parts: list[_Part] = []
     for key, value in config.items():
         is_part = (key.endswith("_config") and key not in _NO_PARTS) or key in _PARTS
         if len(parts) == _MOST_PARTS:
