@@ -18,7 +18,7 @@ from shardmix.config_keys import (
     same_function,
     same_model_type,
 )
-from shardmix.config_labels import LABEL_KEYS, label_difference
+from shardmix.config_labels import LABEL_KEYS, has_no_classifier, label_difference
 from shardmix.differences import Difference
 from shardmix.errors import printable
 
@@ -32,6 +32,12 @@ _PARTIAL_KEYS = ("partial_rotary_factor", "rotary_pct", "rope_percent")
 _ROPE_KEYS = ("rope_parameters", "rope_scaling", *_THETA_KEYS, *_LOCAL_THETA_KEYS, *_PARTIAL_KEYS)
 _WINDOW_KEYS = ("sliding_window", "max_window_layers")
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
+_PATTERN_KEYS = (
+    "sliding_window_pattern",
+    "_sliding_window_pattern",
+    "global_attn_every_n_layers",
+)
+_MOST_LAYERS = 10_000
 _ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 _LAYER_KIND_NAMES = {"attention": "full_attention", "mamba": "linear_attention"}
 
@@ -51,6 +57,7 @@ class _Unsaid:
 
 
 _UNSAID = _Unsaid()
+_NOT_SAID = "not said"
 
 
 def config_differences(configs: Sequence[NamedConfig], *, output: int = 0) -> list[Difference]:
@@ -78,11 +85,14 @@ class _Comparison:
         self._found: list[Difference] = []
         self._found_paths: set[str] = set()
         self._listed: list[tuple[str, str]] = []
+        self._has_classifier = True
 
     def compare(
         self, parts: Sequence[Mapping[str, Any]], types: Sequence[str | None], prefix: str
     ) -> None:
         """Compare one part of all configs; `types` are their model types, unless they say so."""
+        if not prefix:
+            self._has_classifier = not all(map(has_no_classifier, parts))
         # A part without a model type is a plain group of keys, of no class.
         classes = [_class(part, own) for part, own in zip(parts, types, strict=True)]
         parts = _with_parts(parts, classes)
@@ -136,6 +146,8 @@ class _Comparison:
 
     def _judge(self, prefix: str, key: str, values: Sequence[object]) -> None:
         path, kind = f"{prefix}{key}", meaning(key)
+        if kind is Meaning.CLASSIFIER:
+            kind = Meaning.COMPUTATION if self._has_classifier else Meaning.UNKNOWN
         if kind is Meaning.NOTHING or key == "architectures" or key in LABEL_KEYS:
             return
         said = [value for value in values if value is not _UNSAID]
@@ -194,7 +206,10 @@ class _Comparison:
 
     def _add(self, path: str, texts: Sequence[str], is_refused: bool) -> None:
         finding = f"{printable(path)}: {self._by_text(texts)}"
-        taken = "" if self._output is None else f"the output takes {texts[self._output]}"
+        taken = ""
+        if self._output is not None:
+            text = texts[self._output]
+            taken = "the output does not say" if text == _NOT_SAID else f"the output takes {text}"
         self._found.append(Difference(path, finding, taken, is_refused))
         self._found_paths.add(path)
 
@@ -239,13 +254,45 @@ def _normal(part: Mapping[str, Any], own: ClassDefaults | None) -> dict[str, Any
     if "hidden_activation" in fields and "hidden_act" not in fields and "hidden_act" in normal:
         normal.setdefault("hidden_activation", normal.pop("hidden_act"))  # Gemma's, of old
         normal.pop("hidden_act", None)
+    normal = _with_layer_kinds(_with_activation_of_scores(normal), fields)
     for key, value in normal.items():
-        if isinstance(value, list) and meaning(key) is Meaning.LAYER_KINDS:
+        if key == "pos_att_type" and isinstance(value, str | list):
+            names = value.lower().split("|") if isinstance(value, str) else map(str, value)
+            normal[key] = sorted({name.strip() for name in names})  # older versions wrote a text
+        elif isinstance(value, list) and meaning(key) is Meaning.LAYER_KINDS:
             kinds = [_LAYER_KIND_NAMES.get(kind, kind) for kind in map(str, value)]
             normal[key] = kinds
         elif isinstance(value, dict) and meaning(key) is Meaning.ACTIVATION:
             normal[key] = value.get("name", value)  # as models with code of their own write it
     return normal
+
+
+def _with_layer_kinds(part: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a part that says of each layer what older versions said by a pattern."""
+    pattern = _first(part, _PATTERN_KEYS)
+    count = _number(part, fields, "num_hidden_layers")
+    whole = {key: value for key, value in part.items() if key not in _PATTERN_KEYS}
+    if whole.get("layer_types") is not None:
+        return whole
+    if not isinstance(pattern, int) or pattern < 1 or count is None or count > _MOST_LAYERS:
+        return part
+    is_first_full = str(part.get("model_type")).startswith("modernbert")
+    whole["layer_types"] = [
+        "sliding_attention" if number % pattern else "full_attention"
+        for number in range(0 if is_first_full else 1, count + (0 if is_first_full else 1))
+    ]
+    return whole
+
+
+def _with_activation_of_scores(part: dict[str, Any]) -> dict[str, Any]:
+    """Return a part that says what a cross-encoder makes of its scores as new versions do."""
+    settings = part.get("sentence_transformers")
+    name = part.get("sbert_ce_default_activation_function")
+    name = settings.get("activation_fn", name) if isinstance(settings, dict) else name
+    whole = {k: v for k, v in part.items() if k != "sbert_ce_default_activation_function"}
+    if isinstance(name, str):
+        whole["sentence_transformers.activation_fn"] = name.rpartition(".")[2]
+    return whole
 
 
 def _with_parts(
@@ -400,7 +447,7 @@ def _is_blank(value: object) -> bool:
 
 def _shown(value: object) -> str:
     if value is _UNSAID:
-        return "not said"
+        return _NOT_SAID
     if value == {}:
         return "there"
     try:

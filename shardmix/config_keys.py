@@ -14,6 +14,7 @@ class Meaning(enum.Enum):
     NOTHING = "nothing of what the model computes"
     ACTIVATION = "the function between two layers; some names are of one function"
     LAYER_KINDS = "the kind of each layer"
+    CLASSIFIER = "what a classifier sees: as decisive as the next, if there is one"
     COMPUTATION = "what the weights stand for: nobody means an average over two of these"
     TUNING = "how they are used; a model goes on working if it changes a little"
     UNKNOWN = "who knows"
@@ -27,10 +28,14 @@ def meaning(key: str) -> Meaning:
     group, _, key = key.rpartition(".")
     if len(key) > _LONGEST_KEY:
         return Meaning.UNKNOWN
+    if group == "sentence_transformers":
+        return Meaning.TUNING  # of scores that are there
     if key in _NOTHING or _NOTHING_PATTERN.search(key):
         return Meaning.NOTHING
     if key in ("layer_types", "layers_block_type", "mlp_layer_types"):
         return Meaning.LAYER_KINDS
+    if key in _CLASSIFIER:
+        return Meaning.CLASSIFIER
     if _ACTIVATION_PATTERN.search(key):
         return Meaning.ACTIVATION
     if key in _COMPUTATION or _COMPUTATION_PATTERN.search(key):
@@ -101,6 +106,10 @@ _COMPUTATION = frozenset(
         *("is_decoder", "is_causal", "is_encoder_decoder", "use_bidirectional_attention"),
         *("use_causal_mask", "bidirectional", "qk_layernorm", "use_qk_norm", "qk_norm"),
         *("attention_type", "attn_type", "add_cross_attention", "norm_rel_ebd"),
+        *("do_stable_layer_norm", "num_hidden_layers", "num_hidden_groups", "inner_group_num"),
+        # Which inputs a convolution sees.
+        *("conv_stride", "patch_stride", "patch_strides", "stride", "strides", "dilation"),
+        *("dilations", "conv_dilation", "tdnn_dilation", "upsample_rates"),
         # Factors that the weights have grown up with.
         *("scale_embedding", "scale_embeddings", "scale_emb", "scale_depth", "scale_attn_weights"),
         *("scale_attn_by_inverse_layer_idx", "dim_model_base"),
@@ -111,10 +120,13 @@ _COMPUTATION = frozenset(
         *("norm_topk_prob", "moe_renormalize", "scoring_func", "score_func", "topk_method"),
         *("n_group", "topk_group", "num_expert_group", "mlp_only_layers", "decoder_sparse_step"),
         # What becomes of the last layer.
-        *("classifier_pooling", "pooling_type", "summary_type", "problem_type"),
+        "pooling_type",
         *("vision_feature_layer", "vision_feature_select_strategy"),
         *("bias", "add_bias_linear", "add_qkv_bias", "enable_bias"),
     )
+)
+_CLASSIFIER = frozenset(
+    ("classifier_pooling", "summary_type", "problem_type", "use_mean_pooling", "mean_pooling")
 )
 _COMPUTATION_PATTERN = re.compile(
     r"(?:^|_)heads?$|(?:^|_)heads_(?:kv|per_\w+)$|(?:^|_)head_(?:dim|size)$"

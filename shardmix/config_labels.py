@@ -9,7 +9,9 @@ from shardmix.errors import printable
 
 LABEL_KEYS = ("id2label", "label2id")
 _DEFAULT_LABEL = re.compile(r"(?i)label[_ ]?\d+")
-_HEAD = re.compile(r"For\w*(?:Classification|Detection|Segmentation|MultipleChoice|CTC)$")
+_HEAD = re.compile(
+    r"(?:For\w*(?:Classification|Detection|Segmentation|MultipleChoice|CTC)|DoubleHeadsModel)$"
+)
 _LONGEST_TEXT = 80
 
 
@@ -28,8 +30,8 @@ class LabelDifference:
 def label_difference(parts: Sequence[Mapping[str, Any]]) -> LabelDifference | None:
     """Return how labels differ, or None if they don't.
 
-    Names that nobody has given (LABEL_0) contradict none; capitals and underscores don't matter.
-    Without a classifier labels are of no use, and so refused by nobody.
+    Names that nobody has given (LABEL_0, or the number) contradict none; capitals and underscores
+    don't matter. Without a classifier labels are of no use, and so refused by nobody.
     """
     labels = [_labels(part) for part in parts]
     named = [own for own in labels if own]
@@ -41,7 +43,7 @@ def label_difference(parts: Sequence[Mapping[str, Any]]) -> LabelDifference | No
         for own in named[1:]
         for number in own.keys() & first.keys()
     )
-    if not contradict and all(map(_has_no_head, parts)):
+    if not contradict and all(map(has_no_classifier, parts)):
         return None
     key = next(
         (key for key in LABEL_KEYS if any(isinstance(part.get(key), dict) for part in parts)),
@@ -50,7 +52,15 @@ def label_difference(parts: Sequence[Mapping[str, Any]]) -> LabelDifference | No
     return LabelDifference(
         key=key,
         texts=tuple(map(_text, labels)),
-        is_refused=contradict and not all(map(_has_no_head, parts)),
+        is_refused=contradict and not all(map(has_no_classifier, parts)),
+    )
+
+
+def has_no_classifier(part: Mapping[str, Any]) -> bool:
+    """Tell whether a config names a class that has no head with classes."""
+    architectures = part.get("architectures")
+    return isinstance(architectures, list) and not any(
+        _HEAD.search(str(name)) for name in architectures
     )
 
 
@@ -68,20 +78,15 @@ def _labels(part: Mapping[str, Any]) -> dict[int, str]:
         text = str(number)
         if text.isdecimal() and len(text) < 10:
             labels[int(text)] = str(label)
-    if all(_DEFAULT_LABEL.fullmatch(label) for label in labels.values()):
+    if all(
+        _DEFAULT_LABEL.fullmatch(label) or label == str(number) for number, label in labels.items()
+    ):
         return {}
     return labels
 
 
 def _plain(label: str) -> str:
     return re.sub(r"[\s_-]+", " ", label).strip().casefold()
-
-
-def _has_no_head(part: Mapping[str, Any]) -> bool:
-    architectures = part.get("architectures")
-    return isinstance(architectures, list) and not any(
-        _HEAD.search(str(name)) for name in architectures
-    )
 
 
 def _text(labels: Mapping[int, str]) -> str:

@@ -46,6 +46,11 @@ VISION = {
     "text_config": {"model_type": "clip_text_model", "hidden_act": "quick_gelu"},
     "vision_config": {"model_type": "clip_vision_model", "hidden_act": "quick_gelu"},
 }
+DEBERTA = {"model_type": "deberta-v2", "relative_attention": True}
+GEMMA = {"model_type": "gemma3_text", "num_hidden_layers": 6}
+MODERN = {"model_type": "modernbert", "num_hidden_layers": 4}
+ALBERT = {"model_type": "albert", "num_hidden_layers": 2}
+SPEECH = {"model_type": "wav2vec2", "conv_stride": [5, 2], "do_stable_layer_norm": False}
 LINEAR_ROPE = {"rope_type": "linear", "factor": 2.0}
 
 
@@ -232,6 +237,8 @@ PAIRS = {
     "labels in another order": (BERT, labels("positive", "negative"), "id2label", "error"),
     "other labels": (BERT, labels("no", "yes"), "id2label", "error"),
     "labels by default": (BERT, labels("LABEL_0", "LABEL_1"), "id2label", "warning"),
+    "labels by number": (BERT, labels("0", "1"), "id2label", "warning"),
+    "labels by other numbers": (labels("0", "1"), labels("1", "0"), "id2label", "warning"),
     "no labels": (BERT, changed(BERT, "id2label", "label2id"), "id2label", "warning"),
     "capitals": (BERT, labels("NEGATIVE", "Positive"), "id2label", "warning"),
     "integers as keys": (
@@ -251,6 +258,12 @@ PAIRS = {
         labels("positive", "negative", architectures=["BertModel"]),
         "id2label",
         "warning",
+    ),
+    "pooling without a classifier": (
+        {**MODERN, "architectures": ["ModernBertModel"], "classifier_pooling": "cls"},
+        {**MODERN, "architectures": ["ModernBertModel"], "classifier_pooling": "mean"},
+        "classifier_pooling",
+        "listed",
     ),
     # What a model goes on working with.
     "rope theta": (LLAMA, changed(LLAMA, rope_theta=5e5), "rope_theta", "warning"),
@@ -331,6 +344,64 @@ PAIRS = {
         "image_token_index",
         "warning",
     ),
+    # What versions of transformers write in two ways.
+    "kinds of attention, as a text": (
+        {**DEBERTA, "pos_att_type": ["p2c", "c2p"]},
+        {**DEBERTA, "pos_att_type": "c2p|p2c"},
+        "pos_att_type",
+        None,
+    ),
+    "other kinds of attention": (
+        {**DEBERTA, "pos_att_type": ["p2c", "c2p"]},
+        {**DEBERTA, "pos_att_type": "p2c"},
+        "pos_att_type",
+        "error",
+    ),
+    "pattern of windows": (
+        {**GEMMA, "layer_types": [*["sliding_attention"] * 5, "full_attention"]},
+        {**GEMMA, "sliding_window_pattern": 6},
+        "layer_types",
+        None,
+    ),
+    "other pattern of windows": (
+        {**GEMMA, "layer_types": [*["sliding_attention"] * 5, "full_attention"]},
+        {**GEMMA, "sliding_window_pattern": 3},
+        "layer_types",
+        "warning",
+    ),
+    "two patterns of windows": (
+        {**GEMMA, "sliding_window_pattern": 6},
+        {**GEMMA, "sliding_window_pattern": 3},
+        "layer_types",
+        "warning",
+    ),
+    "pattern that begins with a whole view": (
+        {**MODERN, "layer_types": ["full_attention", *["sliding_attention"] * 2, "full_attention"]},
+        {**MODERN, "global_attn_every_n_layers": 3},
+        "layer_types",
+        None,
+    ),
+    "scores of a cross-encoder": (
+        {**BERT, "sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"},
+        {**BERT, "sentence_transformers": {"activation_fn": "torch.nn.Identity", "version": "5"}},
+        "sentence_transformers.activation_fn",
+        None,
+    ),
+    "other scores of a cross-encoder": (
+        {**BERT, "sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"},
+        {**BERT, "sentence_transformers": {"activation_fn": "torch.nn.Sigmoid"}},
+        "sentence_transformers.activation_fn",
+        "warning",
+    ),
+    # Layers that share their parameters, and what a convolution steps over.
+    "layers": (ALBERT, {**ALBERT, "num_hidden_layers": 4}, "num_hidden_layers", "error"),
+    "strides": (SPEECH, {**SPEECH, "conv_stride": [4, 2]}, "conv_stride", "error"),
+    "normalised before": (
+        SPEECH,
+        {**SPEECH, "do_stable_layer_norm": True},
+        "do_stable_layer_norm",
+        "error",
+    ),
     # The rest.
     "padding": (LLAMA, changed(LLAMA, pad_token_id=0), "pad_token_id", "listed"),
     "unknown key": (LLAMA, changed(LLAMA, something=1), "something", "listed"),
@@ -372,6 +443,12 @@ def test_a_difference_names_models_values_and_output():
     (difference,) = config_differences(named, output=1)
     assert difference.finding == "rope_theta: 10000.0 in org/a and c, 500000.0 in b"
     assert difference.consequence == "the output takes 500000.0"
+
+
+def test_an_output_that_says_nothing_is_told():
+    named = [NamedConfig("a", BERT), NamedConfig("b", {**BERT, "problem_type": "regression"})]
+    (difference,) = config_differences(named)
+    assert difference.consequence == "the output does not say"
 
 
 def test_the_odd_one_of_many_is_named():
