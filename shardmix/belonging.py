@@ -53,8 +53,10 @@ def check_belong_together(
     for number, (group, base) in enumerate(zip(groups, bases, strict=True)):
         if number == 0 or any("model_type" in part.config for part in group):
             found += _quantisations(group, base)
-            found += _misfits(group[0], base)
-            found += _config_differences(group, base)
+            misfits = list(_misfits(group[0], base))
+            told = {misfit.key for misfit in misfits if misfit.is_refused}
+            found += misfits
+            found += [other for other in _config_differences(group, base) if other.key not in told]
             found += _scale_differences(group, base)
         found += _tokenizer_differences(group, base, max_memory)
         found += _preprocessor_differences(group, base)

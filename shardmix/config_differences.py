@@ -12,6 +12,7 @@ from typing import Any
 
 from shardmix.class_defaults import ClassDefaults, class_defaults
 from shardmix.config_keys import (
+    COUNTS_OF_LAYERS,
     LEGACY_DEFAULTS,
     Meaning,
     meaning,
@@ -102,7 +103,11 @@ class _Comparison:
             if is_part and key not in LABEL_KEYS and meaning(key) is not Meaning.NOTHING:
                 self._compare_nested(normal, classes, key, prefix)
             else:
-                values = [_value(part, key, own) for part, own in zip(normal, classes, strict=True)]
+                values = [
+                    # A number of layers that is left out is in the tensors, not in the class.
+                    part.get(key, _UNSAID) if key in COUNTS_OF_LAYERS else _value(part, key, own)
+                    for part, own in zip(normal, classes, strict=True)
+                ]
                 self._judge(prefix, key, values)
         self._judge_labels(parts, prefix)
         self._judge_architectures(parts, prefix)
@@ -196,10 +201,11 @@ class _Comparison:
             self._add(f"{prefix}{judged.key}", texts, judged.is_refused)
 
     def _judge_architectures(self, parts: Sequence[Mapping[str, Any]], prefix: str) -> None:
-        tasks = [_task(part.get("architectures")) for part in parts]
-        if len({task for task in tasks if task is not None}) > 1:
+        tasks = {_task(part.get("architectures")) for part in parts} - {None}
+        if len(tasks) > 1:
             names = [_shown(part.get("architectures")) for part in parts]
-            self._add(f"{prefix}architectures", names, True)
+            # One beside a language model may be a head that the tensors don't have.
+            self._add(f"{prefix}architectures", names, len(tasks - {_LANGUAGE}) > 1)
 
     def _tell(self, path: str, values: Sequence[object], *, is_refused: bool) -> None:
         self._add(path, [_shown(value) for value in values], is_refused)
@@ -426,11 +432,17 @@ _TASKS = (
 )
 
 
+_LANGUAGE = "CausalLM"
+_OF_LANGUAGE = (_LANGUAGE, "LMHeadModel", "MaskedLM", "ConditionalGeneration")
+
+
 def _task(architectures: object) -> str | None:
     """Return for what a class's head is, if its tensors could be those of another task's."""
     if not isinstance(architectures, list) or len(architectures) != 1:
         return None
     name = str(architectures[0])
+    if name.endswith(_OF_LANGUAGE):
+        return _LANGUAGE
     return next((task for task in _TASKS if name.endswith(f"For{task}")), None)
 
 

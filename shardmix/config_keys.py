@@ -86,6 +86,9 @@ _ACTIVATION_PATTERN = re.compile(
     r"(?:^|_)(?:act|act_fn|act_func|activation|activation_fn|activation_func"
     r"|activation_function|activation_type|non_?linearity|afn|feed_forward_proj)$"
 )
+COUNTS_OF_LAYERS = ("num_hidden_layers", "num_hidden_groups", "inner_group_num")
+"""How often layers are gone through: they may share their parameters."""
+
 _COMPUTATION = frozenset(
     (
         # Heads.
@@ -106,7 +109,7 @@ _COMPUTATION = frozenset(
         *("is_decoder", "is_causal", "is_encoder_decoder", "use_bidirectional_attention"),
         *("use_causal_mask", "bidirectional", "qk_layernorm", "use_qk_norm", "qk_norm"),
         *("attention_type", "attn_type", "add_cross_attention", "norm_rel_ebd"),
-        *("do_stable_layer_norm", "num_hidden_layers", "num_hidden_groups", "inner_group_num"),
+        *("do_stable_layer_norm", *COUNTS_OF_LAYERS),
         # Which inputs a convolution sees.
         *("conv_stride", "patch_stride", "patch_strides", "stride", "strides", "dilation"),
         *("dilations", "conv_dilation", "tdnn_dilation", "upsample_rates"),

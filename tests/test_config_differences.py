@@ -395,6 +395,25 @@ PAIRS = {
     ),
     # Layers that share their parameters, and what a convolution steps over.
     "layers": (ALBERT, {**ALBERT, "num_hidden_layers": 4}, "num_hidden_layers", "error"),
+    "layers not said": (
+        ALBERT,
+        changed(ALBERT, "num_hidden_layers"),
+        "num_hidden_layers",
+        "warning",
+    ),
+    "heads of two tasks": (
+        BERT,
+        {**BERT, "architectures": ["BertForTokenClassification"]},
+        "architectures",
+        "error",
+    ),
+    "a classifier's config for a language model": (
+        LLAMA,
+        {**LLAMA, "architectures": ["LlamaForSequenceClassification"]},
+        "architectures",
+        "warning",
+    ),
+    "a bare model": (LLAMA, {**LLAMA, "architectures": ["LlamaModel"]}, "architectures", None),
     "strides": (SPEECH, {**SPEECH, "conv_stride": [4, 2]}, "conv_stride", "error"),
     "normalised before": (
         SPEECH,

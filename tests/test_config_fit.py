@@ -182,6 +182,14 @@ def test_a_base_of_another_size_is_refused(tmp_path):
     assert any("vocab_size is 48" in warning for warning in plan.warnings)
 
 
+def test_one_contradiction_is_told_once(tmp_path):
+    """Tensors and the models' own configs both contradict the base's."""
+    base = save(tmp_path / "base", num_hidden_layers=7)
+    with pytest.raises(MismatchError) as caught:
+        shardmix.plan_merge(models(tmp_path), base=base)
+    assert str(caught.value).count(" 7") == 1
+
+
 def test_a_base_of_another_kind_is_refused(tmp_path):
     base = save(tmp_path / "base", model_type="mistral")
     with pytest.raises(MismatchError, match=r'model_type: "llama" in .*, "mistral" in .*base'):
