@@ -176,9 +176,10 @@ def test_a_source_that_cannot_be_read_is_named(bench):
 
 
 def test_a_companion_that_is_gone_when_it_is_to_be_copied_is_named(bench):
+    """It is opened first to be held against the other model's."""
     merge = bench.merge(NEW_OUTPUT)
     source = bench.source("a", False) / "tokenizer.json"
-    fault = Fault(at=1, action="error", number=errno.ENOENT, root=str(source), operations=("open",))
+    fault = Fault(at=2, action="error", number=errno.ENOENT, root=str(source), operations=("open",))
     done = merge.run(fault)
     assert f"{source}: cannot be read" in done.stderr
     assert merge.trouble_after_end() == ""
