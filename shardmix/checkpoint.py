@@ -243,7 +243,7 @@ def _read_part(
         commit=located.commit,
         is_single_file=is_single_file,
         shards=known,
-        config=_read_config(root, place),
+        config=read_config(root, place),
         table=table,
         stem=stored.stem,
         place=place,
@@ -256,7 +256,7 @@ def main_place(folder: Path, modules: Sequence[Module]) -> str:
     if not places or "" in places:
         return ""
     return next(
-        (place for place in places if "model_type" in _read_config(folder, place)), places[0]
+        (place for place in places if "model_type" in read_config(folder, place)), places[0]
     )
 
 
@@ -278,12 +278,11 @@ def weight_names(folder: Path, *, max_memory: int | None = None) -> tuple[str, .
     return tuple(sorted(names))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the content of a model folder's config.json; empty where there is none."""
-    return _read_config(folder, "")
+def read_config(root: Path, place: str = "") -> dict[str, Any]:
+    """Return the content of config.json in a model's folder, or in a module's; empty without one.
 
-
-def _read_config(root: Path, place: str) -> dict[str, Any]:
+    A link may lead to where the model's own may.
+    """
     path = root / place / CONFIG_NAME
     if not os.path.lexists(path):
         return {}

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from shardmix import file_kinds
 from shardmix.adapters import inner_adapter_tensor
 from shardmix.checkpoint import CONFIG_NAME, Checkpoint
-from shardmix.errors import SourceError, printable
+from shardmix.errors import SourceError, listed, printable
 from shardmix.file_kinds import LeftOut
 from shardmix.filesystem import LFS_REMEDY, is_lfs_pointer, open_regular, refuse_link_outside
 from shardmix.module_tree import module_places, read_modules
@@ -28,7 +28,6 @@ _WEIGHT_SUFFIXES = (
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _MOST_LEFT_OUT = 1_000
 _MOST_POINTER_NBYTES = 1_024  # by Git LFS's specification
-_NUM_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +103,6 @@ def find_companions(
 def unmerged_weights(companions: Iterable[str]) -> list[str]:
     """Return those companion files that hold weights themselves, such as a Dense module's."""
     return [name for name in companions if name.endswith(_WEIGHT_SUFFIXES)]
-
-
-def listed(names: Collection[str]) -> str:
-    """Return the first few names, and how many more there are."""
-    first = ", ".join(list(names)[:_NUM_NAMED])
-    more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
-    return first + more
 
 
 def left_out_warning(left_out: Collection[LeftOut], model: str) -> str | None:

@@ -5,7 +5,6 @@ class's default, and versions of transformers call one thing by several names; t
 difference.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +19,11 @@ from shardmix.config_keys import (
     same_model_type,
 )
 from shardmix.config_labels import LABEL_KEYS, has_no_classifier, label_difference
-from shardmix.differences import Difference
+from shardmix.differences import Difference, shown_value
 from shardmix.errors import printable
 
 _NUM_LISTED = 6
 _NUM_NAMED = 3
-_LONGEST_VALUE = 60
 
 _THETA_KEYS = ("rope_theta", "global_rope_theta", "rotary_emb_base", "rotary_embedding_base")
 _LOCAL_THETA_KEYS = ("rope_local_base_freq", "local_rope_theta")
@@ -462,11 +460,7 @@ def _shown(value: object) -> str:
         return _NOT_SAID
     if value == {}:
         return "there"
-    try:
-        text = printable(json.dumps(value, ensure_ascii=False))
-    except (ValueError, TypeError, RecursionError):  # an integer of thousands of digits
-        return f"a large {type(value).__name__}"
-    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
+    return shown_value(value)
 
 
 def _and(names: Sequence[str]) -> str:

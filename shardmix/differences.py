@@ -4,10 +4,11 @@ Pure. Who finds them is elsewhere; this is where they become an error or a warni
 """
 
 import difflib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from shardmix.errors import MismatchError
+from shardmix.errors import MismatchError, printable
 
 _MOST_TOLD = 5
 EVERYTHING = "\0"
@@ -38,6 +39,15 @@ class Difference:
         return allowed == EVERYTHING or any(
             key == allowed or key.startswith(f"{allowed}.") for key in (self.key, *self.other_keys)
         )
+
+
+def shown_value(value: object, limit: int = 60) -> str:
+    """Return a value of a stranger's JSON as JSON, cut short."""
+    try:
+        text = printable(json.dumps(value, ensure_ascii=False))
+    except (ValueError, TypeError, RecursionError):  # an integer of thousands of digits
+        return f"a large {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def settle(differences: Sequence[Difference], allowed: Sequence[str]) -> tuple[str, ...]:

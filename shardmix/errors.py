@@ -5,6 +5,8 @@ can tell apart what it can do something about; `exit_status` is what the command
 """
 
 import errno
+import itertools
+from collections.abc import Collection
 from pathlib import Path
 
 from shardmix.redaction import without_environment, without_secrets
@@ -98,6 +100,12 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def listed(names: Collection[str], most: int = 5) -> str:
+    """Return the first few names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(itertools.islice(names, most)) + more
 
 
 def shown(value: object, limit: int = 60) -> str:

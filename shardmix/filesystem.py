@@ -11,6 +11,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +22,7 @@ MAX_IO_NBYTES = 0x7FFFF000
 
 LFS_REMEDY = "is a Git LFS pointer, not the file that it stands for; run `git lfs pull` there"
 """What to say of one."""
+_CHUNK_NBYTES = 1 << 20
 _LFS_START = b"version https://git-lfs.github.com/spec/"
 
 
@@ -50,6 +52,31 @@ def read_regular(path: Path, *, max_nbytes: int) -> bytes:
         if nbytes > max_nbytes:
             raise OSError(errno.EFBIG, f"{nbytes} bytes, more than the {max_nbytes} allowed")
         return file.read(max_nbytes)
+
+
+def same_content(one: Path, other: Path) -> bool:
+    """Tell whether two files hold the same bytes. Raises `SourceError` if one cannot be read."""
+    with _readable(one) as first, _readable(other) as second:
+        a, b = os.fstat(first.fileno()), os.fstat(second.fileno())
+        if os.path.samestat(a, b):
+            return True
+        if a.st_size != b.st_size:
+            return False
+        while True:
+            chunk = first.read(_CHUNK_NBYTES)
+            if chunk != second.read(_CHUNK_NBYTES):
+                return False
+            if not chunk:
+                return True
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with open_regular(path) as file:
+            yield file
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def is_lfs_pointer(start: bytes) -> bool:

@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shardmix.adapters import ADAPTER_REMEDY
+from shardmix.errors import listed
 from shardmix.weight_names import MODEL, STEMS, index_name, shard_name, weights_name
-
-_NUM_NAMED = 5
 
 _RESAVE = (
     "convert it by loading it in transformers and calling save_pretrained(..., "
@@ -42,7 +41,7 @@ def _pipeline(names: Sequence[str], source: str) -> str:
     such = f", such as {source}/{parts[0]}" if parts else ""
     return (
         "is a pipeline of diffusers, whose parts are models of their own: "
-        f"{_listed(parts) or 'none of them is here in safetensors'}; merge each part with its "
+        f"{listed(parts) or 'none of them is here in safetensors'}; merge each part with its "
         f"like, folder by folder{such} (of a repository on the Hub download the folder first)"
     )
 
@@ -55,7 +54,7 @@ def _shards(names: Sequence[str], source: str) -> str:
     finding = f"has shards such as {name} but no {index}, which says what is in which"
     missing = [str(number) for number in range(1, first.count + 1) if number not in here]
     if missing and 0 not in here:
-        finding += f", and of {first.count} shards lacks number {_listed(missing)}"
+        finding += f", and of {first.count} shards lacks number {listed(missing)}"
     return f"{finding}; fetch {'them' if missing else 'it'} from where the shards are from"
 
 
@@ -206,7 +205,7 @@ def no_weights_finding(names: Sequence[str], source: str = "FOLDER") -> str:
             marks = [mark.split("/")[0] + "/" for mark in marks]
         found = _sorted(set(marks))
         return kind.sentence.format(
-            found=_listed(found), one=found[-1].rstrip("/"), source=source.rstrip("/")
+            found=listed(found), one=found[-1].rstrip("/"), source=source.rstrip("/")
         )
     if not names:
         return f"is empty; a model's folder has {weights_name(MODEL)} or {index_name(MODEL)}"
@@ -232,8 +231,3 @@ def _sorted(names: set[str]) -> list[str]:
         return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in pieces]
 
     return sorted(names, key=parts)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
-    return ", ".join(names[:_NUM_NAMED]) + more

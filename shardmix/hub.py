@@ -27,7 +27,7 @@ from shardmix.file_kinds import (
 from shardmix.filesystem import read_regular
 from shardmix.folder_kinds import no_weights_finding
 from shardmix.json_files import file_name_finding, read_index
-from shardmix.module_tree import ROUTER_CONFIGS, module_places, read_modules
+from shardmix.module_tree import ROUTER_CONFIGS, inner_path, module_places, read_modules
 from shardmix.redaction import HIDDEN, logs_redacted, without_user
 from shardmix.sentence_modules import MODULES_NAME
 from shardmix.weight_names import MARKS, STEMS, index_name, stored_stem, weights_name
@@ -212,12 +212,12 @@ def _fetch(
     for place in stored if with_weights else ():
         # Both present: as in transformers, the single file counts.
         whole, index = weights_name(stems[place]), index_name(stems[place])
-        if _within(place, whole) in files:
-            weights.append(_within(place, whole))
+        if inner_path(place, whole) in files:
+            weights.append(inner_path(place, whole))
             continue
-        fetched = hf_hub_download(repo_id, _within(place, index), revision=commit)
+        fetched = hf_hub_download(repo_id, inner_path(place, index), revision=commit)
         shards = sorted(set(read_index(Path(fetched)).values()))
-        weights += [_within(place, name) for name in (index, *shards)]
+        weights += [inner_path(place, name) for name in (index, *shards)]
     of_modules = [
         name
         for name in files
@@ -271,11 +271,7 @@ def _module_places(repo_id: str, files: list[str], commit: str | None) -> tuple[
 
 
 def _stem(files: list[str], place: str) -> str | None:
-    return stored_stem(lambda name: _within(place, name) in files)
-
-
-def _within(place: str, name: str) -> str:
-    return f"{place}/{name}" if place else name
+    return stored_stem(lambda name: inner_path(place, name) in files)
 
 
 def _cached(repo_id: str, revision: str | None, *, with_weights: bool) -> Path | None:

@@ -17,7 +17,7 @@ from shardmix import naming
 from shardmix.adapters import ADAPTER_REMEDY, adapter_tensor
 from shardmix.checkpoint import Checkpoint
 from shardmix.declarations import TIE_KEY, Declaration, declaration_of
-from shardmix.errors import MismatchError, SourceError
+from shardmix.errors import MismatchError, SourceError, listed
 from shardmix.safetensors_layout import DTYPES, FLOAT_DTYPES, INTEGER_DTYPES
 from shardmix.tensor_names import aligned, class_names, prefix_of, without_wrappers
 from shardmix.ties import NamedModel, SharedTensors, share
@@ -354,7 +354,4 @@ def _refuse_mixed_kinds(
 
 
 def _listed(names: Sequence[str]) -> str:
-    if not names:
-        return "none"
-    more = f" and {len(names) - _NUM_LISTED} more" if len(names) > _NUM_LISTED else ""
-    return ", ".join(names[:_NUM_LISTED]) + more
+    return listed(names, _NUM_LISTED) or "none"

@@ -29,6 +29,7 @@ from shardmix.held_folder import HeldFolder
 from shardmix.json_files import read_json
 from shardmix.matching import QUANTISATION
 from shardmix.model_types import ENCODER
+from shardmix.module_tree import inner_path
 from shardmix.naming import without_quantisation
 from shardmix.plan import MergePlan, ModuleConfig, OutputShard
 from shardmix.recipe import WEIGHT_SUM_TOLERANCE
@@ -89,7 +90,7 @@ def _write_modules(plan: MergePlan, folder: OutputFolder) -> None:
 
 def _adapt_config(plan: MergePlan, folder: OutputFolder, part: ModuleConfig) -> None:
     """Make the config of the output, or of one of its modules, true of what is stored there."""
-    name = f"{part.place}/{CONFIG_NAME}" if part.place else CONFIG_NAME
+    name = inner_path(part.place, CONFIG_NAME)
     if name not in plan.companions:
         return
     config = read_json(Path(plan.base_folder) / name)
@@ -112,7 +113,7 @@ def write_index(plan: MergePlan, folder: OutputFolder) -> None:
         shards = [shard for shard in plan.shards if shard.place == place]
         if len(shards) > 1:
             name = index_name(stem_of(Path(shards[0].filename).name))
-            _write_index(shards, folder, f"{place}/{name}" if place else name)
+            _write_index(shards, folder, inner_path(place, name))
 
 
 def _write_index(shards: Sequence[OutputShard], folder: OutputFolder, name: str) -> None:

@@ -3,7 +3,6 @@
 Reads small files, and bytes of weights that cannot be merged; changes nothing.
 """
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from shardmix.checkpoint import Checkpoint, main_place
-from shardmix.differences import Difference
-from shardmix.filesystem import refuse_link_outside
+from shardmix.differences import Difference, shown_value
+from shardmix.filesystem import refuse_link_outside, same_content
 from shardmix.json_files import MAX_JSON_NBYTES, read_json
-from shardmix.module_tree import Module, config_names
+from shardmix.module_tree import Module, config_names, inner_path
 from shardmix.parts import match_parts
 from shardmix.sentence_modules import MODEL_CONFIG_NAME, MODULES_NAME, pooling_modes
-from shardmix.vocabularies import same_content
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz")
-_LONGEST_VALUE = 60
 
 # What a module computes without weights may differ at the end of a chain: lengths, but not angles.
 _KINDS_AT_THE_END = ("Normalize", "Dropout")
@@ -211,7 +208,7 @@ def _vocabularies(
 ) -> Iterator[Difference]:
     """Compare the words that rows of two models' embeddings stand for."""
     for name in _names_in(giver.root, mine.place):
-        inner, other_inner = _within(mine.place, name), _within(theirs.place, name)
+        inner, other_inner = inner_path(mine.place, name), inner_path(theirs.place, name)
         is_vocabulary = name.endswith(_VOCABULARY_ENDING)
         if is_vocabulary and not _same_bytes(giver.root, inner, other.root, other_inner):
             yield _other_file(inner, giver, other)
@@ -263,7 +260,7 @@ def _value(
     """Compare one value of a config; a key that only one has and nobody knows says nothing."""
     if key in _IGNORED or key not in mine or key not in theirs or mine[key] == theirs[key]:
         return
-    values = [_shown(each[key]) for each in (mine, theirs)]
+    values = [shown_value(each[key]) for each in (mine, theirs)]
     yield Difference(
         file,
         f"{file}: {key} is {values[0]} in {giver.name}, {values[1]} in {other.name}",
@@ -272,19 +269,10 @@ def _value(
     )
 
 
-def _shown(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
-
-
-def _within(place: str, name: str) -> str:
-    return f"{place}/{name}" if place else name
-
-
 def _first_of(root: Path, place: str, names: Sequence[str]) -> str | None:
     """Return the first of these files that a module's folder has, by path within the model's."""
     for name in names:
-        inner = _within(place, name)
+        inner = inner_path(place, name)
         if os.path.lexists(root / inner):
             return inner
     return None
@@ -317,7 +305,7 @@ def _unmerged_weights(
         for name in _names_in(giver.root, module.place):
             if not name.endswith(_WEIGHTS):
                 continue
-            inner = f"{module.place}/{name}"
+            inner = inner_path(module.place, name)
             others = [
                 other.name
                 for other in models
@@ -339,7 +327,9 @@ def _has_same_file(giver: ModularModel, other: ModularModel, module: Module, nam
     place = next((each.place for each in other.modules if each.key == module.key), None)
     if place is None:
         return False
-    return _same_bytes(giver.root, f"{module.place}/{name}", other.root, f"{place}/{name}")
+    return _same_bytes(
+        giver.root, inner_path(module.place, name), other.root, inner_path(place, name)
+    )
 
 
 def _names_in(root: Path, place: str) -> list[str]:

@@ -80,6 +80,11 @@ def module_places(modules: Iterable[Module]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(module.place for module in modules if module.place))
 
 
+def inner_path(place: str, name: str) -> str:
+    """Return the path within a model's folder of what has a name in a module's; "": its own."""
+    return f"{place}/{name}" if place else name
+
+
 class _Walk:
     """Goes through a model's modules, and into the routes of each Router once."""
 

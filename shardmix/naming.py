@@ -74,17 +74,24 @@ def is_input_embedding(name: str) -> bool:
 
 def has_vocabulary_axis(name: str) -> bool:
     """Tell whether the first axis of this parameter counts the vocabulary."""
-    return is_tied_head(name) or is_tied_input(name) or _has_ending(name, _TIE_SOURCE_ENDINGS)
+    return is_tied_head(name) or is_input_embedding(name)
 
 
-def tie_source(name: str, stored: Collection[str]) -> str | None:
-    """Return the stored tensor that an absent parameter is tied to by its name, or None."""
-    if name.endswith(_TIED_BIAS_ENDING):
-        bias = name.removesuffix(_TIED_BIAS_ENDING) + ".bias"
-        return bias if bias in stored else None
-    if not (is_tied_head(name) or is_tied_input(name)):
-        return None
-    return input_embedding([other for other in stored if other != name])
+def tie_sources(stored: Collection[str]) -> dict[str, str]:
+    """Return each parameter that is tied by its name → the stored tensor that it is tied to."""
+    embedding = input_embedding(stored)
+    next_one = input_embedding([name for name in stored if name != embedding])
+    found = {}
+    for name in stored:
+        source = None
+        if name.endswith(_TIED_BIAS_ENDING):
+            bias = name.removesuffix(_TIED_BIAS_ENDING) + ".bias"
+            source = bias if bias in stored else None
+        elif is_tied_head(name) or is_tied_input(name):
+            source = next_one if name == embedding else embedding
+        if source is not None:
+            found[name] = source
+    return found
 
 
 def input_embedding(stored: Collection[str]) -> str | None:

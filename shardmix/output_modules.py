@@ -11,7 +11,7 @@ from pathlib import Path
 from shardmix.checkpoint import CONFIG_NAME, Checkpoint, read_config
 from shardmix.companions import find_companions
 from shardmix.model_types import ENCODER
-from shardmix.module_tree import Module
+from shardmix.module_tree import Module, inner_path
 from shardmix.parts import MatchedParts
 from shardmix.plan import OutputModules
 from shardmix.recipe import Recipe
@@ -131,7 +131,7 @@ def _pooling_configs(
     for place in places:
         own = _modes(folder, place)
         if own != (asked,):
-            name = f"{place}/{CONFIG_NAME}" if place else CONFIG_NAME
+            name = inner_path(place, CONFIG_NAME)
             changed.append(name)
             notes.append(
                 f"{name}: pools by {_joined(own)}, and --pooling {asked} was given: the output "

@@ -13,6 +13,7 @@ import msgspec
 
 from shardmix.file_kinds import LeftOut
 from shardmix.memory import MemoryPlan
+from shardmix.module_tree import inner_path
 from shardmix.page_cache import CacheUse
 from shardmix.run_settings import RunSettings
 from shardmix.safetensors_layout import HEADER_LENGTH_NBYTES
@@ -126,7 +127,7 @@ class OutputShard:
 
     def full_name(self, name: str) -> str:
         """Return a tensor's name as it is told: behind its module's folder, if it is in one."""
-        return f"{self.place}/{name}" if self.place else name
+        return inner_path(self.place, name)
 
     def head_nbytes(self) -> int:
         """Return where in the file the header ends."""

@@ -20,13 +20,12 @@ from shardmix.companions import (
     adapter_warnings,
     find_companions,
     left_out_warning,
-    listed,
     unmerged_weights,
 )
 from shardmix.config_dtypes import config_dtypes
 from shardmix.devices import num_devices
 from shardmix.digests import XXH3
-from shardmix.errors import RecipeError
+from shardmix.errors import RecipeError, listed
 from shardmix.file_kinds import LeftOut
 from shardmix.fused_tensors import split_alike
 from shardmix.matching import MatchedTensors, match_tensors
@@ -38,7 +37,7 @@ from shardmix.memory import (
     vram_use,
 )
 from shardmix.module_differences import ModularModel
-from shardmix.module_tree import Module, module_places
+from shardmix.module_tree import Module, inner_path, module_places
 from shardmix.output_modules import PlannedModules, plan_modules
 from shardmix.page_cache import plan_cache_use
 from shardmix.parts import match_parts
@@ -205,7 +204,7 @@ def _lacks_config(donor: Donor, companions: Sequence[str]) -> bool:
     """Tell whether transformers would look for a config in vain; some modules have none."""
     place = donor.main_place
     kind = next((module.kind for module in donor.modules if module.place == place), "Transformer")
-    name = f"{place}/{CONFIG_NAME}" if place else CONFIG_NAME
+    name = inner_path(place, CONFIG_NAME)
     return kind == "Transformer" and name not in companions
 
 
@@ -281,7 +280,7 @@ def _planned_parts(
                 place=place,
                 base=Base(recipe.base, folder / place, config),
                 float_names=tuple(
-                    f"{place}/{name}" if place else name
+                    inner_path(place, name)
                     for name, dtype in zip(matched.names, out_dtypes, strict=True)
                     if dtype in FLOAT_DTYPES
                 ),

@@ -1,19 +1,17 @@
 """In what models differ that prepare pictures or sounds: `preprocessor_config.json`. Warnings."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shardmix.differences import Difference
-from shardmix.errors import SourceError, printable
+from shardmix.differences import Difference, shown_value
+from shardmix.errors import SourceError, listed, printable
 from shardmix.filesystem import refuse_link_outside
 from shardmix.json_files import read_json
 
 NAME = "preprocessor_config.json"
 _NUM_NAMED = 4
-_LONGEST_VALUE = 60
 _ABOUT_THE_CODE = ("auto_map", "use_fast", "device", "return_tensors", "processor_class")
 
 
@@ -41,13 +39,12 @@ def preprocessor_differences(
         if keys:
             name = folders[number][0]
             words = [
-                f"{printable(key)} ({_shown(contents[output][key])} in {first}, "
-                f"{_shown(content[key])} in {name})"
-                for key in keys[:_NUM_NAMED]
+                f"{printable(key)} ({shown_value(contents[output][key])} in {first}, "
+                f"{shown_value(content[key])} in {name})"
+                for key in keys
             ]
-            more = f" and {len(keys) - _NUM_NAMED} more" if len(keys) > _NUM_NAMED else ""
             found.append(
-                _told(f"{NAME}: {', '.join(words)}{more}", f"the output takes that of {first}")
+                _told(f"{NAME}: {listed(words, _NUM_NAMED)}", f"the output takes that of {first}")
             )
     return found
 
@@ -65,8 +62,3 @@ def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 def _told(finding: str, consequence: str = "") -> Difference:
     return Difference(NAME, finding, consequence, is_refused=False)
-
-
-def _shown(value: object) -> str:
-    text = printable(json.dumps(value, ensure_ascii=False))
-    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."

@@ -294,9 +294,5 @@ def shared_with(model: NamedModel) -> dict[str, str]:
 
 def _conventional(universe: Mapping[str, None]) -> list[Tie]:
     """Return the ties that names tell, for a class that brings its own code, or no class at all."""
-    pairs = {}
-    for name in universe:
-        source = naming.tie_source(name, universe)
-        if source is not None:
-            pairs[name] = source
+    pairs = naming.tie_sources(universe)
     return [Tie("", "", tuple(sorted(pairs.items())), "TTTTTTFFF")] if pairs else []

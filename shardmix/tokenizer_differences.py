@@ -13,7 +13,7 @@ import numpy as np
 
 from shardmix.differences import Difference
 from shardmix.errors import BudgetError, SourceError, printable, shown
-from shardmix.filesystem import read_regular, refuse_link_outside
+from shardmix.filesystem import read_regular, refuse_link_outside, same_content
 from shardmix.json_files import read_json
 from shardmix.memory import give_back_free_memory
 from shardmix.vocabularies import (
@@ -27,7 +27,6 @@ from shardmix.vocabularies import (
     read_tokenizer_json,
     read_tokens,
     read_vocabulary,
-    same_content,
 )
 
 KEY = "tokenizer"

@@ -5,7 +5,6 @@ tekken.json. Holds two columns, not the tokens: a vocabulary may have 260,000.
 """
 
 import json
-import os
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +19,7 @@ import numpy.typing as npt
 import xxhash
 
 from shardmix.errors import SourceError, one_line
-from shardmix.filesystem import open_regular, read_regular, refuse_link_outside
+from shardmix.filesystem import read_regular, refuse_link_outside
 from shardmix.memory import check_room
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -44,7 +43,6 @@ VOCABULARY_NAMES = (
 _MAX_NBYTES = 150_000_000
 # What reading takes for each byte: the file, its tokens as a dict, their hashes; 3 measured.
 _MEMORY_PER_BYTE = 4
-_CHUNK_NBYTES = 1 << 20
 # No tokenizer has so many tokens, one so long, or so much to say of a step; a stranger's file may.
 _MOST_TOKENS = 4_000_000
 _LONGEST_TOKEN_NBYTES = 1_000_000
@@ -195,22 +193,6 @@ def merges_digest(folder: Path, *, max_memory: int | None) -> str:
 def is_id(number: object) -> bool:
     """Tell whether a stranger's number can be a token's."""
     return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < _END_OF_IDS
-
-
-def same_content(one: Path, other: Path) -> bool:
-    """Tell whether two files hold the same bytes. Raises `SourceError` if one cannot be read."""
-    with _named(one), open_regular(one) as first, _named(other), open_regular(other) as second:
-        a, b = os.fstat(first.fileno()), os.fstat(second.fileno())
-        if (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino):
-            return True
-        if a.st_size != b.st_size:
-            return False
-        while True:
-            chunk = first.read(_CHUNK_NBYTES)
-            if chunk != second.read(_CHUNK_NBYTES):
-                return False
-            if not chunk:
-                return True
 
 
 # Of JSON as `_compact` writes it, in which a quote within a text is no quote.

@@ -6,6 +6,7 @@ Looks at the recipe's weights and at tensor names, never at values.
 import re
 from collections.abc import Iterable, Iterator
 
+from shardmix.errors import listed
 from shardmix.recipe import Recipe, vanishes_in_float32
 
 # Statistics that are never negative by what they are: variances and deviations (BatchNorm, buffers
@@ -35,9 +36,8 @@ def weight_warnings(recipe: Recipe, names: Iterable[str]) -> Iterator[str]:
         return
     found = [name for name in names if _NEVER_NEGATIVE.search(name)]
     if found:
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         yield (
-            f"{found[0]}{more}: is a variance or a count, which is never negative, but the weight "
-            f"{negative[0].weight!r} of {negative[0].source} may make it so, and its square root "
-            "NaN; compute such statistics anew from data, or use weights of 0 and more"
+            f"{listed(found, 1)}: is a variance or a count, which is never negative, but the "
+            f"weight {negative[0].weight!r} of {negative[0].source} may make it so, and its square "
+            "root NaN; compute such statistics anew from data, or use weights of 0 and more"
         )

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 
 from shardmix.checkpoint import Checkpoint
-from shardmix.errors import BudgetError, ShardmixError, SourceError, one_line
+from shardmix.errors import BudgetError, ShardmixError, SourceError, listed, one_line
 from shardmix.memory import available_nbytes, resident_nbytes
 from shardmix.model_types import ENCODER
 from shardmix.scorer import fit
@@ -174,7 +174,7 @@ def _notes(
     unused = weights.unused()
     if unused and settings.model_type != ENCODER:  # an encoder is often stored with some head
         notes.append(
-            f"{checkpoint.source}: stores {_first_names(unused)}, which its config does not use; "
+            f"{checkpoint.source}: stores {listed(unused, 3)}, which its config does not use; "
             "scored without"
         )
     stored = int(checkpoint.table.nbytes.sum())
@@ -287,11 +287,6 @@ def _check_complete(checkpoint: Checkpoint, weights: ModelWeights, settings: Sco
         missing = [name for name in missing if "pooler." not in name]
     if missing:
         raise SourceError(
-            f"{checkpoint.source}: stores nothing for {_first_names(missing)}; it is not a whole "
+            f"{checkpoint.source}: stores nothing for {listed(missing, 3)}; it is not a whole "
             f"model of type {settings.model_type}: check --model-type"
         )
-
-
-def _first_names(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more}"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from shardmix.checkpoint import Checkpoint
 from shardmix.errors import RecipeError
+from shardmix.filesystem import same_content
 from shardmix.model_types import ENCODER, RERANKER
 from shardmix.scorer.encoding import (
     EncodedExamples,
@@ -17,7 +18,7 @@ from shardmix.scorer.encoding import (
 )
 from shardmix.scorer.examples import Example
 from shardmix.scorer.options import ScoreSettings
-from shardmix.vocabularies import TIKTOKEN_SUFFIX, VOCABULARY_NAMES, same_content
+from shardmix.vocabularies import TIKTOKEN_SUFFIX, VOCABULARY_NAMES
 
 _CONFIG_NAME = "tokenizer_config.json"
 _FILES = frozenset(
