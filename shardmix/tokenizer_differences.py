@@ -4,7 +4,7 @@ Reads their files, byte for byte first: those of fine-tunes are mostly their bas
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,20 +27,25 @@ from shardmix.vocabularies import (
     read_tokenizer_json,
     read_tokens,
     read_vocabulary,
+    same_lines,
 )
 
 KEY = "tokenizer"
 _NUM_NAMED = 3
 _MOST_SPARE = 5_000
+_QUICK_NBYTES = 1_000_000
 _CONFIG_NAME = "tokenizer_config.json"
 _ADDED_NAME = "added_tokens.json"
 _SPECIAL_NAME = "special_tokens_map.json"
 _SIDE_NAMES = (_CONFIG_NAME, _ADDED_NAME, _SPECIAL_NAME)
 _CUTTING_NAMES = ("merges.txt", "bpe.codes", "source.spm", "target.spm")
+_LISTS = ("merges.txt", "bpe.codes")
 _SPECIAL_KEYS = tuple(
     f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
 _TEXT_KEYS = ("add_bos_token", "add_eos_token", "do_lower_case")
+_CUTS_AT_LENGTH = ("sentence_bert_config.json", "modules.json")
+"""Of sentence-transformers, which cuts texts off at the tokenizer's length; others only warn."""
 _TEMPLATE_NAMES = ("chat_template.jinja", "chat_template.json")
 _SPARE = re.compile(
     r"(?i)reserved|unused|placeholder|dummy|madeupword|extra_?(?:id_?)?\d|(?:pad|control|special|unk)"
@@ -104,6 +109,8 @@ def tokenizer_differences(
                 f"{first.name}: to take that, use --base {first.name}"
             )
         )
+    if first is files[output]:
+        found += _beyond_rows(first, num_rows, max_memory)
     for other in files:
         if other is first or not other.vocabularies:
             continue
@@ -116,7 +123,37 @@ def tokenizer_differences(
             found.append(
                 _told(f"{KEY}: those of {first.name} and {other.name} were not compared: {error}")
             )
-    return found
+    return list(dict.fromkeys(found))
+
+
+def _beyond_rows(
+    files: _Files, num_rows: int | None, max_memory: int | None
+) -> Iterator[Difference]:
+    """Find ids of the output's tokenizer that the embedding has no row for.
+
+    Added tokens are the last ones. Without any the whole vocabulary is read, if that is quick.
+    """
+    if num_rows is None:
+        return
+    last = max(files.added, default=-1)
+    name = files.vocabularies[0]
+    try:
+        refuse_link_outside(files.folder, files.folder / name)
+        if last < num_rows and (files.folder / name).stat().st_size <= _QUICK_NBYTES:
+            ids = _read_vocabulary(files, name, max_memory).vocabulary.ids
+            last = int(ids[-1]) if ids.size else -1
+    except (SourceError, BudgetError, OSError):
+        return  # told where tokenizers are compared
+    yield from _beyond(files.name, last, num_rows)
+
+
+def _beyond(name: str, last: int, num_rows: int) -> Iterator[Difference]:
+    if last >= num_rows:
+        yield _told(
+            f"{KEY}: {name} has ids up to {last}, and the embedding has {num_rows} rows",
+            "texts with ids beyond them fail: take the tokenizer of another model with --base",
+            f"{KEY}.ids",
+        )
 
 
 def _told(finding: str, consequence: str = "", key: str = KEY) -> Difference:
@@ -134,6 +171,8 @@ def _files(folder: TokenizerFolder) -> _Files:
     config = {**side[_SPECIAL_NAME], **side[_CONFIG_NAME]}
     if "chat_template" not in config and not names.isdisjoint(_TEMPLATE_NAMES):
         config["chat_template"] = _template(path, names)
+    if names.isdisjoint(_CUTS_AT_LENGTH):
+        config.pop("model_max_length", None)
     added = {number: token for token, number in side[_ADDED_NAME].items() if is_id(number)}
     decoder = side[_CONFIG_NAME].get("added_tokens_decoder")
     for number, token in decoder.items() if isinstance(decoder, dict) else ():
@@ -251,10 +290,9 @@ def _cutting_steps(one: _Read, two: _Read, max_memory: int | None) -> list[str]:
     steps = [step for step in one.json.steps if one.json.steps[step] != two.json.steps[step]]
     if one.json.merges == two.json.merges:
         return steps
-    if one.json.merges_style != two.json.merges_style:
-        digests = {merges_digest(own.files.folder, max_memory=max_memory) for own in (one, two)}
-        if len(digests) == 1:
-            return steps
+    digests = {merges_digest(own.files.folder, max_memory=max_memory) for own in (one, two)}
+    if len(digests) == 1:
+        return steps
     return ["merges", *steps]
 
 
@@ -263,7 +301,9 @@ def _differs(one: Path, other: Path, name: str) -> bool:
         return False
     refuse_link_outside(one, one / name)
     refuse_link_outside(other, other / name)
-    return not same_content(one / name, other / name)
+    if same_content(one / name, other / name):
+        return False
+    return not (name in _LISTS and same_lines(one / name, other / name))
 
 
 def _settings(first: _Files, other: _Files) -> list[str]:
@@ -272,6 +312,9 @@ def _settings(first: _Files, other: _Files) -> list[str]:
         one, two = _token_text(first.config.get(key)), _token_text(other.config.get(key))
         if one is not None and two is not None and one != two:
             found.append(f"{key} ({_shown(one)} in {first.name}, {_shown(two)} in {other.name})")
+    one, two = (own.config.get("model_max_length") for own in (first, other))
+    if one != two and is_id(one) and is_id(two):  # a huge number says that there is no limit
+        found.append(f"model_max_length ({one} in {first.name}, {two} in {other.name})")
     one, two = (own.config.get("chat_template") for own in (first, other))
     if one != two:
         where = [own.name for own in (first, other) if own.config.get("chat_template")]
@@ -308,28 +351,21 @@ def _id_differences(
             return [_refused(one, two, real or some, tokens, int(conflicts.size))]
         found.append(
             _told(
-                f"{KEY}: {_ids(conflicts)} stand for a token in one of {one.name} and {two.name}, "
-                "and are kept free in the other",
+                f"{KEY}: {_ids(conflicts, 'a token')} in one of {one.name} and {two.name}, and "
+                "kept free in the other",
                 "their rows are averaged all the same",
                 f"{KEY}.ids",
             )
         )
-    if num_rows is not None and one.vocabulary.ids.size and one.vocabulary.ids[-1] >= num_rows:
-        found.append(
-            _told(
-                f"{KEY}: {one.name} has ids up to {one.vocabulary.ids[-1]}, and the embedding has "
-                f"{num_rows} rows",
-                "",
-                f"{KEY}.ids",
-            )
-        )
+    if num_rows is not None and one.vocabulary.ids.size:
+        found += _beyond(one.name, int(one.vocabulary.ids[-1]), num_rows)
     for own, than in ((one, two), (two, one)):
         ids = np.setdiff1d(own.vocabulary.ids, than.vocabulary.ids, assume_unique=True)
         within = ids if num_rows is None else ids[ids < num_rows]
         if within.size:
             found.append(
                 _told(
-                    f"{KEY}: {_ids(within)} stand for tokens in {own.name} only",
+                    f"{KEY}: {_ids(within)} in {own.name} only",
                     f"{than.name} has rows there that stand for nothing, and they are averaged in",
                     f"{KEY}.ids",
                 )
@@ -362,8 +398,8 @@ def _are_alike(one: str, other: str) -> bool:
     return one in own and other in own
 
 
-def _ids(ids: Any) -> str:
-    """Return ids as ranges: `ids 7, 32000-32001 and 40 more`."""
+def _ids(ids: Any, what: str = "") -> str:
+    """Return ids as ranges: `ids 7, 32000-32001 and 40 more stand for tokens`."""
     breaks = np.flatnonzero(np.diff(ids) != 1) + 1
     ranges = [
         str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}"
@@ -371,7 +407,9 @@ def _ids(ids: Any) -> str:
     ]
     num_told = sum(len(part) for part in np.split(ids, breaks)[:_NUM_NAMED])
     more = f" and {len(ids) - num_told} more" if len(ids) > num_told else ""
-    return f"ids {', '.join(ranges)}{more}"
+    if len(ids) == 1:
+        return f"id {ranges[0]} stands for a token"
+    return f"ids {', '.join(ranges)}{more} stand for {what or 'tokens'}"
 
 
 def _shown(value: object) -> str:

@@ -19,7 +19,12 @@ import numpy.typing as npt
 import xxhash
 
 from shardmix.errors import SourceError, one_line
-from shardmix.filesystem import read_regular, refuse_link_outside
+from shardmix.filesystem import (
+    LFS_REMEDY,
+    is_lfs_pointer,
+    read_regular,
+    refuse_link_outside,
+)
 from shardmix.memory import check_room
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -80,8 +85,6 @@ class TokenizerJson:
     """Id → token, of the added tokens."""
     merges: str
     """Digest of the merges, or of a unigram model's scores."""
-    merges_style: str
-    """How they are written: versions differ."""
     steps: dict[str, str]
     """Step (`normalizer`, ...) → its settings, written in one way."""
 
@@ -112,8 +115,19 @@ class _Rank(msgspec.Struct):
     token_bytes: str
 
 
+class _TekkenConfig(msgspec.Struct):
+    default_num_special_tokens: int = 0
+
+
+class _TekkenSpecial(msgspec.Struct):
+    rank: int
+    token_str: str
+
+
 class _TekkenFile(msgspec.Struct):
     vocab: list[_Rank]
+    config: _TekkenConfig = msgspec.field(default_factory=_TekkenConfig)
+    special_tokens: list[_TekkenSpecial] | None = None
 
 
 def vocabulary(pairs: Iterable[tuple[bytes, int]]) -> Vocabulary:
@@ -168,25 +182,29 @@ def read_tokenizer_json(folder: Path, *, max_memory: int | None) -> TokenizerJso
             vocabulary=vocabulary(_json_pairs(vocab)),
             added={token.id: token.content for token in file.added_tokens or () if is_id(token.id)},
             merges=xxhash.xxh3_128_hexdigest(decisive),
-            merges_style="pairs" if merges[:2] == b"[[" else "words",
             steps=steps,
         )
 
 
 def merges_digest(folder: Path, *, max_memory: int | None) -> str:
-    """Return a digest of a tokenizer.json's merges, however they are written.
+    """Return a digest of a tokenizer.json's merges, or of a unigram model's scores, as they mean.
 
-    Older versions write `"a b"`, newer ones `["a","b"]`. Raises as `read_vocabulary` does.
+    Older versions write `"a b"`, newer ones `["a","b"]`, and some programs escape characters.
+    Raises as `read_vocabulary` does.
     """
     hasher = xxhash.xxh3_128()
     with _named(folder / TOKENIZER_JSON):
-        compact = _compact(_tokenizer_file(folder, max_memory).model.merges)
-        if compact[:2] == b"[[":
-            for match in _NEW_MERGE.finditer(compact):
-                hasher.update(b"%b %b\n" % (match[1], match[2]))
+        model = _tokenizer_file(folder, max_memory).model
+        vocab, merges = _compact(model.vocab), _compact(model.merges)
+        if vocab[:1] == b"[":
+            for match in _WITH_SCORE.finditer(vocab):
+                hasher.update(b"%b %a\n" % (_unescaped(match[1]), float(match[2])))
+        elif merges[:2] == b"[[":
+            for match in _NEW_MERGE.finditer(merges):
+                hasher.update(b"%b %b\n" % (_unescaped(match[1]), _unescaped(match[2])))
         else:
-            for match in _TEXT.finditer(compact):
-                hasher.update(b"%b\n" % match[1])
+            for match in _TEXT.finditer(merges):
+                hasher.update(b"%b\n" % _unescaped(match[1]))
     return hasher.hexdigest()
 
 
@@ -195,11 +213,27 @@ def is_id(number: object) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < _END_OF_IDS
 
 
+def same_lines(one: Path, other: Path) -> bool:
+    """Tell whether two lists, such as merges.txt, hold the same lines, but for a first comment.
+
+    Raises `SourceError` if one cannot be read.
+    """
+    lines = []
+    for path in (one, other):
+        with _named(path):
+            content = read_regular(path, max_nbytes=_MAX_NBYTES).replace(b"\r\n", b"\n").rstrip()
+        if content.startswith(b"#version"):
+            content = content.partition(b"\n")[2]
+        lines.append(xxhash.xxh3_128_digest(content))
+    return lines[0] == lines[1]
+
+
 # Of JSON as `_compact` writes it, in which a quote within a text is no quote.
 _TEXT = re.compile(rb'"([^"]*)"')
 _NEW_MERGE = re.compile(rb'\["([^"]*)","([^"]*)"\]')
 _NUMBERED = re.compile(rb'"([^"]*)":(\d{1,10})[,}]')
 _SCORED = re.compile(rb'\["([^"]*)",')
+_WITH_SCORE = re.compile(rb'\["([^"]*)",([-+.0-9eE]{1,40})\]')
 _BACKSLASH, _QUOTE = b"\x01\x01", b"\x02\x02"
 
 
@@ -219,7 +253,10 @@ def _read(folder: Path, name: str, max_memory: int | None) -> bytes:
     refuse_link_outside(folder, path)
     nbytes = path.stat().st_size
     check_room(_MEMORY_PER_BYTE * nbytes, max_memory=max_memory, purpose=f"{path}: to read it")
-    return read_regular(path, max_nbytes=_MAX_NBYTES)
+    content = read_regular(path, max_nbytes=_MAX_NBYTES)
+    if is_lfs_pointer(content):
+        raise SourceError(f"{path}: {LFS_REMEDY}")
+    return content
 
 
 def _in_order(ids: npt.NDArray[np.int64], hashes: npt.NDArray[np.int64]) -> Vocabulary:
@@ -238,12 +275,19 @@ def _pairs(folder: Path, name: str, max_memory: int | None) -> Iterable[tuple[by
     if name == "vocab.json":
         return _json_pairs(_compact(content))
     if name == "tekken.json":
-        ranks = msgspec.json.decode(content, type=_TekkenFile).vocab
-        return ((entry.token_bytes.encode(), entry.rank) for entry in ranks)
+        return _tekken_pairs(msgspec.json.decode(content, type=_TekkenFile))
     if name.endswith(TIKTOKEN_SUFFIX):
         words = (line.split() for line in BytesIO(content) if line.strip())
         return ((token, int(rank)) for token, rank in words)
     return ((piece, number) for number, piece in enumerate(_pieces(content)))
+
+
+def _tekken_pairs(file: _TekkenFile) -> Iterator[tuple[bytes, int]]:
+    """Yield tokens and ids of a tekken.json: special tokens come first, ranks are counted on."""
+    for special in file.special_tokens or ():
+        yield special.token_str.encode(), special.rank
+    for entry in file.vocab:
+        yield entry.token_bytes.encode(), entry.rank + file.config.default_num_special_tokens
 
 
 def _tokenizer_file(folder: Path, max_memory: int | None) -> _TokenizerFile:

@@ -52,10 +52,15 @@ def ranks(words=WORDS):
     return {"own.tiktoken": b"\n".join(lines) + b"\n"}
 
 
-def tekken(words=WORDS):
+def tekken(words=WORDS, special=()):
+    """Return a tekken.json, in which special tokens come before all others."""
     encoded = [base64.b64encode(word.encode()).decode() for word in words]
     vocab = [{"rank": i, "token_bytes": word, "token_str": "x"} for i, word in enumerate(encoded)]
-    return {"tekken.json": json.dumps({"config": {}, "vocab": vocab})}
+    specials = [{"rank": i, "token_str": token} for i, token in enumerate(special)]
+    config = {"default_num_special_tokens": len(special)} if special else {}
+    return {
+        "tekken.json": json.dumps({"config": config, "vocab": vocab, "special_tokens": specials})
+    }
 
 
 def lines(words=WORDS):
@@ -65,6 +70,14 @@ def lines(words=WORDS):
 def numbers(words=WORDS, merges="a b\n"):
     vocab = {word: number for number, word in enumerate(words)}
     return {"vocab.json": json.dumps(vocab), "merges.txt": f"#version: 0.2\n{merges}"}
+
+
+SENTENCES = {"sentence_bert_config.json": "{}"}
+
+
+def plain_json(files):
+    """Return a tokenizer.json as programs write it that don't escape characters."""
+    return json.dumps(json.loads(files["tokenizer.json"]), ensure_ascii=False)
 
 
 SWAPPED = [*WORDS[:3], "b", "a", *WORDS[5:]]
@@ -153,6 +166,52 @@ PAIRS = {
     "scores": (unigram(), unigram((0.0, -2.0)), ["text"]),
     "kind of model": (fast(), fast(model="WordLevel"), ["text"]),
     "byte fallback": (fast(), fast(body={"byte_fallback": True}), ["text"]),
+    "escaped merges": (
+        fast(body={"merges": [["▁", "é"]]}),
+        {"tokenizer.json": plain_json(fast(body={"merges": [["▁", "é"]]}))},
+        [],
+    ),
+    "other escaped merges": (
+        fast(body={"merges": [["▁", "é"]]}),
+        {"tokenizer.json": plain_json(fast(body={"merges": [["▁", "è"]]}))},
+        ["text"],
+    ),
+    "escaped words with scores": (
+        unigram(words=[*WORDS, "▁é"]),
+        {"tokenizer.json": plain_json(unigram(words=[*WORDS, "▁é"])).replace("-1.0", "-1.00")},
+        [],
+    ),
+    "other scores": (unigram(), unigram((0.0, -1.5)), ["text"]),
+    "merges.txt without a version": (
+        {**numbers(), "merges.txt": "#version: 0.2\na b\n"},
+        {**numbers(), "merges.txt": "a b"},
+        [],
+    ),
+    "merges.txt of Windows": (
+        {**numbers(), "merges.txt": "#version: 0.2\na b\nc d\n"},
+        {**numbers(), "merges.txt": "#version: 0.2\r\na b\r\nc d\r\n"},
+        [],
+    ),
+    "special tokens of tekken": (
+        tekken(special=["<s>", "</s>"]),
+        tekken(special=["</s>", "<s>"]),
+        ["error"],
+    ),
+    "more special tokens of tekken": (
+        tekken(special=["<s>", "</s>"]),
+        tekken(special=["<s>"]),
+        ["error"],
+    ),
+    "lengths of sentences": (
+        {**fast(), **settings(model_max_length=512), **SENTENCES},
+        {**fast(), **settings(model_max_length=256), **SENTENCES},
+        ["settings"],
+    ),
+    "no bound of lengths": (
+        {**fast(), **settings(model_max_length=512), **SENTENCES},
+        {**fast(), **settings(model_max_length=10**30), **SENTENCES},
+        [],
+    ),
     "stated default": (fast(), fast(body={"byte_fallback": False, "ignore_merges": False}), []),
     "normalizer": (fast(), fast(**LOWER), ["text"]),
     "pre-tokenizer": (fast(), fast(pre_tokenizer={"type": "Whitespace"}), ["text"]),
@@ -248,6 +307,37 @@ def test_tokens_beyond_the_rows_are_told(tmp_path):
     folders = [TokenizerFolder(path.name, path) for path in (b, a)]
     (found,) = tokenizer_differences(folders, num_rows=NUM_ROWS)
     assert found.finding == "tokenizer: b has ids up to 20, and the embedding has 20 rows"
+
+
+@pytest.mark.parametrize("way", ["tokenizer.json", "vocab.txt", "added_tokens.json", "large"])
+def test_equal_tokenizers_may_be_beyond_rows(tmp_path, monkeypatch, way):
+    """A large file is not read for that: its added tokens are in smaller ones."""
+    more = [*WORDS, *(f"more{number}" for number in range(NUM_ROWS))]
+    files = {
+        "tokenizer.json": fast(more),
+        "vocab.txt": lines(more),
+        "added_tokens.json": {**lines(), "added_tokens.json": json.dumps({"<x>": 32})},
+        "large": {**fast(), **settings(added_tokens_decoder={"32": {"content": "<x>"}})},
+    }[way]
+    if way == "large":
+        monkeypatch.setattr("shardmix.tokenizer_differences._QUICK_NBYTES", 0)
+    folders = [TokenizerFolder(name, write(tmp_path / name, files)) for name in "ab"]
+    (found,) = tokenizer_differences(folders, num_rows=NUM_ROWS)
+    assert found.finding == "tokenizer: a has ids up to 32, and the embedding has 20 rows"
+
+
+def test_a_pointer_of_git_lfs_is_told(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    a, b = write(tmp_path / "a", fast()), write(tmp_path / "b", {"tokenizer.json": pointer})
+    (found,) = tokenizer_differences([TokenizerFolder(path.name, path) for path in (a, b)])
+    assert "is a Git LFS pointer" in found.finding
+    assert "git lfs pull" in found.finding
+
+
+def test_one_id_is_told_in_the_singular(tmp_path):
+    a, b = write(tmp_path / "a", fast()), write(tmp_path / "b", fast(tokens=[(13, "<x>")]))
+    (found,) = tokenizer_differences([TokenizerFolder(path.name, path) for path in (a, b)])
+    assert "id 13 stands for a token in b only" in found.finding
 
 
 def test_an_error_names_the_tokens(tmp_path):
