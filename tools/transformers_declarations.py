@@ -224,12 +224,12 @@ def effective(
     return bool(getattr(config, KEY, False))
 
 
-def scaling(config_class: Any, modeling: str) -> str:
+def scaling(config_class: Any, source: str) -> str:
     """Return when a config scales what its head reads; "" for a class in which no tie decides it.
 
     Nine letters: for the tie's key saying nothing, true, false, in each the scale's own key.
     """
-    if hasattr(config_class(), SCALE_KEY):
+    if SCALE_KEY in source:
         letters = ""
         for tie in STATES:
             for scale in STATES:
@@ -241,7 +241,7 @@ def scaling(config_class: Any, modeling: str) -> str:
                         content[key] = value
                 letters += "T" if getattr(config_class.from_dict(content), SCALE_KEY) else "F"
         return letters
-    if _IN_FORWARD.search(modeling):
+    if _IN_FORWARD.search(source):
         values = [effective(config_class, "", {KEY: tie}, "", None) for tie in STATES]
         return "".join(("T" if value else "F") * 3 for value in values)
     return ""
@@ -320,10 +320,9 @@ def declared(name: str, cls: type[PreTrainedModel]) -> dict[str, Any]:
             tie |= {"tied": "FFFTTTFFF", "nested": ""}
     if found:
         entry["ties"] = found
-    if any("lm_head" in pair[0] for tie in found for pair in tie["pairs"]):
-        modeling = Path(inspect.getfile(cls)).read_text()
+    if found:
         with contextlib.suppress(Exception):
-            scale = scaling(cls.config_class, modeling)
+            scale = scaling(cls.config_class, inspect.getsource(cls))
             entry |= {"scale": scale} if scale else {}
     renamed = renames(model, cls)
     if renamed:
