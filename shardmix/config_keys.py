@@ -30,21 +30,22 @@ def meaning(key: str) -> Meaning:
         return Meaning.UNKNOWN
     if group == "sentence_transformers":
         return Meaning.TUNING  # of scores that are there
-    if key in _NOTHING or _NOTHING_PATTERN.search(key):
+    if key in _NOTHING or re.search(_NOTHING_PATTERN, key):
         return Meaning.NOTHING
     if key in ("layer_types", "layers_block_type", "mlp_layer_types"):
         return Meaning.LAYER_KINDS
     if key in _CLASSIFIER:
         return Meaning.CLASSIFIER
-    if _ACTIVATION_PATTERN.search(key):
+    if re.search(_ACTIVATION_PATTERN, key):
         return Meaning.ACTIVATION
-    if key in _COMPUTATION or _COMPUTATION_PATTERN.search(key):
+    if key in _COMPUTATION or re.search(_COMPUTATION_PATTERN, key):
         return Meaning.COMPUTATION
-    if group or _TUNING_PATTERN.search(key):
+    if group or re.search(_TUNING_PATTERN, key):
         return Meaning.TUNING
     return Meaning.UNKNOWN
 
 
+# Patterns are compiled when a key is first judged: most models' configs are equal.
 _LONGEST_KEY = 200  # the patterns go back within a key; transformers' longest has 40 letters
 _NOTHING = frozenset(
     (
@@ -78,11 +79,11 @@ _NOTHING = frozenset(
         *("is_gated_act", "num_labels", "_num_labels"),  # both follow from other keys
     )
 )
-_NOTHING_PATTERN = re.compile(
+_NOTHING_PATTERN = (
     r"^_(?:attn|experts|unsloth)|(?:^|_)loss(?:_|$)|jitter_noise|^mask_(?:time|feature)_"
     r"|^apply_spec_augment$|^label_smoothing|^ctc_|^use_flash_|^_flash"
 )
-_ACTIVATION_PATTERN = re.compile(
+_ACTIVATION_PATTERN = (
     r"(?:^|_)(?:act|act_fn|act_func|activation|activation_fn|activation_func"
     r"|activation_function|activation_type|non_?linearity|afn|feed_forward_proj)$"
 )
@@ -131,13 +132,13 @@ _COMPUTATION = frozenset(
 _CLASSIFIER = frozenset(
     ("classifier_pooling", "summary_type", "problem_type", "use_mean_pooling", "mean_pooling")
 )
-_COMPUTATION_PATTERN = re.compile(
+_COMPUTATION_PATTERN = (
     r"(?:^|_)heads?$|(?:^|_)heads_(?:kv|per_\w+)$|(?:^|_)head_(?:dim|size)$"
     r"|(?:^|_)multipliers?$|(?:^|_)scaling_factor$"
     r"|(?:^|_)(?:attention|attn|mlp|qkv|qv|query|key|value|use|lm_head|ffn|conv|proj|projector|norm"
     r"|classifier|decoder)_bias$"
 )
-_TUNING_PATTERN = re.compile(
+_TUNING_PATTERN = (
     r"(?:^|_)eps(?:ilon)?$|dropout|(?:^|_)drop(?:_rate|_prob|_path|$)|pdrop$|layerdrop"
     r"|initiali[sz]er|init_(?:std|xavier|range)|(?:^|_)ro(?:pe|tary)(?:_|$)|theta$|base_freq$"
     r"|max_position|position_embeddings$|n_positions|n_ctx|max_seq|seq_len|context_length"

@@ -25,19 +25,17 @@ _OLD_FRAMEWORK = (
 class _Kind:
     """A folder that holds a file of such a name."""
 
-    mark: re.Pattern[str]
-    """Of a path within the folder; a folder's ends in `/`."""
+    mark: str
+    """A pattern of paths within the folder, of which a folder's ends in `/`.
+
+    It is compiled when a folder is found to be no model, and not before."""
     sentence: str | Callable[[Sequence[str], str], str]
     """What it is and what to do. `{found}` stands for the marks, `{one}` for one of them, and
     `{source}` for what the user named; or what makes the sentence of the names and that."""
 
 
-def _kind(mark: str, sentence: str | Callable[[Sequence[str], str], str]) -> _Kind:
-    return _Kind(re.compile(mark), sentence)
-
-
 def _pipeline(names: Sequence[str], source: str) -> str:
-    parts = _sorted({name.split("/")[0] for name in names if _IN_A_FOLDER.fullmatch(name)})
+    parts = _sorted({name.split("/")[0] for name in names if re.fullmatch(_IN_A_FOLDER, name)})
     such = f", such as {source}/{parts[0]}" if parts else ""
     return (
         "is a pipeline of diffusers, whose parts are models of their own: "
@@ -58,116 +56,116 @@ def _shards(names: Sequence[str], source: str) -> str:
     return f"{finding}; fetch {'them' if missing else 'it'} from where the shards are from"
 
 
-_IN_A_FOLDER = re.compile(r"(?P<folder>[^/]+)/[^/]+\.safetensors(\.index\.json)?")
+_IN_A_FOLDER = r"[^/]+/[^/]+\.safetensors(\.index\.json)?"
 
 # The first kind that fits counts; what a merge can use after the least work comes first.
 _FOLDERS = (
-    _kind(r"model_index\.json", _pipeline),
-    _kind(
+    _Kind(r"model_index\.json", _pipeline),
+    _Kind(
         r"adapter_config\.json|adapter_model.*|pytorch_lora_weights\.\w+",
         f"holds an adapter ({{found}}), not a model; {ADAPTER_REMEDY}",
     ),
-    _kind(
+    _Kind(
         rf"({'|'.join(STEMS)})\.(?!\d)\w+\.safetensors",
         "has the weights in a variant only ({found}); give that file itself as the source, or "
         "load it with from_pretrained(..., variant=...) and save it without",
     ),
-    _kind(
+    _Kind(
         rf"({'|'.join(STEMS)})\.(?!safetensors)\w+-\d+-of-\d+\.safetensors",
         "has the weights in a variant only ({found}); load it with from_pretrained(..., "
         "variant=...) and save it without",
     ),
-    _kind(r"[^/]+[-_.]\d+[-_.]?of[-_.]?\d+\.safetensors", _shards),
-    _kind(
+    _Kind(r"[^/]+[-_.]\d+[-_.]?of[-_.]?\d+\.safetensors", _shards),
+    _Kind(
         r"model-rank-\d+-part-\d+\.safetensors",
         "holds {found}, the state of vLLM's workers, cut to pieces; merge the checkpoint that "
         "it was made from",
     ),
-    _kind(
+    _Kind(
         r"[^/]+\.safetensors",
         f"has {{found}} but neither {weights_name(MODEL)} nor {index_name(MODEL)}; if one of them "
         "is the whole model, give the file itself as the source",
     ),
-    _kind(
+    _Kind(
         r"snapshots/([^/]+/?)?|models--[^/]+/",
         "is a folder of the Hub's cache, which holds {found}; give a repository's id (org/name), "
         "or a snapshot with files in it (models--org--name/snapshots/COMMIT)",
     ),
-    _kind(
+    _Kind(
         r"pytorch_model_fsdp_\d+/|([^/]+/)?[^/]+\.distcp|([^/]+/)?\.metadata",
         "holds a distributed checkpoint of PyTorch's FSDP ({found}); join it first: accelerate "
         "merge-weights FOLDER OUT",
     ),
-    _kind(
+    _Kind(
         r"global_step\d+/|([^/]+/)?(bf16_)?zero_pp_rank_.*|zero_to_fp32\.py|([^/]+/)?mp_rank_.*",
         "holds a checkpoint of DeepSpeed ({found}); join it first: python zero_to_fp32.py FOLDER "
         "OUT --safe_serialization",
     ),
-    _kind(
+    _Kind(
         r"iter_\d+/|latest_checkpointed_iteration\.txt",
         "holds a checkpoint of Megatron-LM ({found}); export it to Hugging Face's format first",
     ),
-    _kind(
+    _Kind(
         r"(checkpoint|epoch|step)[-_]\d+/",
         "is a trainer's output without a model of its own; it holds {found}: give one of them, "
         "such as {source}/{one}",
     ),
-    _kind(
+    _Kind(
         r"openvino_.*\.(xml|bin)|openvino/",
         "has weights only for OpenVINO ({found}); use the checkpoint that they were exported from",
     ),
-    _kind(
+    _Kind(
         r"consolidated\.\d+\.pth",
         "holds weights as Meta releases them ({found}); use the repository in Hugging Face's "
         "format, or transformers' convert_llama_weights_to_hf",
     ),
-    _kind(
+    _Kind(
         r"(?!training_args|optimizer|scheduler|scaler|rng_state|random_states)"
         r"[^/]+\.(bin|pt|pth|ckpt|pkl)",
         "has weights only as pickle (.bin): {found}; shardmix reads safetensors only, which "
         f"cannot run code: {_RESAVE}",
     ),
-    _kind(
-        _IN_A_FOLDER.pattern,
+    _Kind(
+        _IN_A_FOLDER,
         "has no weights itself, but {found} below it has; give that folder: {source}/{one}",
     ),
-    _kind(
+    _Kind(
         r"[^/]+\.gguf",
         "has weights only as GGUF ({found}); shardmix merges safetensors: use the original "
         "checkpoint that it was made from",
     ),
-    _kind(
+    _Kind(
         r"tf_model.*\.h5|([^/]+/)?saved_model\.pb|saved_model/|.*\.ckpt\.index",
         "has weights only for TensorFlow ({found}); " + _OLD_FRAMEWORK.format("tensorflow", "tf"),
     ),
-    _kind(
+    _Kind(
         r"flax_model.*\.msgpack",
         "has weights only for Flax ({found}); " + _OLD_FRAMEWORK.format("flax", "flax"),
     ),
-    _kind(
+    _Kind(
         r"[^/]+\.onnx(_data)?|onnx/",
         "has weights only as ONNX ({found}); use the checkpoint that they were exported from",
     ),
-    _kind(
+    _Kind(
         r"weights(\.\d+)?\.npz",
         "has weights only for MLX ({found}); use the original checkpoint, or convert it with "
         "mlx_lm's tools to safetensors without quantisation",
     ),
-    _kind(
+    _Kind(
         r"[^/]+\.(mlpackage|mlmodelc)/|[^/]+\.(mlmodel|tflite|litertlm|ot|engine|nemo|keras|h5|"
         r"pdparams|npz|msgpack)|coreml/",
         "has weights only as {found}, which shardmix does not read; use the checkpoint in "
         "safetensors that they were made from",
     ),
-    _kind(
+    _Kind(
         r"[^/]+\.(zip|tar|tar\.\w+|tgz|7z|rar)",
         "has no weights, but an archive ({found}); unpack it, and give the folder that it holds",
     ),
-    _kind(
+    _Kind(
         r".*\.(incomplete|part|crdownload|aria2)",
         "holds a download that is not finished ({found}); fetch it again",
     ),
-    _kind(
+    _Kind(
         r"config\.json|tokenizer\.json|tokenizer_config\.json",
         f"has {{found}} but no weights: neither {weights_name(MODEL)} nor {index_name(MODEL)}; the "
         "download may be incomplete: fetch it again",
@@ -196,12 +194,13 @@ def no_weights_finding(names: Sequence[str], source: str = "FOLDER") -> str:
         dict.fromkeys((*names, *(f"{name.split('/')[0]}/" for name in names if "/" in name)))
     )
     for kind in _FOLDERS:
-        marks = [name for name in names if kind.mark.fullmatch(name)]
+        mark = re.compile(kind.mark)
+        marks = [name for name in names if mark.fullmatch(name)]
         if not marks:
             continue
         if not isinstance(kind.sentence, str):
             return kind.sentence(names, source)
-        if kind.mark.pattern == _IN_A_FOLDER.pattern:
+        if kind.mark == _IN_A_FOLDER:
             marks = [mark.split("/")[0] + "/" for mark in marks]
         found = _sorted(set(marks))
         return kind.sentence.format(

@@ -9,7 +9,6 @@ in them.
 import ctypes
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -343,7 +342,7 @@ def open_folder(path: Path) -> HeldFolder:
 
 def _new_name() -> str:
     """Return a name for a moment, which nobody can have used before."""
-    return f".{secrets.token_hex(8)}.shardmix"
+    return f".{os.urandom(8).hex()}.shardmix"
 
 
 def user_name(number: int) -> str:
