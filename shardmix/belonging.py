@@ -1,4 +1,4 @@
-"""Whether models belong together: their configs, tokenizers and modules, beside their tensors.
+"""The check that models belong together: configs, tokenizers and modules, beside tensors.
 
 Puts the single checks together. Reads small files; no weights.
 """
@@ -23,7 +23,7 @@ from shardmix.tokenizer_differences import TokenizerFolder, tokenizer_difference
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """What gives the output, or one of its modules, the files beside the weights."""
+    """The model that gives the output, or one of its modules, the files beside the weights."""
 
     name: str | None
     """What its user calls it; None: it is the first model."""

@@ -210,7 +210,7 @@ def _refuse_ambiguous_names(parts: Sequence[Checkpoint]) -> None:
 
 @dataclass(slots=True)
 class _Limits:
-    """What a model's headers may take, over all of its parts."""
+    """Bounds on a model's headers, over all of its parts."""
 
     headers: Headers
     """Those that are known already."""

@@ -1,4 +1,4 @@
-"""What a config means that leaves a key out: the defaults of transformers' classes.
+"""Defaults of transformers' config classes: the meaning of a key that a config leaves out.
 
 A table made by `tools/class_defaults.py`, loaded when it is first asked.
 """

@@ -1,4 +1,4 @@
-"""Which files go along with the weights: config, tokenizer, templates, modules, whatever else.
+"""The files that go along with the weights: config, tokenizer, templates, modules, the rest.
 
 Lists them, and what is left out; copies nothing and reads no weights.
 """
@@ -32,7 +32,7 @@ _MOST_POINTER_NBYTES = 1_024  # by Git LFS's specification
 
 @dataclass(frozen=True, slots=True)
 class Companions:
-    """What of a model's folder goes along with the weights."""
+    """The files of a model's folder that go along with the weights."""
 
     files: tuple[str, ...] = ()
     """Paths within the folder, in order."""
@@ -42,7 +42,7 @@ class Companions:
 
 @dataclass(slots=True)
 class _Found:
-    """What is in a folder."""
+    """Content of a folder."""
 
     sizes: dict[str, int] = field(default_factory=dict)
     """Path within the folder → bytes."""

@@ -1,4 +1,4 @@
-"""In what the configs of models differ, and what an average over that is worth.
+"""Differences between the configs of models, and what an average over them is worth.
 
 Pure: configs in, differences out. One config may leave out what another writes because it is its
 class's default, and versions of transformers call one thing by several names; that is no
@@ -327,8 +327,8 @@ def _rope(part: Mapping[str, Any], default: object) -> dict[str, Any]:
     """Return what a config says of rotary embeddings, in flat keys.
 
     `rope_theta` and `partial_rotary_factor` go by these names; whatever else is in
-    `rope_parameters` (or `rope_scaling`) is `rope_parameters.KEY`, and what is said for one kind
-    of layer alone `rope_parameters.KIND.KEY`.
+    `rope_parameters` (or `rope_scaling`) is `rope_parameters.KEY`, and what is said for only one
+    kind of layer `rope_parameters.KIND.KEY`.
     """
     given = part.get("rope_parameters") or part.get("rope_scaling")
     stated = dict(given) if isinstance(given, dict) else {}

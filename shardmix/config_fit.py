@@ -1,4 +1,4 @@
-"""Whether a config is of the tensors beside which it is put. Pure: names and shapes in.
+"""Contradictions between a config and the tensors beside it. Pure: names and shapes in.
 
 What a config states and the tensors contradict would not load. What it leaves out says nothing,
 and where tensors have names that mean nothing to us, nothing is judged.
@@ -47,7 +47,7 @@ _CLASSIFIES = re.compile(r"For(?:Sequence|Token|Image)Classification$")
 
 @dataclass(frozen=True, slots=True)
 class Misfit:
-    """What a config states, and tensors contradict."""
+    """A statement of a config that tensors contradict."""
 
     key: str
     """The config's key, dotted if nested."""
@@ -121,7 +121,7 @@ def _width_misfits(part: Mapping[str, Any], prefix: str, name: str, width: int) 
     stated = _integers(part, _WIDTH_KEYS)
     if stated and width not in stated.values():
         key, value = next(iter(stated.items()))
-        # A class may embed in another width than it works in, and say so by a default alone.
+        # A class may embed in another width than it works in, and say so only by a default.
         own = class_defaults(str(part.get("model_type")))
         defaults = own.fields if own is not None else {}
         silent = [other for other in _WIDTH_KEYS if other in defaults and other not in part]

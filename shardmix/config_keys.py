@@ -1,4 +1,4 @@
-"""What the keys of a model's config decide, if two models of the same tensors differ in them.
+"""Meanings of a config's keys, for two models of the same tensors that differ in them.
 
 Pure rules on a key's name, as transformers' configs and those of models with code of their own
 call them. What a value means is not looked at here.
@@ -9,7 +9,7 @@ import re
 
 
 class Meaning(enum.Enum):
-    """What a key decides."""
+    """Effect of a key."""
 
     NOTHING = "nothing of what the model computes"
     ACTIVATION = "the function between two layers; some names are of one function"

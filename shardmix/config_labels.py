@@ -1,4 +1,4 @@
-"""Whether classes of one number have one name in all models: `id2label` and `label2id`. Pure."""
+"""Names of classes, held against one another: `id2label` and `label2id`. Pure."""
 
 import re
 from collections.abc import Mapping, Sequence

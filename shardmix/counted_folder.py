@@ -18,7 +18,7 @@ class CountedFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        """Where the folder would be; for messages alone."""
+        """Where the folder would be; only for messages."""
         self.sizes: dict[str, int] = {}
         """Path within it → size in bytes; what is made anew counts as it was made last."""
 

@@ -1,4 +1,4 @@
-"""What transformers declares of its model classes: shared parameters, and other names for them.
+"""Declarations of transformers' model classes: shared parameters, and other names for them.
 
 Reads a table that `tools/transformers_declarations.py` writes from transformers itself, so that no
 merge has to import it. A class that is not in the table is asked of an installed transformers, by a
@@ -63,7 +63,7 @@ class Tie(msgspec.Struct, frozen=True):
 
 
 class Renaming(msgspec.Struct, frozen=True, rename={"pattern": "re", "sources": "from"}):
-    """How names of a checkpoint become names of the class."""
+    """A rule by which names of a checkpoint become names of the class."""
 
     pattern: str
     """A regex with a group g0, g1, ... for each alternative."""
@@ -76,7 +76,7 @@ class Renaming(msgspec.Struct, frozen=True, rename={"pattern": "re", "sources": 
     guarded: bool = False
     """It holds only if a name matches the first alternative; each has its own replacement."""
     ops: tuple[tuple[str | int | bool, ...], ...] = ()
-    """What is done to values; a renaming alone does nothing to them."""
+    """What is done to values; a mere renaming does nothing to them."""
     sources: tuple[str, ...] = ()
     """The patterns, as declared, of what is put together."""
 
@@ -108,7 +108,7 @@ class _Table(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
-    """What is declared of the class that a config.json names."""
+    """All that is declared of the class that a config.json names."""
 
     ties: tuple[Tie, ...]
     """Of the class and of the models in it."""

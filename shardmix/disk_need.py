@@ -1,4 +1,4 @@
-"""What a merge will take of the disk, asked of those who write: weights, all beside them, journal.
+"""The disk that a merge will take, asked of those who write: weights, all beside them, journal.
 
 Each file counts in whole blocks, so that the output takes no more than was told, and hardly less.
 What may be found in the data (NaN) is not known before; it is added as it is found.

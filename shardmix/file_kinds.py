@@ -1,4 +1,4 @@
-"""What the files of a model's folder are, by their names: which go along with merged weights.
+"""Kinds of files in a model's folder, by their names: which go along with merged weights.
 
 All go along but those of kinds that are known to be something else: weights in other formats, a
 trainer's, caches. The same rules decide what is fetched from the Hub. Opens no file.

@@ -1,4 +1,4 @@
-"""What an output file's `__metadata__` says: what the first model's says, but for what is false.
+"""An output file's `__metadata__`: the first model's, but for what is false of a merge.
 
 Such entries are texts that the format leaves to whoever writes a file: `format`, modelspec's title
 and licence, settings of a training. Knows names of entries, not files.

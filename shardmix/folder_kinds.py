@@ -1,4 +1,4 @@
-"""What a folder or file that is no model in safetensors is instead, and the way on from there.
+"""Kinds of folders and files that are no model in safetensors, and the way on from each.
 
 Two tables, of names and of sentences. Opens nothing: the names may come from a disk or the Hub.
 """

@@ -37,7 +37,7 @@ class HeldFolder:
 
     def __init__(self, path: Path, descriptor: int, *, owner: int, mode: int) -> None:
         self.path = path
-        """Where it was found; for messages alone."""
+        """Where it was found; only for messages."""
         self.owner = owner
         """User id that what is made here has, and what is taken up must have."""
         self.mode = mode

@@ -58,7 +58,7 @@ _WHILE_RUNNING = frozenset({"bitnet"})
 def check_mergeable(checkpoint: Checkpoint, allow_differences: Collection[str] = ()) -> None:
     """Raise `SourceError` if a model's weights are none to average: quantised, FP8, complex.
 
-    A quantisation that the config alone declares is refused as well, unless it is among the keys of
+    A quantisation that only the config declares is refused as well, unless it is among the keys of
     `allow_differences`.
     """
     source, table = checkpoint.source, checkpoint.table

@@ -1,4 +1,4 @@
-"""In what the modules of sentence-transformers models differ: their chain, and what each says.
+"""Differences between sentence-transformers modules: their chain, and what each says.
 
 Reads small files, and bytes of weights that cannot be merged; changes nothing.
 """

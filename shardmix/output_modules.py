@@ -1,4 +1,4 @@
-"""Which sentence-transformers modules an output has: whose, in which folders, and how they pool.
+"""An output's sentence-transformers modules: whose, in which folders, and how they pool.
 
 Decides, and reads small files; writes nothing.
 """

@@ -1,4 +1,4 @@
-"""Which parts of models correspond: the model itself, and modules with weights of their own."""
+"""Corresponding parts of models: the model itself, and modules with weights of their own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -161,7 +161,7 @@ class OutputShard:
 
 @dataclass(frozen=True, slots=True)
 class OutputModules:
-    """What makes the output's sentence-transformers modules, besides the base's files."""
+    """The output's sentence-transformers modules, besides the base's files."""
 
     files: tuple[str, ...] = ()
     """Files of the model that gives modules which the base lacks, relative to its folder."""
@@ -175,7 +175,7 @@ class OutputModules:
 
 @dataclass(frozen=True, slots=True)
 class ModuleConfig:
-    """What the config of a module must say that has weights of its own."""
+    """Statements that the config of a module with weights must make."""
 
     place: str
     """The module's folder within the output."""

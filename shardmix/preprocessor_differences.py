@@ -1,4 +1,4 @@
-"""In what models differ that prepare pictures or sounds: `preprocessor_config.json`. Warnings."""
+"""Differences in the preparation of pictures and sounds: `preprocessor_config.json`. Warnings."""
 
 import os
 from collections.abc import Sequence

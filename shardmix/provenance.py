@@ -137,7 +137,7 @@ class Provenance(msgspec.Struct, frozen=True, omit_defaults=True):
 
 @dataclass(frozen=True, slots=True)
 class Seal:
-    """What a `shardmix.json` says of itself."""
+    """The digest that a `shardmix.json` carries of itself."""
 
     sha256: str
     """SHA-256 (hex) of the whole file, as `sha256sum` shows it."""

@@ -1,4 +1,4 @@
-"""Who may read an output: nobody who could not read every model that went into it.
+"""Permissions of an output: nobody reads it who could not read every model in it.
 
 Looks at permissions of files, and opens none.
 """

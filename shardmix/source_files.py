@@ -22,7 +22,7 @@ use at one time, and with eight workers still far from the usual limit of 1024."
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """What a file system tells of a file besides its content, and nobody can set back.
+    """The status of a file that a write changes, and that nobody can set back.
 
     A file that is written to gets another `ctime_ns`, also if its time of modification is set back
     afterwards; so does one whose rights, owner or links change. A file that takes another's place

@@ -1,4 +1,4 @@
-"""Which tensor holds a parameter that a checkpoint doesn't store, and which an output must store.
+"""Tied parameters: the tensors that hold them, and those that an output must store.
 
 Models share one tensor between parameters ("tie" them): an output head and the input embedding,
 copies of it in encoder and decoder, biases of heads. A checkpoint stores one of them, or several.
@@ -44,7 +44,7 @@ class NamedModel:
 
 @dataclass(frozen=True, slots=True)
 class SharedTensors:
-    """What the output stores, and from where."""
+    """The shared tensors that the output stores, and where each comes from."""
 
     added: tuple[str, ...]
     """Names that the first model does not store, sorted."""
@@ -110,7 +110,7 @@ def share(
 
 
 class _Holder:
-    """Where one model holds its parameters."""
+    """One model's parameters, and the tensors that hold them."""
 
     def __init__(self, model: NamedModel, pairs: Sequence[Pair]) -> None:
         self._rows = model.rows

@@ -1,4 +1,4 @@
-"""In what the tokenizers of models differ: ids that stand for other tokens, and how text is cut.
+"""Differences between tokenizers: ids that stand for other tokens, and how text is cut.
 
 Reads their files, byte for byte first: those of fine-tunes are mostly their base's.
 """
@@ -17,6 +17,12 @@ from shardmix.filesystem import read_regular, refuse_link_outside, same_content
 from shardmix.json_files import read_json
 from shardmix.memory import give_back_free_memory
 from shardmix.vocabularies import (
+    ADDED_NAME,
+    CONFIG_NAME,
+    CUTTING_NAMES,
+    SIDE_NAMES,
+    SPECIAL_NAME,
+    TEMPLATE_NAMES,
     TIKTOKEN_SUFFIX,
     TOKENIZER_JSON,
     VOCABULARY_NAMES,
@@ -34,11 +40,6 @@ KEY = "tokenizer"
 _NUM_NAMED = 3
 _MOST_SPARE = 5_000
 _QUICK_NBYTES = 1_000_000
-_CONFIG_NAME = "tokenizer_config.json"
-_ADDED_NAME = "added_tokens.json"
-_SPECIAL_NAME = "special_tokens_map.json"
-_SIDE_NAMES = (_CONFIG_NAME, _ADDED_NAME, _SPECIAL_NAME)
-_CUTTING_NAMES = ("merges.txt", "bpe.codes", "source.spm", "target.spm")
 _LISTS = ("merges.txt", "bpe.codes")
 _SPECIAL_KEYS = tuple(
     f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -46,7 +47,6 @@ _SPECIAL_KEYS = tuple(
 _TEXT_KEYS = ("add_bos_token", "add_eos_token", "do_lower_case")
 _CUTS_AT_LENGTH = ("sentence_bert_config.json", "modules.json")
 """Of sentence-transformers, which cuts texts off at the tokenizer's length; others only warn."""
-_TEMPLATE_NAMES = ("chat_template.jinja", "chat_template.json")
 _SPARE = re.compile(
     r"(?i)reserved|unused|placeholder|dummy|madeupword|extra_?(?:id_?)?\d|(?:pad|control|special|unk)"
     r"_?(?:token)?_?\d+[|>\]]*$"
@@ -56,7 +56,7 @@ _SPARE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFolder:
-    """Where a model's tokenizer is."""
+    """A model's tokenizer, by its folder."""
 
     name: str
     """What its user calls the model."""
@@ -167,14 +167,14 @@ def _files(folder: TokenizerFolder) -> _Files:
     present += sorted(name for name in names if name.endswith(TIKTOKEN_SUFFIX))
     if not present:
         return _Files(folder.name, path, (), {}, {})
-    side = {name: _read_side(path, name) if name in names else {} for name in _SIDE_NAMES}
-    config = {**side[_SPECIAL_NAME], **side[_CONFIG_NAME]}
-    if "chat_template" not in config and not names.isdisjoint(_TEMPLATE_NAMES):
+    side = {name: _read_side(path, name) if name in names else {} for name in SIDE_NAMES}
+    config = {**side[SPECIAL_NAME], **side[CONFIG_NAME]}
+    if "chat_template" not in config and not names.isdisjoint(TEMPLATE_NAMES):
         config["chat_template"] = _template(path, names)
     if names.isdisjoint(_CUTS_AT_LENGTH):
         config.pop("model_max_length", None)
-    added = {number: token for token, number in side[_ADDED_NAME].items() if is_id(number)}
-    decoder = side[_CONFIG_NAME].get("added_tokens_decoder")
+    added = {number: token for token, number in side[ADDED_NAME].items() if is_id(number)}
+    decoder = side[CONFIG_NAME].get("added_tokens_decoder")
     for number, token in decoder.items() if isinstance(decoder, dict) else ():
         text = _token_text(token)
         if number.isdecimal() and len(number) < 10 and text is not None:
@@ -189,7 +189,7 @@ def _read_side(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _template(folder: Path, names: set[str]) -> str:
-    name = next(name for name in _TEMPLATE_NAMES if name in names)
+    name = next(name for name in TEMPLATE_NAMES if name in names)
     refuse_link_outside(folder, folder / name)
     try:
         return read_regular(folder / name, max_nbytes=4_000_000).decode(errors="replace")
@@ -222,7 +222,7 @@ def _compared(
             give_back_free_memory()
     cuts += [
         name
-        for name in _CUTTING_NAMES
+        for name in CUTTING_NAMES
         if pair[0] != TOKENIZER_JSON and _differs(first.folder, other.folder, name)
     ]
     cuts += [

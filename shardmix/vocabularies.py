@@ -1,4 +1,4 @@
-"""Which id stands for which token, read from the files of a tokenizer: without any tokenizer.
+"""Tokens by id, read from the files of a tokenizer: without any tokenizer.
 
 Knows tokenizer.json, vocab.txt, vocab.json, SentencePiece's models, tiktoken's ranks and
 tekken.json. Holds two columns, not the tokens: a vocabulary may have 260,000.
@@ -44,6 +44,15 @@ VOCABULARY_NAMES = (
     "tekken.json",
 )
 """Files that hold a vocabulary, what is read first if there are several."""
+CONFIG_NAME = "tokenizer_config.json"
+ADDED_NAME = "added_tokens.json"
+SPECIAL_NAME = "special_tokens_map.json"
+SIDE_NAMES = (CONFIG_NAME, ADDED_NAME, SPECIAL_NAME)
+"""Small files beside a vocabulary: settings, added tokens."""
+CUTTING_NAMES = ("merges.txt", "vocab.bpe", "bpe.codes", "source.spm", "target.spm")
+"""Files that say how text is cut, beside a vocabulary that does not."""
+TEMPLATE_NAMES = ("chat_template.jinja", "chat_template.json")
+"""Files that hold a chat template."""
 
 _MAX_NBYTES = 150_000_000
 # What reading takes for each byte: the file, its tokens as a dict, their hashes; 3 measured.
@@ -57,12 +66,12 @@ _END_OF_IDS = 1 << 31
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Which id stands for which token, in columns; row i is one id."""
+    """Tokens by id, in columns; row i is one id."""
 
     ids: npt.NDArray[np.int64]
     """In order, each once."""
     hashes: npt.NDArray[np.int64]
-    """Of the tokens; of use within this process alone."""
+    """Of the tokens; of use only within this process."""
 
     def with_added(self, added: Mapping[int, str]) -> "Vocabulary":
         """Return the vocabulary with further tokens, which replace those of the same ids."""
@@ -77,7 +86,7 @@ class Vocabulary:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerJson:
-    """What a tokenizer.json says of the ids that a text becomes."""
+    """All in a tokenizer.json that decides into which ids a text is cut."""
 
     vocabulary: Vocabulary
     """The model's own, without added tokens."""

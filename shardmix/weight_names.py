@@ -1,4 +1,4 @@
-"""What weight files are called: the names that loaders look for, their shards and indexes.
+"""Names of weight files: those that loaders look for, of their shards and indexes.
 
 Pure rules on names; opens nothing.
 """

@@ -1,4 +1,4 @@
-"""How an encoder's states become one vector: by its sentence-transformers modules, or its user.
+"""An encoder's way from states to one vector: by its sentence-transformers modules, or its user.
 
 Reads the weights of small modules; knows nothing of how the encoder itself is run.
 """
@@ -28,7 +28,7 @@ Step = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """What makes one vector of a text's states."""
+    """The steps that make one vector of a text's states."""
 
     pooling: tuple[str, ...]
     """How states are pooled; the vectors of several ways are joined."""

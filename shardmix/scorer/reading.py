@@ -1,4 +1,4 @@
-"""Which tokenizer reads the examples for which model: each its own, and once where that is one.
+"""Examples read for each model by its own tokenizer, and only once by the same.
 
 Loads tokenizers one after the other, and keeps none.
 """
@@ -18,17 +18,16 @@ from shardmix.scorer.encoding import (
 )
 from shardmix.scorer.examples import Example
 from shardmix.scorer.options import ScoreSettings
-from shardmix.vocabularies import TIKTOKEN_SUFFIX, VOCABULARY_NAMES
-
-_CONFIG_NAME = "tokenizer_config.json"
-_FILES = frozenset(
-    {
-        *VOCABULARY_NAMES,
-        *(_CONFIG_NAME, "special_tokens_map.json", "added_tokens.json"),
-        *("merges.txt", "bpe.codes", "vocab.bpe", "source.spm", "target.spm"),
-        *("chat_template.jinja", "chat_template.json"),
-    }
+from shardmix.vocabularies import (
+    CONFIG_NAME,
+    CUTTING_NAMES,
+    SIDE_NAMES,
+    TEMPLATE_NAMES,
+    TIKTOKEN_SUFFIX,
+    VOCABULARY_NAMES,
 )
+
+_FILES = frozenset((*VOCABULARY_NAMES, *SIDE_NAMES, *CUTTING_NAMES, *TEMPLATE_NAMES))
 _MOST_NAMED = 3
 
 
@@ -91,7 +90,7 @@ def _tokenizer_files(folder: Path) -> list[str]:
         or name.endswith(TIKTOKEN_SUFFIX)
         or (name.startswith("tokenization_") and name.endswith(".py"))
     }
-    is_one = _CONFIG_NAME in found or any(
+    is_one = CONFIG_NAME in found or any(
         name in VOCABULARY_NAMES or name.endswith(TIKTOKEN_SUFFIX) for name in found
     )
     return sorted(found) if is_one else []
