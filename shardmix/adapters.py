@@ -49,6 +49,16 @@ def inner_adapter_tensor(names: Collection[str]) -> str | None:
     return next((name for name, _ in _adapter_tensors(names)), None)
 
 
+def is_of_adapter(name: str) -> bool:
+    """Tell whether a tensor is an adapter's, or one that PEFT has renamed to put one beside it."""
+    return (
+        name.startswith(_WRAPPED)
+        or ".base_layer." in name
+        or ".modules_to_save." in name
+        or _ADAPTER_TENSOR.search(name) is not None
+    )
+
+
 def _adapter_tensors(names: Collection[str]) -> Iterator[tuple[str, str]]:
     """Yield each adapter's tensor, and what it changes."""
     text = "\n".join(names)

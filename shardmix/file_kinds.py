@@ -168,7 +168,9 @@ _KINDS = (
     ),
     _kind(
         OTHER_FORMAT,
-        rf"({_WEIGHTS_STEM})([.\-_].*)?\.(bin|pt|pth|pkl|h5|msgpack|ot|npz)(\.index.*\.json)?|"
+        # But for SetFit's head, which is no copy of the weights.
+        rf"(?!model_head\.pkl)({_WEIGHTS_STEM})([.\-_].*)?\.(bin|pt|pth|pkl|h5|msgpack|ot|npz)"
+        r"(\.index.*\.json)?|"
         r".*\.(ckpt|ckpt\..*|h5|msgpack|ot)",
         _NOTHING,
         spares_only_weights=True,

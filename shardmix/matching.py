@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardmix import naming
-from shardmix.adapters import ADAPTER_REMEDY, adapter_tensor
+from shardmix.adapters import ADAPTER_REMEDY, adapter_tensor, is_of_adapter
 from shardmix.checkpoint import Checkpoint
 from shardmix.declarations import TIE_KEY, Declaration, declaration_of
 from shardmix.errors import MismatchError, SourceError, listed
@@ -275,10 +275,23 @@ def _refuse_missing(
             f"tensor sets differ: only in {there}: {_listed(only_there)}; "
             f"only in {here}: {_listed(only_here)}; models of a merge must have one architecture "
             f"and the same tensor names{_hint(only_there, only_here)}"
-            f"{_unknown_class(checkpoints[model], declarations[model])}; if they are of one "
-            "architecture, load them with one class of transformers (AutoModel, or the one that "
-            "you will use) and save them anew with save_pretrained"
+            f"{_unknown_class(checkpoints[model], declarations[model])}; "
+            f"{_way_on([*only_there, *only_here])}"
         )
+
+
+def _way_on(names: Sequence[str]) -> str:
+    """Say what to do with models that differ in these names."""
+    wrapped = next((name for name in names if is_of_adapter(name)), None)
+    if wrapped is not None:
+        return (
+            f"{wrapped} is of a model with an adapter that is not merged into its weights: load "
+            "it in PEFT, and save it with merge_and_unload() and save_pretrained()"
+        )
+    return (
+        "if they are of one architecture, load them with one class of transformers (AutoModel, or "
+        "the one that you will use) and save them anew with save_pretrained"
+    )
 
 
 def _hint(only_there: Sequence[str], only_here: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ Reads small files, and bytes of weights that cannot be merged; changes nothing.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ _IGNORED = frozenset(
 )
 _DEFAULTS: dict[str, Any] = {"do_lower_case": False, "default_prompt_name": None}
 _SIMILARITIES = {"SparseEncoder": "dot", "MultiVectorEncoder": "maxsim"}
+_LENGTH, _TOKENIZER_CONFIG = "max_seq_length", "tokenizer_config.json"
+_NO_LENGTH = 10**9  # tokenizers without a bound name larger numbers
 # What words stand for, beside weights that have a row for each.
 _VOCABULARY_ENDING = "tokenizer_config.json"
 
@@ -89,7 +91,8 @@ def module_differences(
     for other in others:
         yield from _compared(giver, other, pooling)
     merged = {module.place for module in giver.modules if _has_merged_weights(giver, module)}
-    yield from _unmerged_weights(giver, models, merged)
+    told = {part.key for part in match_parts(checkpoints).unmatched}
+    yield from _unmerged_weights(giver, models, merged, told)
 
 
 def _weights_of_some(checkpoints: Sequence[Checkpoint]) -> Iterator[Difference]:
@@ -100,16 +103,32 @@ def _weights_of_some(checkpoints: Sequence[Checkpoint]) -> Iterator[Difference]:
         if not mine:
             continue
         keys = {part.key for part in mine}
-        others = [
-            other.source for other in checkpoints if not keys <= {part.key for part in other.parts}
-        ]
+        others = [other for other in checkpoints if not keys <= {part.key for part in other.parts}]
+        pickled = [name for other in others for name in _pickled(other, keys)]
+        names = ", ".join(other.source for other in others)
+        lack = f"{names} has no such module, or none in it"
+        if pickled:
+            lack = (
+                f"in {names} only a pickle ({pickled[0]}), so that they cannot be "
+                "merged (load that model in sentence-transformers and save it: that writes "
+                "safetensors)"
+            )
         yield Difference(
             MODULES_NAME,
             f"{', '.join(f'{part.place}/' for part in mine)}: holds safetensors weights in "
-            f"{checkpoint.source}, and {', '.join(others)} has no such module, or none in it",
+            f"{checkpoint.source}, and {lack}",
             "they are not merged",
             is_refused=True,
         )
+
+
+def _pickled(checkpoint: Checkpoint, keys: Collection[str]) -> Iterator[str]:
+    """Yield the files with weights of modules that a model has, but not in safetensors."""
+    for module in checkpoint.modules:
+        if module.key in keys and module.place:
+            for name in _names_in(checkpoint.root, module.place):
+                if name.endswith(_WEIGHTS) and not name.endswith(".safetensors"):
+                    yield inner_path(module.place, name)
 
 
 def _weights_of_base(base: ModularModel, checkpoints: Sequence[Checkpoint]) -> Iterator[Difference]:
@@ -191,6 +210,8 @@ def _module_configs(
         yield from _vocabularies(giver, mine, other, theirs)
     name = _first_of(giver.root, mine.place, config_names(mine))
     other_name = _first_of(other.root, theirs.place, config_names(theirs))
+    if mine.kind == "Transformer" and name and other_name:
+        yield from _lengths(giver, mine, name, other, theirs, other_name)
     if not (name and other_name) or _same_bytes(giver.root, name, other.root, other_name):
         return
     configs = _read(giver.root, name), _read(other.root, other_name)
@@ -201,6 +222,21 @@ def _module_configs(
     refused = _REFUSED.get(mine.kind, {})
     for key in sorted(values[0].keys() | values[1].keys()):
         yield from _value(name, key, *values, giver, other, refused=refused)
+
+
+def _lengths(
+    giver: ModularModel, mine: Module, name: str, other: ModularModel, theirs: Module, its_name: str
+) -> Iterator[Difference]:
+    """Compare where texts are cut off: the module's config says so, or the tokenizer's."""
+    values = []
+    for model, module, config in ((giver, mine, name), (other, theirs, its_name)):
+        length = (_read(model.root, config) or {}).get(_LENGTH)
+        if length is None:
+            tokenizer = _read(model.root, inner_path(module.place, _TOKENIZER_CONFIG)) or {}
+            length = tokenizer.get("model_max_length")
+        is_length = isinstance(length, int) and 0 < length < _NO_LENGTH
+        values.append({_LENGTH: length} if is_length else {})
+    yield from _value(name, _LENGTH, values[0], values[1], giver, other, refused={})
 
 
 def _vocabularies(
@@ -237,6 +273,8 @@ def _module_config(
         modes = (pooling,) if pooling else pooling_modes(config)
         values = {key: value for key, value in values.items() if not key.startswith("pooling_mode")}
         values["pooling_mode"] = ", ".join(modes)
+    if module.kind == "Transformer":
+        values.pop(_LENGTH, None)  # judged by itself
     if module.kind == "Transformer" and "transformer_task" not in config:
         masked = module.class_name.endswith("MLMTransformer")
         values["transformer_task"] = "fill-mask" if masked else "feature-extraction"
@@ -296,11 +334,14 @@ def _has_merged_weights(model: ModularModel, module: Module) -> bool:
 
 
 def _unmerged_weights(
-    giver: ModularModel, models: Sequence[ModularModel], merged: set[str]
+    giver: ModularModel, models: Sequence[ModularModel], merged: set[str], told: set[str]
 ) -> Iterator[Difference]:
-    """Find weights in modules that cannot be merged, unless they are the same everywhere."""
+    """Find weights in modules that cannot be merged, unless they are the same everywhere.
+
+    `merged` are the folders of modules that can be, `told` the keys of those that not all have.
+    """
     for module in giver.modules:
-        if not module.place or module.place in merged:
+        if not module.place or module.place in merged or module.key in told:
             continue
         for name in _names_in(giver.root, module.place):
             if not name.endswith(_WEIGHTS):

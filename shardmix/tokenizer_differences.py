@@ -45,8 +45,6 @@ _SPECIAL_KEYS = tuple(
     f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
 _TEXT_KEYS = ("add_bos_token", "add_eos_token", "do_lower_case")
-_CUTS_AT_LENGTH = ("sentence_bert_config.json", "modules.json")
-"""Of sentence-transformers, which cuts texts off at the tokenizer's length; others only warn."""
 _SPARE = re.compile(
     r"(?i)reserved|unused|placeholder|dummy|madeupword|extra_?(?:id_?)?\d|(?:pad|control|special|unk)"
     r"_?(?:token)?_?\d+[|>\]]*$"
@@ -171,8 +169,6 @@ def _files(folder: TokenizerFolder) -> _Files:
     config = {**side[SPECIAL_NAME], **side[CONFIG_NAME]}
     if "chat_template" not in config and not names.isdisjoint(TEMPLATE_NAMES):
         config["chat_template"] = _template(path, names)
-    if names.isdisjoint(_CUTS_AT_LENGTH):
-        config.pop("model_max_length", None)
     added = {number: token for token, number in side[ADDED_NAME].items() if is_id(number)}
     decoder = side[CONFIG_NAME].get("added_tokens_decoder")
     for number, token in decoder.items() if isinstance(decoder, dict) else ():
@@ -312,9 +308,6 @@ def _settings(first: _Files, other: _Files) -> list[str]:
         one, two = _token_text(first.config.get(key)), _token_text(other.config.get(key))
         if one is not None and two is not None and one != two:
             found.append(f"{key} ({_shown(one)} in {first.name}, {_shown(two)} in {other.name})")
-    one, two = (own.config.get("model_max_length") for own in (first, other))
-    if one != two and is_id(one) and is_id(two):  # a huge number says that there is no limit
-        found.append(f"model_max_length ({one} in {first.name}, {two} in {other.name})")
     one, two = (own.config.get("chat_template") for own in (first, other))
     if one != two:
         where = [own.name for own in (first, other) if own.config.get("chat_template")]

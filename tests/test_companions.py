@@ -36,6 +36,7 @@ def reasons(*names, **options):
     "name",
     [
         *("colbert_linear.pt", "sparse_linear.pt", "mean_std.pth", "speakers_xtts.pth"),
+        "model_head.pkl",
         *("bpe.codes", "vocab", "dict.txt", "source.spm", "sentencepiece.bpe.model", "lang.yaml"),
         *("mel_filters.npz", "embedding.npy", "voice.wav", "figure.png", "LICENSE", "samples.csv"),
         *("params.json", "tekken.json", "tokenizer.model.v3", "qwen.tiktoken", "requirements.txt"),

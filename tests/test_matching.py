@@ -53,6 +53,24 @@ def test_tensor_sets_that_differ_list_the_first_few_of_each_side(tmp_path):
     assert f"only in {tmp_path / 'm1'}: other;" in message
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"a.weight": (2,), "a.lora_A.default.weight": (2,)},
+        {"a.base_layer.weight": (2,)},
+        {"base_model.model.a.weight": (2,)},
+        {"a.modules_to_save.default.weight": (2,)},
+    ],
+)
+def test_an_unmerged_adapter_has_its_own_way(tmp_path, names):
+    """To load and save it in transformers would lead nowhere."""
+    for models in (names, {"a.weight": (2,)}), ({"a.weight": (2,)}, names):
+        checkpoints = opened(tmp_path, *((model, UNTIED) for model in models))
+        with pytest.raises(MismatchError, match="merge_and_unload") as caught:
+            match_tensors(checkpoints, out_config={})
+        assert "one class of transformers" not in str(caught.value)
+
+
 def test_a_third_model_that_differs_is_found(tmp_path):
     checkpoints = opened(tmp_path, ({"a": (2,)}, {}), ({"a": (2,)}, {}), ({"b": (2,)}, {}))
     with pytest.raises(MismatchError, match=r"only in .*m2: b"):

@@ -212,3 +212,32 @@ def test_other_words_of_embeddings_are_refused(tmp_path):
     write(folders[1] / "whitespacetokenizer_config.json", {"vocab": ["no", "yes"]})
     with pytest.raises(MismatchError, match=r"whitespacetokenizer_config\.json: is another in"):
         plan(folders)
+
+
+@pytest.mark.parametrize("length", [32, 16])
+def test_lengths_are_told_wherever_they_are(models, length):
+    """Newer versions leave the length to the tokenizer."""
+    write(models[1] / "sentence_bert_config.json", {"transformer_task": "feature-extraction"})
+    write(models[1] / "tokenizer_config.json", {"model_max_length": length})
+    if length == 32:
+        assert plan(models).warnings == ()
+    else:
+        told(models, "max_seq_length is 32")
+
+
+def test_a_tokenizer_without_bound_says_no_length(models):
+    write(models[1] / "sentence_bert_config.json", {})
+    write(models[1] / "tokenizer_config.json", {"model_max_length": 10**30})
+    assert plan(models).warnings == ()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_weights_pickled_in_one_are_named(models, order):
+    """The way on makes the one that has them only so like the other."""
+    (models[1] / "2_Dense" / "model.safetensors").rename(models[1] / "2_Dense/pytorch_model.bin")
+    with pytest.raises(MismatchError) as caught:
+        plan(models[::order])
+    message = str(caught.value)
+    assert f"and in {models[1]} only a pickle (2_Dense/pytorch_model.bin)" in message
+    assert message.count("pytorch_model.bin") == 1
+    assert "load that model in sentence-transformers and save it" in message

@@ -72,9 +72,6 @@ def numbers(words=WORDS, merges="a b\n"):
     return {"vocab.json": json.dumps(vocab), "merges.txt": f"#version: 0.2\n{merges}"}
 
 
-SENTENCES = {"sentence_bert_config.json": "{}"}
-
-
 def plain_json(files):
     """Return a tokenizer.json as programs write it that don't escape characters."""
     return json.dumps(json.loads(files["tokenizer.json"]), ensure_ascii=False)
@@ -201,16 +198,6 @@ PAIRS = {
         tekken(special=["<s>", "</s>"]),
         tekken(special=["<s>"]),
         ["error"],
-    ),
-    "lengths of sentences": (
-        {**fast(), **settings(model_max_length=512), **SENTENCES},
-        {**fast(), **settings(model_max_length=256), **SENTENCES},
-        ["settings"],
-    ),
-    "no bound of lengths": (
-        {**fast(), **settings(model_max_length=512), **SENTENCES},
-        {**fast(), **settings(model_max_length=10**30), **SENTENCES},
-        [],
     ),
     "stated default": (fast(), fast(body={"byte_fallback": False, "ignore_merges": False}), []),
     "normalizer": (fast(), fast(**LOWER), ["text"]),

@@ -93,7 +93,7 @@ def embedding_of(checkpoint: Checkpoint, asked: str | None) -> Embedding:
         nbytes=sum(nbytes for _, _, nbytes in steps),
     )
     if asked is None and made.name != CLS:
-        note = f"{source}: pooled by {made.name}, as its modules say; --pooling says otherwise"
+        note = f"{source}: pooled by {made.name}, as its modules say (--pooling is for another way)"
     return Embedding(made.pooling, made.steps, made.nbytes, note)
 
 
