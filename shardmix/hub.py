@@ -205,13 +205,12 @@ def _fetch(
     files = list(sizes)
     places = _module_places(repo_id, files, commit)
     stems = {place: stem for place in ("", *places) if (stem := _stem(files, place)) is not None}
-    stored = list(stems)
-    if with_weights and not stored:
+    if with_weights and not stems:
         raise SourceError(no_weights_finding(files, repo_id))
     weights: list[str] = []
-    for place in stored if with_weights else ():
+    for place, stem in stems.items() if with_weights else ():
         # Both present: as in transformers, the single file counts.
-        whole, index = weights_name(stems[place]), index_name(stems[place])
+        whole, index = weights_name(stem), index_name(stem)
         if inner_path(place, whole) in files:
             weights.append(inner_path(place, whole))
             continue
@@ -221,7 +220,7 @@ def _fetch(
     of_modules = [
         name
         for name in files
-        if name.rpartition("/")[0] in set(stored) - {""} and name.endswith(_MODULE_WEIGHTS)
+        if "/" in name and name.rpartition("/")[0] in stems and name.endswith(_MODULE_WEIGHTS)
     ]
     companions, left_out = _companions(sizes, {*weights, *of_modules}, places)
     for name in (*companions, *weights):

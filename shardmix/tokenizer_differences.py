@@ -109,11 +109,12 @@ def tokenizer_differences(
         )
     if first is files[output]:
         found += _beyond_rows(first, num_rows, max_memory)
+    known: dict[str, _Read] = {}
     for other in files:
         if other is first or not other.vocabularies:
             continue
         try:
-            told = _compared(first, other, num_rows, max_memory)
+            told = _compared(first, other, known, num_rows, max_memory)
             if first is not files[output]:
                 told = [replace(difference, consequence="") for difference in told]
             found += told
@@ -199,9 +200,16 @@ def _token_text(token: object) -> str | None:
 
 
 def _compared(
-    first: _Files, other: _Files, num_rows: int | None, max_memory: int | None
+    first: _Files,
+    other: _Files,
+    known: dict[str, "_Read"],
+    num_rows: int | None,
+    max_memory: int | None,
 ) -> list[Difference]:
-    """Return in what one tokenizer differs from the output's."""
+    """Return in what one tokenizer differs from the output's.
+
+    `known` keeps what is read of the output's, by file, for the next one to be compared.
+    """
     shared = [name for name in first.vocabularies if name in other.vocabularies]
     pair = (shared[0], shared[0]) if shared else (first.vocabularies[0], other.vocabularies[0])
     for own, name in ((first, pair[0]), (other, pair[1])):
@@ -210,7 +218,8 @@ def _compared(
     found, cuts = [], []
     if not is_same_file or first.added != other.added:
         try:
-            one = _read_vocabulary(first, pair[0], max_memory)
+            one = known.get(pair[0]) or _read_vocabulary(first, pair[0], max_memory)
+            known[pair[0]] = one
             two = _read_vocabulary(other, pair[1], max_memory)
             found += _id_differences(one, two, num_rows, max_memory)
             cuts += _cutting_steps(one, two, max_memory)
