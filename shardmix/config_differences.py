@@ -29,6 +29,8 @@ _THETA_KEYS = ("rope_theta", "global_rope_theta", "rotary_emb_base", "rotary_emb
 _LOCAL_THETA_KEYS = ("rope_local_base_freq", "local_rope_theta")
 _PARTIAL_KEYS = ("partial_rotary_factor", "rotary_pct", "rope_percent")
 _ROPE_KEYS = ("rope_parameters", "rope_scaling", *_THETA_KEYS, *_LOCAL_THETA_KEYS, *_PARTIAL_KEYS)
+# What is put into the flat form of a config that says anything of RoPE, and not this.
+_UNSCALED_ROPE = {"partial_rotary_factor": 1.0, "rope_type": "default"}
 _WINDOW_KEYS = ("sliding_window", "max_window_layers")
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 _PATTERN_KEYS = (
@@ -157,7 +159,7 @@ class _Comparison:
         if key == "model_type":
             self._judge_model_type(path, values, is_nested=bool(prefix))
         elif all(_same(value, said[0]) for value in said[1:]):
-            if len(said) == len(values) or all(map(_is_blank, said)):
+            if len(said) == len(values) or all(_is_blank(value, key) for value in said):
                 return
             if kind in (Meaning.COMPUTATION, Meaning.ACTIVATION):
                 self._tell(path, values, is_refused=False)
@@ -450,8 +452,10 @@ def _same(one: object, other: object) -> bool:
     return one != one and other != other
 
 
-def _is_blank(value: object) -> bool:
+def _is_blank(value: object, key: str = "") -> bool:
     """Tell whether a value says no more than a key that is left out."""
+    if value == _UNSCALED_ROPE.get(key.rpartition(".")[2], _UNSAID):
+        return True
     return value is None or value is False or value in ("", [], {})
 
 

@@ -501,6 +501,14 @@ def test_flat_keys_go_to_one_part_of_a_model():
         assert not any(difference.is_refused for difference in found)
 
 
+def test_only_what_a_config_says_is_told():
+    """Of a class that nobody knows; not what RoPE is where a config names no scaling."""
+    configs = [NamedConfig("a", {"foo": 1}), NamedConfig("b", {"foo": 1, "rope_theta": 5.0})]
+    (found,) = config_differences(configs)
+    assert found.key == "rope_theta"
+    assert not found.other_keys
+
+
 def test_many_keys_take_no_longer_than_their_number():
     """20,000 of either kind; and a key that patterns could go back in for hours."""
     numbers = range(20_000)
