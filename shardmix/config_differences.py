@@ -13,6 +13,7 @@ from shardmix.class_defaults import ClassDefaults, class_defaults
 from shardmix.config_keys import (
     COUNTS_OF_LAYERS,
     LEGACY_DEFAULTS,
+    POSITION_KINDS,
     Meaning,
     meaning,
     same_function,
@@ -108,7 +109,8 @@ class _Comparison:
                     part.get(key, _UNSAID) if key in COUNTS_OF_LAYERS else _value(part, key, own)
                     for part, own in zip(normal, classes, strict=True)
                 ]
-                self._judge(prefix, key, values)
+                is_known = any(own is None or key in own.fields for own in classes)
+                self._judge(prefix, key, values, is_known=is_known)
         self._judge_labels(parts, prefix)
         self._judge_architectures(parts, prefix)
 
@@ -149,9 +151,11 @@ class _Comparison:
             # One that isn't there says nothing; the tensors tell if a part of the model is missing.
             self._list(f"{prefix}{key}", [{} if part else _UNSAID for part in parts])
 
-    def _judge(self, prefix: str, key: str, values: Sequence[object]) -> None:
+    def _judge(self, prefix: str, key: str, values: Sequence[object], *, is_known: bool) -> None:
+        """Judge a key's values; `is_known` tells that a class may read it."""
         path, kind = f"{prefix}{key}", meaning(key)
         if kind is Meaning.CLASSIFIER:
+            is_known = True  # to every class, by the base of all
             kind = Meaning.COMPUTATION if self._has_classifier else Meaning.UNKNOWN
         if kind is Meaning.NOTHING or key == "architectures" or key in LABEL_KEYS:
             return
@@ -161,7 +165,7 @@ class _Comparison:
         elif all(_same(value, said[0]) for value in said[1:]):
             if len(said) == len(values) or all(_is_blank(value, key) for value in said):
                 return
-            if kind in (Meaning.COMPUTATION, Meaning.ACTIVATION):
+            if kind in (Meaning.COMPUTATION, Meaning.ACTIVATION) and is_known:
                 self._tell(path, values, is_refused=False)
             elif kind is not Meaning.LAYER_KINDS and not self._is_of_told_rope(path):
                 self._list(path, values)
@@ -385,13 +389,20 @@ def _value(part: Mapping[str, Any], key: str, own: ClassDefaults | None) -> obje
     value = part.get(key, _UNSAID)
     fields = own.fields if own is not None else {}
     if value is _UNSAID:
-        value = fields.get(key, LEGACY_DEFAULTS.get(key, _UNSAID))
+        value = fields.get(key, _legacy_default(key, own))
         if value is None and key in fields:
             # A default of None is often worked out: layer_types, num_key_value_heads, ...
             value = None if _is_optional(key) or meaning(key) is Meaning.TUNING else _UNSAID
     if value is None or value is _UNSAID:
         value = _derived(part, key, fields, value)
     return value
+
+
+def _legacy_default(key: str, own: ClassDefaults | None) -> object:
+    """Return what it means that a class without this key is not told of it."""
+    if key in POSITION_KINDS and (own is None or "rope_parameters" in own.fields):
+        return _UNSAID
+    return LEGACY_DEFAULTS.get(key, _UNSAID)
 
 
 def _derived(part: Mapping[str, Any], key: str, fields: Mapping[str, Any], value: object) -> object:

@@ -194,9 +194,10 @@ def same_model_type(one: str, other: str, *, is_nested: bool) -> bool:
     return one == other or any({one, other} <= types for types in _SAME_MODEL_TYPES)
 
 
+POSITION_KINDS = ("position_embedding_type", "position_embeddings_type")
+"""What a model without rotary embeddings adds to its inputs."""
 LEGACY_DEFAULTS: dict[str, object] = {
-    "position_embedding_type": "absolute",
-    "position_embeddings_type": "absolute",
+    **dict.fromkeys(POSITION_KINDS, "absolute"),
     "is_decoder": False,
     "add_cross_attention": False,
     "is_encoder_decoder": False,

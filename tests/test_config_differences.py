@@ -393,6 +393,30 @@ PAIRS = {
         "sentence_transformers.activation_fn",
         "warning",
     ),
+    "another kind of positions by default": (
+        BERT,
+        {**BERT, "position_embedding_type": "relative_key"},
+        "position_embedding_type",
+        "error",
+    ),
+    "positions that a class of rotary ones doesn't name": (
+        {"model_type": "cohere2"},
+        {"model_type": "cohere2", "position_embedding_type": "rope_gptj"},
+        "position_embedding_type",
+        "listed",
+    ),
+    "positions of a class that is not known": (
+        OWN,
+        {**OWN, "position_embedding_type": "alibi"},
+        "position_embedding_type",
+        "warning",
+    ),
+    "a key that no class reads": (
+        {"model_type": "gptj"},
+        {"model_type": "gptj", "scale_attn_weights": True},
+        "scale_attn_weights",
+        "listed",
+    ),
     # Layers that share their parameters, and what a convolution steps over.
     "layers": (ALBERT, {**ALBERT, "num_hidden_layers": 4}, "num_hidden_layers", "error"),
     "layers not said": (
