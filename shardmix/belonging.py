@@ -11,11 +11,10 @@ from typing import Any
 from shardmix.checkpoint import Checkpoint
 from shardmix.config_differences import NamedConfig, config_differences
 from shardmix.config_fit import config_misfits
-from shardmix.declarations import SCALE_KEY, TIE_KEY, declaration_of, scales_output
 from shardmix.differences import Difference, settle
 from shardmix.matching import QUANTISATION
 from shardmix.module_differences import ModularModel, module_differences
-from shardmix.naming import declared_quantisation, input_embedding
+from shardmix.naming import SCALE_KEY, TIE_KEY, declared_quantisation, input_embedding
 from shardmix.preprocessor_differences import preprocessor_differences
 from shardmix.recipe import Recipe
 from shardmix.tokenizer_differences import TokenizerFolder, tokenizer_differences
@@ -108,7 +107,11 @@ def _scale_differences(group: Sequence[Checkpoint], base: Base) -> Iterator[Diff
     configs = [(part.source, part.config) for part in group]
     name, config = configs[0] if base.name is None else (base.name, base.config)
     said = {(each.get(TIE_KEY), each.get(SCALE_KEY)) for each in (config, *dict(configs).values())}
-    scale = declaration_of(config).scale if len(said) > 1 else ""
+    if len(said) == 1:
+        return
+    from shardmix.declarations import declaration_of, scales_output  # few merges need them
+
+    scale = declaration_of(config).scale
     if not scale:
         return
     wanted = scales_output(scale, config)

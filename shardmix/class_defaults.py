@@ -4,7 +4,7 @@ A table made by `tools/class_defaults.py`, loaded when it is first asked.
 """
 
 import functools
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -30,5 +30,5 @@ def class_defaults(model_type: str) -> ClassDefaults | None:
 
 @functools.cache
 def _table() -> dict[str, msgspec.Raw]:
-    content = resources.files("shardmix").joinpath("class_defaults.json").read_bytes()
+    content = Path(__file__).with_name("class_defaults.json").read_bytes()
     return msgspec.json.decode(content, type=dict[str, msgspec.Raw])

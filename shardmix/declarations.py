@@ -7,18 +7,16 @@ process of its own.
 
 import functools
 import json
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-TIE_KEY = "tie_word_embeddings"
-SCALE_KEY = "scale_decoder_outputs"
+from shardmix.naming import SCALE_KEY, TIE_KEY
+
 _TABLE_NAME = "transformers_declarations.json"
 _ASK_SECONDS = 60
 
@@ -219,13 +217,15 @@ def _parts(table: _Table, numbers: tuple[int, ...], kind: type) -> tuple[Any, ..
 
 @functools.cache
 def _table() -> _Table:
-    content = files("shardmix").joinpath(_TABLE_NAME).read_bytes()
+    content = Path(__file__).with_name(_TABLE_NAME).read_bytes()
     return msgspec.json.decode(content, type=_Table)
 
 
 @functools.cache
 def _asked(name: str, folder: Path) -> Declaration | None:
     """Ask an installed transformers of a class; None if it is not installed or does not know it."""
+    import subprocess  # few merges need it
+
     command = [sys.executable, "-m", "shardmix.ask_transformers", name, str(folder)]
     try:
         done = subprocess.run(command, capture_output=True, timeout=_ASK_SECONDS, check=True)

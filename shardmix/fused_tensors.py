@@ -7,13 +7,15 @@ in it. Changes tables, not files.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shardmix.checkpoint import Checkpoint, TensorTable
-from shardmix.declarations import Renaming, declaration_of
 from shardmix.safetensors_layout import DTYPES, TensorInfo, tensor_nbytes
-from shardmix.tensor_names import class_names
+
+if TYPE_CHECKING:
+    from shardmix.declarations import Renaming
 
 # How a loader puts pieces together so that each stays in one piece: experts stacked; experts
 # stacked, each of several parts in a row; parts in a row. And the last one taken apart.
@@ -40,6 +42,9 @@ def split_alike(checkpoints: Sequence[Checkpoint]) -> tuple[Sequence[Checkpoint]
     stored = [set(checkpoint.table.names) for checkpoint in checkpoints]
     if all(names == stored[0] for names in stored):
         return checkpoints, []
+    from shardmix.declarations import declaration_of  # models that agree need none of it
+    from shardmix.tensor_names import class_names
+
     declarations = [
         declaration_of(checkpoint.config, checkpoint.folder) for checkpoint in checkpoints
     ]
@@ -75,7 +80,7 @@ def split_alike(checkpoints: Sequence[Checkpoint]) -> tuple[Sequence[Checkpoint]
 
 
 def _pieces(
-    renaming: Renaming, name: str, shape: Shape, others: Sequence[Mapping[str, TensorInfo]]
+    renaming: "Renaming", name: str, shape: Shape, others: Sequence[Mapping[str, TensorInfo]]
 ) -> list[_Piece]:
     """Return what another model has in place of a tensor, in the order in which it lies in it."""
     if renaming.ops not in _KNOWN:
@@ -100,7 +105,7 @@ def _pieces(
     return []
 
 
-def _fills(renaming: Renaming, pieces: Sequence[_Piece], shape: Shape) -> bool:
+def _fills(renaming: "Renaming", pieces: Sequence[_Piece], shape: Shape) -> bool:
     """Tell whether pieces, one after the other, are a tensor of a shape."""
     if renaming.ops in (_ROW, _TAKEN_APART):
         rows = sum(piece.shape[0] if piece.shape else 0 for piece in pieces)
@@ -111,7 +116,7 @@ def _fills(renaming: Renaming, pieces: Sequence[_Piece], shape: Shape) -> bool:
     return is_even and all(piece.shape == part for piece in pieces)
 
 
-def _whole(renaming: Renaming) -> str:
+def _whole(renaming: "Renaming") -> str:
     """Return what the name of the fused tensor has in place of the pieces' parts."""
     return _plain(renaming.sources[0] if renaming.ops == _TAKEN_APART else renaming.to[0])
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +16,13 @@ import numpy.typing as npt
 from shardmix import naming
 from shardmix.adapters import ADAPTER_REMEDY, adapter_tensor, is_of_adapter
 from shardmix.checkpoint import Checkpoint
-from shardmix.declarations import TIE_KEY, Declaration, declaration_of
 from shardmix.errors import MismatchError, SourceError, listed
 from shardmix.safetensors_layout import DTYPES, FLOAT_DTYPES, INTEGER_DTYPES
-from shardmix.tensor_names import aligned, class_names, prefix_of, without_wrappers
-from shardmix.ties import NamedModel, SharedTensors, share
+from shardmix.tensor_names import without_wrappers
+
+if TYPE_CHECKING:
+    from shardmix.declarations import Declaration
+    from shardmix.ties import SharedTensors
 
 _NUM_LISTED = 3
 _HEADS = re.compile(r"(cls|lm_head|head|classifier|score|qa_outputs|pooler|\w+_head)\.")
@@ -127,49 +129,76 @@ def match_tensors(
     ties = [_tie_statements(checkpoint.config) for checkpoint in checkpoints]
     if has_same_names and ties.count(_tie_statements(out_config)) == len(ties):
         row_of = [_rows(names) for names in stored]
-        names, shared = list(stored[0]), SharedTensors((), tuple({} for _ in stored))
+        found = _Resolved(list(stored[0]), row_of, [{} for _ in stored])
     else:
-        declarations = [
-            declaration_of(checkpoint.config, checkpoint.folder) for checkpoint in checkpoints
-        ]
-        known = _names_of_class(stored, declarations)
-        row_of = [_rows(names) for names in known]
-        partial = _names_not_in_all(row_of)
-        if has_same_names and partial:  # their classes read them as different parameters
-            known, row_of, partial = stored, [_rows(names) for names in stored], []
-        computed = {name for name in partial if naming.is_computed_buffer(name)}
-        if computed:
-            notes.append(
-                f"left out {_listed(sorted(computed))}: not in every model; transformers computes "
-                "it by itself"
-            )
-        models = [
-            NamedModel(checkpoint.config, declaration, rows)
-            for checkpoint, declaration, rows in zip(checkpoints, declarations, row_of, strict=True)
-        ]
-        output = NamedModel(out_config, declaration_of(out_config, out_folder), row_of[0])
-        shared = share(models, output, [name for name in partial if name not in computed])
-        names = [*(name for name in known[0] if name not in computed), *shared.added]
-        _refuse_missing(checkpoints, row_of, shared.rows, names, declarations)
-        notes += _notes_of(shared)
+        found = _resolved(checkpoints, stored, out_config, out_folder, notes)
+    names = found.names
     rows = tuple(
         np.fromiter(
-            (own[name] if name in own else held[name] for name in names),
+            (own[name] if name in own else elsewhere[name] for name in names),
             dtype=np.int32,
             count=len(names),
         )
-        for own, held in zip(row_of, shared.rows, strict=True)
+        for own, elsewhere in zip(found.row_of, found.held, strict=True)
     )
     shapes = _common_shapes(checkpoints, names, rows)
     _refuse_mixed_kinds(checkpoints, names, rows)
     return MatchedTensors(
-        names=tuple(_written_names(names, stored, row_of)),
-        num_added=len(shared.added),
+        names=tuple(_written_names(names, stored, found.row_of)),
+        num_added=found.num_added,
         shapes=shapes,
         rows=rows,
-        untied=shared.untied,
+        untied=found.untied,
         notes=tuple(notes),
     )
+
+
+class _Resolved(NamedTuple):
+    """Names of the output, and where models have what they do not store by them."""
+
+    names: list[str]
+    row_of: list[dict[str, int]]
+    held: Sequence[Mapping[str, int]]
+    num_added: int = 0
+    untied: tuple[str, ...] = ()
+
+
+def _resolved(
+    checkpoints: Sequence[Checkpoint],
+    stored: Sequence[Sequence[str]],
+    out_config: Mapping[str, Any],
+    out_folder: Path | None,
+    notes: list[str],
+) -> _Resolved:
+    """Match models that differ in names, or in what they say of ties."""
+    from shardmix.declarations import declaration_of  # most merges need none of these
+    from shardmix.ties import NamedModel, share
+
+    declarations = [
+        declaration_of(checkpoint.config, checkpoint.folder) for checkpoint in checkpoints
+    ]
+    known = _names_of_class(stored, declarations)
+    row_of = [_rows(names) for names in known]
+    partial = _names_not_in_all(row_of)
+    if partial and all(set(names) == set(stored[0]) for names in stored):
+        # Their classes read the same names as different parameters.
+        known, row_of, partial = list(stored), [_rows(names) for names in stored], []
+    computed = {name for name in partial if naming.is_computed_buffer(name)}
+    if computed:
+        notes.append(
+            f"left out {_listed(sorted(computed))}: not in every model; transformers computes "
+            "it by itself"
+        )
+    models = [
+        NamedModel(checkpoint.config, declaration, rows)
+        for checkpoint, declaration, rows in zip(checkpoints, declarations, row_of, strict=True)
+    ]
+    output = NamedModel(out_config, declaration_of(out_config, out_folder), row_of[0])
+    shared = share(models, output, [name for name in partial if name not in computed])
+    names = [*(name for name in known[0] if name not in computed), *shared.added]
+    _refuse_missing(checkpoints, row_of, shared.rows, names, declarations)
+    notes += _notes_of(shared)
+    return _Resolved(names, row_of, shared.rows, len(shared.added), shared.untied)
 
 
 def _rows(names: Sequence[str]) -> dict[str, int]:
@@ -206,9 +235,11 @@ def _tie_statements(config: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def _names_of_class(
-    stored: Sequence[Sequence[str]], declarations: Sequence[Declaration]
+    stored: Sequence[Sequence[str]], declarations: Sequence["Declaration"]
 ) -> list[Sequence[str]]:
     """Return all models' names as their classes have them, and as the first one spells them."""
+    from shardmix.tensor_names import aligned, class_names, prefix_of
+
     first = class_names(stored[0], declarations[0])
     others = set(first)
     found = [first]
@@ -230,14 +261,15 @@ def _written_names(
     return written
 
 
-def _notes_of(shared: SharedTensors) -> list[str]:
+def _notes_of(shared: "SharedTensors") -> list[str]:
     if not shared.split:
         return []
     told = f"{_listed(shared.split)}: stored by some models and shared with another parameter in "
     if shared.untied:
         where = ", ".join(part or "its config" for part in shared.untied)
         return [
-            f"{told}others; the output stores the mean of each, and {where} says {TIE_KEY}: false"
+            f"{told}others; the output stores the mean of each, and {where} says "
+            f"{naming.TIE_KEY}: false"
         ]
     if shared.is_kept_tied:
         return [
@@ -257,7 +289,7 @@ def _refuse_missing(
     row_of: Sequence[Mapping[str, int]],
     shared: Sequence[Mapping[str, int]],
     names: Sequence[str],
-    declarations: Sequence[Declaration],
+    declarations: Sequence["Declaration"],
 ) -> None:
     def lacks(model: int) -> list[str]:
         return [name for name in names if name not in row_of[model] and name not in shared[model]]
@@ -304,7 +336,7 @@ def _hint(only_there: Sequence[str], only_here: Sequence[str]) -> str:
     return ""
 
 
-def _unknown_class(checkpoint: Checkpoint, declaration: Declaration) -> str:
+def _unknown_class(checkpoint: Checkpoint, declaration: "Declaration") -> str:
     if declaration.is_known or declaration.is_conventional:
         return ""
     return (

@@ -22,7 +22,6 @@ from shardmix._version import __version__
 from shardmix.checkpoint import CONFIG_NAME
 from shardmix.config_dtypes import DTYPE_KEYS, with_dtypes
 from shardmix.counted_folder import CountedFile, CountedFolder
-from shardmix.declarations import TIE_KEY
 from shardmix.errors import SourceError, printable, writing_failed
 from shardmix.filesystem import open_regular
 from shardmix.held_folder import HeldFolder
@@ -30,7 +29,7 @@ from shardmix.json_files import read_json
 from shardmix.matching import QUANTISATION
 from shardmix.model_types import ENCODER
 from shardmix.module_tree import inner_path
-from shardmix.naming import without_quantisation
+from shardmix.naming import TIE_KEY, without_quantisation
 from shardmix.plan import MergePlan, ModuleConfig, OutputShard
 from shardmix.recipe import WEIGHT_SUM_TOLERANCE
 from shardmix.sentence_modules import (

@@ -8,6 +8,11 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+TIE_KEY = "tie_word_embeddings"
+"""What a config calls whether parameters share a tensor."""
+SCALE_KEY = "scale_decoder_outputs"
+"""What a config calls whether the input of the output head is scaled."""
+
 # Output heads that share the input embedding when `tie_word_embeddings` is true, so that a
 # checkpoint may leave them out ...
 _TIED_HEAD_ENDINGS = (
@@ -138,7 +143,7 @@ def ties_word_embeddings(config: Mapping[str, Any]) -> bool | None:
     """
     text = config.get("text_config")
     for part in (config, *([text] if isinstance(text, dict) else []), *config_parts(config)[1:]):
-        value = part.get("tie_word_embeddings")
+        value = part.get(TIE_KEY)
         if isinstance(value, bool):
             return value
     return None

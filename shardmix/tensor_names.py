@@ -6,8 +6,10 @@ matched. Reads no tensor; changes no file.
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from shardmix.declarations import Declaration, Renaming
+if TYPE_CHECKING:
+    from shardmix.declarations import Declaration, Renaming
 
 # What torch.compile, FSDP and activation checkpointing put around modules, anywhere in a name.
 _WRAPPERS = re.compile(
@@ -28,7 +30,7 @@ def without_wrappers(names: Sequence[str]) -> Sequence[str]:
     return names
 
 
-def class_names(names: Sequence[str], declaration: Declaration) -> Sequence[str]:
+def class_names(names: Sequence[str], declaration: "Declaration") -> Sequence[str]:
     """Return the names that transformers reads a checkpoint's names as.
 
     If two names became one, all are returned as they are.
@@ -80,7 +82,7 @@ def prefix_of(names: Sequence[str], others: Collection[str]) -> str:
     return ""
 
 
-def _renamed(names: Sequence[str], renaming: Renaming) -> list[str]:
+def _renamed(names: Sequence[str], renaming: "Renaming") -> list[str]:
     pattern = re.compile(renaming.pattern)
     if renaming.guarded:
         first = re.compile(renaming.pattern.partition("|(?P<g1>")[0])
@@ -90,7 +92,7 @@ def _renamed(names: Sequence[str], renaming: Renaming) -> list[str]:
 
 
 def _match(
-    pattern: re.Pattern[str], name: str, renaming: Renaming
+    pattern: re.Pattern[str], name: str, renaming: "Renaming"
 ) -> tuple[str, re.Match[str]] | None:
     """Return what stands before a name in a renaming's scope, and the match; None without one."""
     before = ""
@@ -104,7 +106,7 @@ def _match(
     return None if match is None else (before, match)
 
 
-def _rename(pattern: re.Pattern[str], name: str, renaming: Renaming) -> str:
+def _rename(pattern: re.Pattern[str], name: str, renaming: "Renaming") -> str:
     found = _match(pattern, name, renaming)
     if found is None:
         return name

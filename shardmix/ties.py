@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shardmix import naming
-from shardmix.declarations import TIE_KEY, Declaration, Tie, config_part
+from shardmix.declarations import Declaration, Tie, config_part
 
 # Shared in transformers before version 5, whatever the config said. If one is missing in a file of
 # a model that is not tied, it can only have been written by such a version.
@@ -189,7 +189,7 @@ def _untied(
         if is_tied[pair.tie] and is_split and (pair.target, pair.source) in off:
             places[pair.tie.of] = None
             # Else that would bring the tie back, for transformers or for other programs.
-            if config_part(output.config, pair.tie.nested).get(TIE_KEY) is True:
+            if config_part(output.config, pair.tie.nested).get(naming.TIE_KEY) is True:
                 places[pair.tie.nested] = None
     for pair in declared:
         if pair.tie.of in places and not (
