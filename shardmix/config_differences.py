@@ -20,7 +20,7 @@ from shardmix.config_keys import (
     same_model_type,
 )
 from shardmix.config_labels import LABEL_KEYS, has_no_classifier, label_difference
-from shardmix.differences import Difference, shown_value
+from shardmix.differences import Difference, same_number, shown_value
 from shardmix.errors import printable
 
 _NUM_LISTED = 6
@@ -458,7 +458,7 @@ def _task(architectures: object) -> str | None:
 
 
 def _same(one: object, other: object) -> bool:
-    if one == other or (_is_blank(one) and _is_blank(other)):
+    if (_is_blank(one) and _is_blank(other)) or same_number(one, other):
         return True
     return one != one and other != other
 

@@ -5,12 +5,14 @@ Pure. Who finds them is elsewhere; this is where they become an error or a warni
 
 import difflib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from shardmix.errors import MismatchError, printable
 
 _MOST_TOLD = 5
+_ROUNDED = 2.0**-23
 EVERYTHING = "\0"
 """Allows every difference: of a merge that was made, and is only computed again. Nobody's key."""
 
@@ -48,6 +50,22 @@ def shown_value(value: object, limit: int = 60) -> str:
     except (ValueError, TypeError, RecursionError):  # an integer of thousands of digits
         return f"a large {type(value).__name__}"
     return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def same_number(one: object, other: object) -> bool:
+    """Tell whether two values are equal, but for numbers that a program rounded to float32.
+
+    0.485 has become 0.48500001430511475 so. Of two lists the items are compared.
+    """
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return all(map(_is_close, one, other))
+    return _is_close(one, other)
+
+
+def _is_close(one: object, other: object) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=_ROUNDED)
+    return one == other
 
 
 def settle(differences: Sequence[Difference], allowed: Sequence[str]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shardmix.differences import Difference, shown_value
+from shardmix.differences import Difference, same_number, shown_value
 from shardmix.errors import SourceError, listed, printable
 from shardmix.filesystem import refuse_link_outside
 from shardmix.json_files import read_json
@@ -54,7 +54,7 @@ def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
         key
         for key, value in one.items()
         if key in other
-        and value != other[key]
+        and not same_number(value, other[key])
         and isinstance(value, dict) == isinstance(other[key], dict)
         and not (key.startswith("_") or key.endswith("_type") or key in _ABOUT_THE_CODE)
     ]

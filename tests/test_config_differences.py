@@ -418,6 +418,12 @@ PAIRS = {
         "listed",
     ),
     # Layers that share their parameters, and what a convolution steps over.
+    "eps rounded to float32": (
+        changed(LLAMA, rms_norm_eps=1e-5),
+        changed(LLAMA, rms_norm_eps=9.999999747378752e-06),
+        "rms_norm_eps",
+        None,
+    ),
     "layers": (ALBERT, {**ALBERT, "num_hidden_layers": 4}, "num_hidden_layers", "error"),
     "layers not said": (
         ALBERT,

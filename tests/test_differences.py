@@ -3,7 +3,7 @@ import json
 import pytest
 
 import shardmix
-from shardmix.differences import Difference, settle
+from shardmix.differences import Difference, same_number, settle
 from shardmix.errors import MismatchError, RecipeError
 from shardmix.recipe import build_recipe, difference_keys
 from tests.models import random_model, save_model
@@ -66,3 +66,22 @@ def test_verify_plans_with_the_keys_of_the_merge(tmp_path):
     record = json.loads((tmp_path / "out" / "shardmix.json").read_text())
     assert record["allow_differences"] == ["a", "b"]
     assert shardmix.verify(tmp_path / "out", recompute=True).is_verified
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        (1e-5, 9.999999747378752e-06, True),
+        (1e-5, 1.00001e-5, False),
+        ([0.485, 0.5], [0.48500001430511475, 0.5], True),
+        ([0.485, 0.5], [0.485], False),
+        (500_000, 500_001, False),
+        (1, 1.0, True),
+        (float("inf"), 1e300, False),
+        ([[1.0]], [[1]], True),
+        ("1", 1, False),
+    ],
+)
+def test_a_number_rounded_to_float32_is_the_same(one, other, is_same):
+    assert same_number(one, other) is is_same
+    assert same_number(other, one) is is_same
