@@ -388,6 +388,8 @@ def _value(part: Mapping[str, Any], key: str, own: ClassDefaults | None) -> obje
         return _UNSAID
     value = part.get(key, _UNSAID)
     fields = own.fields if own is not None else {}
+    if key in POSITION_KINDS and value == LEGACY_DEFAULTS[key] and "rope_parameters" in fields:
+        return _UNSAID  # versions wrote the default whatever the class did
     if value is _UNSAID:
         value = fields.get(key, _legacy_default(key, own))
         if value is None and key in fields:

@@ -405,6 +405,12 @@ PAIRS = {
         "position_embedding_type",
         "listed",
     ),
+    "positions by default beside rotary ones": (
+        MODERN,
+        {**MODERN, "position_embedding_type": "absolute"},
+        "position_embedding_type",
+        None,
+    ),
     "positions of a class that is not known": (
         OWN,
         {**OWN, "position_embedding_type": "alibi"},
