@@ -20,7 +20,8 @@ from shardmix.errors import OutputError, writing_failed
 from shardmix.findings import NOTHING_FOUND, LeafFindings
 from shardmix.held_folder import HeldFolder
 from shardmix.merge_description import MergeDescription, asked_otherwise, changed_files
-from shardmix.plan import MergePlan
+from shardmix.plan import AGREE, MergePlan
+from shardmix.safetensors_layout import element_nbytes
 
 JOURNAL_NAME = "journal"
 _FORMAT = 2
@@ -136,13 +137,21 @@ def open_journal(folder: HeldFolder, plan: MergePlan) -> Journal:
 
 
 def journal_nbytes(plan: MergePlan) -> int:
-    """Return how long a merge's journal will be, at most, if nothing is found in the data."""
+    """Return how long a merge's journal will be, at most, if there is no NaN or Inf.
+
+    Integers may differ between models in every leaf that they lie in.
+    """
     head = msgspec.json.encode(_head(plan, "0" * 64))
     lines = 0
     for number, shard in enumerate(plan.shards):
         leaves = LeafDigests(plan.digest_algorithm, shard.file_nbytes)
         line = _Line(number, len(leaves), "00" * leaves.digest_nbytes)
         lines += len(leaves) * (len(msgspec.json.encode(line)) + 1)
+        for run in shard.runs:
+            if run.reduction == AGREE:
+                stop = run.out_offset + run.num_elements * element_nbytes(run.out_dtype)
+                num_parts = num_leaves(stop) - run.out_offset // LEAF_NBYTES
+                lines += num_parts * len(msgspec.json.encode({run.name: run.models}))
     return len(head) + 1 + lines
 
 

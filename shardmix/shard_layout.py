@@ -167,8 +167,7 @@ class _SourceColumns:
         if not order.size:
             return [0]
         before, after = order[:-1], order[1:]
-        joined = self._is_float[before] & self._is_float[after]
-        joined &= self._out_ranks[before] == self._out_ranks[after]
+        joined = self._is_float[before] & (self._out_ranks[before] == self._out_ranks[after])
         for model in self._weighted:
             files, ranks = self._files[model], self._ranks[model]
             ends = self._starts[model] + self._nbytes[model]

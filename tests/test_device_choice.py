@@ -339,3 +339,15 @@ def test_a_trial_keeps_two_strips_in_flight_where_the_device_does(tmp_path, gpu)
         )
     )
     assert source_bytes_per_second(plan, simulated) > 0
+
+
+def test_an_open_plan_counts_both_libraries(monkeypatch):
+    """Both devices are tried in one process."""
+    gpu_machine(monkeypatch)
+    asked = []
+    monkeypatch.setattr(
+        planner, "reserved_nbytes", lambda *libraries, **_: asked.append(libraries) or 0
+    )
+    memory_of(RunSettings(device="cuda", backend="torch", is_device_open=True))
+    memory_of(RunSettings(device="cpu", backend="llvm"))
+    assert asked == [("torch", "llvm"), ("llvm",)]

@@ -2,14 +2,19 @@
 
 import json
 from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 import shardmix
+from shardmix.counted_folder import CountedFolder
 from shardmix.disk_need import disk_needed_nbytes
 from shardmix.errors import OutputError
+from shardmix.journal import journal_nbytes
+from tests.cut_off import large_models
 from tests.faults import resize, small_disk
 from tests.models import random_model, save_model
 
@@ -196,3 +201,50 @@ def test_finite_models_are_not_looked_at_again(tmp_path, monkeypatch):
     tensors = {"w": torch.full((9,), float("nan"))}
     models = [(save_model(tmp_path / name, tensors), 0.5) for name in "ab"]
     assert len(shardmix.merge(models, tmp_path / "out").nonfinite) == 1
+
+
+def test_a_tensor_is_counted_once(tmp_path, monkeypatch):
+    """However many strips of it hold NaN."""
+    monkeypatch.setattr("shardmix.work._MANY", 2)
+    monkeypatch.setattr("shardmix.disk_need.check_disk", None)
+    tensors = {"w": torch.full((3_000_000,), float("nan"))}
+    models = [(save_model(tmp_path / name, tensors), 0.5) for name in "ab"]
+    report = shardmix.merge(models, tmp_path / "out")
+    assert report.strip_bytes < tensors["w"].nbytes / 2
+    assert [finding.num_nan for finding in report.nonfinite] == [3_000_000]
+
+
+def test_a_folder_that_counts():
+    """Whole blocks a file, one a folder; what is made anew counts as it was made last."""
+    folder = CountedFolder(Path("nowhere"))
+    for name, nbytes in [
+        ("b", 9 * BLOCK),
+        ("a", 0),
+        ("b", 1),
+        ("c/d/e", BLOCK),
+        ("c/f", BLOCK + 1),
+    ]:
+        with folder.create(name) as file:
+            file.write(b"x" * (nbytes // 2))
+            file.count(nbytes - nbytes // 2)
+    assert folder.sizes == {"a": 0, "b": 1, "c/d/e": BLOCK, "c/f": BLOCK + 1}
+    assert folder.nbytes == (0 + 1 + 1 + 2 + 3) * BLOCK
+
+
+def test_the_journal_counts(tmp_path, monkeypatch):
+    """Of a large merge it is more than a block, as long as its lines are."""
+    plan = shardmix.plan_merge(two(tmp_path), tmp_path / "out")
+    need = disk_needed_nbytes(plan)
+    monkeypatch.setattr("shardmix.journal.journal_nbytes", lambda plan: 99 * BLOCK + 1)
+    assert disk_needed_nbytes(plan) - need == 99 * BLOCK
+
+
+@pytest.mark.parametrize("digest", ["xxh3", "sha256"])
+def test_a_journal_is_as_long_as_foretold(tmp_path, digest):
+    models = large_models(tmp_path)
+    plan = shardmix.plan_merge(models, tmp_path / "out", digest=digest)
+    with mock.patch("shardmix.engine.write_provenance", side_effect=KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            shardmix.merge(models, tmp_path / "out", digest=digest)
+    length = (tmp_path / ".out.shardmix" / "journal").stat().st_size
+    assert length <= journal_nbytes(plan) <= length + 300

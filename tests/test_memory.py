@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from shardmix.memory import (
     VramUse,
     default_workers,
     fit_memory,
+    reserved_nbytes,
 )
 from shardmix.units import MIB, parse_size
 from tests.fresh_process import python
@@ -167,3 +170,73 @@ def test_without_a_budget_four_fifths_of_the_free_memory_is_one(monkeypatch):
         memory.check_room(801 * MIB, max_memory=None, purpose="x: to decode it")
     monkeypatch.setattr(memory, "available_nbytes", lambda: 0)
     memory.check_room(64 * MIB, max_memory=None, purpose="what takes little is not asked about")
+
+
+def test_the_strip_shrinks_last(monkeypatch):
+    """One worker with an eighth of the best strip comes before any smaller strip."""
+    fitted = {}
+    for mib in range(1, 60):
+        try:
+            plan = fit_memory(
+                reserved=RESERVED, best_strip=8 * MIB, max_memory=RESERVED + mib * MIB
+            )
+        except BudgetError:
+            continue
+        fitted.setdefault(plan.workers, set()).add(plan.strip_nbytes)
+    assert MIB in fitted[1]
+    assert all(strips == {MIB} for workers, strips in fitted.items() if 1 < workers < max(fitted))
+
+
+def test_workers_that_were_asked_for_stay():
+    """Too little memory for them is an error, though it would do for fewer."""
+    options = {"reserved": RESERVED, "best_strip": BEST_STRIP}
+    budget = fit_memory(**options, workers=1).projected_peak_nbytes
+    assert fit_memory(**options, max_memory=budget).workers >= 1
+    with pytest.raises(BudgetError, match="fewer than 64 workers"):
+        fit_memory(**options, workers=64, max_memory=budget)
+
+
+def test_what_is_held_is_no_less_to_spare():
+    """The bound is what torch holds and what the GPU has beside that."""
+    options = {"reserved": RESERVED, "best_strip": 16 * MIB, "num_devices": 1, "workers": 2}
+    whole = fit_memory(**options)
+    used = VramUse(held_nbytes=500 * MIB, spare_nbytes=whole.projected_vram_nbytes)
+    assert fit_memory(**options, vram=used).strip_nbytes == 16 * MIB
+
+
+@pytest.fixture
+def reserved(monkeypatch):
+    """Return what is reserved beyond what the process holds, with no library loaded."""
+    monkeypatch.setattr(memory, "resident_nbytes", lambda: 0)
+    monkeypatch.setattr(memory, "torch_has_cuda_build", lambda: False)
+    monkeypatch.setattr(memory, "cuda_in_use", lambda: None)
+    loaded = {}
+    monkeypatch.setattr(memory, "sys", SimpleNamespace(modules=loaded))
+    nothing = reserved_nbytes()
+
+    def beyond(*libraries, load=(), **counts):
+        loaded.clear()
+        loaded.update(dict.fromkeys(load))
+        return reserved_nbytes(*libraries, **counts) - nothing
+
+    return beyond
+
+
+def test_libraries_that_are_loaded_count_once(reserved):
+    """They are part of what the process holds; others are estimated, each of them."""
+    assert reserved("torch") == 200 * MIB
+    assert reserved("llvm") == 80 * MIB
+    assert reserved("torch", "llvm") == 280 * MIB
+    assert reserved("torch", "llvm", load=["torch"]) == 80 * MIB
+    assert reserved("torch", "llvm", load=["torch", "llvmlite"]) == 0
+
+
+def test_contexts_of_gpus_count_until_they_are_there(reserved, monkeypatch):
+    """600 MiB for the first, 200 for each other."""
+    assert [reserved(num_devices=count) for count in (0, 1, 3)] == [0, 600 * MIB, 1000 * MIB]
+    monkeypatch.setattr(memory, "cuda_in_use", lambda: "torch.cuda")
+    assert reserved(num_devices=3) == 0
+
+
+def test_tensors_that_may_hold_nan_count(reserved):
+    assert reserved(num_tensors=50_000) == 128 * 50_000

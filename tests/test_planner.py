@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import shardmix
+from shardmix import planner
 from shardmix.plan import AGREE, LINEAR, MergePlan
 from shardmix.units import MIB
 from tests.models import assert_same_bits, load_model, random_model, save_model
@@ -301,3 +302,38 @@ def test_the_config_names_the_dtype_of_most_bytes(tmp_path):
     shardmix.merge(models, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["torch_dtype"] == "bfloat16"
+
+
+def test_shards_are_split_by_the_outputs_dtype(tmp_path):
+    """Four tensors of 200 bytes as bfloat16, of 400 in the models."""
+    tensors = {f"t{number}": torch.ones(100) for number in range(4)}
+    models = [(save_model(tmp_path / name, tensors), 0.5) for name in "ab"]
+    for dtype, expected in [("bfloat16", [2, 2]), ("keep", [1, 1, 1, 1])]:
+        plan = shardmix.plan_merge(models, dtype=dtype, max_shard_size=400)
+        assert [len(shard.tensor_names) for shard in plan.shards] == expected
+
+
+def test_an_output_that_kernels_do_not_know_is_torchs(tmp_path):
+    """Its dtype is the first model's, also if that is left out of the sum."""
+    pytest.importorskip("llvmlite", reason="needs llvmlite")
+    wide, narrow = torch.zeros(3, dtype=torch.float64), torch.tensor([1.0, 2.0, 3.0])
+    models = [
+        (save_model(tmp_path / "a", {"w": wide}), 0),
+        (save_model(tmp_path / "b", {"w": narrow}), 1),
+    ]
+    plan = shardmix.plan_merge(models)
+    assert plan.settings.backend == "torch"
+    shardmix.merge(models, tmp_path / "out")
+    assert_same_bits(load_model(tmp_path / "out"), {"w": narrow.double()})
+    with pytest.raises(shardmix.RecipeError, match="backend llvm: it does not know F64"):
+        shardmix.plan_merge(models, backend="llvm")
+
+
+def test_memory_is_planned_for_every_tensor(tmp_path, monkeypatch):
+    """By the plan, and once more when the backend is loaded."""
+    asked = []
+    monkeypatch.setattr(
+        planner, "reserved_nbytes", lambda *_, **counts: asked.append(counts["num_tensors"]) or 0
+    )
+    shardmix.merge(two_models(tmp_path), tmp_path / "out")
+    assert asked == [len(NAMES), len(NAMES)]

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from shardmix.placement import PAGE_NBYTES, address, place_in_page
 from shardmix.plan import AGREE
-from shardmix.reducer import strip_num_elements
+from shardmix.reducer import Reducers, strip_num_elements
 from shardmix.reducer.agree import AgreeReducer
 from shardmix.reducer.tensor_math import accumulate, round_into
+from shardmix.reducer.torch_sum import TorchBackend
 from tests.models import random_tensor, round_once, weighted_sum
 from tests.reducing import COMPILED, FLOATS, NAMES, backend_of, raw_bytes, reduce, run_of
 
@@ -333,3 +336,96 @@ def test_a_strip_of_integers_fits_its_buffers(dtype):
         for strip_nbytes, buffer_nbytes in [(1 << 20, 1 << 16), (1 << 12, 1 << 12), (4, 8)]:
             count = strip_num_elements(run, strip_nbytes=strip_nbytes)
             assert 1 <= count <= max(1, buffer_nbytes // widest)
+
+
+def begun(reducer, run, start, sources):
+    """Do one strip of a run from whole sources; return its output's bytes."""
+    num_elements = len(sources[0])
+    reducer.begin(run, start, num_elements)
+    for number, source in enumerate(sources):
+        staging = reducer.staging(number)
+        assert len(staging) == source.nbytes
+        staging[:] = raw_bytes(source)
+        reducer.add(number, staging)
+    data = bytes(reducer.finish())
+    reducer.wait()
+    return data
+
+
+@pytest.mark.parametrize("backend", ["cpu", "llvm"])
+def test_a_reducer_does_strip_after_strip(backend):
+    """A shorter one at the same place in a page, and one of another run of the same length."""
+    first, second = random_tensor((4096,), seed=1), random_tensor((4096,), seed=2)
+    run = run_of(["F32"] * 2, "F32", [0.5, 0.5], 4106)
+    (reducer,) = backend_of(backend, run).make_reducers(strip_nbytes=1 << 16)
+    for start, stop in [(0, 4096), (4096, 4106), (0, 4096)]:
+        parts = [source[: stop - start] for source in (first, second)]
+        expected = weighted_sum(parts, [0.5, 0.5], torch.float32)
+        assert begun(reducer, run, start, parts) == raw_bytes(expected)
+    other = dataclasses.replace(run, weights=(2.0, -1.0))
+    expected = weighted_sum([first, second], [2.0, -1.0], torch.float32)
+    assert begun(reducer, other, 0, [first, second]) == raw_bytes(expected)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "llvm"])
+def test_buffers_lie_half_a_page_from_their_files(backend):
+    """Wherever in the run a strip begins, for sources and for the output."""
+    sources = [torch.ones(100).bfloat16()] * 2
+    run = run_of(["BF16"] * 2, "BF16", [0.5, 0.5], 10_000)
+    run = dataclasses.replace(run, offsets=(130, 1000), out_offset=264)
+    (reducer,) = backend_of(backend, run).make_reducers(strip_nbytes=1 << 16)
+    for start in (0, 100, 1077, 4096):
+        reducer.begin(run, start, 100)
+        for number, source in enumerate(sources):
+            staging = reducer.staging(number)
+            expected = place_in_page(run.offsets[number] + 2 * start)
+            assert address(staging) % PAGE_NBYTES == expected
+            staging[:] = raw_bytes(source)
+            reducer.add(number, staging)
+        expected = place_in_page(run.out_offset + 2 * start)
+        assert address(reducer.finish()) % PAGE_NBYTES == expected
+
+
+def test_strips_of_a_run_lie_alike_within_pages():
+    """They have as many elements as pages have bytes, or at least whole vectors."""
+    run = run_of(["BF16"] * 3, "BF16", [0.5] * 3, 10**9)
+    assert strip_num_elements(run, strip_nbytes=1_000_000) % PAGE_NBYTES == 0
+    assert strip_num_elements(run, strip_nbytes=10_000) % 64 == 0
+
+
+def test_integers_agree_strip_by_strip():
+    """What differed in one strip is not said of the next."""
+    run = run_of(["I64"] * 2, "I64", [0.5, 0.5], 8, AGREE)
+    reducer = AgreeReducer(strip_nbytes=1 << 12)
+    values = torch.arange(4)
+    for other, differing in [(values + 1, {1}), (values, set())]:
+        begun(reducer, run, 0, [values, other])
+        assert reducer.disagreeing == differing
+
+
+def test_integers_take_small_buffers():
+    """They are not in the projection by themselves."""
+    (linear,) = TorchBackend("cpu").make_reducers(strip_nbytes=1 << 12)
+    tracemalloc.start()
+    try:
+        reducer = Reducers(linear, strip_nbytes=16 << 20)[AGREE]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    run = run_of(["I64"], "I64", [1.0], 10**6, AGREE)
+    reducer.begin(run, 0, strip_num_elements(run, strip_nbytes=16 << 20))
+    assert len(reducer.staging(0)) == 1 << 16
+    assert 1 << 16 < peak < 1 << 18
+
+
+def test_torchs_threads_are_as_before_a_merge():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        backend = TorchBackend("cpu")
+        with backend.running():
+            backend.make_reducers(strip_nbytes=1 << 12)
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

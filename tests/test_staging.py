@@ -347,3 +347,15 @@ def test_a_lock_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="disk is full"), open_staging(tmp_path / "new" / "out"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_old_model_is_no_part_of_the_new(tmp_path):
+    """What is put aside meanwhile takes nothing of the room that the merge has been told of."""
+    with open_staging(tmp_path / "out") as staging:
+        before = staging.nbytes
+        (staging.path / "model" / "half").write_bytes(bytes(8192))
+        assert staging.nbytes >= before + 8192
+        there = staging.nbytes
+        (staging.path / "old").mkdir()
+        (staging.path / "old" / "whole").write_bytes(bytes(8192))
+        assert staging.nbytes == there
