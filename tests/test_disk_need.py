@@ -241,10 +241,12 @@ def test_the_journal_counts(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("digest", ["xxh3", "sha256"])
 def test_a_journal_is_as_long_as_foretold(tmp_path, digest):
-    models = large_models(tmp_path)
+    models = large_models(tmp_path)  # whose integers differ
     plan = shardmix.plan_merge(models, tmp_path / "out", digest=digest)
-    with mock.patch("shardmix.engine.write_provenance", side_effect=KeyboardInterrupt):
-        with pytest.raises(KeyboardInterrupt):
-            shardmix.merge(models, tmp_path / "out", digest=digest)
+    with (
+        mock.patch("shardmix.engine.write_provenance", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        shardmix.merge(models, tmp_path / "out", digest=digest)
     length = (tmp_path / ".out.shardmix" / "journal").stat().st_size
     assert length <= journal_nbytes(plan) <= length + 300
