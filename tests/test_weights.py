@@ -94,7 +94,7 @@ def test_the_first_model_gives_names_all_the_same(tmp_path):
     assert "m2" not in differing
 
 
-def test_integers_of_one_left_out_are_not_compared(tmp_path):
+def test_integers_left_out_are_not_compared(tmp_path):
     models = [
         (save_model(tmp_path / f"m{n}", {"w": torch.ones(2), "ids": torch.arange(3) + n}), weight)
         for n, weight in enumerate((0.5, 0.0, 0.5))
@@ -225,7 +225,7 @@ def test_counts_of_batches_are_kept(tmp_path):
     assert load_model(tmp_path / "out")["bn1.num_batches_tracked"].item() == 7
 
 
-def test_of_many_integers_that_differ_some_are_named(tmp_path):
+def test_of_many_integers_some_are_named(tmp_path):
     """A line each for the first ten; thousands would bury every other warning."""
     tensors = {f"ids.{number:02d}": torch.arange(3) for number in range(13)}
     models = [
