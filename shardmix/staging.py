@@ -141,14 +141,15 @@ def open_staging(output: Path, *, restart: bool = False) -> Iterator[Staging]:
     With `restart` what an earlier run has left is thrown away first. Raises `OutputError` if
     another process is at work on the same output, or if the folder there is not this user's.
     """
-    with ExitStack() as stack:
-        try:
-            opened = _open_locked(output)
-        except OSError as error:
-            raise writing_failed(output, error, "cannot be made") from None
-        stack.callback(opened.close)
-        staging = opened.staging
-        try:
+    staging: Staging | None = None
+    try:
+        with ExitStack() as stack:
+            try:
+                opened = _open_locked(output)
+            except OSError as error:
+                raise writing_failed(output, error, "cannot be made") from None
+            stack.callback(opened.close)
+            staging = opened.staging
             try:
                 staging.is_worth_keeping = True  # until it is known what there is
                 _take_up(staging, restart=restart)
@@ -161,10 +162,11 @@ def open_staging(output: Path, *, restart: bool = False) -> Iterator[Staging]:
                     with suppress(OSError, OutputError):
                         _clear(staging.hidden)
                         opened.remove_empty()
-        except KeyboardInterrupt as error:
-            if staging.is_placed:
-                error.args = (f"{output} is complete and in place",)
-            raise
+    except KeyboardInterrupt as error:
+        # Around all of it: it may come while the last folder is being closed.
+        if staging is not None and staging.is_placed:
+            error.args = (f"{output} is complete and in place",)
+        raise
 
 
 @contextmanager

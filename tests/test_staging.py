@@ -52,6 +52,23 @@ def test_after_an_error_nothing_is_left(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupt_while_folders_close(tmp_path, monkeypatch):
+    """An interrupt after all is in place says so, also if it comes as the last folder closes."""
+    close = staging_module._Opened.close
+
+    def close_and_stop(self):
+        close(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(staging_module._Opened, "close", close_and_stop)
+    with (
+        pytest.raises(KeyboardInterrupt, match="out is complete and in place"),
+        staged_folder(tmp_path / "out", overwrite=False, fsync=False) as folder,
+    ):
+        fill(folder)
+    assert (tmp_path / "out" / "model.safetensors").read_text() == "new"
+
+
 @pytest.mark.parametrize("exchange", [True, False])
 def test_overwriting_keeps_the_old_one_until_the_new_is_whole(tmp_path, monkeypatch, exchange):
     if not exchange:  # a system without renameat2
