@@ -13,7 +13,8 @@ from typing import Any
 
 import psutil
 
-TIE_KEY = "tie_word_embeddings"
+from shardmix.naming import TIE_KEY
+
 _MOST_NBYTES = 4 << 30  # layers of a model without weights; a stranger's config may name any number
 
 

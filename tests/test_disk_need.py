@@ -1,7 +1,6 @@
 """The disk that a plan asks for is what the output takes: no less, and hardly more."""
 
 import json
-from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -15,25 +14,13 @@ from shardmix.disk_need import disk_needed_nbytes
 from shardmix.errors import OutputError
 from shardmix.journal import journal_nbytes
 from tests.cut_off import large_models
-from tests.faults import resize, small_disk
+from tests.faults import resize
 from tests.models import random_model, save_model
+from tests.small_disks import disk_or_skip
 
 BLOCK = 4096
 UNTIED = {"model_type": "llama", "tie_word_embeddings": True, "torch_dtype": "float16"}
 LONG = "ein Modell mit ä, ö, ü und \U0001f600 " * 3
-
-
-@contextmanager
-def disk(folder, nbytes):
-    try:
-        mounted = small_disk(folder, nbytes)
-        place = mounted.__enter__()
-    except PermissionError as error:
-        pytest.skip(f"this process may not mount a disk: {error}")
-    try:
-        yield place
-    finally:
-        mounted.__exit__(None, None, None)
 
 
 def many_tensors(root, count, num_elements=16, value=1.0):
@@ -117,7 +104,7 @@ def test_a_disk_of_that_size_is_enough(tmp_path, case):
     make, options = CASES[case]
     models = make(tmp_path)
     told = shardmix.plan_merge(models, tmp_path / "out", **options).disk_needed_nbytes
-    with disk(tmp_path / "disk", told - BLOCK) as place:
+    with disk_or_skip(tmp_path / "disk", told - BLOCK) as place:
         with pytest.raises(OutputError, match=r"needs .* free some space"):
             shardmix.merge(models, place / "out", **options)
         assert list(place.iterdir()) == []
@@ -160,7 +147,7 @@ def test_findings_without_room_end_a_merge_early(tmp_path):
     """What is told of NaN is not known before; once it is, a disk that lacks room is named."""
     models = nan_models(tmp_path)
     told = shardmix.plan_merge(models, tmp_path / "out").disk_needed_nbytes
-    with disk(tmp_path / "disk", told) as place:
+    with disk_or_skip(tmp_path / "disk", told) as place:
         with pytest.raises(OutputError, match=r"needs .* are done and kept in .* goes on"):
             shardmix.merge(models, place / "out", workers=1)
         staged = place / ".out.shardmix" / "model"
@@ -174,7 +161,7 @@ def test_findings_without_room_end_a_merge_early(tmp_path):
 def test_findings_with_room_end_no_merge(tmp_path):
     models = nan_models(tmp_path)
     told = shardmix.plan_merge(models, tmp_path / "out").disk_needed_nbytes
-    with disk(tmp_path / "disk", told + 600_000) as place:
+    with disk_or_skip(tmp_path / "disk", told + 600_000) as place:
         report = shardmix.merge(models, place / "out", workers=1)
     assert len(report.nonfinite) == 2000
 

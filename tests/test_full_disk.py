@@ -5,23 +5,17 @@ The long form is `tools/fault_harness.py disk`.
 
 import pytest
 
-from tests.faults import NONE, Variation, resize, small_disk
+from tests.faults import NONE, Variation, resize
 from tests.faulty_cli import Fault
+from tests.small_disks import disk_or_skip
 
 
 @pytest.fixture
 def disk(bench, request):
     """A disk of a few bytes, mounted for one test."""
     folder = bench.folder / f"disk-{abs(hash(request.node.name))}"
-    try:
-        mounted = small_disk(folder, 400_000)
-        place = mounted.__enter__()
-    except PermissionError as error:
-        pytest.skip(f"this process may not mount a disk: {error}")
-    try:
+    with disk_or_skip(folder, 400_000) as place:
         yield place
-    finally:
-        mounted.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize("nbytes", [16_384, 300_000, 825_000], ids=["lock", "weights", "card"])

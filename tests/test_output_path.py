@@ -7,8 +7,8 @@ from shardmix import output_path
 from shardmix.errors import OutputError
 from shardmix.held_folder import HeldFolder
 from shardmix.output_path import check_disk, check_output, resolve_output
-from tests.faults import small_disk
 from tests.models import random_model, save_model
+from tests.small_disks import disk_or_skip
 
 
 def model(folder, seed=1):
@@ -176,14 +176,7 @@ def test_a_mount_point_is_not_overwritten(tmp_path, monkeypatch):
 
 
 def test_a_disk_mounted_there_is_not_overwritten(tmp_path):
-    mounted = small_disk(tmp_path / "out", 400_000)
-    try:
-        place = mounted.__enter__()
-    except PermissionError as error:
-        pytest.skip(f"this process may not mount a disk: {error}")
-    try:
+    with disk_or_skip(tmp_path / "out", 400_000) as place:
         save_model(place, random_model(1))
         with pytest.raises(OutputError, match="out: is a mount point"):
             check_output(place, overwrite=True, inputs=())
-    finally:
-        mounted.__exit__(None, None, None)
