@@ -15,7 +15,7 @@ BENCH_OPTIONS ?=
 .PHONY: demo test bench lint format docs clean
 
 demo: $(DEMO_STAMP)
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m docs.examples.demo
 
 test: $(DEV_STAMP) lint
 	$(BIN)/python -m pytest -q
@@ -34,7 +34,7 @@ format: $(DEV_STAMP)
 	$(BIN)/ruff format .
 
 docs: $(DEV_STAMP)
-	$(BIN)/python tools/cli_reference.py > docs/cli.md
+	$(BIN)/python -m tests.generators.cli_reference > docs/cli.md
 
 $(DEMO_STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

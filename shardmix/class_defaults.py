@@ -1,6 +1,6 @@
 """Defaults of transformers' config classes: the meaning of a key that a config leaves out.
 
-A table made by `tools/class_defaults.py`, loaded when it is first asked.
+A table made by `tests/generators/class_defaults.py`, loaded when it is first asked.
 """
 
 import functools

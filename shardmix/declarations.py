@@ -1,8 +1,8 @@
 """Declarations of transformers' model classes: shared parameters, and other names for them.
 
-Reads a table that `tools/transformers_declarations.py` writes from transformers itself, so that no
-merge has to import it. A class that is not in the table is asked of an installed transformers, by a
-process of its own.
+Reads a table that `tests/generators/transformers_declarations.py` writes from transformers itself,
+so that no merge has to import it. A class that is not in the table is asked of an installed
+transformers, by a process of its own.
 """
 
 import functools

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.faults import Bench
+    from tests.faults.merges import Bench
 
 # Nothing in the tests may reach the network; the Hub is played by a local server where needed.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,8 +38,8 @@ def reference() -> Path:
 
 @pytest.fixture(scope="session")
 def bench() -> "Iterator[Bench]":
-    """Return what merges that come to harm are started from; see tests/faults.py."""
-    from tests.faults import Bench, CommandLines
+    """Return what merges that come to harm are started from; see tests/faults/."""
+    from tests.faults.merges import Bench, CommandLines
 
     # Not pytest's own folder, which other users of the machine may not enter.
     with tempfile.TemporaryDirectory() as folder:

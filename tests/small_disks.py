@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import small_disk
+from tests.faults.merges import small_disk
 
 
 @contextmanager

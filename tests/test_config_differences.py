@@ -579,9 +579,9 @@ def test_strange_values_are_no_error_of_ours(key, number):
 
 
 def test_the_table_is_what_transformers_declares():
-    """Run `python tools/class_defaults.py` after an update of transformers."""
+    """Run `python -m tests.generators.class_defaults` after an update of transformers."""
     code = (
-        "import tools.class_defaults as t\n"
+        "import tests.generators.class_defaults as t\n"
         "assert t.TARGET.read_text() == t.written(t.class_defaults())"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

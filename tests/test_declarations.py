@@ -11,7 +11,7 @@ from shardmix.declarations import Tie, class_name, config_part, declaration_of, 
 
 transformers = pytest.importorskip("transformers")
 
-from tools import transformers_declarations as generator  # noqa: E402
+from tests.generators import transformers_declarations as generator  # noqa: E402
 
 NUM_SAMPLED = 10
 # Their ties are declared in ways of their own.

@@ -14,7 +14,7 @@ from shardmix.disk_need import disk_needed_nbytes
 from shardmix.errors import OutputError
 from shardmix.journal import journal_nbytes
 from tests.cut_off import large_models
-from tests.faults import resize
+from tests.faults.merges import resize
 from tests.models import random_model, save_model
 from tests.small_disks import disk_or_skip
 

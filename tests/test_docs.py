@@ -14,7 +14,8 @@ MODULES = {path.stem for path in (ROOT / "shardmix").glob("*.py") if not path.st
 
 def test_the_cli_reference_is_what_help_says():
     generated = subprocess.run(
-        [sys.executable, ROOT / "tools" / "cli_reference.py"],
+        [sys.executable, "-m", "tests.generators.cli_reference"],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,

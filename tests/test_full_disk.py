@@ -1,12 +1,12 @@
 """A disk that is full is called by its name; given room, the same merge goes on.
 
-The long form is `tools/fault_harness.py disk`.
+The long form is `tests/faults/campaign.py disk`.
 """
 
 import pytest
 
-from tests.faults import NONE, Variation, resize
-from tests.faulty_cli import Fault
+from tests.faults.faulty_cli import Fault
+from tests.faults.merges import NONE, Variation, resize
 from tests.small_disks import disk_or_skip
 
 

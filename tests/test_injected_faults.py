@@ -1,6 +1,6 @@
 """Whatever call fails: one clear line, nothing half-done, and the same merge goes on.
 
-The long form is `tools/fault_harness.py injected`.
+The long form is `tests/faults/campaign.py injected`.
 """
 
 import dataclasses
@@ -8,8 +8,8 @@ import errno
 
 import pytest
 
-from tests.faults import NEW, Variation, calls_of
-from tests.faulty_cli import Fault
+from tests.faults.faulty_cli import Fault
+from tests.faults.merges import NEW, Variation, calls_of
 
 NEW_OUTPUT = Variation(sharded=False, fsync=True)
 OVERWRITING = Variation(overwrite=True, sharded=False)

@@ -1,6 +1,6 @@
 """A merge that is killed at any moment leaves nothing half-done, and can be gone on with.
 
-The long form is `tools/fault_harness.py kills`, `points` and `losses`.
+The long form is `tests/faults/campaign.py kills`, `points` and `losses`.
 """
 
 import dataclasses
@@ -9,8 +9,8 @@ import signal
 
 import pytest
 
-from tests.faults import NEW, NONE, OLD, Variation, calls_of, lose_writes
-from tests.faulty_cli import Fault
+from tests.faults.faulty_cli import Fault
+from tests.faults.merges import NEW, NONE, OLD, Variation, calls_of, lose_writes
 
 CHANGING = (
     *("open", "write", "pwrite", "sendfile", "truncate", "ftruncate", "fsync", "mkdir"),

@@ -1,6 +1,6 @@
 """A source that changes while a merge waits to be gone on with, or while it is at work.
 
-The long form is `tools/fault_harness.py sources`.
+The long form is `tests/faults/campaign.py sources`.
 """
 
 import os
@@ -8,8 +8,8 @@ import signal
 
 import pytest
 
-from tests.faults import NONE, UNHARMED, Variation
-from tests.faulty_cli import Fault
+from tests.faults.faulty_cli import Fault
+from tests.faults.merges import NONE, UNHARMED, Variation
 
 NOBODY = 65534
 

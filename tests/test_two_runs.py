@@ -1,6 +1,6 @@
 """Two merges to one output, and merges that are told to stop.
 
-The long form is `tools/fault_harness.py races` and `signals`.
+The long form is `tests/faults/campaign.py races` and `signals`.
 """
 
 import contextlib
@@ -10,8 +10,8 @@ import signal
 
 import pytest
 
-from tests.faults import NEW, NONE, OLD, Variation, calls
-from tests.faulty_cli import Fault
+from tests.faults.faulty_cli import Fault
+from tests.faults.merges import NEW, NONE, OLD, Variation, calls
 
 
 @pytest.fixture

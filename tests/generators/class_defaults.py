@@ -2,7 +2,7 @@
 
 Asks every config class of the transformers that is installed; run it again after an update:
 
-    python tools/class_defaults.py
+    python -m tests.generators.class_defaults
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from shardmix.config_keys import Meaning, meaning
 
-TARGET = Path(__file__).parent.parent / "shardmix" / "class_defaults.json"
+TARGET = Path(__file__).parents[2] / "shardmix" / "class_defaults.json"
 _LONGEST_LIST = 8
 # Sorted, since some classes make their defaults from sets.
 _COMPACT = {"allow_nan": False, "sort_keys": True, "separators": (",", ":")}

@@ -1,6 +1,6 @@
 """Print what transformers declares of its model classes: shardmix/transformers_declarations.json.
 
-    python tools/transformers_declarations.py [--classes REGEX] > table.json
+    python -m tests.generators.transformers_declarations [--classes REGEX] > table.json
 
 Which parameters share one tensor, by which key of a config, and which names of a checkpoint are
 read as which names of the class. Every class is built on the meta device, without weights, from its

@@ -1,6 +1,6 @@
 """Prints docs/cli.md: what `--help` says of every command, as Markdown.
 
-python tools/cli_reference.py > docs/cli.md
+python -m tests.generators.cli_reference > docs/cli.md
 """
 
 import inspect

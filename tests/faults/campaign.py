@@ -1,7 +1,7 @@
 """Harm merges in every way that a machine can, and see that nothing is lost or looks whole.
 
-    python tools/fault_harness.py kills --count 200 --seed 1
-    python tools/fault_harness.py all
+    python -m tests.faults.campaign kills --count 200 --seed 1
+    python -m tests.faults.campaign all
 
 The long form of tests/test_kill_and_resume.py and its neighbours; prints a table, and each failure
 with what leads to it again. Needs the packages of the tests; `disk` needs leave to mount.
@@ -24,11 +24,9 @@ import time
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from tests import faults
-from tests.faults import NEW, NONE, Bench, CommandLines, Merge, Variation
-from tests.faulty_cli import Fault
+from tests.faults import merges as faults
+from tests.faults.faulty_cli import Fault
+from tests.faults.merges import NEW, NONE, Bench, CommandLines, Merge, Variation
 
 SMALL_LEAF = 64 * 1024
 SMALL, LARGE = 100_000, 4_000_000

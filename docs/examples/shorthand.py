@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from retrieval import Pair
+from docs.examples.retrieval import Pair
 
 Choices = tuple[tuple[str, str], ...]
 """Shorthand and what it means."""

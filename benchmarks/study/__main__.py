@@ -1,4 +1,4 @@
-"""LM-Cocktail's experiments on small models: `python examples/study.py --work-dir DIR`.
+"""LM-Cocktail's experiments on small models: `python -m benchmarks.study --work-dir DIR`.
 
 Trains two families, a small Llama and all-MiniLM-L6-v2, each a base and fine-tunes of it; mixes
 them by fixed weights and by weights from five examples; measures on what no training has seen.
@@ -21,17 +21,18 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from study_encoder import prepare_encoders
-from study_mixing import (
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.study.encoder import prepare_encoders
+from benchmarks.study.mixing import (
     choose_temperature,
     compute_all_losses,
     measure_by_data,
     measure_singles,
     measure_tuned_tasks,
 )
-from study_rewriting import prepare_decoders
-from study_tables import new_task_table, pool_table, temperature_table, tuned_table
-from transformers.utils import logging as transformers_logging
+from benchmarks.study.rewriting import prepare_decoders
+from benchmarks.study.tables import new_task_table, pool_table, temperature_table, tuned_table
 
 PREPARE = {"decoder": prepare_decoders, "encoder": prepare_encoders}
 

@@ -1,9 +1,9 @@
 """A shardmix command line that is harmed on purpose: what runs in the process that comes to harm.
 
-`python -m tests.faulty_cli merge ...` is `shardmix merge ...` with the fault that the environment
-variable SHARDMIX_FAULT names (JSON of `Fault`). `python -m tests.faulty_cli --serve 0` loads all
-that a merge needs, once, and forks such a command line for each request. The library itself knows
-nothing of faults.
+`python -m tests.faults.faulty_cli merge ...` is `shardmix merge ...` with the fault that the
+environment variable SHARDMIX_FAULT names (JSON of `Fault`). `... --serve 0` loads all that a merge
+needs, once, and forks such a command line for each request. The library itself knows nothing of
+faults.
 """
 
 import builtins

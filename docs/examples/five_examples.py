@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import merge
-from retrieval import Pair, read_pairs
 from rich.console import Console
 from rich.table import Table
-from shorthand import make_pairs
+
+from docs.examples.command_line import merge
+from docs.examples.retrieval import Pair, read_pairs
+from docs.examples.shorthand import make_pairs
 
 DATA = Path(__file__).parent / "data"
 JOBS = {"clinical": "clinical notes", "notam": "notices to pilots", "prescription": "prescriptions"}
@@ -24,7 +25,7 @@ SPECIALTIES = ("clinical", "notam")
 """Jobs that one of the models was trained for; it bears the job's name."""
 NUM_PRESCRIPTIONS = 100
 TEMPERATURE = 1.0
-"""Of the softmax over losses; see `examples/README.md` for how it was chosen."""
+"""Of the softmax over losses; see `docs/examples/README.md` for how it was chosen."""
 
 MIN_LEAD_OVER_UNIFORM = 3.0
 """Points, on a job that one of the models was trained for."""

@@ -1,6 +1,6 @@
 """Fuzzes what reads files of strangers, guided by coverage: any exception but ours is a crash.
 
-    python tools/fuzz.py header --seconds 600
+    python -m tests.hostile.fuzz header --seconds 600
 
 A target takes bytes for the content of one file and opens it as `shardmix` would. Seeds are small
 valid files, made anew for each run; inputs that crashed are kept in the work directory.

