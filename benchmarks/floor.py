@@ -7,7 +7,7 @@ checkpoints of one layout.
 
 Two things make it as fast as it is. A file system lets one thread at a time write to a file. And
 the kernel's copies are up to six times as slow where the destination lies a few bytes behind the
-source by their places within a page (see `shardmix/placement.py`).
+source by their places within a page (see `shardmix/system/buffers.py`).
 
     python benchmarks/floor.py A B C -o OUT --threads 2 --strip-size 512KiB
 

@@ -34,9 +34,9 @@ from turns import Turns
 
 # shardmix as it would be without its care for other files.
 KEEPING = """
-import shardmix.planner
-from shardmix.page_cache import CacheUse
-shardmix.planner.plan_cache_use = lambda **sizes: CacheUse(True, True)
+import shardmix.plan.planner
+from shardmix.system.page_cache import CacheUse
+shardmix.plan.planner.plan_cache_use = lambda **sizes: CacheUse(True, True)
 from shardmix.cli import main
 main()
 """

@@ -20,8 +20,8 @@ from machine import print_facts
 from page_cache import read_into_cache
 
 import shardmix
-from shardmix.footprint import INTERVAL_SECONDS, memory_probe
-from shardmix.stage_clock import NO_CLOCK, READ, StageClock
+from shardmix.profiling.sampler import INTERVAL_SECONDS, memory_probe
+from shardmix.system.timer import NO_CLOCK, READ, StageClock
 
 
 def microseconds(call: Callable[[], object], *, count: int) -> float:

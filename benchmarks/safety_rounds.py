@@ -19,8 +19,9 @@ from pathlib import Path
 from unittest import mock
 
 import shardmix
-from shardmix import digests, journal
-from shardmix.reducer import kernels
+from shardmix.compute.backend import kernels
+from shardmix.output import journal
+from shardmix.system import digests
 
 
 class NoHasher:

@@ -5,7 +5,7 @@
     report = shardmix.merge({"org/base": 0.6, "./tuned": 0.4}, "merged", max_memory="2GiB")
 
 `merge` does it, `plan_merge` says what it would do, `inspect` shows one checkpoint. `mix_models`,
-`mix_models_with_data` and `mix_models_by_layers` are LM-Cocktail's; `shardmix.scorer` computes
+`mix_models_with_data` and `mix_models_by_layers` are LM-Cocktail's; `shardmix.scoring` computes
 weights from examples. Names are loaded on first use, so that importing shardmix costs nothing.
 """
 
@@ -19,11 +19,6 @@ if TYPE_CHECKING:
     from shardmix.api import merge as merge
     from shardmix.api import plan_merge as plan_merge
     from shardmix.api import report_plan as report_plan
-    from shardmix.by_examples import merge_by_examples as merge_by_examples
-    from shardmix.cocktail import mix_models as mix_models
-    from shardmix.cocktail import mix_models_by_layers as mix_models_by_layers
-    from shardmix.cocktail import mix_models_with_data as mix_models_with_data
-    from shardmix.engine import ProgressEvent as ProgressEvent
     from shardmix.errors import BudgetError as BudgetError
     from shardmix.errors import DeviceError as DeviceError
     from shardmix.errors import MergeCancelled as MergeCancelled
@@ -33,37 +28,42 @@ if TYPE_CHECKING:
     from shardmix.errors import RecipeError as RecipeError
     from shardmix.errors import ShardmixError as ShardmixError
     from shardmix.errors import SourceError as SourceError
-    from shardmix.merge_options import MergeOptions as MergeOptions
-    from shardmix.model_report import ModelReport as ModelReport
-    from shardmix.output_status import StatusReport as StatusReport
-    from shardmix.output_status import status as status
-    from shardmix.plan import MergePlan as MergePlan
+    from shardmix.execute.executor import ProgressEvent as ProgressEvent
+    from shardmix.lm_cocktail import mix_models as mix_models
+    from shardmix.lm_cocktail import mix_models_by_layers as mix_models_by_layers
+    from shardmix.lm_cocktail import mix_models_with_data as mix_models_with_data
+    from shardmix.options import MergeOptions as MergeOptions
+    from shardmix.plan.merge_plan import MergePlan as MergePlan
     from shardmix.recipe import Recipe as Recipe
     from shardmix.recipe import WeightedSource as WeightedSource
-    from shardmix.report import MergeReport as MergeReport
-    from shardmix.report import PlanReport as PlanReport
-    from shardmix.verification import VerifyReport as VerifyReport
-    from shardmix.verification import verify as verify
+    from shardmix.reports import MergeReport as MergeReport
+    from shardmix.reports import ModelReport as ModelReport
+    from shardmix.reports import PlanReport as PlanReport
+    from shardmix.score_and_merge import merge_by_examples as merge_by_examples
+    from shardmix.verification.status import StatusReport as StatusReport
+    from shardmix.verification.status import status as status
+    from shardmix.verification.verify import VerifyReport as VerifyReport
+    from shardmix.verification.verify import verify as verify
 
 _HOME = {
     "merge": "api",
     "plan_merge": "api",
     "inspect": "api",
     "report_plan": "api",
-    "status": "output_status",
-    "verify": "verification",
-    "mix_models": "cocktail",
-    "mix_models_by_layers": "cocktail",
-    "mix_models_with_data": "cocktail",
-    "merge_by_examples": "by_examples",
-    "MergeOptions": "merge_options",
-    "MergePlan": "plan",
-    "MergeReport": "report",
-    "ModelReport": "model_report",
-    "PlanReport": "report",
-    "ProgressEvent": "engine",
-    "StatusReport": "output_status",
-    "VerifyReport": "verification",
+    "status": "verification.status",
+    "verify": "verification.verify",
+    "mix_models": "lm_cocktail",
+    "mix_models_by_layers": "lm_cocktail",
+    "mix_models_with_data": "lm_cocktail",
+    "merge_by_examples": "score_and_merge",
+    "MergeOptions": "options",
+    "MergePlan": "plan.merge_plan",
+    "MergeReport": "reports",
+    "ModelReport": "reports",
+    "PlanReport": "reports",
+    "ProgressEvent": "execute.executor",
+    "StatusReport": "verification.status",
+    "VerifyReport": "verification.verify",
     "Recipe": "recipe",
     "WeightedSource": "recipe",
     "ShardmixError": "errors",

@@ -3,56 +3,45 @@
 Puts the layers together. Imports torch only to merge.
 """
 
-import os
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import closing, nullcontext
 from os import PathLike
 from pathlib import Path
 
-from shardmix import engine, planner
-from shardmix.checkpoint import (
-    Checkpoint,
-    main_place,
-    open_checkpoint,
-    open_checkpoints,
-    read_config,
-    weight_names,
-)
-from shardmix.digests import LEAF_NBYTES
-from shardmix.disk_need import disk_needed_nbytes
 from shardmix.errors import (
-    BudgetError,
     MergeCancelled,
     NonfiniteError,
     OutputError,
-    RecipeError,
     ShardmixError,
     SourceChangedError,
-    SourceError,
 )
-from shardmix.filesystem import free_nbytes
-from shardmix.hub import locate
-from shardmix.journal import Journal, open_journal
-from shardmix.matching import check_mergeable
-from shardmix.merge_options import MergeOptions, digest_algorithm, run_settings
-from shardmix.model_report import ModelReport, describe_model
-from shardmix.model_types import contradiction, fitting_types
-from shardmix.module_tree import read_modules
-from shardmix.output_path import check_disk, check_output, resolve_output
-from shardmix.plan import MergePlan
-from shardmix.read_ahead import reading_ahead
-from shardmix.readers import readers_of
-from shardmix.readiness import ready
+from shardmix.execute import executor
+from shardmix.execute.prepare import ready
+from shardmix.execute.read_ahead import reading_ahead
+from shardmix.options import MergeOptions, digest_algorithm, run_settings
+from shardmix.output.destination import check_disk, check_output, resolve_output
+from shardmix.output.disk_need import disk_needed_nbytes
+from shardmix.output.journal import Journal, open_journal
+from shardmix.output.permissions import readers_of
+from shardmix.output.staging import Staging, open_staging, settle, staged_nbytes
+from shardmix.plan.merge_plan import MergePlan, planner
+from shardmix.plan.merge_plan.opening import disk_errors_named, open_models
+from shardmix.profiling.recorder import check_profile_place, recording
 from shardmix.recipe import ModelsArgument, build_recipe
-from shardmix.recording import check_profile_place, recording
-from shardmix.report import MergeReport, PlanReport, describe_merge, describe_plan
-from shardmix.sentence_modules import MODULES_NAME
-from shardmix.source_files import has_changed
-from shardmix.staging import Staging, open_staging, settle, staged_nbytes
-from shardmix.units import format_size, parse_size
+from shardmix.reports import (
+    MergeReport,
+    ModelReport,
+    PlanReport,
+    describe_merge,
+    describe_model,
+    describe_plan,
+)
+from shardmix.sources.checkpoint import open_checkpoint
+from shardmix.sources.open_files import has_changed
+from shardmix.system.digests import LEAF_NBYTES
+from shardmix.system.files import free_nbytes
+from shardmix.system.units import format_size, parse_size
 
 if sys.version_info >= (3, 11):
     from typing import Unpack
@@ -65,7 +54,7 @@ def merge(
     output: str | PathLike[str],
     *,
     model_type: str | None = None,
-    on_progress: engine.OnProgress | None = None,
+    on_progress: executor.OnProgress | None = None,
     cancel: threading.Event | None = None,
     **options: Unpack[MergeOptions],
 ) -> MergeReport:
@@ -121,7 +110,7 @@ def merge(
                         )
                     _check_planned_alike(planned, plan)
                     recorded.begin_merge(plan, backend)
-                    result = engine.execute(
+                    result = executor.execute(
                         plan,
                         backend,
                         staging,
@@ -177,36 +166,23 @@ def plan_merge(
         model_type=model_type,
     )
     target = None if output is None else resolve_output(output)
-    with _disk_errors_named():
+    with disk_errors_named():
         if target is not None:
             # Before sources are opened: that may mean hours of download.
             check_output(target, overwrite=settings.overwrite, inputs=())
         check_profile_place(settings.profile, target, inputs=())
-        checkpoints = []
-        for checkpoint in open_checkpoints(recipe.sources, max_memory=settings.max_memory_nbytes):
-            for part in checkpoint.parts:
-                check_mergeable(part, recipe.allow_differences)
-            checkpoints.append(checkpoint)
-        donor = _donor(recipe.base, checkpoints[0])
-        _check_model_type(model_type=recipe.model_type, donor=donor)
-        inputs = [path for checkpoint in checkpoints for path in _extent(checkpoint)]
-        inputs += [donor.folder] if recipe.base is not None else []
+        opened = open_models(recipe, max_memory=settings.max_memory_nbytes)
         if target is not None:
-            check_output(target, overwrite=settings.overwrite, inputs=inputs)
-        check_profile_place(settings.profile, target, inputs)
-        outcome: planner.Outcome = {
-            "output": target,
-            "digest_algorithm": digest,
-            "record_paths": options.get("record_paths", False),
-        }
-        try:
-            plan = planner.plan_merge(recipe, checkpoints, donor, settings, **outcome)
-        except BudgetError as error:
-            if settings.device != "auto":
-                raise
-            on_cpu = replace(settings, device="cpu")
-            plan = planner.plan_merge(recipe, checkpoints, donor, on_cpu, **outcome)
-            plan = replace(plan, warnings=(*plan.warnings, f"on the CPU, since on a GPU {error}"))
+            check_output(target, overwrite=settings.overwrite, inputs=opened.paths)
+        check_profile_place(settings.profile, target, opened.paths)
+        plan = planner.plan_merge(
+            recipe,
+            opened,
+            settings,
+            output=target,
+            digest_algorithm=digest,
+            record_paths=options.get("record_paths", False),
+        )
         return plan.with_disk_needed(disk_needed_nbytes(plan))
 
 
@@ -228,37 +204,19 @@ def inspect(source: str | PathLike[str]) -> ModelReport:
         >>> shardmix.inspect("org/name").num_parameters
         22713216
     """
-    with _disk_errors_named():
+    with disk_errors_named():
         return describe_model(open_checkpoint(str(source)))
-
-
-@contextmanager
-def _disk_errors_named() -> Iterator[None]:
-    """Turn what no check foresaw, such as a folder without permission, into a clear error."""
-    try:
-        yield
-    except OSError as error:
-        raise SourceError(
-            f"{error.filename or 'a file'}: cannot be read ({error.strerror or error}); check its "
-            "permissions and its disk"
-        ) from None
 
 
 def _limit_readers(staging: Staging, plan: MergePlan) -> tuple[str, ...]:
     """Shut out of the output who may not read every source, unless asked; say so."""
     if plan.settings.share:
         return ()
-    with _disk_errors_named():
+    with disk_errors_named():
         readers = readers_of(plan, group=staging.hidden.status().st_gid)
     note = readers.note(staging.output, staging.folder.mode)
     staging.folder.limit_permissions(readers.mode)
     return note
-
-
-def _extent(checkpoint: Checkpoint) -> list[Path]:
-    """Return what of the disk is the checkpoint's: its folder, and files that may be links."""
-    files = [shard.path for part in checkpoint.parts for shard in part.shards]
-    return files if checkpoint.is_single_file else [checkpoint.root, *files]
 
 
 def _check_planned_alike(then: MergePlan, now: MergePlan) -> None:
@@ -286,52 +244,4 @@ def _kept(staging: Staging, journal: Journal, plan: MergePlan, error: BaseExcept
     return (
         f"{format_size(done)} of {format_size(plan.write_nbytes)} are done and kept in "
         f"{staging.path}: {way}"
-    )
-
-
-def _check_model_type(*, model_type: str | None, donor: planner.Donor) -> None:
-    """Raise `RecipeError` if what the output's config says contradicts the type that was named."""
-    if model_type is None:
-        return
-    has_modules = os.path.lexists(donor.folder / MODULES_NAME)
-    finding = contradiction(donor.config, model_type, has_modules=has_modules)
-    if finding is not None:
-        fitting = " or ".join(fitting_types(donor.config))
-        raise RecipeError(
-            f"model type {model_type!r}: the config of {donor.name} says {finding}; "
-            f"leave --model-type out{f', or name what it is: {fitting}' if fitting else ''}"
-        )
-
-
-def _donor(base: str | None, first: Checkpoint) -> planner.Donor:
-    if base is None:
-        name = planner.public_name(first)
-        return planner.Donor(
-            name,
-            first.root,
-            first.config,
-            first.commit,
-            weights=first.weight_names,
-            is_single_file=first.is_single_file,
-            left_out=first.left_out,
-            # Of a file alone nothing is merged but itself; that is told of where it is not enough.
-            modules=read_modules(first.root) if first.is_single_file else first.modules,
-            main_place=first.place,
-        )
-    located = locate(base, with_weights=False)
-    is_single_file = not located.path.is_dir()
-    folder = located.path.parent if is_single_file else located.path
-    name = base if located.hub_id is not None else folder.resolve().name
-    modules = () if is_single_file else read_modules(folder)
-    place = main_place(folder, modules)
-    return planner.Donor(
-        name,
-        folder,
-        read_config(folder / place),
-        located.commit,
-        weights=(located.path.name,) if is_single_file else weight_names(folder),
-        is_single_file=is_single_file,
-        left_out=located.left_out,
-        modules=modules,
-        main_place=place,
     )

@@ -14,12 +14,12 @@ from typing import Any
 
 import yaml
 
+from shardmix.conventions.mergekit_recipes import mergekit_finding
+from shardmix.conventions.model_types import check_model_type
+from shardmix.conventions.sentence_modules import check_pooling
 from shardmix.errors import RecipeError, is_unicode, one_line, shown
-from shardmix.filesystem import read_regular
-from shardmix.mergekit_recipes import mergekit_finding
-from shardmix.model_types import check_model_type
-from shardmix.sentence_modules import check_pooling
-from shardmix.units import parse_size
+from shardmix.system.files import read_regular
+from shardmix.system.units import parse_size
 
 WEIGHT_SUM_TOLERANCE = 1e-3
 OUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shardmix import merge_profile
+from shardmix.profiling import profile
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = {path.stem for path in (ROOT / "shardmix").glob("*.py") if not path.stem.startswith("_")}
@@ -59,11 +59,11 @@ def test_make_targets_that_the_docs_name_exist(name):
 
 def test_every_field_of_a_profile_is_documented_and_no_other():
     prefixes = {
-        merge_profile.Profile: "",
-        merge_profile.PlannedMerge: "plan.",
-        merge_profile.StageProfile: "stages.NAME.",
-        merge_profile.Machine: "machine.",
-        merge_profile.Samples: "samples.",
+        profile.Profile: "",
+        profile.PlannedMerge: "plan.",
+        profile.StageProfile: "stages.NAME.",
+        profile.Machine: "machine.",
+        profile.Samples: "samples.",
     }
     fields = {
         prefix + field.name

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import shardmix
-from tests.models import load_model
+from tests.support.models import load_model
 
 transformers = pytest.importorskip("transformers")
 sentence_transformers = pytest.importorskip("sentence_transformers")

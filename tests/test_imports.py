@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import shardmix
-from tests.fresh_process import python
-from tests.models import random_model, save_model
+from tests.support.fresh_process import python
+from tests.support.models import random_model, save_model
 
 HEAVY = ("torch", "transformers", "accelerate", "matplotlib")
 
@@ -18,8 +18,8 @@ def loaded_after(code):
 def test_importing_shardmix_loads_next_to_nothing():
     code = "import shardmix\nprint('numpy' in sys.modules)"
     assert python(f"import sys\n{code}").split() == ["False"]
-    assert loaded_after("import shardmix, shardmix.api, shardmix.scorer") == "[]"
-    weigh = "import shardmix.scorer\nshardmix.scorer.compute_weights([1.0, 2.0], 5.0)"
+    assert loaded_after("import shardmix, shardmix.api, shardmix.scoring") == "[]"
+    weigh = "import shardmix.scoring\nshardmix.scorer.compute_weights([1.0, 2.0], 5.0)"
     assert loaded_after(weigh) == "[]"
 
 
@@ -39,7 +39,7 @@ def test_examples_are_checked_without_torch(tmp_path):
 def test_help_loads_neither_torch_nor_the_engine(command):
     run = (
         f"sys.argv = ['shardmix', *{command.split()!r}, '--help']\n"
-        "from shardmix.cli.app import app\n"
+        "from shardmix.cli.commands import app\n"
         "try: app()\nexcept SystemExit as end: assert not end.code"
     )
     assert loaded_after(run) == "[]"
@@ -47,7 +47,7 @@ def test_help_loads_neither_torch_nor_the_engine(command):
 
 def test_the_command_line_itself_loads_click_and_nothing_else():
     names = (*HEAVY, "rich", "msgspec", "numpy", "psutil", "yaml", "huggingface_hub", "pydantic")
-    code = f"import sys, shardmix.cli.app\nprint([m for m in {names!r} if m in sys.modules])"
+    code = f"import sys, shardmix.cli.commands\nprint([m for m in {names!r} if m in sys.modules])"
     assert python(code) == "[]\n"
 
 
@@ -56,7 +56,7 @@ def test_a_merge_loads_nothing_of_other_commands(tmp_path):
     names = ("verification", "output_status", "by_examples", "scorer.examples", "cli.render")
     code = (
         f"sys.argv = ['shardmix', 'merge', '{a}=0.5', '{b}=0.5', '-o', {str(tmp_path / 'o')!r}]\n"
-        "from shardmix.cli.app import app\n"
+        "from shardmix.cli.commands import app\n"
         "try: app()\nexcept SystemExit as end: assert not end.code\n"
         f"print([m for m in {names!r} if 'shardmix.' + m in sys.modules])"
     )

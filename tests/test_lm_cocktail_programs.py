@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub_server import HubServer
-from tests.language_models import save_language_model
+from tests.support.hub_server import HubServer
+from tests.support.language_models import save_language_model
 
 REPOS = {
     "llama": ("meta-llama/Llama-2-7b-chat-hf", "Shitao/llama2-ag-news", "Shitao/llama2-nq"),

@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import shardmix
-from shardmix import engine
+from shardmix.anomalies import LeafFindings
+from shardmix.compute.backend import load_backend
 from shardmix.errors import OutputError, SourceError
-from shardmix.findings import LeafFindings
-from shardmix.journal import open_journal
-from shardmix.output_shard import GrowingLeaves
-from shardmix.plan import OutputShard
-from shardmix.reader import PreadReader
-from shardmix.reducer import load_backend
-from shardmix.staging import open_staging
-from shardmix.work import Work
-from tests.models import (
+from shardmix.execute import executor
+from shardmix.execute.task_queue import Work
+from shardmix.output.journal import open_journal
+from shardmix.output.shard_writer import GrowingLeaves
+from shardmix.output.staging import open_staging
+from shardmix.plan.merge_plan import OutputShard
+from shardmix.sources.readers import PreadReader
+from tests.support.models import (
     assert_same_bits,
     load_model,
     random_model,
@@ -150,7 +150,7 @@ def test_bytes_depend_on_recipe_and_sources_alone(tmp_path_factory, data):
             open_staging(tmp_path / "out", restart=True) as staging,
             closing(open_journal(staging.hidden, plan)) as journal,
         ):
-            engine.execute(plan, load_backend(plan), staging, journal)
+            executor.execute(plan, load_backend(plan), staging, journal)
         assert folder_bytes(tmp_path / "out") == expected
 
 
@@ -307,7 +307,7 @@ def test_dtypes_that_kernels_do_not_know_are_torchs(tmp_path):
 
 
 def test_an_llvm_that_is_broken_is_made_up_for_by_torch_and_said_so(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "shardmix.reducer.llvm_sum", None)  # its import fails
+    monkeypatch.setitem(sys.modules, "shardmix.compute.llvm_cpu", None)  # its import fails
     report = shardmix.merge(three_models(tmp_path), tmp_path / "out")
     assert report.backend == "torch"
     assert any("llvm cannot be used here" in warning for warning in report.warnings)
@@ -358,7 +358,7 @@ def test_nan_and_inf_are_counted_by_tensor(tmp_path, backend, strip_nbytes):
         open_staging(tmp_path / "out") as staging,
         closing(open_journal(staging.hidden, plan)) as journal,
     ):
-        result = engine.execute(plan, load_backend(plan), staging, journal)
+        result = executor.execute(plan, load_backend(plan), staging, journal)
     assert result.findings.nonfinite == {"t03": (1, 0, 0), "t07": (0, 2, 0), "t08": (1, 0, 0)}
     report = shardmix.merge(models, tmp_path / "again")
     assert report.warnings[:3] == (

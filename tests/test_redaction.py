@@ -8,11 +8,11 @@ import pytest
 from click.testing import CliRunner
 
 import shardmix
-from shardmix import hub
-from shardmix.cli.app import app
+from shardmix.cli.commands import app
 from shardmix.errors import one_line, printable, shown
 from shardmix.redaction import logs_redacted, without_environment, without_secrets, without_user
-from tests.models import random_model, save_model
+from shardmix.sources import hub
+from tests.support.models import random_model, save_model
 
 TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz01234567"
 

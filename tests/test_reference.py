@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 import shardmix
-from shardmix.scorer import score
-from tests.models import assert_same_bits, load_model, weighted_sum
+from shardmix.scoring import score
+from tests.support.models import assert_same_bits, load_model, weighted_sum
 
 CASES = ("decoder/merged", "encoder/merged", "encoder-decoder/merged", "reranker/merged")
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shardmix
-from shardmix.journal import Journal
-from tests.cut_off import cut_off_after
+from shardmix.output.journal import Journal
+from tests.support.cut_off import cut_off_after
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 WEIGHTS = (0.5, 0.3, 0.2)

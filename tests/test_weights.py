@@ -8,8 +8,8 @@ import torch
 
 import shardmix
 from shardmix.recipe import vanishes_in_float32
-from tests.cut_off import cut_off, large_models
-from tests.models import (
+from tests.support.cut_off import cut_off, large_models
+from tests.support.models import (
     assert_same_bits,
     load_model,
     random_model,

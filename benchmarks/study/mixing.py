@@ -1,7 +1,7 @@
 """LM-Cocktail's experiments, for any family of models: who is mixed with whom, and how much.
 
 A family is a base, fine-tunes of it, and a measure for each task. Mixing here means weights for
-`shardmix.merge`; those drawn from data come from `shardmix.scorer`. Knows nothing of training.
+`shardmix.merge`; those drawn from data come from `shardmix.scoring`. Knows nothing of training.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any
 
 import shardmix
-from shardmix.scorer import compute_weights, score
+from shardmix.scoring import compute_weights, score
 
 TEMPERATURES = (0.03, 0.1, 0.3, 1.0, 5.0)
 """What the choice is made from; the last is LM-Cocktail's default."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 def main() -> None:
     """Run the command line; exit with 0, 1 (something to mend), 2 (usage), 130 or 143 (stopped)."""
     with rare_collections():
-        from shardmix.cli.app import app
+        from shardmix.cli.commands import app
 
     status = 0
     try:

@@ -8,12 +8,12 @@ from shardmix.errors import RecipeError
 
 if TYPE_CHECKING:
     from shardmix.recipe import ModelsArgument
-    from shardmix.scorer.options import ScoreOptions
+    from shardmix.scoring.options import ScoreOptions
 
 
 def merge_options(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the library's options from a command's arguments, which have the same names."""
-    from shardmix.merge_options import MergeOptions
+    from shardmix.options import MergeOptions
 
     options = {name: arguments[name] for name in MergeOptions.__annotations__ if name in arguments}
     options["fsync"] = not arguments["no_fsync"]
@@ -25,7 +25,7 @@ def merge_options(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def score_options(arguments: dict[str, Any], *, dtype: str) -> "ScoreOptions":
     """Return those scoring options that were given; the library knows the defaults."""
-    from shardmix.scorer.options import ScoreOptions
+    from shardmix.scoring.options import ScoreOptions
 
     shared = {"dtype", "device", "max_memory", "max_vram", "pooling"}
     names = set(ScoreOptions.__annotations__) - shared

@@ -28,7 +28,7 @@ def profile_files(asked: Path | None) -> tuple[Path | None, Path | None]:
             f"--profile {str(asked)!r}: a picture takes matplotlib, which is not installed; "
             "pip install 'shardmix[profile]', or name a .json file for the figures alone"
         )
-    from shardmix.recording import is_profile
+    from shardmix.profiling.recorder import is_profile
 
     figures = asked.with_suffix(".json")
     # With its figures beside it, it is an earlier run's picture.
@@ -49,9 +49,9 @@ def draw(figures: Path, picture: Path) -> str | None:
     import subprocess
     import tempfile
 
-    from shardmix.held_folder import open_folder
+    from shardmix.system.held_folder import open_folder
 
-    command = [sys.executable, "-m", "shardmix.profile_picture"]
+    command = [sys.executable, "-m", "shardmix.profiling.plot"]
     try:
         with (
             tempfile.TemporaryDirectory() as place,

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from shardmix.errors import printable
-from shardmix.units import format_size
+from shardmix.system.units import format_size
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from shardmix.engine import ProgressEvent
-    from shardmix.scorer.report import OnScoreProgress, ScoreProgress
+    from shardmix.execute.executor import ProgressEvent
+    from shardmix.scoring.report import OnScoreProgress, ScoreProgress
 
 # Without a terminal: a line when this much has passed, so that a log of hours stays short.
 _LINE_FRACTION = 0.1

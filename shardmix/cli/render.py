@@ -10,17 +10,16 @@ import msgspec
 
 from shardmix.errors import ShardmixError, printable
 from shardmix.redaction import without_secrets
-from shardmix.units import format_size
+from shardmix.system.units import format_size
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from shardmix.model_report import ModelReport, ShardReport
-    from shardmix.output_status import StatusReport
-    from shardmix.report import MergeReport, PlanReport
-    from shardmix.scorer.report import ScoreReport
-    from shardmix.verification import VerifyReport
+    from shardmix.reports import MergeReport, ModelReport, PlanReport, ShardReport
+    from shardmix.scoring.report import ScoreReport
+    from shardmix.verification.status import StatusReport
+    from shardmix.verification.verify import VerifyReport
 
 _NUM_ROWS = 40
 

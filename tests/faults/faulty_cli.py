@@ -1,9 +1,16 @@
 """A shardmix command line that is harmed on purpose: what runs in the process that comes to harm.
 
+<<<<<<<< HEAD:tests/faults/faulty_cli.py
 `python -m tests.faults.faulty_cli merge ...` is `shardmix merge ...` with the fault that the
 environment variable SHARDMIX_FAULT names (JSON of `Fault`). `... --serve 0` loads all that a merge
 needs, once, and forks such a command line for each request. The library itself knows nothing of
 faults.
+========
+`python -m tests.support.faulty_cli merge ...` is `shardmix merge ...` with the fault that the
+environment variable SHARDMIX_FAULT names (JSON of `Fault`). `--serve 0` in the place of `merge ...`
+loads all that a merge needs, once, and forks such a command line for each request. The library
+itself knows nothing of faults.
+>>>>>>>> 53b9bec (Modules move into packages: a layer is a package, and there are thirteen):tests/support/faulty_cli.py
 """
 
 import builtins
@@ -156,14 +163,15 @@ def install(fault):
     if fault.alarm_seconds:
         signal.signal(signal.SIGALRM, lambda *_: None)
         signal.setitimer(signal.ITIMER_REAL, fault.alarm_seconds, fault.alarm_seconds)
-    from shardmix import read_ahead, reader
+    from shardmix.execute import read_ahead
+    from shardmix.sources import readers
 
     # A thread of its own, whose calls would come between those that are counted.
     read_ahead.MOST_NBYTES = 0
     # Kernels read past `os`, and leave what goes wrong to these readers.
-    reader.PreadReader.descriptors = lambda *_: None
+    readers.PreadReader.descriptors = lambda *_: None
     if fault.strip_nbytes:
-        from shardmix import memory
+        from shardmix.system import memory
 
         memory.BEST_STRIP_NBYTES.update(dict.fromkeys(memory.BEST_STRIP_NBYTES, fault.strip_nbytes))
     if fault.is_blind:
@@ -368,7 +376,7 @@ def serve(leaf_nbytes):
     """
     import torch
 
-    from shardmix import digests
+    from shardmix.system import digests
 
     if leaf_nbytes:
         digests.LEAF_NBYTES = leaf_nbytes  # before any module takes the figure from there
@@ -378,8 +386,8 @@ def serve(leaf_nbytes):
     import rich.markup
     import rich.table  # noqa: F401
 
-    from shardmix.cli.app import app
-    from tests.models import random_model, save_model
+    from shardmix.cli.commands import app
+    from tests.support.models import random_model, save_model
 
     # A merge by each backend loads whatever a merge needs; what is forked has it then.
     with tempfile.TemporaryDirectory() as folder:

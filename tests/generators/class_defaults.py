@@ -1,4 +1,4 @@
-"""Write `shardmix/class_defaults.json`: what a config means that leaves a key out.
+"""Write `shardmix/conventions/class_defaults.json`: what a config means that leaves a key out.
 
 Asks every config class of the transformers that is installed; run it again after an update:
 
@@ -16,7 +16,7 @@ from typing import Any
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from shardmix.config_keys import Meaning, meaning
+from shardmix.conventions.config_keys import Meaning, meaning
 
 TARGET = Path(__file__).parents[2] / "shardmix" / "class_defaults.json"
 _LONGEST_LIST = 8

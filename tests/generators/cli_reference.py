@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import click
 
-from shardmix.cli.app import app
+from shardmix.cli.commands import app
 
 
 def main() -> None:

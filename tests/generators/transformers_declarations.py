@@ -1,4 +1,4 @@
-"""Print what transformers declares of its model classes: shardmix/transformers_declarations.json.
+"""Print what transformers declares of its model classes: `conventions`' JSON table.
 
     python -m tests.generators.transformers_declarations [--classes REGEX] > table.json
 

@@ -17,17 +17,19 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["shardmix", "yaml", "json"]):
-    from shardmix import companions, json_files, recipe, safetensors_header
-    from shardmix.checkpoint import open_checkpoint, read_config
-    from shardmix.config_differences import NamedConfig, config_differences
-    from shardmix.config_fit import config_misfits
+    from shardmix import recipe
+    from shardmix.conventions.naming import declared_quantisation, ties_word_embeddings
+    from shardmix.conventions.vocabularies import read_tokenizer_json
     from shardmix.errors import ShardmixError
-    from shardmix.matching import check_mergeable
-    from shardmix.naming import declared_quantisation, ties_word_embeddings
-    from shardmix.safetensors_layout import DTYPES, tensor_nbytes
-    from shardmix.scorer.examples import load_examples
-    from shardmix.scorer.options import check_options
-    from shardmix.vocabularies import read_tokenizer_json
+    from shardmix.formats import safetensors_header, strict_json
+    from shardmix.formats.safetensors_layout import DTYPES, tensor_nbytes
+    from shardmix.matching.config_fit import config_misfits
+    from shardmix.matching.configs import NamedConfig, config_differences
+    from shardmix.matching.tensors import check_mergeable
+    from shardmix.scoring.examples import load_examples
+    from shardmix.scoring.options import check_options
+    from shardmix.sources import auxiliary_files
+    from shardmix.sources.checkpoint import open_checkpoint, read_config
 
 import safetensors
 from safetensors.numpy import save
@@ -115,7 +117,7 @@ def index(content: bytes, folder: Path) -> None:
     """The index of a sharded model."""
     path = folder / "model.safetensors.index.json"
     path.write_bytes(content)
-    for name in json_files.read_index(path).values():
+    for name in strict_json.read_index(path).values():
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
             raise AssertionError(f"{name!r} leads out of the folder")
 
@@ -147,7 +149,7 @@ def modules(content: bytes, folder: Path) -> None:
     """A modules.json, and the files that it makes companions."""
     (folder / "config.json").write_bytes(b"{}")
     (folder / "modules.json").write_bytes(content)
-    companions.find_companions(folder)
+    auxiliary_files.find_companions(folder)
 
 
 def examples(content: bytes, folder: Path) -> None:

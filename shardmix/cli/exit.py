@@ -1,0 +1,57 @@
+"""How a command ends: with 0, with one message and 1 or 2, or stopped, with 130 or 143."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+from shardmix.errors import ShardmixError, printable
+
+
+@contextmanager
+def errors_reported(
+    *, json: bool, quiet: bool = False, if_stopped: str = "nothing was written"
+) -> Iterator[None]:
+    """Turn a user's mistake into one message and an exit status, without a traceback.
+
+    `if_stopped` is what is said of an interrupt that says nothing itself.
+    """
+    signal.signal(signal.SIGTERM, _raise_once)
+    signal.signal(signal.SIGINT, _raise_once)
+    try:
+        from shardmix.sources.hub import SHOW_DOWNLOADS
+
+        SHOW_DOWNLOADS.set(not quiet)
+        yield
+    except ShardmixError as error:
+        from shardmix.cli import render
+
+        render.error(error, json=json)
+        raise click.exceptions.Exit(error.exit_status) from None
+    except KeyboardInterrupt as error:
+        is_terminated = isinstance(error, _Terminated)
+        word, status = ("terminated", 143) if is_terminated else ("interrupted", 130)
+        message = printable(f"{word}: {str(error) or if_stopped}")
+        click.echo(message, err=True)
+        if json:
+            from shardmix.cli import render
+
+            render.error_object(word.capitalize(), message)
+        raise click.exceptions.Exit(status) from None
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which stops a merge as Ctrl-C does."""
+
+
+def ignore_signals() -> None:
+    """Let nothing stop the process from here on."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _raise_once(number: int, _frame: object) -> None:
+    # A second signal must not cut the clean-up short that the first one set off.
+    ignore_signals()
+    raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt

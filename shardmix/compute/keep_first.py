@@ -1,0 +1,74 @@
+"""Integers and booleans are not averaged: the first source's are kept, the others compared."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from shardmix.anomalies import NonfiniteCounts
+from shardmix.formats.safetensors_layout import element_nbytes
+from shardmix.plan.merge_plan import Run
+
+_INTEGERS: dict[str, npt.DTypeLike] = {
+    "BOOL": np.uint8,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "U16": np.uint16,
+    "I16": np.int16,
+    "U32": np.uint32,
+    "I32": np.int32,
+    "U64": np.uint64,
+    "I64": np.int64,
+}
+_WIDEST_NBYTES = 8
+
+
+class AgreeReducer:
+    """Integers and booleans: the first source's values; the others are compared with them."""
+
+    is_finite = True
+
+    def __init__(self, *, strip_nbytes: int) -> None:
+        self._staging = memoryview(bytearray(max(strip_nbytes, _WIDEST_NBYTES)))
+        self._out = memoryview(bytearray(max(strip_nbytes, _WIDEST_NBYTES)))
+        self._disagreeing: set[int] = set()
+
+    def begin(self, run: Run, start: int, num_elements: int) -> None:
+        """Start a strip of a run."""
+        self._run = run
+        self._num_elements = num_elements
+        self._disagreeing.clear()
+
+    def read(self, descriptors: Sequence[int]) -> None:
+        """Do nothing: reading is for others."""
+
+    def staging(self, source: int) -> memoryview:
+        """Return the buffer to read this source's part of the strip into."""
+        return self._staging[: self._num_elements * element_nbytes(self._run.dtypes[source])]
+
+    def add(self, source: int, raw: memoryview) -> None:
+        """Keep the first source's bytes; compare another source's values with them."""
+        if source == 0:
+            self._kept = self._out[: len(raw)]
+            self._kept[:] = raw
+        elif not np.array_equal(self._integers(0, self._kept), self._integers(source, raw)):
+            self._disagreeing.add(source)
+
+    def finish(self) -> memoryview:
+        """Return the strip's output bytes, valid until the next `begin`."""
+        return self._kept
+
+    def wait(self) -> None:
+        """Return at once: it is done."""
+
+    @property
+    def disagreeing(self) -> frozenset[int]:
+        """Sources whose values differ from the first one's in this strip."""
+        return frozenset(self._disagreeing)
+
+    def count_nonfinite(self, start: int, stop: int) -> NonfiniteCounts:
+        """Return zeros: integers are finite."""
+        return NonfiniteCounts(num_nan=0, num_inf=0, num_overflowed=0)
+
+    def _integers(self, source: int, raw: memoryview) -> npt.NDArray[np.generic]:
+        return np.frombuffer(raw, dtype=_INTEGERS[self._run.dtypes[source]])

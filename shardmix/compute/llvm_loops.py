@@ -1,0 +1,212 @@
+"""The loops of weighted sums as LLVM IR: what is done with each element, and the bits it gives.
+
+One pass over all sources, in vectors of elements, which LLVM maps to whatever registers there are.
+Nothing allows LLVM to contract a product and a sum into one rounding, so the bits are those of
+separate operations (https://llvm.org/docs/LangRef.html#fast-math-flags).
+"""
+
+from collections.abc import Sequence
+
+from shardmix.compute.chunk_size import VECTOR
+from shardmix.formats.safetensors_layout import element_nbytes
+
+INFINITY = 0x7F800000
+STORED = {"BF16": "i16", "F16": "half", "F32": "float"}
+
+_LOOP = """
+define internal i32 @weighted_sum_{width}\
+(ptr %sources, ptr %weights, ptr %out, i64 %count) nounwind {{
+start:
+{arguments}
+  br label %loop
+loop:
+  %i = phi i64 [0, %start], [%next, %loop]
+  %largest = phi <{width} x i32> [zeroinitializer, %start], [%larger, %loop]
+{sum}
+  %bits = bitcast <{width} x float> {total} to <{width} x i32>
+  %magnitude = and <{width} x i32> %bits, {magnitude_mask}
+  %is_larger = icmp ugt <{width} x i32> %magnitude, %largest
+  %larger = select <{width} x i1> %is_larger, <{width} x i32> %magnitude, <{width} x i32> %largest
+  %is_nan = icmp ugt <{width} x i32> %magnitude, {infinity}
+{rounding}
+  %out_at = getelementptr {out_type}, ptr %out, i64 %i
+  store <{width} x {out_type}> %rounded, ptr %out_at, align {out_alignment}
+  %next = add i64 %i, {width}
+  %is_done = icmp uge i64 %next, %count
+  br i1 %is_done, label %end, label %loop
+end:
+  %answer = call i32 @llvm.vector.reduce.umax.v{width}i32(<{width} x i32> %larger)
+  ret i32 %answer
+}}
+declare i32 @llvm.vector.reduce.umax.v{width}i32(<{width} x i32>)
+"""
+
+_ARGUMENT = """\
+  %source{n}_at = getelementptr ptr, ptr %sources, i64 {n}
+  %source{n} = load ptr, ptr %source{n}_at
+  %weight{n}_at = getelementptr float, ptr %weights, i64 {n}
+  %weight{n} = load float, ptr %weight{n}_at
+  %single{n} = insertelement <{width} x float> poison, float %weight{n}, i64 0
+  %weights{n} = shufflevector <{width} x float> %single{n}, <{width} x float> poison, \
+<{width} x i32> zeroinitializer"""
+
+_LOAD = """\
+  %at{n} = getelementptr {type}, ptr %source{n}, i64 %i
+  %stored{n} = load <{width} x {type}>, ptr %at{n}, align {alignment}"""
+
+# A bfloat16 is the upper half of a float32.
+_WIDEN = {
+    "BF16": """\
+  %long{n} = zext <{width} x i16> %stored{n} to <{width} x i32>
+  %upper{n} = shl <{width} x i32> %long{n}, {sixteen}
+  %value{n} = bitcast <{width} x i32> %upper{n} to <{width} x float>""",
+    "F16": "  %value{n} = fpext <{width} x half> %stored{n} to <{width} x float>",
+    "F32": "  %value{n} = bitcast <{width} x float> %stored{n} to <{width} x float>",
+}
+
+_PRODUCT = "  %product{n} = fmul <{width} x float> %weights{n}, %value{n}"
+_SUM = "  %sum{n} = fadd <{width} x float> {total}, %product{n}"
+
+# To nearest even, and every NaN as one bit pattern (quiet, positive), whatever made it.
+_ROUND = {
+    "BF16": """\
+  %shifted = lshr <{width} x i32> %bits, {sixteen}
+  %odd = and <{width} x i32> %shifted, {one}
+  %nearly = add <{width} x i32> %bits, {almost_half}
+  %raised = add <{width} x i32> %nearly, %odd
+  %high = lshr <{width} x i32> %raised, {sixteen}
+  %finite = trunc <{width} x i32> %high to <{width} x i16>
+  %rounded = select <{width} x i1> %is_nan, <{width} x i16> {nan}, <{width} x i16> %finite""",
+    "F16": """\
+  %half = fptrunc <{width} x float> {total} to <{width} x half>
+  %rounded = select <{width} x i1> %is_nan, <{width} x half> {nan}, <{width} x half> %half""",
+    "F32": """\
+  %rounded = select <{width} x i1> %is_nan, <{width} x float> {nan}, <{width} x float> {total}""",
+}
+_NAN = {"BF16": "i16 32704", "F16": "half 0xH7E00", "F32": "float 0x7FF8000000000000"}
+
+# Where all is bfloat16: two of them as one 32-bit lane, the first in its lower half. That saves the
+# shuffles and half of the shifts. A NaN comes out as anything; the answer tells that there is one.
+_LOOP_OF_PAIRS = """
+define internal i32 @weighted_sum_of_pairs(ptr %sources, ptr %weights, ptr %out, i64 %count) \
+nounwind {{
+start:
+{arguments}
+  br label %loop
+loop:
+  %i = phi i64 [0, %start], [%next, %loop]
+  %largest = phi <{lanes} x i32> [zeroinitializer, %start], [%larger, %loop]
+{sums}
+{low}
+{high}
+  %larger_low = call <{lanes} x i32> @llvm.umax.v{lanes}i32\
+(<{lanes} x i32> %largest, <{lanes} x i32> %magnitude_low)
+  %larger = call <{lanes} x i32> @llvm.umax.v{lanes}i32\
+(<{lanes} x i32> %larger_low, <{lanes} x i32> %magnitude_high)
+  %lower = lshr <{lanes} x i32> %rounded_low, {sixteen}
+  %upper = and <{lanes} x i32> %rounded_high, {upper_half}
+  %pair = or <{lanes} x i32> %upper, %lower
+  %out_at = getelementptr i16, ptr %out, i64 %i
+  store <{lanes} x i32> %pair, ptr %out_at, align 2
+  %next = add i64 %i, {vector}
+  %is_done = icmp uge i64 %next, %count
+  br i1 %is_done, label %end, label %loop
+end:
+  %answer = call i32 @llvm.vector.reduce.umax.v{lanes}i32(<{lanes} x i32> %larger)
+  ret i32 %answer
+}}
+declare <{lanes} x i32> @llvm.umax.v{lanes}i32(<{lanes} x i32>, <{lanes} x i32>)
+declare i32 @llvm.vector.reduce.umax.v{lanes}i32(<{lanes} x i32>)
+"""
+
+_LOAD_PAIR = """\
+  %at{n} = getelementptr i16, ptr %source{n}, i64 %i
+  %pair{n} = load <{lanes} x i32>, ptr %at{n}, align 2
+  %bits{n}_low = shl <{lanes} x i32> %pair{n}, {sixteen}
+  %bits{n}_high = and <{lanes} x i32> %pair{n}, {upper_half}"""
+
+_PRODUCT_OF_HALF = """\
+  %value{n}_{half} = bitcast <{lanes} x i32> %bits{n}_{half} to <{lanes} x float>
+  %product{n}_{half} = fmul <{lanes} x float> %weights{n}, %value{n}_{half}"""
+
+_SUM_OF_HALF = "  %sum{n}_{half} = fadd <{lanes} x float> {total}_{half}, %product{n}_{half}"
+
+_ROUND_HALF = """\
+  %bits_{half} = bitcast <{lanes} x float> {total}_{half} to <{lanes} x i32>
+  %magnitude_{half} = and <{lanes} x i32> %bits_{half}, {magnitude_mask}
+  %last_{half} = and <{lanes} x i32> %bits_{half}, {last_kept}
+  %is_odd_{half} = icmp ne <{lanes} x i32> %last_{half}, zeroinitializer
+  %almost_{half} = select <{lanes} x i1> %is_odd_{half}, <{lanes} x i32> {one_half}, \
+<{lanes} x i32> {almost_half}
+  %rounded_{half} = add <{lanes} x i32> %bits_{half}, %almost_{half}"""
+
+
+def _splat(bits: int, width: int) -> str:
+    return f"<{', '.join([f'i32 {bits}'] * width)}>"
+
+
+def loop_of_pairs(num_sources: int) -> str:
+    """Return the IR of the loop for bfloat16 alone."""
+    lanes = VECTOR // 2
+    words = {
+        "lanes": lanes,
+        "vector": VECTOR,
+        "sixteen": _splat(16, lanes),
+        "upper_half": _splat(0xFFFF0000, lanes),
+        "last_kept": _splat(0x10000, lanes),
+        "one_half": _splat(0x8000, lanes),
+        "almost_half": _splat(0x7FFF, lanes),
+        "magnitude_mask": _splat(0x7FFFFFFF, lanes),
+    }
+    arguments = [_ARGUMENT.format(n=n, width=lanes) for n in range(num_sources)]
+    halves = [words | {"half": half} for half in ("low", "high")]
+    lines, total = [], ""
+    for n in range(num_sources):
+        lines.append(_LOAD_PAIR.format_map(words | {"n": n}))
+        for half in halves:
+            lines.append(_PRODUCT_OF_HALF.format_map(half | {"n": n}))
+            if n:
+                lines.append(_SUM_OF_HALF.format_map(half | {"n": n, "total": total}))
+        total = f"%sum{n}" if n else "%product0"
+    low, high = (_ROUND_HALF.format_map(half | {"total": total}) for half in halves)
+    return _LOOP_OF_PAIRS.format_map(
+        words
+        | {"arguments": "\n".join(arguments), "sums": "\n".join(lines), "low": low, "high": high}
+    )
+
+
+def loop(dtypes: Sequence[str], out_dtype: str, width: int) -> str:
+    """Return the IR of the loop that takes `width` elements at once; at least that many."""
+
+    words = {
+        "width": width,
+        "sixteen": _splat(16, width),
+        "one": _splat(1, width),
+        "almost_half": _splat(0x7FFF, width),
+        "magnitude_mask": _splat(0x7FFFFFFF, width),
+        "infinity": _splat(INFINITY, width),
+        "nan": f"<{', '.join([_NAN[out_dtype]] * width)}>",
+    }
+    lines, total = [], ""
+    for n, dtype in enumerate(dtypes):
+        words |= {
+            "n": n,
+            "type": STORED[dtype],
+            "alignment": element_nbytes(dtype),
+            "total": total,
+        }
+        lines += [part.format_map(words) for part in (_LOAD, _WIDEN[dtype], _PRODUCT)]
+        if n:
+            lines.append(_SUM.format_map(words))
+        total = f"%sum{n}" if n else "%product0"
+    words["total"] = total
+    return _LOOP.format_map(
+        words
+        | {
+            "arguments": "\n".join(_ARGUMENT.format(n=n, width=width) for n in range(len(dtypes))),
+            "sum": "\n".join(lines),
+            "rounding": _ROUND[out_dtype].format_map(words),
+            "out_type": STORED[out_dtype],
+            "out_alignment": element_nbytes(out_dtype),
+        }
+    )

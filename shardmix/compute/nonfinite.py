@@ -1,0 +1,53 @@
+"""NaNs and infinities of a strip, counted where a backend has found that there are some.
+
+In numpy and on bit patterns, for every backend and dtype alike; in pieces, since a strip's memory
+is spoken for. Knows arrays, not how they were summed.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from shardmix.anomalies import NonfiniteCounts
+
+_PIECE = 1 << 15  # elements; their temporaries stay below 1 MiB, also where they are float64
+
+# The bits of infinity without the sign, which is shifted out. All that lies above is a NaN.
+_INFINITY = {
+    "F16": np.uint16(0x7C00 << 1),
+    "BF16": np.uint16(0x7F80 << 1),
+    "F32": np.uint32(0x7F800000 << 1),
+    "F64": np.uint64(0x7FF0000000000000 << 1),
+}
+
+
+def count_nonfinite(
+    out: memoryview,
+    out_dtype: str,
+    sums: Callable[[slice], npt.NDArray[np.floating]],
+    start: int,
+    stop: int,
+) -> NonfiniteCounts:
+    """Count among the elements from `start` to `stop` of a strip.
+
+    `out` has the whole strip's bytes; `sums` gives a part of what was rounded to them, and is
+    asked only where there are infinities.
+    """
+    infinity = _INFINITY[out_dtype]
+    elements = np.frombuffer(out, dtype=infinity.dtype)
+    num_nan = num_inf = num_overflowed = 0
+    for first in range(start, stop, _PIECE):
+        piece = slice(first, min(first + _PIECE, stop))
+        magnitudes = elements[piece] << 1
+        num_nan += int(np.count_nonzero(magnitudes > infinity))
+        infinite = magnitudes == infinity
+        if infinite.any():
+            num_inf += int(np.count_nonzero(infinite))
+            num_overflowed += int(np.count_nonzero(infinite & np.isfinite(sums(piece))))
+    return NonfiniteCounts(num_nan=num_nan, num_inf=num_inf, num_overflowed=num_overflowed)
+
+
+def as_float32(data: memoryview) -> npt.NDArray[np.float32]:
+    """Return bytes as the float32 values that they are."""
+    return np.frombuffer(data, dtype=np.float32)

@@ -1,0 +1,184 @@
+"""The weighted sum on a GPU: two strips in flight, copies in, kernels and copies out side by side.
+
+A worker has a stream for each of the three, and events that keep their order: so they overlap
+across sources and strips, while the worker reads on. Knows one worker and one GPU.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from shardmix.compute.torch_ops import (
+    TORCH_DTYPES,
+    WIDEST_NBYTES,
+    StripSum,
+    accumulate,
+    are_finite,
+    canonicalise_nans,
+    round_into,
+    typed,
+)
+from shardmix.formats.safetensors_layout import element_nbytes
+from shardmix.plan.merge_plan.memory_budget import BUFFERS_PER_WORKER, VRAM_BUFFERS_PER_WORKER
+
+NUM_IN_FLIGHT = 2
+_NUM_ARRIVALS = 2
+_ALIGNMENT = 512  # of every buffer on the GPU
+
+
+def cuda_sums(
+    device: torch.device, *, strip_nbytes: int, cuda: Any = torch.cuda
+) -> "tuple[CudaSum, ...]":
+    """Return one worker's reducers, one for each strip in flight, with all their buffers.
+
+    `cuda` has Stream, Event and stream, as `torch.cuda`. To be called by the worker.
+    """
+    nbytes = -(-max(strip_nbytes, WIDEST_NBYTES) // _ALIGNMENT) * _ALIGNMENT
+    is_pinned = device.type == "cuda"
+    # One by one: the allocator rounds each up to a power of two, which strips are.
+    *arriving, out_0, out_1 = (
+        torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=is_pinned)
+        for _ in range(BUFFERS_PER_WORKER)
+    )
+    kernels = cuda.Stream(device=device)
+    with cuda.stream(kernels):
+        # One allocation, cut by hand: the allocator's rounding then costs once.
+        arena = torch.empty(VRAM_BUFFERS_PER_WORKER * nbytes, dtype=torch.uint8, device=device)
+    *arrived, wide, sum_0, sum_1, gpu_out_0, gpu_out_1 = arena.view(VRAM_BUFFERS_PER_WORKER, -1)
+    arrivals = _Arrivals(arriving, arrived, kernels, cuda.Stream(device=device), cuda)
+    departures = cuda.Stream(device=device)
+    if arena.is_cuda:
+        # Where a merge is stopped, copies may still be at it when it is given back.
+        for stream in (arrivals.stream, departures):
+            arena.record_stream(stream)
+    return tuple(
+        CudaSum(wide, sums, out, pinned_out, arrivals, kernels, departures, cuda)
+        for sums, out, pinned_out in ((sum_0, gpu_out_0, out_0), (sum_1, gpu_out_1, out_1))
+    )
+
+
+class _Arrivals:
+    """Sources on their way to a GPU: into pinned buffers by turns, and on into buffers there.
+
+    All strips in flight share them, since a worker reads one source at a time.
+    """
+
+    def __init__(
+        self,
+        pinned: list[torch.Tensor],
+        arrived: list[torch.Tensor],
+        kernels: Any,
+        stream: Any,
+        cuda: Any,
+    ) -> None:
+        self.stream = stream
+        self._kernels = kernels
+        self._cuda = cuda
+        self._pinned = pinned
+        self._pinned_bytes = [buffer.numpy() for buffer in pinned]
+        self._arrived = arrived
+        # The host waits for the one, asleep rather than spinning; kernels' ends hold up copies.
+        self._has_left = [cuda.Event(blocking=True) for _ in pinned]
+        self._is_used = [cuda.Event() for _ in pinned]
+        self._turn = 0
+
+    def staging(self, nbytes: int) -> memoryview:
+        """Return the buffer to read the next source into, once its last content has left."""
+        self._has_left[self._turn].synchronize()
+        return self._pinned_bytes[self._turn][:nbytes].data
+
+    def send(self, raw: memoryview, dtype: torch.dtype, num_elements: int) -> torch.Tensor:
+        """Queue the copy of what `staging` was for; return the values on the GPU.
+
+        They are there for kernels that are queued from here until `used`. `raw` is free again.
+        """
+        turn = self._turn
+        staged, given = self._pinned_bytes[turn][: len(raw)], np.frombuffer(raw, np.uint8)
+        if given.ctypes.data != staged.ctypes.data:
+            # Mapped: the page may be given back before the copy has run. Frees the interpreter.
+            np.copyto(staged, given)
+        values = typed(self._arrived[turn], dtype, num_elements)
+        with self._cuda.stream(self.stream):
+            self.stream.wait_event(self._is_used[turn])
+            values.copy_(typed(self._pinned[turn], dtype, num_elements), non_blocking=True)
+            self._has_left[turn].record(self.stream)
+        self._kernels.wait_event(self._has_left[turn])
+        return values
+
+    def used(self) -> None:
+        """Say that all that uses the values last sent has been queued."""
+        self._is_used[self._turn].record(self._kernels)
+        self._turn = (self._turn + 1) % _NUM_ARRIVALS
+
+
+class CudaSum(StripSum):
+    """One of a worker's strips in flight.
+
+    Kernels of all its strips run in order on one stream and so can share `wide`. Whoever begins a
+    strip has waited for this reducer's last one: its sum and its output are free.
+    """
+
+    def __init__(
+        self,
+        wide: torch.Tensor,
+        sums: torch.Tensor,
+        out: torch.Tensor,
+        pinned_out: torch.Tensor,
+        arrivals: _Arrivals,
+        kernels: Any,
+        departures: Any,
+        cuda: Any,
+    ) -> None:
+        self._wide, self._sum, self._out, self._pinned_out = wide, sums, out, pinned_out
+        self._arrivals, self._kernels, self._departures = arrivals, kernels, departures
+        self._cuda = cuda
+        self._is_summed = cuda.Event()
+        self._is_back = cuda.Event(blocking=True)
+        with cuda.stream(kernels):
+            self._extremes = torch.empty(2 * WIDEST_NBYTES, dtype=torch.uint8, device=sums.device)
+        self._pinned_extremes = torch.empty(
+            2 * WIDEST_NBYTES, dtype=torch.uint8, device="cpu", pin_memory=sums.is_cuda
+        )
+
+    def staging(self, source: int) -> memoryview:
+        """Return the buffer to read this source's part into, once its last copy has left."""
+        return self._arrivals.staging(self._num_elements * element_nbytes(self._run.dtypes[source]))
+
+    def add(self, source: int, raw: memoryview) -> None:
+        """Queue a source's copy and its part of the sum; `raw` may be reused afterwards."""
+        dtype = TORCH_DTYPES[self._run.dtypes[source]]
+        with self._cuda.stream(self._kernels):
+            values = self._arrivals.send(raw, dtype, self._num_elements)
+            accumulate(
+                self._accumulator,
+                self._values,
+                values,
+                self._run.weights[source],
+                first=source == 0,
+            )
+            self._arrivals.used()
+
+    def finish(self) -> memoryview:
+        """Queue the rest; return where the output bytes will be once `wait` has returned."""
+        dtype = TORCH_DTYPES[self._run.out_dtype]
+        out = typed(self._out, dtype, self._num_elements)
+        extremes = typed(self._extremes, dtype, 2)
+        with self._cuda.stream(self._kernels):
+            round_into(out, self._accumulator, self._values)
+            canonicalise_nans(out)
+            torch.aminmax(out, out=(extremes[0], extremes[1]))
+            self._is_summed.record(self._kernels)
+        with self._cuda.stream(self._departures):
+            self._departures.wait_event(self._is_summed)
+            typed(self._pinned_out, dtype, self._num_elements).copy_(out, non_blocking=True)
+            typed(self._pinned_extremes, dtype, 2).copy_(extremes, non_blocking=True)
+            self._is_back.record(self._departures)
+        self._finished = self._pinned_out.numpy().data[: out.nbytes]
+        return self._finished
+
+    def wait(self) -> None:
+        """Wait until the strip's output bytes are there."""
+        self._is_back.synchronize()
+        dtype = TORCH_DTYPES[self._run.out_dtype]
+        self.is_finite = are_finite(typed(self._pinned_extremes, dtype, 2))

@@ -1,0 +1,133 @@
+"""The weighted sum's arithmetic on torch's tensors, wherever they lie: multiply, add, round.
+
+Multiply, then add, as two operations: then CPU and GPU give the same bits. torch's `add(alpha=)`
+fuses them on some machines. Allocates next to nothing.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from shardmix.anomalies import NonfiniteCounts
+from shardmix.compute.nonfinite import count_nonfinite
+from shardmix.plan.merge_plan import Run
+
+TORCH_DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+WIDEST_NBYTES = 8
+"""Of an element."""
+
+
+class StripSum:
+    """A strip's accumulator and a buffer for widened values; what reducers in torch share."""
+
+    disagreeing: frozenset[int] = frozenset()
+    is_finite = True
+    _sum: torch.Tensor
+    _wide: torch.Tensor
+    _finished: memoryview
+
+    def begin(self, run: Run, start: int, num_elements: int) -> None:
+        """Start a strip of a run."""
+        self._start = start
+        self._run = run
+        self._num_elements = num_elements
+        dtype = sum_dtype(run)
+        self._accumulator = typed(self._sum, dtype, num_elements)
+        self._values = typed(self._wide, dtype, num_elements)
+
+    def read(self, descriptors: Sequence[int]) -> None:
+        """Do nothing: reading is for others."""
+
+    def count_nonfinite(self, start: int, stop: int) -> NonfiniteCounts:
+        """Count in a range of elements of the strip last finished."""
+        return count_nonfinite(self._finished, self._run.out_dtype, self._sums, start, stop)
+
+    def _sums(self, piece: slice) -> npt.NDArray[np.floating]:
+        return self._accumulator[piece].cpu().numpy()  # no copy where it lies on the CPU
+
+
+def accumulate(
+    accumulator: torch.Tensor,
+    scratch: torch.Tensor,
+    values: torch.Tensor,
+    weight: float,
+    *,
+    first: bool,
+) -> None:
+    """Add weight · values to the accumulator, or start it with them.
+
+    `accumulator` and `scratch` have the dtype of the sum, `values` any float dtype, all one length.
+    """
+    if accumulator.dtype == torch.float32:
+        weight = float(np.float32(weight))
+    product = accumulator if first else scratch
+    product.copy_(values)
+    product.mul_(weight)
+    if not first:
+        accumulator.add_(scratch)
+
+
+def round_into(out: torch.Tensor, accumulator: torch.Tensor, scratch: torch.Tensor) -> None:
+    """Round a finished sum to the output's dtype, once, to nearest even; may change `scratch`.
+
+    torch converts float64 to 16 bits by way of float32, which rounds twice. Rounding that first
+    step to odd makes the second one right (Boldo and Melquiond, "Emulation of FMA and correctly
+    rounded sums: proved algorithms using rounding to odd", 2008).
+    """
+    if accumulator.dtype == torch.float64 and out.dtype.itemsize == 2:
+        accumulator = _round_to_odd(accumulator, scratch)
+    out.copy_(accumulator)
+
+
+def _round_to_odd(values: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """Return float64 values in float32, towards zero, the last bit set where that was inexact."""
+    rounded = typed(scratch.view(torch.uint8), torch.float32, values.numel())
+    rounded.copy_(values)
+    bits = rounded.view(torch.int32)
+    # In pieces, since this path is rare and its temporaries should stay small.
+    step = _CUDA_PIECE if values.is_cuda else _PIECE
+    for start in range(0, values.numel(), step):
+        piece = slice(start, start + step)
+        wide, back = values[piece], rounded[piece].double()
+        inexact = back != wide  # also a NaN, which with its last bit set is still one
+        too_large = back.abs() > wide.abs()
+        bits[piece] -= (inexact & too_large).int()
+        bits[piece] |= inexact.int()
+    return rounded
+
+
+_PIECE = 4096
+_CUDA_PIECE = 1 << 15
+"""On a GPU the fifteen calls of a piece cost more than its elements. Under 1 MiB of temporaries."""
+
+
+def canonicalise_nans(out: torch.Tensor) -> None:
+    """Give every NaN one bit pattern (quiet, positive), whatever operation made it.
+
+    Which pattern an operation gives depends on the processor, and on whether an element fell into
+    a vector or into the rest of a strip.
+    """
+    out.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf)
+
+
+def are_finite(extremes: Iterable[torch.Tensor]) -> bool:
+    """Say whether values with these extremes are all finite: both are NaN if any value is."""
+    return all(math.isfinite(extreme.item()) for extreme in extremes)
+
+
+def sum_dtype(run: Run) -> torch.dtype:
+    """Return the dtype that a run is summed in: float64 where a source has it."""
+    return torch.float64 if "F64" in run.dtypes else torch.float32
+
+
+def typed(buffer: torch.Tensor, dtype: torch.dtype, num_elements: int) -> torch.Tensor:
+    """Return the first elements of a buffer of bytes."""
+    return buffer[: num_elements * dtype.itemsize].view(dtype)

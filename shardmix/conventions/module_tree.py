@@ -1,0 +1,148 @@
+"""The modules of a sentence-transformers folder: their kinds, their folders, their order.
+
+Read from `modules.json`, and `router_config.json` for a module that chooses among routes. Knows no
+weights.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from shardmix.conventions.sentence_modules import MODULES_NAME, TRANSFORMER_CONFIG_NAMES
+from shardmix.errors import SourceError, shown
+from shardmix.formats.strict_json import file_name_finding, read_json
+from shardmix.system.files import refuse_link_outside
+
+ROUTER_CONFIGS = ("router_config.json", "config.json")
+"""Where a Router says what its routes are, by version of sentence-transformers."""
+_CONFIG_NAMES = {
+    "Transformer": TRANSFORMER_CONFIG_NAMES,
+    "CLIPModel": (),
+    "StaticEmbedding": (),
+    "Router": ROUTER_CONFIGS,
+    "LSTM": ("lstm_config.json",),
+    "CNN": ("cnn_config.json",),
+    "WordEmbeddings": ("wordembedding_config.json",),
+}
+_MOST_MODULES = 1_000
+_MOST_NESTED = 8  # routes within routes; no model has any
+# Names that one class had in other versions of sentence-transformers.
+_KINDS = {"MLMTransformer": "Transformer", "Asym": "Router"}
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One module: a step from text to vector."""
+
+    place: str
+    """Its folder within the model's, with `/`; empty: the model's folder itself."""
+    kind: str
+    """Its class, without the package: Transformer, Pooling, Dense, ..."""
+    key: str
+    """What it corresponds to in another model by: route, kind, and number among those of it."""
+    class_name: str = ""
+    """Its class as modules.json names it, with the package."""
+
+
+def read_modules(folder: Path) -> tuple[Module, ...]:
+    """Return a model folder's modules in the order in which they work, routes one after another.
+
+    Empty without a modules.json. Raises `SourceError` if that is damaged, or names a folder outside
+    the model's.
+    """
+    path = folder / MODULES_NAME
+    if not os.path.lexists(path):
+        return ()
+    refuse_link_outside(folder, path)
+    # A list at the top, unlike every other file of a model.
+    content = read_json(path, expected=list)
+    listed = []
+    for module in content:
+        place = module.get("path") if isinstance(module, dict) else None
+        if not isinstance(place, str):
+            raise SourceError(f"{path}: has a module without a path; it must name a folder")
+        listed.append((_place(path, "", place), module.get("type")))
+    walk = _Walk(folder)
+    walk.add(listed, route="")
+    return tuple(walk.modules.values())
+
+
+def config_names(module: Module) -> tuple[str, ...]:
+    """Return the names that the config of a module may have in its folder, the likeliest first."""
+    return _CONFIG_NAMES.get(module.kind, ("config.json",))
+
+
+def module_places(modules: Iterable[Module]) -> tuple[str, ...]:
+    """Return the folders below the model's own that modules have, each once."""
+    return tuple(dict.fromkeys(module.place for module in modules if module.place))
+
+
+def inner_path(place: str, name: str) -> str:
+    """Return the path within a model's folder of what has a name in a module's; "": its own."""
+    return f"{place}/{name}" if place else name
+
+
+class _Walk:
+    """Goes through a model's modules, and into the routes of each Router once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.modules: dict[tuple[str, str], Module] = {}
+        """By folder and kind: one that several routes share counts once."""
+        self._folder = folder
+        self._counts: Counter[str] = Counter()
+        self._num_named = 0
+
+    def add(self, listed: Iterable[tuple[str, Any]], *, route: str) -> None:
+        """Add modules, given by folder and class, and behind a Router those of its routes."""
+        for place, class_name in listed:
+            self._num_named += 1
+            if self._num_named > _MOST_MODULES or route.count("/") > _MOST_NESTED:
+                raise SourceError(
+                    f"{self._folder / MODULES_NAME}: names more than {_MOST_MODULES} modules, or "
+                    "routes within routes; no model has so many: fetch it again"
+                )
+            name = str(class_name).rpartition(".")[2] if class_name else ""
+            kind = _KINDS.get(name, name)
+            if (place, kind) in self.modules:
+                continue
+            self._counts[route + kind] += 1
+            key = f"{route}{kind} {self._counts[route + kind]}"
+            self.modules[place, kind] = Module(place, kind, key, str(class_name or ""))
+            if kind == "Router":
+                path, structure, types = _routes(self._folder, place)
+                for own, members in structure.items():
+                    inner = [(_place(path, place, member), types.get(member)) for member in members]
+                    self.add(inner, route=f"{route}{own}/")
+
+
+def _routes(folder: Path, place: str) -> tuple[Path, dict[str, list[str]], dict[str, Any]]:
+    """Return a Router's config file, route → modules by folder, and folder → class."""
+    for name in ROUTER_CONFIGS:
+        path = folder / place / name
+        if not os.path.lexists(path):
+            continue
+        refuse_link_outside(folder, path)
+        content = read_json(path)
+        structure, types = content.get("structure"), content.get("types")
+        if not (isinstance(structure, dict) and isinstance(types, dict)):
+            continue
+        for members in structure.values():
+            if not isinstance(members, list) or not all(isinstance(name, str) for name in members):
+                raise SourceError(f"{path}: has a route that is no list of modules; fetch it again")
+        return path, structure, types
+    raise SourceError(
+        f"{folder / place / ROUTER_CONFIGS[0]}: a Router needs it, since it names the modules of "
+        "each route, and it is missing or names none; fetch the model again"
+    )
+
+
+def _place(path: Path, parent: str, name: str) -> str:
+    """Return a module's folder within the model's; raise `SourceError` if it lies elsewhere."""
+    relative = PurePosixPath(parent, name)
+    finding = file_name_finding(name) if PurePosixPath(name).parts else None
+    if finding is not None:
+        raise SourceError(f"{path}: names the folder {shown(name)}, which {finding}")
+    return "" if not relative.parts else relative.as_posix()

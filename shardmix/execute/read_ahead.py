@@ -1,0 +1,58 @@
+"""Has the system read what a merge will begin with, while its backend is still being loaded.
+
+A hint: what is wrong with a source is for those to say who read it.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+
+from shardmix.errors import SourceError
+from shardmix.formats.safetensors_layout import element_nbytes
+from shardmix.plan.merge_plan import MergePlan
+from shardmix.sources.readers import PreadReader
+from shardmix.system.memory import available_nbytes
+from shardmix.system.units import MIB
+
+_STEP_NBYTES = 8 * MIB
+MOST_NBYTES = 1024 * MIB
+"""What is read ahead at most, into the system's cache; and never more than a quarter of it."""
+MOST_UNCACHED_NBYTES = 128 * MIB
+"""The same where the cache is left to other files."""
+
+
+@contextmanager
+def reading_ahead(plan: MergePlan) -> Iterator[None]:
+    """Surround the loading of a backend."""
+    stop = threading.Event()
+    threading.Thread(target=_read_ahead, args=(plan, stop), daemon=True).start()
+    try:
+        yield
+    finally:
+        stop.set()  # and don't wait: a disk may take its time
+
+
+def _read_ahead(plan: MergePlan, stop: threading.Event) -> None:
+    most = MOST_NBYTES if plan.cache_use.keeps_sources else MOST_UNCACHED_NBYTES
+    left = min(most, available_nbytes() // 4)
+    with closing(PreadReader(plan.files)) as reader, suppress(SourceError, OSError):
+        for file, offset, nbytes in _beginnings(plan):
+            if stop.is_set() or nbytes > left:
+                return
+            reader.will_need(file, offset, nbytes)
+            left -= nbytes
+
+
+def _beginnings(plan: MergePlan) -> Iterator[tuple[int, int, int]]:
+    """Yield file, offset and length of what the workers read first, a step of each by turns."""
+    sources = [
+        (file, offset, run.num_elements * element_nbytes(dtype))
+        for shard in plan.shards[: plan.memory.workers]
+        for run in shard.runs[:1]
+        for file, offset, dtype in zip(run.files, run.offsets, run.dtypes, strict=True)
+    ]
+    longest = max((nbytes for *_, nbytes in sources), default=0)
+    for start in range(0, longest, _STEP_NBYTES):
+        for file, offset, nbytes in sources:
+            if start < nbytes:
+                yield file, offset + start, min(_STEP_NBYTES, nbytes - start)

@@ -1,0 +1,161 @@
+"""The check that models belong together: configs, tokenizers and modules, beside tensors.
+
+Puts the single checks together. Reads small files; no weights.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shardmix.conventions.naming import SCALE_KEY, TIE_KEY, declared_quantisation, input_embedding
+from shardmix.matching.config_fit import config_misfits
+from shardmix.matching.configs import NamedConfig, config_differences
+from shardmix.matching.differences import Difference, settle
+from shardmix.matching.modules import ModularModel, module_differences
+from shardmix.matching.preprocessors import preprocessor_differences
+from shardmix.matching.tensors import QUANTISATION
+from shardmix.matching.tokenizers import TokenizerFolder, tokenizer_differences
+from shardmix.recipe import Recipe
+from shardmix.sources.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The model that gives the output, or one of its modules, the files beside the weights."""
+
+    name: str | None
+    """What its user calls it; None: it is the first model."""
+    folder: Path
+    """Its folder."""
+    config: dict[str, Any]
+    """Content of its config.json."""
+
+
+def check_belong_together(
+    checkpoints: Sequence[Checkpoint],
+    groups: Sequence[Sequence[Checkpoint]],
+    recipe: Recipe,
+    *,
+    bases: Sequence[Base],
+    modular_base: ModularModel | None = None,
+    max_memory: int | None = None,
+) -> tuple[str, ...]:
+    """Return what to know of the ways in which models differ that have the same tensors.
+
+    `groups` are the parts of the models that are merged with one another, the models themselves
+    first; `bases` give each its config and tokenizer, and `modular_base` the modules if no model
+    does. `max_memory` (bytes) bounds what the process may take. Raises `MismatchError` if they
+    differ in what nobody can have meant to average over.
+    """
+    found = list(module_differences(checkpoints, modular_base, recipe.pooling))
+    for number, (group, base) in enumerate(zip(groups, bases, strict=True)):
+        if number == 0 or any("model_type" in part.config for part in group):
+            found += _quantisations(group, base)
+            misfits = list(_misfits(group[0], base))
+            told = {misfit.key for misfit in misfits if misfit.is_refused}
+            found += misfits
+            found += [other for other in _config_differences(group, base) if other.key not in told]
+            found += _scale_differences(group, base)
+        found += _tokenizer_differences(group, base, max_memory)
+        found += _preprocessor_differences(group, base)
+    return settle(found, recipe.allow_differences)
+
+
+def _quantisations(group: Sequence[Checkpoint], base: Base) -> Iterator[Difference]:
+    """Find configs that declare a quantisation: that no weight has one was seen before."""
+    configs = [(part.source, part.config) for part in group]
+    configs += [(base.name, base.config)] if base.name is not None else []
+    giver = group[0].source if base.name is None else base.name
+    for name, config in configs:
+        declared = declared_quantisation(config)
+        if declared is not None:
+            yield Difference(
+                QUANTISATION,
+                f"config.json of {name} says that the model is quantised ({declared[1]}, in "
+                f"{declared[0]}), but no weight of the merge is",
+                "it is left out of the output" if name == giver else "",
+                is_refused=True,
+                remedy="the output would not load: remove the key from that config.json",
+            )
+
+
+def _misfits(first: Checkpoint, base: Base) -> Iterator[Difference]:
+    """Find what the output's config states and its tensors contradict."""
+    config, name, way = base.config, base.name, "name another model with --base"
+    if name is None:
+        config, name, way = first.config, first.source, "correct it there, or use --base"
+    for misfit in config_misfits(config, first.table.names, first.table.shapes):
+        yield Difference(
+            misfit.key,
+            f"config.json of {name} is not of these tensors: {misfit.finding}",
+            "the output has that config all the same",
+            is_refused=misfit.is_certain,
+            remedy=f"the output would not load: {way}",
+        )
+
+
+def _config_differences(group: Sequence[Checkpoint], base: Base) -> list[Difference]:
+    configs = [NamedConfig(part.source, part.config) for part in group]
+    if base.name is None:
+        return config_differences(configs)
+    return config_differences([*configs, NamedConfig(base.name, base.config)], output=len(group))
+
+
+def _scale_differences(group: Sequence[Checkpoint], base: Base) -> Iterator[Difference]:
+    """Find models whose config scales what the output head reads while the output's does not."""
+    configs = [(part.source, part.config) for part in group]
+    name, config = configs[0] if base.name is None else (base.name, base.config)
+    said = {(each.get(TIE_KEY), each.get(SCALE_KEY)) for each in (config, *dict(configs).values())}
+    if len(said) == 1:
+        return
+    from shardmix.conventions.declarations import (  # few merges need them
+        declaration_of,
+        scales_output,
+    )
+
+    scale = declaration_of(config).scale
+    if not scale:
+        return
+    wanted = scales_output(scale, config)
+    for other, theirs in configs:
+        if declaration_of(theirs).scale == scale and scales_output(scale, theirs) != wanted:
+            yield Difference(
+                TIE_KEY,
+                f"{TIE_KEY} and {SCALE_KEY}: what the output head reads is "
+                f"{'scaled' if wanted else 'not scaled'} by the config of {name}, but "
+                f"{'not scaled' if wanted else 'scaled'} by that of {other}",
+                f"in the output it is {'scaled' if wanted else 'not scaled'}",
+                is_refused=True,
+                other_keys=(SCALE_KEY,),
+            )
+
+
+def _tokenizer_differences(
+    group: Sequence[Checkpoint], base: Base, max_memory: int | None
+) -> list[Difference]:
+    folders = [TokenizerFolder(part.source, part.folder) for part in group]
+    output = 0
+    if base.name is not None:
+        folders.append(TokenizerFolder(base.name, base.folder))
+        output = len(group)
+    return tokenizer_differences(
+        folders, output=output, num_rows=_num_rows(group[0]), max_memory=max_memory
+    )
+
+
+def _preprocessor_differences(group: Sequence[Checkpoint], base: Base) -> list[Difference]:
+    folders = [(part.source, part.folder) for part in group]
+    if base.name is not None:
+        folders.append((base.name, base.folder))
+    return preprocessor_differences(folders, output=0 if base.name is None else len(group))
+
+
+def _num_rows(checkpoint: Checkpoint) -> int | None:
+    """Return how many rows the input embedding has, or None if none is known by its name."""
+    table = checkpoint.table
+    embedding = input_embedding([name for name in table.names if "emb" in name or "wte" in name])
+    if embedding is None:
+        return None
+    shape = table.shapes[table.names.index(embedding)]
+    return shape[0] if shape else None

@@ -1,0 +1,157 @@
+"""Tensors that one model stores in one piece and another in several: experts, mostly.
+
+transformers puts single experts together when it loads a model, and older and newer files hold them
+in either way. Here the one that is in one piece is taken for several: they lie one after the other
+in it. Changes tables, not files.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shardmix.formats.safetensors_layout import DTYPES, TensorInfo, tensor_nbytes
+from shardmix.sources.checkpoint import Checkpoint, TensorTable
+
+if TYPE_CHECKING:
+    from shardmix.conventions.declarations import Renaming
+
+# How a loader puts pieces together so that each stays in one piece: experts stacked; experts
+# stacked, each of several parts in a row; parts in a row. And the last one taken apart.
+_STACKED = (("MergeModulelist", 0),)
+_STACKED_PARTS = (("MergeModulelist", 0), ("Concatenate", 1))
+_ROW = (("Concatenate", 0),)
+_TAKEN_APART = (("Chunk", 0),)
+_KNOWN = (_STACKED, _STACKED_PARTS, _ROW, _TAKEN_APART)
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    name: str
+    shape: Shape
+
+
+def split_alike(checkpoints: Sequence[Checkpoint]) -> tuple[Sequence[Checkpoint], list[str]]:
+    """Return the checkpoints with fused tensors in pieces, if any model has the pieces; and notes.
+
+    Models that agree come back as they are.
+    """
+    stored = [set(checkpoint.table.names) for checkpoint in checkpoints]
+    if all(names == stored[0] for names in stored):
+        return checkpoints, []
+    from shardmix.conventions.declarations import (
+        declaration_of,  # models that agree need none of it
+    )
+    from shardmix.matching.tensor_names import class_names
+
+    declarations = [
+        declaration_of(checkpoint.config, checkpoint.folder) for checkpoint in checkpoints
+    ]
+    fused = [
+        _whole(renaming)
+        for own in declarations
+        for renaming in own.renames
+        if renaming.ops in _KNOWN
+    ]
+    if not any(text in name for text in set(fused) for names in stored for name in names):
+        return checkpoints, []
+    named = [
+        dict(zip(class_names(checkpoint.table.names, own), checkpoint.tensors(), strict=True))
+        for checkpoint, own in zip(checkpoints, declarations, strict=True)
+    ]
+    found, notes = [], []
+    for model, (checkpoint, own) in enumerate(zip(checkpoints, declarations, strict=True)):
+        others = [other for number, other in enumerate(named) if number != model]
+        divided = {
+            info.name: pieces
+            for renaming in own.renames
+            for name, info in named[model].items()
+            if (pieces := _pieces(renaming, name, info.shape, others))
+        }
+        if divided:
+            notes.append(
+                f"{checkpoint.source}: stores {next(iter(divided))} in one piece, other models in "
+                "several; the output stores the pieces, which transformers reads as well"
+            )
+            checkpoint = replace(checkpoint, table=_divide(checkpoint.table, divided))
+        found.append(checkpoint)
+    return found, notes
+
+
+def _pieces(
+    renaming: "Renaming", name: str, shape: Shape, others: Sequence[Mapping[str, TensorInfo]]
+) -> list[_Piece]:
+    """Return what another model has in place of a tensor, in the order in which it lies in it."""
+    if renaming.ops not in _KNOWN:
+        return []
+    parts = renaming.to if renaming.ops == _TAKEN_APART else renaming.sources
+    head, end, tail = name.rpartition(_whole(renaming))
+    if not end or (tail and not tail.startswith(".")):
+        return []
+    names = [head + _plain(part) + tail for part in parts]
+    if renaming.ops in (_STACKED, _STACKED_PARTS):
+        num_experts = shape[0] if len(shape) > 1 else 0
+        # A stranger's file may name any number; the pieces are somebody's tensors.
+        if num_experts * len(parts) > max(map(len, others)):
+            return []
+        names = [each.replace("*", str(at), 1) for at in range(num_experts) for each in names]
+    for other in others:
+        if name in other or not names or not all(each in other for each in names):
+            continue
+        pieces = [_Piece(other[each].name, other[each].shape) for each in names]
+        if _fills(renaming, pieces, shape):
+            return pieces
+    return []
+
+
+def _fills(renaming: "Renaming", pieces: Sequence[_Piece], shape: Shape) -> bool:
+    """Tell whether pieces, one after the other, are a tensor of a shape."""
+    if renaming.ops in (_ROW, _TAKEN_APART):
+        rows = sum(piece.shape[0] if piece.shape else 0 for piece in pieces)
+        return rows == shape[0] and all(piece.shape[1:] == shape[1:] for piece in pieces)
+    num_parts = len(pieces) // shape[0]
+    part = shape[1:] if renaming.ops == _STACKED else (shape[1] // num_parts, *shape[2:])
+    is_even = renaming.ops == _STACKED or shape[1] % num_parts == 0
+    return is_even and all(piece.shape == part for piece in pieces)
+
+
+def _whole(renaming: "Renaming") -> str:
+    """Return what the name of the fused tensor has in place of the pieces' parts."""
+    return _plain(renaming.sources[0] if renaming.ops == _TAKEN_APART else renaming.to[0])
+
+
+def _plain(pattern: str) -> str:
+    """Return a pattern of the table without its escapes: a name's part, with a star or without."""
+    return pattern.replace("\\.", ".").removeprefix("^")
+
+
+def _divide(table: TensorTable, divided: Mapping[str, Sequence[_Piece]]) -> TensorTable:
+    names: list[str] = []
+    shapes: list[Shape] = []
+    rows: list[int] = []
+    starts: list[int] = []
+    nbytes: list[int] = []
+    for row, name in enumerate(table.names):
+        dtype = DTYPES[table.dtype_ranks[row]]
+        start = int(table.starts[row])
+        for piece in divided.get(name, (_Piece(name, table.shapes[row]),)):
+            size = tensor_nbytes(dtype, piece.shape)
+            names.append(piece.name)
+            shapes.append(piece.shape)
+            rows.append(row)
+            starts.append(start)
+            nbytes.append(size)
+            start += size
+        if start != int(table.starts[row]) + int(table.nbytes[row]):
+            raise AssertionError(f"{name}: its pieces are not all of it")
+    return TensorTable(
+        names=tuple(names),
+        shapes=tuple(shapes),
+        dtype_ranks=table.dtype_ranks[rows],
+        files=table.files[rows],
+        starts=np.array(starts, np.int64),
+        nbytes=np.array(nbytes, np.int64),
+    )

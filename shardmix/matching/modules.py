@@ -1,0 +1,390 @@
+"""Differences between sentence-transformers modules: their chain, and what each says.
+
+Reads small files, and bytes of weights that cannot be merged; changes nothing.
+"""
+
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shardmix.conventions.module_tree import Module, config_names, inner_path
+from shardmix.conventions.sentence_modules import MODEL_CONFIG_NAME, MODULES_NAME, pooling_modes
+from shardmix.formats.strict_json import MAX_JSON_NBYTES, read_json
+from shardmix.matching.differences import Difference, shown_value
+from shardmix.matching.parts import match_parts
+from shardmix.sources.checkpoint import Checkpoint, main_place
+from shardmix.system.files import refuse_link_outside, same_content
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz")
+
+# What a module computes without weights may differ at the end of a chain: lengths, but not angles.
+_KINDS_AT_THE_END = ("Normalize", "Dropout")
+
+# Keys of modules' configs over which no average means anything, and their values if they are absent
+# (None: not known). "*" stands for all others.
+_REFUSED: dict[str, dict[str, Any]] = {
+    "Pooling": {"pooling_mode": "mean", "include_prompt": True},
+    "Dense": {
+        "activation_function": "Tanh",
+        "bias": True,
+        "use_residual": False,
+        "module_input_name": "sentence_embedding",
+        "module_output_name": None,
+    },
+    "Transformer": {"transformer_task": "feature-extraction"},
+    "LSTM": {"bidirectional": True, "num_layers": 1},
+    "CNN": {"kernel_sizes": None, "stride_sizes": None},
+    "WeightedLayerPooling": {"layer_start": 4, "num_hidden_layers": 12},
+    "SpladePooling": {"pooling_strategy": "max", "activation_function": "relu"},
+    "SparseAutoEncoder": {"k": None, "normalize": False},
+    "LogitScore": {"*": None},
+    "WordEmbeddings": {"tokenizer_class": None},
+    "WordWeights": {"*": None},
+    "BoW": {"*": None},
+}
+# Others that are not told of: shapes tell, or they do nothing when a model is used.
+_IGNORED = frozenset(
+    {
+        *("embedding_dimension", "word_embedding_dimension", "in_features", "out_features"),
+        *("dimension", "dropout", "update_embeddings", "frozen", "dead_threshold", "k_aux"),
+        *("__version__", "requirements"),
+    }
+)
+_DEFAULTS: dict[str, Any] = {"do_lower_case": False, "default_prompt_name": None}
+_SIMILARITIES = {"SparseEncoder": "dot", "MultiVectorEncoder": "maxsim"}
+_LENGTH, _TOKENIZER_CONFIG = "max_seq_length", "tokenizer_config.json"
+_NO_LENGTH = 10**9  # tokenizers without a bound name larger numbers
+# What words stand for, beside weights that have a row for each.
+_VOCABULARY_ENDING = "tokenizer_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ModularModel:
+    """A model with modules, of those that are merged or that give the output its files."""
+
+    name: str
+    """What its user calls it."""
+    root: Path
+    """Its folder."""
+    modules: tuple[Module, ...]
+    """Its modules; empty for a bare model."""
+
+
+def module_differences(
+    checkpoints: Sequence[Checkpoint], base: ModularModel | None = None, pooling: str | None = None
+) -> Iterator[Difference]:
+    """Yield in what the models' modules differ; nothing if at most one model has modules.
+
+    `base` gives the output its modules, if it is no model of the merge; else the first that has
+    modules does. `pooling` is how the output is to pool, whatever the models say.
+    """
+    yield from _weights_of_some(checkpoints)
+    models = [ModularModel(each.source, each.root, each.modules) for each in checkpoints]
+    modular = [each for each in (*([base] if base else []), *models) if each.modules]
+    if not modular:
+        return
+    if base is not None:
+        yield from _weights_of_base(base, checkpoints)
+    giver, *others = modular
+    for other in others:
+        yield from _compared(giver, other, pooling)
+    merged = {module.place for module in giver.modules if _has_merged_weights(giver, module)}
+    told = {part.key for part in match_parts(checkpoints).unmatched}
+    yield from _unmerged_weights(giver, models, merged, told)
+
+
+def _weights_of_some(checkpoints: Sequence[Checkpoint]) -> Iterator[Difference]:
+    """Find modules with weights that not every model has."""
+    unmatched = {id(part) for part in match_parts(checkpoints).unmatched}
+    for checkpoint in checkpoints:
+        mine = [part for part in checkpoint.parts if id(part) in unmatched]
+        if not mine:
+            continue
+        keys = {part.key for part in mine}
+        others = [other for other in checkpoints if not keys <= {part.key for part in other.parts}]
+        pickled = [name for other in others for name in _pickled(other, keys)]
+        names = ", ".join(other.source for other in others)
+        lack = f"{names} has no such module, or none in it"
+        if pickled:
+            lack = (
+                f"in {names} only a pickle ({pickled[0]}), so that they cannot be "
+                "merged (load that model in sentence-transformers and save it: that writes "
+                "safetensors)"
+            )
+        yield Difference(
+            MODULES_NAME,
+            f"{', '.join(f'{part.place}/' for part in mine)}: holds safetensors weights in "
+            f"{checkpoint.source}, and {lack}",
+            "they are not merged",
+            is_refused=True,
+        )
+
+
+def _pickled(checkpoint: Checkpoint, keys: Collection[str]) -> Iterator[str]:
+    """Yield the files with weights of modules that a model has, but not in safetensors."""
+    for module in checkpoint.modules:
+        if module.key in keys and module.place:
+            for name in _names_in(checkpoint.root, module.place):
+                if name.endswith(_WEIGHTS) and not name.endswith(".safetensors"):
+                    yield inner_path(module.place, name)
+
+
+def _weights_of_base(base: ModularModel, checkpoints: Sequence[Checkpoint]) -> Iterator[Difference]:
+    """Find modules with weights of the base that no model has: they would be nobody's mean."""
+    merged = {part.key for part in checkpoints[0].parts}
+    main = main_place(base.root, base.modules)
+    for module in base.modules:
+        if module.place in ("", main) or module.key in merged:
+            continue
+        if any(name.endswith(_WEIGHTS) for name in _names_in(base.root, module.place)):
+            yield Difference(
+                MODULES_NAME,
+                f"{module.place}/: has weights in {base.name}, and {checkpoints[0].source} has no "
+                "such module, or is a file alone (then name its folder)",
+                f"the output takes {base.name}'s",
+                is_refused=True,
+            )
+
+
+def _compared(
+    giver: ModularModel, other: ModularModel, pooling: str | None
+) -> Iterator[Difference]:
+    """Find in what two models' chains and modules differ."""
+    yield from _chains(giver, other)
+    yield from _model_configs(giver, other)
+    theirs = {module.key: module for module in other.modules}
+    for module in giver.modules:
+        if module.key in theirs:
+            yield from _module_configs(giver, module, other, theirs[module.key], pooling)
+
+
+def _chains(giver: ModularModel, other: ModularModel) -> Iterator[Difference]:
+    mine, theirs = ([module.key for module in each.modules] for each in (giver, other))
+    if mine == theirs:
+        return
+    chains = [", ".join(module.kind for module in each.modules) for each in (giver, other)]
+    yield Difference(
+        MODULES_NAME,
+        f"{MODULES_NAME}: {chains[0]} in {giver.name}, {chains[1]} in {other.name}",
+        f"the output takes {giver.name}'s",
+        is_refused=_without_end(giver) != _without_end(other),
+    )
+
+
+def _without_end(model: ModularModel) -> list[str]:
+    modules = list(model.modules)
+    while modules and modules[-1].kind in _KINDS_AT_THE_END:
+        modules.pop()
+    return [module.key for module in modules]
+
+
+def _model_configs(giver: ModularModel, other: ModularModel) -> Iterator[Difference]:
+    """Compare what holds for the whole model: prompts, similarity."""
+    configs = [_read(each.root, MODEL_CONFIG_NAME) for each in (giver, other)]
+    if any(config is None for config in configs):
+        return
+    mine, theirs = (_model_config(config or {}) for config in configs)
+    for key in sorted(mine.keys() | theirs.keys()):
+        refused = {"model_type": None}
+        yield from _value(MODEL_CONFIG_NAME, key, mine, theirs, giver, other, refused=refused)
+
+
+def _model_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    known = {key: value for key, value in config.items() if value is not None}
+    kind = str(config.get("model_type") or "SentenceTransformer")
+    known.setdefault("similarity_fn_name", _SIMILARITIES.get(kind, "cosine"))
+    prompts = config.get("prompts")
+    if not isinstance(prompts, dict):
+        prompts = {}
+    known["prompts"] = {name: prompt for name, prompt in prompts.items() if prompt}
+    return known
+
+
+def _module_configs(
+    giver: ModularModel, mine: Module, other: ModularModel, theirs: Module, pooling: str | None
+) -> Iterator[Difference]:
+    """Compare what two models say of corresponding modules."""
+    if mine.kind == "WordEmbeddings":
+        yield from _vocabularies(giver, mine, other, theirs)
+    name = _first_of(giver.root, mine.place, config_names(mine))
+    other_name = _first_of(other.root, theirs.place, config_names(theirs))
+    if mine.kind == "Transformer" and name and other_name:
+        yield from _lengths(giver, mine, name, other, theirs, other_name)
+    if not (name and other_name) or _same_bytes(giver.root, name, other.root, other_name):
+        return
+    configs = _read(giver.root, name), _read(other.root, other_name)
+    if configs[0] is None or configs[1] is None:
+        yield _other_file(name, giver, other)
+        return
+    values = _module_config(mine, configs[0], pooling), _module_config(theirs, configs[1], pooling)
+    refused = _REFUSED.get(mine.kind, {})
+    for key in sorted(values[0].keys() | values[1].keys()):
+        yield from _value(name, key, *values, giver, other, refused=refused)
+
+
+def _lengths(
+    giver: ModularModel, mine: Module, name: str, other: ModularModel, theirs: Module, its_name: str
+) -> Iterator[Difference]:
+    """Compare where texts are cut off: the module's config says so, or the tokenizer's."""
+    values = []
+    for model, module, config in ((giver, mine, name), (other, theirs, its_name)):
+        length = (_read(model.root, config) or {}).get(_LENGTH)
+        if length is None:
+            tokenizer = _read(model.root, inner_path(module.place, _TOKENIZER_CONFIG)) or {}
+            length = tokenizer.get("model_max_length")
+        is_length = isinstance(length, int) and 0 < length < _NO_LENGTH
+        values.append({_LENGTH: length} if is_length else {})
+    yield from _value(name, _LENGTH, values[0], values[1], giver, other, refused={})
+
+
+def _vocabularies(
+    giver: ModularModel, mine: Module, other: ModularModel, theirs: Module
+) -> Iterator[Difference]:
+    """Compare the words that rows of two models' embeddings stand for."""
+    for name in _names_in(giver.root, mine.place):
+        inner, other_inner = inner_path(mine.place, name), inner_path(theirs.place, name)
+        is_vocabulary = name.endswith(_VOCABULARY_ENDING)
+        if is_vocabulary and not _same_bytes(giver.root, inner, other.root, other_inner):
+            yield _other_file(inner, giver, other)
+
+
+def _other_file(name: str, giver: ModularModel, other: ModularModel) -> Difference:
+    return Difference(
+        name,
+        f"{name}: is another in {giver.name} than in {other.name}",
+        f"the output takes {giver.name}'s",
+        is_refused=True,
+    )
+
+
+def _module_config(
+    module: Module, config: Mapping[str, Any], pooling: str | None
+) -> dict[str, Any]:
+    """Return what a module's config says, absent keys filled in and names of one thing alike."""
+    if module.kind == "Router":
+        parameters = config.get("parameters")
+        return dict(parameters) if isinstance(parameters, dict) else {}
+    refused = _REFUSED.get(module.kind, {})
+    defaults = {key: value for key, value in refused.items() if value is not None}
+    values = {**_DEFAULTS, **defaults, **config}
+    if module.kind == "Pooling":
+        modes = (pooling,) if pooling else pooling_modes(config)
+        values = {key: value for key, value in values.items() if not key.startswith("pooling_mode")}
+        values["pooling_mode"] = ", ".join(modes)
+    if module.kind == "Transformer":
+        values.pop(_LENGTH, None)  # judged by itself
+    if module.kind == "Transformer" and "transformer_task" not in config:
+        masked = module.class_name.endswith("MLMTransformer")
+        values["transformer_task"] = "fill-mask" if masked else "feature-extraction"
+    if isinstance(values.get("activation_function"), str):
+        values["activation_function"] = values["activation_function"].rpartition(".")[2]
+    if module.kind == "Dense" and values.get("module_output_name") is None:
+        values["module_output_name"] = values["module_input_name"]
+    return values
+
+
+def _value(
+    file: str,
+    key: str,
+    mine: Mapping[str, Any],
+    theirs: Mapping[str, Any],
+    giver: ModularModel,
+    other: ModularModel,
+    *,
+    refused: Mapping[str, Any],
+) -> Iterator[Difference]:
+    """Compare one value of a config; a key that only one has and nobody knows says nothing."""
+    if key in _IGNORED or key not in mine or key not in theirs or mine[key] == theirs[key]:
+        return
+    values = [shown_value(each[key]) for each in (mine, theirs)]
+    yield Difference(
+        file,
+        f"{file}: {key} is {values[0]} in {giver.name}, {values[1]} in {other.name}",
+        f"the output takes {giver.name}'s",
+        is_refused=key in refused or "*" in refused,
+    )
+
+
+def _first_of(root: Path, place: str, names: Sequence[str]) -> str | None:
+    """Return the first of these files that a module's folder has, by path within the model's."""
+    for name in names:
+        inner = inner_path(place, name)
+        if os.path.lexists(root / inner):
+            return inner
+    return None
+
+
+def _read(root: Path, name: str) -> dict[str, Any] | None:
+    """Return what a file says; None if there is none, or it is too large to be a config."""
+    path = root / name
+    if not os.path.lexists(path):
+        return None
+    refuse_link_outside(root, path)
+    if path.is_file() and path.stat().st_size > MAX_JSON_NBYTES:
+        return None
+    content: dict[str, Any] = read_json(path)
+    return content
+
+
+def _has_merged_weights(model: ModularModel, module: Module) -> bool:
+    names = _names_in(model.root, module.place)
+    return any(name in ("model.safetensors", "model.safetensors.index.json") for name in names)
+
+
+def _unmerged_weights(
+    giver: ModularModel, models: Sequence[ModularModel], merged: set[str], told: set[str]
+) -> Iterator[Difference]:
+    """Find weights in modules that cannot be merged, unless they are the same everywhere.
+
+    `merged` are the folders of modules that can be, `told` the keys of those that not all have.
+    """
+    for module in giver.modules:
+        if not module.place or module.place in merged or module.key in told:
+            continue
+        for name in _names_in(giver.root, module.place):
+            if not name.endswith(_WEIGHTS):
+                continue
+            inner = inner_path(module.place, name)
+            others = [
+                other.name
+                for other in models
+                if other.root != giver.root and not _has_same_file(giver, other, module, name)
+            ]
+            if others:
+                yield Difference(
+                    inner,
+                    f"{inner}: is another in {giver.name} than in {', '.join(others)}, and no "
+                    "model.safetensors, so that it cannot be merged (load each model in "
+                    "sentence-transformers and save it: that writes one)",
+                    f"the output takes {giver.name}'s",
+                    is_refused=True,
+                )
+
+
+def _has_same_file(giver: ModularModel, other: ModularModel, module: Module, name: str) -> bool:
+    """Tell whether another model has the same bytes in a file of the corresponding module."""
+    place = next((each.place for each in other.modules if each.key == module.key), None)
+    if place is None:
+        return False
+    return _same_bytes(
+        giver.root, inner_path(module.place, name), other.root, inner_path(place, name)
+    )
+
+
+def _names_in(root: Path, place: str) -> list[str]:
+    refuse_link_outside(root, root / place)
+    try:
+        return sorted(path.name for path in (root / place).iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _same_bytes(root: Path, name: str, other_root: Path, other_name: str) -> bool:
+    paths = root / name, other_root / other_name
+    if not all(os.path.lexists(path) for path in paths):
+        return False
+    for folder, path in zip((root, other_root), paths, strict=True):
+        refuse_link_outside(folder, path)
+    return same_content(*paths)

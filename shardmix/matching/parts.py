@@ -1,0 +1,50 @@
+"""Corresponding parts of models: the model itself, and modules with weights of their own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shardmix.errors import MismatchError
+from shardmix.sources.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class MatchedParts:
+    """The parts of all models, by what corresponds."""
+
+    groups: tuple[tuple[Checkpoint, ...], ...]
+    """What is merged together, one of each model; the first model's main part first."""
+    unmatched: tuple[Checkpoint, ...]
+    """Parts that not every model has."""
+
+
+def match_parts(checkpoints: Sequence[Checkpoint]) -> MatchedParts:
+    """Match the parts of models by what they are among their model's modules.
+
+    Folders may be called otherwise in each model. A model without modules is its own main part.
+    Raises `MismatchError` if there is nothing in common.
+    """
+    first = checkpoints[0]
+    groups, matched = [], set()
+    for part in first.parts:
+        group = [_counterpart(part, first, other) for other in checkpoints]
+        if all(group):
+            found = tuple(each for each in group if each is not None)
+            groups.append(found)
+            matched |= {id(each) for each in found}
+    if not groups:
+        raise MismatchError(
+            f"{first.source} and {checkpoints[-1].source}: have no module with weights in common, "
+            "by their modules.json; models of a merge must have the same modules"
+        )
+    unmatched = (
+        part for checkpoint in checkpoints for part in checkpoint.parts if id(part) not in matched
+    )
+    return MatchedParts(tuple(groups), tuple(unmatched))
+
+
+def _counterpart(part: Checkpoint, first: Checkpoint, other: Checkpoint) -> Checkpoint | None:
+    """Return what another model has in the place of a part of the first; None if it has nothing."""
+    is_bare = not (first.modules and other.modules)
+    if is_bare:
+        return other if part is first else None
+    return next((each for each in other.parts if each.key == part.key), None)

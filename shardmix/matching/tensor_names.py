@@ -1,0 +1,121 @@
+"""Names of tensors that mean one parameter: wrappers' prefixes, older names, a base model's prefix.
+
+Gives each model's names as its class has them, so that models saved by different programs can be
+matched. Reads no tensor; changes no file.
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shardmix.conventions.declarations import Declaration, Renaming
+
+# What torch.compile, FSDP and activation checkpointing put around modules, anywhere in a name.
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+_MODULE_PREFIX = "module."  # DataParallel and DDP, before every name
+
+
+def without_wrappers(names: Sequence[str]) -> Sequence[str]:
+    """Return names without what wrappers of modules put into them; the same object if none did.
+
+    transformers does not read such names, so that no output should have them.
+    """
+    if names and all(name.startswith(_MODULE_PREFIX) for name in names):
+        names = [name.removeprefix(_MODULE_PREFIX) for name in names]
+    if any("_orig_mod." in name or "_wrapped_module." in name for name in names):
+        names = [_WRAPPERS.sub("", name) for name in names]
+    return names
+
+
+def class_names(names: Sequence[str], declaration: "Declaration") -> Sequence[str]:
+    """Return the names that transformers reads a checkpoint's names as.
+
+    If two names became one, all are returned as they are.
+    """
+    renamed = list(names)
+    for renaming in declaration.renames:
+        if not renaming.ops:
+            renamed = _renamed(renamed, renaming)
+    return renamed if len(set(renamed)) == len(renamed) else names
+
+
+def aligned(names: Sequence[str], others: Collection[str], prefix: str) -> Sequence[str]:
+    """Return names with a base model's prefix added or left out, if only so they are the others'.
+
+    transformers does the same when it loads a base model's weights into a model with a head, or the
+    other way round.
+    """
+    if not prefix:
+        return names
+    before = f"{prefix}."
+    found = []
+    for name in names:
+        if name in others:
+            found.append(name)
+        elif before + name in others:
+            found.append(before + name)
+        elif name.startswith(before) and name.removeprefix(before) in others:
+            found.append(name.removeprefix(before))
+        else:
+            found.append(name)
+    return found if len(set(found)) == len(found) else names
+
+
+def prefix_of(names: Sequence[str], others: Collection[str]) -> str:
+    """Return the prefix that would make names the others', or the others' names these; or "".
+
+    For a class of which nothing is known: most names must agree that way.
+    """
+    stored = set(names)
+    for longer, shorter in ((names, others), (others, stored)):
+        found: dict[str, int] = {}
+        for name in longer:
+            head, dot, rest = name.partition(".")
+            if dot and rest in shorter:
+                found[head] = found.get(head, 0) + 1
+        for head, count in found.items():
+            if 2 * count > len(stored):
+                return head
+    return ""
+
+
+def _renamed(names: Sequence[str], renaming: "Renaming") -> list[str]:
+    pattern = re.compile(renaming.pattern)
+    if renaming.guarded:
+        first = re.compile(renaming.pattern.partition("|(?P<g1>")[0])
+        if not any(_match(first, name, renaming) for name in names):
+            return list(names)
+    return [_rename(pattern, name, renaming) for name in names]
+
+
+def _match(
+    pattern: re.Pattern[str], name: str, renaming: "Renaming"
+) -> tuple[str, re.Match[str]] | None:
+    """Return what stands before a name in a renaming's scope, and the match; None without one."""
+    before = ""
+    if renaming.scope is not None:
+        scope = f"{renaming.scope}." if renaming.scope else ""
+        base = f"{renaming.base}." if renaming.base else ""
+        before = base + scope if name.startswith(base + scope) else scope
+        if not name.startswith(before):
+            return None
+    match = pattern.search(name.removeprefix(before))
+    return None if match is None else (before, match)
+
+
+def _rename(pattern: re.Pattern[str], name: str, renaming: "Renaming") -> str:
+    found = _match(pattern, name, renaming)
+    if found is None:
+        return name
+    before, match = found
+    group = next(key for key, value in match.groupdict().items() if value is not None)
+    replacement = renaming.to[int(group[1:]) if renaming.guarded else 0]
+    number = pattern.groupindex[group]
+    groups: Mapping[int, str] = {
+        index: match.group(number + index) or "" for index in range(1, pattern.groups - number + 1)
+    }
+    replacement = re.sub(r"\\(\d)", lambda index: groups.get(int(index[1]), ""), replacement)
+    return before + name.removeprefix(before).replace(match.group(0), replacement, 1)

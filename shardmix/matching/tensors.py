@@ -1,0 +1,402 @@
+"""Which tensor of one model corresponds to which of another, or why they cannot be merged.
+
+Works on headers alone. Handles what checkpoints of one class may store differently: parameters that
+share a tensor, names of other programs and versions, and buffers that transformers computes.
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from shardmix.conventions import naming
+from shardmix.conventions.adapters import ADAPTER_REMEDY, adapter_tensor, is_of_adapter
+from shardmix.errors import MismatchError, SourceError, listed
+from shardmix.formats.safetensors_layout import DTYPES, FLOAT_DTYPES, INTEGER_DTYPES
+from shardmix.matching.tensor_names import without_wrappers
+from shardmix.sources.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from shardmix.conventions.declarations import Declaration
+    from shardmix.matching.ties import SharedTensors
+
+_NUM_LISTED = 3
+_HEADS = re.compile(r"(cls|lm_head|head|classifier|score|qa_outputs|pooler|\w+_head)\.")
+
+# Integers that quantised codes are packed into (MLX, HQQ, quanto and others, each with names of its
+# own). Models have matrices of int64 and booleans, but not of these.
+_PACKING_DTYPES = frozenset({"U8", "I8", "U16", "I16", "U32", "I32"})
+
+
+@dataclass(frozen=True, slots=True)
+class MatchedTensors:
+    """The tensors of the output, and where each comes from in every model."""
+
+    names: tuple[str, ...]
+    """In the order of the first model's files; what it does not store comes last."""
+    num_added: int
+    """How many of the last ones the first model does not store by themselves."""
+    shapes: tuple[tuple[int, ...], ...]
+    """One shape a name, the same in every model."""
+    rows: tuple[npt.NDArray[np.int32], ...]
+    """For each model, for each name: the row in that model's tensor table."""
+    untied: tuple[str, ...]
+    """Parts of the output's config that must say `tie_word_embeddings: false`: "" is its top."""
+    notes: tuple[str, ...]
+    """What was left out or taken from elsewhere, for the user."""
+
+
+QUANTISATION = "quantization_config"
+"""What `allow_differences` calls a quantisation that a config declares and no weight has."""
+
+# Methods that quantise weights as they are used: beside floats, what declares them is not stale.
+_WHILE_RUNNING = frozenset({"bitnet"})
+
+
+def check_mergeable(checkpoint: Checkpoint, allow_differences: Collection[str] = ()) -> None:
+    """Raise `SourceError` if a model's weights are none to average: quantised, FP8, complex.
+
+    A quantisation that only the config declares is refused as well, unless it is among the keys of
+    `allow_differences`.
+    """
+    source, table = checkpoint.source, checkpoint.table
+    if not table.names:
+        raise SourceError(f"{source}: holds no tensors")
+    tensor = adapter_tensor(table.names)
+    if tensor is not None or checkpoint.shards[0].path.name.startswith("adapter_model"):
+        found = f" (it holds {tensor})" if tensor is not None else ""
+        raise SourceError(f"{source}: is an adapter, not a model{found}; {ADAPTER_REMEDY}")
+    finding = _unmergeable_tensor(checkpoint)
+    declared = naming.declared_quantisation(checkpoint.config)
+    if declared is not None and (finding is not None or declared[1] in _WHILE_RUNNING):
+        raise SourceError(
+            f"{source}: is quantised ({declared[1]}, in config.json); a weighted sum of quantised "
+            "codes would be silently wrong: merge the unquantised checkpoints"
+        )
+    if declared is not None and QUANTISATION not in allow_differences:
+        raise SourceError(
+            f"{source}: config.json says that the model is quantised ({declared[1]}, in "
+            f"{declared[0]}), but none of its weights is: the key is stale; remove it from "
+            f"config.json, or use --allow-differences {QUANTISATION} (allow_differences in a "
+            "recipe or in Python), which leaves it out of the output"
+        )
+    if finding is not None:
+        raise SourceError(f"{source}: {finding}")
+
+
+def _unmergeable_tensor(checkpoint: Checkpoint) -> str | None:
+    """Say which tensor is none to average, why, and what to do; None if all of them can be."""
+    table = checkpoint.table
+    # One tensor of each kind is enough to look at: 90,000 experts have few.
+    endings = [name.rpartition(".")[2] for name in table.names]
+    columns = zip(table.dtype_ranks.tolist(), endings, map(len, table.shapes), strict=True)
+    kinds = {kind: row for row, kind in enumerate(columns)}
+    for (rank, ending, _), row in kinds.items():
+        dtype, name = DTYPES[rank], table.names[row]
+        if dtype not in FLOAT_DTYPES and dtype not in INTEGER_DTYPES:
+            return (
+                f"{name} {list(table.shapes[row])} is {dtype}; a weighted sum of it would be "
+                "silently wrong: merge checkpoints in float16, bfloat16, float32 or float64"
+            )
+        packed = dtype in _PACKING_DTYPES and len(table.shapes[row]) >= 2
+        if naming.marks_quantisation(ending, dtype) or (
+            packed and not naming.is_computed_buffer(name)
+        ):
+            return (
+                f"holds {name}, a mark of quantised weights; a weighted sum of quantised codes "
+                "would be silently wrong: merge the unquantised checkpoints"
+            )
+    return None
+
+
+def match_tensors(
+    checkpoints: Sequence[Checkpoint], out_config: Mapping[str, Any], out_folder: Path | None = None
+) -> MatchedTensors:
+    """Match all models' tensors by name, resolving ties.
+
+    `out_config` is the config.json that the output will have, of the model in `out_folder`. Raises
+    `MismatchError` if tensors are missing, shapes differ, or floats meet integers.
+    """
+    notes: list[str] = []
+    stored = [_own_names(checkpoint, notes) for checkpoint in checkpoints]
+    has_same_names = all(names == stored[0] for names in stored) or all(
+        set(names) == set(stored[0]) for names in stored
+    )
+    ties = [_tie_statements(checkpoint.config) for checkpoint in checkpoints]
+    if has_same_names and ties.count(_tie_statements(out_config)) == len(ties):
+        row_of = [_rows(names) for names in stored]
+        found = _Resolved(list(stored[0]), row_of, [{} for _ in stored])
+    else:
+        found = _resolved(checkpoints, stored, out_config, out_folder, notes)
+    names = found.names
+    rows = tuple(
+        np.fromiter(
+            (own[name] if name in own else elsewhere[name] for name in names),
+            dtype=np.int32,
+            count=len(names),
+        )
+        for own, elsewhere in zip(found.row_of, found.held, strict=True)
+    )
+    shapes = _common_shapes(checkpoints, names, rows)
+    _refuse_mixed_kinds(checkpoints, names, rows)
+    return MatchedTensors(
+        names=tuple(_written_names(names, stored, found.row_of)),
+        num_added=found.num_added,
+        shapes=shapes,
+        rows=rows,
+        untied=found.untied,
+        notes=tuple(notes),
+    )
+
+
+class _Resolved(NamedTuple):
+    """Names of the output, and where models have what they do not store by them."""
+
+    names: list[str]
+    row_of: list[dict[str, int]]
+    held: Sequence[Mapping[str, int]]
+    num_added: int = 0
+    untied: tuple[str, ...] = ()
+
+
+def _resolved(
+    checkpoints: Sequence[Checkpoint],
+    stored: Sequence[Sequence[str]],
+    out_config: Mapping[str, Any],
+    out_folder: Path | None,
+    notes: list[str],
+) -> _Resolved:
+    """Match models that differ in names, or in what they say of ties."""
+    from shardmix.conventions.declarations import declaration_of  # most merges need none of these
+    from shardmix.matching.ties import NamedModel, share
+
+    declarations = [
+        declaration_of(checkpoint.config, checkpoint.folder) for checkpoint in checkpoints
+    ]
+    known = _names_of_class(stored, declarations)
+    row_of = [_rows(names) for names in known]
+    partial = _names_not_in_all(row_of)
+    if partial and all(set(names) == set(stored[0]) for names in stored):
+        # Their classes read the same names as different parameters.
+        known, row_of, partial = list(stored), [_rows(names) for names in stored], []
+    computed = {name for name in partial if naming.is_computed_buffer(name)}
+    if computed:
+        notes.append(
+            f"left out {_listed(sorted(computed))}: not in every model; transformers computes "
+            "it by itself"
+        )
+    models = [
+        NamedModel(checkpoint.config, declaration, rows)
+        for checkpoint, declaration, rows in zip(checkpoints, declarations, row_of, strict=True)
+    ]
+    output = NamedModel(out_config, declaration_of(out_config, out_folder), row_of[0])
+    shared = share(models, output, [name for name in partial if name not in computed])
+    names = [*(name for name in known[0] if name not in computed), *shared.added]
+    _refuse_missing(checkpoints, row_of, shared.rows, names, declarations)
+    notes += _notes_of(shared)
+    return _Resolved(names, row_of, shared.rows, len(shared.added), shared.untied)
+
+
+def _rows(names: Sequence[str]) -> dict[str, int]:
+    return {name: row for row, name in enumerate(names)}
+
+
+def _own_names(checkpoint: Checkpoint, notes: list[str]) -> Sequence[str]:
+    """Return a model's names without what wrappers of modules put into them."""
+    names = checkpoint.table.names
+    plain = without_wrappers(names)
+    if plain is names:
+        return names
+    if len(set(plain)) != len(plain):
+        raise SourceError(
+            f"{checkpoint.source}: stores tensors both with a wrapper's name in theirs "
+            "(_orig_mod., module.) and without it; save the model anew, without the wrapper"
+        )
+    changed = next(name for name, own in zip(names, plain, strict=True) if name != own)
+    notes.append(
+        f"{checkpoint.source}: has a wrapper's name in those of its tensors ({changed}), which "
+        "loaders don't read; the output has them without it"
+    )
+    return plain
+
+
+def _tie_statements(config: Mapping[str, Any]) -> tuple[object, ...]:
+    """Return all that a config says that may bear on ties."""
+    return tuple(
+        (key, str(part[key]))
+        for part in naming.config_parts(config)
+        for key in sorted(part)
+        if key in ("model_type", "architectures") or key.startswith("tie_")
+    )
+
+
+def _names_of_class(
+    stored: Sequence[Sequence[str]], declarations: Sequence["Declaration"]
+) -> list[Sequence[str]]:
+    """Return all models' names as their classes have them, and as the first one spells them."""
+    from shardmix.matching.tensor_names import aligned, class_names, prefix_of
+
+    first = class_names(stored[0], declarations[0])
+    others = set(first)
+    found = [first]
+    for names, declaration in zip(stored[1:], declarations[1:], strict=True):
+        own = class_names(names, declaration)
+        prefix = declaration.prefix or declarations[0].prefix or prefix_of(own, others)
+        found.append(aligned(own, others, prefix))
+    return found
+
+
+def _written_names(
+    names: Sequence[str], stored: Sequence[Sequence[str]], row_of: Sequence[Mapping[str, int]]
+) -> list[str]:
+    """Return the names that the output stores: the first model's, or who has the tensor's own."""
+    written = []
+    for name in names:
+        owner = next((model for model, rows in enumerate(row_of) if name in rows), None)
+        written.append(name if owner is None else stored[owner][row_of[owner][name]])
+    return written
+
+
+def _notes_of(shared: "SharedTensors") -> list[str]:
+    if not shared.split:
+        return []
+    told = f"{_listed(shared.split)}: stored by some models and shared with another parameter in "
+    if shared.untied:
+        where = ", ".join(part or "its config" for part in shared.untied)
+        return [
+            f"{told}others; the output stores the mean of each, and {where} says "
+            f"{naming.TIE_KEY}: false"
+        ]
+    if shared.is_kept_tied:
+        return [
+            f"{told}others; the output stores the mean of each, which transformers 5 and newer "
+            "read beside a config that ties them"
+        ]
+    return [f"{told}others; the output stores the mean of each"]
+
+
+def _names_not_in_all(row_of: Sequence[Mapping[str, int]]) -> list[str]:
+    union = dict.fromkeys(name for rows in row_of for name in rows)
+    return [name for name in union if not all(name in rows for rows in row_of)]
+
+
+def _refuse_missing(
+    checkpoints: Sequence[Checkpoint],
+    row_of: Sequence[Mapping[str, int]],
+    shared: Sequence[Mapping[str, int]],
+    names: Sequence[str],
+    declarations: Sequence["Declaration"],
+) -> None:
+    def lacks(model: int) -> list[str]:
+        return [name for name in names if name not in row_of[model] and name not in shared[model]]
+
+    for model in range(len(checkpoints)):
+        missing = lacks(model)
+        if not missing:
+            continue
+        # Name two models: the one that lacks tensors, and one that has the first of them.
+        other = next((i for i, rows in enumerate(row_of) if missing[0] in rows), 0)
+        here, there = checkpoints[model].source, checkpoints[other].source
+        only_there = [name for name in missing if name in row_of[other]]
+        only_here = [name for name in lacks(other) if name in row_of[model]]
+        raise MismatchError(
+            f"tensor sets differ: only in {there}: {_listed(only_there)}; "
+            f"only in {here}: {_listed(only_here)}; models of a merge must have one architecture "
+            f"and the same tensor names{_hint(only_there, only_here)}"
+            f"{_unknown_class(checkpoints[model], declarations[model])}; "
+            f"{_way_on([*only_there, *only_here])}"
+        )
+
+
+def _way_on(names: Sequence[str]) -> str:
+    """Say what to do with models that differ in these names."""
+    wrapped = next((name for name in names if is_of_adapter(name)), None)
+    if wrapped is not None:
+        return (
+            f"{wrapped} is of a model with an adapter that is not merged into its weights: load "
+            "it in PEFT, and save it with merge_and_unload() and save_pretrained()"
+        )
+    return (
+        "if they are of one architecture, load them with one class of transformers (AutoModel, or "
+        "the one that you will use) and save them anew with save_pretrained"
+    )
+
+
+def _hint(only_there: Sequence[str], only_here: Sequence[str]) -> str:
+    """Say what a difference in names is likely to come from; "" if nothing is known."""
+    names = [*only_there, *only_here]
+    if not (only_there and only_here) and all(".pooler." in f".{name}" for name in names):
+        return " (one has a pooler, the other was saved without: add_pooling_layer=False)"
+    if names and all(map(_HEADS.match, names)):
+        return " (one has the output head of a task that the other lacks)"
+    return ""
+
+
+def _unknown_class(checkpoint: Checkpoint, declaration: "Declaration") -> str:
+    if declaration.is_known or declaration.is_conventional:
+        return ""
+    return (
+        f" ({checkpoint.source}: its class is not known here, nor to an installed transformers, so "
+        "that parameters which share a tensor cannot be told)"
+    )
+
+
+def _common_shapes(
+    checkpoints: Sequence[Checkpoint],
+    names: Sequence[str],
+    rows: Sequence[npt.NDArray[np.int32]],
+) -> tuple[tuple[int, ...], ...]:
+    all_shapes = [
+        list(map(checkpoint.table.shapes.__getitem__, model_rows.tolist()))
+        for checkpoint, model_rows in zip(checkpoints, rows, strict=True)
+    ]
+    first = all_shapes[0]
+    for checkpoint, shapes in zip(checkpoints[1:], all_shapes[1:], strict=True):
+        if shapes == first:
+            continue
+        name, mine, other = next(
+            (name, mine, other)
+            for name, mine, other in zip(names, first, shapes, strict=True)
+            if mine != other
+        )
+        remedy = "the models have different architectures and cannot be merged"
+        if naming.has_vocabulary_axis(name) and mine[1:] == other[1:]:
+            remedy = (
+                "this looks like a resized vocabulary: give both models the same tokens first "
+                "(model.resize_token_embeddings in transformers)"
+            )
+        raise MismatchError(
+            f"{name}: {list(mine)} in {checkpoints[0].source}, {list(other)} in "
+            f"{checkpoint.source}; shapes must match; {remedy}"
+        )
+    return tuple(first)
+
+
+def _refuse_mixed_kinds(
+    checkpoints: Sequence[Checkpoint],
+    names: Sequence[str],
+    rows: Sequence[npt.NDArray[np.int32]],
+) -> None:
+    is_float_rank = np.array([dtype in FLOAT_DTYPES for dtype in DTYPES])
+    ranks = [
+        checkpoint.table.dtype_ranks[model_rows]
+        for checkpoint, model_rows in zip(checkpoints, rows, strict=True)
+    ]
+    first = is_float_rank[ranks[0]]
+    for checkpoint, model_ranks in zip(checkpoints[1:], ranks[1:], strict=True):
+        differing = np.flatnonzero(is_float_rank[model_ranks] != first)
+        if differing.size:
+            at = int(differing[0])
+            raise MismatchError(
+                f"{names[at]}: {DTYPES[ranks[0][at]]} in {checkpoints[0].source}, "
+                f"{DTYPES[model_ranks[at]]} in {checkpoint.source}; integers and floats cannot be "
+                "averaged with one another; convert one of the models"
+            )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return listed(names, _NUM_LISTED) or "none"

@@ -1,0 +1,173 @@
+"""The options of a merge by keyword, and the `RunSettings` that they are checked into."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TypedDict
+
+from shardmix.errors import RecipeError
+from shardmix.system.digests import XXH3, check_algorithm
+from shardmix.system.gpus import resolve_device
+from shardmix.system.threads import MOST_WORKERS
+from shardmix.system.units import parse_size
+
+TORCH = "torch"
+"""Backend: every dtype, on the CPU and on GPUs."""
+LLVM = "llvm"
+"""Backend: compiled kernels on the CPU, without torch in the process."""
+LLVM_DTYPES = frozenset({"BF16", "F16", "F32"})
+"""What those kernels read and write."""
+
+WARN = "warn"
+"""On NaN and Inf in the output: count them, and tell of them."""
+ERROR = "error"
+"""On NaN and Inf in the output: stop at the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """How a merge is run. Nothing here changes a byte of the output."""
+
+    device: str = "cpu"
+    """cpu, cuda (all GPUs), cuda:N, or auto until the planner knows how much there is to sum."""
+    is_device_open: bool = False
+    """A GPU is there but nobody asked for it: the merge begins by trying if the CPU is faster."""
+    io: str = "auto"
+    """How sources are read: mmap, pread, or auto until the planner has decided."""
+    backend: str = "auto"
+    """What does the sums: TORCH, LLVM, or auto until the planner has seen the dtypes."""
+    workers: int | None = None
+    """Threads; None: as many as speed needs."""
+    max_memory_nbytes: int | None = None
+    """Bound on the process's peak resident memory."""
+    max_vram_nbytes: int | None = None
+    """Bound on the memory of each GPU."""
+    overwrite: bool = False
+    """Replace an existing output."""
+    fsync: bool = True
+    """Force files to disk before the output appears."""
+    share: bool = False
+    """The output can be read by whom the umask lets in, though a source is private."""
+    restart: bool = False
+    """Throw away what an earlier run has left, rather than go on from it."""
+    on_nonfinite: str = WARN
+    """WARN or ERROR: what to do about NaN and Inf in the output."""
+    profile: str | None = None
+    """Absolute path of the file that memory and speed are written to; None: they are not."""
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether the arithmetic runs on a GPU, or is assumed to."""
+        return self.device.startswith("cuda")
+
+
+IO_CHOICES = ("auto", "mmap", "pread")
+BACKEND_CHOICES = ("auto", TORCH, LLVM)
+
+
+class MergeOptions(TypedDict, total=False):
+    """What `merge` and `plan_merge` take by keyword; all of it optional."""
+
+    dtype: str | None
+    """Output dtype: "keep" (each tensor's in the first model), float32, float16 or bfloat16."""
+    base: str | PathLike[str] | None
+    """Source of config, tokenizer and other companion files; default: the first model."""
+    max_shard_size: int | str | None
+    """Largest output shard ("5GB"); default: the first model's own shard layout."""
+    normalize: bool | None
+    """Rescale the weights to sum to 1."""
+    allow_weight_sum: bool | None
+    """Accept weights whose sum is not 1."""
+    allow_differences: Sequence[str] | str | None
+    """Keys in which the models may differ although an average over that makes no sense by itself:
+    of their configs ("num_attention_heads"), "tokenizer", "quantization_config", ..."""
+    pooling: str | None
+    """How an encoder pools: cls, mean, max, mean_sqrt_len, weightedmean or lasttoken; default: as
+    its sentence-transformers modules say, or else cls."""
+    max_memory: int | str | None
+    """Bound on the whole process's peak resident memory ("2GiB"); default: what speed needs."""
+    max_vram: int | str | None
+    """Bound on GPU memory, of each GPU."""
+    device: str
+    """cpu, cuda (all GPUs), cuda:N, or auto (default): of a large merge whichever is the faster."""
+    io: str
+    """How sources are read: auto (default), mmap or pread. All bounded, all the same bytes."""
+    backend: str
+    """What does the sums: auto (default), torch or llvm. All the same bytes."""
+    workers: int | None
+    """Threads; default: one a core."""
+    overwrite: bool
+    """Replace an existing output, which stays until the new one is whole."""
+    fsync: bool
+    """Force everything to disk before the output appears (default); False for scratch disks."""
+    share: bool
+    """Let the umask decide who may read the output, though a source can be read by fewer."""
+    restart: bool
+    """Throw away what an earlier run of a merge to this output has left, instead of going on."""
+    on_nonfinite: str
+    """NaN or Inf in the output: "warn" (default: they are counted, by tensor) or "error"."""
+    digest: str
+    """What the output's files are hashed with: xxh3 (default), blake3 or sha256."""
+    record_paths: bool
+    """Tell in the output's shardmix.json where on this machine the sources lie."""
+    profile: str | PathLike[str] | None
+    """Record memory over time and speed by stage into this .json file (see docs/profile.md)."""
+
+
+def run_settings(options: MergeOptions) -> RunSettings:
+    """Return the options that change no byte of the output, checked. Raises `RecipeError`."""
+    io = options.get("io", "auto")
+    if io not in IO_CHOICES:
+        raise RecipeError(f"io {io!r}: must be one of {', '.join(IO_CHOICES)}")
+    backend = options.get("backend", "auto")
+    if backend not in BACKEND_CHOICES:
+        raise RecipeError(f"backend {backend!r}: must be one of {', '.join(BACKEND_CHOICES)}")
+    on_nonfinite = options.get("on_nonfinite", WARN)
+    if on_nonfinite not in (WARN, ERROR):
+        raise RecipeError(f"on_nonfinite {on_nonfinite!r}: must be {WARN} or {ERROR}")
+    workers = options.get("workers")
+    if workers is not None and not 1 <= workers <= MOST_WORKERS:
+        raise RecipeError(f"workers {workers}: must be from 1 to {MOST_WORKERS}")
+    max_memory, max_vram = options.get("max_memory"), options.get("max_vram")
+    return RunSettings(
+        device=_device(options.get("device", "auto")),
+        io=io,
+        backend=backend,
+        workers=workers,
+        max_memory_nbytes=None if max_memory is None else parse_size(max_memory),
+        max_vram_nbytes=None if max_vram is None else parse_size(max_vram),
+        overwrite=options.get("overwrite", False),
+        fsync=options.get("fsync", True),
+        share=options.get("share", False),
+        restart=options.get("restart", False),
+        on_nonfinite=on_nonfinite,
+        profile=_profile_path(options.get("profile")),
+    )
+
+
+def _device(asked: str) -> str:
+    """Return the device, or auto where there is a choice."""
+    device = resolve_device(asked)
+    return asked if asked == "auto" and device != "cpu" else device
+
+
+def digest_algorithm(options: MergeOptions) -> str:
+    """Return what the output's files are to be hashed with. Raises `RecipeError`."""
+    algorithm = options.get("digest", XXH3)
+    check_algorithm(algorithm)
+    return algorithm
+
+
+def _profile_path(profile: str | PathLike[str] | None) -> str | None:
+    if profile is None:
+        return None
+    try:
+        path = Path(profile).expanduser()
+        # Not the file itself: a profile is not written through a link.
+        path = path.parent.resolve() / path.name
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, ~nobody
+        raise RecipeError(f"profile {str(profile)!r}: cannot be a path ({error})") from None
+    if path.suffix != ".json":
+        raise RecipeError(f"profile {str(profile)!r}: must end in .json")
+    return str(path)

@@ -1,0 +1,182 @@
+"""Where an output may go: a path that destroys nothing, on a disk that has room. Writes nothing."""
+
+import itertools
+import os
+import stat
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from shardmix.conventions.file_kinds import has_given_name
+from shardmix.conventions.module_tree import module_places, read_modules
+from shardmix.conventions.weight_names import is_loaded_name
+from shardmix.errors import OutputError, SourceError
+from shardmix.output.provenance import PROVENANCE_NAME, parse_provenance
+from shardmix.redaction import is_url
+from shardmix.system.files import free_nbytes
+from shardmix.system.held_folder import HeldFolder, open_folder
+from shardmix.system.units import format_size
+
+_BESIDE_A_MODEL = ("README.md", PROVENANCE_NAME, ".gitattributes")
+_HUB_LEFTOVERS = ".cache/huggingface/"  # of a download into a folder
+_MOST_NAME_NBYTES = 240  # of 255, and the folder that the work goes into has a longer one
+
+
+def resolve_output(output: str | os.PathLike[str]) -> Path:
+    """Return the one absolute path that all checks and the rename use.
+
+    Links and `..` on the way to it are resolved; it is not, should it be a link itself.
+    """
+    if is_url(os.fspath(output)):
+        raise OutputError(
+            f"{os.fspath(output)}: is a URL, and an output is a folder on this machine; name one, "
+            "and upload it afterwards"
+        )
+    try:
+        path = Path(output).expanduser()
+        is_named = path.name not in ("", "..")
+        resolved = path.parent.resolve() / path.name if is_named else path.resolve()
+        os.fsencode(resolved).decode()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, ~nobody, not UTF-8
+        raise OutputError(
+            f"{output!r}: cannot be a path ({error}); choose another output"
+        ) from None
+    if not resolved.name:
+        raise OutputError(f"{resolved}: is the root of the file system; name a folder in it")
+    length = len(os.fsencode(resolved.name))
+    if length > _MOST_NAME_NBYTES:
+        raise OutputError(
+            f"{resolved}: has a name of {length} bytes; an output's have {_MOST_NAME_NBYTES} at "
+            "most: choose a shorter one"
+        )
+    return resolved
+
+
+def check_output(output: Path, *, overwrite: bool, inputs: Sequence[Path]) -> None:
+    """Refuse an output that would destroy something: an input, or what isn't just a model.
+
+    `output` is resolved; `inputs` are model folders and weight files. Raises `OutputError`.
+    """
+    if output.suffix == ".safetensors":
+        raise OutputError(
+            f"{output}: names a file; the output is a model folder: leave .safetensors off"
+        )
+    for source in inputs:
+        source_path = source.resolve()
+        if output == source_path or source_path in output.parents:
+            raise OutputError(
+                f"{output}: is the input {source} or lies inside it; choose a folder outside "
+                "all inputs"
+            )
+        if output in source_path.parents and (source.is_dir() or overwrite):
+            raise OutputError(
+                f"{output}: contains the input {source}; choose a folder that holds no input"
+            )
+    try:
+        parent = next(folder for folder in output.parents if folder.exists())
+        if parent == output.parent:
+            with open_folder(parent) as held:
+                if old := check_replaceable(held, output.name, overwrite=overwrite):
+                    old.close()
+        if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
+            raise OutputError(f"{parent}: cannot be written to; choose another output")
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be used ({error.strerror}); choose another") from None
+
+
+def check_disk(output: Path, needed_nbytes: int, *, staged_nbytes: int = 0) -> None:
+    """Raise `OutputError` where the disk lacks room for an output, part of which may be there."""
+    try:
+        free = free_nbytes(output) + staged_nbytes
+    except OSError as error:
+        raise OutputError(f"{output}: its disk cannot be looked at ({error.strerror})") from None
+    if free < needed_nbytes:
+        raise OutputError(
+            f"{output}: needs {format_size(needed_nbytes)} ({needed_nbytes} bytes) but its disk "
+            f"has {format_size(free)} free; free some space or write elsewhere with -o"
+        )
+
+
+def check_replaceable(parent: HeldFolder, name: str, *, overwrite: bool) -> HeldFolder | None:
+    """Return the model that an output replaces, opened; None if nothing has its name.
+
+    Raises `OutputError` if what is there may not be replaced, and OSError.
+    """
+    there = parent.entry(name)
+    if there is None:
+        return None
+    output = parent.path / name
+    if stat.S_ISLNK(there.st_mode):
+        raise OutputError(
+            f"{output}: is a link, which an output never replaces or follows; name the folder that "
+            "it leads to, remove it, or choose another output"
+        )
+    if not overwrite:
+        raise OutputError(
+            f"{output}: exists; choose another output, or replace it with --overwrite "
+            "(overwrite=True)"
+        )
+    if not stat.S_ISDIR(there.st_mode):
+        raise OutputError(f"{output}: exists and is not a folder; remove it or choose another")
+    if there.st_dev != parent.status().st_dev:
+        raise OutputError(f"{output}: is a mount point; name a folder in it")
+    folder = parent.subfolder(name)
+    try:
+        check_is_model(folder, output)
+    except BaseException:
+        folder.close()
+        raise
+    return folder
+
+
+def check_is_model(folder: HeldFolder, output: Path) -> None:
+    """Raise `OutputError` if a folder is not empty, and not a model and nothing else.
+
+    `output` is what to call it: by now it may lie elsewhere.
+    """
+    names = folder.names()
+    places = tuple(f"{place}/" for place in _module_places(folder.path))
+    weights = (name for name, _ in folder.files() if name.endswith(".safetensors"))
+    if names and not any("/" not in name or name.startswith(places) for name in weights):
+        raise OutputError(
+            f"{output}: holds no safetensors weights, so it isn't a model that --overwrite "
+            "may replace; choose another output"
+        )
+    others = list(itertools.islice(_not_the_models(folder), 4))
+    if others:
+        named = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+        raise OutputError(
+            f"{output}: holds {named} besides a model, which --overwrite would delete; move "
+            "that elsewhere, or choose another output"
+        )
+
+
+def _not_the_models(folder: HeldFolder) -> Iterator[str]:
+    """Yield the files below a folder that are none of the model's in it: they are somebody's work.
+
+    What shardmix wrote is known by name; of a model from elsewhere, what is called as loaders and
+    other programs call it is taken for its own: weights, and what goes along with weights.
+    """
+    written: Collection[str] = ()
+    with (
+        suppress(SourceError, OutputError, OSError),
+        folder.open_regular(PROVENANCE_NAME) as provenance,
+    ):
+        written = parse_provenance(provenance, folder.path)[0].digests.files
+    places = _module_places(folder.path)
+    for file, _ in folder.files():
+        is_own = file in written if written else _may_be_a_models(file, places)
+        if not is_own and file not in _BESIDE_A_MODEL and not file.startswith(_HUB_LEFTOVERS):
+            yield file
+
+
+def _module_places(folder: Path) -> tuple[str, ...]:
+    with suppress(SourceError):  # then it is no such model
+        return module_places(read_modules(folder))
+    return ()
+
+
+def _may_be_a_models(file: str, places: Sequence[str]) -> bool:
+    is_weights = "/" not in file and is_loaded_name(file)
+    is_modules = file.startswith(tuple(f"{place}/" for place in places))
+    return is_weights or is_modules or has_given_name(file)

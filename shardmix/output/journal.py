@@ -1,0 +1,272 @@
+"""The journal of a merge: which leaves of which output files are done, for a later run to go on.
+
+One JSON value a line: first what merge it is, then a line for each leaf. A line is a claim, no
+more: whoever goes on from it hashes the leaf's bytes again, so that neither a torn line nor data
+that a power cut took back can do harm. Nothing here needs to be forced to disk for that.
+"""
+
+import os
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from shardmix._version import __version__
+from shardmix.anomalies import NOTHING_FOUND, LeafFindings
+from shardmix.errors import OutputError, writing_failed
+from shardmix.formats.safetensors_layout import element_nbytes
+from shardmix.plan.identity import MergeDescription, asked_otherwise, changed_files
+from shardmix.plan.merge_plan import AGREE, MergePlan
+from shardmix.system.digests import LEAF_NBYTES, LeafDigests, num_leaves
+from shardmix.system.held_folder import HeldFolder
+
+JOURNAL_NAME = "journal"
+_FORMAT = 2
+_LONGEST_LINE_NBYTES = 64_000_000  # the first one names every file, others what was found in a leaf
+
+
+class _Format(msgspec.Struct):
+    format: int
+    version: str
+
+
+class _Head(_Format):
+    plan_digest: str
+    merge: MergeDescription
+    file_nbytes: tuple[int, ...]
+
+
+class _Line(msgspec.Struct, array_like=True):
+    shard: int
+    leaf: int
+    digest: str
+    findings: LeafFindings = NOTHING_FOUND
+
+
+@dataclass(frozen=True, slots=True)
+class JournalSummary:
+    """What a journal claims, for people who ask."""
+
+    merge: MergeDescription
+    """The merge."""
+    num_bytes_done: int
+    """Bytes of weight files claimed."""
+    num_bytes: int
+    """Bytes of all weight files."""
+    num_shards_done: int
+    """Output files all of whose leaves are claimed."""
+    num_shards: int
+    """Output files."""
+
+
+class Journal:
+    """A journal open for one merge: what was there, and what is added."""
+
+    def __init__(
+        self,
+        path: Path,
+        descriptor: int,
+        leaves: Sequence[LeafDigests],
+        findings: dict[str, LeafFindings],
+        plan_digest: str,
+    ) -> None:
+        self.plan_digest = plan_digest
+        """Of the plan that it was opened for; the same however that plan is carried out."""
+        self._path = path
+        self._descriptor = descriptor
+        self._findings = findings
+        self._lock = threading.Lock()
+        self.leaves = leaves
+        """For each output file, the leaves that are claimed; those added join them."""
+
+    @property
+    def num_leaves_done(self) -> int:
+        """How many leaves are claimed."""
+        return sum(leaves.num_known for leaves in self.leaves)
+
+    def findings(self, shard: int, leaf: int) -> LeafFindings:
+        """Return what a claimed leaf's line told of it."""
+        return self._findings.get(f"{shard}/{leaf}", NOTHING_FOUND)
+
+    def add(self, shard: int, leaf: int, digest: bytes, findings: LeafFindings) -> None:
+        """Claim a leaf whose bytes are written. Raises `OutputError`."""
+        line = bytearray()
+        msgspec.json.Encoder().encode_into(_Line(shard, leaf, digest.hex(), findings), line)
+        line += b"\n"
+        with self._lock:
+            try:
+                _write(self._descriptor, line)
+            except OSError as error:
+                raise writing_failed(self._path, error) from None
+            self.leaves[shard].put(leaf, digest)
+
+    def close(self) -> None:
+        """Close the file."""
+        with suppress(OSError):  # a claim that is lost costs work, not bytes
+            os.close(self._descriptor)
+
+
+def open_journal(folder: HeldFolder, plan: MergePlan) -> Journal:
+    """Open a merge's journal, new or left by an earlier run of the same merge.
+
+    Raises `OutputError` where it is another merge's, and names the difference.
+    """
+    path = folder.path / JOURNAL_NAME
+    leaves = [LeafDigests(plan.digest_algorithm, shard.file_nbytes) for shard in plan.shards]
+    head = _head(plan, plan.digest())
+    try:
+        descriptor = folder.open_own(JOURNAL_NAME, append=True)
+        try:
+            left = _read_head(folder)
+            if left is None:  # new, or cut off before it said anything
+                os.ftruncate(descriptor, 0)
+                _write(descriptor, msgspec.json.encode(head) + b"\n")
+                return Journal(path, descriptor, leaves, {}, head.plan_digest)
+            _check_same(path, left, head)
+            findings, valid_nbytes = _read_lines(folder, leaves)
+            os.ftruncate(descriptor, valid_nbytes)
+        except BaseException:
+            os.close(descriptor)
+            raise
+    except OSError as error:
+        raise writing_failed(path, error, "cannot be used") from None
+    return Journal(path, descriptor, leaves, findings, head.plan_digest)
+
+
+def journal_nbytes(plan: MergePlan) -> int:
+    """Return how long a merge's journal will be, at most, if there is no NaN or Inf.
+
+    Integers may differ between models in every leaf that they lie in.
+    """
+    head = msgspec.json.encode(_head(plan, "0" * 64))
+    lines = 0
+    for number, shard in enumerate(plan.shards):
+        leaves = LeafDigests(plan.digest_algorithm, shard.file_nbytes)
+        line = _Line(number, len(leaves), "00" * leaves.digest_nbytes)
+        lines += len(leaves) * (len(msgspec.json.encode(line)) + 1)
+        for run in shard.runs:
+            if run.reduction == AGREE:
+                stop = run.out_offset + run.num_elements * element_nbytes(run.out_dtype)
+                num_parts = num_leaves(stop) - run.out_offset // LEAF_NBYTES
+                lines += num_parts * len(msgspec.json.encode({run.name: run.models}))
+    return len(head) + 1 + lines
+
+
+def nonfinite_nbytes(name: str) -> int:
+    """Return what a line takes more to tell that a tensor holds NaN or Inf, at most."""
+    most = 10**15
+    return len(msgspec.json.encode({name: (most, most, most)}))
+
+
+def summarise(folder: HeldFolder) -> JournalSummary | None:
+    """Return what a staging folder's journal claims; None if it says nothing, or isn't there.
+
+    Raises OSError, and `OutputError` if it is no file.
+    """
+    if folder.entry(JOURNAL_NAME) is None:
+        return None
+    head = _read_head(folder)
+    if head is None:
+        return None
+    counts = list(map(num_leaves, head.file_nbytes))
+    done: list[set[int]] = [set() for _ in counts]
+    with folder.open_regular(JOURNAL_NAME) as file:
+        file.readline(_LONGEST_LINE_NBYTES)
+        while encoded := file.readline(_LONGEST_LINE_NBYTES):
+            try:
+                line = msgspec.json.decode(encoded, type=_Line)
+            except (ValueError, RecursionError):  # torn; msgspec's errors are ValueErrors
+                break
+            if 0 <= line.shard < len(done):
+                done[line.shard].add(line.leaf)
+    return JournalSummary(
+        merge=head.merge,
+        num_bytes_done=min(sum(map(len, done)) * LEAF_NBYTES, sum(head.file_nbytes)),
+        num_bytes=sum(head.file_nbytes),
+        num_shards_done=sum(
+            len(leaves) == count for leaves, count in zip(done, counts, strict=True)
+        ),
+        num_shards=len(counts),
+    )
+
+
+def _head(plan: MergePlan, plan_digest: str) -> _Head:
+    return _Head(
+        _FORMAT,
+        __version__,
+        plan_digest,
+        MergeDescription.of(plan),
+        tuple(shard.file_nbytes for shard in plan.shards),
+    )
+
+
+def _write(descriptor: int, data: bytes | bytearray) -> None:
+    """Append all of it, however many calls that takes."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def _read_head(folder: HeldFolder) -> _Head | None:
+    with folder.open_regular(JOURNAL_NAME) as file:
+        encoded = file.readline(_LONGEST_LINE_NBYTES)
+    if not encoded.endswith(b"\n"):
+        return None
+    try:
+        _check_format(folder.path / JOURNAL_NAME, msgspec.json.decode(encoded, type=_Format))
+        return msgspec.json.decode(encoded, type=_Head)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _read_lines(
+    folder: HeldFolder, leaves: Sequence[LeafDigests]
+) -> tuple[dict[str, LeafFindings], int]:
+    """Take in the claims; return their findings, and where in the file the last good line ends."""
+    findings: dict[str, LeafFindings] = {}
+    with folder.open_regular(JOURNAL_NAME) as file:
+        end = len(file.readline(_LONGEST_LINE_NBYTES))
+        while encoded := file.readline(_LONGEST_LINE_NBYTES):
+            try:
+                line = msgspec.json.decode(encoded, type=_Line)
+                digest = bytes.fromhex(line.digest)
+            except (ValueError, RecursionError):  # torn; msgspec's errors are ValueErrors
+                break
+            if not encoded.endswith(b"\n"):
+                break
+            if not 0 <= line.shard < len(leaves) or not leaves[line.shard].fits(line.leaf, digest):
+                break
+            leaves[line.shard].put(line.leaf, digest)
+            key = f"{line.shard}/{line.leaf}"
+            findings.pop(key, None)
+            if line.findings:
+                findings[key] = line.findings
+            end += len(encoded)
+    return findings, end
+
+
+def _check_format(path: Path, then: _Format) -> None:
+    if then.format != _FORMAT:
+        raise OutputError(
+            f"{path.parent}: was left by shardmix {then.version}, whose journal this one cannot "
+            "read; go on with that version, or throw it away with --restart (restart=True)"
+        )
+
+
+def _check_same(path: Path, then: _Head, now: _Head) -> None:
+    differences = asked_otherwise(then.merge, now.merge)
+    remedy = "give the same again to go on from there, or throw it away with --restart"
+    if not differences:
+        differences = changed_files(then.merge, now.merge)
+        remedy = "throw it away with --restart"
+        if not differences and then.plan_digest == now.plan_digest:
+            return
+    found = "; ".join(differences[:3]) or f"shardmix {then.version} planned it otherwise"
+    if len(differences) > 3:
+        found += f"; and {len(differences) - 3} more differences"
+    raise OutputError(
+        f"{path.parent}: holds the beginning of another merge: {found}; {remedy} (restart=True)"
+    )

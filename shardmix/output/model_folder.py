@@ -1,0 +1,290 @@
+"""All of an output folder but its weights: config, tokenizer, index, model card.
+
+Copies files and writes small JSON and Markdown; reads no tensors.
+"""
+
+import codecs
+import copy
+import heapq
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from json.encoder import encode_basestring
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+from shardmix._version import __version__
+from shardmix.conventions.model_types import ENCODER
+from shardmix.conventions.module_tree import inner_path
+from shardmix.conventions.naming import TIE_KEY, without_quantisation
+from shardmix.conventions.sentence_modules import (
+    CLS,
+    MODULES_NAME,
+    moved_to_root,
+    pooling_config,
+    sentence_modules,
+)
+from shardmix.conventions.weight_names import DIFFUSERS, index_name, stem_of
+from shardmix.errors import SourceError, printable, writing_failed
+from shardmix.formats.strict_json import read_json
+from shardmix.matching.config_dtypes import DTYPE_KEYS, with_dtypes
+from shardmix.matching.tensors import QUANTISATION
+from shardmix.output.counted_folder import CountedFile, CountedFolder
+from shardmix.plan.merge_plan import MergePlan, ModuleConfig, OutputShard
+from shardmix.recipe import WEIGHT_SUM_TOLERANCE
+from shardmix.sources.checkpoint import CONFIG_NAME
+from shardmix.system.files import open_regular
+from shardmix.system.held_folder import HeldFolder
+
+CARD_NAME = "README.md"
+_COPIED_AT_ONCE_NBYTES = 1 << 20
+_LINES_AT_ONCE = 1000
+_quoted = encode_basestring  # as json.dumps does, five times as fast
+
+
+OutputFolder = HeldFolder | CountedFolder
+"""Where an output is written, or where it is only counted how much that would be."""
+
+
+def write_all_but_weights(plan: MergePlan, folder: OutputFolder) -> None:
+    """Write all of an output that can be written before its weights are known."""
+    write_companions(plan, folder)
+    write_model_card(plan, folder)
+    write_index(plan, folder)
+
+
+def write_companions(plan: MergePlan, folder: OutputFolder) -> None:
+    """Copy the donor's companion files, with a config that is true of the output."""
+    for name in plan.companions:
+        _copy(Path(plan.base_folder) / name, folder, name)
+    main = ModuleConfig(plan.main_place, plan.config_dtypes, plan.untied)
+    for part in (main, *plan.module_configs):
+        _adapt_config(plan, folder, part)
+    _write_modules(plan, folder)
+
+
+def _write_modules(plan: MergePlan, folder: OutputFolder) -> None:
+    """Write sentence-transformers modules, as far as they are not the base's as they are."""
+    modules = plan.modules
+    giver = Path(plan.modules_folder or plan.base_folder)
+    main = f"{modules.main_place}/" if modules.main_place else ""
+    for name in modules.files:
+        _copy(giver / name, folder, name.removeprefix(main))
+    if main and modules.files:
+        content = read_json(giver / MODULES_NAME, expected=list)
+        _write_json(folder, MODULES_NAME, moved_to_root(content, modules.main_place))
+    pooling = modules.pooling or CLS
+    for name in modules.pooling_configs:
+        _write_json(folder, name, pooling_config(read_json(giver / name), pooling))
+    if CONFIG_NAME in plan.companions and _needs_sentence_modules(plan):
+        config = read_json(Path(plan.base_folder) / CONFIG_NAME)
+        for name, content in sentence_modules(config, pooling).items():
+            _write_json(folder, name, content)
+
+
+def _adapt_config(plan: MergePlan, folder: OutputFolder, part: ModuleConfig) -> None:
+    """Make the config of the output, or of one of its modules, true of what is stored there."""
+    name = inner_path(part.place, CONFIG_NAME)
+    if name not in plan.companions:
+        return
+    config = read_json(Path(plan.base_folder) / name)
+    if part.place and "model_type" not in config:
+        return  # a module's arguments, and no config of transformers
+    dtypes = dict(part.dtypes)
+    adapted = untied(with_dtypes(config, dtypes), part.untied)
+    if plan.dtype != "keep" and "" in dtypes and not any(map(adapted.get, DTYPE_KEYS)):
+        adapted["torch_dtype"] = dtypes[""]  # transformers 5 reads the old key as well
+    if QUANTISATION in plan.allow_differences:
+        adapted = without_quantisation(adapted)
+    # Untouched where nothing changes: then it stays the donor's, byte for byte.
+    if adapted != config:
+        _write_json(folder, name, adapted)
+
+
+def write_index(plan: MergePlan, folder: OutputFolder) -> None:
+    """Write an index, as huggingface_hub lays it out, in each folder with several shards."""
+    for place in dict.fromkeys(shard.place for shard in plan.shards):
+        shards = [shard for shard in plan.shards if shard.place == place]
+        if len(shards) > 1:
+            name = index_name(stem_of(Path(shards[0].filename).name))
+            _write_index(shards, folder, inner_path(place, name))
+
+
+def _write_index(shards: Sequence[OutputShard], folder: OutputFolder, name: str) -> None:
+    data_nbytes = sum(shard.file_nbytes - shard.head_nbytes() for shard in shards)
+    # Merged, not sorted: pairs of a million names take memory that nobody planned.
+    by_shard = (
+        zip(
+            sorted(shard.tensor_names),
+            itertools.repeat(json.dumps(Path(shard.filename).name)),
+            strict=False,
+        )
+        for shard in shards
+    )
+    lines = (f"\n    {_quoted(name)}: {filename}" for name, filename in heapq.merge(*by_shard))
+    with _writing(folder, name) as file:
+        # In pieces: as one text, the index of 90,000 tensors takes 17 MiB that nobody planned.
+        file.write(f'{{\n  "metadata": {{"total_size": {data_nbytes}}},\n  "weight_map": {{')
+        comma = ""
+        while piece := ",".join(itertools.islice(lines, _LINES_AT_ONCE)):
+            file.write(comma + piece)
+            comma = ","
+        file.write("\n  }\n}\n")
+
+
+def write_model_card(plan: MergePlan, folder: OutputFolder) -> None:
+    """Write the model card: what was merged, by which weights, and how to do it again."""
+    # As huggingface_hub's ModelCard would, whose import takes longer than planning a 70B merge.
+    data = {
+        "base_model": list(dict.fromkeys(_model_ids(plan))),
+        "base_model_relation": "merge",
+        "library_name": _library_name(plan),
+        "tags": ["merge", "shardmix"],
+    }
+    known = {key: value for key, value in data.items() if value}
+    front_matter = yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=math.inf)
+    with _writing(folder, CARD_NAME) as file:
+        file.write(f"---\n{front_matter}---\n\n{_card_text(plan)}")
+
+
+def untied(config: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+    """Return a config some parts of which say that no parameters are tied; "" is its top."""
+    changed = copy.deepcopy(config) if parts else config
+    for path in parts:
+        part = changed
+        for key in filter(None, path.split(".")):
+            part = part.setdefault(key, {})
+        part[TIE_KEY] = False
+    return changed
+
+
+def _model_ids(plan: MergePlan) -> list[str]:
+    """Return what the Hub links a merge to: an id without its revision, or else a name."""
+    return [
+        hub_id or printable(name)
+        for hub_id, name in zip(plan.hub_ids, plan.public_names, strict=True)
+    ]
+
+
+def _needs_sentence_modules(plan: MergePlan) -> bool:
+    return plan.model_type == ENCODER and not _has_modules(plan)
+
+
+def _has_modules(plan: MergePlan) -> bool:
+    return MODULES_NAME in plan.companions or MODULES_NAME in plan.modules.files
+
+
+def _library_name(plan: MergePlan) -> str | None:
+    if stem_of(plan.shards[0].filename) == DIFFUSERS:
+        return "diffusers"
+    if _has_modules(plan) or _needs_sentence_modules(plan):
+        return "sentence-transformers"
+    return "transformers" if CONFIG_NAME in plan.companions else None
+
+
+def _card_text(plan: MergePlan) -> str:
+    title = printable(Path(plan.output).name)
+    # By public name: a card travels, and the paths of a machine are nobody else's business.
+    content: dict[str, Any] = {
+        "models": [
+            {"source": printable(name), "weight": weight}
+            for name, weight in zip(plan.public_names, plan.weights, strict=True)
+        ],
+        "dtype": plan.dtype,
+    }
+    if plan.base_name != plan.public_names[0]:
+        content["base"] = printable(plan.base_name)
+    if plan.model_type is not None:
+        content["model_type"] = plan.model_type
+    if plan.max_shard_size is not None:
+        content["max_shard_size"] = plan.max_shard_size
+    if abs(math.fsum(plan.weights) - 1) > WEIGHT_SUM_TOLERANCE:
+        content["allow_weight_sum"] = True
+    if plan.modules.pooling is not None:
+        content["pooling"] = plan.modules.pooling
+    if plan.allow_differences:
+        content["allow_differences"] = list(plan.allow_differences)
+    recipe = yaml.safe_dump(
+        content,
+        sort_keys=False,
+        allow_unicode=True,
+    )
+    rows = "\n".join(
+        f"| {number} | {_as_code(name)} | {weight!r} |"
+        for number, (name, weight) in enumerate(
+            zip(plan.public_names, plan.weights, strict=True), start=1
+        )
+    )
+    return f"""# {title}
+
+A merge of {plan.num_models} models by [shardmix](https://pypi.org/project/shardmix/) {__version__}:
+a weighted sum of their weights, `out = Σ weightᵢ · modelᵢ`, accumulated in float32 and rounded once
+to the output's dtype.
+
+| | model | weight |
+|---|---|---|
+{rows}
+
+Config, tokenizer and the other files beside the weights are those of {_as_code(plan.base_name)}.
+
+## Recipe
+
+```yaml
+{recipe.rstrip()}
+```
+"""
+
+
+def _as_code(name: str) -> str:
+    """Return a name as Markdown code that stays within its cell of a table."""
+    plain = printable(name).replace("`", "'").replace("|", "/")
+    return f"`{plain}`"
+
+
+def _copy(source: Path, folder: OutputFolder, name: str) -> None:
+    """Copy a file's bytes into the output."""
+    try:
+        original = open_regular(source)
+    except OSError as error:
+        raise _unreadable(source, error) from None
+    with original, _creating(folder, name) as file:
+        if isinstance(file, CountedFile):
+            file.count(os.fstat(original.fileno()).st_size)
+            return
+        while True:
+            try:
+                data = original.read(_COPIED_AT_ONCE_NBYTES)
+            except OSError as error:
+                raise _unreadable(source, error) from None
+            if not data:
+                break
+            file.write(data)
+
+
+def _unreadable(source: Path, error: OSError) -> SourceError:
+    return SourceError(f"{source}: cannot be read ({error.strerror or error})")
+
+
+def _write_json(folder: OutputFolder, name: str, content: dict[str, Any] | list[Any]) -> None:
+    with _writing(folder, name) as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def _writing(folder: OutputFolder, name: str) -> Iterator[codecs.StreamWriter]:
+    with _creating(folder, name) as file:
+        yield codecs.getwriter("utf-8")(file)
+
+
+@contextmanager
+def _creating(folder: OutputFolder, name: str) -> Iterator[BinaryIO | CountedFile]:
+    try:
+        with folder.create(name) as file:
+            yield file
+    except OSError as error:
+        raise writing_failed(folder.path / name, error) from None

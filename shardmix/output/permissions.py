@@ -1,0 +1,78 @@
+"""Permissions of an output: nobody reads it who could not read every model in it.
+
+Looks at permissions of files, and opens none.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardmix.plan.merge_plan import MergePlan
+
+_OWNER, _GROUP, _OTHERS = 0o700, 0o070, 0o007
+
+
+@dataclass(frozen=True, slots=True)
+class Readers:
+    """Whom an output's sources let read them."""
+
+    mode: int
+    """The permissions that a folder of the output may have at most."""
+    narrowest: str
+    """Path of the first source that shuts somebody out; "" if none does."""
+
+    def note(self, output: Path, umask_mode: int) -> tuple[str, ...]:
+        """Say that the output is more private than the umask (here a folder's mode) would make it.
+
+        Returns nothing if it is not.
+        """
+        lost = umask_mode & ~self.mode
+        if not lost:
+            return ()
+        who = "its owner alone" if lost & _GROUP else "its owner and group alone"
+        return (
+            f"{output}: can be read by {who}, as {self.narrowest} can; with --share (share=True) "
+            "by whom the umask lets in",
+        )
+
+
+def readers_of(plan: MergePlan, *, group: int) -> Readers:
+    """Return whom all sources of a merge let read them; `group` is the group of its output.
+
+    What counts are the files that are read, weights and those that are copied (of the Hub's cache,
+    where each is a link, the file that it leads to); and, of a model that is named as a folder,
+    the folder with its weights. The folders above do not count: that a home is nobody else's says
+    nothing of the models in it. Raises OSError.
+    """
+    mode, narrowest = _OWNER | _GROUP | _OTHERS, ""
+    for path in _paths(plan):
+        allowed = _allowed(Path(path).stat(), group)
+        if mode & ~allowed and not narrowest:
+            narrowest = path
+        mode &= allowed
+    return Readers(mode, narrowest)
+
+
+def _paths(plan: MergePlan) -> Iterator[str]:
+    """Yield what is to be looked at, each file once."""
+    folders = {
+        str(Path(file.path).parent)
+        for file in plan.files
+        if plan.hub_ids[file.model] is None and Path(plan.sources[file.model]).expanduser().is_dir()
+    }
+    yield from (file.path for file in plan.files)
+    yield from sorted(folders)
+    yield from (str(Path(plan.base_folder) / name) for name in plan.companions)
+
+
+def _allowed(there: os.stat_result, group: int) -> int:
+    """Return the permissions that a file (or a folder around it) leaves to a copy of `group`."""
+    is_folder = stat.S_ISDIR(there.st_mode)
+    of_group = bool(there.st_mode & (stat.S_IXGRP if is_folder else stat.S_IRGRP))
+    of_others = bool(there.st_mode & (stat.S_IXOTH if is_folder else stat.S_IROTH))
+    if there.st_gid != group:
+        # A member of the one group may be anybody to the other.
+        of_group = of_others = of_group and of_others
+    return _OWNER | _GROUP * of_group | _OTHERS * of_others

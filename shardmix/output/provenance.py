@@ -1,0 +1,313 @@
+"""`shardmix.json`: what an output was made from, by what, and the digests of its files.
+
+Written into the output, and read back to verify it. Tells nothing of the machine that it was made
+on, unless that was asked for. What is read back may come from anyone. Its last field is a digest of
+all bytes before it: what was edited since is found, unless that digest was made anew.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import msgspec
+
+from shardmix._version import __version__
+from shardmix.anomalies import LeafFindings
+from shardmix.errors import SourceError, one_line, writing_failed
+from shardmix.output.counted_folder import CountedFolder
+from shardmix.plan.merge_plan import MergePlan
+from shardmix.system.digests import ALGORITHMS, LEAF_NBYTES, file_digest
+from shardmix.system.files import open_regular
+from shardmix.system.held_folder import HeldFolder
+
+PROVENANCE_NAME = "shardmix.json"
+_FORMAT = 1
+EDITED = (
+    "is not as the merge wrote it, since its digest of itself does not hold: the models, weights "
+    "and digests that it tells may be others; take it from a copy, or merge again"
+)
+"""What is to be said of one whose seal does not hold."""
+_MAX_NBYTES = 64_000_000
+_END = b'"\n}\n'
+_SEALED = re.compile(rb'"sha256_above": "([0-9a-f]{64})' + _END + rb"\Z")
+NOT_DIGESTED = ("README.md", PROVENANCE_NAME)
+"""A model card is for people to edit; the other has a digest of itself."""
+
+
+class SourceFileRecord(msgspec.Struct, frozen=True):
+    """One weight file of a source."""
+
+    name: str
+    """Its path within the model's folder."""
+    bytes: int
+    """Its size."""
+    header_sha256: str
+    """SHA-256 (hex) of its header."""
+
+
+class SourceRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One model that was merged."""
+
+    name: str
+    """Hub id with revision, or the folder's or file's own name."""
+    weight: float
+    """Its factor, in full precision."""
+    files: tuple[SourceFileRecord, ...]
+    """Its weight files, in name order."""
+    hub_id: str | None = None
+    """`org/name`, where it came from the Hub."""
+    commit: str | None = None
+    """The commit on the Hub."""
+    path: str | None = None
+    """Where it lay, if that was to be recorded."""
+
+
+class FileRecord(msgspec.Struct, frozen=True):
+    """One file of the output."""
+
+    bytes: int
+    """Its size."""
+    digest: str
+    """Its digest (hex), by the algorithm of `Digests`."""
+
+
+class Digests(msgspec.Struct, frozen=True):
+    """What the output's files are to be."""
+
+    algorithm: str
+    """One of `digests.ALGORITHMS`."""
+    leaf_bytes: int
+    """Size of the leaves that files are hashed in (xxh3 and blake3)."""
+    files: dict[str, FileRecord]
+    """Path within the output → file."""
+
+
+class NonfiniteRecord(msgspec.Struct, frozen=True):
+    """What a merged tensor holds that is not finite."""
+
+    nan: int
+    """Values that are not a number."""
+    inf: int
+    """Values that are infinite."""
+    overflowed: int
+    """Of these, the values that rounding to the output's dtype made so."""
+
+
+class Provenance(msgspec.Struct, frozen=True, omit_defaults=True):
+    """All of `shardmix.json`."""
+
+    format: int
+    """Version of this layout."""
+    shardmix: str
+    """Version of shardmix."""
+    torch: str
+    """Version of torch."""
+    safetensors: str
+    """Version of safetensors."""
+    plan: str
+    """SHA-256 (hex) of all that decides the output's bytes."""
+    sources: tuple[SourceRecord, ...]
+    """The models, in the order in which they were added up."""
+    dtype: str
+    """The output dtype that was asked for."""
+    base: str
+    """What gave config, tokenizer and the other companion files."""
+    digests: Digests
+    """What the output's files are to be."""
+    base_commit: str | None = None
+    """The commit of that, where it came from the Hub."""
+    max_shard_size: int | None = None
+    """Largest output shard that was asked for, in bytes."""
+    model_type: str | None = None
+    """What the models were said to be."""
+    allow_differences: tuple[str, ...] = ()
+    """Keys in which the models were allowed to differ."""
+    pooling: str | None = None
+    """How the output was asked to pool."""
+    nonfinite: dict[str, NonfiniteRecord] = {}
+    """NaN and Inf in the output, by tensor."""
+    sha256_above: str = ""
+    """SHA-256 (hex) of all bytes of the file before this value, which ends it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """The digest that a `shardmix.json` carries of itself."""
+
+    sha256: str
+    """SHA-256 (hex) of the whole file, as `sha256sum` shows it."""
+    holds: bool
+    """Whether its own digest is right: nobody has edited it without making that anew."""
+
+
+def write_provenance(
+    plan: MergePlan,
+    folder: HeldFolder | CountedFolder,
+    known_digests: Mapping[str, str],
+    findings: LeafFindings,
+    *,
+    plan_digest: str,
+) -> str:
+    """Write an output's `shardmix.json`, as its last file, and return its SHA-256 (hex).
+
+    `known_digests` are those of files that need not be read for them. Raises `OutputError`.
+    """
+    try:
+        files = dict(_file_records(plan, folder, known_digests))
+        provenance = Provenance(
+            format=_FORMAT,
+            shardmix=__version__,
+            torch=_installed("torch"),
+            safetensors=_installed("safetensors"),
+            plan=plan_digest,
+            sources=tuple(_source_record(plan, model) for model in range(plan.num_models)),
+            dtype=plan.dtype,
+            base=plan.base_name,
+            base_commit=plan.base_commit,
+            digests=Digests(plan.digest_algorithm, LEAF_NBYTES, files),
+            max_shard_size=plan.max_shard_size,
+            model_type=plan.model_type,
+            allow_differences=plan.allow_differences,
+            pooling=plan.modules.pooling,
+        )
+        text = msgspec.json.format(msgspec.json.encode(provenance), indent=2)
+        with folder.create(PROVENANCE_NAME) as file:
+            hasher = hashlib.sha256()
+            for part in _sealed(text, findings, hasher):
+                hasher.update(part)
+                file.write(part)
+            return hasher.hexdigest()
+    except OSError as error:
+        raise writing_failed(folder.path / PROVENANCE_NAME, error) from None
+
+
+def _sealed(text: bytes, findings: LeafFindings, hasher: "hashlib._Hash") -> Iterator[bytes]:
+    """Yield all of the file, whose parts the hasher takes in one after the other."""
+    yield text.removesuffix(b"\n}")
+    yield from _nonfinite_lines(findings)
+    yield b',\n  "sha256_above": "'
+    yield hasher.hexdigest().encode() + _END
+
+
+def read_provenance(folder: Path) -> tuple[Provenance, Seal]:
+    """Read an output's `shardmix.json`, and look at its seal.
+
+    Raises `SourceError` where it is missing or strange.
+    """
+    path = folder / PROVENANCE_NAME
+    try:
+        with open_regular(path) as file:
+            return parse_provenance(file, path)
+    except FileNotFoundError:
+        raise SourceError(
+            f"{folder}: has no {PROVENANCE_NAME}, which a merge by shardmix writes; there is "
+            "nothing to verify it against"
+        ) from None
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def parse_provenance(file: BinaryIO, path: Path) -> tuple[Provenance, Seal]:
+    """Read an open `shardmix.json`, called `path`. Raises `SourceError` if it is strange.
+
+    One whose seal does not hold is still told of: what it says of the files is held against them.
+    """
+    encoded = file.read(_MAX_NBYTES + 1)
+    try:
+        provenance = msgspec.json.decode(encoded, type=Provenance)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise SourceError(
+            f"{path}: is not a merge's {PROVENANCE_NAME} ({one_line(error)})"
+        ) from None
+    digests = provenance.digests
+    if provenance.format != _FORMAT or digests.leaf_bytes != LEAF_NBYTES:
+        raise SourceError(
+            f"{path}: was written by shardmix {provenance.shardmix} in a format that "
+            f"{__version__} does not know; verify it with that version"
+        )
+    if digests.algorithm not in ALGORITHMS:
+        raise SourceError(f"{path}: names the digest {digests.algorithm!r}, which is unknown")
+    for name in digests.files:
+        relative = PurePosixPath(name)
+        if relative.is_absolute() or ".." in relative.parts or "\0" in name or not relative.parts:
+            raise SourceError(f"{path}: names {name!r}, which lies outside the model's folder")
+    if not any(name.endswith(".safetensors") for name in digests.files):
+        raise SourceError(
+            f"{path}: names no weight file, which every merge writes; there is nothing to verify "
+            "the model against"
+        )
+    return provenance, _seal(encoded)
+
+
+def _seal(encoded: bytes) -> Seal:
+    value = _SEALED.search(encoded)
+    holds = value is not None and (
+        hashlib.sha256(memoryview(encoded)[: value.start(1)]).hexdigest().encode() == value[1]
+    )
+    return Seal(hashlib.sha256(encoded).hexdigest(), holds)
+
+
+def _file_records(
+    plan: MergePlan, folder: HeldFolder | CountedFolder, known_digests: Mapping[str, str]
+) -> list[tuple[str, FileRecord]]:
+    """Return every file's record, by name; the shards were hashed as they were written."""
+    if isinstance(folder, CountedFolder):
+        sizes = folder.sizes
+    else:
+        sizes = {name: there.st_size for name, there in folder.files()}
+    records = []
+    for name, nbytes in sorted(sizes.items()):
+        if name in NOT_DIGESTED:
+            continue
+        digest = known_digests.get(name)
+        if digest is None:
+            assert isinstance(folder, HeldFolder)
+            with folder.open_regular(name) as file:
+                digest = file_digest(file.fileno(), plan.digest_algorithm)
+        records.append((name, FileRecord(nbytes, digest)))
+    return records
+
+
+def nonfinite_nbytes(name: str) -> int:
+    """Return what `shardmix.json` takes to tell that a tensor holds NaN or Inf, at most."""
+    most = 10**15
+    findings = LeafFindings(nonfinite={name: (most, most, most)})
+    return sum(map(len, _nonfinite_lines(findings)))
+
+
+def _nonfinite_lines(findings: LeafFindings) -> Iterator[bytes]:
+    """Yield the last field tensor by tensor: with all of a model NaN it is longer than a plan."""
+    for number, name in enumerate(sorted(findings.nonfinite)):
+        yield b"," if number else b',\n  "nonfinite": {'
+        record = msgspec.json.encode(NonfiniteRecord(*findings.nonfinite[name]))
+        indented = msgspec.json.format(record, indent=2).replace(b"\n", b"\n    ")
+        yield b"\n    " + msgspec.json.encode(name) + b": " + indented
+    if findings.nonfinite:
+        yield b"\n  }"
+
+
+def _source_record(plan: MergePlan, model: int) -> SourceRecord:
+    files = [file for file in plan.files if file.model == model]
+    return SourceRecord(
+        name=plan.public_names[model],
+        weight=plan.weights[model],
+        hub_id=plan.hub_ids[model],
+        commit=plan.commits[model],
+        path=str(Path(plan.sources[model]).absolute()) if _tells_path(plan, model) else None,
+        files=tuple(SourceFileRecord(file.name, file.nbytes, file.header_sha256) for file in files),
+    )
+
+
+def _tells_path(plan: MergePlan, model: int) -> bool:
+    return plan.record_paths and plan.hub_ids[model] is None
+
+
+def _installed(package: str) -> str:
+    with suppress(PackageNotFoundError):
+        return version(package)
+    return ""

@@ -1,0 +1,146 @@
+"""An output file that grows in a staging folder: written, hashed and claimed leaf by leaf.
+
+Puts a writer, a journal and digests together. Knows bytes and leaves, not where they come from.
+"""
+
+import itertools
+from collections import defaultdict
+
+from shardmix.anomalies import NOTHING_FOUND, FindingsSum, LeafFindings
+from shardmix.output.file_writer import ShardWriter
+from shardmix.output.journal import Journal
+from shardmix.plan.merge_plan import MergePlan
+from shardmix.system.digests import LEAF_NBYTES, LeafHasher, file_hasher
+from shardmix.system.held_folder import HeldFolder
+from shardmix.system.timer import DIGEST, FINISH, NO_CLOCK, OTHER, WRITE, Clock
+
+
+class GrowingShard:
+    """One output file, for all workers; each leaf is the business of one of them."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        number: int,
+        folder: HeldFolder,
+        journal: Journal,
+        clock: Clock = NO_CLOCK,
+    ) -> None:
+        self._planned = plan.shards[number]
+        self._number = number
+        self._algorithm = plan.digest_algorithm
+        self._fsync = plan.settings.fsync
+        self._clock = clock
+        self._journal = journal
+        self._leaves = journal.leaves[number]
+        # With sha256 one worker has the whole file, from end to end.
+        self._whole = file_hasher(self._algorithm)
+        self._writer = ShardWriter(
+            folder,
+            self._planned.filename,
+            file_nbytes=self._planned.file_nbytes,
+            keep_cached=plan.cache_use.keeps_output,
+        )
+
+    def kept(self, leaf: int, buffer: memoryview) -> LeafFindings | None:
+        """Return what is known of a leaf that an earlier run wrote; None where it must be merged.
+
+        Its bytes are read again, through the buffer, and hashed: a claim alone is not enough.
+        """
+        claimed = self._leaves.get(leaf)
+        if claimed is None:
+            return None
+        start = leaf * LEAF_NBYTES
+        stop = min(start + LEAF_NBYTES, self._planned.file_nbytes)
+        head = self._head(start, stop)
+        data = self._writer.read(start + len(head), stop, buffer)
+        hasher, digests = self._leaf_hasher(leaf), []
+        whole = None if self._whole is None else self._whole.copy()
+        for part in itertools.chain([memoryview(head)], data):
+            digests += [digest for _, digest in hasher.update(part)]
+            if whole is not None:
+                whole.update(part)
+        if digests != [claimed]:
+            self._leaves.forget(leaf)
+            return None
+        self._whole = whole
+        return self._journal.findings(self._number, leaf)
+
+    def next_claimed(self, leaf: int, stop_leaf: int) -> int:
+        """Return the first leaf from `leaf` on that an earlier run claims, at most `stop_leaf`."""
+        while leaf < stop_leaf and self._leaves.get(leaf) is None:
+            leaf += 1
+        return leaf
+
+    def begin(self, first_leaf: int, stop_leaf: int) -> "GrowingLeaves":
+        """Start to write a range of leaves, in order."""
+        head = self._head(first_leaf * LEAF_NBYTES, stop_leaf * LEAF_NBYTES)
+        return GrowingLeaves(self, self._leaf_hasher(first_leaf), memoryview(head))
+
+    def finish(self) -> str:
+        """End the file, with all leaves there, and return its digest (hex)."""
+        # Also where all of it was kept: an earlier run may have been killed just before.
+        self._clock.lap(OTHER)
+        self._writer.finish(self._planned.head(), fsync=self._fsync)
+        self._clock.lap(FINISH, self._planned.head_nbytes())
+        return self._whole.digest().hex() if self._whole else self._leaves.file_digest()
+
+    def close(self) -> None:
+        """Close the file, finished or not."""
+        self._writer.close()
+
+    def write(self, position: int, data: memoryview) -> None:
+        """Write a strip's bytes."""
+        self._writer.write(position, data)
+        self._clock.lap(WRITE, len(data))
+
+    def take_in(self, data: memoryview) -> None:
+        """Hash bytes into the digest of the whole file, where it is one from end to end."""
+        if self._whole is not None:
+            self._whole.update(data)
+
+    def hashed(self, num_bytes: int) -> None:
+        """Count bytes as hashed."""
+        self._clock.lap(DIGEST, num_bytes)
+
+    def claim(self, leaf: int, digest: bytes, findings: LeafFindings) -> None:
+        """Say in the journal that a leaf is written."""
+        self._clock.lap(DIGEST)
+        if self._fsync:
+            self._writer.start_writeback(leaf * LEAF_NBYTES, LEAF_NBYTES)
+        self._journal.add(self._number, leaf, digest, findings)
+        self._clock.lap(WRITE)
+
+    def _leaf_hasher(self, first_leaf: int) -> LeafHasher:
+        nbytes = self._planned.file_nbytes
+        return LeafHasher(self._algorithm, file_nbytes=nbytes, first_leaf=first_leaf)
+
+    def _head(self, start: int, stop: int) -> bytes:
+        """Return the header's bytes in a range of the file: hashed like data, but written last."""
+        return self._planned.head_between(start, stop) if start < self._planned.data_start else b""
+
+
+class GrowingLeaves:
+    """A range of leaves that one worker writes, in order."""
+
+    def __init__(self, shard: GrowingShard, hasher: LeafHasher, head: memoryview) -> None:
+        self._shard = shard
+        self._hasher = hasher
+        self._findings: defaultdict[int, FindingsSum] = defaultdict(FindingsSum)
+        self._hash(head)
+
+    def note(self, leaf: int, findings: LeafFindings) -> None:
+        """Remember what was found in a strip's part of a leaf; said before the strip is written."""
+        self._findings[leaf].add(findings)
+
+    def write(self, position: int, data: memoryview) -> None:
+        """Write the next strip's bytes, and claim each leaf that they complete."""
+        self._shard.write(position, data)
+        self._hash(data)
+
+    def _hash(self, data: memoryview) -> None:
+        self._shard.take_in(data)
+        for leaf, digest in self._hasher.update(data):
+            found = self._findings.pop(leaf, None)
+            self._shard.claim(leaf, digest, NOTHING_FOUND if found is None else found.total())
+        self._shard.hashed(len(data))

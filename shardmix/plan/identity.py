@@ -1,0 +1,104 @@
+"""What makes a merge this one and no other, and in what two of them differ. Knows no journal."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from shardmix.plan.merge_plan import FileIdentity, MergePlan
+
+
+@dataclass(frozen=True, slots=True)
+class MergeDescription:
+    """What makes a merge this one and no other, in words that its user knows."""
+
+    models: tuple[str, ...]
+    """By public name, in order."""
+    weights: tuple[float, ...]
+    """In full precision."""
+    dtype: str
+    base: str
+    base_commit: str | None
+    """Of a base from the Hub."""
+    max_shard_size: int | None
+    model_type: str | None
+    allow_differences: tuple[str, ...]
+    pooling: str | None
+    digest: str
+    record_paths: bool
+    files: tuple[FileIdentity, ...]
+    """The weight files of all models."""
+
+    @classmethod
+    def of(cls, plan: MergePlan) -> "MergeDescription":
+        """Describe a planned merge."""
+        return cls(
+            models=plan.public_names,
+            weights=plan.weights,
+            dtype=plan.dtype,
+            base=plan.base_name,
+            base_commit=plan.base_commit,
+            max_shard_size=plan.max_shard_size,
+            model_type=plan.model_type,
+            allow_differences=plan.allow_differences,
+            pooling=plan.modules.pooling,
+            digest=plan.digest_algorithm,
+            record_paths=plan.record_paths,
+            files=plan.file_identities(),
+        )
+
+
+def asked_otherwise(then: MergeDescription, now: MergeDescription) -> list[str]:
+    """Say what was asked for otherwise."""
+    found = []
+    for field in fields(MergeDescription):
+        before, after = getattr(then, field.name), getattr(now, field.name)
+        if field.name not in ("files", "base_commit") and before != after:
+            name = field.name.replace("_", " ")
+            found.append(f"{name} {_shown(before)} then, {_shown(after)} now")
+    return found
+
+
+def changed_files(then: MergeDescription, now: MergeDescription) -> list[str]:
+    """Say which sources are not what they were."""
+    before, after = [_key(file) for file in then.files], [_key(file) for file in now.files]
+    found = [f"{name} was not among its files" for _, name in _without(after, before)]
+    found += [f"{name} is no longer among its files" for _, name in _without(before, after)]
+    if before == after:
+        # By number, since one model may be there twice.
+        pairs = list(zip(then.files, now.files, strict=True))
+    else:
+        was = dict(zip(before, then.files, strict=True))
+        pairs = [(was[_key(file)], file) for file in now.files if _key(file) in was]
+    for earlier, file in pairs:
+        if earlier.commit != file.commit:
+            found.append(f"{file.file}: commit {earlier.commit} then, {file.commit} now")
+        elif (earlier.size, earlier.header) != (file.size, file.header):
+            what = "size" if earlier.size != file.size else "header"
+            found.append(f"{file.file} has changed since ({what})")
+        elif earlier.modified != file.modified:
+            found.append(f"{file.file} has changed since (time of modification)")
+        elif earlier.stamp and file.stamp and file.stamp.may_be_written_since(earlier.stamp):
+            found.append(
+                f"{file.file} has changed since (its status did: it was written to or replaced and "
+                "its time of modification set back, or only its rights or links are others)"
+            )
+    is_told = now.base_commit in {file.commit for file in now.files}
+    if then.base_commit != now.base_commit and not is_told:
+        found.append(f"{now.base}: commit {then.base_commit} then, {now.base_commit} now")
+    return found
+
+
+def _key(file: FileIdentity) -> tuple[str, str]:
+    return file.model, file.file
+
+
+def _without(
+    keys: Iterable[tuple[str, str]], others: Iterable[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    left_out = set(others)
+    return [key for key in keys if key not in left_out]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)

@@ -1,0 +1,207 @@
+"""Output shards: which tensor goes where, and the runs that its data is divided into.
+
+Lays out headers and offsets from opened checkpoints; decides nothing about memory or devices.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from shardmix.conventions.weight_names import MODEL, shard_pattern
+from shardmix.formats.file_metadata import format_alone, lost_metadata, merged_metadata
+from shardmix.formats.safetensors_layout import (
+    DTYPE_RANK,
+    DTYPES,
+    FLOAT_DTYPES,
+    HEADER_LENGTH_NBYTES,
+    element_nbytes,
+    encode_header,
+    tensor_nbytes,
+)
+from shardmix.matching.tensors import MatchedTensors
+from shardmix.plan.merge_plan import AGREE, LINEAR, OutputShard, Run
+from shardmix.recipe import Recipe, vanishes_in_float32
+from shardmix.sources.checkpoint import Checkpoint
+
+
+def plan_shards(
+    recipe: Recipe,
+    checkpoints: Sequence[Checkpoint],
+    matched: MatchedTensors,
+    out_dtypes: Sequence[str],
+    *,
+    place: str = "",
+    stem: str = MODEL,
+    num_files_before: int = 0,
+) -> tuple[tuple[OutputShard, ...], list[str]]:
+    """Return the output's files, in order, and what is to be told of them.
+
+    Each file has its header and its runs. `out_dtypes` are safetensors dtypes, one for each of the
+    matched tensors. `place` is the folder within the output that the files go into, and `stem`
+    what they are called. `num_files_before` counts the files of other parts, which come before
+    these in `MergePlan.files`.
+    """
+    prefix = f"{place}/" if place else ""
+    columns = _SourceColumns(recipe, checkpoints, matched, out_dtypes, prefix, num_files_before)
+    groups = _shard_groups(recipe, checkpoints[0], matched, out_dtypes, shard_pattern(stem))
+    notes = lost_metadata(
+        checkpoints[0].source,
+        before=(shard.metadata for shard in checkpoints[0].shards),
+        after=(metadata for _, _, metadata in groups),
+        is_laid_out_anew=recipe.max_shard_size is not None,
+    )
+    return tuple(columns.output_shard(*group) for group in groups), notes
+
+
+def _shard_groups(
+    recipe: Recipe,
+    first: Checkpoint,
+    matched: MatchedTensors,
+    out_dtypes: Sequence[str],
+    pattern: str,
+) -> list[tuple[str, list[int], Mapping[str, str]]]:
+    """Return each output file's name, its tensors (indexes into `matched.names`), its metadata."""
+    metadata = [shard.metadata for shard in first.shards]
+    if recipe.max_shard_size is not None:
+        from huggingface_hub import split_state_dict_into_shards_factory
+
+        index_of = {name: index for index, name in enumerate(matched.names)}
+        split = split_state_dict_into_shards_factory(
+            index_of,  # its values stand for the tensors; sizes come from the headers
+            get_storage_size=lambda index: tensor_nbytes(out_dtypes[index], matched.shapes[index]),
+            filename_pattern=pattern,
+            max_shard_size=recipe.max_shard_size,
+        )
+        is_one = len(metadata) == len(split.filename_to_tensors) == 1
+        common = merged_metadata(metadata[0]) if is_one else format_alone(metadata)
+        return [
+            (filename, [index_of[name] for name in names], common)
+            for filename, names in split.filename_to_tensors.items()
+        ]
+    files = first.table.files[matched.rows[0]]
+    # What the first model does not store has no shard of its own there: it ends the last.
+    files[len(files) - matched.num_added :] = len(first.shards) - 1
+    filled = np.flatnonzero(np.bincount(files))  # `np.unique` would import all of `numpy.ma`
+    return [
+        (
+            pattern.format(suffix=f"-{number:05d}-of-{len(filled):05d}" if len(filled) > 1 else ""),
+            np.flatnonzero(files == file).tolist(),
+            merged_metadata(metadata[file]),
+        )
+        for number, file in enumerate(filled.tolist(), start=1)
+    ]
+
+
+class _SourceColumns:
+    """Where every output tensor lies in every source, in columns, to find runs quickly."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        checkpoints: Sequence[Checkpoint],
+        matched: MatchedTensors,
+        out_dtypes: Sequence[str],
+        prefix: str,
+        num_files_before: int,
+    ) -> None:
+        self._prefix = prefix
+        self._names = matched.names
+        self._shapes = matched.shapes
+        self._out_dtypes = out_dtypes
+        self._out_ranks = np.array([DTYPE_RANK[dtype] for dtype in out_dtypes])
+        self._is_float = np.array([dtype in FLOAT_DTYPES for dtype in out_dtypes])
+        self._weights = recipe.weights
+        # A weight of 0 leaves a model's values out: 0 · NaN would be NaN.
+        self._weighted = [model for model, weight in enumerate(recipe.weights) if weight]
+        self._in_float32 = tuple(
+            model for model in self._weighted if not vanishes_in_float32(recipe.weights[model])
+        )
+        self._files, self._starts, self._nbytes, self._ranks = [], [], [], []
+        first_file = num_files_before
+        for checkpoint, rows in zip(checkpoints, matched.rows, strict=True):
+            table = checkpoint.table
+            self._files.append(table.files[rows] + first_file)
+            self._starts.append(table.starts[rows])
+            self._nbytes.append(table.nbytes[rows])
+            self._ranks.append(table.dtype_ranks[rows])
+            first_file += len(checkpoint.shards)
+        self._is_wide = np.logical_or.reduce(
+            [self._ranks[model] == DTYPE_RANK["F64"] for model in self._weighted]
+        )
+
+    def output_shard(
+        self, filename: str, members: Sequence[int], metadata: Mapping[str, str]
+    ) -> OutputShard:
+        """Lay out one output file and divide its data into runs."""
+        index_of = {self._names[index]: index for index in members}
+        header = encode_header(
+            (
+                (self._names[index], self._out_dtypes[index], self._shapes[index])
+                for index in members
+            ),
+            metadata,
+        )
+        order = np.fromiter(map(index_of.__getitem__, header.names), np.int64, len(members))
+        offsets = np.array(header.offsets)
+        is_filled = offsets[1:] > offsets[:-1]
+        order, starts = order[is_filled], offsets[:-1][is_filled]
+        runs = tuple(
+            self._run(order[start:stop], int(starts[start]))
+            for start, stop in pairwise(self._run_bounds(order))
+        )
+        return OutputShard(
+            filename=self._prefix + filename,
+            header=header.encoded[HEADER_LENGTH_NBYTES:].decode(),
+            file_nbytes=header.file_nbytes,
+            read_nbytes=sum(
+                run.num_elements * sum(map(element_nbytes, run.dtypes)) for run in runs
+            ),
+            tensor_names=header.names,
+            runs=runs,
+        )
+
+    def _run_bounds(self, order: npt.NDArray[np.int64]) -> list[int]:
+        """Divide tensors in output order where one is not the next of its neighbour everywhere."""
+        if not order.size:
+            return [0]
+        before, after = order[:-1], order[1:]
+        joined = self._is_float[before] & (self._out_ranks[before] == self._out_ranks[after])
+        for model in self._weighted:
+            files, ranks = self._files[model], self._ranks[model]
+            ends = self._starts[model] + self._nbytes[model]
+            joined &= files[before] == files[after]
+            joined &= ranks[before] == ranks[after]
+            joined &= ends[before] == self._starts[model][after]
+        return [0, *(np.flatnonzero(~joined) + 1).tolist(), int(order.size)]
+
+    def _run(self, members: npt.NDArray[np.int64], out_offset: int) -> Run:
+        first = int(members[0])
+        out_dtype = self._out_dtypes[first]
+        num_elements = int(self._nbytes[0][members].sum()) // element_nbytes(
+            DTYPES[self._ranks[0][first]]
+        )
+        is_float = out_dtype in FLOAT_DTYPES
+        models = self._summed(first) if is_float else self._compared()
+        return Run(
+            name=self._prefix + self._names[first],
+            num_tensors=len(members),
+            num_elements=num_elements,
+            reduction=LINEAR if is_float else AGREE,
+            out_dtype=out_dtype,
+            out_offset=out_offset,
+            models=models,
+            dtypes=tuple(DTYPES[self._ranks[model][first]] for model in models),
+            files=tuple(int(self._files[model][first]) for model in models),
+            offsets=tuple(int(self._starts[model][first]) for model in models),
+            weights=tuple(self._weights[model] for model in models),
+        )
+
+    def _summed(self, tensor: int) -> tuple[int, ...]:
+        """Return the models whose values of a tensor are summed."""
+        return tuple(self._weighted) if self._is_wide[tensor] else self._in_float32
+
+    def _compared(self) -> tuple[int, ...]:
+        """Return the models whose integers are compared with the first one's, and that one."""
+        return tuple(sorted({0, *self._in_float32}))

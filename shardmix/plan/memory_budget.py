@@ -1,0 +1,249 @@
+"""How much memory a merge takes: the chunk and the workers that keep the budgets.
+
+    projected peak = reserved + workers × (BUFFERS_PER_WORKER × strip + a little + mapped pages)
+    projected VRAM = held already + workers of one GPU × (VRAM_BUFFERS_PER_WORKER × strip, as torch
+                     rounds it)
+
+Knows sizes only: no files, no tensors, no torch (it looks whether torch is loaded, and what kind of
+build it is, without importing it).
+"""
+
+import sys
+from dataclasses import dataclass, replace
+
+from shardmix.errors import BudgetError
+from shardmix.options import LLVM, TORCH, RunSettings
+from shardmix.sources.readers import MAX_MAPPED_AT_ONCE
+from shardmix.system.gpus import cuda_in_use, gpu_names, num_devices, torch_has_cuda_build
+from shardmix.system.memory import resident_nbytes
+from shardmix.system.threads import num_cores
+from shardmix.system.units import KIB, MIB, format_mib
+
+# One strip in flight holds at most: in torch the bytes of one source, their float32 values, the
+# float32 accumulator and the rounded output, none larger than the accumulator, which sizes the
+# strip; in kernels what is in these four, all sources among it (`reducer.strip_num_elements`).
+# On a GPU two strips are in flight: in the host's memory there are two pinned buffers for sources
+# by turns, and an output for each strip.
+BUFFERS_PER_WORKER = 4
+
+# In its own: two that sources arrive in, the widened values, and two sums and outputs.
+VRAM_BUFFERS_PER_WORKER = 7
+
+# What measured fastest: large enough to hide the interpreter (torch makes three passes of a dozen
+# calls), small enough for the caches. For a GPU it is assumed, not measured: copies of 8 MiB take
+# far longer than to queue them, and page-locking larger buffers is a cost of each merge.
+BEST_STRIP_NBYTES = {"llvm": 1 * MIB, "torch": 2 * MIB, "cuda": 16 * MIB}
+LEAST_STRIP_NBYTES = 64 * KIB
+
+# What a library takes in memory once imported and first used, for planning in a process that has
+# not loaded it. Measured: 190-195 MiB for the CPU build of torch 2.13, 70 MiB for llvmlite 0.50
+# with a kernel. A CUDA build's libraries and a CUDA context add to torch. Before a merge
+# starts, the measured figure takes the place of these.
+_LIBRARY_NBYTES = {"torch": 200 * MIB, "llvm": 80 * MIB}
+_MODULES = {"torch": "torch", "llvm": "llvmlite"}
+_TORCH_CUDA_BUILD_NBYTES = 450 * MIB
+# Of the first GPU, and of each other one: assumed, not measured.
+_CUDA_CONTEXT_NBYTES = 600 * MIB
+_NEXT_CUDA_CONTEXT_NBYTES = 200 * MIB
+
+# Room for what a run adds on top of the imports: thread stacks, allocator slack, the model card,
+# the progress display; and for each worker its stack and its own reader.
+_RUN_NBYTES = 16 * MIB
+_WORKER_NBYTES = 4 * MIB
+# What is found in a tensor that holds NaN: in sums by leaf and over all, in a line of the journal,
+# in the report. Measured for 50,000 to 90,000 tensors all of which do: 220 bytes a tensor, of which
+# the room for a run covers a part.
+_FINDINGS_NBYTES = 128
+# A fault maps neighbours of the page that it is for: up to a huge page at either end of a strip.
+_MAPPED_NBYTES = 4 * MIB
+
+# What the same command holds differs by some MiB from one run to the next: a budget that is named
+# as enough has to be so the next time.
+_BETWEEN_RUNS_NBYTES = 4 * MIB
+
+# Of what a GPU has free, what is taken at most where nobody set a bound.
+_VRAM_SHARE = 0.9
+
+_MOST_DEFAULT_WORKERS = 8
+
+
+def reserved_nbytes(*libraries: str, num_devices: int = 0, num_tensors: int = 0) -> int:
+    """Return what the process holds, or will once its libraries are loaded, before any strip.
+
+    Libraries, torch or llvm, do the sums, on so many GPUs. What is resident now counts, so that a
+    budget is one for the whole process also where shardmix is called from a larger program. Each of
+    the output's tensors may turn out to hold NaN.
+    """
+    reserved = resident_nbytes() + _RUN_NBYTES + num_tensors * _FINDINGS_NBYTES
+    for library in libraries:
+        if _MODULES[library] not in sys.modules:
+            cuda_build = library == "torch" and torch_has_cuda_build()
+            reserved += _TORCH_CUDA_BUILD_NBYTES if cuda_build else _LIBRARY_NBYTES[library]
+    if num_devices and cuda_in_use() is None:
+        reserved += _CUDA_CONTEXT_NBYTES + (num_devices - 1) * _NEXT_CUDA_CONTEXT_NBYTES
+    return reserved
+
+
+@dataclass(frozen=True, slots=True)
+class VramUse:
+    """How a GPU's memory is used before a merge; of several GPUs the least favourable figures."""
+
+    held_nbytes: int = 0
+    """What torch holds in this process. It counts: a budget is one for the whole process."""
+    spare_nbytes: int | None = None
+    """What may be taken beside that; None where CUDA is not in use yet, so that nobody knows."""
+
+
+NOTHING_HELD = VramUse()
+
+
+def vram_use(device: str) -> VramUse:
+    """Return how the memory of cuda (all GPUs) or cuda:N is used; torch's cache is given back."""
+    cuda = None if device == "cpu" else cuda_in_use()
+    if cuda is None:
+        return NOTHING_HELD
+    watched = gpu_names(cuda, device)
+    if not watched:  # another check says that there is no such GPU
+        return NOTHING_HELD
+    cuda.empty_cache()
+    return VramUse(
+        max(int(cuda.memory_reserved(name)) for name in watched),
+        min(int(cuda.mem_get_info(name)[0] * _VRAM_SHARE) for name in watched),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How much memory a merge will use, and for what. All sizes in bytes."""
+
+    reserved_nbytes: int
+    """Interpreter, libraries and the plan itself: what is there before the first strip."""
+    strip_nbytes: int
+    """Size of one strip's accumulator; no other buffer of the strip is larger."""
+    workers: int
+    """Threads, each with a strip of its own."""
+    projected_peak_nbytes: int
+    """What the process will have resident at its peak, at most."""
+    projected_vram_nbytes: int
+    """GPU memory that torch will have reserved at its peak, at most, on one GPU; 0 on the CPU."""
+
+
+def fit_memory(
+    *,
+    reserved: int,
+    num_devices: int = 0,
+    vram: VramUse = NOTHING_HELD,
+    best_strip: int,
+    workers: int | None = None,
+    max_memory: int | None = None,
+    max_vram: int | None = None,
+    mapped_views: int = 0,
+) -> MemoryPlan:
+    """Choose the strip, at most the best one, and the workers, that keep both budgets.
+
+    Without a budget a strip is what speed needs (`best_strip`) and no more. A tight budget first
+    shrinks the strip, then takes workers away (unless their number was asked for). `num_devices`
+    are the GPUs that share the workers, 0 on the CPU. Each has `max_vram`, or else what `vram` says
+    is to spare. `mapped_views` is how many sources one strip may have mapped.
+
+    Raises `BudgetError` where not even one smallest strip fits, naming the least that works.
+    """
+    most_workers = workers or default_workers(num_devices=num_devices)
+    fewest_workers = most_workers if workers else 1
+    small_strip = best_strip // 8
+    choices = [
+        *((most_workers, size) for size in _halvings(best_strip, small_strip)),
+        *((count, small_strip) for count in range(most_workers - 1, fewest_workers - 1, -1)),
+        *((fewest_workers, size) for size in _halvings(small_strip // 2, LEAST_STRIP_NBYTES)),
+    ]
+    most_vram = max_vram
+    if max_vram is None and vram.spare_nbytes is not None:
+        most_vram = vram.held_nbytes + vram.spare_nbytes
+    for count, size in choices:
+        buffers = count * BUFFERS_PER_WORKER * size
+        peak = reserved + buffers + count * (_WORKER_NBYTES + mapped_views * _MAPPED_NBYTES)
+        busiest = -(-count // num_devices) if num_devices else 0
+        on_gpu = busiest * _vram_nbytes(VRAM_BUFFERS_PER_WORKER * size)
+        on_gpu += vram.held_nbytes if busiest else 0
+        fits_memory = max_memory is None or peak <= max_memory
+        if fits_memory and (most_vram is None or on_gpu <= most_vram):
+            return MemoryPlan(
+                reserved_nbytes=reserved,
+                strip_nbytes=size,
+                workers=count,
+                projected_peak_nbytes=peak,
+                projected_vram_nbytes=on_gpu,
+            )
+    # The last choice is the smallest; what it takes is the least that works.
+    workers_remedy = f", or ask for fewer than {workers} workers" if (workers or 1) > 1 else ""
+    remedy = f"raise the budget{workers_remedy}"
+    if not fits_memory:
+        short, given, least = "--max-memory", max_memory, peak + _BETWEEN_RUNS_NBYTES
+        share = f" ({format_mib(reserved)} of it for Python, libraries and what the process holds)"
+    else:
+        short, given, least = "--max-vram", most_vram, on_gpu
+        share = f" ({format_mib(vram.held_nbytes)} of it held already)" if vram.held_nbytes else ""
+        if max_vram is None:
+            short, remedy = "memory of the GPU to be had:", "free some of it, or use --device cpu"
+    raise BudgetError(
+        f"{short} {format_mib(given or 0)}: too small; the least that works here is "
+        f"{format_mib(least)}{share}; {remedy}"
+    )
+
+
+def default_workers(*, num_devices: int = 0) -> int:
+    """Return how many workers to have where nobody said: one a core, at most eight; two a GPU."""
+    return max(2 * num_devices, min(num_cores(), _MOST_DEFAULT_WORKERS))
+
+
+def _halvings(size: int, least: int) -> list[int]:
+    sizes = []
+    while size >= least:
+        sizes.append(size)
+        size //= 2
+    return sizes
+
+
+def _vram_nbytes(buffers_nbytes: int) -> int:
+    """Return what torch's caching allocator reserves for one worker's buffers and temporaries.
+
+    It takes 2 MiB from the driver for up to 1 MiB, 20 MiB for up to 10 MiB, else whole 2 MiB; whole
+    20 MiB where it is told to have expandable segments, as many are. A worker has streams, and so
+    memory, of its own. Source: c10/cuda/CUDACachingAllocator.cpp.
+    """
+    unit = 2 * MIB if buffers_nbytes <= MIB else 20 * MIB
+    return -(-buffers_nbytes // unit) * unit + 2 * MIB
+
+
+def plan_memory(settings: RunSettings, *, num_tensors: int) -> MemoryPlan:
+    """Fit strips and workers to the budgets and to what the process holds at this moment.
+
+    `num_tensors` are the output's: of each there may be something to tell.
+
+    Where the device is still open, to the GPU's, with the peak of whichever takes more. Raises
+    `BudgetError` where one smallest strip does not fit.
+    """
+    num_gpus = num_devices(settings.device)
+    if not settings.is_device_open:
+        reserved = reserved_nbytes(settings.backend, num_devices=num_gpus, num_tensors=num_tensors)
+        return _fitted(settings, reserved, num_gpus)
+    # Both are tried in one process, with the libraries of both.
+    reserved = reserved_nbytes(TORCH, LLVM, num_devices=num_gpus, num_tensors=num_tensors)
+    on_gpu = _fitted(settings, reserved, num_gpus)
+    # torch's strips are larger than the kernels', so either fits in what this one takes.
+    on_cpu = _fitted(replace(settings, device="cpu", backend=TORCH), reserved, 0)
+    peak = max(on_gpu.projected_peak_nbytes, on_cpu.projected_peak_nbytes)
+    return replace(on_gpu, projected_peak_nbytes=peak)
+
+
+def _fitted(settings: RunSettings, reserved: int, num_gpus: int) -> MemoryPlan:
+    return fit_memory(
+        reserved=reserved,
+        num_devices=num_gpus,
+        vram=vram_use(settings.device),
+        best_strip=BEST_STRIP_NBYTES["cuda" if settings.on_cuda else settings.backend],
+        workers=settings.workers,
+        max_memory=settings.max_memory_nbytes,
+        max_vram=settings.max_vram_nbytes,
+        mapped_views=MAX_MAPPED_AT_ONCE if settings.io == "mmap" else 0,
+    )

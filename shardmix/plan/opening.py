@@ -1,0 +1,163 @@
+"""Opens what a recipe names: the models, and the source of the output's config.
+
+Reads headers and small files; checks each model by itself.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shardmix.conventions.file_kinds import LeftOut
+from shardmix.conventions.model_types import contradiction, fitting_types
+from shardmix.conventions.module_tree import Module, read_modules
+from shardmix.conventions.sentence_modules import MODULES_NAME
+from shardmix.errors import RecipeError, SourceError
+from shardmix.matching.tensors import check_mergeable
+from shardmix.recipe import Recipe
+from shardmix.sources.checkpoint import (
+    Checkpoint,
+    main_place,
+    open_checkpoints,
+    read_config,
+    weight_names,
+)
+from shardmix.sources.hub import locate
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigSource:
+    """The model that gives the output its config, tokenizer and other companion files."""
+
+    name: str
+    """What the model card may call it."""
+    folder: Path
+    """Its folder."""
+    config: dict[str, Any]
+    """Content of its config.json; empty if it has none."""
+    commit: str | None
+    """The commit, where it came from the Hub."""
+    weights: tuple[str, ...] = ()
+    """Its weight files, by path within the folder: what of it is no companion of weights."""
+    is_named: bool = False
+    """The recipe names it; otherwise it is the first model."""
+    is_single_file: bool = False
+    """It was named as a file, so what else lies in its folder may be anybody's."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Files of its repository on the Hub that were not fetched."""
+    modules: tuple[Module, ...] = ()
+    """Its sentence-transformers modules."""
+    main_place: str = ""
+    """Where in its folder config and main weights are: "" or the folder of one of these."""
+
+
+def public_name(checkpoint: Checkpoint) -> str:
+    """Return what may be published of a source: its Hub id, or its own name without a path."""
+    if checkpoint.hub_id is not None:
+        return checkpoint.source
+    if checkpoint.is_single_file:
+        return checkpoint.shards[0].path.name
+    return checkpoint.root.resolve().name
+
+
+@contextmanager
+def disk_errors_named() -> Iterator[None]:
+    """Turn what no check foresaw, such as a folder without permission, into a clear error."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(
+            f"{error.filename or 'a file'}: cannot be read ({error.strerror or error}); check its "
+            "permissions and its disk"
+        ) from None
+
+
+def _paths(checkpoint: Checkpoint) -> list[Path]:
+    """Return what of the disk is the checkpoint's: its folder, and files that may be links."""
+    files = [shard.path for part in checkpoint.parts for shard in part.shards]
+    return files if checkpoint.is_single_file else [checkpoint.root, *files]
+
+
+def _check_model_type(*, model_type: str | None, config_source: ConfigSource) -> None:
+    """Raise `RecipeError` if what the output's config says contradicts the type that was named."""
+    if model_type is None:
+        return
+    has_modules = os.path.lexists(config_source.folder / MODULES_NAME)
+    finding = contradiction(config_source.config, model_type, has_modules=has_modules)
+    if finding is not None:
+        fitting = " or ".join(fitting_types(config_source.config))
+        raise RecipeError(
+            f"model type {model_type!r}: the config of {config_source.name} says {finding}; "
+            f"leave --model-type out{f', or name what it is: {fitting}' if fitting else ''}"
+        )
+
+
+def _open_config_source(base: str | None, first: Checkpoint) -> ConfigSource:
+    if base is None:
+        name = public_name(first)
+        return ConfigSource(
+            name,
+            first.root,
+            first.config,
+            first.commit,
+            weights=first.weight_names,
+            is_single_file=first.is_single_file,
+            left_out=first.left_out,
+            # Of a file alone nothing is merged but itself; that is told of where it is not enough.
+            modules=read_modules(first.root) if first.is_single_file else first.modules,
+            main_place=first.place,
+        )
+    located = locate(base, with_weights=False)
+    is_single_file = not located.path.is_dir()
+    folder = located.path.parent if is_single_file else located.path
+    name = base if located.hub_id is not None else folder.resolve().name
+    modules = () if is_single_file else read_modules(folder)
+    place = main_place(folder, modules)
+    return ConfigSource(
+        name,
+        folder,
+        read_config(folder / place),
+        located.commit,
+        is_named=True,
+        weights=(located.path.name,) if is_single_file else weight_names(folder),
+        is_single_file=is_single_file,
+        left_out=located.left_out,
+        modules=modules,
+        main_place=place,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModels:
+    """The models of a recipe, opened, and what gives the output its config."""
+
+    checkpoints: tuple[Checkpoint, ...]
+    """The models, in the recipe's order."""
+    config_source: ConfigSource
+    """Gives config, tokenizer and other auxiliary files."""
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All folders and files that belong to them: no output may be put there."""
+        paths = [path for checkpoint in self.checkpoints for path in _paths(checkpoint)]
+        named = [self.config_source.folder] if self.config_source.is_named else []
+        return (*paths, *named)
+
+
+def open_models(recipe: Recipe, *, max_memory: int | None) -> OpenedModels:
+    """Open every model of a recipe and the source of its config.
+
+    Raises `SourceError` if one cannot be read, `MismatchError` if one cannot be merged at all,
+    `RecipeError` if the recipe's model type contradicts the config, `BudgetError` if headers might
+    take the process beyond `max_memory` (bytes).
+    """
+    checkpoints = []
+    for checkpoint in open_checkpoints(recipe.sources, max_memory=max_memory):
+        for part in checkpoint.parts:
+            check_mergeable(part, recipe.allow_differences)
+        checkpoints.append(checkpoint)
+    config_source = _open_config_source(recipe.base, checkpoints[0])
+    _check_model_type(model_type=recipe.model_type, config_source=config_source)
+    return OpenedModels(tuple(checkpoints), config_source)

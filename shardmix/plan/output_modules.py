@@ -1,0 +1,150 @@
+"""An output's sentence-transformers modules: whose, in which folders, and how they pool.
+
+Decides, and reads small files; writes nothing.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardmix.conventions.model_types import ENCODER
+from shardmix.conventions.module_tree import Module, inner_path
+from shardmix.conventions.sentence_modules import (
+    MODEL_CONFIG_NAME,
+    MODULES_NAME,
+    TRANSFORMER_CONFIG_NAMES,
+    pooling_modes,
+)
+from shardmix.matching.parts import MatchedParts
+from shardmix.plan.merge_plan import OutputModules
+from shardmix.recipe import Recipe
+from shardmix.sources.auxiliary_files import find_companions
+from shardmix.sources.checkpoint import CONFIG_NAME, Checkpoint, read_config
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModules:
+    """An output's modules."""
+
+    modules: tuple[Module, ...]
+    """All of them; empty for a bare model, and for one that gets those of every encoder."""
+    places: dict[str, str]
+    """What weights of a module are known by (`Module.key`) → their folder within the output."""
+    folder: Path | None
+    """The model that they are taken from, if it is not the one that gives config and tokenizer."""
+    output: OutputModules
+    """What of that is to be written."""
+    notes: tuple[str, ...]
+    """What is to be told of it."""
+
+
+def plan_modules(
+    recipe: Recipe,
+    checkpoints: Sequence[Checkpoint],
+    matched: MatchedParts,
+    base: Path,
+    base_modules: tuple[Module, ...],
+) -> PlannedModules:
+    """Decide on the modules of an output whose config and tokenizer come from the folder `base`.
+
+    They are the base's own. If it has none, and the output may be an encoder, they are those of the
+    first model that has some: an encoder is not to pool otherwise than all that is known of it.
+    """
+    may_embed = recipe.model_type in (None, ENCODER)
+    giver = None
+    if not base_modules and may_embed and os.path.lexists(base / CONFIG_NAME):
+        unmatched = {id(part) for part in matched.unmatched}
+        giver = next(
+            (
+                each
+                for each in checkpoints
+                if each.modules and not any(id(part) in unmatched for part in each.parts)
+            ),
+            None,
+        )
+    if giver is None:
+        files: tuple[str, ...] = ()
+        folder, modules, main_place = base, base_modules, ""
+        notes: list[str] = []
+    else:
+        files = _module_files(giver, base)
+        folder, modules, main_place = giver.root, giver.modules, giver.place
+        notes = [
+            f"{MODULES_NAME}: the output takes {giver.source}'s modules{_pooled(giver)}, since the "
+            "model that gives it config and tokenizer has none"
+        ]
+    configs, pooling_notes = _pooling_configs(recipe, folder, modules)
+    if may_embed:
+        notes += pooling_notes
+    return PlannedModules(
+        modules=modules,
+        places={module.key: module.place for module in modules},
+        folder=None if giver is None else folder,
+        output=OutputModules(
+            files=files,
+            main_place=main_place,
+            pooling=recipe.pooling,
+            pooling_configs=configs,
+        ),
+        notes=tuple(notes),
+    )
+
+
+def _module_files(giver: Checkpoint, base: Path) -> tuple[str, ...]:
+    """Return the files that make a model's modules, but for those of its encoder itself."""
+    root_files = {MODULES_NAME, MODEL_CONFIG_NAME}
+    main = f"{giver.place}/" if giver.place else ""
+    root_files |= {
+        main + name for name in TRANSFORMER_CONFIG_NAMES if not os.path.lexists(base / name)
+    }
+    folders = tuple(
+        f"{module.place}/" for module in giver.modules if module.place not in ("", giver.place)
+    )
+    companions = find_companions(giver.root, weights=giver.weight_names)
+    return tuple(
+        name for name in companions.files if name in root_files or name.startswith(folders)
+    )
+
+
+def _pooled(giver: Checkpoint) -> str:
+    """Say how a model's modules pool; "" if there is no or more than one answer."""
+    places = [module.place for module in giver.modules if module.kind == "Pooling"]
+    if len(places) != 1:
+        return ""
+    return f" (pooling by {_joined(_modes(giver.root, places[0]))})"
+
+
+def _pooling_configs(
+    recipe: Recipe, folder: Path, modules: Sequence[Module]
+) -> tuple[tuple[str, ...], list[str]]:
+    """Return the configs in which the user's word replaces a module's own, and what to tell."""
+    asked = recipe.pooling
+    if asked is None:
+        return (), []
+    if not modules:
+        if recipe.model_type == ENCODER:
+            return (), []
+        return (), ["--pooling: is for encoders: with --model-type encoder the output pools so"]
+    changed, notes = [], []
+    places = [module.place for module in modules if module.kind == "Pooling"]
+    for place in places:
+        own = _modes(folder, place)
+        if own != (asked,):
+            name = inner_path(place, CONFIG_NAME)
+            changed.append(name)
+            notes.append(
+                f"{name}: pools by {_joined(own)}, and --pooling {asked} was given: the output "
+                f"pools by {asked}"
+            )
+    if not places:
+        notes.append("--pooling: changes nothing, since the model's modules have no Pooling")
+    return tuple(changed), notes
+
+
+def _modes(folder: Path, place: str) -> tuple[str, ...]:
+    return pooling_modes(read_config(folder / place))
+
+
+def _joined(modes: Sequence[str]) -> str:
+    return " and ".join(modes)

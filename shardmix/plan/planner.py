@@ -1,0 +1,392 @@
+"""The shard planner: from a recipe and opened checkpoints to a `MergePlan`.
+
+Decides names, dtypes, output shards, every offset and the memory before a byte of weights is read.
+Pure but for looking up files beside the weights and how much memory is in use and available.
+"""
+
+import importlib.util
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypedDict
+
+from shardmix.conventions.file_kinds import LeftOut
+from shardmix.conventions.module_tree import inner_path, module_places
+from shardmix.conventions.weight_names import DIFFUSERS, MARKS, MODEL
+from shardmix.errors import BudgetError, RecipeError, listed
+from shardmix.formats.safetensors_layout import DTYPES, FLOAT_DTYPES, element_nbytes, tensor_nbytes
+from shardmix.matching.belonging import Base, check_belong_together
+from shardmix.matching.config_dtypes import config_dtypes
+from shardmix.matching.fused_tensors import split_alike
+from shardmix.matching.modules import ModularModel
+from shardmix.matching.parts import match_parts
+from shardmix.matching.tensors import MatchedTensors, match_tensors
+from shardmix.options import LLVM, LLVM_DTYPES, TORCH, RunSettings
+from shardmix.plan.layout import plan_shards
+from shardmix.plan.merge_plan import LINEAR, MergePlan, ModuleConfig, OutputShard, SourceFile
+from shardmix.plan.merge_plan.memory_budget import plan_memory
+from shardmix.plan.merge_plan.opening import ConfigSource, OpenedModels, public_name
+from shardmix.plan.output_modules import PlannedModules, plan_modules
+from shardmix.plan.weight_warnings import weight_warnings
+from shardmix.recipe import OUT_DTYPES, Recipe
+from shardmix.sources.auxiliary_files import (
+    Companions,
+    adapter_warnings,
+    find_companions,
+    left_out_warning,
+    unmerged_weights,
+)
+from shardmix.sources.checkpoint import CONFIG_NAME, Checkpoint, read_config
+from shardmix.system.digests import XXH3
+from shardmix.system.page_cache import plan_cache_use
+
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+else:
+    from typing_extensions import Unpack
+
+MEASURED_FROM_NBYTES = 200 * 10**9
+"""Source bytes of a merge for which a GPU is tried where nobody named a device.
+
+To load torch's build for CUDA and to make a context takes seconds. What a GPU can save is the sums:
+with kernels a tenth of a merge's time, which went at 6.6 GB/s on two cores (docs/performance.md).
+So of 200 GB, half a minute, it can save three seconds; of less, not even what it takes to try.
+"""
+
+_TORCH_NAMES = {"F64": "float64", **{dtype: name for name, dtype in OUT_DTYPES.items()}}
+
+
+class Outcome(TypedDict, total=False):
+    """Where an output goes, and what it tells of itself."""
+
+    output: Path | None
+    """The folder to make; None where that is left open."""
+    digest_algorithm: str
+    """What its files are hashed with; default: XXH3."""
+    record_paths: bool
+    """Its provenance tells where on this machine the sources lie; default: it doesn't."""
+
+
+def plan_merge(
+    recipe: Recipe,
+    opened: OpenedModels,
+    settings: RunSettings,
+    **outcome: Unpack[Outcome],
+) -> MergePlan:
+    """Plan a merge of a recipe's models; if the device is open and a GPU won't do, on the CPU.
+
+    Raises `MismatchError` if the models do not fit, `BudgetError` if the memory budget cannot hold
+    one smallest strip.
+    """
+    try:
+        return _plan_merge(recipe, opened, settings, **outcome)
+    except BudgetError as error:
+        if settings.device != "auto":
+            raise
+        plan = _plan_merge(recipe, opened, replace(settings, device="cpu"), **outcome)
+        return replace(plan, warnings=(*plan.warnings, f"on the CPU, since on a GPU {error}"))
+
+
+def _plan_merge(
+    recipe: Recipe, opened: OpenedModels, settings: RunSettings, **outcome: Unpack[Outcome]
+) -> MergePlan:
+    checkpoints, config_source = opened.checkpoints, opened.config_source
+    matched = match_parts(checkpoints)
+    modules = plan_modules(
+        recipe, checkpoints, matched, config_source.folder, config_source.modules
+    )
+    groups = _placed(matched.groups, modules)
+    parts = _planned_parts(recipe, groups, config_source, modules)
+    main = parts[0]
+    shards = tuple(shard for part in parts for shard in part.shards)
+    settings = _decided(settings, shards)
+    write_nbytes = sum(shard.file_nbytes for shard in shards)
+    companions = find_companions(
+        config_source.folder,
+        weights=_merged_files(config_source, parts),
+        is_single_file=config_source.is_single_file,
+    )
+    left_out = tuple(dict.fromkeys((*companions.left_out, *config_source.left_out)))
+    warnings = [
+        *weight_warnings(recipe, (name for part in parts for name in part.float_names)),
+        *(note for part in parts for note in part.notes),
+        *modules.notes,
+        *check_belong_together(
+            checkpoints,
+            groups,
+            recipe,
+            bases=[part.base for part in parts],
+            modular_base=_modular_base(recipe, config_source, checkpoints[0]),
+            max_memory=settings.max_memory_nbytes,
+        ),
+        *adapter_warnings(part for checkpoint in checkpoints for part in checkpoint.parts),
+        *_companion_warnings(companions, left_out, config_source),
+    ]
+    if _stem(checkpoints[0], config_source) not in MARKS and _lacks_config(
+        config_source, companions.files
+    ):
+        warnings.append(
+            f"no {CONFIG_NAME} in {config_source.folder.name}: the output holds weights alone and "
+            "will not load with from_pretrained; name a model that has one with --base"
+        )
+    return MergePlan(
+        sources=recipe.sources,
+        public_names=tuple(public_name(checkpoint) for checkpoint in checkpoints),
+        hub_ids=tuple(checkpoint.hub_id for checkpoint in checkpoints),
+        commits=tuple(checkpoint.commit for checkpoint in checkpoints),
+        weights=recipe.weights,
+        dtype=recipe.dtype,
+        max_shard_size=recipe.max_shard_size,
+        model_type=recipe.model_type,
+        allow_differences=recipe.allow_differences,
+        digest_algorithm=outcome.get("digest_algorithm", XXH3),
+        record_paths=outcome.get("record_paths", False),
+        output=str(outcome.get("output") or ""),
+        base_name=config_source.name,
+        base_commit=config_source.commit,
+        base_folder=str(config_source.folder.absolute()),
+        companions=companions.files,
+        left_out=left_out,
+        config_dtypes=main.config_dtypes,
+        untied=main.untied,
+        main_place=main.place,
+        module_configs=tuple(
+            ModuleConfig(part.place, part.config_dtypes, part.untied) for part in parts[1:]
+        ),
+        modules_folder="" if modules.folder is None else str(modules.folder.absolute()),
+        modules=modules.output,
+        files=tuple(
+            SourceFile(
+                str(shard.path.absolute()),
+                shard.nbytes,
+                shard.mtime_ns,
+                shard.header_sha256,
+                model,
+                shard.path.relative_to(part.root).as_posix(),
+                shard.stamp,
+            )
+            for group in groups
+            for model, part in enumerate(group)
+            for shard in part.shards
+        ),
+        shards=shards,
+        disk_needed_nbytes=write_nbytes,  # and what is beside the weights, once there is a plan
+        settings=settings,
+        memory=plan_memory(settings, num_tensors=sum(len(shard.tensor_names) for shard in shards)),
+        cache_use=plan_cache_use(
+            read_nbytes=sum(shard.read_nbytes for shard in shards),
+            write_nbytes=write_nbytes,
+            fsync=settings.fsync,
+        ),
+        warnings=tuple(warnings),
+    )
+
+
+def _lacks_config(config_source: ConfigSource, companions: Sequence[str]) -> bool:
+    """Tell whether transformers would look for a config in vain; some modules have none."""
+    place = config_source.main_place
+    kind = next(
+        (module.kind for module in config_source.modules if module.place == place), "Transformer"
+    )
+    name = inner_path(place, CONFIG_NAME)
+    return kind == "Transformer" and name not in companions
+
+
+@dataclass(frozen=True, slots=True)
+class _PlannedPart:
+    """One part of the output: the model itself, or a module with weights of its own."""
+
+    place: str
+    """Its folder within the output; empty: the output itself."""
+    base: Base
+    """What gives its config and tokenizer."""
+    float_names: tuple[str, ...]
+    """Its tensors of floats, by the names that they are told by."""
+    untied: tuple[str, ...]
+    """Parts of its config that must say `tie_word_embeddings: false`."""
+    notes: tuple[str, ...]
+    """What is to be told of it."""
+    config_dtypes: tuple[tuple[str, str], ...]
+    """What its config must say of dtypes."""
+    shards: tuple[OutputShard, ...]
+    """Its files."""
+
+
+def _modular_base(
+    recipe: Recipe, config_source: ConfigSource, first: Checkpoint
+) -> ModularModel | None:
+    """Return what gives the output its modules, unless it is a model of the merge as a whole."""
+    if recipe.base is None and not first.is_single_file:
+        return None
+    return ModularModel(
+        recipe.base or config_source.name, config_source.folder, config_source.modules
+    )
+
+
+def _placed(
+    groups: Sequence[tuple[Checkpoint, ...]], modules: PlannedModules
+) -> list[tuple[Checkpoint, ...]]:
+    """Return the parts for which the output has a module; others are told of as a difference."""
+    main, *others = groups
+    return [main, *(group for group in others if group[0].key in modules.places)]
+
+
+def _merged_files(config_source: ConfigSource, parts: Sequence[_PlannedPart]) -> list[str]:
+    """Return those weight files of the base that the output has merged ones in the place of."""
+    unmerged = set(module_places(config_source.modules)) - {part.place for part in parts}
+    return [name for name in config_source.weights if name.rpartition("/")[0] not in unmerged]
+
+
+def _planned_parts(
+    recipe: Recipe,
+    groups: Sequence[Sequence[Checkpoint]],
+    config_source: ConfigSource,
+    modules: PlannedModules,
+) -> list[_PlannedPart]:
+    """Plan each part by itself: names, ties, dtypes and shards are no business of another's."""
+    parts: list[_PlannedPart] = []
+    num_files = 0
+    for group in groups:
+        folder, place, config = config_source.folder, config_source.main_place, config_source.config
+        if parts:
+            folder, place = modules.folder or config_source.folder, modules.places[group[0].key]
+            config = read_config(folder / place)
+        group, split_notes = split_alike(group)
+        matched = match_tensors(group, config, folder / place)
+        out_dtypes = _output_dtypes(recipe.dtype, group[0], matched)
+        shards, shard_notes = plan_shards(
+            recipe,
+            group,
+            matched,
+            out_dtypes,
+            place=place,
+            stem=MODEL if place else _stem(group[0], config_source),
+            num_files_before=num_files,
+        )
+        parts.append(
+            _PlannedPart(
+                place=place,
+                base=Base(recipe.base, folder / place, config),
+                float_names=tuple(
+                    inner_path(place, name)
+                    for name, dtype in zip(matched.names, out_dtypes, strict=True)
+                    if dtype in FLOAT_DTYPES
+                ),
+                untied=matched.untied,
+                notes=(*split_notes, *matched.notes, *shard_notes),
+                config_dtypes=_config_dtypes(config, matched, out_dtypes),
+                shards=shards,
+            )
+        )
+        num_files += sum(len(part.shards) for part in group)
+    return parts
+
+
+def _stem(first: Checkpoint, config_source: ConfigSource) -> str:
+    """Return what the output's weight files are called: what its loader looks for."""
+    if "_class_name" in config_source.config or (
+        first.stem == DIFFUSERS and not config_source.config
+    ):
+        return DIFFUSERS
+    mark = MARKS.get(first.stem)
+    is_there = mark is not None and os.path.lexists(config_source.folder / mark)
+    return first.stem if is_there else MODEL
+
+
+def _companion_warnings(
+    companions: Companions, left_out: Sequence[LeftOut], config_source: ConfigSource
+) -> Iterator[str]:
+    """Tell of companions that hold weights, and of what somebody may miss."""
+    modules = tuple(f"{place}/" for place in module_places(config_source.modules))
+    # What modules have is the same in all models, or else told of as a difference.
+    unmerged = [name for name in unmerged_weights(companions.files) if not name.startswith(modules)]
+    if unmerged:
+        values = "its values are" if len(unmerged) == 1 else "their values are"
+        yield f"{listed(unmerged)}: copied, not merged; {values} those of {config_source.name}"
+    warning = left_out_warning(left_out, config_source.name)
+    if warning is not None:
+        yield warning
+
+
+def _output_dtypes(dtype: str, first: Checkpoint, matched: MatchedTensors) -> list[str]:
+    kept = [DTYPES[rank] for rank in first.table.dtype_ranks[matched.rows[0]].tolist()]
+    if dtype == "keep":
+        return kept
+    return [OUT_DTYPES[dtype] if own in FLOAT_DTYPES else own for own in kept]
+
+
+def _config_dtypes(
+    config: Mapping[str, Any], matched: MatchedTensors, out_dtypes: Sequence[str]
+) -> tuple[tuple[str, str], ...]:
+    """Return the dtypes that the output's config must state of the whole and of its parts."""
+    kinds = Counter(zip(matched.shapes, out_dtypes, strict=True))
+    nbytes = {
+        (shape, dtype): tensor_nbytes(dtype, shape)
+        for shape, dtype in kinds
+        if dtype in FLOAT_DTYPES
+    }
+    stored = {dtype for _, dtype in nbytes}
+    if len(stored) == 1:
+        # Of 90,000 tensors no name has to be looked at.
+        columns = [("", _TORCH_NAMES[dtype], 1) for dtype in stored]
+    else:
+        rows = zip(matched.names, matched.shapes, out_dtypes, strict=True)
+        columns = [
+            (name, _TORCH_NAMES[dtype], nbytes[shape, dtype])
+            for name, shape, dtype in rows
+            if dtype in stored
+        ]
+    return tuple(config_dtypes(config, columns).items())
+
+
+def _decided(settings: RunSettings, shards: Sequence[OutputShard]) -> RunSettings:
+    """Return the settings with every `auto` decided.
+
+    Sources are read by pread: as fast as mapping, in less memory. Kernels sum where llvmlite is
+    installed and they know all the dtypes. Raises `RecipeError` where they were asked for and
+    can't. Whether a GPU is the faster is measured when the merge starts, where that may pay; till
+    then it is assumed.
+    """
+    io, backend = settings.io, settings.backend
+    if settings.device == "auto":
+        is_open = backend != LLVM and _summed_nbytes(shards) >= MEASURED_FROM_NBYTES
+        device = "cuda" if is_open else "cpu"
+        settings = replace(settings, device=device, is_device_open=is_open)
+    if io == "auto":
+        io = "pread"
+    finding = _llvm_finding(settings, shards)
+    if backend == LLVM and finding is not None:
+        raise RecipeError(f"backend llvm: {finding}; use --backend torch (backend='torch')")
+    if backend == "auto":
+        backend = LLVM if finding is None else TORCH
+    return replace(settings, io=io, backend=backend)
+
+
+def _summed_nbytes(shards: Sequence[OutputShard]) -> int:
+    """Return the bytes of all sources that are added up, and not just compared."""
+    return sum(
+        run.num_elements * sum(map(element_nbytes, run.dtypes))
+        for shard in shards
+        for run in shard.runs
+        if run.reduction == LINEAR
+    )
+
+
+def _llvm_finding(settings: RunSettings, shards: Sequence[OutputShard]) -> str | None:
+    """Say why the sums cannot be the kernels', or None if they can."""
+    if settings.on_cuda:
+        return "it sums on the CPU alone"
+    if importlib.util.find_spec("llvmlite") is None:
+        return "llvmlite is not installed (pip install llvmlite)"
+    dtypes = {
+        dtype
+        for shard in shards
+        for run in shard.runs
+        if run.reduction == LINEAR
+        for dtype in (*run.dtypes, run.out_dtype)
+    }
+    others = sorted(dtypes - LLVM_DTYPES)
+    return f"it does not know {', '.join(others)}" if others else None

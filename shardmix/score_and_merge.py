@@ -1,0 +1,223 @@
+"""A merge whose weights come from examples: the models scored, then merged.
+
+Puts `scorer` and `api` together, and holds no more than the order in which things are checked.
+"""
+
+import hashlib
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import fields, replace
+from os import PathLike
+from pathlib import Path
+
+import msgspec
+
+from shardmix import api
+from shardmix.conventions.file_kinds import is_companion_file, is_module_folder
+from shardmix.errors import RecipeError, ShardmixError
+from shardmix.execute import executor
+from shardmix.options import MergeOptions
+from shardmix.output.destination import check_disk, resolve_output
+from shardmix.output.score_log import ScoreLog, ScoringIdentity, weight_files
+from shardmix.output.staging import Staging, open_staging, settle, staged_nbytes
+from shardmix.plan.merge_plan import MergePlan
+from shardmix.reports import MergeReport
+from shardmix.scoring.examples import Example, ExamplesArgument, load_examples
+from shardmix.scoring.options import ScoreOptions, ScoreSettings, check_options
+from shardmix.scoring.report import OnScoreProgress, ScoreReport
+from shardmix.scoring.weights import compute_weights
+from shardmix.system.digests import XXH3, file_digest
+from shardmix.system.files import open_regular
+
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+else:
+    from typing_extensions import Unpack
+
+_MATTERS_NOT = ("device", "max_memory_nbytes", "max_vram_nbytes")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")  # of modules; the plan knows those it reads
+
+
+def merge_by_examples(
+    models: Sequence[str | PathLike[str]],
+    output: str | PathLike[str],
+    examples: ExamplesArgument,
+    model_type: str,
+    *,
+    scoring: ScoreOptions,
+    on_score: OnScoreProgress | None = None,
+    on_progress: executor.OnProgress | None = None,
+    cancel: threading.Event | None = None,
+    **options: Unpack[MergeOptions],
+) -> MergeReport:
+    """Score models on examples and merge them by the weights that follow.
+
+    Whatever headers, examples and the output's place can tell is checked before the first model is
+    run. `max_memory`, `max_vram` and `device` hold for scoring as well. The report's `scores` holds
+    losses and weights. Raises `ShardmixError`.
+
+    Example:
+        >>> report = merge_by_examples(["a", "b"], "out", "examples.jsonl", "decoder", scoring={})
+        >>> report.weights == report.scores.weights
+        True
+    """
+    shared: ScoreOptions = {
+        "max_memory": options.get("max_memory"),
+        "max_vram": options.get("max_vram"),
+        "device": options.get("device", "auto"),
+        "pooling": options.get("pooling"),
+    }
+    for name in shared:
+        if name in scoring:
+            raise RecipeError(f"{name} holds for scoring and merging alike: not in `scoring`")
+    scoring = {**scoring, **shared}
+    settings = check_options(model_type, scoring)
+    loaded = load_examples(examples, settings)
+    names = [str(model) for model in models]
+    target = resolve_output(output)
+    settle(target)
+    equal = [(name, 1 / len(names)) for name in names]
+
+    def plan() -> MergePlan:
+        return api.plan_merge(equal, output, model_type=model_type, **options)
+
+    identity = _identity(plan(), names, loaded, settings)
+    with open_staging(target, restart=options.get("restart", False)) as staging:
+        if options.get("restart", False):
+            staging.forget_scores()
+        with closing(ScoreLog(staging.hidden, identity)) as log:
+            scores = _known(log, names)
+            if scores is None:
+                try:
+                    scores = _score(names, model_type, loaded, scoring, on_score, log, plan)
+                except BaseException as error:
+                    kept = _kept(staging, log, names)
+                    if isinstance(error, KeyboardInterrupt):
+                        error.args = (kept,)
+                    elif isinstance(error, ShardmixError) and kept:
+                        raise type(error)(f"{error}; {kept}") from None
+                    raise
+            staging.is_worth_keeping = True
+            difference = log.difference
+    words = " ".join(map(repr, scores.weights))
+    try:
+        report = api.merge(
+            list(zip(names, scores.weights, strict=True)),
+            output,
+            model_type=model_type,
+            on_progress=on_progress,
+            cancel=cancel,
+            **options,
+        )
+    except ShardmixError as error:
+        anew = f" (scored anew, since {difference})" if difference else ""
+        raise type(error)(
+            f"{error}; the examples gave the weights {words}{anew}: with these no model has to be "
+            "scored again"
+        ) from None
+    except KeyboardInterrupt as error:
+        if not str(error):
+            error.args = (f"the examples gave the weights {words}: the same again takes them",)
+        raise
+    return replace(report, scores=scores, warnings=scores.warnings + report.warnings)
+
+
+def _identity(
+    plan: MergePlan, names: Sequence[str], examples: Sequence[Example], settings: ScoreSettings
+) -> ScoringIdentity:
+    """Return what decides the losses; not the budget, nor the device."""
+    content = [replace(example, name="") for example in examples]
+    options = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    others = [
+        file
+        for number, name in enumerate(names)
+        if plan.commits[number] is None
+        for file in _files_beside(name)
+    ]
+    return ScoringIdentity(
+        examples=hashlib.sha256(msgspec.json.encode(content)).hexdigest(),
+        options={name: options[name] for name in options if name not in _MATTERS_NOT},
+        models=plan.public_names,
+        weights=weight_files(plan),
+        others=tuple(others),
+    )
+
+
+def _files_beside(source: str) -> Iterator[tuple[str, str]]:
+    """Yield config, tokenizer and the like of a local model: name and digest."""
+    place = Path(source).expanduser()
+    folder = place if place.is_dir() else place.parent
+    entries = sorted(folder.iterdir())
+    below = [path for entry in entries if is_module_folder(entry.name) for path in _files(entry)]
+    for path in (*entries, *below):
+        name = path.relative_to(folder).as_posix()
+        if is_companion_file(name) and not name.endswith(_WEIGHT_SUFFIXES) and path.is_file():
+            with open_regular(path) as file:
+                yield name, file_digest(file.fileno(), XXH3)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _known(log: ScoreLog, names: Sequence[str]) -> ScoreReport | None:
+    """Return what an earlier run found from the same examples, all of it; None if it did not."""
+    if log.report is None:
+        return None
+    try:
+        report = msgspec.json.decode(log.report, type=ScoreReport)
+        weights = compute_weights(report.losses, report.temperature)
+    except (ValueError, RecursionError, RecipeError):  # msgspec's errors are ValueErrors
+        return None
+    if len(weights) != len(names):
+        return None
+    note = (
+        "the weights are those that an earlier run found from the same examples: no model was "
+        "scored again"
+    )
+    return replace(
+        report,
+        sources=tuple(names),
+        weights=tuple(weights),
+        bytes_read=0,
+        seconds=0.0,
+        warnings=(*report.warnings, note),
+    )
+
+
+def _score(
+    names: Sequence[str],
+    model_type: str,
+    examples: tuple[Example, ...],
+    scoring: ScoreOptions,
+    on_score: OnScoreProgress | None,
+    log: ScoreLog,
+    plan: Callable[[], MergePlan],
+) -> ScoreReport:
+    """Score the models that the log does not know."""
+    # First, since it stays in memory: what is left for the merge must be known before it is scored.
+    from shardmix.scoring import score
+
+    planned = plan()
+    target = Path(planned.output)
+    check_disk(target, planned.disk_needed_nbytes, staged_nbytes=staged_nbytes(target))
+    num_known = log.num_models
+    scores = score(names, model_type, examples, on_progress=on_score, log=log, **scoring)
+    log.put_report(msgspec.json.encode(scores))
+    if num_known:
+        note = f"the losses of {num_known} models are those that an earlier run found"
+        scores = replace(scores, warnings=(*scores.warnings, note))
+    return scores
+
+
+def _kept(staging: Staging, log: ScoreLog, names: Sequence[str]) -> str:
+    """Say what is kept of a scoring that was cut off, and keep it."""
+    staging.is_worth_keeping = staging.has_journal or log.num_models > 0
+    if log.num_models == 0:
+        return ""
+    return (
+        f"the losses of {log.num_models} of {len(names)} models are kept in {staging.path}: the "
+        "same again goes on from there"
+    )

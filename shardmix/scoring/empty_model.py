@@ -1,0 +1,146 @@
+"""A model without its weights: built from its config on the meta device, by transformers.
+
+Reads config and code, never weights.
+"""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+
+from shardmix.conventions.naming import declared_quantisation
+from shardmix.errors import SourceError, one_line
+from shardmix.formats.safetensors_layout import FLOAT_DTYPES
+from shardmix.sources.checkpoint import CONFIG_NAME, Checkpoint
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def build_empty_model(
+    checkpoint: Checkpoint, auto_class: str, dtype: torch.dtype, *, trust_remote_code: bool
+) -> Any:
+    """Return the model in evaluation mode, parameters on the meta device, computed buffers real.
+
+    Raises `SourceError` where transformers cannot build it from the folder's config.
+    """
+    import transformers
+
+    folder = checkpoint.folder
+    if not (folder / CONFIG_NAME).exists():
+        raise SourceError(
+            f"{checkpoint.source}: has no {CONFIG_NAME}, so that it cannot be run; scoring needs a "
+            "whole model folder"
+        )
+    declared = declared_quantisation(checkpoint.config)
+    if declared is not None:
+        raise SourceError(
+            f"{checkpoint.source}: is quantised ({declared[1]}, in config.json); scoring needs the "
+            f"original weights: if these are floats, remove {declared[0]} from config.json"
+        )
+    try:
+        with _quiet_transformers():
+            config = transformers.AutoConfig.from_pretrained(
+                str(folder), trust_remote_code=trust_remote_code
+            )
+            # Buffers are computed, not stored: on the meta device they would be lost.
+            with init_empty_weights(include_buffers=False):
+                model = getattr(transformers, auto_class).from_config(
+                    config, dtype=dtype, trust_remote_code=trust_remote_code
+                )
+    except Exception as error:  # configs of strangers fail in every way there is
+        raise SourceError(f"{checkpoint.source}: {_build_finding(error, auto_class)}") from None
+    _keep_float32(model, dtype)
+    _compute_sinusoids(model)
+    model.requires_grad_(False)
+    model.eval()
+    model.tie_weights()
+    return model
+
+
+def import_model_code(checkpoint: Checkpoint, auto_class: str) -> None:
+    """Load what transformers needs for such a model, where it has the code for it.
+
+    That takes seconds, once, and is no part of what a model costs.
+    """
+    import transformers
+
+    with suppress(Exception):  # what is wrong with the model is said when it is built
+        config = transformers.AutoConfig.from_pretrained(str(checkpoint.folder))
+        _ = getattr(transformers, auto_class)._model_mapping[type(config)]
+
+
+def _keep_float32(model: Any, dtype: torch.dtype) -> None:
+    """Let those parameters be float32 that transformers keeps so in a model of 16 bits."""
+    patterns = list(model._get_dtype_plan(dtype))
+    if not patterns:
+        return
+    kept = re.compile("|".join(rf"(^|\.){re.escape(pattern)}($|\.)" for pattern in patterns))
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if kept.search(f"{path}.{name}"):
+                setattr(module, name, torch.nn.Parameter(parameter.float(), requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            if kept.search(f"{path}.{name}") and buffer.is_floating_point():
+                setattr(module, name, buffer.float())
+
+
+def _compute_sinusoids(model: Any) -> None:
+    """Fill tables of positions that are never stored, since they follow from a formula."""
+    for module in model.modules():
+        if "Sinusoidal" in type(module).__name__ and isinstance(module, torch.nn.Embedding):
+            empty = torch.empty(module.weight.shape, dtype=module.weight.dtype)
+            module.weight = torch.nn.Parameter(empty, requires_grad=False)
+            with torch.no_grad():
+                model._init_weights(module)
+
+
+def compute_dtype(checkpoint: Checkpoint, asked: str) -> torch.dtype:
+    """Return what a model computes in: as asked, or else its own, the dtype of most weights."""
+    if asked != "auto":
+        return getattr(torch, asked)  # type: ignore[no-any-return]
+    nbytes: Counter[str] = Counter()
+    for row in range(checkpoint.num_tensors):
+        info = checkpoint.tensor(row)
+        if info.dtype in FLOAT_DTYPES:
+            nbytes[info.dtype] += info.nbytes
+    if not nbytes:
+        raise SourceError(f"{checkpoint.source}: has no floating-point weights to compute with")
+    return TORCH_DTYPES[nbytes.most_common(1)[0][0]]
+
+
+def _build_finding(error: Exception, auto_class: str) -> str:
+    finding = one_line(error, limit=300)
+    if "trust_remote_code" in str(error):
+        return (
+            "needs code from its own folder to run; if you trust it, read it and use "
+            "--trust-remote-code (trust_remote_code=True)"
+        )
+    return f"cannot be built as {auto_class} from its config ({finding}); check --model-type"
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep advice about training and generation from the user's terminal."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,231 @@
+"""The scorer's functions: examples and models in, losses and weights out.
+
+One model in memory at a time, or as much of it as the budget allows. Knows nothing of merging.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from os import PathLike
+
+import msgspec
+import torch
+
+from shardmix.conventions.model_types import AUTO_CLASSES, ENCODER
+from shardmix.conventions.sentence_modules import CLS
+from shardmix.errors import RecipeError, SourceError
+from shardmix.scoring.embedding import Embedding, embedding_of
+from shardmix.scoring.empty_model import import_model_code
+from shardmix.scoring.encoding import EncodedExamples
+from shardmix.scoring.examples import Example, ExamplesArgument, load_examples
+from shardmix.scoring.model_scoring import ModelScore, score_model
+from shardmix.scoring.objectives import objective_for
+from shardmix.scoring.options import ScoreOptions, ScoreSettings, check_options
+from shardmix.scoring.reading import read_examples
+from shardmix.scoring.report import OnScoreProgress, ScoreLog, ScoreProgress, ScoreReport
+from shardmix.scoring.weights import compute_weights
+from shardmix.sources.checkpoint import Checkpoint, open_checkpoints
+from shardmix.system.gpus import resolve_device
+from shardmix.system.memory import give_back_large_blocks, peak_resident_nbytes, resident_nbytes
+
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+else:
+    from typing_extensions import Unpack
+
+
+def score(
+    sources: Sequence[str | PathLike[str]],
+    model_type: str,
+    examples: ExamplesArgument,
+    *,
+    on_progress: OnScoreProgress | None = None,
+    log: ScoreLog | None = None,
+    **options: Unpack[ScoreOptions],
+) -> ScoreReport:
+    """Compute each model's loss on a few examples, and the merging weights that follow.
+
+    w_i = softmax_i(-L_i / temperature), L_i being the mean, over batches of `batch_size` examples,
+    of the batch's mean loss. Source: LM-Cocktail (arXiv 2311.13534), section 3.
+
+    Args:
+        sources: model folders, `.safetensors` files within one, or Hub ids. Each reads the examples
+            by its own tokenizer, and embeds by its own sentence-transformers modules.
+        model_type: decoder, encoder, reranker or encoder-decoder.
+        examples: mappings, or the path of a JSON or JSON lines file: `{"input", "output"}` for
+            decoders and encoder-decoders, `{"query", "pos": [...], "neg": [...]}` for encoders and
+            rerankers.
+        on_progress: called with a `ScoreProgress` now and then.
+        log: keeps scores; a model whose score it has is not run.
+        options: see `ScoreOptions`.
+
+    Raises:
+        ShardmixError: of the kind that says what to mend; about options and examples before any
+            model is opened.
+
+    Example:
+        >>> report = score(["./base", "./tuned"], "decoder", [{"input": "2 + 2 =", "output": "4"}])
+        >>> sum(report.weights)
+        1.0
+    """
+    settings = check_options(model_type, options)
+    if isinstance(sources, str | PathLike) or not sources:
+        raise RecipeError("no list of models given; name the models to score, one or more")
+    names = [str(source) for source in sources]
+    loaded = load_examples(examples, settings)
+    give_back_large_blocks()
+    device = torch.device(resolve_device(settings.device))
+    _open_device(device)
+    checkpoints = list(open_checkpoints(names, max_memory=settings.max_memory_nbytes))
+    readings, notes = read_examples(loaded, checkpoints, settings)
+    embeddings = _embeddings(checkpoints, settings)
+    import_model_code(checkpoints[0], AUTO_CLASSES[model_type])
+    started = time.perf_counter()
+    scores: list[ModelScore] = []
+    reserved: int | None = None
+    for number, checkpoint in enumerate(checkpoints, start=1):
+        embedding = embeddings[number - 1] if embeddings else None
+        objective = objective_for(readings[number - 1], settings, embedding)
+
+        def tell(fraction: float, number: int = number, source: str = checkpoint.source) -> None:
+            if on_progress is not None:
+                seconds = time.perf_counter() - started
+                on_progress(
+                    ScoreProgress(source, number, len(names), fraction, seconds, resident_nbytes())
+                )
+
+        kept = None if log is None else _kept_score(log, number, num_examples=len(loaded))
+        if kept is not None:
+            scores.append(kept)
+            tell(1.0)
+            continue
+        one = score_model(
+            checkpoint, objective, settings, device, reserved=reserved, on_fraction=tell
+        )
+        reserved = one.reserved_nbytes if reserved is None else reserved
+        tell(1.0)
+        _check_finite(checkpoint, one, loaded)
+        scores.append(one)
+        if log is not None:
+            log.put(number, msgspec.json.encode(replace(one, bytes_read=0)))
+    losses = [one.losses.mean for one in scores]
+    return ScoreReport(
+        sources=tuple(names),
+        weights=tuple(compute_weights(losses, settings.temperature)),
+        losses=tuple(losses),
+        per_example=tuple(one.losses.per_example for one in scores),
+        model_type=model_type,
+        num_examples=len(loaded),
+        temperature=settings.temperature,
+        batch_size=settings.batch_size,
+        device=str(device),
+        dtypes=tuple(one.dtype for one in scores),
+        bytes_read=sum(one.bytes_read for one in scores),
+        bytes_stored=sum(int(checkpoint.table.nbytes.sum()) for checkpoint in checkpoints),
+        num_passes=tuple(one.num_passes for one in scores),
+        seconds=time.perf_counter() - started,
+        projected_peak_bytes=max(one.projected_nbytes for one in scores),
+        peak_rss_bytes=peak_resident_nbytes(),
+        projected_vram_bytes=max(one.projected_vram_nbytes for one in scores),
+        peak_vram_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
+        poolings=tuple(embedding.name for embedding in embeddings),
+        warnings=(
+            *notes,
+            *_pooling_notes(embeddings, checkpoints),
+            *_cut_notes(readings, checkpoints, settings),
+            *(note for one in scores for note in one.notes),
+        ),
+    )
+
+
+def compute_losses(
+    sources: Sequence[str | PathLike[str]],
+    model_type: str,
+    examples: ExamplesArgument,
+    *,
+    on_progress: OnScoreProgress | None = None,
+    **options: Unpack[ScoreOptions],
+) -> list[float]:
+    """Return each model's loss on the examples, in source order; as `score`, without weights.
+
+    Example:
+        >>> compute_weights(compute_losses(["./base", "./tuned"], "decoder", examples), 5.0)
+        [0.41, 0.59]
+    """
+    report = score(sources, model_type, examples, on_progress=on_progress, **options)
+    return list(report.losses)
+
+
+def _embeddings(checkpoints: Sequence[Checkpoint], settings: ScoreSettings) -> list[Embedding]:
+    """Return how each encoder embeds; empty for other types of models."""
+    if settings.model_type != ENCODER:
+        return []
+    return [embedding_of(checkpoint, settings.pooling) for checkpoint in checkpoints]
+
+
+def _pooling_notes(
+    embeddings: Sequence[Embedding], checkpoints: Sequence[Checkpoint]
+) -> Iterator[str]:
+    """Say where modules decided on the pooling, or the user did against them."""
+    yield from (embedding.note for embedding in embeddings if embedding.note)
+    bare = [each.source for each in checkpoints if not each.modules]
+    if bare and len({embedding.name for embedding in embeddings}) > 1:
+        yield (
+            f"{', '.join(bare)}: pooled by {CLS}, since no modules say otherwise; others here pool "
+            "in another way: name one for all with --pooling"
+        )
+
+
+def _kept_score(log: ScoreLog, number: int, *, num_examples: int) -> ModelScore | None:
+    """Return what an earlier run found of a model; None if it found nothing, or nothing of use."""
+    try:
+        kept = msgspec.json.decode(log.get(number) or b"", type=ModelScore)
+    except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
+        return None
+    return kept if len(kept.losses.per_example) == num_examples else None
+
+
+def _open_device(device: torch.device) -> None:
+    """Make the GPU ready, so that what that takes is there before memory is planned."""
+    if device.type != "cuda":
+        return
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise RecipeError(f"device {device}: torch finds no such GPU; use --device cpu")
+    torch.empty(1, device=device)
+    torch.cuda.reset_peak_memory_stats(device)
+
+
+def _check_finite(checkpoint: Checkpoint, one: ModelScore, examples: tuple[Example, ...]) -> None:
+    for example, loss in zip(examples, one.losses.per_example, strict=True):
+        if loss is not None and not math.isfinite(loss):
+            raise SourceError(
+                f"{checkpoint.source}: its loss on {example.name} is {loss}; its weights may hold "
+                f"NaN or Inf, or it overflows in {one.dtype}: try --dtype float32, or leave the "
+                "model out"
+            )
+
+
+def _cut_notes(
+    readings: Sequence[EncodedExamples],
+    checkpoints: Sequence[Checkpoint],
+    settings: ScoreSettings,
+) -> Iterator[str]:
+    """Say what was cut off, of each way in which the examples are read."""
+    distinct = {id(encoded): encoded for encoded in readings}
+    for key, encoded in distinct.items():
+        names = [
+            checkpoint.source
+            for checkpoint, own in zip(checkpoints, readings, strict=True)
+            if id(own) == key
+        ]
+        prefix = f"{', '.join(names)}: " if len(distinct) > 1 else ""
+        if encoded.num_cut:
+            limit = f"{encoded.max_length} tokens"
+            if encoded.is_clamped:
+                limit += f" (the model takes no more; {settings.max_input_length} were asked for)"
+            count = f"{encoded.num_cut} of {len(encoded.sequences)}"
+            yield f"{prefix}{count} texts were cut off at {limit}"
+        for name in encoded.silent:
+            yield f"{prefix}{name}: `output` is cut off entirely; it counts for nothing"

@@ -1,0 +1,461 @@
+"""A checkpoint as its headers describe it: every tensor's name, dtype, shape, file and offset.
+
+Reads headers and small JSON files, never tensor data. Tensors are kept in columns (one row a
+tensor), so that ten checkpoints of 90,000 tensors fit beside a tight budget.
+"""
+
+import itertools
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shardmix.conventions.file_kinds import LeftOut
+from shardmix.conventions.folder_kinds import no_weights_file_finding, no_weights_finding
+from shardmix.conventions.module_tree import Module, module_places, read_modules
+from shardmix.conventions.weight_names import (
+    DIFFUSERS,
+    MODEL,
+    STEMS,
+    SUFFIX,
+    index_name,
+    shard_name,
+    stem_of,
+    stored_stem,
+    weights_name,
+)
+from shardmix.errors import SourceError, shown
+from shardmix.formats.safetensors_layout import DTYPES, TensorInfo
+from shardmix.formats.strict_json import read_index, read_json
+from shardmix.sources.headers import SHORT_HEADER_NBYTES, Headers
+from shardmix.sources.hub import LocalSource, locate
+from shardmix.sources.open_files import FileStamp
+from shardmix.system.files import refuse_link_outside
+from shardmix.system.memory import check_room
+
+CONFIG_NAME = "config.json"
+
+# What planning takes for each tensor: at most 1,350 bytes measured.
+_MEMORY_PER_TENSOR = 1_600
+_MOST_NAMES_BELOW = 100
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFile:
+    """One weight file of a checkpoint."""
+
+    path: Path
+    """Where it lies."""
+    nbytes: int
+    """Its size."""
+    mtime_ns: int
+    """When it was last modified, in nanoseconds since 1970."""
+    header_sha256: str = ""
+    """SHA-256 (hex) of its header; with size, time and stamp, what it is known by."""
+    metadata: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
+    """What its header says of it beside the tensors."""
+    stamp: FileStamp | None = None
+    """What its file system told of it besides."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorTable:
+    """All tensors of a checkpoint, by file and within it by offset; row i is one tensor."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype_ranks: npt.NDArray[np.uint8]
+    """Index into `safetensors_layout.DTYPES`."""
+    files: npt.NDArray[np.int32]
+    """Index into `Checkpoint.shards`."""
+    starts: npt.NDArray[np.int64]
+    """First byte in its file."""
+    nbytes: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model on disk, known by its headers alone."""
+
+    source: str
+    """As the user wrote it."""
+    folder: Path
+    """The folder with the weights, config and tokenizer: the model's, or one of its modules'."""
+    hub_id: str | None
+    """`org/name`, where it came from the Hub."""
+    commit: str | None
+    """The commit on the Hub that its files are of."""
+    is_single_file: bool
+    """The source is a file, not a folder."""
+    shards: tuple[ShardFile, ...]
+    """Weight files, in name order."""
+    config: dict[str, Any] = field(repr=False)
+    """Content of config.json; empty where there is none."""
+    table: TensorTable = field(repr=False)
+    """The tensors, in columns."""
+    stem: str = MODEL
+    """What its weight files are called, of the names in `weight_names`; MODEL for other names."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Files of its repository on the Hub that were not fetched."""
+    place: str = ""
+    """Where the folder is within the model's, with `/`; empty: it is the model's own."""
+    key: str = ""
+    """What corresponds to this in another model: `Module.key`; empty if it is no module's."""
+    modules: tuple[Module, ...] = ()
+    """All modules of a sentence-transformers model, in order."""
+    others: tuple["Checkpoint", ...] = ()
+    """What further modules store of weights; empty for most models."""
+
+    @property
+    def root(self) -> Path:
+        """The model's folder."""
+        return self.folder.parents[self.place.count("/")] if self.place else self.folder
+
+    @property
+    def parts(self) -> tuple["Checkpoint", ...]:
+        """Return everything that stores weights: first this, then the others."""
+        return (self, *self.others)
+
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """The model's weight files, by path within its folder; and indexes of its modules."""
+        files = [shard.path for part in self.parts for shard in part.shards]
+        indexes = [f"{part.place}/{index_name(MODEL)}" for part in self.parts if part.place]
+        return (*(path.relative_to(self.root).as_posix() for path in files), *indexes)
+
+    @property
+    def num_tensors(self) -> int:
+        """How many tensors are stored."""
+        return len(self.table.names)
+
+    def tensor(self, row: int) -> TensorInfo:
+        """Return one row of the table."""
+        table = self.table
+        return TensorInfo(
+            name=table.names[row],
+            dtype=DTYPES[table.dtype_ranks[row]],
+            shape=table.shapes[row],
+            start=int(table.starts[row]),
+            nbytes=int(table.nbytes[row]),
+        )
+
+    def tensors(self) -> Iterator[TensorInfo]:
+        """Yield every tensor, by file and within it by offset."""
+        return (self.tensor(row) for row in range(self.num_tensors))
+
+
+def open_checkpoints(
+    sources: Iterable[str], *, max_memory: int | None = None
+) -> Iterator[Checkpoint]:
+    """Open several, one after the other, as `open_checkpoint` does; decode common headers once."""
+    headers = Headers()
+    return (_open(source, headers, max_memory) for source in sources)
+
+
+def open_checkpoint(source: str, *, max_memory: int | None = None) -> Checkpoint:
+    """Open a local folder, a `.safetensors` file or a Hub id, reading headers alone.
+
+    Raises `SourceError` where files are missing, damaged, pickled or outside the folder,
+    `BudgetError` where to decode headers might take the process beyond `max_memory` (bytes).
+    """
+    return _open(source, Headers(), max_memory)
+
+
+def _open(source: str, headers: Headers, max_memory: int | None) -> Checkpoint:
+    located = locate(source)
+    is_single_file = not located.path.is_dir()
+    if is_single_file:
+        _refuse_partial_file(source, located.path)
+        stored = _WeightFiles([located.path], None, stem_of(located.path.name))
+        return _read_part(source, located, "", stored, _Limits(headers, max_memory))
+    modules = read_modules(located.path)
+    keys: dict[str, str] = {}
+    for module in modules:
+        keys.setdefault(module.place, module.key)
+    places = [place for place in dict.fromkeys(("", *keys)) if _has_weights(located.path / place)]
+    limits = _Limits(headers, max_memory)
+    parts = [
+        replace(_read_part(source, located, place, None, limits), key=keys.get(place, ""))
+        for place in places or [""]
+    ]
+    mains = (part for part in parts if not part.place or "model_type" in part.config)
+    main = next(mains, parts[0])
+    others = tuple(part for part in parts if part is not main)
+    _refuse_ambiguous_names(parts)
+    return replace(main, source=source, left_out=located.left_out, modules=modules, others=others)
+
+
+def _refuse_ambiguous_names(parts: Sequence[Checkpoint]) -> None:
+    """Raise `SourceError` if a tensor's name looks like that of a tensor in a module's folder."""
+    prefixes = [(part, f"{part.place}/" if part.place else "") for part in parts]
+    for part, prefix in prefixes:
+        inner = tuple(
+            other.removeprefix(prefix)
+            for each, other in prefixes
+            if each is not part and other.startswith(prefix)
+        )
+        for name in part.table.names:
+            if "/" in name and name.startswith(inner):
+                raise SourceError(
+                    f"{part.source}: holds a tensor called {shown(name)}, which looks like one in "
+                    "a module's folder, so that reports could not tell them apart; rename it"
+                )
+
+
+@dataclass(slots=True)
+class _Limits:
+    """Bounds on a model's headers, over all of its parts."""
+
+    headers: Headers
+    """Those that are known already."""
+    max_memory: int | None
+    """For the whole process, in bytes."""
+    num_header_bytes: int = 0
+    """Read so far."""
+    num_tensors: int = 0
+    """Found so far."""
+
+
+def _read_part(
+    source: str,
+    located: LocalSource,
+    place: str,
+    stored: "_WeightFiles | None",
+    limits: _Limits,
+) -> Checkpoint:
+    """Read the headers of the weights in one folder of a model; `stored` is given for one file."""
+    is_single_file = stored is not None
+    root = located.path.parent if is_single_file else located.path
+    named = f"{source}/{place}" if place else source
+    stored = stored or _weight_files(named, root, place, limits.max_memory)
+    shards = [_regular_file(named, path) for path in stored.paths]
+    known, table = _read_table(named, root / place, shards, stored, limits)
+    return Checkpoint(
+        source=named,
+        folder=root / place,
+        hub_id=located.hub_id,
+        commit=located.commit,
+        is_single_file=is_single_file,
+        shards=known,
+        config=read_config(root, place),
+        table=table,
+        stem=stored.stem,
+        place=place,
+    )
+
+
+def main_place(folder: Path, modules: Sequence[Module]) -> str:
+    """Return where in a model's folder its config and main weights belong: "" or a module's."""
+    places = [module.place for module in modules if module.kind != "Router"]
+    if not places or "" in places:
+        return ""
+    return next(
+        (place for place in places if "model_type" in read_config(folder, place)), places[0]
+    )
+
+
+def weight_names(folder: Path, *, max_memory: int | None = None) -> tuple[str, ...]:
+    """Return the weight files of a folder by the names that loaders look for; () if it has none.
+
+    Those in folders of sentence-transformers' modules are among them, with their indexes.
+    """
+    names = {weights_name(stem) for stem in STEMS if (folder / weights_name(stem)).is_file()}
+    for path in (folder / index_name(stem) for stem in STEMS):
+        if path.is_file():
+            refuse_link_outside(folder, path)
+            names.update(read_index(path, max_memory=max_memory).values())
+    for place in module_places(read_modules(folder)):
+        inner = (folder / place).glob(f"*{SUFFIX}")
+        if _has_weights(folder / place):
+            names.update(path.relative_to(folder).as_posix() for path in inner)
+            names.add(f"{place}/{index_name(MODEL)}")
+    return tuple(sorted(names))
+
+
+def read_config(root: Path, place: str = "") -> dict[str, Any]:
+    """Return the content of config.json in a model's folder, or in a module's; empty without one.
+
+    A link may lead to where the model's own may.
+    """
+    path = root / place / CONFIG_NAME
+    if not os.path.lexists(path):
+        return {}
+    refuse_link_outside(root, path)
+    config: dict[str, Any] = read_json(path)
+    return config
+
+
+def _has_weights(folder: Path) -> bool:
+    return _stem(folder) is not None
+
+
+def _stem(folder: Path) -> str | None:
+    """Return what a folder's weights are called; None if it has none of a name that is loaded."""
+
+    def has(name: str) -> bool:
+        return os.path.lexists(folder / name)
+
+    found = stored_stem(has)
+    has_both = found == MODEL and any(
+        has(name) for name in (weights_name(DIFFUSERS), index_name(DIFFUSERS))
+    )
+    if has_both and "_class_name" in read_config(folder):
+        return stored_stem(has, is_diffusers=True)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _WeightFiles:
+    """The weight files of one folder."""
+
+    paths: list[Path]
+    """In name order."""
+    weight_map: dict[str, str] | None
+    """Tensor → file, by the index; None without one."""
+    stem: str
+    """What they are called."""
+
+
+def _weight_files(source: str, root: Path, place: str, max_memory: int | None) -> _WeightFiles:
+    """Return the weight files of a model's folder, or of one of its modules."""
+    folder = root / place
+    stem = _stem(folder)
+    if stem is None:
+        raise SourceError(f"{source}: {no_weights_finding(_names_in(folder), source)}")
+    # Both present: as in transformers, the single file counts.
+    if os.path.lexists(folder / weights_name(stem)):
+        refuse_link_outside(root, folder / weights_name(stem))
+        return _WeightFiles([folder / weights_name(stem)], None, stem)
+    index_path = folder / index_name(stem)
+    refuse_link_outside(root, index_path)
+    weight_map = read_index(index_path, max_memory=max_memory)
+    paths = [folder / name for name in sorted(set(weight_map.values()))]
+    for path in paths:
+        refuse_link_outside(root, path)
+        if not path.exists():
+            raise SourceError(
+                f"{index_path}: names {path.name}, which is not in the folder; "
+                "a download may be incomplete: fetch it again"
+            )
+    return _WeightFiles(paths, weight_map, stem)
+
+
+def _refuse_partial_file(source: str, path: Path) -> None:
+    """Raise `SourceError` if a file is no whole model: of another kind, or one of several."""
+    if path.suffix != ".safetensors":
+        raise SourceError(f"{source}: {no_weights_file_finding(path.name)}")
+    shard = shard_name(path.name)
+    if shard is not None:
+        raise SourceError(
+            f"{source}: is number {shard.number} of {shard.count} files that are a model together; "
+            f"give their folder, {path.parent}, with the index in it (or rename the file, if it is "
+            "a whole model)"
+        )
+    for index_path in (path.parent / index_name(stem) for stem in STEMS):
+        if index_path.is_file():
+            refuse_link_outside(path.parent, index_path)
+            files = set(read_index(index_path).values())
+            if path.name in files and len(files) > 1:
+                raise SourceError(
+                    f"{source}: is one of {len(files)} files that are a model together, by "
+                    f"{index_path.name}; give their folder, {path.parent}"
+                )
+
+
+def _names_in(folder: Path) -> list[str]:
+    """Return what is in a folder, and the first files in the folders there, as paths within it."""
+    names = []
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir():
+            names.append(path.name)
+            continue
+        names.append(f"{path.name}/")
+        with suppress(OSError):
+            inner = itertools.islice(path.iterdir(), _MOST_NAMES_BELOW)
+            names += [f"{path.name}/{found.name}{'/' * found.is_dir()}" for found in inner]
+    return names
+
+
+def _regular_file(source: str, path: Path) -> ShardFile:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise SourceError(f"{source}: {path.name} cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise SourceError(f"{source}: {path.name} is not a regular file")
+    return ShardFile(path, status.st_size, status.st_mtime_ns, stamp=FileStamp.of(status))
+
+
+def _read_table(
+    source: str,
+    folder: Path,
+    shards: Sequence[ShardFile],
+    stored: _WeightFiles,
+    limits: _Limits,
+) -> tuple[tuple[ShardFile, ...], TensorTable]:
+    """Return the files, now known by their headers, and the tensors in them."""
+    weight_map, index = stored.weight_map, index_name(stored.stem)
+    known: list[ShardFile] = []
+    names: list[str] = []
+    shapes: list[tuple[int, ...]] = []
+    columns: list[tuple[npt.NDArray[Any], ...]] = []
+    for number, shard in enumerate(shards):
+        header, data_start, sha256 = limits.headers.read(
+            shard.path,
+            shard.nbytes,
+            num_before=limits.num_header_bytes,
+            max_memory=limits.max_memory,
+        )
+        known.append(replace(shard, header_sha256=sha256, metadata=header.metadata))
+        limits.num_header_bytes += data_start
+        kept: slice | npt.NDArray[np.int64] = slice(None)
+        if weight_map is not None:
+            file = shard.path.relative_to(folder)
+            kept = _named_by_index(source, file, header.names, weight_map, index)
+        if isinstance(kept, slice):
+            names += header.names
+            shapes += header.shapes
+        else:
+            names += [header.names[row] for row in kept.tolist()]
+            shapes += [header.shapes[row] for row in kept.tolist()]
+        starts = header.starts[kept] + data_start
+        files = np.full(len(starts), number, dtype=np.int32)
+        columns.append((header.dtype_ranks[kept], files, starts, header.nbytes[kept]))
+    if weight_map is not None and len(names) != len(weight_map):
+        missing = sorted(set(weight_map) - set(names))[:3]
+        raise SourceError(
+            f"{source}: {index} names tensors that their files do not hold: "
+            f"{', '.join(missing)}; fetch the checkpoint again"
+        )
+    limits.num_tensors += len(names)
+    if limits.num_header_bytes > SHORT_HEADER_NBYTES:
+        check_room(
+            _MEMORY_PER_TENSOR * limits.num_tensors,
+            max_memory=limits.max_memory,
+            purpose=f"{source}: to plan with its {limits.num_tensors} tensors",
+        )
+    dtype_ranks, all_files, all_starts, nbytes = map(np.concatenate, zip(*columns, strict=True))
+    table = TensorTable(tuple(names), tuple(shapes), dtype_ranks, all_files, all_starts, nbytes)
+    return tuple(known), table
+
+
+def _named_by_index(
+    source: str, file: Path, names: list[str], weight_map: dict[str, str], index: str
+) -> slice | npt.NDArray[np.int64]:
+    """Return the rows for which the index names this file, should two files hold one name."""
+    if not weight_map.keys() >= set(names):
+        unnamed = next(name for name in names if name not in weight_map)
+        raise SourceError(
+            f"{source}: {file} holds {unnamed}, which {index} does not name; index and "
+            "shards are from different checkpoints"
+        )
+    named = list(map(weight_map.__getitem__, names))
+    if named.count(str(file)) == len(names):
+        return slice(None)
+    return np.array([row for row, name in enumerate(named) if name == str(file)], dtype=np.int64)

@@ -1,0 +1,88 @@
+"""Reads the headers of weight files, and decodes each of them once.
+
+Fine-tunes of one model mostly have the same headers as it, byte for byte.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from shardmix.errors import SourceError, one_line
+from shardmix.formats.safetensors_header import HeaderTable, decode_header
+from shardmix.formats.safetensors_layout import HEADER_LENGTH_NBYTES, header_nbytes
+from shardmix.system.files import open_regular
+from shardmix.system.memory import check_room
+
+# What decoding takes for each byte of a header: 3 to 5 measured, and 11 where each tensor has the
+# shortest of names and a shape of its own.
+_MEMORY_PER_HEADER_BYTE = 12
+SHORT_HEADER_NBYTES = 1_000_000
+"""Up to here, some ten thousand tensors, no check of memory comes before the planner's.
+
+That one names the least that works. And safetensors' parser, which takes 13 bytes for each of the
+header's, judges a file as well; our rules for the rest are the same.
+"""
+
+
+class Headers:
+    """Headers that were read, by what they say: one that is known is not decoded again."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int], HeaderTable] = {}
+
+    def read(
+        self, path: Path, file_nbytes: int, *, num_before: int, max_memory: int | None
+    ) -> tuple[HeaderTable, int, str]:
+        """Return a file's tensors, where in the file its data starts, and its header's SHA-256.
+
+        `num_before` counts the header bytes of the checkpoint's files before this one. Raises
+        `SourceError` where it is no safetensors file, `BudgetError` where to decode it might take
+        the process beyond `max_memory` (bytes).
+        """
+        try:
+            with open_regular(path) as file:
+                length = header_nbytes(file.read(HEADER_LENGTH_NBYTES), file_nbytes=file_nbytes)
+                if num_before + length > SHORT_HEADER_NBYTES:
+                    check_room(
+                        _MEMORY_PER_HEADER_BYTE * length,
+                        max_memory=max_memory,
+                        purpose=f"{path}: to decode its header of {length} bytes",
+                    )
+                header = file.read(length)
+            sha256 = hashlib.sha256(header).hexdigest()
+            table = self._known.get((sha256, file_nbytes))
+            if table is None:
+                table = decode_header(header, file_nbytes=file_nbytes)
+                if length <= SHORT_HEADER_NBYTES:
+                    _let_safetensors_judge(path, header, file_nbytes)
+                self._known[sha256, file_nbytes] = table
+        except SourceError as error:
+            raise SourceError(f"{path}: {error}") from None
+        except SafetensorError as error:
+            raise SourceError(
+                f"{path}: not a valid safetensors file ({one_line(error)}); fetch it again"
+            ) from None
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be read ({error.strerror})") from None
+        return table, HEADER_LENGTH_NBYTES + length, sha256
+
+
+def _let_safetensors_judge(path: Path, header: bytes, file_nbytes: int) -> None:
+    """Have safetensors' own parser look at a header; raise `SafetensorError` where it objects.
+
+    safetensors maps what it opens, and a file that shrinks in that moment would kill the process.
+    So, where the system can, it is given a file in memory: that header, and a hole for the data.
+    """
+    if not hasattr(os, "memfd_create"):
+        with safe_open(path, framework="np"):
+            return
+    descriptor = os.memfd_create("header", os.MFD_CLOEXEC)
+    try:
+        os.write(descriptor, len(header).to_bytes(HEADER_LENGTH_NBYTES, "little") + header)
+        os.truncate(descriptor, file_nbytes)
+        with safe_open(f"/proc/self/fd/{descriptor}", framework="np"):
+            return
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,325 @@
+"""Hub ids to local folders: what a merge needs of a repository, and no more.
+
+Downloads weights in safetensors, and what goes along with them. Tokens, mirrors and offline mode
+are huggingface_hub's own (`HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`). Knows nothing of tensors.
+"""
+
+import glob
+import logging
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from shardmix.conventions.file_kinds import (
+    OTHER_WEIGHTS,
+    UNPRINTABLE,
+    LeftOut,
+    divide,
+    is_companion_file,
+    is_module_folder,
+)
+from shardmix.conventions.folder_kinds import no_weights_finding
+from shardmix.conventions.module_tree import ROUTER_CONFIGS, inner_path, module_places, read_modules
+from shardmix.conventions.sentence_modules import MODULES_NAME
+from shardmix.conventions.weight_names import MARKS, STEMS, index_name, stored_stem, weights_name
+from shardmix.errors import SourceError, is_unicode, one_line, printable, shown
+from shardmix.formats.strict_json import file_name_finding, read_index
+from shardmix.redaction import HIDDEN, logs_redacted, without_user
+from shardmix.system.files import read_regular
+
+SHOW_DOWNLOADS = ContextVar("SHOW_DOWNLOADS", default=False)
+"""Whether downloads show progress bars on standard error; a library keeps still."""
+
+_LOGGER = logging.getLogger(__name__)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_MOST_COMMIT_NBYTES = 100
+# Without any of these, what a repository holds besides weights is nothing that a merge knows.
+_MODEL_MARKS = ("config.json", MODULES_NAME, *MARKS.values())
+_MODULE_WEIGHTS = (".safetensors", ".safetensors.index.json")
+_WEIGHTS = tuple(name(stem) for stem in STEMS for name in (weights_name, index_name))
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^@\s]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalSource:
+    """A source as it lies on this machine."""
+
+    path: Path
+    """A model folder, or one `.safetensors` file."""
+    hub_id: str | None = None
+    """`org/name`, where it came from the Hub."""
+    commit: str | None = None
+    """The commit that its files are of, where it came from the Hub."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Files of its repository that were not fetched."""
+
+
+def locate(source: str, *, with_weights: bool = True) -> LocalSource:
+    """Return where a source lies, downloading it first if it is a Hub id.
+
+    What exists on disk is local; `org/name` or `org/name@revision` is a Hub id. Without weights
+    only what goes along with them is fetched. Raises `SourceError`.
+    """
+    try:
+        path = Path(source).expanduser()
+        is_local = path.exists()
+    except (OSError, RuntimeError) as error:  # no such user's home, or a name that no disk takes
+        raise SourceError(f"{source}: cannot be a path ({one_line(error)}); check it") from None
+    if is_local:
+        if not (is_unicode(source) and is_unicode(os.path.realpath(path))):
+            raise SourceError(
+                f"{source}: is not valid Unicode, so no report could name it; rename the folder"
+            )
+        return LocalSource(_snapshot(path))
+    if not _HUB_ID.fullmatch(source):
+        raise SourceError(
+            f"{without_user(source)}: no such file or folder, and not a Hub id (org/name or "
+            "org/name@revision); check the path"
+        )
+    repo_id, _, revision = source.partition("@")
+    with logs_redacted():
+        folder, left_out = _download(repo_id, revision or None, with_weights=with_weights)
+    # The cache keeps each commit's files in a folder of that name.
+    return LocalSource(folder, hub_id=repo_id, commit=folder.name, left_out=left_out)
+
+
+def _snapshot(path: Path) -> Path:
+    """Return the snapshot that a repository's folder in the Hub's cache stands for, or the path."""
+    snapshots = path / "snapshots"
+    if not (path.name.startswith("models--") and snapshots.is_dir()):
+        return path
+    with suppress(OSError, ValueError):
+        commit = read_regular(path / "refs" / "main", max_nbytes=_MOST_COMMIT_NBYTES)
+        if _COMMIT.fullmatch(commit.decode().strip()):
+            main = snapshots / commit.decode().strip()
+            if main.is_dir():
+                return main
+    all_of_them = [snapshot for snapshot in snapshots.iterdir() if snapshot.is_dir()]
+    return all_of_them[0] if len(all_of_them) == 1 else path
+
+
+def check_endpoint() -> None:
+    """Raise `SourceError` if `HF_ENDPOINT` is no URL; huggingface_hub then cannot be imported.
+
+    It prints, and raises, what it takes for the port: a part of a password that is not encoded.
+    """
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    try:
+        parts = urlsplit(endpoint)
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_url = False
+    if endpoint and (not is_url or "@" in parts.path or re.search(r"\s", endpoint)):
+        user, at, host = endpoint.rpartition("@")
+        raise SourceError(
+            f"HF_ENDPOINT: {HIDDEN * bool(user)}{at}{host} is no URL of a Hub; it must be "
+            "https://host[:port], and in user information before the host / ? # @ and : must be "
+            "written as %2F %3F %23 %40 and %3A"
+        )
+
+
+def _download(
+    repo_id: str, revision: str | None, *, with_weights: bool
+) -> tuple[Path, tuple[LeftOut, ...]]:
+    check_endpoint()
+    # Imported here: a merge of local folders needs no HTTP client.
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT, HF_HUB_OFFLINE
+
+    named = repo_id if revision is None else f"{repo_id}@{printable(revision)}"
+    # Every `except Exception`: HTTP clients, and what they raise, change with huggingface_hub.
+    try:
+        info = HfApi().model_info(
+            repo_id, revision=revision, timeout=HF_HUB_ETAG_TIMEOUT, files_metadata=True
+        )
+    except Exception as error:
+        refusal = _refusal(error)
+        if refusal is not None:
+            raise SourceError(f"{named}: {refusal}") from None
+        cached = _cached(repo_id, revision, with_weights=with_weights)
+        if cached is None:
+            raise SourceError(
+                f"{named}: no such local path, not in the local cache, and the Hub cannot be asked "
+                f"({one_line(error)}); go online (unset HF_HUB_OFFLINE, check the network) or "
+                "give a local folder"
+            ) from None
+        if not HF_HUB_OFFLINE:
+            _LOGGER.warning(
+                "%s: the Hub cannot be asked (%s); the copy in the local cache is used",
+                named,
+                one_line(error),
+            )
+        return cached, ()
+    # A mirror may not tell sizes.
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+    try:
+        with _progress_bars(shown=SHOW_DOWNLOADS.get()):
+            return _fetch(repo_id, revision, sizes, commit=info.sha, with_weights=with_weights)
+    except SourceError as error:
+        raise SourceError(f"{named}: {error}") from None
+    except Exception as error:
+        # huggingface_hub wraps some refusals in a LocalEntryNotFoundError.
+        finding = (
+            _refusal(error)
+            or _refusal(error.__cause__)
+            or f"the download failed ({one_line(error)}); what has arrived is kept: try again"
+        )
+        raise SourceError(f"{named}: {finding}") from None
+
+
+@contextmanager
+def _progress_bars(*, shown: bool) -> Iterator[None]:
+    """Keep huggingface_hub's own bars from a terminal, unless they are wanted there."""
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    hide = not shown and not are_progress_bars_disabled()
+    if hide:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            enable_progress_bars()
+
+
+def _fetch(
+    repo_id: str,
+    revision: str | None,
+    sizes: Mapping[str, int],
+    *,
+    commit: str | None,
+    with_weights: bool,
+) -> tuple[Path, tuple[LeftOut, ...]]:
+    """Bring what a merge needs of these files into the cache; return the folder, and the others."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    files = list(sizes)
+    places = _module_places(repo_id, files, commit)
+    stems = {place: stem for place in ("", *places) if (stem := _stem(files, place)) is not None}
+    if with_weights and not stems:
+        raise SourceError(no_weights_finding(files, repo_id))
+    weights: list[str] = []
+    for place, stem in stems.items() if with_weights else ():
+        # Both present: as in transformers, the single file counts.
+        whole, index = weights_name(stem), index_name(stem)
+        if inner_path(place, whole) in files:
+            weights.append(inner_path(place, whole))
+            continue
+        fetched = hf_hub_download(repo_id, inner_path(place, index), revision=commit)
+        shards = sorted(set(read_index(Path(fetched)).values()))
+        weights += [inner_path(place, name) for name in (index, *shards)]
+    of_modules = [
+        name
+        for name in files
+        if "/" in name and name.rpartition("/")[0] in stems and name.endswith(_MODULE_WEIGHTS)
+    ]
+    companions, left_out = _companions(sizes, {*weights, *of_modules}, places)
+    for name in (*companions, *weights):
+        finding = file_name_finding(name)
+        if finding is not None:
+            raise SourceError(f"has a file {shown(name)}, which {finding}; it cannot be fetched")
+    # Weights last: where they are in the cache, the rest is, so that a copy can be trusted offline.
+    if companions:
+        patterns = [glob.escape(name) for name in companions]
+        snapshot_download(repo_id, revision=commit, allow_patterns=patterns)
+    # By name, not by commit: only then does the cache know, offline, what the name stands for.
+    patterns = [glob.escape(name) for name in (*companions, *weights)]
+    folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    if not with_weights:
+        left_out = [finding for finding in left_out if finding.reason != OTHER_WEIGHTS]
+    return folder, tuple(left_out)
+
+
+def _companions(
+    sizes: Mapping[str, int], weights: Collection[str], places: Collection[str]
+) -> tuple[list[str], list[LeftOut]]:
+    """Divide a repository's files but for the weights into those to fetch and the others."""
+    tops = {name.partition("/")[0] for name in sizes if "/" in name}
+    modules = {top for top in tops if is_module_folder(top)}
+    modules |= {place.partition("/")[0] for place in places}
+    companions, left_out = divide(sizes, weights=weights, modules=modules)
+    if not any(name in sizes for name in _MODEL_MARKS):
+        companions = [name for name in companions if is_companion_file(name)]
+    # Pictures have such names; a file that is surely the model's is refused for one.
+    odd = {name for name in companions if not name.isprintable() and not is_companion_file(name)}
+    left_out += [LeftOut(printable(name), UNPRINTABLE) for name in sorted(odd)]
+    return [name for name in companions if name not in odd], left_out
+
+
+def _module_places(repo_id: str, files: list[str], commit: str | None) -> tuple[str, ...]:
+    """Return the folders of a repository's modules, by the files that name them."""
+    from huggingface_hub import snapshot_download
+
+    if MODULES_NAME not in files:
+        return ()
+    naming = [name for name in files if name.rpartition("/")[2] in ROUTER_CONFIGS]
+    patterns = [
+        glob.escape(name) for name in (MODULES_NAME, *naming) if not file_name_finding(name)
+    ]
+    folder = Path(snapshot_download(repo_id, revision=commit, allow_patterns=patterns))
+    return module_places(read_modules(folder))
+
+
+def _stem(files: list[str], place: str) -> str | None:
+    return stored_stem(lambda name: inner_path(place, name) in files)
+
+
+def _cached(repo_id: str, revision: str | None, *, with_weights: bool) -> Path | None:
+    """Return the folder of an earlier download that holds what is wanted, if there is one."""
+    from huggingface_hub import try_to_load_from_cache
+
+    # Not snapshot_download(local_files_only=True): it takes what was never wanted for missing.
+    for name in _WEIGHTS if with_weights else _MODEL_MARKS:
+        found = try_to_load_from_cache(repo_id, name, revision=revision)
+        if isinstance(found, str):
+            return Path(found).parent
+    found = try_to_load_from_cache(repo_id, MODULES_NAME, revision=revision)
+    if not isinstance(found, str):
+        return None
+    folder = Path(found).parent
+    places = [folder / place for place in module_places(read_modules(folder))]
+    weights = [place / name for place in places for name in _WEIGHTS]
+    return folder if any(path.exists() for path in weights) else None
+
+
+def _refusal(error: BaseException | None) -> str | None:
+    """Return what is wrong where asking again would not help; None for troubles on the way."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, HFValidationError):
+        return f"no such file or folder, and not a Hub id ({one_line(error)}); check the path"
+    if isinstance(error, GatedRepoError):
+        return (
+            "the repository is gated; ask for access on its page, then log in with "
+            "`hf auth login` or set HF_TOKEN"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return "the repository has no such revision; check the branch, tag or commit"
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            "no such local path and no such Hub repository (or it is private); check the "
+            "name, or log in with `hf auth login` or set HF_TOKEN"
+        )
+    # Before huggingface_hub 1.0 an error without a response is an HfHubHTTPError too.
+    response = error.response if isinstance(error, HfHubHTTPError) else None
+    if response is not None and response.status_code in (401, 403):
+        return (
+            f"the Hub denies access ({one_line(error, limit=300)}); check HF_TOKEN, or log in "
+            "again with `hf auth login`"
+        )
+    return None

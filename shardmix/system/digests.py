@@ -1,0 +1,190 @@
+"""Digests of files: of fixed-size leaves, hashed in any order, or of the file from end to end.
+
+A file is cut into leaves of 4 MiB, the last one shorter. Its digest is the digest of its leaves'
+digests, one after the other: it depends neither on who hashed which leaf nor when, and one damaged
+leaf is enough to change it. With sha256 the digest is the whole file's instead, as `sha256sum` and
+the Hub have it, and leaves are hashed with XXH3 beside it. Knows bytes, not models.
+"""
+
+import errno
+import hashlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import xxhash
+
+from shardmix.errors import RecipeError
+from shardmix.system.buffers import buffer_for_reading
+from shardmix.system.units import MIB
+
+LEAF_NBYTES = 4 * MIB
+"""Part of what a digest means; strips may be of any size."""
+READ_NBYTES = 256 * 1024
+"""What is read at once to hash a file that exists."""
+
+XXH3 = "xxh3"
+"""XXH3-128: against corruption, at the speed of memory."""
+BLAKE3 = "blake3"
+"""BLAKE3: tamper evidence (extra `blake3`)."""
+SHA256 = "sha256"
+"""SHA-256 of the whole file: what the Hub shows, at the price of one core a file."""
+ALGORITHMS = (XXH3, BLAKE3, SHA256)
+
+
+class Hasher(Protocol):
+    """What hashlib, xxhash and blake3 have in common."""
+
+    def update(self, data: memoryview, /) -> object:
+        """Take in more bytes."""
+
+    def digest(self) -> bytes:
+        """Return the digest of what was taken in."""
+
+    def copy(self) -> "Hasher":
+        """Return a hasher of its own that has taken in the same."""
+
+
+def check_algorithm(algorithm: str, *, is_choice: bool = True) -> None:
+    """Raise `RecipeError` where an algorithm is unknown or not installed.
+
+    With `is_choice` another could be used instead.
+    """
+    if algorithm not in ALGORITHMS:
+        raise RecipeError(f"digest {algorithm!r}: must be one of {', '.join(ALGORITHMS)}")
+    if algorithm == BLAKE3 and importlib.util.find_spec("blake3") is None:
+        other = ", or use --digest sha256 or xxh3" if is_choice else ""
+        raise RecipeError(
+            "digest blake3: is not installed (pip install 'shardmix[blake3]'); install it" + other
+        )
+
+
+def is_sequential(algorithm: str) -> bool:
+    """Return whether a file's digest can only be had by reading it from end to end."""
+    return algorithm == SHA256
+
+
+def num_leaves(file_nbytes: int) -> int:
+    """Return how many leaves a file has."""
+    return -(-file_nbytes // LEAF_NBYTES)
+
+
+class LeafDigests:
+    """The digests of one file's leaves as they come to be known, in 16 or 32 bytes a leaf."""
+
+    def __init__(self, algorithm: str, file_nbytes: int) -> None:
+        self._algorithm = algorithm
+        self.digest_nbytes = len(_leaf_hasher(algorithm).digest())
+        """Length of one leaf's digest."""
+        self._known = bytearray(num_leaves(file_nbytes))
+        self._digests = bytearray(len(self._known) * self.digest_nbytes)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    @property
+    def num_known(self) -> int:
+        """How many leaves are known."""
+        return sum(self._known)
+
+    def get(self, leaf: int) -> bytes | None:
+        """Return a leaf's digest, or None where it is not known."""
+        start = leaf * self.digest_nbytes
+        known = self._known[leaf]
+        return bytes(self._digests[start : start + self.digest_nbytes]) if known else None
+
+    def put(self, leaf: int, digest: bytes) -> None:
+        """Keep a leaf's digest."""
+        start = leaf * self.digest_nbytes
+        self._digests[start : start + self.digest_nbytes] = digest
+        self._known[leaf] = True
+
+    def fits(self, leaf: int, digest: bytes) -> bool:
+        """Return whether there is such a leaf, and a digest of such a length."""
+        return 0 <= leaf < len(self._known) and len(digest) == self.digest_nbytes
+
+    def forget(self, leaf: int) -> None:
+        """Take a leaf for unknown again."""
+        self._known[leaf] = False
+
+    def file_digest(self) -> str:
+        """Return the file's digest (hex), once all leaves are known; not for sha256."""
+        assert all(self._known)
+        hasher = _leaf_hasher(self._algorithm)
+        hasher.update(memoryview(self._digests))
+        return hasher.digest().hex()
+
+
+class LeafHasher:
+    """Hashes a file's bytes, in order, from the start of a leaf; tells each leaf's digest."""
+
+    def __init__(self, algorithm: str, *, file_nbytes: int, first_leaf: int) -> None:
+        self._algorithm = algorithm
+        self._file_nbytes = file_nbytes
+        self._leaf = first_leaf
+        self._start()
+
+    def update(self, data: memoryview) -> Iterator[tuple[int, bytes]]:
+        """Take in more bytes; yield (leaf, digest) of each leaf that they complete."""
+        while len(data):
+            part, data = data[: self._num_missing], data[self._num_missing :]
+            self._hasher.update(part)
+            self._num_missing -= len(part)
+            if self._num_missing == 0:
+                yield self._leaf, self._hasher.digest()
+                self._leaf += 1
+                self._start()
+
+    def _start(self) -> None:
+        self._hasher = _leaf_hasher(self._algorithm)
+        self._num_missing = min(LEAF_NBYTES, self._file_nbytes - self._leaf * LEAF_NBYTES)
+
+
+def file_hasher(algorithm: str) -> Hasher | None:
+    """Return a hasher for a file from end to end, for an algorithm that needs one."""
+    return hashlib.sha256() if is_sequential(algorithm) else None
+
+
+def read_range(descriptor: int, start: int, stop: int, buffer: memoryview) -> Iterator[memoryview]:
+    """Yield a file's bytes from `start` to `stop`, in pieces as large as the buffer that they are
+    read into; fewer where the file ends before. Raises OSError.
+    """
+    while start < stop:
+        count = os.preadv(descriptor, [buffer[: min(len(buffer), stop - start)]], start)
+        if count == 0:
+            return
+        yield buffer[:count]
+        start += count
+
+
+def file_digest(
+    descriptor: int, algorithm: str, *, on_bytes: Callable[[int], None] | None = None
+) -> str:
+    """Return the digest (hex) of an open file as it is now. Raises OSError, also if it shrinks."""
+    file_nbytes = os.fstat(descriptor).st_size
+    whole = file_hasher(algorithm)
+    digests = LeafDigests(algorithm, file_nbytes)
+    leaves = LeafHasher(algorithm, file_nbytes=file_nbytes, first_leaf=0)
+    buffer = buffer_for_reading(READ_NBYTES)
+    num_missing = file_nbytes
+    for data in read_range(descriptor, 0, file_nbytes, buffer):
+        num_missing -= len(data)
+        if whole is not None:
+            whole.update(data)
+        else:
+            for leaf, digest in leaves.update(data):
+                digests.put(leaf, digest)
+        if on_bytes is not None:
+            on_bytes(len(data))
+    if num_missing:
+        raise OSError(errno.EIO, f"it ended {num_missing} bytes early while it was read")
+    return whole.digest().hex() if whole is not None else digests.file_digest()
+
+
+def _leaf_hasher(algorithm: str) -> Hasher:
+    if algorithm == BLAKE3:
+        import blake3
+
+        return blake3.blake3()
+    return xxhash.xxh3_128()

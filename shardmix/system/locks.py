@@ -1,0 +1,112 @@
+"""One process at a time in a folder: a lock that ends with its process, however that ends.
+
+The system's own lock on a file in the folder (`flock`), which no crash can leave behind; the file
+tells whose it is. Where a file system knows no locks, that telling has to do.
+"""
+
+import errno
+import fcntl
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from shardmix.errors import OutputError
+from shardmix.system.held_folder import HeldFolder
+
+LOCK_NAME = "lock"
+_NUM_TRIES = 5
+_PAUSE_SECONDS = 0.02
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
+
+
+def lock_folder(folder: HeldFolder) -> int | None:
+    """Lock a folder; return the descriptor whose closing unlocks it.
+
+    Returns None if the lock was removed meanwhile, by whoever had it before. Raises `OutputError`
+    if another process has it, or if what is there is no lock; and OSError.
+    """
+    descriptor = folder.open_own(LOCK_NAME)
+    try:
+        _lock(descriptor, folder.path)
+        there = folder.entry(LOCK_NAME)
+        if there is not None and os.path.samestat(os.fstat(descriptor), there):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
+            return descriptor
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)  # removed between opening and locking: nobody else would see it
+    return None
+
+
+def unlock(lock: int) -> None:
+    """Unlock a folder."""
+    with suppress(OSError):  # the system says how the last write went; a lock has none
+        fcntl.flock(lock, fcntl.LOCK_UN)  # a child process may hold a copy of the descriptor
+    with suppress(OSError):
+        os.close(lock)
+
+
+def lock_owner(folder: HeldFolder) -> int | None:
+    """Return the process that has a folder locked, or None; 0 if it cannot be told."""
+    try:
+        file = folder.open_regular(LOCK_NAME)
+    except (FileNotFoundError, OutputError):  # nobody has what is no lock
+        return None
+    except OSError:
+        return 0
+    with file:
+        descriptor = file.fileno()
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _told(descriptor)
+        except OSError:
+            told = _told(descriptor)
+            return told if _is_alive(told) else None
+    return None
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        for _ in range(_NUM_TRIES - 1):  # who only looks whose it is has it for a moment
+            with suppress(BlockingIOError):
+                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            time.sleep(_PAUSE_SECONDS)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _taken(folder, _told(descriptor)) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        owner = _told(descriptor)
+        if owner != os.getpid() and _is_alive(owner):
+            raise _taken(folder, owner) from None
+
+
+def _taken(folder: Path, owner: int) -> OutputError:
+    who = f"process {owner}" if owner else "another process"
+    if owner == os.getpid():
+        who += " (this one)"
+    return OutputError(
+        f"{folder}: {who} is at work on this output; wait for it, stop it, or choose another output"
+    )
+
+
+def _told(descriptor: int) -> int:
+    told = os.pread(descriptor, 20, 0)
+    return int(told) if told.isdigit() else 0
+
+
+def _is_alive(process: int) -> bool:
+    if not process:
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,87 @@
+"""The memory of this process and machine: what is taken, what is available, what can go back."""
+
+import ctypes
+import resource
+import sys
+from pathlib import Path
+
+import psutil
+
+from shardmix.errors import BudgetError
+from shardmix.system.cgroups import group_available_nbytes
+from shardmix.system.units import MIB, format_mib
+
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_LARGE_BLOCK_NBYTES = 1 * MIB
+
+# What may be taken without asking how much there is.
+_LITTLE_NBYTES = 64 * MIB
+
+
+def resident_nbytes() -> int:
+    """Return what the process has in memory now (its resident set)."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def available_nbytes() -> int:
+    """Return the memory that could be had without taking it from other programs.
+
+    Cached files are no obstacle. In a container what its limit leaves counts, too.
+    """
+    on_machine = int(psutil.virtual_memory().available)
+    in_group = group_available_nbytes()
+    return on_machine if in_group is None else min(on_machine, in_group)
+
+
+def peak_resident_nbytes() -> int:
+    """Return the largest resident set of the process so far (VmHWM on Linux)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def check_room(needed: int, *, max_memory: int | None, purpose: str) -> None:
+    """Raise `BudgetError` where taking so many bytes more could exceed the process's budget.
+
+    Without a budget, four fifths of the available memory is one. `purpose` opens the message.
+    """
+    if max_memory is None:
+        if needed <= _LITTLE_NBYTES:
+            return
+        budget = resident_nbytes() + available_nbytes() * 4 // 5
+        whose = "there is to spare here only"
+    else:
+        budget, whose = max_memory, "--max-memory is"
+    least = resident_nbytes() + needed
+    if least > budget:
+        raise BudgetError(
+            f"{purpose} may take {format_mib(least)} in all but {whose} {format_mib(budget)}; "
+            "what comes after it may take more; raise the budget, or use a machine with more memory"
+        )
+
+
+def give_back_large_blocks() -> None:
+    """Make freed blocks of memory, from 1 MiB on, go back to the system, for this whole process.
+
+    By default glibc soon keeps blocks of up to 32 MiB on its heap, where small ones that stay leave
+    holes between them. A process through which weights stream would grow with every layer
+    (measured: by a sixth of the model). Where the C library is another, nothing is done.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_NBYTES)
+
+
+def give_back_free_memory() -> None:
+    """Make what is free within the process go back to the system.
+
+    glibc keeps freed blocks on its heap. What a merge holds when its strips are sized counts
+    against its budget; what it held before should not. Elsewhere nothing is done.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -1,0 +1,168 @@
+"""The merge that an output's shardmix.json tells of, done again and held against its files.
+
+Finds the sources, and makes sure that they are those that were merged. Knows nothing of digests.
+"""
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+
+from shardmix.conventions.module_tree import module_places, read_modules
+from shardmix.conventions.sentence_modules import MODULES_NAME
+from shardmix.errors import RecipeError, SourceError
+from shardmix.execute import executor
+from shardmix.execute.comparison import ComparedShard, Differences
+from shardmix.execute.prepare import ready
+from shardmix.execute.task_queue import Work
+from shardmix.matching.differences import EVERYTHING
+from shardmix.matching.tensors import QUANTISATION
+from shardmix.options import MergeOptions, run_settings
+from shardmix.output.provenance import PROVENANCE_NAME, Provenance, SourceRecord
+from shardmix.plan.merge_plan import MergePlan, planner
+from shardmix.plan.merge_plan.opening import disk_errors_named, open_models
+from shardmix.recipe import Recipe, WeightedSource
+
+
+def places_given(
+    provenance: Provenance, sources: Mapping[str, str | PathLike[str]]
+) -> dict[int, str]:
+    """Return number of a source → path, from what was given by number or name.
+
+    Raises `RecipeError` where there is no such source, or where two have that name.
+    """
+    names = [source.name for source in provenance.sources]
+    by_number: dict[int, str] = {}
+    by_name: dict[int, str] = {}
+    for key, path in sources.items():
+        if key in map(str, range(1, len(names) + 1)):
+            by_number[int(key)] = str(path)
+        elif names.count(key) == 1:
+            by_name[names.index(key) + 1] = str(path)
+        elif key in names:
+            raise RecipeError(_ambiguous(key, names))
+        else:
+            known = ", ".join(f"{number} ({name})" for number, name in enumerate(names, start=1))
+            raise RecipeError(f"--source {key}: is none of this output's sources: {known}")
+    return by_name | by_number
+
+
+def recompute(
+    folder: Path,
+    provenance: Provenance,
+    given: Mapping[int, str],
+    max_memory: int | str | None,
+    on_progress: executor.OnProgress | None,
+    cancel: threading.Event | None,
+) -> tuple[list[str], int]:
+    """Merge the sources again, against the output; return what differs, and the bytes read.
+
+    Raises `ShardmixError` where the sources cannot be found, are others, or cannot be merged.
+    """
+    names = [source.name for source in provenance.sources]
+    places = [
+        given[number] if number in given else _place(folder, number, source, names)
+        for number, source in enumerate(provenance.sources, start=1)
+    ]
+    recipe = Recipe(
+        models=tuple(
+            WeightedSource(place, source.weight)
+            for source, place in zip(provenance.sources, places, strict=True)
+        ),
+        dtype=provenance.dtype,
+        base=str(folder),  # whose config says how the weights are tied
+        max_shard_size=provenance.max_shard_size,
+        allow_weight_sum=True,
+        model_type=provenance.model_type,
+        # What they are beside their weights was judged when they were merged.
+        allow_differences=(*provenance.allow_differences, EVERYTHING, QUANTISATION),
+        pooling=provenance.pooling,
+    )
+    options: MergeOptions = {"max_memory": max_memory}
+    settings = run_settings(options)
+    with disk_errors_named():
+        opened = open_models(recipe, max_memory=settings.max_memory_nbytes)
+        plan = planner.plan_merge(recipe, opened, settings)
+    for model, source in enumerate(provenance.sources):
+        _check_identity(plan, model, source)
+    plan, backend, _ = ready(
+        plan, options, lambda chosen: planner.plan_merge(recipe, opened, run_settings(chosen))
+    )
+    differences = Differences()
+    work = Work(plan, lambda number: ComparedShard(plan, number, folder, differences))
+    executor.run_blocks(plan, backend, work, on_progress, cancel)
+    givers = _and(places)
+    found = [
+        f"{folder / file}: {num_bytes} bytes of {part} are not what {givers} give"
+        for (file, part), num_bytes in sorted(differences.num_bytes.items())
+    ]
+    found += [
+        f"{folder / file}: cannot be compared with what {givers} give ({reason})"
+        for file, reason in sorted(differences.unreadable.items())
+    ]
+    planned = {shard.filename for shard in plan.shards}
+    # Weights elsewhere came along as they were; so did modules', if models may differ in them.
+    summed = {""}
+    if MODULES_NAME not in provenance.allow_differences:
+        summed |= set(module_places(read_modules(folder)))
+    found += [
+        f"{folder / name}: is not what a merge of {givers} would write"
+        for name in sorted(provenance.digests.files)
+        if name.endswith(".safetensors")
+        and name not in planned
+        and name.rpartition("/")[0] in summed
+    ]
+    return found, plan.read_nbytes + plan.write_nbytes
+
+
+def _place(folder: Path, number: int, source: SourceRecord, names: Sequence[str]) -> str:
+    """Return where a source can be read, of which nothing was said."""
+    if source.hub_id is not None and source.commit is not None:
+        return f"{source.hub_id}@{source.commit}"
+    recorded = [Path(source.path)] if source.path else []
+    is_alone = names.count(source.name) == 1
+    is_plain = Path(source.name).name == source.name  # what a stranger wrote may be `../..`
+    beside = [folder.resolve().parent / source.name] if is_alone and is_plain else []
+    for place in (*recorded, *beside):
+        if os.path.exists(place):  # noqa: PTH110 - False, too, for what can be no path
+            return str(place)
+    if not is_alone:
+        raise SourceError(f"{folder}: {_ambiguous(source.name, names)}")
+    raise SourceError(
+        f"{source.name}: this source of {folder} cannot be found, since {PROVENANCE_NAME} names no "
+        f"paths; say where it is: --source {source.name}=PATH, or --source {number}=PATH"
+    )
+
+
+def _ambiguous(name: str, names: Sequence[str]) -> str:
+    numbers = [number for number, other in enumerate(names, start=1) if other == name]
+    count = "two" if len(numbers) == 2 else str(len(numbers))
+    words = _and([f"--source {number}=PATH" for number in numbers])
+    return f"{count} sources are called {name}; give {words}"
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def _check_identity(plan: MergePlan, model: int, source: SourceRecord) -> None:
+    """Raise `SourceError` where a source is not the model that was merged."""
+    # In order: files in several folders may have one name.
+    files = [
+        (file.name, file.nbytes, file.header_sha256) for file in plan.files if file.model == model
+    ]
+    records = [(record.name, record.bytes, record.header_sha256) for record in source.files]
+    if files == records:
+        return
+    if len(files) != len(records):
+        finding = f"it has {len(files)} weight files, not {len(records)}"
+    else:
+        differing = next(
+            record for file, record in zip(files, records, strict=True) if file != record
+        )
+        finding = f"{differing[0]} differs in name, size or header"
+    raise SourceError(
+        f"{plan.sources[model]}: is not the {source.name} that was merged ({finding}); say where "
+        f"that is with --source {model + 1}=PATH"
+    )

@@ -1,0 +1,407 @@
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from shardmix.scoring import compute_weights
+from tests.support.cut_off import cut_off, large_models
+from tests.support.language_models import TEXTS, save_language_model, write_examples
+from tests.support.models import assert_same_bits, load_model, random_model, save_model
+from tests.support.sealed import edit_provenance
+
+REPORT_KEYS = (
+    *("output", "num_tensors", "num_models", "bytes_read", "bytes_written", "seconds", "device"),
+    *("strip_bytes", "workers", "projected_peak_bytes", "peak_rss_bytes", "peak_vram_bytes"),
+    *("weights", "shards", "warnings"),
+)
+
+
+def shardmix(*words, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "shardmix", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return [save_model(folder / name, random_model(seed)) for seed, name in enumerate("ab")]
+
+
+def words(models, weights=(0.5, 0.5)):
+    return [f"{model}={weight}" for model, weight in zip(models, weights, strict=True)]
+
+
+def test_a_merge_reports_as_json_and_shows_progress_beside_it(models, tmp_path):
+    done = shardmix("merge", *words(models), "-o", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    for key in REPORT_KEYS:
+        assert key in report
+    assert report["weights"] == [0.5, 0.5]
+    assert {"name", "bytes"} <= set(report["shards"][0])
+    assert report["peak_rss_bytes"] <= report["projected_peak_bytes"]
+    last = done.stderr.splitlines()[-1]
+    assert "merging: 100%" in last
+    assert "shards 1/1" in last
+    assert "\x1b" not in done.stderr  # plain lines where there is no terminal
+    assert set(load_model(tmp_path / "out")) == set(random_model(0))
+
+
+def test_quiet_prints_nothing(models, tmp_path):
+    done = shardmix("merge", *words(models), "-o", tmp_path / "out", "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_recipe_file_merges_as_its_words_would(models, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"models:\n- {{source: {models[0]}, weight: 3}}\n- {{source: {models[1]}, weight: 1}}\n"
+        "normalize: true\ndtype: bfloat16\n"
+    )
+    assert shardmix("merge", recipe, "-o", tmp_path / "a").returncode == 0
+    by_words = words(models, (0.75, 0.25))
+    assert shardmix("merge", *by_words, "-o", tmp_path / "b", "--dtype", "bfloat16").returncode == 0
+    assert_same_bits(load_model(tmp_path / "a"), load_model(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("command", [["plan"], ["merge", "--dry-run"]])
+def test_a_plan_writes_nothing_and_tells_all(models, tmp_path, command):
+    out = tmp_path / "out"
+    done = shardmix(*command, *words(models), "-o", out, "--json", "--max-memory", "2GiB")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["disk_needed_bytes"] > 0
+    assert report["disk_free_bytes"] > 0
+    assert report["projected_peak_bytes"] <= 2 * 2**30
+    assert report["shards"][0]["bytes_read"] == report["bytes_read"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_for_people_names_what_matters(models):
+    done = shardmix("plan", *words(models))
+    assert done.returncode == 0
+    for text in ("model.safetensors", "peak memory", "strips", "disk", "read", "write"):
+        assert text in done.stdout
+
+
+def test_what_the_plan_projects_the_merge_keeps(models, tmp_path):
+    plan = json.loads(shardmix("plan", *words(models), "--json").stdout)
+    done = shardmix("merge", *words(models), "-o", tmp_path / "out", "--json", "-q")
+    assert json.loads(done.stdout)["peak_rss_bytes"] <= plan["projected_peak_bytes"]
+
+
+def test_inspect_shows_the_tensors(models):
+    done = shardmix("inspect", models[0])
+    assert done.returncode == 0
+    assert "model.embed_tokens.weight" in done.stdout
+    report = json.loads(shardmix("inspect", models[0], "--json").stdout)
+    assert report["num_parameters"] == sum(t.numel() for t in random_model(0).values())
+    assert report["tensors"][0].keys() >= {"name", "dtype", "shape"}
+
+
+def test_inspect_finds_a_tied_head(reference):
+    done = shardmix("inspect", reference / "decoder-bf16-tied" / "model-a", "--json")
+    assert json.loads(done.stdout)["tied"] == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def test_inspect_invents_no_head_for_an_encoder(reference):
+    done = shardmix("inspect", reference / "encoder" / "model-a", "--json")
+    assert json.loads(done.stdout)["tied"] == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "finding"),
+    [
+        (["{a}=0.5", "{b}=0.6"], 2, "weights sum to 1.1, not 1"),
+        (["{a}=0.5"], 2, "a merge needs at least two"),
+        (["{a}", "{b}=0.5"], 2, "no weight given"),
+        (["{a}=nan", "{b}=0.5"], 2, "not a finite number"),
+        (["{a}=0.5", "none/there/at=0.5"], 1, "no such file or folder"),
+        (["{a}=0.5", "{b}=0.5", "--max-memory", "10MiB"], 1, "the least that works here is"),
+        (["{a}=0.5", "{b}=0.5", "--max-memory", "plenty"], 2, "size 'plenty'"),
+        (["{a}=0.5", "{b}=0.5", "--device", "tpu"], 2, "device 'tpu'"),
+        (["{a}=0.5", "{b}=0.5", "--dtype", "int4"], 2, "dtype 'int4'"),
+        (["{a}=0.5", "{b}=0.5", "--workers", "many"], 2, "--workers"),
+        (["{a}=0.5", "{b}=0.5", "--frobnicate"], 2, "--frobnicate"),
+        (["{a}=0.5", "{b}=0.5", "--overwrit"], 2, "Did you mean '--overwrite'?"),
+        ([], 2, "Missing argument 'SOURCE=WEIGHT...'"),
+        (["none.yaml"], 2, "cannot be read"),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_an_exit_status(
+    models, tmp_path, arguments, status, finding
+):
+    filled = [word.format(a=models[0], b=models[1]) for word in arguments]
+    done = shardmix("merge", *filled, "-o", tmp_path / "out")
+    assert done.returncode == status
+    assert finding in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_may_come_last_first_or_together_and_two_dashes_end_them(models, tmp_path):
+    first, second = words(models)
+    for arguments in (
+        [first, "-o", tmp_path / "out", second, "--workers=1", "-q"],
+        ["-qo", tmp_path / "out", "--overwrite", "--", first, second],
+    ):
+        done = shardmix("merge", *arguments)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_without_a_command_there_is_help_with_every_command_in_its_order():
+    done = shardmix()
+    listed = re.findall(r"^  ([a-z]+)  ", done.stderr, flags=re.MULTILINE)
+    assert listed == ["merge", "score", "plan", "verify", "status", "inspect"]
+    assert shardmix("-h").stdout == shardmix("--help").stdout
+    assert shardmix("--version").stdout.startswith("shardmix ")
+
+
+def test_help_fits_a_terminal_of_80_columns():
+    for command in ("merge", "score", "plan", "verify", "status", "inspect"):
+        lines = shardmix(command, "--help").stdout.splitlines()
+        assert max(map(len, lines)) <= 80
+        assert f"shardmix {command} " in lines[-1]  # the example, in one line
+
+
+def test_an_error_is_also_told_as_json(models, tmp_path):
+    done = shardmix("merge", f"{models[0]}=1", "-o", tmp_path / "out", "--json")
+    assert json.loads(done.stdout)["error"]["kind"] == "RecipeError"
+
+
+def test_an_existing_output_is_replaced_only_if_asked(models, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["merge", *words(models), "-o", out, "-q"]
+    assert shardmix(*arguments).returncode == 0
+    again = shardmix(*arguments)
+    assert again.returncode == 1
+    assert "--overwrite" in again.stderr
+    assert shardmix(*arguments, "--overwrite").returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_control_characters_of_a_strangers_file_are_never_printed_raw(tmp_path):
+    tensors = random_model(0)
+    tensors["evil\x1b[2Jname[bold]"] = tensors.pop("lm_head.weight")
+    save_model(tmp_path / "a", tensors)
+    done = shardmix("inspect", tmp_path / "a")
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout
+    assert r"evil\x1b[2Jname[bold]" in done.stdout
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_the_merge_which_the_same_command_goes_on_with(tmp_path, number, status):
+    """The sources are large enough that the merge is still under way at its first progress line."""
+    import torch
+
+    tensors = {f"t{i}": torch.zeros(4_000_000) for i in range(20)}
+    models = [save_model(tmp_path / name, tensors) for name in "ab"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shardmix", "merge", *words(models), "-o", str(tmp_path / "out")],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert "merging" in process.stderr.readline()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    kept = tmp_path / ".out.shardmix"
+    if kept.exists():
+        assert f"are done and kept in {kept}: the same again goes on from there" in errors
+    else:
+        assert "nothing was written" in errors
+    assert not (tmp_path / "out").exists()
+    done = shardmix("merge", *words(models), "-o", tmp_path / "out", "--json", "--quiet")
+    assert done.returncode == 0
+    assert (json.loads(done.stdout)["bytes_kept"] > 0) == ("are done and kept" in errors)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "out"]
+
+
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("decoders")
+    for seed, name in enumerate("ab"):
+        save_language_model("llama", folder / name, seed=seed)
+    write_examples(folder / "examples.jsonl", TEXTS)
+    return folder
+
+
+def test_score_reports_as_json(decoders):
+    done = shardmix(
+        *("score", decoders / "a", decoders / "b", "--data", decoders / "examples.jsonl"),
+        *("--model-type", "decoder", "--temperature", "0.5", "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["weights"] == pytest.approx(compute_weights(report["losses"], 0.5))
+    assert [len(row) for row in report["per_example"]] == [len(TEXTS)] * 2
+    assert "scoring model 2 of 2" in done.stderr
+    assert "\x1b" not in done.stderr
+
+
+def test_score_for_people_is_a_table(decoders):
+    done = shardmix(
+        *("score", decoders / "a", decoders / "b", "--data", decoders / "examples.jsonl"),
+        *("--model-type", "decoder"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "loss" in done.stdout
+    assert "5 examples, temperature 5" in done.stdout
+
+
+def test_a_merge_from_examples_scores_and_merges_in_one_go(decoders, tmp_path):
+    done = shardmix(
+        *("merge", decoders / "a", decoders / "b", "--weights-from", decoders / "examples.jsonl"),
+        *("--model-type", "decoder", "--temperature", "0.5", "-o", tmp_path / "out", "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["weights"] == report["scores"]["weights"]
+    by_hand = [f"{decoders}/{n}={w!r}" for n, w in zip("ab", report["weights"], strict=True)]
+    assert shardmix("merge", *by_hand, "-o", tmp_path / "by-hand").returncode == 0
+    assert_same_bits(load_model(tmp_path / "out"), load_model(tmp_path / "by-hand"))
+
+
+def test_examples_may_come_through_a_pipe(decoders, tmp_path):
+    done = shardmix(
+        *("merge", decoders / "a", decoders / "b", "--weights-from", "/dev/stdin", "-q"),
+        *("--model-type", "decoder", "-o", tmp_path / "out"),
+        input="".join(json.dumps(text) + "\n" for text in TEXTS),
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+def test_a_dry_run_from_examples_scores_nothing(decoders, tmp_path):
+    done = shardmix(
+        *("merge", decoders / "a", decoders / "b", "--weights-from", decoders / "examples.jsonl"),
+        *("--model-type", "decoder", "-o", tmp_path / "out", "--json", "--dry-run"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["weights"] == [0.5, 0.5]
+    assert "scoring" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "finding"),
+    [
+        (["score", "{a}", "--data", "none.json", "--model-type", "decoder"], 2, "cannot be read"),
+        (["score", "{a}", "--data", "{x}", "--model-type", "llm"], 2, "model type 'llm'"),
+        (["score", "{a}", "--data", "{x}", "--model-type", "encoder"], 2, "`query` is missing"),
+        (["score", "{a}", "--data", "{x}"], 2, "--model-type"),
+        (["score", "none/at/all", "--data", "{x}", "--model-type", "decoder"], 1, "no such file"),
+        (["merge", "{a}", "{b}", "--weights-from", "{x}", "-o", "o"], 2, "needs --model-type"),
+        (
+            ["merge", "{a}=0.5", "{b}", "--weights-from", "{x}", "--model-type", "decoder"],
+            2,
+            "name the models alone",
+        ),
+        (["merge", "{a}=0.5", "{b}=0.5", "--temperature", "1"], 2, "is for --weights-from"),
+        (
+            ["merge", "r.yaml", "--weights-from", "{x}", "--model-type", "decoder"],
+            2,
+            "r.yaml: is a recipe, which has weights",
+        ),
+        (
+            ["merge", "{a}", "{b}", "--weights-from", "n", "--model-type", "decoder", "--dry-run"],
+            2,
+            "n: cannot be read",
+        ),
+    ],
+)
+def test_a_mistake_in_scoring_is_one_message(decoders, tmp_path, words, status, finding):
+    places = {"a": decoders / "a", "b": decoders / "b", "x": decoders / "examples.jsonl"}
+    filled = [word.format(**places) for word in words]
+    output = ["-o", tmp_path / "out"] if words[0] == "merge" and "-o" not in words else []
+    done = shardmix(*filled, *output, cwd=tmp_path)
+    assert done.returncode == status, done.stderr
+    assert finding in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_says_what_is_right_and_exits_with_1_where_something_is_not(models, tmp_path):
+    out = tmp_path / "out"
+    assert shardmix("merge", *words(models), "-o", out, "--quiet").returncode == 0
+    places = [f"--source={model.name}={model}" for model in models]
+    done = shardmix("verify", out, "--recompute", *places)
+    assert done.returncode == 0, done.stderr
+    assert "verified" in done.stdout
+    assert "are what the sources give" in done.stdout
+    assert done.stderr.count("verifying: 100%") == 1
+    assert "shards 1/1" in done.stderr.splitlines()[-1]
+    with (out / "config.json").open("a") as file:
+        file.write(" ")
+    for quiet in ([], ["--quiet"]):
+        done = shardmix("verify", out, *quiet)
+        assert done.returncode == 1
+        assert "config.json: has" in done.stderr
+    done = shardmix("verify", out, "--json", "--quiet")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["is_verified"] is False
+    done = shardmix("verify", out, "--recompute", "--source", "nonsense")
+    assert (done.returncode, "must be NAME=PATH" in done.stderr) == (2, True)
+
+
+def test_status_shows_what_is_there_and_what_is_not(models, tmp_path):
+    out = tmp_path / "out"
+    assert "does not exist" in shardmix("status", out).stdout
+    shardmix("merge", *words(models), "-o", out, "--quiet")
+    done = shardmix("status", out)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "complete, a × 0.5, b × 0.5; 2 files" in done.stdout
+    sha256 = hashlib.sha256((out / "shardmix.json").read_bytes()).hexdigest()
+    assert sha256 in shardmix("verify", out).stdout
+    edit_provenance(out, lambda content: content["sources"][0].update(weight=0.7), is_sealed=False)
+    done = shardmix("status", out)
+    assert "complete, a × 0.7" in done.stdout
+    assert "but shardmix.json is not as the merge wrote it" in done.stdout
+    cut_off(large_models(tmp_path), out, overwrite=True)
+    done = shardmix("status", out)
+    assert "complete, a × 0.7" in done.stdout
+    assert "unfinished, m0 × 0.6, m1 × 0.4; 12.6 MB of 28.0 MB, 0 of 2 files" in done.stdout
+    assert "nobody is at work on it" in done.stdout
+    assert json.loads(shardmix("status", out, "--json").stdout)["unfinished"]["num_shards"] == 2
+
+
+def test_a_merge_that_goes_on_says_so(tmp_path):
+    models = large_models(tmp_path)
+    cut_off(models, tmp_path / "out")
+    done = shardmix(
+        "merge", *words([model for model, _ in models], (0.6, 0.4)), "-o", tmp_path / "out"
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        "went on where an earlier run was cut off: 25.2 MB did not have to be read" in done.stdout
+    )
+    assert "by an earlier run)" in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("words", [["inspect"], ["inspect", "--json"], ["status"], ["--help"]])
+def test_output_that_cannot_be_printed_is_one_line(tmp_path, words):
+    model = save_model(tmp_path / "m", random_model(0))
+    words = words if words == ["--help"] else [*words, str(model)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "shardmix", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr == ("error: standard output: cannot be written (No space left on device)\n")

@@ -1,0 +1,265 @@
+import itertools
+import math
+import tracemalloc
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shardmix.plan.merge_plan.memory_budget import VRAM_BUFFERS_PER_WORKER
+
+from shardmix.compute.backend import NonfiniteCounts
+from shardmix.compute.keep_first import AgreeReducer
+from shardmix.execute.task_queue import nonfinite_finding
+from shardmix.plan.merge_plan import AGREE
+from shardmix.system.units import MIB
+from tests.support.models import random_tensor
+from tests.support.reducing import (
+    COMPILED,
+    FLOATS,
+    NAMES,
+    backend_of,
+    raw_bytes,
+    reduced_strips,
+    run_of,
+)
+
+# The least magnitude that rounding to nearest even makes infinite: half a unit above the largest.
+OVERFLOW = {
+    torch.float16: math.ldexp(2 - 2.0**-11, 15),
+    torch.bfloat16: math.ldexp(2 - 2.0**-8, 127),
+    torch.float32: math.ldexp(2 - 2.0**-24, 127),
+    torch.float64: math.inf,
+}
+BACKENDS = [("cpu", dtype) for dtype in FLOATS] + [("llvm", dtype) for dtype in COMPILED]
+
+
+def sums_of(sources, weights):
+    """Return the sums before they are rounded, by numpy, as float64."""
+    wide = np.float64 if any(source.dtype == torch.float64 for source in sources) else np.float32
+    total = None
+    with np.errstate(over="ignore", invalid="ignore"):
+        for source, weight in zip(sources, weights, strict=True):
+            product = wide(weight) * source.double().numpy().astype(wide)
+            total = product if total is None else total + product
+    return total.astype(np.float64)
+
+
+def expected_counts(sums, out_dtype):
+    overflowed = np.isfinite(sums) & (np.abs(sums) >= OVERFLOW[out_dtype])
+    return NonfiniteCounts(
+        num_nan=int(np.isnan(sums).sum()),
+        num_inf=int((np.isinf(sums) | overflowed).sum()),
+        num_overflowed=int(overflowed.sum()),
+    )
+
+
+def assert_counted(sources, weights, out_dtype, **options):
+    """Hold what is said of every strip, and of parts of it, against numpy; return all counts."""
+    sums = sums_of(sources, weights)
+    for start, reducer, strip in reduced_strips(sources, weights, out_dtype, **options):
+        num_elements = len(strip) // out_dtype.itemsize
+        whole = expected_counts(sums[start : start + num_elements], out_dtype)
+        assert reducer.is_finite == (whole.num_nan + whole.num_inf == 0)
+        cuts = sorted({0, num_elements // 3, num_elements // 2, num_elements})
+        for first, last in itertools.combinations(cuts, 2):
+            expected = expected_counts(sums[start + first : start + last], out_dtype)
+            assert reducer.count_nonfinite(first, last) == expected
+    return expected_counts(sums, out_dtype)
+
+
+def delicate_values(dtype):
+    """Values at which something becomes infinite, and their neighbours, as far as `dtype` goes."""
+    edges = np.array([*OVERFLOW.values(), *(torch.finfo(d).max for d in FLOATS)])
+    with np.errstate(over="ignore"):
+        singles = edges.astype(np.float32)
+    below = [np.nextafter(edges, 0), np.nextafter(singles, np.float32(0))]
+    values = np.concatenate([edges, *below, [0, 1, 1e-45, math.nan, math.inf]])
+    return torch.from_numpy(np.concatenate([values, -values])).to(dtype)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 0.0], [0.5, 0.5], [1.0, -1.0], [1.0, 1.0], [0.3, 1e30]])
+@pytest.mark.parametrize(("backend", "out_dtype"), BACKENDS)
+def test_nans_infinities_and_overflows_are_counted_for_every_dtype(backend, out_dtype, weights):
+    for dtype in COMPILED if backend == "llvm" else FLOATS:
+        pairs = torch.cartesian_prod(delicate_values(dtype), delicate_values(dtype))
+        sources = [pairs[:, 0].contiguous(), pairs[:, 1].contiguous()]
+        for strip_nbytes in (8, 1000, MIB):
+            few = slice(0, 400 if strip_nbytes == 8 else None)
+            counts = assert_counted(
+                [source[few] for source in sources],
+                weights,
+                out_dtype,
+                strip_nbytes=strip_nbytes,
+                backend=backend,
+            )
+            assert counts.num_nan
+
+
+@pytest.mark.parametrize(("backend", "out_dtype"), BACKENDS)
+def test_one_element_decides_wherever_it_stands(backend, out_dtype):
+    """In a vector or in the rest of a loop, in any lane; and the largest finite value does not."""
+    num_elements = 203
+    largest = torch.finfo(min(out_dtype, torch.float32, key=lambda d: torch.finfo(d).max)).max
+    for value in (math.nan, math.inf, -math.inf, largest, -largest):
+        for place in range(0, num_elements, 5):
+            source = random_tensor((num_elements,), torch.float32, seed=place) * 1e-3
+            source[place] = value
+            sources = [source, torch.zeros(num_elements), torch.zeros(num_elements)]
+            ((_, reducer, _),) = reduced_strips(
+                sources, [1.0, 1.0, 1.0], out_dtype, backend=backend
+            )
+            assert reducer.is_finite == math.isfinite(value)
+            counts = reducer.count_nonfinite(place, place + 1)
+            assert counts == NonfiniteCounts(int(math.isnan(value)), int(math.isinf(value)), 0)
+
+
+def test_what_rounding_to_float16_makes_infinite_is_told_apart():
+    """65520 is the least that overflows; an infinity that a model already has did not."""
+    source = torch.tensor([65504.0, 65519.0, 65520.0, -70000.0, math.inf, -math.inf, math.nan, 1.0])
+    ((_, reducer, _),) = reduced_strips([source, source], [0.5, 0.5], torch.float16)
+    assert not reducer.is_finite
+    assert reducer.count_nonfinite(0, 8) == NonfiniteCounts(num_nan=1, num_inf=4, num_overflowed=2)
+    assert reducer.count_nonfinite(0, 2) == NonfiniteCounts(0, 0, 0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "llvm"])
+def test_a_sum_that_overflows_before_it_is_rounded_is_an_infinity(backend):
+    source = torch.full((9,), 3e38)
+    for out_dtype in COMPILED:
+        ((_, reducer, _),) = reduced_strips([source] * 2, [1, 1], out_dtype, backend=backend)
+        assert reducer.count_nonfinite(0, 9) == NonfiniteCounts(0, num_inf=9, num_overflowed=0)
+
+
+@pytest.mark.parametrize(("backend", "out_dtype"), BACKENDS)
+def test_large_values_are_finite_though_their_total_is_not(backend, out_dtype):
+    """To add a strip up is a quick look at it, and no more."""
+    dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
+    largest = torch.full((4001,), torch.finfo(out_dtype).max, dtype=dtype)
+    alternating = largest * torch.tensor([1.0, -1.0]).repeat(2001)[:4001]
+    for source in (largest, -largest, alternating):
+        strips = reduced_strips([source, source], [0.5, 0.5], out_dtype, backend=backend)
+        assert all(reducer.is_finite for _, reducer, _ in strips)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "llvm"])
+def test_a_strip_is_judged_by_itself(backend):
+    """One reducer goes through finite strips and others in turn."""
+    source = torch.zeros(64 * 5)
+    source[64] = math.nan
+    source[64 * 3 + 63] = -math.inf
+    strips = reduced_strips(
+        [source, source], [0.5, 0.5], torch.float32, strip_nbytes=64 * 4, backend=backend
+    )
+    assert [reducer.is_finite for _, reducer, _ in strips] == [True, False, True, False, True]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    dtypes=st.lists(st.sampled_from(FLOATS), min_size=2, max_size=4),
+    out_dtype=st.sampled_from(FLOATS),
+    num_elements=st.integers(1, 500),
+    num_delicate=st.integers(0, 20),
+    strip_nbytes=st.sampled_from([8, 64, 1000, 1 << 16]),
+    seed=st.integers(0, 2**20),
+)
+def test_any_strip_of_any_dtypes_is_counted_as_numpy_counts(
+    dtypes, out_dtype, num_elements, num_delicate, strip_nbytes, seed
+):
+    generator = np.random.default_rng(seed)
+    sources = []
+    for number, dtype in enumerate(dtypes):
+        source = random_tensor((num_elements,), dtype, seed=seed + number)
+        places = torch.from_numpy(generator.integers(num_elements, size=num_delicate))
+        values = delicate_values(dtype)
+        source[places] = values[torch.from_numpy(generator.integers(len(values), size=len(places)))]
+        sources.append(source)
+    weights = generator.dirichlet(np.ones(len(sources))).tolist()
+    for backend in ("cpu", "llvm") if {*dtypes, out_dtype} <= {*COMPILED} else ("cpu",):
+        assert_counted(sources, weights, out_dtype, strip_nbytes=strip_nbytes, backend=backend)
+
+
+@pytest.mark.parametrize(("backend", "out_dtype"), BACKENDS)
+def test_counting_takes_less_than_a_mebibyte_however_long_the_strip(backend, out_dtype):
+    """And so does what a compiled sum does anew where it is not finite."""
+    num_elements = 1 << 20
+    dtype = torch.float32 if backend == "llvm" else torch.float64
+    source = torch.full((num_elements,), math.inf, dtype=dtype)
+    source[::2] = torch.finfo(dtype).max
+    run = run_of([NAMES[dtype]] * 2, NAMES[out_dtype], [0.5, 0.5], num_elements)
+    (reducer,) = backend_of(backend, run).make_reducers(strip_nbytes=source.nbytes)
+    raw = memoryview(bytearray(raw_bytes(source)))
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        reducer.begin(run, 0, num_elements)
+        reducer.add(0, raw)
+        reducer.add(1, raw)
+        reducer.finish()
+        counts = reducer.count_nonfinite(0, num_elements)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert counts == expected_counts(sums_of([source] * 2, [0.5, 0.5]), out_dtype)
+    assert counts.num_inf >= num_elements // 2
+    assert 1 << 16 < peak - before < MIB
+
+
+def test_integers_are_finite_whatever_their_bits():
+    infinity = memoryview(np.full(10, 0x7F800000, dtype=np.int32).tobytes())
+    reducer = AgreeReducer(strip_nbytes=1 << 12)
+    reducer.begin(run_of(["I32"] * 2, "I32", [0.5, 0.5], 10, AGREE), 0, 10)
+    for source in range(2):
+        reducer.add(source, infinity)
+    reducer.finish()
+    assert reducer.is_finite
+    assert reducer.count_nonfinite(0, 10) == NonfiniteCounts(0, 0, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("out_dtype", FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_gpu_counts_as_numpy_does(dtype, out_dtype):
+    pairs = torch.cartesian_prod(delicate_values(dtype), delicate_values(dtype))
+    ordinary = random_tensor((200_003,), dtype)
+    sources = [torch.cat([pairs[:, side], ordinary * 1e-3]) for side in range(2)]
+    for weights in ([0.5, 0.5], [1.0, -1.0], [0.3, 1e30]):
+        for strip_nbytes in (8 << 10, MIB):
+            assert_counted(sources, weights, out_dtype, strip_nbytes=strip_nbytes, backend="cuda")
+    few = [source[:9] for source in sources]  # the extremes take more than such a strip
+    assert_counted(few, [0.5, 0.5], out_dtype, strip_nbytes=8, backend="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_look_for_nans_takes_no_memory_of_the_gpu_beyond_what_is_planned():
+    """Its buffers, and 2 MiB that temporaries of a stream may have."""
+    source = torch.zeros(16 * MIB // 4)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    planned = VRAM_BUFFERS_PER_WORKER * 4 * MIB + 2 * MIB
+    for _ in reduced_strips(
+        [source, source], [0.5, 0.5], torch.float32, strip_nbytes=4 * MIB, backend="cuda"
+    ):
+        assert torch.cuda.max_memory_reserved() - before <= planned
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ((2, 0, 0), "2 NaN in the merged tensor"),
+        ((0, 3, 0), "3 Inf in the merged tensor"),
+        ((0, 3, 3), "3 values too large for F16, made Inf by rounding"),
+        ((1, 5, 3), "1 NaN and 2 Inf and 3 values too large for F16, made Inf by rounding"),
+    ],
+)
+def test_infinities_by_rounding_are_told_apart(counts, said):
+    """They are counted once: as values that were too large, not as infinities as well."""
+    plan = SimpleNamespace(tensor_dtype=lambda name: "F16")
+    told = nonfinite_finding("w", counts, plan)
+    assert told.startswith(said)
+    assert told.count("Inf") == (counts[1] > counts[2]) + (counts[2] > 0)

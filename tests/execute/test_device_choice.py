@@ -1,0 +1,360 @@
+"""Which device a merge takes: counted, assumed by the plan, measured when the merge begins."""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from shardmix.plan.merge_plan.memory_budget import (
+    BEST_STRIP_NBYTES,
+    BUFFERS_PER_WORKER,
+    plan_memory,
+    reserved_nbytes,
+)
+
+import shardmix
+from shardmix.compute.backend import load_backend
+from shardmix.compute.torch_cpu import CpuSum
+from shardmix.compute.torch_cuda import cuda_sums
+from shardmix.execute import calibrate, prepare
+from shardmix.execute.calibrate import faster, source_bytes_per_second
+from shardmix.execute.tasks import blocks
+from shardmix.options import RunSettings
+from shardmix.plan.merge_plan import planner
+from shardmix.system import gpus
+from shardmix.system.digests import LEAF_NBYTES
+from shardmix.system.units import MIB
+from tests.plan.test_planner import all_runs, two_models
+from tests.support.models import save_model
+from tests.support.simulated_cuda import SimulatedCuda
+
+
+def memory_of(settings):
+    return plan_memory(settings, num_tensors=0)
+
+
+def gpu_machine(monkeypatch, *, measured_from=1):
+    """Make a machine with GPUs of this one, where already small merges are worth measuring."""
+    monkeypatch.setattr(gpus, "cuda_device_count", lambda: 1)
+    monkeypatch.setattr(gpus, "torch_has_cuda_build", lambda: True)
+    monkeypatch.setattr(planner, "MEASURED_FROM_NBYTES", measured_from)
+
+
+def test_a_gpu_that_nobody_asked_for_is_assumed_until_it_is_measured(tmp_path, monkeypatch):
+    gpu_machine(monkeypatch)
+    plan = shardmix.plan_merge(two_models(tmp_path), max_vram="1GiB")
+    assert (plan.settings.device, plan.settings.backend) == ("cuda", "torch")
+    assert plan.settings.is_device_open
+    assert 0 < plan.memory.projected_vram_nbytes <= 2**30
+    report = shardmix.report_plan(plan)
+    assert any("the device is assumed" in warning for warning in report.warnings)
+    assert plan.digest() == shardmix.plan_merge(two_models(tmp_path), device="cpu").digest()
+
+
+def test_a_gpu_that_was_asked_for_is_not_in_question(tmp_path, monkeypatch):
+    gpu_machine(monkeypatch)
+    for device in ("cuda", "cuda:1"):
+        plan = shardmix.plan_merge(two_models(tmp_path), device=device)
+        assert (plan.settings.device, plan.settings.is_device_open) == (device, False)
+        assert shardmix.report_plan(plan).warnings == plan.warnings
+
+
+def test_a_merge_too_small_to_gain_by_a_gpu_takes_the_cpu(tmp_path, monkeypatch):
+    models = two_models(tmp_path)
+    summed = sum(
+        run.num_elements * 4 * len(run.dtypes) for run in all_runs(shardmix.plan_merge(models))
+    )
+    gpu_machine(monkeypatch, measured_from=summed + 1)
+    plan = shardmix.plan_merge(models)
+    assert (plan.settings.device, plan.settings.is_device_open) == ("cpu", False)
+    gpu_machine(monkeypatch, measured_from=summed)
+    assert shardmix.plan_merge(models).settings.is_device_open
+
+
+def test_integers_are_compared_on_the_cpu_and_no_reason_for_a_gpu(tmp_path, monkeypatch):
+    gpu_machine(monkeypatch)
+    for name in "ab":
+        save_model(tmp_path / name, {"ids": torch.arange(1000)})
+    plan = shardmix.plan_merge({tmp_path / "a": 0.5, tmp_path / "b": 0.5})
+    assert plan.settings.device == "cpu"
+
+
+def test_who_asks_for_kernels_gets_the_cpu(tmp_path, monkeypatch):
+    pytest.importorskip("llvmlite", reason="needs llvmlite")
+    gpu_machine(monkeypatch)
+    plan = shardmix.plan_merge(two_models(tmp_path), backend="llvm")
+    assert (plan.settings.device, plan.settings.backend) == ("cpu", "llvm")
+
+
+def test_an_open_plan_projects_whichever_takes_more(monkeypatch):
+    gpu_machine(monkeypatch)
+    is_open = {"device": "cuda", "backend": "torch", "is_device_open": True}
+    roomy = memory_of(RunSettings(**is_open, workers=4))
+    on_gpu = memory_of(RunSettings(device="cuda", backend="torch", workers=4))
+    assert roomy.strip_nbytes == on_gpu.strip_nbytes == BEST_STRIP_NBYTES["cuda"]
+    assert roomy.projected_peak_nbytes >= on_gpu.projected_peak_nbytes
+    # So little GPU memory that there the strips are the smaller ones.
+    tight = {"workers": 4, "max_vram_nbytes": 4 * 4 * MIB}
+    on_gpu = memory_of(RunSettings(device="cuda", backend="torch", **tight))
+    on_cpu = memory_of(RunSettings(device="cpu", backend="torch", **tight))
+    both = memory_of(RunSettings(**is_open, **tight))
+    assert both.strip_nbytes == on_gpu.strip_nbytes < on_cpu.strip_nbytes
+    buffers = 4 * BUFFERS_PER_WORKER * (on_cpu.strip_nbytes - on_gpu.strip_nbytes)
+    assert both.projected_peak_nbytes - on_gpu.projected_peak_nbytes >= buffers - 4 * MIB
+
+
+def test_blocks_last_for_several_strips_on_a_gpu(tmp_path, monkeypatch):
+    gpu_machine(monkeypatch)
+    plan = shardmix.plan_merge(two_models(tmp_path), device="cuda")
+    shard = dataclasses.replace(plan.shards[0], file_nbytes=2**30)
+    plan = dataclasses.replace(plan, shards=(shard,))
+    first = next(blocks(plan, 0))
+    assert (first.stop_leaf - first.first_leaf) * LEAF_NBYTES == 4 * plan.memory.strip_nbytes
+
+
+def test_a_budget_too_small_for_a_gpu_is_kept_on_the_cpu(tmp_path, monkeypatch):
+    gpu_machine(monkeypatch)
+    models = two_models(tmp_path)
+    budget = reserved_nbytes("llvm") + 400 * MIB
+    plan = shardmix.plan_merge(models, max_memory=budget)
+    assert plan.settings.device == "cpu"
+    assert any("on the CPU" in warning for warning in plan.warnings)
+    with pytest.raises(shardmix.BudgetError):
+        shardmix.plan_merge(models, max_memory=budget, device="cuda")
+
+
+@pytest.fixture
+def driver(tmp_path):
+    """What an NVIDIA driver tells in /proc of three GPUs."""
+    (tmp_path / "version").touch()
+    for number in range(3):
+        (tmp_path / "gpus" / f"0000:0{number}:00.0").mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [
+        *(("", 0), ("-1", 0), ("0", 1), ("2,0", 2), ("0,1,2", 3), ("0, 1", 2), ("0,3,1", 1)),
+        *(("9", 0), ("GPU-5ebe9f43,GPU-6f5c", 2), ("0,-1,1", 1), ("MIG-1", 1)),
+    ],
+)
+def test_gpus_are_counted_without_torch_as_cuda_shows_them(driver, visible, count):
+    assert gpus.cuda_device_count(driver, visible) == count
+
+
+def test_without_a_list_there_is_one_gpu_and_without_a_driver_none(driver, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpus.cuda_device_count(driver) == 3
+    assert gpus.cuda_device_count(driver / "nowhere") == 0
+    shutil.rmtree(driver / "gpus")
+    assert gpus.cuda_device_count(driver) == 1
+
+
+class FakeGpu:
+    """A backend in the place of a GPU's: the CPU's sums, or a simulated GPU's."""
+
+    def __init__(self, make=lambda nbytes: (CpuSum(strip_nbytes=nbytes),), *, flaw=None):
+        self._make, self._flaw = make, flaw
+        self.strips_nbytes = []
+
+    def make_reducers(self, *, strip_nbytes):
+        self.strips_nbytes.append(strip_nbytes)
+        if self._flaw is not None:
+            raise self._flaw
+        return self._make(strip_nbytes)
+
+    def finding(self):
+        return None
+
+    def running(self):
+        return contextlib.nullcontext()
+
+    def peak_vram_nbytes(self):
+        return 7
+
+
+class SlowSum(CpuSum):
+    """Does the same hundred times."""
+
+    def finish(self):
+        for _ in range(100):
+            super().finish()
+        return super().finish()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a GPU that reckons as the CPU does; trials on it are short."""
+    gpu_machine(monkeypatch)
+    fake = FakeGpu()
+    real = prepare.load_backend
+    monkeypatch.setattr(
+        prepare, "load_backend", lambda plan: fake if plan.settings.on_cuda else real(plan)
+    )
+    monkeypatch.setattr(calibrate, "TRIAL_SECONDS", 0.05)
+    monkeypatch.setattr(calibrate, "SOURCE_NBYTES", 4 * MIB)
+    return fake
+
+
+def measured(monkeypatch, **rates):
+    def rate(plan, backend):
+        assert not plan.settings.is_device_open
+        return rates[plan.settings.device]
+
+    monkeypatch.setattr(calibrate, "source_bytes_per_second", rate)
+
+
+def weights_of(folder):
+    return (Path(folder) / "model.safetensors").read_bytes()
+
+
+def test_the_faster_device_is_taken_and_the_report_says_why(tmp_path, monkeypatch, gpu):
+    models = two_models(tmp_path)
+    measured(monkeypatch, cpu=41.2e9, cuda=23e9)
+    on_cpu = shardmix.merge(models, tmp_path / "1")
+    assert on_cpu.device == "cpu"
+    note = "device cpu: 41.2 GB/s of source bytes, cuda 23.0 GB/s, measured"
+    assert on_cpu.warnings == (note,)
+    assert not gpu.strips_nbytes
+    measured(monkeypatch, cpu=5e9, cuda=50e9)
+    on_gpu = shardmix.merge(models, tmp_path / "2")
+    assert (on_gpu.device, on_gpu.backend, on_gpu.peak_vram_bytes) == ("cuda", "torch", 7)
+    note = "device cuda: 50.0 GB/s of source bytes, cpu 5.0 GB/s, measured"
+    assert on_gpu.warnings == (note,)
+    assert set(gpu.strips_nbytes) == {on_gpu.strip_bytes}
+    assert weights_of(on_cpu.output) == weights_of(on_gpu.output)
+
+
+def test_what_was_measured_is_within_the_projected_peak(tmp_path, monkeypatch, gpu):
+    measured(monkeypatch, cpu=2e9, cuda=1e9)
+    models = two_models(tmp_path)
+    report = shardmix.merge(models, tmp_path / "out", max_memory="8GiB", workers=3)
+    trial = 3 * BUFFERS_PER_WORKER * BEST_STRIP_NBYTES["cuda"]
+    assert report.strip_bytes < BEST_STRIP_NBYTES["cuda"]
+    assert trial < report.projected_peak_bytes <= 8 * 2**30
+
+
+def test_a_device_that_is_named_is_not_measured(tmp_path, monkeypatch, gpu):
+    measured(monkeypatch)
+    for device in ("cpu", "cuda"):
+        report = shardmix.merge(two_models(tmp_path), tmp_path / device, device=device)
+        assert (report.device, report.warnings) == (device, ())
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_gpu_that_fails_when_it_is_tried_is_not_taken(tmp_path, gpu, is_named):
+    gpu._flaw = RuntimeError("CUDA out of memory.\nTried to allocate")
+    if is_named:
+        gpu._flaw, cause = shardmix.DeviceError("device cuda failed"), gpu._flaw
+        gpu._flaw.__cause__ = cause
+    report = shardmix.merge(two_models(tmp_path), tmp_path / "out")
+    assert report.device == "cpu"
+    assert report.warnings == (
+        "device cpu: cuda failed when it was tried (CUDA out of memory. Tried to allocate)",
+    )
+
+
+def test_what_fails_keeps_none_of_its_buffers(tmp_path, gpu):
+    """Else the GPU's and pinned memory would be held for as long as the error is."""
+    made = []
+
+    class Failing(CpuSum):
+        def finish(self):
+            raise RuntimeError("CUDA error")
+
+    def make(nbytes):
+        reducer = Failing(strip_nbytes=nbytes)
+        made.append(weakref.ref(reducer))
+        return (reducer,)
+
+    gpu._make = make
+    with pytest.raises(RuntimeError) as caught:
+        shardmix.merge(two_models(tmp_path), tmp_path / "out", device="cuda", workers=2)
+    assert caught.traceback
+    assert made
+    assert not any(reducer() for reducer in made)
+
+
+def test_a_gpu_that_cannot_be_used_falls_back_to_the_cpu_unmeasured(tmp_path, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    gpu_machine(monkeypatch)
+    measured(monkeypatch)
+    report = shardmix.merge(two_models(tmp_path), tmp_path / "out")
+    assert report.device == "cpu"
+    assert len(report.warnings) == 1
+    assert "no usable CUDA device" in report.warnings[0]
+    assert "merged with device cpu instead" in report.warnings[0]
+
+
+def test_recomputing_measures_as_well(tmp_path, monkeypatch, gpu):
+    models = two_models(tmp_path)
+    measured(monkeypatch, cpu=1e9, cuda=2e9)
+    shardmix.merge(models, tmp_path / "out", device="cpu")
+    assert not gpu.strips_nbytes
+    places = {path.name: path for path, _ in models}
+    assert shardmix.verify(tmp_path / "out", recompute=True, sources=places).is_verified
+    assert gpu.strips_nbytes
+
+
+@pytest.mark.parametrize("io", ["pread", "mmap"])
+@pytest.mark.parametrize("dtype", ["keep", "bfloat16"])
+def test_a_trial_does_what_the_merge_will_do(tmp_path, monkeypatch, gpu, io, dtype):
+    """Of most of the merge: in its dtypes, of as many sources, with all its workers."""
+    small = {"s": torch.ones(10, dtype=torch.float64), "large": torch.ones(1000).half()}
+    for name in "abc":
+        save_model(tmp_path / name, small)
+    models = {tmp_path / "a": 0.5, tmp_path / "b": 0.3, tmp_path / "c": 0.2}
+    plan = shardmix.plan_merge(models, device="cpu", backend="torch", io=io, dtype=dtype, workers=3)
+    begun = []
+
+    class Watched(CpuSum):
+        def begin(self, run, start, num_elements):
+            begun.append(run)
+            super().begin(run, start, num_elements)
+
+    backend = FakeGpu(lambda nbytes: (Watched(strip_nbytes=nbytes),))
+    descriptors = len(os.listdir("/proc/self/fd"))
+    assert source_bytes_per_second(plan, backend) > 0
+    assert len(backend.strips_nbytes) == 3
+    out_dtype = "F16" if dtype == "keep" else "BF16"
+    assert {(run.dtypes, run.out_dtype) for run in begun} == {(("F16",) * 3, out_dtype)}
+    assert {run.weights for run in begun} == {(0.5, 0.3, 0.2)}
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_a_trial_tells_a_slow_device_from_a_fast_one(tmp_path, gpu):
+    plan = shardmix.plan_merge(two_models(tmp_path), device="cpu", backend="torch", workers=2)
+    slow = FakeGpu(lambda nbytes: (SlowSum(strip_nbytes=nbytes),))
+    cpu = plan, load_backend(plan)
+    as_gpu = dataclasses.replace(plan, settings=dataclasses.replace(plan.settings, device="cuda"))
+    chosen, note = faster(cpu, (as_gpu, slow))
+    assert chosen is cpu
+    assert note.startswith("device cpu: ")
+
+
+def test_a_trial_keeps_two_strips_in_flight_where_the_device_does(tmp_path, gpu):
+    plan = shardmix.plan_merge(two_models(tmp_path), device="cpu", backend="torch", workers=2)
+    simulated = FakeGpu(
+        lambda nbytes: cuda_sums(
+            torch.device("cpu"), strip_nbytes=nbytes, cuda=SimulatedCuda(nbytes)
+        )
+    )
+    assert source_bytes_per_second(plan, simulated) > 0
+
+
+def test_an_open_plan_counts_both_libraries(monkeypatch):
+    """Both devices are tried in one process."""
+    gpu_machine(monkeypatch)
+    asked = []
+    monkeypatch.setattr(
+        planner, "reserved_nbytes", lambda *libraries, **_: asked.append(libraries) or 0
+    )
+    memory_of(RunSettings(device="cuda", backend="torch", is_device_open=True))
+    memory_of(RunSettings(device="cpu", backend="llvm"))
+    assert asked == [("torch", "llvm"), ("llvm",)]

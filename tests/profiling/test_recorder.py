@@ -1,0 +1,270 @@
+"""What a recorded merge writes down, and what becomes of it when the merge does not end well."""
+
+import itertools
+import json
+import threading
+
+import pytest
+
+import shardmix
+from shardmix.errors import OutputError, RecipeError
+from shardmix.execute.task_queue import Work
+from shardmix.output.journal import Journal
+from shardmix.profiling import recorder
+from shardmix.profiling.profile import Profile
+from shardmix.system.units import MIB
+from tests.support.cut_off import cut_off, cut_off_after, folder_bytes, large_models
+from tests.support.models import random_model, save_model
+
+STAGES = {"read", "reduce", "write", "digest", "finish", "other"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return large_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def small(tmp_path):
+    return [(save_model(tmp_path / name, random_model(1)), 0.5) for name in "ab"]
+
+
+def profile_of(path):
+    return Profile.from_json(path.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def merged(models, tmp_path_factory):
+    """Return a merge's report, its profile, and the folder of both."""
+    folder = tmp_path_factory.mktemp("merged")
+    report = shardmix.merge(
+        models, folder / "out", profile=folder / "run.json", workers=2, max_memory="8GiB"
+    )
+    return report, profile_of(folder / "run.json"), folder
+
+
+def test_the_output_is_the_same_with_and_without(models, merged, tmp_path):
+    shardmix.merge(models, tmp_path / "out")
+    assert folder_bytes(merged[2] / "out") == folder_bytes(tmp_path / "out")
+    assert sorted(path.name for path in merged[2].iterdir()) == ["out", "run.json"]
+
+
+def test_bytes_of_the_stages_are_the_plans(merged):
+    report, profile, _ = merged
+    stages = profile.stages
+    assert set(stages) == STAGES
+    assert stages["read"].bytes == stages["reduce"].bytes == report.bytes_read
+    assert stages["write"].bytes + stages["finish"].bytes == report.bytes_written
+    assert stages["digest"].bytes == report.bytes_written
+    assert stages["other"].bytes == 0
+
+
+def test_seconds_of_the_stages_are_those_of_the_workers(merged):
+    _, profile, _ = merged
+    for name, stage in profile.stages.items():
+        assert stage.worker_seconds >= 0
+        if name in ("finish", "other"):
+            assert stage.gb_per_second is None
+        else:
+            rate = stage.bytes / 1e9 / (stage.worker_seconds / profile.plan.workers)
+            assert stage.gb_per_second == pytest.approx(rate)
+    # Nothing of a worker's time is lost, and none is counted twice.
+    total = sum(stage.worker_seconds for stage in profile.stages.values())
+    assert total <= profile.plan.workers * profile.merge_seconds
+    assert profile.seconds == pytest.approx(
+        profile.load_seconds + profile.merge_seconds + profile.finish_seconds
+    )
+
+
+def test_samples_are_columns_over_the_whole_time(merged):
+    _, profile, _ = merged
+    samples = profile.samples
+    columns = {
+        name: value
+        for name in samples.__dataclass_fields__
+        if isinstance(value := getattr(samples, name), list)
+    }
+    assert {len(column) for column in columns.values()} == {len(samples.seconds)}
+    assert len(samples.seconds) >= 2
+    assert samples.failure is None
+    times = samples.seconds
+    assert all(a < b for a, b in itertools.pairwise(times))
+    assert 0 <= times[0] < times[-1] <= profile.seconds
+    assert 0 < samples.interval_seconds < 1
+    for name in ("read", "reduce", "write", "digest"):
+        done = [value for value in columns[f"{name}_bytes"] if value is not None]
+        assert done == sorted(done)
+        assert done[-1] == profile.stages[name].bytes
+    # The kernel's high-water mark is less exact than its other counters, by pages for each core.
+    assert max(samples.rss_bytes) <= profile.peak_rss_bytes + MIB
+    assert min(samples.rss_bytes) > MIB
+    assert (samples.vram_reserved_bytes, samples.vram_device_used_bytes) == (None, None)
+
+
+def test_a_profile_says_what_was_merged_where_and_how_but_names_no_path(merged, models):
+    report, profile, folder = merged
+    plan = profile.plan
+    assert profile.outcome == "complete"
+    for name in ("num_models", "num_tensors", "bytes_read", "bytes_written", "device", "io"):
+        assert getattr(plan, name) == getattr(report, name)
+    for name in ("backend", "workers", "strip_bytes", "projected_peak_bytes", "digest"):
+        assert getattr(plan, name) == getattr(report, name)
+    assert (plan.max_memory_bytes, plan.max_vram_bytes) == (8 * 2**30, None)
+    assert profile.peak_rss_bytes >= report.peak_rss_bytes
+    assert profile.machine.num_cores >= 1
+    assert profile.machine.memory_bytes > 64 * MIB
+    text = (folder / "run.json").read_text()
+    assert "/" not in text.replace("GB/s", "")
+    assert all(model.name not in text for model, _ in models)
+    assert json.loads(text)["profile_version"] == 1
+
+
+def test_with_sha256_and_mapped_files_the_bytes_are_the_same(models, tmp_path):
+    options = {"io": "mmap", "digest": "sha256", "backend": "torch", "fsync": False}
+    report = shardmix.merge(models, tmp_path / "out", profile=tmp_path / "run.json", **options)
+    profile = profile_of(tmp_path / "run.json")
+    assert profile.stages["read"].bytes == profile.stages["reduce"].bytes == report.bytes_read
+    assert profile.stages["digest"].bytes == report.bytes_written
+    assert (profile.plan.io, profile.plan.fsync) == ("mmap", False)
+
+
+def test_without_a_profile_nothing_is_sampled(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder, "Sampler", None)
+    monkeypatch.setattr(recorder, "StageClock", None)
+    shardmix.merge(small, tmp_path / "out")
+
+
+def test_a_cancelled_merge_leaves_the_profile_of_what_ran(models, tmp_path):
+    cancel, stopped = threading.Event(), threading.Event()
+    claim, stop = Journal.add, Work.stop
+
+    def claim_and_cancel(self, *args):
+        claim(self, *args)
+        cancel.set()
+        stopped.wait(60)  # so that it is cancelled in the middle
+
+    def stop_and_say(self, *args):
+        stop(self, *args)
+        stopped.set()
+
+    file = tmp_path / "run.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "add", claim_and_cancel)
+        patch.setattr(Work, "stop", stop_and_say)
+        with pytest.raises(shardmix.MergeCancelled):
+            shardmix.merge(models, tmp_path / "out", profile=file, workers=1, cancel=cancel)
+    first = profile_of(file)
+    assert first.outcome == "cancelled"
+    assert 0 < first.stages["read"].bytes < first.plan.bytes_read
+    # The same again goes on, and writes its own.
+    report = shardmix.merge(models, tmp_path / "out", profile=file)
+    second = profile_of(file)
+    assert second.outcome == "complete"
+    assert second.stages["read"].bytes == report.bytes_read
+    assert report.bytes_kept == first.plan.bytes_read - report.bytes_read > 0
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"), [(KeyboardInterrupt, "cancelled"), (OutputError("full"), "failed")]
+)
+def test_a_merge_that_breaks_off_leaves_the_profile_of_what_ran(models, tmp_path, error, outcome):
+    kind = error if isinstance(error, type) else type(error)
+    with cut_off_after(3, error), pytest.raises(kind, match="are done and kept"):
+        shardmix.merge(models, tmp_path / "out", workers=1, profile=tmp_path / "run.json")
+    profile = profile_of(tmp_path / "run.json")
+    assert profile.outcome == outcome
+    assert profile.stages["write"].bytes > 0
+
+
+def test_a_merge_that_does_not_begin_leaves_no_profile(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("shardmix.api.check_disk", refuse)
+    with pytest.raises(OutputError, match="no room"):
+        shardmix.merge(small, tmp_path / "out", profile=tmp_path / "run.json")
+    assert not (tmp_path / "run.json").exists()
+
+
+def refuse(*_args, **_options):
+    raise OutputError("no room")
+
+
+def test_a_profile_that_cannot_be_written_at_the_end_is_an_error_that_says_what_is_whole(
+    small, tmp_path
+):
+    file = tmp_path / "folder" / "run.json"
+    file.parent.mkdir()
+
+    def take_away(_event):
+        file.parent.exists() and file.parent.rmdir()
+
+    with pytest.raises(OutputError) as caught:
+        shardmix.merge(small, tmp_path / "out", profile=file, on_progress=take_away)
+    assert "the profile cannot be written (No such file or directory)" in str(caught.value)
+    assert "out is the new model all the same, and whole" in str(caught.value)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_failed_merge_whose_profile_cannot_be_written_says_both(models, tmp_path):
+    file = tmp_path / "folder" / "run.json"
+    file.parent.mkdir()
+
+    def take_away(_event):
+        file.parent.exists() and file.parent.rmdir()
+
+    with cut_off_after(3, OutputError("the disk is full")), pytest.raises(OutputError) as caught:
+        shardmix.merge(models, tmp_path / "out", profile=file, on_progress=take_away)
+    assert "the disk is full; " in str(caught.value)
+    assert "the profile cannot be written" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "finding"),
+    [
+        ("run.txt", RecipeError, r"'.*run.txt': must end in .json"),
+        ("none/run.json", OutputError, "there is no folder .*none; make it first"),
+        ("out/run.json", OutputError, "a profile cannot be in .*out;"),
+        ("out/deep/run.json", OutputError, "a profile cannot be in .*out;"),
+        (".out.shardmix/run.json", OutputError, r"a profile cannot be in .*\.out\.shardmix;"),
+        ("a/run.json", OutputError, "a profile cannot be in .*a;"),
+        ("a/config.json", OutputError, "exists and is not a profile"),
+        ("mine.json", OutputError, "exists and is not a profile"),
+        ("folder.json", OutputError, "exists and is not a profile"),
+        ("frozen/run.json", OutputError, "cannot be written to"),
+    ],
+)
+def test_a_bad_place_is_refused_before_anything_is_done(
+    small, tmp_path, monkeypatch, place, error, finding
+):
+    (tmp_path / "mine.json").write_text('{"precious": 1}')
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "frozen").mkdir()
+    access = recorder.os.access  # root may write anywhere
+    monkeypatch.setattr(
+        recorder.os, "access", lambda path, *mode: path.name != "frozen" and access(path, *mode)
+    )
+    before = folder_bytes(tmp_path)
+    for act in (shardmix.merge, shardmix.plan_merge):
+        with pytest.raises(error, match=finding):
+            act(small, tmp_path / "out", profile=tmp_path / place)
+    assert folder_bytes(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.shardmix").exists()
+
+
+def test_a_relative_path_is_taken_from_the_current_folder(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shardmix.merge(small, tmp_path / "out", profile="run.json")
+    assert profile_of(tmp_path / "run.json").outcome == "complete"
+
+
+def test_a_plan_with_a_profile_writes_none(small, tmp_path):
+    shardmix.plan_merge(small, tmp_path / "out", profile=tmp_path / "run.json")
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_a_merge_that_goes_on_counts_only_its_own_bytes(models, tmp_path):
+    cut_off(models, tmp_path / "out")
+    report = shardmix.merge(models, tmp_path / "out", profile=tmp_path / "run.json")
+    stages = profile_of(tmp_path / "run.json").stages
+    assert report.bytes_kept > 0
+    assert stages["read"].bytes == report.bytes_read
+    assert stages["write"].bytes < report.bytes_written

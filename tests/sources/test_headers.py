@@ -1,0 +1,64 @@
+"""Headers are decoded once, and a known one is no licence for another file."""
+
+import pytest
+
+import shardmix
+from shardmix.errors import SourceError
+from shardmix.sources import headers as headers_module
+from shardmix.sources.headers import Headers
+from tests.support.models import random_model, save_model
+
+
+def model_file(folder, seed):
+    return save_model(folder, random_model(seed)) / "model.safetensors"
+
+
+def read(headers, path):
+    return headers.read(path, path.stat().st_size, num_before=0, max_memory=None)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    calls = []
+    decode = headers_module.decode_header
+
+    def counted(header, *, file_nbytes):
+        calls.append(header)
+        return decode(header, file_nbytes=file_nbytes)
+
+    monkeypatch.setattr(headers_module, "decode_header", counted)
+    return calls
+
+
+def test_a_header_that_two_models_share_is_decoded_once(tmp_path, decoded):
+    headers = Headers()
+    first = read(headers, model_file(tmp_path / "a", 1))
+    second = read(headers, model_file(tmp_path / "b", 2))
+    assert first[1:] == second[1:]
+    assert first[0] is second[0]
+    assert len(decoded) == 1
+
+
+def test_other_headers_are_not_taken_for_it(tmp_path, decoded):
+    headers = Headers()
+    first = read(headers, model_file(tmp_path / "a", 1))
+    tensors = random_model(2)
+    name = max(tensors)
+    other = save_model(tmp_path / "b", {name: tensors[name]}) / "model.safetensors"
+    assert read(headers, other)[0].names == [name] != first[0].names
+    assert len(decoded) == 2
+
+
+def test_a_file_cut_short_is_refused_though_its_header_is_known(tmp_path):
+    headers = Headers()
+    read(headers, model_file(tmp_path / "a", 1))
+    cut = model_file(tmp_path / "b", 2)
+    cut.write_bytes(cut.read_bytes()[:-1])
+    with pytest.raises(SourceError, match="a download may have been cut off"):
+        read(headers, cut)
+
+
+def test_a_merge_is_planned_with_each_header_decoded_once(tmp_path, decoded):
+    models = {str(model_file(tmp_path / name, seed).parent): 0.5 for seed, name in enumerate("ab")}
+    shardmix.plan_merge(models)
+    assert len(decoded) == 1

@@ -1,0 +1,242 @@
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from shardmix.plan.merge_plan.memory_budget import (
+    BUFFERS_PER_WORKER,
+    LEAST_STRIP_NBYTES,
+    VRAM_BUFFERS_PER_WORKER,
+    VramUse,
+    default_workers,
+    fit_memory,
+    reserved_nbytes,
+)
+
+from shardmix.errors import BudgetError
+from shardmix.system import memory
+from shardmix.system.units import MIB, parse_size
+from tests.support.fresh_process import python
+
+BEST_STRIP = 2 * MIB
+RESERVED = 211 * MIB  # a prime number of MiB, so that every term shows
+
+
+def test_without_a_budget_a_strip_is_what_speed_needs():
+    fitted = fit_memory(reserved=RESERVED, best_strip=BEST_STRIP, workers=3)
+    assert (fitted.workers, fitted.strip_nbytes) == (3, BEST_STRIP)
+    assert fitted.projected_peak_nbytes >= RESERVED + 3 * BUFFERS_PER_WORKER * BEST_STRIP
+    assert fitted.projected_vram_nbytes == 0
+
+
+@given(
+    budget=st.integers(200, 700).map(lambda mib: mib * MIB),
+    workers=st.none() | st.integers(1, 8),
+    num_devices=st.integers(0, 3),
+    max_vram=st.none() | st.integers(1, 2000).map(lambda mib: mib * MIB),
+)
+def test_a_plan_keeps_every_budget_or_is_refused(budget, workers, num_devices, max_vram):
+    options = {
+        "reserved": RESERVED,
+        "best_strip": BEST_STRIP,
+        "num_devices": num_devices,
+        "workers": workers,
+    }
+    try:
+        fitted = fit_memory(**options, max_memory=budget, max_vram=max_vram)
+    except BudgetError:
+        return
+    assert RESERVED < fitted.projected_peak_nbytes <= budget
+    assert fitted.strip_nbytes >= LEAST_STRIP_NBYTES
+    if workers is not None:
+        assert fitted.workers == workers
+    if num_devices and max_vram is not None:
+        assert 0 < fitted.projected_vram_nbytes <= max_vram
+
+
+@pytest.mark.parametrize("workers", [None, 1, 5])
+@pytest.mark.parametrize("num_devices", [0, 1, 3])
+def test_the_least_budget_that_an_error_names_is_enough(workers, num_devices):
+    options = {
+        "reserved": RESERVED,
+        "best_strip": BEST_STRIP,
+        "num_devices": num_devices,
+        "workers": workers,
+    }
+    with pytest.raises(BudgetError) as caught:
+        fit_memory(**options, max_memory=MIB)
+    least = str(caught.value).split("least that works here is ")[1].split(" ")[0]
+    fitted = fit_memory(**options, max_memory=parse_size(least))
+    assert fitted.projected_peak_nbytes <= parse_size(least)
+    # A process may hold a little more the next time; of that there is some in what is named.
+    fit_memory(**{**options, "reserved": RESERVED + 3 * MIB}, max_memory=parse_size(least))
+    with pytest.raises(BudgetError):
+        fit_memory(**options, max_memory=parse_size(least) - 5 * MIB)
+
+
+def test_too_little_vram_is_named_as_such():
+    with pytest.raises(BudgetError, match="--max-vram 1MiB"):
+        fit_memory(
+            reserved=RESERVED,
+            best_strip=BEST_STRIP,
+            num_devices=1,
+            max_memory=2048 * MIB,
+            max_vram=MIB,
+        )
+
+
+def test_max_vram_is_each_gpus_and_workers_are_shared_among_them():
+    options = {"reserved": RESERVED, "best_strip": 32 * MIB, "workers": 5}
+    alone, *others = (fit_memory(**options, num_devices=count) for count in (1, 2, 3, 7))
+    each = -(-VRAM_BUFFERS_PER_WORKER * 32 // 20) * 20 * MIB + 2 * MIB
+    assert alone.projected_vram_nbytes == 5 * each
+    assert [other.projected_vram_nbytes for other in others] == [3 * each, 2 * each, each]
+    for other in others:
+        assert other.projected_peak_nbytes == alone.projected_peak_nbytes
+    shared = fit_memory(**options, num_devices=2, max_vram=3 * each)
+    assert shared.strip_nbytes == 32 * MIB
+    assert fit_memory(**options, num_devices=1, max_vram=3 * each).strip_nbytes < 32 * MIB
+
+
+def test_vram_that_is_held_already_counts():
+    options = {"reserved": RESERVED, "best_strip": 32 * MIB, "workers": 2}
+    alone = fit_memory(**options, num_devices=1).projected_vram_nbytes
+    options["vram"] = VramUse(held_nbytes=50 * MIB)
+    assert fit_memory(**options, num_devices=1).projected_vram_nbytes == alone + 50 * MIB
+    assert fit_memory(**options).projected_vram_nbytes == 0
+    assert fit_memory(**options, num_devices=1, max_vram=alone).strip_nbytes < 32 * MIB
+    with pytest.raises(BudgetError, match="50MiB of it held already"):
+        fit_memory(**options, num_devices=1, max_vram=52 * MIB)
+
+
+def test_without_a_budget_a_gpus_memory_is_shared_with_others():
+    options = {"reserved": RESERVED, "best_strip": 32 * MIB, "num_devices": 1}
+    roomy = fit_memory(**options, vram=VramUse(0, 64 * 1024 * MIB))
+    assert roomy == fit_memory(**options)
+    used = VramUse(held_nbytes=10 * MIB, spare_nbytes=100 * MIB)
+    tight = fit_memory(**options, vram=used)
+    assert tight.projected_vram_nbytes <= 110 * MIB
+    assert tight == fit_memory(**options, vram=used, max_vram=110 * MIB)
+    with pytest.raises(BudgetError, match=r"GPU to be had: 1MiB: too small.*use --device cpu"):
+        fit_memory(**options, vram=VramUse(0, MIB))
+
+
+def test_every_gpu_has_two_workers_at_least(monkeypatch):
+    monkeypatch.setattr(memory, "num_cores", lambda: 4)
+    assert [default_workers(num_devices=count) for count in (0, 1, 2, 3, 8)] == [4, 4, 4, 6, 16]
+    monkeypatch.setattr(memory, "num_cores", lambda: 64)
+    assert [default_workers(num_devices=count) for count in (0, 1, 8)] == [8, 8, 16]
+
+
+def test_a_tight_budget_shrinks_the_strip_before_it_takes_workers_away():
+    roomy = fit_memory(reserved=RESERVED, best_strip=BEST_STRIP, max_memory=RESERVED + 400 * MIB)
+    tight = fit_memory(reserved=RESERVED, best_strip=BEST_STRIP, max_memory=RESERVED + 12 * MIB)
+    assert roomy.strip_nbytes == BEST_STRIP
+    assert tight.strip_nbytes < roomy.strip_nbytes
+
+
+def test_measured_memory_is_that_of_the_process():
+    """In a fresh one: this one's allocator may serve the ballast from what it kept."""
+    code = (
+        "from shardmix.system.memory import peak_resident_nbytes, resident_nbytes\n"
+        "before = resident_nbytes()\n"
+        "ballast = b'x' * (64 << 20)\n"
+        "print(resident_nbytes() - before > 60 << 20)\n"
+        "del ballast\n"
+        "print(peak_resident_nbytes() - before > 60 << 20)\n"
+        "print(resident_nbytes() - before < 4 << 20)\n"
+    )
+    assert python(code).split() == ["True"] * 3
+
+
+def test_room_is_asked_for_within_the_budget_for_the_whole_process(monkeypatch):
+    monkeypatch.setattr(memory, "resident_nbytes", lambda: 100 * MIB)
+    memory.check_room(50 * MIB, max_memory=150 * MIB, purpose="x: to decode it")
+    with pytest.raises(
+        BudgetError,
+        match="x: to decode it may take 151MiB in all but --max-memory is 150MiB; "
+        "what comes after it may take more; raise the budget",
+    ):
+        memory.check_room(51 * MIB, max_memory=150 * MIB, purpose="x: to decode it")
+
+
+def test_without_a_budget_four_fifths_of_the_free_memory_is_one(monkeypatch):
+    monkeypatch.setattr(memory, "resident_nbytes", lambda: 100 * MIB)
+    monkeypatch.setattr(memory, "available_nbytes", lambda: 1000 * MIB)
+    memory.check_room(800 * MIB, max_memory=None, purpose="x: to decode it")
+    with pytest.raises(
+        BudgetError, match="may take 901MiB in all but there is to spare here only 900MiB"
+    ):
+        memory.check_room(801 * MIB, max_memory=None, purpose="x: to decode it")
+    monkeypatch.setattr(memory, "available_nbytes", lambda: 0)
+    memory.check_room(64 * MIB, max_memory=None, purpose="what takes little is not asked about")
+
+
+def test_the_strip_shrinks_last(monkeypatch):
+    """One worker with an eighth of the best strip comes before any smaller strip."""
+    fitted = {}
+    for mib in range(1, 60):
+        try:
+            plan = fit_memory(
+                reserved=RESERVED, best_strip=8 * MIB, max_memory=RESERVED + mib * MIB
+            )
+        except BudgetError:
+            continue
+        fitted.setdefault(plan.workers, set()).add(plan.strip_nbytes)
+    assert MIB in fitted[1]
+    assert all(strips == {MIB} for workers, strips in fitted.items() if 1 < workers < max(fitted))
+
+
+def test_workers_that_were_asked_for_stay():
+    """Too little memory for them is an error, though it would do for fewer."""
+    options = {"reserved": RESERVED, "best_strip": BEST_STRIP}
+    budget = fit_memory(**options, workers=1).projected_peak_nbytes
+    assert fit_memory(**options, max_memory=budget).workers >= 1
+    with pytest.raises(BudgetError, match="fewer than 64 workers"):
+        fit_memory(**options, workers=64, max_memory=budget)
+
+
+def test_what_is_held_is_no_less_to_spare():
+    """The bound is what torch holds and what the GPU has beside that."""
+    options = {"reserved": RESERVED, "best_strip": 16 * MIB, "num_devices": 1, "workers": 2}
+    whole = fit_memory(**options)
+    used = VramUse(held_nbytes=500 * MIB, spare_nbytes=whole.projected_vram_nbytes)
+    assert fit_memory(**options, vram=used).strip_nbytes == 16 * MIB
+
+
+@pytest.fixture
+def reserved(monkeypatch):
+    """Return what is reserved beyond what the process holds, with no library loaded."""
+    monkeypatch.setattr(memory, "resident_nbytes", lambda: 0)
+    monkeypatch.setattr(memory, "torch_has_cuda_build", lambda: False)
+    monkeypatch.setattr(memory, "cuda_in_use", lambda: None)
+    loaded = {}
+    monkeypatch.setattr(memory, "sys", SimpleNamespace(modules=loaded))
+    nothing = reserved_nbytes()
+
+    def beyond(*libraries, load=(), **counts):
+        loaded.clear()
+        loaded.update(dict.fromkeys(load))
+        return reserved_nbytes(*libraries, **counts) - nothing
+
+    return beyond
+
+
+def test_libraries_that_are_loaded_count_once(reserved):
+    """They are part of what the process holds; others are estimated, each of them."""
+    assert reserved("torch") == 200 * MIB
+    assert reserved("llvm") == 80 * MIB
+    assert reserved("torch", "llvm") == 280 * MIB
+    assert reserved("torch", "llvm", load=["torch"]) == 80 * MIB
+    assert reserved("torch", "llvm", load=["torch", "llvmlite"]) == 0
+
+
+def test_contexts_of_gpus_count_until_they_are_there(reserved, monkeypatch):
+    """600 MiB for the first, 200 for each other."""
+    assert [reserved(num_devices=count) for count in (0, 1, 3)] == [0, 600 * MIB, 1000 * MIB]
+    monkeypatch.setattr(memory, "cuda_in_use", lambda: "torch.cuda")
+    assert reserved(num_devices=3) == 0
+
+
+def test_tensors_that_may_hold_nan_count(reserved):
+    assert reserved(num_tensors=50_000) == 128 * 50_000

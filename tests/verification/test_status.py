@@ -1,0 +1,98 @@
+"""`status`: what was left in the moment of putting in place, and what strangers put there."""
+
+import os
+
+import pytest
+
+import shardmix
+from shardmix.errors import OutputError
+from shardmix.output import staging as staging_module
+from shardmix.system.held_folder import open_folder
+from shardmix.system.locks import lock_owner
+from tests.support.cut_off import cut_off, large_models
+from tests.support.models import random_model, save_model
+
+
+class Killed(BaseException):
+    """Ends a run without its clean-up."""
+
+
+def kill_while_placing(out, monkeypatch, *, after_exchange):
+    """Merge over a model, and leave what a kill just behind or amid the exchange leaves."""
+    models = large_models(out.parent)
+    save_model(out, random_model(1))
+    place, clear = staging_module._exchange, staging_module._clear
+
+    def exchange(staging, old):
+        if after_exchange:
+            place(staging, old)
+        else:
+            staging.parent.move("out", staging.hidden, "old")
+        raise Killed
+
+    monkeypatch.setattr(staging_module, "_exchange", exchange)
+    monkeypatch.setattr(staging_module, "_clear", lambda _folder: None)
+    monkeypatch.setattr(staging_module._Opened, "remove_empty", lambda _opened: None)
+    with pytest.raises(Killed):
+        shardmix.merge(models, out, overwrite=True)
+    monkeypatch.undo()
+    assert clear is staging_module._clear
+    return models
+
+
+def test_what_is_left_of_a_finished_exchange_is_not_to_be_gone_on_with(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    models = kill_while_placing(out, monkeypatch, after_exchange=True)
+    report = shardmix.status(out)
+    assert report.complete is not None
+    assert report.unfinished.is_left_over
+    assert "the next merge to it tidies up" in report.unfinished.note
+    shardmix.merge(models, out, overwrite=True)
+    assert shardmix.status(out).unfinished is None
+
+
+def test_an_old_model_out_of_its_place_is_told_of(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    models = kill_while_placing(out, monkeypatch, after_exchange=False)
+    report = shardmix.status(out)
+    assert not report.exists
+    assert not report.unfinished.is_left_over
+    assert f"the old model lies in {tmp_path / '.out.shardmix' / 'old'}" in report.unfinished.note
+    shardmix.merge(models, out, overwrite=True)
+    assert shardmix.status(out).unfinished is None
+
+
+def test_the_root_is_no_output(tmp_path):
+    model = save_model(tmp_path / "m", random_model(1))
+    with pytest.raises(OutputError, match="/: is the root of the file system"):
+        shardmix.status("/")
+    with pytest.raises(OutputError, match="/: is the root of the file system"):
+        shardmix.merge([(model, 1)], "/", overwrite=True)
+
+
+def test_a_line_of_deep_nesting_is_the_journals_end(tmp_path):
+    models = large_models(tmp_path)
+    cut_off(models, tmp_path / "out")
+    with (tmp_path / ".out.shardmix" / "journal").open("ab") as file:
+        file.write(b'[0,6,"",[{},{}],' + b"[" * 100_000 + b"\n")
+    assert shardmix.status(tmp_path / "out").unfinished.bytes_done == 3 * 4 * 2**20
+
+
+@pytest.mark.parametrize("name", ["lock", "placing"])
+def test_pipes_are_not_waited_for(tmp_path, name):
+    staging = tmp_path / ".out.shardmix"
+    staging.mkdir()
+    os.mkfifo(staging / name)
+    assert shardmix.status(tmp_path / "out").unfinished.process is None
+
+
+def test_a_lock_that_cannot_be_read_is_somebodys(tmp_path, monkeypatch):
+    (tmp_path / "lock").touch()
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    with open_folder(tmp_path) as folder:
+        assert lock_owner(folder) is None
+        monkeypatch.setattr(os, "open", refuse)
+        assert lock_owner(folder) == 0
