@@ -25,8 +25,9 @@ from shardmix.output.disk_need import disk_needed_nbytes
 from shardmix.output.journal import Journal, open_journal
 from shardmix.output.permissions import readers_of
 from shardmix.output.staging import Staging, open_staging, settle, staged_nbytes
-from shardmix.plan.merge_plan import MergePlan, planner
-from shardmix.plan.merge_plan.opening import disk_errors_named, open_models
+from shardmix.plan import planner
+from shardmix.plan.merge_plan import MergePlan
+from shardmix.plan.opening import disk_errors_named, open_models
 from shardmix.profiling.recorder import check_profile_place, recording
 from shardmix.recipe import ModelsArgument, build_recipe
 from shardmix.reports import (

@@ -259,7 +259,7 @@ def verify(
         sources = arguments.places(source)
         from shardmix.cli import render
         from shardmix.cli.progress import progress_display
-        from shardmix.verification.verify import verify
+        from shardmix.verification import verify
 
         with progress_display("verifying", quiet=quiet) as on_progress:
             report = verify.verify(
@@ -284,7 +284,7 @@ def status(output: Path, *, json: bool) -> None:
     """
     with errors_reported(json=json):
         from shardmix.cli import render
-        from shardmix.verification.verify import status
+        from shardmix.verification import status
 
         render.status_report(status.status(output), json=json)
 

@@ -1,8 +1,8 @@
 """How many elements a strip holds."""
 
 from shardmix.formats.safetensors_layout import element_nbytes
+from shardmix.plan.memory_budget import BUFFERS_PER_WORKER
 from shardmix.plan.merge_plan import AGREE, Run
-from shardmix.plan.merge_plan.memory_budget import BUFFERS_PER_WORKER
 from shardmix.system.buffers import PAGE_NBYTES
 
 AGREE_STRIP_NBYTES = 1 << 16  # integers are few: small buffers do

@@ -12,8 +12,8 @@ from shardmix.anomalies import NonfiniteCounts
 from shardmix.compute.llvm_assembly import FAILED
 from shardmix.compute.llvm_compile import LEAST_INFINITE, Kernels, finding
 from shardmix.formats.safetensors_layout import element_nbytes
+from shardmix.plan.memory_budget import BUFFERS_PER_WORKER
 from shardmix.plan.merge_plan import Run
-from shardmix.plan.merge_plan.memory_budget import BUFFERS_PER_WORKER
 from shardmix.system.buffers import PAGE_NBYTES, address, buffer_of_pages, place_in_page
 
 # For its place within a page, each part of a buffer takes up to so many bytes more.

@@ -20,7 +20,7 @@ from shardmix.compute.torch_ops import (
     typed,
 )
 from shardmix.formats.safetensors_layout import element_nbytes
-from shardmix.plan.merge_plan.memory_budget import BUFFERS_PER_WORKER, VRAM_BUFFERS_PER_WORKER
+from shardmix.plan.memory_budget import BUFFERS_PER_WORKER, VRAM_BUFFERS_PER_WORKER
 
 NUM_IN_FLIGHT = 2
 _NUM_ARRIVALS = 2

@@ -11,8 +11,8 @@ from shardmix.compute.backend import Backend, load_backend
 from shardmix.errors import BudgetError, RecipeError
 from shardmix.execute import calibrate
 from shardmix.options import TORCH, MergeOptions
+from shardmix.plan.memory_budget import MemoryPlan, plan_memory
 from shardmix.plan.merge_plan import MergePlan
-from shardmix.plan.merge_plan.memory_budget import MemoryPlan, plan_memory
 
 Replan = Callable[[MergeOptions], MergePlan]
 """Plans the same merge with other options."""

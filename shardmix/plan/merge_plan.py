@@ -15,7 +15,7 @@ from shardmix.conventions.file_kinds import LeftOut
 from shardmix.conventions.module_tree import inner_path
 from shardmix.formats.safetensors_layout import HEADER_LENGTH_NBYTES
 from shardmix.options import RunSettings
-from shardmix.plan.merge_plan.memory_budget import MemoryPlan
+from shardmix.plan.memory_budget import MemoryPlan
 from shardmix.sources.open_files import FileStamp
 from shardmix.system.page_cache import CacheUse
 

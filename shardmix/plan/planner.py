@@ -26,9 +26,9 @@ from shardmix.matching.parts import match_parts
 from shardmix.matching.tensors import MatchedTensors, match_tensors
 from shardmix.options import LLVM, LLVM_DTYPES, TORCH, RunSettings
 from shardmix.plan.layout import plan_shards
+from shardmix.plan.memory_budget import plan_memory
 from shardmix.plan.merge_plan import LINEAR, MergePlan, ModuleConfig, OutputShard, SourceFile
-from shardmix.plan.merge_plan.memory_budget import plan_memory
-from shardmix.plan.merge_plan.opening import ConfigSource, OpenedModels, public_name
+from shardmix.plan.opening import ConfigSource, OpenedModels, public_name
 from shardmix.plan.output_modules import PlannedModules, plan_modules
 from shardmix.plan.weight_warnings import weight_warnings
 from shardmix.recipe import OUT_DTYPES, Recipe

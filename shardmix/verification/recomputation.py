@@ -20,8 +20,9 @@ from shardmix.matching.differences import EVERYTHING
 from shardmix.matching.tensors import QUANTISATION
 from shardmix.options import MergeOptions, run_settings
 from shardmix.output.provenance import PROVENANCE_NAME, Provenance, SourceRecord
-from shardmix.plan.merge_plan import MergePlan, planner
-from shardmix.plan.merge_plan.opening import disk_errors_named, open_models
+from shardmix.plan import planner
+from shardmix.plan.merge_plan import MergePlan
+from shardmix.plan.opening import disk_errors_named, open_models
 from shardmix.recipe import Recipe, WeightedSource
 
 

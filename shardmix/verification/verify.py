@@ -23,14 +23,14 @@ from shardmix.output.provenance import (
     Provenance,
     read_provenance,
 )
-from shardmix.plan.merge_plan.memory_budget import default_workers
+from shardmix.plan.memory_budget import default_workers
 from shardmix.system.digests import check_algorithm, file_digest
 from shardmix.system.files import open_regular, refuse_link_outside
 from shardmix.system.memory import peak_resident_nbytes, resident_nbytes
 from shardmix.system.page_cache import PassedRanges, plan_cache_use
 from shardmix.system.threads import running
+from shardmix.verification import recomputation
 from shardmix.verification.recomputation import places_given
-from shardmix.verification.verify import recomputation
 
 # What loaders of models read besides what goes along with weights: weights of any format ...
 _WEIGHTS = (

@@ -1,16 +1,9 @@
 """A shardmix command line that is harmed on purpose: what runs in the process that comes to harm.
 
-<<<<<<<< HEAD:tests/faults/faulty_cli.py
 `python -m tests.faults.faulty_cli merge ...` is `shardmix merge ...` with the fault that the
 environment variable SHARDMIX_FAULT names (JSON of `Fault`). `... --serve 0` loads all that a merge
 needs, once, and forks such a command line for each request. The library itself knows nothing of
 faults.
-========
-`python -m tests.support.faulty_cli merge ...` is `shardmix merge ...` with the fault that the
-environment variable SHARDMIX_FAULT names (JSON of `Fault`). `--serve 0` in the place of `merge ...`
-loads all that a merge needs, once, and forks such a command line for each request. The library
-itself knows nothing of faults.
->>>>>>>> 53b9bec (Modules move into packages: a layer is a package, and there are thirteen):tests/support/faulty_cli.py
 """
 
 import builtins

@@ -21,13 +21,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-<<<<<<<< HEAD:tests/faults/merges.py
 from tests.faults.faulty_cli import FAULT_VARIABLE, Fault
 from tests.support.models import random_tensor, save_model
-========
-from tests.support.faulty_cli import FAULT_VARIABLE, Fault
-from tests.support.models import random_tensor, save_model
->>>>>>>> 53b9bec (Modules move into packages: a layer is a package, and there are thirteen):tests/support/faults.py
 
 ROOT = Path(__file__).resolve().parents[2]
 NONE, OLD, NEW = "nothing", "the old model", "the new model"
@@ -92,11 +87,7 @@ class CommandLines:
         self._lock = threading.Lock()
         if is_forking:
             self._server = subprocess.Popen(
-<<<<<<<< HEAD:tests/faults/merges.py
                 [sys.executable, "-m", "tests.faults.faulty_cli", "--serve", str(leaf_nbytes)],
-========
-                [sys.executable, "-m", "tests.support.faulty_cli", "--serve", str(leaf_nbytes)],
->>>>>>>> 53b9bec (Modules move into packages: a layer is a package, and there are thirteen):tests/support/faults.py
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -121,11 +112,7 @@ class CommandLines:
         variables = {**os.environ, FAULT_VARIABLE: json.dumps(dataclasses.asdict(fault))}
         with open(paths["stdout"], "wb") as stdout, open(paths["stderr"], "wb") as stderr:
             child = subprocess.Popen(
-<<<<<<<< HEAD:tests/faults/merges.py
                 [sys.executable, "-m", "tests.faults.faulty_cli", *words],
-========
-                [sys.executable, "-m", "tests.support.faulty_cli", *words],
->>>>>>>> 53b9bec (Modules move into packages: a layer is a package, and there are thirteen):tests/support/faults.py
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
