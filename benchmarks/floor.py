@@ -1,6 +1,6 @@
 """The floor of a merge: the same bytes read and written by N threads, with no arithmetic.
 
-Each thread takes a shard, strip by strip, and then helps with the others': it preads a strip from
+Each thread takes a shard, chunk by chunk, and then helps with the others': it preads a chunk from
 every model into reused buffers and pwrites the first one at the same place of the output. No merge
 that reads and writes through the page cache can be faster, save by moving fewer bytes. Needs
 checkpoints of one layout.
@@ -9,7 +9,7 @@ Two things make it as fast as it is. A file system lets one thread at a time wri
 the kernel's copies are up to six times as slow where the destination lies a few bytes behind the
 source by their places within a page (see `shardmix/system/buffers.py`).
 
-    python benchmarks/floor.py A B C -o OUT --threads 2 --strip-size 512KiB
+    python benchmarks/floor.py A B C -o OUT --threads 2 --chunk-size 512KiB
 
 Prints one JSON object; `seconds` starts when the interpreter is up and the files are listed.
 """
@@ -44,7 +44,7 @@ class Shard:
     nbytes: int
     """Size of each of these files."""
     offsets: Iterator[int]
-    """Where the strips begin that no thread has taken. `next` is atomic here: no lock is needed."""
+    """Where the chunks begin that no thread has taken. `next` is atomic here: no lock is needed."""
 
 
 def common_shards(models: Sequence[Path]) -> dict[str, int]:
@@ -80,13 +80,13 @@ def open_shards(
 
 
 def placed_buffer(nbytes: int) -> memoryview:
-    """A buffer that begins in the middle of a page, where strips begin at the start of one."""
+    """A buffer that begins in the middle of a page, where chunks begin at the start of one."""
     half_a_page = mmap.PAGESIZE // 2
     return memoryview(mmap.mmap(-1, half_a_page + nbytes, flags=ANONYMOUS))[half_a_page:]
 
 
-def move_strip(shard: Shard, offset: int, buffers: Sequence[memoryview]) -> None:
-    """Read one strip of every source and write the first one's bytes."""
+def move_chunk(shard: Shard, offset: int, buffers: Sequence[memoryview]) -> None:
+    """Read one chunk of every source and write the first one's bytes."""
     wanted = min(len(buffers[0]), shard.nbytes - offset)
     for source, buffer in zip(shard.sources, buffers, strict=True):
         done = 0
@@ -101,7 +101,7 @@ def move_strip(shard: Shard, offset: int, buffers: Sequence[memoryview]) -> None
 
 
 def move_all(shards: Sequence[Shard], *, threads: int, strip_bytes: int) -> None:
-    """Move every strip of every shard, each thread those of a shard of its own first."""
+    """Move every chunk of every shard, each thread those of a shard of its own first."""
     not_begun = iter(shards)
     errors: list[BaseException] = []
 
@@ -110,7 +110,7 @@ def move_all(shards: Sequence[Shard], *, threads: int, strip_bytes: int) -> None
         try:
             for shard in itertools.chain(not_begun, shards):
                 for offset in shard.offsets:
-                    move_strip(shard, offset, buffers)
+                    move_chunk(shard, offset, buffers)
         except BaseException as error:
             errors.append(error)
 
@@ -147,14 +147,14 @@ def main() -> None:
     parser.add_argument("models", type=Path, nargs="+", help="checkpoint folders of one layout")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to create")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--strip-size", type=parse_size, default=parse_size("512KiB"))
+    parser.add_argument("--chunk-size", type=parse_size, default=parse_size("512KiB"))
     parser.add_argument("--fsync", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     layout = common_shards(args.models)
     start = time.perf_counter()
     args.output.mkdir(parents=True)
-    with open_shards(args.models, args.output, layout, args.strip_size) as shards:
-        move_all(shards, threads=args.threads, strip_bytes=args.strip_size)
+    with open_shards(args.models, args.output, layout, args.chunk_size) as shards:
+        move_all(shards, threads=args.threads, strip_bytes=args.chunk_size)
         if args.fsync:
             sync_all(shards, args.output)
     for path in args.models[0].glob("*.json"):
@@ -164,7 +164,7 @@ def main() -> None:
         "bytes_read": sum(layout.values()) * len(args.models),
         "bytes_written": sum(layout.values()),
         "threads": args.threads,
-        "strip_bytes": args.strip_size,
+        "strip_bytes": args.chunk_size,
         "fsync": args.fsync,
         "peak_rss_bytes": peak_resident_bytes(),
     }

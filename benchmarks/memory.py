@@ -100,7 +100,7 @@ HEADER = (
     "measured",
     "/ budget",
     "/ projected",
-    "strips",
+    "chunks",
     "s",
     "promise",
 )

@@ -109,7 +109,7 @@ class Peak:
 
 
 HEADER = (
-    *("sources", "models", "strips", "io", "backend", "dtype", "digest", "budget MiB"),
+    *("sources", "models", "chunks", "io", "backend", "dtype", "digest", "budget MiB"),
     *("projected", "measured", "/ projected", "promise"),
 )
 

@@ -6,7 +6,7 @@ from functools import lru_cache
 import msgspec
 
 
-class LeafFindings(msgspec.Struct, array_like=True, frozen=True):
+class LeafAnomalies(msgspec.Struct, array_like=True, frozen=True):
     """The findings in one range of an output file; mostly there are none."""
 
     nonfinite: dict[str, tuple[int, int, int]] = {}
@@ -18,7 +18,7 @@ class LeafFindings(msgspec.Struct, array_like=True, frozen=True):
         return bool(self.nonfinite or self.disagreeing)
 
 
-NOTHING_FOUND = LeafFindings()
+NO_ANOMALIES = LeafAnomalies()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class NonfiniteCounts:
     """Infinities whose sum was finite: rounding it to the output's dtype made them."""
 
 
-class FindingsSum:
+class AnomalySum:
     """The findings of several ranges as those of one, added up as they come.
 
     What is added costs no more for what was there before: all of a model may be NaN.
@@ -47,7 +47,7 @@ class FindingsSum:
         """Tell whether a tensor holds NaN or Inf in what was added."""
         return name in self._nonfinite
 
-    def add(self, findings: LeafFindings) -> None:
+    def add(self, findings: LeafAnomalies) -> None:
         """Take in what was found in one more range."""
         for name, counts in findings.nonfinite.items():
             there = self._nonfinite.get(name)
@@ -62,11 +62,11 @@ class FindingsSum:
         """Take in what was counted in one more part of a tensor, if it is not nothing."""
         if counts.num_nan or counts.num_inf:
             triple = _triple(counts.num_nan, counts.num_inf, counts.num_overflowed)
-            self.add(LeafFindings(nonfinite={name: triple}))
+            self.add(LeafAnomalies(nonfinite={name: triple}))
 
-    def total(self) -> LeafFindings:
+    def total(self) -> LeafAnomalies:
         """Return all of it, not copied: nothing more may be added."""
-        return LeafFindings(
+        return LeafAnomalies(
             self._nonfinite,
             {name: tuple(sorted(models)) for name, models in self._disagreeing.items()},
         )

@@ -153,12 +153,12 @@ def plan_merge(
     if unknown:
         raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
     settings, digest = run_settings(options), digest_algorithm(options)
-    base = options.get("base")
+    config_from = options.get("config_from")
     max_shard_size = options.get("max_shard_size")
     recipe = build_recipe(
         models,
         dtype=options.get("dtype"),
-        base=None if base is None else str(base),
+        config_from=None if config_from is None else str(config_from),
         max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
         normalize=options.get("normalize"),
         allow_weight_sum=options.get("allow_weight_sum"),

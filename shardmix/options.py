@@ -71,8 +71,8 @@ class MergeOptions(TypedDict, total=False):
 
     dtype: str | None
     """Output dtype: "keep" (each tensor's in the first model), float32, float16 or bfloat16."""
-    base: str | PathLike[str] | None
-    """Source of config, tokenizer and other companion files; default: the first model."""
+    config_from: str | PathLike[str] | None
+    """Source of config, tokenizer and other auxiliary files; default: the first model."""
     max_shard_size: int | str | None
     """Largest output shard ("5GB"); default: the first model's own shard layout."""
     normalize: bool | None

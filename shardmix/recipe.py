@@ -48,8 +48,8 @@ class Recipe:
     """At least two; the first one gives names, layout, config and tokenizer."""
     dtype: str = "keep"
     """Output dtype: keep (each tensor's in the first model), float32, float16 or bfloat16."""
-    base: str | None = None
-    """Source of config, tokenizer and the other companion files; None: the first model."""
+    config_from: str | None = None
+    """Source of config, tokenizer and the other auxiliary files; None: the first model."""
     max_shard_size: int | None = None
     """Largest output shard in bytes; None: the first model's own shard layout."""
     normalize: bool = False
@@ -165,7 +165,7 @@ def recipe_from_dict(content: object, *, origin: str = "recipe") -> Recipe:
         options["allow_differences"] = difference_keys(options["allow_differences"], where=origin)
     if "max_shard_size" in options:
         options["max_shard_size"] = parse_size(options["max_shard_size"])
-    for key in ("dtype", "base", "model_type", "pooling"):
+    for key in ("dtype", "config_from", "model_type", "pooling"):
         if key in options:
             options[key] = _text(options[key], key=key, where=origin)
     return Recipe(models=tuple(_weighted_source(pair) for pair in pairs), **options)
@@ -218,7 +218,10 @@ def checked(recipe: Recipe) -> Recipe:
             "name each as SOURCE=WEIGHT"
         )
     _refuse_non_finite(recipe)
-    for source in (*recipe.sources, *([recipe.base] if recipe.base is not None else [])):
+    for source in (
+        *recipe.sources,
+        *([recipe.config_from] if recipe.config_from is not None else []),
+    ):
         if not source.strip():
             raise RecipeError("a source is empty; name a model folder, a file or a Hub id")
         if not is_unicode(source):

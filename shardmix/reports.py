@@ -7,7 +7,7 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from shardmix.anomalies import LeafFindings
+from shardmix.anomalies import LeafAnomalies
 from shardmix.conventions.declarations import declaration_of
 from shardmix.conventions.file_kinds import LeftOut
 from shardmix.conventions.naming import ties_word_embeddings
@@ -131,9 +131,9 @@ class PlanReport:
     backend: str
     """What does the sums: torch or llvm."""
     strip_bytes: int
-    """Size of one strip's accumulator; no buffer of a strip is larger."""
+    """Size of one chunk's accumulator; no buffer of a chunk is larger."""
     workers: int
-    """Threads, each with a strip of its own."""
+    """Threads, each with a chunk of its own."""
     reserved_bytes: int
     """Of the projected peak, what Python, torch and the process itself take."""
     projected_peak_bytes: int
@@ -151,7 +151,7 @@ class PlanReport:
     """As named by the user."""
     shards: tuple[ShardReport, ...]
     """The files to write."""
-    companions: tuple[str, ...]
+    auxiliary_files: tuple[str, ...]
     """Files that go along with the weights."""
     left_out: tuple[LeftOut, ...]
     """Files and folders that do not, and why."""
@@ -206,9 +206,9 @@ class MergeReport:
     backend: str
     """What does the sums: torch or llvm."""
     strip_bytes: int
-    """Size of one strip's accumulator; no buffer of a strip is larger."""
+    """Size of one chunk's accumulator; no buffer of a chunk is larger."""
     workers: int
-    """Threads, each with a strip of its own."""
+    """Threads, each with a chunk of its own."""
     projected_peak_bytes: int
     """What the peak was promised to stay within."""
     peak_rss_bytes: int
@@ -226,7 +226,7 @@ class MergeReport:
     nonfinite: tuple[NonfiniteReport, ...]
     """Tensors of the output that hold NaN or Inf."""
     left_out: tuple[LeftOut, ...]
-    """Files and folders of the model that gives the companions, but do not go along, and why."""
+    """Files and folders of the model that gives the config that stay behind, and why."""
     warnings: tuple[str, ...]
     """What to know about the output."""
     notes: tuple[str, ...] = ()
@@ -252,7 +252,7 @@ def describe_plan(plan: MergePlan, *, disk_free: int | None) -> PlanReport:
         device=plan.settings.device,
         io=plan.settings.io,
         backend=plan.settings.backend,
-        strip_bytes=plan.memory.strip_nbytes,
+        strip_bytes=plan.memory.chunk_nbytes,
         workers=plan.memory.workers,
         reserved_bytes=plan.memory.reserved_nbytes,
         projected_peak_bytes=plan.memory.projected_peak_nbytes,
@@ -262,7 +262,7 @@ def describe_plan(plan: MergePlan, *, disk_free: int | None) -> PlanReport:
         weights=plan.weights,
         sources=plan.sources,
         shards=_shard_reports(plan),
-        companions=plan.companions,
+        auxiliary_files=plan.auxiliary_files,
         left_out=plan.left_out,
         plan_digest=plan.digest(),
         digest=plan.digest_algorithm,
@@ -291,7 +291,7 @@ def describe_merge(
         device=plan.settings.device,
         io=plan.settings.io,
         backend=plan.settings.backend,
-        strip_bytes=plan.memory.strip_nbytes,
+        strip_bytes=plan.memory.chunk_nbytes,
         workers=plan.memory.workers,
         projected_peak_bytes=plan.memory.projected_peak_nbytes,
         peak_rss_bytes=result.peak_resident_nbytes,
@@ -315,7 +315,7 @@ def describe_merge(
     )
 
 
-def _nonfinite_warnings(plan: MergePlan, findings: LeafFindings) -> Iterator[str]:
+def _nonfinite_warnings(plan: MergePlan, findings: LeafAnomalies) -> Iterator[str]:
     """Name the tensors that hold NaN or Inf: the first ones, since it may be all of a model."""
     found = findings.nonfinite
     for name in heapq.nsmallest(_MOST_NAMED, found):
@@ -324,7 +324,7 @@ def _nonfinite_warnings(plan: MergePlan, findings: LeafFindings) -> Iterator[str
         yield f"{len(found) - _MOST_NAMED} more tensors hold NaN or Inf; --json lists them"
 
 
-def _disagreements(plan: MergePlan, findings: LeafFindings) -> Iterator[str]:
+def _disagreements(plan: MergePlan, findings: LeafAnomalies) -> Iterator[str]:
     """Say which integer tensors differ between models: the first ones, as above."""
     sources, found = plan.sources, findings.disagreeing
     for name in heapq.nsmallest(_MOST_NAMED, found):
@@ -347,7 +347,7 @@ def _shard_reports(plan: MergePlan) -> tuple[ShardReport, ...]:
             bytes_read=shard.read_nbytes,
             sources=tuple(
                 plan.files[file].path
-                for file in sorted({f for run in shard.runs for f in run.files})
+                for file in sorted({f for segment in shard.segments for f in segment.files})
             ),
         )
         for shard in plan.shards

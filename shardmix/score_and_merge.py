@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from shardmix import api
-from shardmix.conventions.file_kinds import is_companion_file, is_module_folder
+from shardmix.conventions.file_kinds import is_auxiliary_file, is_module_folder
 from shardmix.errors import RecipeError, ShardmixError
 from shardmix.execute import executor
 from shardmix.options import MergeOptions
@@ -153,7 +153,7 @@ def _files_beside(source: str) -> Iterator[tuple[str, str]]:
     below = [path for entry in entries if is_module_folder(entry.name) for path in _files(entry)]
     for path in (*entries, *below):
         name = path.relative_to(folder).as_posix()
-        if is_companion_file(name) and not name.endswith(_WEIGHT_SUFFIXES) and path.is_file():
+        if is_auxiliary_file(name) and not name.endswith(_WEIGHT_SUFFIXES) and path.is_file():
             with open_regular(path) as file:
                 yield name, file_digest(file.fileno(), XXH3)
 

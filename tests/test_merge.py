@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import shardmix
-from shardmix.anomalies import LeafFindings
+from shardmix.anomalies import LeafAnomalies
 from shardmix.compute.backend import load_backend
 from shardmix.errors import OutputError, SourceError
 from shardmix.execute import executor
@@ -115,7 +115,7 @@ def layouts(names):
 )
 @given(data=st.data())
 def test_bytes_depend_on_recipe_and_sources_alone(tmp_path_factory, data):
-    """Whatever the layouts, dtypes, number of models, strips, workers and way to read."""
+    """Whatever the layouts, dtypes, number of models, chunks, workers and way to read."""
     tmp_path = tmp_path_factory.mktemp("merge")
     names = [f"layer.{number}.weight" for number in range(data.draw(st.integers(1, 6)))]
     shapes = {
@@ -141,11 +141,11 @@ def test_bytes_depend_on_recipe_and_sources_alone(tmp_path_factory, data):
     with np.errstate(over="ignore"):
         assert_same_bits(load_model(tmp_path / "out"), oracle(models, out_dtype))
     expected = folder_bytes(tmp_path / "out")
-    for workers, io, strip_nbytes in [(2, "mmap", 40), (4, "pread", 1000), (4, "mmap", 1 << 26)]:
+    for workers, io, chunk_nbytes in [(2, "mmap", 40), (4, "pread", 1000), (4, "mmap", 1 << 26)]:
         plan = shardmix.plan_merge(
             models, tmp_path / "out", workers=workers, io=io, overwrite=True, **options
         )
-        plan = plan.with_memory(dataclasses.replace(plan.memory, strip_nbytes=strip_nbytes))
+        plan = plan.with_memory(dataclasses.replace(plan.memory, chunk_nbytes=chunk_nbytes))
         with (
             open_staging(tmp_path / "out", restart=True) as staging,
             closing(open_journal(staging.hidden, plan)) as journal,
@@ -341,8 +341,8 @@ def test_a_gpu_writes_the_same_bytes_within_its_budget(tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["torch", "llvm"])
-@pytest.mark.parametrize("strip_nbytes", [40, 1 << 20])
-def test_nan_and_inf_are_counted_by_tensor(tmp_path, backend, strip_nbytes):
+@pytest.mark.parametrize("chunk_nbytes", [40, 1 << 20])
+def test_nan_and_inf_are_counted_by_tensor(tmp_path, backend, chunk_nbytes):
     """Many small tensors are one run: each is named for what is its own."""
     tensors = {f"t{number:02d}": torch.ones(3, number + 1) for number in range(20)}
     tensors["t03"][0, 0] = torch.nan
@@ -353,7 +353,7 @@ def test_nan_and_inf_are_counted_by_tensor(tmp_path, backend, strip_nbytes):
     second = save_model(tmp_path / "b", {name: torch.ones_like(t) for name, t in tensors.items()})
     models = [(first, 0.5), (second, 0.5)]
     plan = shardmix.plan_merge(models, tmp_path / "out", backend=backend)
-    plan = plan.with_memory(dataclasses.replace(plan.memory, strip_nbytes=strip_nbytes))
+    plan = plan.with_memory(dataclasses.replace(plan.memory, chunk_nbytes=chunk_nbytes))
     with (
         open_staging(tmp_path / "out") as staging,
         closing(open_journal(staging.hidden, plan)) as journal,
@@ -397,7 +397,7 @@ def test_many_tensors_that_are_not_finite_do_not_flood_the_warnings(tmp_path):
 
 @pytest.mark.parametrize("layout", ["one run", "a run each"])
 def test_nan_everywhere_has_each_header_read_once(tmp_path, monkeypatch, layout):
-    """Not once a strip, which is quadratic in the number of tensors."""
+    """Not once a chunk, which is quadratic in the number of tensors."""
     tensors = {f"t{number:03d}": torch.full((4,), torch.nan) for number in range(200)}
     names, shards = sorted(tensors), None
     if layout == "a run each":
@@ -405,7 +405,7 @@ def test_nan_everywhere_has_each_header_read_once(tmp_path, monkeypatch, layout)
     a = save_model(tmp_path / "a", tensors)
     models = [(a, 0.5), (save_model(tmp_path / "b", tensors, shards=shards), 0.5)]
     plan = shardmix.plan_merge(models)
-    assert sum(1 for _ in plan.runs()) == (1 if shards is None else 200)
+    assert sum(1 for _ in plan.segments()) == (1 if shards is None else 200)
     reads = []
     tensors_of = OutputShard.tensors
 
@@ -455,7 +455,7 @@ def test_a_finding_costs_no_more_for_those_before_it(tmp_path, monkeypatch):
     for number in range(100):
         counts = (CountedInt(1), CountedInt(0), CountedInt(0))
         for _ in range(2):
-            findings = LeafFindings(nonfinite={f"t{number}": counts})
+            findings = LeafAnomalies(nonfinite={f"t{number}": counts})
             work.found(findings)
             leaves.note(0, findings)
     assert work.findings.nonfinite == {f"t{number}": (2, 0, 0) for number in range(100)}

@@ -35,7 +35,7 @@ models:
   - source: b
     weight: 6e-0  # text to YAML 1.1, a number to Python
 dtype: bfloat16
-base: c
+config_from: c
 max_shard_size: 5GB
 normalize: true
 allow_differences: [tokenizer, text_config.rope_theta]
@@ -44,7 +44,7 @@ allow_differences: [tokenizer, text_config.rope_theta]
     recipe = build_recipe(path)
     assert recipe.allow_differences == ("text_config.rope_theta", "tokenizer")
     assert recipe.weights == (0.25, 0.75)
-    assert (recipe.dtype, recipe.base, recipe.max_shard_size) == ("bfloat16", "c", 5 * 10**9)
+    assert (recipe.dtype, recipe.config_from, recipe.max_shard_size) == ("bfloat16", "c", 5 * 10**9)
 
 
 def test_options_given_beside_a_recipe_override_it(tmp_path):
@@ -52,8 +52,8 @@ def test_options_given_beside_a_recipe_override_it(tmp_path):
         tmp_path / "recipe.yaml",
         "models: [{source: a, weight: .5}, {source: b, weight: .5}]\ndtype: float16\nbase: c\n",
     )
-    recipe = build_recipe(path, dtype="float32", base=None)
-    assert (recipe.dtype, recipe.base) == ("float32", "c")
+    recipe = build_recipe(path, dtype="float32", config_from=None)
+    assert (recipe.dtype, recipe.config_from) == ("float32", "c")
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ merge_method: linear
         ({}, "shardmix merge org/a=0.25 './my b=0.75' -o OUT"),
         ({"0.75": "1.75"}, "shardmix merge org/a=0.25 './my b=1.75' --normalize -o OUT"),
         ({"merge_method: linear": "dtype: bfloat16"}, "--dtype bfloat16 -o OUT"),
-        ({"linear": "linear\nbase_model: org/c"}, "--base org/c -o OUT"),
+        ({"linear": "linear\nbase_model: org/c"}, "--config-from org/c -o OUT"),
         ({"linear": "linear\nbase_model: org/a"}, "'./my b=0.75' -o OUT"),
         (
             {"0.75": "2", "linear": "linear\nparameters: {normalize: false}"},

@@ -163,7 +163,7 @@ URL = "https://me:s3cr3t@host/org/name"
         ["merge", f"{URL}={URL}", "MODEL=0.5", "-o", "OUT"],
         ["merge", URL, "-o", "OUT"],
         ["merge", "MODEL=0.5", "MODEL=0.5", "-o", URL, "--json"],
-        ["merge", "MODEL=0.5", "MODEL=0.5", "-o", "OUT", "--base", URL],
+        ["merge", "MODEL=0.5", "MODEL=0.5", "-o", "OUT", "--config-from", URL],
         ["merge", "MODEL=0.5", "MODEL=0.5", "-o", "OUT", "--profile", URL],
         ["merge", "MODEL=0.5", "MODEL=0.5", "-o", "OUT", "--max-memory", URL],
         ["merge", "MODEL=0.5", "MODEL=0.5", "-o", "OUT", "--device", URL],

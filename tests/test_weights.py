@@ -136,8 +136,10 @@ def test_a_float64_model_left_out_widens_nothing(tmp_path):
         (save_model(tmp_path / "a", random_model(1)), 1.0),
         (save_model(tmp_path / "b", random_model(2, torch.float64)), 0.0),
     ]
-    (run,) = (run for shard in shardmix.plan_merge(models).shards for run in shard.runs)
-    assert (run.models, run.dtypes, run.weights) == ((0,), ("F32",), (1.0,))
+    (segment,) = (
+        segment for shard in shardmix.plan_merge(models).shards for segment in shard.segments
+    )
+    assert (segment.models, segment.dtypes, segment.weights) == ((0,), ("F32",), (1.0,))
 
 
 @pytest.mark.parametrize("weights", [(0, 0), (-0.0, 0.0), (1e-50, -1e-60)])

@@ -35,7 +35,7 @@ class TrainingSettings:
 
 
 def finetune(
-    base_folder: Path,
+    config_source_folder: Path,
     pairs: list[Pair],
     output_folder: Path,
     settings: TrainingSettings,
@@ -43,7 +43,7 @@ def finetune(
     """Train a copy of the base on `pairs`, save it, and return the seconds of training."""
     random_order = random.Random(settings.seed)
     torch.manual_seed(settings.seed)
-    model = SentenceTransformer(str(base_folder), device="cpu")
+    model = SentenceTransformer(str(config_source_folder), device="cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
     num_steps = settings.num_epochs * -(-len(pairs) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -98,8 +98,8 @@ allow_differences = click.option(
     help="Merge models that differ in these keys of their configs (num_attention_heads), or in "
     "tokenizer, model_type or a file that an error names; may be repeated.",
 )
-base = click.option(
-    "--base",
+config_from = click.option(
+    "--config-from",
     metavar="SOURCE",
     help="Model that gives config, tokenizer and chat template. Default: the first model.",
 )
@@ -253,7 +253,7 @@ merging = together(
     allow_weight_sum,
     allow_differences,
     pooling,
-    base,
+    config_from,
 )
 # What losses depend on, and the weights that come of them.
 scoring = together(

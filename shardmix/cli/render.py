@@ -206,7 +206,7 @@ def plan_report(report: "PlanReport", *, json: bool, quiet: bool = False) -> Non
                 else []
             ),
             (
-                "strips",
+                "chunks",
                 f"{format_size(report.strip_bytes)} × {report.workers} workers on {report.device}, "
                 f"read by {report.io}, summed by {report.backend}",
             ),

@@ -1,4 +1,4 @@
-"""Backends: who does the arithmetic, a strip of every source to a strip of output.
+"""Backends: who does the arithmetic, a chunk of every source to a chunk of output.
 
 backend                the seam, and which backend a plan takes
 torch_cpu, torch_cuda  torch, every float dtype; on GPUs with copies beside the sums

@@ -1,16 +1,16 @@
-"""The arithmetic: a strip of every source to a strip of output. Knows buffers, and open files by
+"""The arithmetic: a chunk of every source to a chunk of output. Knows buffers, and open files by
 number.
 
     out = round_to_out_dtype(Σ float32(wᵢ) · float32(xᵢ))
 
 in source order, every product and every sum rounded by itself, one rounding at the end; float64
 throughout where any source is float64. The result depends on the values alone: not on how they
-were cut into strips, nor on which backend computes it. There are two, chosen by the plan: torch
+were cut into chunks, nor on which backend computes it. There are two, chosen by the plan: torch
 (every dtype, CPU and GPU) and, where llvmlite is installed, compiled kernels (bfloat16, float16 and
 float32 on the CPU: faster, and no torch in the process). What one needs is imported when it is
 loaded, not before.
 
-Whether a strip is finite costs no pass of its own. What is not finite is counted afterwards, by
+Whether a chunk is finite costs no pass of its own. What is not finite is counted afterwards, by
 whoever asks (`nonfinite`).
 """
 
@@ -19,42 +19,42 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from shardmix.anomalies import NonfiniteCounts
-from shardmix.compute.chunk_size import AGREE_STRIP_NBYTES
+from shardmix.compute.chunk_size import AGREE_CHUNK_NBYTES
 from shardmix.options import LLVM
-from shardmix.plan.merge_plan import LINEAR, MergePlan, Run
+from shardmix.plan.merge_plan import LINEAR, MergePlan, Segment
 
 
 class Reducer(Protocol):
-    """Reduces a worker's strips: `begin`, then `add` for each source, `finish`, and `wait`.
+    """Reduces a worker's chunks: `begin`, then `add` for each source, `finish`, and `wait`.
 
     Or `begin`, `read`, and `wait`.
     """
 
-    def begin(self, run: Run, start: int, num_elements: int) -> None:
-        """Start a strip of a run: so many elements from `start` on."""
+    def begin(self, segment: Segment, start: int, num_elements: int) -> None:
+        """Start a chunk of a segment: so many elements from `start` on."""
 
     def read(self, descriptors: Sequence[int]) -> tuple[memoryview, float] | None:
-        """Read the sources from these open files and do the strip at once, where it can.
+        """Read the sources from these open files and do the chunk at once, where it can.
 
-        Returns the strip's output bytes, valid until the next `begin`, and the seconds that reading
+        Returns the chunk's output bytes, valid until the next `begin`, and the seconds that reading
         took; or None: then `add` and `finish` do it.
         """
 
     def staging(self, source: int) -> memoryview:
-        """Return the buffer to read this source's part of the strip into."""
+        """Return the buffer to read this source's part of the chunk into."""
 
     def add(self, source: int, raw: memoryview) -> None:
         """Take in a source's bytes, in source order; they stay as they are until `finish`."""
 
     def finish(self) -> memoryview:
-        """End a strip, whose sources' bytes are not needed any more.
+        """End a chunk, whose sources' bytes are not needed any more.
 
         Returns where its output bytes are once `wait` has returned, until the next `begin`. Only a
         GPU leaves something to wait for.
         """
 
     def wait(self) -> None:
-        """Wait for the strip's output; only then is known what follows."""
+        """Wait for the chunk's output; only then is known what follows."""
 
     @property
     def disagreeing(self) -> frozenset[int]:
@@ -62,19 +62,19 @@ class Reducer(Protocol):
 
     @property
     def is_finite(self) -> bool:
-        """Whether the strip last finished holds neither NaN nor infinity."""
+        """Whether the chunk last finished holds neither NaN nor infinity."""
 
     def count_nonfinite(self, start: int, stop: int) -> NonfiniteCounts:
-        """Count in a range of elements of the strip last finished; where it is not finite."""
+        """Count in a range of elements of the chunk last finished; where it is not finite."""
 
 
 class Backend(Protocol):
     """What computes weighted sums; made once for a merge."""
 
-    def make_reducers(self, *, strip_nbytes: int) -> Sequence[Reducer]:
-        """Return reducers for LINEAR runs, with all buffers allocated; called by each worker.
+    def make_reducers(self, *, chunk_nbytes: int) -> Sequence[Reducer]:
+        """Return reducers for LINEAR segments, with all buffers allocated; called by each worker.
 
-        They are one for each strip that a worker may have in flight; to be used by turns.
+        They are one for each chunk that a worker may have in flight; to be used by turns.
         """
 
     def finding(self) -> str | None:
@@ -89,7 +89,7 @@ class Backend(Protocol):
 
 def load_backend(plan: MergePlan) -> Backend:
     """Import and ready a plan's backend, so that what it takes in memory can be measured."""
-    summed = (run for run in plan.runs() if run.reduction == LINEAR)
+    summed = (segment for segment in plan.segments() if segment.reduction == LINEAR)
     if plan.settings.backend == LLVM:
         from shardmix.compute.llvm_cpu import LlvmBackend
 
@@ -100,10 +100,10 @@ def load_backend(plan: MergePlan) -> Backend:
 
 
 class Reducers:
-    """The reducer for each kind of run, for one of the strips that a worker has in flight."""
+    """The reducer for each kind of segment, for one of the chunks that a worker has in flight."""
 
-    def __init__(self, linear: Reducer, *, strip_nbytes: int) -> None:
-        self._strip_nbytes = strip_nbytes
+    def __init__(self, linear: Reducer, *, chunk_nbytes: int) -> None:
+        self._chunk_nbytes = chunk_nbytes
         self._reducers: dict[str, Reducer] = {LINEAR: linear}
 
     def __getitem__(self, reduction: str) -> Reducer:
@@ -112,6 +112,6 @@ class Reducers:
             # Most models hold no integers.
             from shardmix.compute.keep_first import AgreeReducer
 
-            strip_nbytes = min(self._strip_nbytes, AGREE_STRIP_NBYTES)
-            self._reducers[reduction] = AgreeReducer(strip_nbytes=strip_nbytes)
+            chunk_nbytes = min(self._chunk_nbytes, AGREE_CHUNK_NBYTES)
+            self._reducers[reduction] = AgreeReducer(chunk_nbytes=chunk_nbytes)
         return self._reducers[reduction]

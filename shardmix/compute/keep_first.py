@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from shardmix.anomalies import NonfiniteCounts
 from shardmix.formats.safetensors_layout import element_nbytes
-from shardmix.plan.merge_plan import Run
+from shardmix.plan.merge_plan import Segment
 
 _INTEGERS: dict[str, npt.DTypeLike] = {
     "BOOL": np.uint8,
@@ -28,14 +28,14 @@ class AgreeReducer:
 
     is_finite = True
 
-    def __init__(self, *, strip_nbytes: int) -> None:
-        self._staging = memoryview(bytearray(max(strip_nbytes, _WIDEST_NBYTES)))
-        self._out = memoryview(bytearray(max(strip_nbytes, _WIDEST_NBYTES)))
+    def __init__(self, *, chunk_nbytes: int) -> None:
+        self._staging = memoryview(bytearray(max(chunk_nbytes, _WIDEST_NBYTES)))
+        self._out = memoryview(bytearray(max(chunk_nbytes, _WIDEST_NBYTES)))
         self._disagreeing: set[int] = set()
 
-    def begin(self, run: Run, start: int, num_elements: int) -> None:
-        """Start a strip of a run."""
-        self._run = run
+    def begin(self, segment: Segment, start: int, num_elements: int) -> None:
+        """Start a chunk of a segment."""
+        self._segment = segment
         self._num_elements = num_elements
         self._disagreeing.clear()
 
@@ -43,8 +43,8 @@ class AgreeReducer:
         """Do nothing: reading is for others."""
 
     def staging(self, source: int) -> memoryview:
-        """Return the buffer to read this source's part of the strip into."""
-        return self._staging[: self._num_elements * element_nbytes(self._run.dtypes[source])]
+        """Return the buffer to read this source's part of the chunk into."""
+        return self._staging[: self._num_elements * element_nbytes(self._segment.dtypes[source])]
 
     def add(self, source: int, raw: memoryview) -> None:
         """Keep the first source's bytes; compare another source's values with them."""
@@ -55,7 +55,7 @@ class AgreeReducer:
             self._disagreeing.add(source)
 
     def finish(self) -> memoryview:
-        """Return the strip's output bytes, valid until the next `begin`."""
+        """Return the chunk's output bytes, valid until the next `begin`."""
         return self._kept
 
     def wait(self) -> None:
@@ -63,7 +63,7 @@ class AgreeReducer:
 
     @property
     def disagreeing(self) -> frozenset[int]:
-        """Sources whose values differ from the first one's in this strip."""
+        """Sources whose values differ from the first one's in this chunk."""
         return frozenset(self._disagreeing)
 
     def count_nonfinite(self, start: int, stop: int) -> NonfiniteCounts:
@@ -71,4 +71,4 @@ class AgreeReducer:
         return NonfiniteCounts(num_nan=0, num_inf=0, num_overflowed=0)
 
     def _integers(self, source: int, raw: memoryview) -> npt.NDArray[np.generic]:
-        return np.frombuffer(raw, dtype=_INTEGERS[self._run.dtypes[source]])
+        return np.frombuffer(raw, dtype=_INTEGERS[self._segment.dtypes[source]])

@@ -1,7 +1,7 @@
 """A weighted sum as a module of LLVM IR, for one combination of dtypes, and the reading before it.
 
-What is left of a strip after whole vectors goes through the same loop one by one. Reading is part
-of it so that the interpreter is asked for once a strip, not once a source: threads wait for one
+What is left of a chunk after whole vectors goes through the same loop one by one. Reading is part
+of it so that the interpreter is asked for once a chunk, not once a source: threads wait for one
 another there.
 
 For bfloat16, float16 and float32 on little-endian machines.

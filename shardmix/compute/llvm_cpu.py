@@ -13,7 +13,7 @@ from shardmix.compute.llvm_assembly import FAILED
 from shardmix.compute.llvm_compile import LEAST_INFINITE, Kernels, finding
 from shardmix.formats.safetensors_layout import element_nbytes
 from shardmix.plan.memory_budget import BUFFERS_PER_WORKER
-from shardmix.plan.merge_plan import Run
+from shardmix.plan.merge_plan import Segment
 from shardmix.system.buffers import PAGE_NBYTES, address, buffer_of_pages, place_in_page
 
 # For its place within a page, each part of a buffer takes up to so many bytes more.
@@ -22,20 +22,20 @@ _SUM_NBYTES = 4
 
 
 class LlvmBackend:
-    """Compiles the kernels that some runs need, and makes reducers."""
+    """Compiles the kernels that some segments need, and makes reducers."""
 
-    def __init__(self, runs: Iterable[Run]) -> None:
+    def __init__(self, segments: Iterable[Segment]) -> None:
         self._kernels = Kernels()
         # Now: then no worker compiles, and what it takes is there when memory is measured.
-        combinations = {(run.dtypes, run.out_dtype) for run in runs}
+        combinations = {(segment.dtypes, segment.out_dtype) for segment in segments}
         for dtypes, out_dtype in combinations:
             self._kernels.kernel(dtypes, out_dtype)
         self._most_sources = max((len(dtypes) for dtypes, _ in combinations), default=0)
 
-    def make_reducers(self, *, strip_nbytes: int) -> "tuple[CompiledSum]":
+    def make_reducers(self, *, chunk_nbytes: int) -> "tuple[CompiledSum]":
         """Return one worker's reducer, with all its buffers allocated."""
         num_parts = self._most_sources + 2
-        nbytes = BUFFERS_PER_WORKER * strip_nbytes + num_parts * _PLACING_NBYTES
+        nbytes = BUFFERS_PER_WORKER * chunk_nbytes + num_parts * _PLACING_NBYTES
         return (CompiledSum(self._kernels, buffer_nbytes=nbytes),)
 
     def finding(self) -> str | None:
@@ -61,21 +61,25 @@ class CompiledSum:
     def __init__(self, kernels: Kernels, *, buffer_nbytes: int) -> None:
         self._kernels = kernels
         self._buffer = buffer_of_pages(buffer_nbytes)
-        self._laid_out: tuple[Run | None, int, int] = None, 0, 0
+        self._laid_out: tuple[Segment | None, int, int] = None, 0, 0
 
-    def begin(self, run: Run, start: int, num_elements: int) -> None:
-        """Start a strip of a run."""
-        same_run, same_place, same_number = self._laid_out
+    def begin(self, segment: Segment, start: int, num_elements: int) -> None:
+        """Start a chunk of a segment."""
+        same_segment, same_place, same_number = self._laid_out
         place = start % PAGE_NBYTES  # elements of any size: all positions are then alike, too
-        if run is not same_run or num_elements != same_number or place != same_place:
-            self._lay_out(run, start, num_elements)
-            self._laid_out = run, place, num_elements
+        if segment is not same_segment or num_elements != same_number or place != same_place:
+            self._lay_out(segment, start, num_elements)
+            self._laid_out = segment, place, num_elements
         self._start = start
 
-    def _lay_out(self, run: Run, start: int, num_elements: int) -> None:
+    def _lay_out(self, segment: Segment, start: int, num_elements: int) -> None:
         """Give each source, the output and the unrounded sum their part of the buffer."""
-        widths = [*map(element_nbytes, run.dtypes), element_nbytes(run.out_dtype), _SUM_NBYTES]
-        files_parts = [*run.offsets, run.out_offset, 0]
+        widths = [
+            *map(element_nbytes, segment.dtypes),
+            element_nbytes(segment.out_dtype),
+            _SUM_NBYTES,
+        ]
+        files_parts = [*segment.offsets, segment.out_offset, 0]
         begins, end = [], 0
         for width, offset in zip(widths, files_parts, strict=True):
             page = end + -end % PAGE_NBYTES
@@ -89,18 +93,18 @@ class CompiledSum:
         ]
         *self._staging, self._out, self._sums = views
         *staging, self._out_address, self._sums_address = map(address, views)
-        num_sources = len(run.dtypes)
+        num_sources = len(segment.dtypes)
         self._own_addresses = (ctypes.c_void_p * num_sources)(*staging)
         self._given_addresses = (ctypes.c_void_p * num_sources)()
-        self._weights = (ctypes.c_float * num_sources)(*run.weights)
+        self._weights = (ctypes.c_float * num_sources)(*segment.weights)
         self._descriptors = (ctypes.c_int32 * num_sources)()
         self._positions = (ctypes.c_int64 * num_sources)()
-        self._kernel = self._kernels.kernel(run.dtypes, run.out_dtype)
+        self._kernel = self._kernels.kernel(segment.dtypes, segment.out_dtype)
         self._widths = tuple(widths[:num_sources])
-        self._run, self._num_elements = run, num_elements
+        self._segment, self._num_elements = segment, num_elements
 
     def read(self, descriptors: Sequence[int]) -> tuple[memoryview, float] | None:
-        """Do all of the strip at once: read the sources from these files, and sum them.
+        """Do all of the chunk at once: read the sources from these files, and sum them.
 
         Returns the output bytes and the seconds that reading took; or None where a file could not
         be read.
@@ -109,7 +113,7 @@ class CompiledSum:
         self._descriptors[:] = list(descriptors)
         self._positions[:] = [
             offset + self._start * width
-            for offset, width in zip(self._run.offsets, self._widths, strict=True)
+            for offset, width in zip(self._segment.offsets, self._widths, strict=True)
         ]
         nanoseconds = ctypes.c_int64()
         largest = self._kernel.read_and_sum(
@@ -124,7 +128,7 @@ class CompiledSum:
         return None if largest == FAILED else (self._end(largest), nanoseconds.value / 1e9)
 
     def staging(self, source: int) -> memoryview:
-        """Return the buffer to read this source's part of the strip into."""
+        """Return the buffer to read this source's part of the chunk into."""
         return self._staging[source]
 
     def add(self, source: int, raw: memoryview) -> None:
@@ -132,7 +136,7 @@ class CompiledSum:
         self._given_addresses[source] = address(raw)
 
     def finish(self) -> memoryview:
-        """Return the strip's output bytes, valid until the next `begin`."""
+        """Return the chunk's output bytes, valid until the next `begin`."""
         self._addresses = self._given_addresses
         return self._end(
             self._kernel.weighted_sum(
@@ -141,10 +145,10 @@ class CompiledSum:
         )
 
     def _end(self, largest: int) -> memoryview:
-        self.is_finite = largest < LEAST_INFINITE[self._run.out_dtype]
+        self.is_finite = largest < LEAST_INFINITE[self._segment.out_dtype]
         if not self.is_finite:
             # Also unrounded, and now, while the sources are there: to tell what rounding did.
-            kernel = self._kernels.kernel(self._run.dtypes, "F32")
+            kernel = self._kernels.kernel(self._segment.dtypes, "F32")
             kernel.weighted_sum(
                 self._addresses, self._weights, self._sums_address, self._num_elements
             )
@@ -154,9 +158,9 @@ class CompiledSum:
         """Return at once: `finish` has done it all."""
 
     def count_nonfinite(self, start: int, stop: int) -> NonfiniteCounts:
-        """Count in a range of elements of the strip last finished."""
-        # numpy is imported for the rare strip that is not finite.
+        """Count in a range of elements of the chunk last finished."""
+        # numpy is imported for the rare chunk that is not finite.
         from shardmix.compute.nonfinite import as_float32, count_nonfinite
 
         sums = as_float32(self._sums)
-        return count_nonfinite(self._out, self._run.out_dtype, sums.__getitem__, start, stop)
+        return count_nonfinite(self._out, self._segment.out_dtype, sums.__getitem__, start, stop)

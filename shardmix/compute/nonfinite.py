@@ -1,6 +1,6 @@
-"""NaNs and infinities of a strip, counted where a backend has found that there are some.
+"""NaNs and infinities of a chunk, counted where a backend has found that there are some.
 
-In numpy and on bit patterns, for every backend and dtype alike; in pieces, since a strip's memory
+In numpy and on bit patterns, for every backend and dtype alike; in pieces, since a chunk's memory
 is spoken for. Knows arrays, not how they were summed.
 """
 
@@ -29,9 +29,9 @@ def count_nonfinite(
     start: int,
     stop: int,
 ) -> NonfiniteCounts:
-    """Count among the elements from `start` to `stop` of a strip.
+    """Count among the elements from `start` to `stop` of a chunk.
 
-    `out` has the whole strip's bytes; `sums` gives a part of what was rounded to them, and is
+    `out` has the whole chunk's bytes; `sums` gives a part of what was rounded to them, and is
     asked only where there are infinities.
     """
     infinity = _INFINITY[out_dtype]

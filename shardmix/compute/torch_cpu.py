@@ -20,7 +20,7 @@ from shardmix.compute.torch_ops import (
 )
 from shardmix.errors import DeviceError, one_line
 from shardmix.formats.safetensors_layout import element_nbytes
-from shardmix.plan.merge_plan import Run
+from shardmix.plan.merge_plan import Segment
 from shardmix.system.buffers import PAGE_NBYTES, buffer_of_pages, place_in_page
 
 
@@ -28,11 +28,15 @@ class TorchBackend:
     """Makes reducers for cpu, cuda (all GPUs there are) or cuda:N."""
 
     def __init__(
-        self, device: str, runs: Iterable[Run] = (), *, num_visible: int | None = None
+        self, device: str, segments: Iterable[Segment] = (), *, num_visible: int | None = None
     ) -> None:
-        """`runs` are to be summed; there are `num_visible` GPUs, or None: as torch finds them."""
+        """`segments` are to be summed; `num_visible` GPUs, or None: as many as torch finds."""
         self._device = device
-        self._kinds = {} if device == "cpu" else {(run.dtypes, run.out_dtype): run for run in runs}
+        self._kinds = (
+            {}
+            if device == "cpu"
+            else {(segment.dtypes, segment.out_dtype): segment for segment in segments}
+        )
         if num_visible is None:
             num_visible = 0 if device == "cpu" else torch.cuda.device_count()
         self._num_visible = num_visible
@@ -52,15 +56,15 @@ class TorchBackend:
         # A worker stays with its file, so GPUs share the files; `next` is one step for all threads.
         return self.devices[next(self._turns) % len(self.devices)]
 
-    def make_reducers(self, *, strip_nbytes: int) -> "tuple[CpuSum | CudaSum, ...]":
+    def make_reducers(self, *, chunk_nbytes: int) -> "tuple[CpuSum | CudaSum, ...]":
         """Return one worker's reducers, with all their buffers: on a GPU, two."""
         # Workers are the parallelism; torch's own threads would only get in their way.
         torch.set_num_threads(1)
         if self._device == "cpu":
-            return (CpuSum(strip_nbytes=strip_nbytes),)
+            return (CpuSum(chunk_nbytes=chunk_nbytes),)
         device = self.next_device()
         torch.cuda.set_device(device)  # of this thread, also for pinned memory
-        return cuda_sums(device, strip_nbytes=strip_nbytes)
+        return cuda_sums(device, chunk_nbytes=chunk_nbytes)
 
     def finding(self) -> str | None:
         """Say why the device cannot be used here, or None if it can."""
@@ -84,10 +88,10 @@ class TorchBackend:
         return None
 
     def _use_once(self, device: torch.device) -> None:
-        reducer, *_ = cuda_sums(device, strip_nbytes=VECTOR * WIDEST_NBYTES)
-        for run in self._kinds.values():
-            reducer.begin(run, 0, VECTOR)
-            for source in range(len(run.dtypes)):
+        reducer, *_ = cuda_sums(device, chunk_nbytes=VECTOR * WIDEST_NBYTES)
+        for segment in self._kinds.values():
+            reducer.begin(segment, 0, VECTOR)
+            for source in range(len(segment.dtypes)):
                 staging = reducer.staging(source)
                 staging[:] = bytes(len(staging))
                 reducer.add(source, staging)
@@ -140,32 +144,36 @@ def _give_back_caches() -> None:
 class CpuSum(StripSum):
     """The weighted sum on the CPU."""
 
-    def __init__(self, *, strip_nbytes: int) -> None:
-        nbytes = max(strip_nbytes, WIDEST_NBYTES)
+    def __init__(self, *, chunk_nbytes: int) -> None:
+        nbytes = max(chunk_nbytes, WIDEST_NBYTES)
         self._wide, self._sum = (
             torch.empty(nbytes, dtype=torch.uint8, device="cpu") for _ in range(2)
         )
         self._staging, self._out_pages = (buffer_of_pages(nbytes + PAGE_NBYTES) for _ in range(2))
 
     def staging(self, source: int) -> memoryview:
-        """Return the buffer to read this source's part of the strip into."""
-        width = element_nbytes(self._run.dtypes[source])
-        begin = place_in_page(self._run.offsets[source] + self._start * width)
+        """Return the buffer to read this source's part of the chunk into."""
+        width = element_nbytes(self._segment.dtypes[source])
+        begin = place_in_page(self._segment.offsets[source] + self._start * width)
         return self._staging[begin : begin + self._num_elements * width]
 
     def add(self, source: int, raw: memoryview) -> None:
         """Take in a source's bytes, in source order; `raw` may be reused afterwards."""
-        values = torch.frombuffer(raw, dtype=TORCH_DTYPES[self._run.dtypes[source]])
+        values = torch.frombuffer(raw, dtype=TORCH_DTYPES[self._segment.dtypes[source]])
         accumulate(
-            self._accumulator, self._values, values, self._run.weights[source], first=source == 0
+            self._accumulator,
+            self._values,
+            values,
+            self._segment.weights[source],
+            first=source == 0,
         )
 
     def finish(self) -> memoryview:
-        """Return the strip's output bytes, valid until the next `begin`."""
-        width = element_nbytes(self._run.out_dtype)
-        begin = place_in_page(self._run.out_offset + self._start * width)
+        """Return the chunk's output bytes, valid until the next `begin`."""
+        width = element_nbytes(self._segment.out_dtype)
+        begin = place_in_page(self._segment.out_offset + self._start * width)
         self._finished = self._out_pages[begin : begin + self._num_elements * width]
-        out = torch.frombuffer(self._finished, dtype=TORCH_DTYPES[self._run.out_dtype])
+        out = torch.frombuffer(self._finished, dtype=TORCH_DTYPES[self._segment.out_dtype])
         round_into(out, self._accumulator, self._values)
         # A sum is not finite if any value isn't: one cheap pass finds the rare case. It may have
         # overflowed by itself; the extremes can't, but take twice as long.

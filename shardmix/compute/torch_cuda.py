@@ -1,7 +1,7 @@
-"""The weighted sum on a GPU: two strips in flight, copies in, kernels and copies out side by side.
+"""The weighted sum on a GPU: two chunks in flight, copies in, kernels and copies out side by side.
 
 A worker has a stream for each of the three, and events that keep their order: so they overlap
-across sources and strips, while the worker reads on. Knows one worker and one GPU.
+across sources and chunks, while the worker reads on. Knows one worker and one GPU.
 """
 
 from typing import Any
@@ -28,15 +28,15 @@ _ALIGNMENT = 512  # of every buffer on the GPU
 
 
 def cuda_sums(
-    device: torch.device, *, strip_nbytes: int, cuda: Any = torch.cuda
+    device: torch.device, *, chunk_nbytes: int, cuda: Any = torch.cuda
 ) -> "tuple[CudaSum, ...]":
-    """Return one worker's reducers, one for each strip in flight, with all their buffers.
+    """Return one worker's reducers, one for each chunk in flight, with all their buffers.
 
     `cuda` has Stream, Event and stream, as `torch.cuda`. To be called by the worker.
     """
-    nbytes = -(-max(strip_nbytes, WIDEST_NBYTES) // _ALIGNMENT) * _ALIGNMENT
+    nbytes = -(-max(chunk_nbytes, WIDEST_NBYTES) // _ALIGNMENT) * _ALIGNMENT
     is_pinned = device.type == "cuda"
-    # One by one: the allocator rounds each up to a power of two, which strips are.
+    # One by one: the allocator rounds each up to a power of two, which chunks are.
     *arriving, out_0, out_1 = (
         torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=is_pinned)
         for _ in range(BUFFERS_PER_WORKER)
@@ -61,7 +61,7 @@ def cuda_sums(
 class _Arrivals:
     """Sources on their way to a GPU: into pinned buffers by turns, and on into buffers there.
 
-    All strips in flight share them, since a worker reads one source at a time.
+    All chunks in flight share them, since a worker reads one source at a time.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class _Arrivals:
         turn = self._turn
         staged, given = self._pinned_bytes[turn][: len(raw)], np.frombuffer(raw, np.uint8)
         if given.ctypes.data != staged.ctypes.data:
-            # Mapped: the page may be given back before the copy has run. Frees the interpreter.
+            # Mapped: the page may be given back before the copy has segment. Frees the interpreter.
             np.copyto(staged, given)
         values = typed(self._arrived[turn], dtype, num_elements)
         with self._cuda.stream(self.stream):
@@ -113,10 +113,10 @@ class _Arrivals:
 
 
 class CudaSum(StripSum):
-    """One of a worker's strips in flight.
+    """One of a worker's chunks in flight.
 
-    Kernels of all its strips run in order on one stream and so can share `wide`. Whoever begins a
-    strip has waited for this reducer's last one: its sum and its output are free.
+    Kernels of all its chunks run in order on one stream and so can share `wide`. Whoever begins a
+    chunk has waited for this reducer's last one: its sum and its output are free.
     """
 
     def __init__(
@@ -143,25 +143,27 @@ class CudaSum(StripSum):
 
     def staging(self, source: int) -> memoryview:
         """Return the buffer to read this source's part into, once its last copy has left."""
-        return self._arrivals.staging(self._num_elements * element_nbytes(self._run.dtypes[source]))
+        return self._arrivals.staging(
+            self._num_elements * element_nbytes(self._segment.dtypes[source])
+        )
 
     def add(self, source: int, raw: memoryview) -> None:
         """Queue a source's copy and its part of the sum; `raw` may be reused afterwards."""
-        dtype = TORCH_DTYPES[self._run.dtypes[source]]
+        dtype = TORCH_DTYPES[self._segment.dtypes[source]]
         with self._cuda.stream(self._kernels):
             values = self._arrivals.send(raw, dtype, self._num_elements)
             accumulate(
                 self._accumulator,
                 self._values,
                 values,
-                self._run.weights[source],
+                self._segment.weights[source],
                 first=source == 0,
             )
             self._arrivals.used()
 
     def finish(self) -> memoryview:
         """Queue the rest; return where the output bytes will be once `wait` has returned."""
-        dtype = TORCH_DTYPES[self._run.out_dtype]
+        dtype = TORCH_DTYPES[self._segment.out_dtype]
         out = typed(self._out, dtype, self._num_elements)
         extremes = typed(self._extremes, dtype, 2)
         with self._cuda.stream(self._kernels):
@@ -178,7 +180,7 @@ class CudaSum(StripSum):
         return self._finished
 
     def wait(self) -> None:
-        """Wait until the strip's output bytes are there."""
+        """Wait until the chunk's output bytes are there."""
         self._is_back.synchronize()
-        dtype = TORCH_DTYPES[self._run.out_dtype]
+        dtype = TORCH_DTYPES[self._segment.out_dtype]
         self.is_finite = are_finite(typed(self._pinned_extremes, dtype, 2))

@@ -13,7 +13,7 @@ import torch
 
 from shardmix.anomalies import NonfiniteCounts
 from shardmix.compute.nonfinite import count_nonfinite
-from shardmix.plan.merge_plan import Run
+from shardmix.plan.merge_plan import Segment
 
 TORCH_DTYPES = {
     "F16": torch.float16,
@@ -26,7 +26,7 @@ WIDEST_NBYTES = 8
 
 
 class StripSum:
-    """A strip's accumulator and a buffer for widened values; what reducers in torch share."""
+    """A chunk's accumulator and a buffer for widened values; what reducers in torch share."""
 
     disagreeing: frozenset[int] = frozenset()
     is_finite = True
@@ -34,12 +34,12 @@ class StripSum:
     _wide: torch.Tensor
     _finished: memoryview
 
-    def begin(self, run: Run, start: int, num_elements: int) -> None:
-        """Start a strip of a run."""
+    def begin(self, segment: Segment, start: int, num_elements: int) -> None:
+        """Start a chunk of a segment."""
         self._start = start
-        self._run = run
+        self._segment = segment
         self._num_elements = num_elements
-        dtype = sum_dtype(run)
+        dtype = sum_dtype(segment)
         self._accumulator = typed(self._sum, dtype, num_elements)
         self._values = typed(self._wide, dtype, num_elements)
 
@@ -47,8 +47,8 @@ class StripSum:
         """Do nothing: reading is for others."""
 
     def count_nonfinite(self, start: int, stop: int) -> NonfiniteCounts:
-        """Count in a range of elements of the strip last finished."""
-        return count_nonfinite(self._finished, self._run.out_dtype, self._sums, start, stop)
+        """Count in a range of elements of the chunk last finished."""
+        return count_nonfinite(self._finished, self._segment.out_dtype, self._sums, start, stop)
 
     def _sums(self, piece: slice) -> npt.NDArray[np.floating]:
         return self._accumulator[piece].cpu().numpy()  # no copy where it lies on the CPU
@@ -113,7 +113,7 @@ def canonicalise_nans(out: torch.Tensor) -> None:
     """Give every NaN one bit pattern (quiet, positive), whatever operation made it.
 
     Which pattern an operation gives depends on the processor, and on whether an element fell into
-    a vector or into the rest of a strip.
+    a vector or into the rest of a chunk.
     """
     out.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf)
 
@@ -123,9 +123,9 @@ def are_finite(extremes: Iterable[torch.Tensor]) -> bool:
     return all(math.isfinite(extreme.item()) for extreme in extremes)
 
 
-def sum_dtype(run: Run) -> torch.dtype:
-    """Return the dtype that a run is summed in: float64 where a source has it."""
-    return torch.float64 if "F64" in run.dtypes else torch.float32
+def sum_dtype(segment: Segment) -> torch.dtype:
+    """Return the dtype that a segment is summed in: float64 where a source has it."""
+    return torch.float64 if "F64" in segment.dtypes else torch.float32
 
 
 def typed(buffer: torch.Tensor, dtype: torch.dtype, num_elements: int) -> torch.Tensor:

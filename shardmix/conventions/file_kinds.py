@@ -60,13 +60,13 @@ _GIVEN_NAME = re.compile(
 def has_given_name(path: str) -> bool:
     """Tell whether a file is a model's, and called as programs call it, so that it may be deleted.
 
-    `is_companion_file` holds for any text and any JSON, which may be a person's work.
+    `is_auxiliary_file` holds for any text and any JSON, which may be a person's work.
     """
     name = path.rpartition("/")[2]
-    return is_companion_file(path) and ("/" in path or _GIVEN_NAME.fullmatch(name) is not None)
+    return is_auxiliary_file(path) and ("/" in path or _GIVEN_NAME.fullmatch(name) is not None)
 
 
-def is_companion_file(path: str) -> bool:
+def is_auxiliary_file(path: str) -> bool:
     """Tell whether a file (path within the model's folder, with `/`) is surely a model's.
 
     Weights do not count: this is what goes along with them. Module folders of
@@ -292,7 +292,7 @@ def _too_large(
 ) -> Iterator[LeftOut]:
     total = 0
     for path in sorted(paths, key=lambda path: (sizes[path], path)):
-        if is_companion_file(path) or path.split("/")[0] in modules:
+        if is_auxiliary_file(path) or path.split("/")[0] in modules:
             continue
         if sizes[path] > MAX_FILE_NBYTES:
             yield LeftOut(path, f"larger than {format_size(MAX_FILE_NBYTES)}")

@@ -62,5 +62,5 @@ def _command(content: dict[Any, Any], entries: list[dict[Any, Any]]) -> str | No
         words += ["--dtype", dtype]
     base = content.get("base_model")
     if isinstance(base, str) and base != entries[0]["model"]:
-        words += ["--base", base]
+        words += ["--config-from", base]
     return f"{shlex.join(words)} -o OUT"

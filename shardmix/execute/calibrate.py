@@ -1,8 +1,8 @@
 """Finds which of two devices reduces the faster: for a moment, each does what the merge is made of.
 
-The merge's own workers, readers and reducers, on its most common kind of run. They read a file in
-memory, over and over, as a merge reads from the page cache; what they would write is dropped, since
-that takes the same on either. Knows no device by name: it takes what it is given.
+The merge's own workers, readers and reducers, on its most common kind of segment. They read a
+file in memory, over and over, as a merge reads from the page cache; what they would write is
+dropped, since that takes the same on either. Knows no device by name: it takes what it is given.
 """
 
 import os
@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from shardmix.anomalies import LeafFindings
+from shardmix.anomalies import LeafAnomalies
 from shardmix.compute.backend import Backend
 from shardmix.compute.chunk_size import VECTOR
 from shardmix.errors import DeviceError, one_line
-from shardmix.execute.executor import run_blocks
+from shardmix.execute.executor import run_tasks
 from shardmix.execute.task_queue import Work
 from shardmix.formats.safetensors_layout import element_nbytes
-from shardmix.plan.merge_plan import LINEAR, MergePlan, OutputShard, Run, SourceFile
+from shardmix.plan.merge_plan import LINEAR, MergePlan, OutputShard, Segment, SourceFile
 from shardmix.system.digests import XXH3
 from shardmix.system.units import MIB
 
@@ -68,21 +68,21 @@ def source_bytes_per_second(plan: MergePlan, backend: Backend) -> float:
         meter = _Meter(num_workers=trial.memory.workers)
         work = Work(trial, lambda number: meter)
         meter.stop = work.stop
-        run_blocks(trial, backend, work)
+        run_tasks(trial, backend, work)
         return meter.out_bytes_per_second() * trial.read_nbytes / trial.write_nbytes
 
 
 @contextmanager
 def _trial_plan(plan: MergePlan) -> Iterator[MergePlan]:
-    """Give a plan of endless runs of the merge's most common kind, all from a file in memory."""
+    """Give a plan of endless segments of the most common kind, all from a file in memory."""
     dtypes, out_dtype, weights = _most_common_kind(plan)
     widths, out_width = [element_nbytes(dtype) for dtype in dtypes], element_nbytes(out_dtype)
     num_elements = max(VECTOR, SOURCE_NBYTES // sum(widths) // VECTOR * VECTOR)
     offsets = [num_elements * sum(widths[:source]) for source in range(len(widths))]
     nbytes = num_elements * sum(widths)
     count = max(1, _PLANNED_NBYTES // nbytes)
-    runs = tuple(
-        Run(
+    segments = tuple(
+        Segment(
             name="trial",
             num_tensors=1,
             num_elements=num_elements,
@@ -103,7 +103,7 @@ def _trial_plan(plan: MergePlan) -> Iterator[MergePlan]:
         file_nbytes=count * num_elements * out_width,
         read_nbytes=count * nbytes,
         tensor_names=(),
-        runs=runs,
+        segments=segments,
     )
     descriptor = os.memfd_create("shardmix-trial", os.MFD_CLOEXEC)
     try:
@@ -120,9 +120,9 @@ def _trial_plan(plan: MergePlan) -> Iterator[MergePlan]:
 def _most_common_kind(plan: MergePlan) -> tuple[tuple[str, ...], str, tuple[float, ...]]:
     """Return the dtypes, output dtype and weights of most of what is summed."""
     num_elements: Counter[tuple[tuple[str, ...], str, tuple[float, ...]]] = Counter()
-    for run in plan.runs():
-        if run.reduction == LINEAR:
-            num_elements[run.dtypes, run.out_dtype, run.weights] += run.num_elements
+    for segment in plan.segments():
+        if segment.reduction == LINEAR:
+            num_elements[segment.dtypes, segment.out_dtype, segment.weights] += segment.num_elements
     return num_elements.most_common(1)[0][0]
 
 
@@ -139,7 +139,7 @@ class _Meter:
         self._nbytes = 0
 
     def write(self, position: int, data: memoryview) -> None:
-        """Count the next strip's bytes."""
+        """Count the next chunk's bytes."""
         with self._lock:
             self._last = time.perf_counter()
             if len(self._seen) < self._num_workers:
@@ -154,7 +154,7 @@ class _Meter:
         """Return what was counted, by the time that it took."""
         return self._nbytes / max(self._last - self._started, 1e-9)
 
-    def kept(self, leaf: int, buffer: memoryview) -> LeafFindings | None:
+    def kept(self, leaf: int, buffer: memoryview) -> LeafAnomalies | None:
         """Return None: nothing is there already."""
         return None
 
@@ -166,7 +166,7 @@ class _Meter:
         """Start a range of leaves."""
         return self
 
-    def note(self, leaf: int, findings: LeafFindings) -> None:
+    def note(self, leaf: int, findings: LeafAnomalies) -> None:
         """Do nothing."""
 
     def finish(self) -> str:

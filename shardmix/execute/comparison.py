@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from shardmix.anomalies import LeafFindings
+from shardmix.anomalies import LeafAnomalies
 from shardmix.execute.tasks import TensorPlaces
 from shardmix.plan.merge_plan import MergePlan
 from shardmix.system.buffers import buffer_for_reading
@@ -65,7 +65,7 @@ class ComparedShard:
         if nbytes != planned.file_nbytes:
             differences.add(planned.filename, "its size", abs(nbytes - planned.file_nbytes))
 
-    def kept(self, leaf: int, buffer: memoryview) -> LeafFindings | None:
+    def kept(self, leaf: int, buffer: memoryview) -> LeafAnomalies | None:
         """Return None: everything is computed again."""
         return None
 
@@ -77,11 +77,11 @@ class ComparedShard:
         """Start a range of leaves."""
         return self
 
-    def note(self, leaf: int, findings: LeafFindings) -> None:
+    def note(self, leaf: int, findings: LeafAnomalies) -> None:
         """Do nothing: the merge has told of its findings."""
 
     def write(self, position: int, data: memoryview) -> None:
-        """Compare a strip's bytes with the file's."""
+        """Compare a chunk's bytes with the file's."""
         if self._is_unreadable:
             return
         for there in self._read(position, position + len(data)):

@@ -1,6 +1,6 @@
 """Carries a `MergePlan` out on several threads, and puts the output in place.
 
-Decides nothing about the output: names, offsets and strip size are the plan's. Prints nothing:
+Decides nothing about the output: names, offsets and chunk size are the plan's. Prints nothing:
 progress goes to a callback, as events.
 """
 
@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from shardmix.anomalies import LeafFindings
+from shardmix.anomalies import LeafAnomalies
 from shardmix.compute.backend import Backend
 from shardmix.errors import MergeCancelled
 from shardmix.execute.comparison import ComparedShard, Differences
 from shardmix.execute.task_queue import Work
 from shardmix.execute.worker import work_through
-from shardmix.output.disk_need import FindingsRoom
+from shardmix.output.disk_need import AnomalyRoom
 from shardmix.output.journal import Journal
 from shardmix.output.model_folder import write_all_but_weights
 from shardmix.output.provenance import write_provenance
@@ -92,7 +92,7 @@ class ExecutionResult:
     """GPU memory that torch had reserved at most; 0 on the CPU."""
     num_bytes_kept: int
     """Source bytes not read, since an earlier run had done their part of the output."""
-    findings: LeafFindings
+    findings: LeafAnomalies
     """NaN and Inf in the output, and integer tensors that differ between models."""
     provenance_sha256: str
     """SHA-256 (hex) of the output's shardmix.json."""
@@ -118,18 +118,18 @@ def execute(
     settings, folder = plan.settings, staging.folder
     # All but the weights is written anew.
     staging.drop_all_but({shard.filename for shard in plan.shards})
-    room = FindingsRoom(plan, staging)
+    room = AnomalyRoom(plan, staging)
     work = Work(
         plan,
         lambda number: GrowingShard(plan, number, folder, journal, clock),
-        on_many_findings=room.check,
+        on_many_anomalies=room.check,
     )
 
     def write_the_rest() -> None:
         write_all_but_weights(plan, folder)
 
     teller = Teller(on_progress) if on_progress is not None else None
-    run_blocks(plan, backend, work, teller, cancel, meanwhile=write_the_rest, clock=clock)
+    run_tasks(plan, backend, work, teller, cancel, meanwhile=write_the_rest, clock=clock)
     findings = work.findings
     sha256 = write_provenance(
         plan, folder, work.file_digests, findings, plan_digest=journal.plan_digest
@@ -168,14 +168,14 @@ def _check_sources(
         return
     differences = Differences()
     work = Work(plan, lambda number: ComparedShard(plan, number, folder, differences))
-    run_blocks(plan, backend, work, on_progress, cancel)
+    run_tasks(plan, backend, work, on_progress, cancel)
     check_unchanged(plan.files)
     is_same = not (differences.num_bytes or differences.unreadable)
     if not is_same or touched(plan.files, now, stamps(plan.files)) is not None:
         raise has_changed(path)
 
 
-def run_blocks(
+def run_tasks(
     plan: MergePlan,
     backend: Backend,
     work: Work,
@@ -185,7 +185,7 @@ def run_blocks(
     meanwhile: Callable[[], None] | None = None,
     clock: Clock = NO_CLOCK,
 ) -> None:
-    """Merge every block of the work, on the plan's workers; raise the first error of any.
+    """Merge every task of the work, on the plan's workers; raise the first error of any.
 
     `meanwhile` is called on the calling thread, which has nothing else to do.
     """

@@ -8,9 +8,9 @@ import threading
 from collections.abc import Callable, Collection, Iterator
 from typing import Protocol
 
-from shardmix.anomalies import FindingsSum, LeafFindings
+from shardmix.anomalies import AnomalySum, LeafAnomalies
 from shardmix.errors import NonfiniteError
-from shardmix.execute.tasks import Block, Strip, TensorPlaces, blocks
+from shardmix.execute.tasks import Chunk, Task, TensorPlaces, tasks
 from shardmix.formats.safetensors_layout import element_nbytes
 from shardmix.options import ERROR
 from shardmix.plan.merge_plan import MergePlan
@@ -20,19 +20,19 @@ _MANY = 1000
 
 
 class LeafTarget(Protocol):
-    """Where one worker puts a range of leaves, strip by strip, in order."""
+    """Where one worker puts a range of leaves, chunk by chunk, in order."""
 
-    def note(self, leaf: int, findings: LeafFindings) -> None:
-        """Remember what was found in the next strip's part of a leaf."""
+    def note(self, leaf: int, findings: LeafAnomalies) -> None:
+        """Remember what was found in the next chunk's part of a leaf."""
 
     def write(self, position: int, data: memoryview) -> None:
-        """Take the next strip's bytes."""
+        """Take the next chunk's bytes."""
 
 
 class ShardTarget(Protocol):
     """Where an output file's bytes go: into a file, or against one that exists."""
 
-    def kept(self, leaf: int, buffer: memoryview) -> LeafFindings | None:
+    def kept(self, leaf: int, buffer: memoryview) -> LeafAnomalies | None:
         """Return what is known of a leaf that is there already; None where it is to be merged."""
 
     def next_claimed(self, leaf: int, stop_leaf: int) -> int:
@@ -49,19 +49,19 @@ class ShardTarget(Protocol):
 
 
 class ShardInWork:
-    """An output file that workers are at, and how many of its blocks are still to come."""
+    """An output file that workers are at, and how many of its tasks are still to come."""
 
     def __init__(self, plan: MergePlan, number: int, target: ShardTarget) -> None:
         self.number = number
         self.target = target
         self.places = TensorPlaces(plan.shards[number])
-        self.blocks = blocks(plan, number)
-        self.num_blocks_left = 0
+        self.tasks = tasks(plan, number)
+        self.num_tasks_left = 0
         self.is_all_handed_out = False
 
 
 class Work:
-    """Blocks, each to one worker; whoever ends a file's last block ends the file.
+    """Blocks, each to one worker; whoever ends a file's last task ends the file.
 
     A worker stays with its file, since a file system lets one thread at a time write to a file. One
     that has no file of its own left helps others with theirs.
@@ -72,10 +72,10 @@ class Work:
         plan: MergePlan,
         open_shard: Callable[[int], ShardTarget],
         *,
-        on_many_findings: Callable[[Collection[str]], None] | None = None,
+        on_many_anomalies: Callable[[Collection[str]], None] | None = None,
     ) -> None:
-        """`on_many_findings` is called with new tensors that hold NaN, a thousand at a time."""
-        self._on_many_findings = on_many_findings
+        """`on_many_anomalies` is called with new tensors that hold NaN, a thousand at a time."""
+        self._on_many_anomalies = on_many_anomalies
         self._untold: list[str] = []
         self._plan = plan
         self._open_shard = open_shard
@@ -85,29 +85,29 @@ class Work:
             self._passed = PassedRanges([file.path for file in plan.files])
         self._not_begun = iter(range(len(plan.shards)))
         self._open: list[ShardInWork] = []
-        self._findings = FindingsSum()
+        self._findings = AnomalySum()
         self._error: BaseException | None = None
         self.is_stopped = False
         self.num_bytes_done = 0
         self.num_bytes_kept = 0
         self.file_digests: dict[str, str] = {}
 
-    def next_block(self, mine: ShardInWork | None) -> tuple[ShardInWork, Block] | None:
-        """Return a block that nobody has yet, or None at the end or after `stop`.
+    def next_task(self, mine: ShardInWork | None) -> tuple[ShardInWork, Task] | None:
+        """Return a task that nobody has yet, or None at the end or after `stop`.
 
         It is of the file that the worker has been at, of one that nobody has begun, or of any.
         """
         with self._lock:
             if self.is_stopped:
                 return None
-            return next(self._blocks_for(mine), None)
+            return next(self._tasks_for(mine), None)
 
-    def _blocks_for(self, mine: ShardInWork | None) -> Iterator[tuple[ShardInWork, Block]]:
+    def _tasks_for(self, mine: ShardInWork | None) -> Iterator[tuple[ShardInWork, Task]]:
         for shard in itertools.chain([mine] if mine else [], self._begun(), list(self._open)):
-            for block in shard.blocks:
-                shard.num_blocks_left += 1
-                shard.is_all_handed_out = block.is_last
-                yield shard, block
+            for task in shard.tasks:
+                shard.num_tasks_left += 1
+                shard.is_all_handed_out = task.is_last
+                yield shard, task
 
     def _begun(self) -> Iterator[ShardInWork]:
         for number in self._not_begun:
@@ -121,29 +121,29 @@ class Work:
             self.num_bytes_done += num_bytes
             self.num_bytes_kept += num_bytes * kept
 
-    def sources_passed(self, strip: Strip) -> None:
-        """Take what a strip was read from for done with: it may leave the page cache."""
+    def sources_passed(self, chunk: Chunk) -> None:
+        """Take what a chunk was read from for done with: it may leave the page cache."""
         if self._passed is None:
             return
-        run, start, stop = strip.run, strip.start, strip.start + strip.num_elements
-        for file, offset, dtype in zip(run.files, run.offsets, run.dtypes, strict=True):
+        segment, start, stop = chunk.segment, chunk.start, chunk.start + chunk.num_elements
+        for file, offset, dtype in zip(segment.files, segment.offsets, segment.dtypes, strict=True):
             width = element_nbytes(dtype)
             self._passed.add(file, offset + start * width, offset + stop * width)
 
-    def found(self, findings: LeafFindings) -> None:
+    def found(self, findings: LeafAnomalies) -> None:
         """Take in findings. Raises `NonfiniteError` where there are NaN or Inf, and may not be."""
         if not findings:
             return
         many: list[str] = []
         with self._lock:
-            if self._on_many_findings is not None:
+            if self._on_many_anomalies is not None:
                 names = findings.nonfinite
                 self._untold += (name for name in names if not self._findings.has_nonfinite(name))
                 if len(self._untold) >= _MANY:
                     many, self._untold = self._untold, []
             self._findings.add(findings)
-        if many and self._on_many_findings is not None:
-            self._on_many_findings(many)
+        if many and self._on_many_anomalies is not None:
+            self._on_many_anomalies(many)
         if findings.nonfinite and self._plan.settings.on_nonfinite == ERROR:
             name, counts = next(iter(findings.nonfinite.items()))
             finding = nonfinite_finding(name, counts, self._plan)
@@ -152,11 +152,11 @@ class Work:
                 "--on-nonfinite warn"
             )
 
-    def block_done(self, shard: ShardInWork) -> None:
-        """Count a block as done, and end its file if it was the last."""
+    def task_done(self, shard: ShardInWork) -> None:
+        """Count a task as done, and end its file if it was the last."""
         with self._lock:
-            shard.num_blocks_left -= 1
-            is_last = shard.num_blocks_left == 0 and shard.is_all_handed_out
+            shard.num_tasks_left -= 1
+            is_last = shard.num_tasks_left == 0 and shard.is_all_handed_out
         if is_last:
             digest = shard.target.finish()
             with self._lock:
@@ -169,7 +169,7 @@ class Work:
         return len(self.file_digests)
 
     def stop(self, error: BaseException | None = None) -> None:
-        """Hand out no more blocks; the first error is the one to raise."""
+        """Hand out no more tasks; the first error is the one to raise."""
         with self._lock:
             self.is_stopped = True
             self._error = self._error or error
@@ -184,7 +184,7 @@ class Work:
             raise self._error
 
     @property
-    def findings(self) -> LeafFindings:
+    def findings(self) -> LeafAnomalies:
         """What was found in all that is done."""
         with self._lock:
             return self._findings.total()

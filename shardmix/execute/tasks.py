@@ -1,7 +1,7 @@
-"""How an output file's bytes are divided into work: blocks of leaves, and strips within them.
+"""How an output file's bytes are divided into work: tasks of leaves, and chunks within them.
 
-A block is a range of whole leaves and belongs to one worker, which goes through it in order: so
-leaves are hashed as they are written. A strip is what is in memory at once. Pure: counts, reads
+A task is a range of whole leaves and belongs to one worker, which goes through it in order: so
+leaves are hashed as they are written. A chunk is what is in memory at once. Pure: counts, reads
 nothing.
 """
 
@@ -10,14 +10,14 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from shardmix.compute.chunk_size import strip_num_elements
+from shardmix.compute.chunk_size import chunk_num_elements
 from shardmix.formats.safetensors_layout import element_nbytes
-from shardmix.plan.merge_plan import MergePlan, OutputShard, Run
+from shardmix.plan.merge_plan import MergePlan, OutputShard, Segment
 from shardmix.system.digests import LEAF_NBYTES, is_sequential, num_leaves
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class Task:
     """Leaves of one output file, for one worker."""
 
     shard: int
@@ -31,53 +31,55 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Strip:
-    """A flat range of elements of a run, the same in every source and in the output."""
+class Chunk:
+    """A flat range of elements of a segment, the same in every source and in the output."""
 
-    run: Run
+    segment: Segment
     """What it is part of."""
     start: int
-    """Its first element within the run."""
+    """Its first element within the segment."""
     num_elements: int
     """Its length."""
 
     @property
     def out_position(self) -> int:
         """Its first byte in the output file."""
-        return self.run.out_offset + self.start * element_nbytes(self.run.out_dtype)
+        return self.segment.out_offset + self.start * element_nbytes(self.segment.out_dtype)
 
     @property
     def source_nbytes(self) -> int:
         """What is read for it, of all sources."""
-        return self.num_elements * sum(element_nbytes(dtype) for dtype in self.run.dtypes)
+        return self.num_elements * sum(element_nbytes(dtype) for dtype in self.segment.dtypes)
 
 
-def blocks(plan: MergePlan, shard: int) -> Iterator[Block]:
+def tasks(plan: MergePlan, shard: int) -> Iterator[Task]:
     """Yield the work on one output file, in its order."""
     count = num_leaves(plan.shards[shard].file_nbytes)
-    step = count if is_sequential(plan.digest_algorithm) else _leaves_per_block(plan)
+    step = count if is_sequential(plan.digest_algorithm) else _leaves_per_task(plan)
     for first in range(0, count, step):
         stop = min(first + step, count)
-        yield Block(shard, first, stop, is_last=stop == count)
+        yield Task(shard, first, stop, is_last=stop == count)
 
 
-def strips(
-    planned: OutputShard, first_leaf: int, stop_leaf: int, *, strip_nbytes: int
-) -> Iterator[Strip]:
-    """Yield the strips that make up the data of some leaves, in order."""
+def chunks(
+    planned: OutputShard, first_leaf: int, stop_leaf: int, *, chunk_nbytes: int
+) -> Iterator[Chunk]:
+    """Yield the chunks that make up the data of some leaves, in order."""
     position = max(first_leaf * LEAF_NBYTES, planned.data_start)
     stop = min(stop_leaf * LEAF_NBYTES, planned.file_nbytes)
-    number = bisect.bisect_right(planned.runs, position, key=lambda run: run.out_offset) - 1
+    number = (
+        bisect.bisect_right(planned.segments, position, key=lambda segment: segment.out_offset) - 1
+    )
     while position < stop:
-        run = planned.runs[number]
+        segment = planned.segments[number]
         # Data is aligned to its elements, and so are leaves: a boundary never cuts one in two.
-        width = element_nbytes(run.out_dtype)
-        start = (position - run.out_offset) // width
-        end = min(run.num_elements, (stop - run.out_offset) // width)
-        step = strip_num_elements(run, strip_nbytes=strip_nbytes)
+        width = element_nbytes(segment.out_dtype)
+        start = (position - segment.out_offset) // width
+        end = min(segment.num_elements, (stop - segment.out_offset) // width)
+        step = chunk_num_elements(segment, chunk_nbytes=chunk_nbytes)
         for first in range(start, end, step):
-            yield Strip(run, first, min(step, end - first))
-        position = run.out_offset + end * width
+            yield Chunk(segment, first, min(step, end - first))
+        position = segment.out_offset + end * width
         number += 1
 
 
@@ -106,7 +108,7 @@ class TensorPlaces:
             start, row = end, row + 1
 
 
-def _leaves_per_block(plan: MergePlan) -> int:
-    # A GPU's pipeline runs empty at the end of a block: it is to last for several strips.
-    num_strips = 4 if plan.settings.on_cuda else 1
-    return max(1, num_strips * plan.memory.strip_nbytes // LEAF_NBYTES)
+def _leaves_per_task(plan: MergePlan) -> int:
+    # A GPU's pipeline runs empty at the end of a task: it is to last for several chunks.
+    num_chunks = 4 if plan.settings.on_cuda else 1
+    return max(1, num_chunks * plan.memory.chunk_nbytes // LEAF_NBYTES)

@@ -1,4 +1,4 @@
-"""What each worker of a merge does: strips from readers through reducers to output."""
+"""What each worker of a merge does: chunks from readers through reducers to output."""
 
 import itertools
 import traceback
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from shardmix.compute.backend import Backend, Reducer, Reducers
-from shardmix.execute.anomaly_places import strip_findings
+from shardmix.execute.anomaly_places import chunk_anomalies
 from shardmix.execute.task_queue import LeafTarget, ShardInWork, Work
-from shardmix.execute.tasks import Block, Strip, strips
+from shardmix.execute.tasks import Chunk, Task, chunks
 from shardmix.formats.safetensors_layout import element_nbytes
 from shardmix.plan.merge_plan import MergePlan
 from shardmix.sources.readers import Reader, open_reader
@@ -22,7 +22,7 @@ def work_through(plan: MergePlan, backend: Backend, work: Work, clock: Clock) ->
     """Do one worker's part; whatever goes wrong goes to `work`."""
     clock.start()
     try:
-        _merge_blocks(plan, backend, work, clock)
+        _merge_tasks(plan, backend, work, clock)
     except BaseException as error:
         # The error outlives the merge; the buffers that its frames hold must not.
         traceback.clear_frames(error.__traceback__)
@@ -31,78 +31,78 @@ def work_through(plan: MergePlan, backend: Backend, work: Work, clock: Clock) ->
         clock.lap(OTHER)
 
 
-def _merge_blocks(plan: MergePlan, backend: Backend, work: Work, clock: Clock) -> None:
-    """Merge block after block until there is none left."""
-    strip_nbytes = plan.memory.strip_nbytes
+def _merge_tasks(plan: MergePlan, backend: Backend, work: Work, clock: Clock) -> None:
+    """Merge task after task until there is none left."""
+    chunk_nbytes = plan.memory.chunk_nbytes
     lanes = [
-        Reducers(reducer, strip_nbytes=strip_nbytes)
-        for reducer in backend.make_reducers(strip_nbytes=strip_nbytes)
+        Reducers(reducer, chunk_nbytes=chunk_nbytes)
+        for reducer in backend.make_reducers(chunk_nbytes=chunk_nbytes)
     ]
     buffer = buffer_for_reading(READ_NBYTES)
     with closing(open_reader(plan.settings.io, plan.files)) as reader:
         shard = None
-        while (handed_out := work.next_block(shard)) is not None:
-            shard, block = handed_out
-            if _merge_block(plan, work, shard, block, reader, lanes, buffer, clock):
-                work.block_done(shard)
+        while (handed_out := work.next_task(shard)) is not None:
+            shard, task = handed_out
+            if _merge_task(plan, work, shard, task, reader, lanes, buffer, clock):
+                work.task_done(shard)
 
 
-def _merge_block(
+def _merge_task(
     plan: MergePlan,
     work: Work,
     shard: ShardInWork,
-    block: Block,
+    task: Task,
     reader: Reader,
     lanes: Sequence[Reducers],
     buffer: memoryview,
     clock: Clock,
 ) -> bool:
-    """Merge what is not there yet of a block; return whether it was not stopped before its end.
+    """Merge what is not there yet of a task; return whether it was not stopped before its end.
 
-    With several lanes, one strip is read while others are still being summed.
+    With several lanes, one chunk is read while others are still being summed.
     """
-    planned, strip_nbytes = plan.shards[block.shard], plan.memory.strip_nbytes
+    planned, chunk_nbytes = plan.shards[task.shard], plan.memory.chunk_nbytes
     target = shard.target
-    leaf = block.first_leaf
-    while leaf < block.stop_leaf:
+    leaf = task.first_leaf
+    while leaf < task.stop_leaf:
         if work.is_stopped:
             return False
         findings = target.kept(leaf, buffer)
         if findings is not None:
-            for strip in strips(planned, leaf, leaf + 1, strip_nbytes=strip_nbytes):
-                work.count(strip.source_nbytes, kept=True)
+            for chunk in chunks(planned, leaf, leaf + 1, chunk_nbytes=chunk_nbytes):
+                work.count(chunk.source_nbytes, kept=True)
             work.found(findings)
             leaf += 1
             continue
-        first, leaf = leaf, target.next_claimed(leaf + 1, block.stop_leaf)
+        first, leaf = leaf, target.next_claimed(leaf + 1, task.stop_leaf)
         leaves = target.begin(first, leaf)
-        in_flight: deque[tuple[Strip, Reducer, memoryview]] = deque()
-        parts = strips(planned, first, leaf, strip_nbytes=strip_nbytes)
-        for strip, reducers in zip(parts, itertools.cycle(lanes)):
+        in_flight: deque[tuple[Chunk, Reducer, memoryview]] = deque()
+        parts = chunks(planned, first, leaf, chunk_nbytes=chunk_nbytes)
+        for chunk, reducers in zip(parts, itertools.cycle(lanes)):
             if work.is_stopped:
                 return False
             clock.lap(OTHER)
-            reducer = reducers[strip.run.reduction]
-            in_flight.append((strip, reducer, _start_strip(strip, reader, reducer, clock)))
+            reducer = reducers[chunk.segment.reduction]
+            in_flight.append((chunk, reducer, _start_chunk(chunk, reader, reducer, clock)))
             if len(in_flight) == len(lanes):
-                _end_strip(*in_flight.popleft(), work, shard, leaves, clock)
+                _end_chunk(*in_flight.popleft(), work, shard, leaves, clock)
         while in_flight:
-            _end_strip(*in_flight.popleft(), work, shard, leaves, clock)
+            _end_chunk(*in_flight.popleft(), work, shard, leaves, clock)
     return True
 
 
-def _start_strip(strip: Strip, reader: Reader, reducer: Reducer, clock: Clock) -> memoryview:
-    """Read a strip; on the CPU sum it, too. Return where its output is, or will be."""
-    run, start = strip.run, strip.start
-    reducer.begin(run, start, strip.num_elements)
-    descriptors = reader.descriptors(run.files)
+def _start_chunk(chunk: Chunk, reader: Reader, reducer: Reducer, clock: Clock) -> memoryview:
+    """Read a chunk; on the CPU sum it, too. Return where its output is, or will be."""
+    segment, start = chunk.segment, chunk.start
+    reducer.begin(segment, start, chunk.num_elements)
+    descriptors = reader.descriptors(segment.files)
     if descriptors is not None and (done := reducer.read(descriptors)) is not None:
         data, seconds = done
-        clock.lap(READ, strip.source_nbytes, seconds=seconds)
-        clock.lap(REDUCE, strip.source_nbytes)
+        clock.lap(READ, chunk.source_nbytes, seconds=seconds)
+        clock.lap(REDUCE, chunk.source_nbytes)
         return data
     for source, (file, offset, dtype) in enumerate(
-        zip(run.files, run.offsets, run.dtypes, strict=True)
+        zip(segment.files, segment.offsets, segment.dtypes, strict=True)
     ):
         position = offset + start * element_nbytes(dtype)
         staging = reducer.staging(source)
@@ -116,8 +116,8 @@ def _start_strip(strip: Strip, reader: Reader, reducer: Reducer, clock: Clock) -
     return data
 
 
-def _end_strip(
-    strip: Strip,
+def _end_chunk(
+    chunk: Chunk,
     reducer: Reducer,
     data: memoryview,
     work: Work,
@@ -125,13 +125,13 @@ def _end_strip(
     leaves: LeafTarget,
     clock: Clock,
 ) -> None:
-    """Wait for a strip's output, and write it."""
+    """Wait for a chunk's output, and write it."""
     reducer.wait()
     if reducer.disagreeing or not reducer.is_finite:
-        for found_in, findings in strip_findings(strip, reducer, shard.places):
+        for found_in, findings in chunk_anomalies(chunk, reducer, shard.places):
             work.found(findings)
             leaves.note(found_in, findings)
     clock.lap(REDUCE)
-    leaves.write(strip.out_position, data)
-    work.count(strip.source_nbytes)
-    work.sources_passed(strip)
+    leaves.write(chunk.out_position, data)
+    work.count(chunk.source_nbytes)
+    work.sources_passed(chunk)

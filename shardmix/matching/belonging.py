@@ -21,7 +21,7 @@ from shardmix.sources.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class PartConfig:
     """The model that gives the output, or one of its modules, the files beside the weights."""
 
     name: str | None
@@ -37,36 +37,43 @@ def check_belong_together(
     groups: Sequence[Sequence[Checkpoint]],
     recipe: Recipe,
     *,
-    bases: Sequence[Base],
-    modular_base: ModularModel | None = None,
+    config_sources: Sequence[PartConfig],
+    modular_config_source: ModularModel | None = None,
     max_memory: int | None = None,
 ) -> tuple[str, ...]:
     """Return what to know of the ways in which models differ that have the same tensors.
 
     `groups` are the parts of the models that are merged with one another, the models themselves
-    first; `bases` give each its config and tokenizer, and `modular_base` the modules if no model
+    first; `config_sources` give each its config and tokenizer, and `modular_config_source` the
+    modules if no model
     does. `max_memory` (bytes) bounds what the process may take. Raises `MismatchError` if they
     differ in what nobody can have meant to average over.
     """
-    found = list(module_differences(checkpoints, modular_base, recipe.pooling))
-    for number, (group, base) in enumerate(zip(groups, bases, strict=True)):
+    found = list(module_differences(checkpoints, modular_config_source, recipe.pooling))
+    for number, (group, config_source) in enumerate(zip(groups, config_sources, strict=True)):
         if number == 0 or any("model_type" in part.config for part in group):
-            found += _quantisations(group, base)
-            misfits = list(_misfits(group[0], base))
+            found += _quantisations(group, config_source)
+            misfits = list(_misfits(group[0], config_source))
             told = {misfit.key for misfit in misfits if misfit.is_refused}
             found += misfits
-            found += [other for other in _config_differences(group, base) if other.key not in told]
-            found += _scale_differences(group, base)
-        found += _tokenizer_differences(group, base, max_memory)
-        found += _preprocessor_differences(group, base)
+            found += [
+                other
+                for other in _config_differences(group, config_source)
+                if other.key not in told
+            ]
+            found += _scale_differences(group, config_source)
+        found += _tokenizer_differences(group, config_source, max_memory)
+        found += _preprocessor_differences(group, config_source)
     return settle(found, recipe.allow_differences)
 
 
-def _quantisations(group: Sequence[Checkpoint], base: Base) -> Iterator[Difference]:
+def _quantisations(group: Sequence[Checkpoint], config_source: PartConfig) -> Iterator[Difference]:
     """Find configs that declare a quantisation: that no weight has one was seen before."""
     configs = [(part.source, part.config) for part in group]
-    configs += [(base.name, base.config)] if base.name is not None else []
-    giver = group[0].source if base.name is None else base.name
+    configs += (
+        [(config_source.name, config_source.config)] if config_source.name is not None else []
+    )
+    giver = group[0].source if config_source.name is None else config_source.name
     for name, config in configs:
         declared = declared_quantisation(config)
         if declared is not None:
@@ -80,11 +87,15 @@ def _quantisations(group: Sequence[Checkpoint], base: Base) -> Iterator[Differen
             )
 
 
-def _misfits(first: Checkpoint, base: Base) -> Iterator[Difference]:
+def _misfits(first: Checkpoint, config_source: PartConfig) -> Iterator[Difference]:
     """Find what the output's config states and its tensors contradict."""
-    config, name, way = base.config, base.name, "name another model with --base"
+    config, name, way = (
+        config_source.config,
+        config_source.name,
+        "name another model with --config-from",
+    )
     if name is None:
-        config, name, way = first.config, first.source, "correct it there, or use --base"
+        config, name, way = first.config, first.source, "correct it there, or use --config-from"
     for misfit in config_misfits(config, first.table.names, first.table.shapes):
         yield Difference(
             misfit.key,
@@ -95,17 +106,23 @@ def _misfits(first: Checkpoint, base: Base) -> Iterator[Difference]:
         )
 
 
-def _config_differences(group: Sequence[Checkpoint], base: Base) -> list[Difference]:
+def _config_differences(group: Sequence[Checkpoint], config_source: PartConfig) -> list[Difference]:
     configs = [NamedConfig(part.source, part.config) for part in group]
-    if base.name is None:
+    if config_source.name is None:
         return config_differences(configs)
-    return config_differences([*configs, NamedConfig(base.name, base.config)], output=len(group))
+    return config_differences(
+        [*configs, NamedConfig(config_source.name, config_source.config)], output=len(group)
+    )
 
 
-def _scale_differences(group: Sequence[Checkpoint], base: Base) -> Iterator[Difference]:
+def _scale_differences(
+    group: Sequence[Checkpoint], config_source: PartConfig
+) -> Iterator[Difference]:
     """Find models whose config scales what the output head reads while the output's does not."""
     configs = [(part.source, part.config) for part in group]
-    name, config = configs[0] if base.name is None else (base.name, base.config)
+    name, config = (
+        configs[0] if config_source.name is None else (config_source.name, config_source.config)
+    )
     said = {(each.get(TIE_KEY), each.get(SCALE_KEY)) for each in (config, *dict(configs).values())}
     if len(said) == 1:
         return
@@ -132,23 +149,25 @@ def _scale_differences(group: Sequence[Checkpoint], base: Base) -> Iterator[Diff
 
 
 def _tokenizer_differences(
-    group: Sequence[Checkpoint], base: Base, max_memory: int | None
+    group: Sequence[Checkpoint], config_source: PartConfig, max_memory: int | None
 ) -> list[Difference]:
     folders = [TokenizerFolder(part.source, part.folder) for part in group]
     output = 0
-    if base.name is not None:
-        folders.append(TokenizerFolder(base.name, base.folder))
+    if config_source.name is not None:
+        folders.append(TokenizerFolder(config_source.name, config_source.folder))
         output = len(group)
     return tokenizer_differences(
         folders, output=output, num_rows=_num_rows(group[0]), max_memory=max_memory
     )
 
 
-def _preprocessor_differences(group: Sequence[Checkpoint], base: Base) -> list[Difference]:
+def _preprocessor_differences(
+    group: Sequence[Checkpoint], config_source: PartConfig
+) -> list[Difference]:
     folders = [(part.source, part.folder) for part in group]
-    if base.name is not None:
-        folders.append((base.name, base.folder))
-    return preprocessor_differences(folders, output=0 if base.name is None else len(group))
+    if config_source.name is not None:
+        folders.append((config_source.name, config_source.folder))
+    return preprocessor_differences(folders, output=0 if config_source.name is None else len(group))
 
 
 def _num_rows(checkpoint: Checkpoint) -> int | None:

@@ -73,20 +73,25 @@ class ModularModel:
 
 
 def module_differences(
-    checkpoints: Sequence[Checkpoint], base: ModularModel | None = None, pooling: str | None = None
+    checkpoints: Sequence[Checkpoint],
+    config_source: ModularModel | None = None,
+    pooling: str | None = None,
 ) -> Iterator[Difference]:
     """Yield in what the models' modules differ; nothing if at most one model has modules.
 
-    `base` gives the output its modules, if it is no model of the merge; else the first that has
+    `config_source` gives the output its modules, if it is no model of the merge; else the first
+    that has
     modules does. `pooling` is how the output is to pool, whatever the models say.
     """
     yield from _weights_of_some(checkpoints)
     models = [ModularModel(each.source, each.root, each.modules) for each in checkpoints]
-    modular = [each for each in (*([base] if base else []), *models) if each.modules]
+    modular = [
+        each for each in (*([config_source] if config_source else []), *models) if each.modules
+    ]
     if not modular:
         return
-    if base is not None:
-        yield from _weights_of_base(base, checkpoints)
+    if config_source is not None:
+        yield from _weights_of_config_source(config_source, checkpoints)
     giver, *others = modular
     for other in others:
         yield from _compared(giver, other, pooling)
@@ -131,19 +136,22 @@ def _pickled(checkpoint: Checkpoint, keys: Collection[str]) -> Iterator[str]:
                     yield inner_path(module.place, name)
 
 
-def _weights_of_base(base: ModularModel, checkpoints: Sequence[Checkpoint]) -> Iterator[Difference]:
-    """Find modules with weights of the base that no model has: they would be nobody's mean."""
+def _weights_of_config_source(
+    config_source: ModularModel, checkpoints: Sequence[Checkpoint]
+) -> Iterator[Difference]:
+    """Find modules of the config source whose weights no model has: they would be no mean."""
     merged = {part.key for part in checkpoints[0].parts}
-    main = main_place(base.root, base.modules)
-    for module in base.modules:
+    main = main_place(config_source.root, config_source.modules)
+    for module in config_source.modules:
         if module.place in ("", main) or module.key in merged:
             continue
-        if any(name.endswith(_WEIGHTS) for name in _names_in(base.root, module.place)):
+        if any(name.endswith(_WEIGHTS) for name in _names_in(config_source.root, module.place)):
             yield Difference(
                 MODULES_NAME,
-                f"{module.place}/: has weights in {base.name}, and {checkpoints[0].source} has no "
+                f"{module.place}/: has weights in {config_source.name}, and "
+                f"{checkpoints[0].source} has no "
                 "such module, or is a file alone (then name its folder)",
-                f"the output takes {base.name}'s",
+                f"the output takes {config_source.name}'s",
                 is_refused=True,
             )
 

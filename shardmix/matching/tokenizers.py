@@ -104,7 +104,7 @@ def tokenizer_differences(
         found.append(
             _told(
                 f"{KEY}: none in {files[output].name}, whose files the output takes, but one in "
-                f"{first.name}: to take that, use --base {first.name}"
+                f"{first.name}: to take that, use --config-from {first.name}"
             )
         )
     if first is files[output]:
@@ -150,7 +150,8 @@ def _beyond(name: str, last: int, num_rows: int) -> Iterator[Difference]:
     if last >= num_rows:
         yield _told(
             f"{KEY}: {name} has ids up to {last}, and the embedding has {num_rows} rows",
-            "texts with ids beyond them fail: take the tokenizer of another model with --base",
+            "texts with ids beyond them fail: take the tokenizer of another model with "
+            "--config-from",
             f"{KEY}.ids",
         )
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Collection
 from pathlib import Path
 
-from shardmix.anomalies import NOTHING_FOUND
+from shardmix.anomalies import NO_ANOMALIES
 from shardmix.output import journal, provenance
 from shardmix.output.counted_folder import BLOCK_NBYTES, CountedFolder
 from shardmix.output.destination import check_disk
@@ -31,12 +31,12 @@ def disk_needed_nbytes(plan: MergePlan) -> int:
     for shard in plan.shards:
         folder.sizes[shard.filename] = shard.file_nbytes
     digests = dict.fromkeys(folder.sizes, _LONGEST_DIGEST)
-    provenance.write_provenance(plan, folder, digests, NOTHING_FOUND, plan_digest=_LONGEST_DIGEST)
+    provenance.write_provenance(plan, folder, digests, NO_ANOMALIES, plan_digest=_LONGEST_DIGEST)
     journal_blocks = -(-journal.journal_nbytes(plan) // BLOCK_NBYTES)
     return folder.nbytes + journal_blocks * BLOCK_NBYTES + _STAGING_NBYTES
 
 
-class FindingsRoom:
+class AnomalyRoom:
     """Sees to it that what is found in the data still has room on the output's disk.
 
     Of every tensor that holds NaN a line goes into the journal and one into `shardmix.json`. On a

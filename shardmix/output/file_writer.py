@@ -1,4 +1,4 @@
-"""Writes a shard in place: strips at their offsets, in any order, into a file sized beforehand.
+"""Writes a shard in place: chunks at their offsets, in any order, into a file sized beforehand.
 
 No shard is ever buffered. Knows bytes and offsets, not tensors.
 """
@@ -16,7 +16,7 @@ from shardmix.system.page_cache import DROPPED_AT_ONCE_NBYTES, drop_pages
 
 
 class ShardWriter:
-    """One output file, new or begun by an earlier run, open for strips from several threads."""
+    """One output file, new or begun by an earlier run, open for chunks from several threads."""
 
     def __init__(
         self, folder: HeldFolder, name: str, *, file_nbytes: int, keep_cached: bool = True

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from shardmix._version import __version__
-from shardmix.anomalies import NOTHING_FOUND, LeafFindings
+from shardmix.anomalies import NO_ANOMALIES, LeafAnomalies
 from shardmix.errors import OutputError, writing_failed
 from shardmix.formats.safetensors_layout import element_nbytes
 from shardmix.plan.identity import MergeDescription, asked_otherwise, changed_files
@@ -43,7 +43,7 @@ class _Line(msgspec.Struct, array_like=True):
     shard: int
     leaf: int
     digest: str
-    findings: LeafFindings = NOTHING_FOUND
+    findings: LeafAnomalies = NO_ANOMALIES
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Journal:
         path: Path,
         descriptor: int,
         leaves: Sequence[LeafDigests],
-        findings: dict[str, LeafFindings],
+        findings: dict[str, LeafAnomalies],
         plan_digest: str,
     ) -> None:
         self.plan_digest = plan_digest
@@ -87,11 +87,11 @@ class Journal:
         """How many leaves are claimed."""
         return sum(leaves.num_known for leaves in self.leaves)
 
-    def findings(self, shard: int, leaf: int) -> LeafFindings:
+    def findings(self, shard: int, leaf: int) -> LeafAnomalies:
         """Return what a claimed leaf's line told of it."""
-        return self._findings.get(f"{shard}/{leaf}", NOTHING_FOUND)
+        return self._findings.get(f"{shard}/{leaf}", NO_ANOMALIES)
 
-    def add(self, shard: int, leaf: int, digest: bytes, findings: LeafFindings) -> None:
+    def add(self, shard: int, leaf: int, digest: bytes, findings: LeafAnomalies) -> None:
         """Claim a leaf whose bytes are written. Raises `OutputError`."""
         line = bytearray()
         msgspec.json.Encoder().encode_into(_Line(shard, leaf, digest.hex(), findings), line)
@@ -147,11 +147,11 @@ def journal_nbytes(plan: MergePlan) -> int:
         leaves = LeafDigests(plan.digest_algorithm, shard.file_nbytes)
         line = _Line(number, len(leaves), "00" * leaves.digest_nbytes)
         lines += len(leaves) * (len(msgspec.json.encode(line)) + 1)
-        for run in shard.runs:
-            if run.reduction == AGREE:
-                stop = run.out_offset + run.num_elements * element_nbytes(run.out_dtype)
-                num_parts = num_leaves(stop) - run.out_offset // LEAF_NBYTES
-                lines += num_parts * len(msgspec.json.encode({run.name: run.models}))
+        for segment in shard.segments:
+            if segment.reduction == AGREE:
+                stop = segment.out_offset + segment.num_elements * element_nbytes(segment.out_dtype)
+                num_parts = num_leaves(stop) - segment.out_offset // LEAF_NBYTES
+                lines += num_parts * len(msgspec.json.encode({segment.name: segment.models}))
     return len(head) + 1 + lines
 
 
@@ -224,9 +224,9 @@ def _read_head(folder: HeldFolder) -> _Head | None:
 
 def _read_lines(
     folder: HeldFolder, leaves: Sequence[LeafDigests]
-) -> tuple[dict[str, LeafFindings], int]:
+) -> tuple[dict[str, LeafAnomalies], int]:
     """Take in the claims; return their findings, and where in the file the last good line ends."""
-    findings: dict[str, LeafFindings] = {}
+    findings: dict[str, LeafAnomalies] = {}
     with folder.open_regular(JOURNAL_NAME) as file:
         end = len(file.readline(_LONGEST_LINE_NBYTES))
         while encoded := file.readline(_LONGEST_LINE_NBYTES):

@@ -53,15 +53,15 @@ OutputFolder = HeldFolder | CountedFolder
 
 def write_all_but_weights(plan: MergePlan, folder: OutputFolder) -> None:
     """Write all of an output that can be written before its weights are known."""
-    write_companions(plan, folder)
+    write_auxiliary_files(plan, folder)
     write_model_card(plan, folder)
     write_index(plan, folder)
 
 
-def write_companions(plan: MergePlan, folder: OutputFolder) -> None:
-    """Copy the donor's companion files, with a config that is true of the output."""
-    for name in plan.companions:
-        _copy(Path(plan.base_folder) / name, folder, name)
+def write_auxiliary_files(plan: MergePlan, folder: OutputFolder) -> None:
+    """Copy the donor's auxiliary files, with a config that is true of the output."""
+    for name in plan.auxiliary_files:
+        _copy(Path(plan.config_source_folder) / name, folder, name)
     main = ModuleConfig(plan.main_place, plan.config_dtypes, plan.untied)
     for part in (main, *plan.module_configs):
         _adapt_config(plan, folder, part)
@@ -69,9 +69,9 @@ def write_companions(plan: MergePlan, folder: OutputFolder) -> None:
 
 
 def _write_modules(plan: MergePlan, folder: OutputFolder) -> None:
-    """Write sentence-transformers modules, as far as they are not the base's as they are."""
+    """Write sentence-transformers modules that are not copied as they are."""
     modules = plan.modules
-    giver = Path(plan.modules_folder or plan.base_folder)
+    giver = Path(plan.modules_folder or plan.config_source_folder)
     main = f"{modules.main_place}/" if modules.main_place else ""
     for name in modules.files:
         _copy(giver / name, folder, name.removeprefix(main))
@@ -81,8 +81,8 @@ def _write_modules(plan: MergePlan, folder: OutputFolder) -> None:
     pooling = modules.pooling or CLS
     for name in modules.pooling_configs:
         _write_json(folder, name, pooling_config(read_json(giver / name), pooling))
-    if CONFIG_NAME in plan.companions and _needs_sentence_modules(plan):
-        config = read_json(Path(plan.base_folder) / CONFIG_NAME)
+    if CONFIG_NAME in plan.auxiliary_files and _needs_sentence_modules(plan):
+        config = read_json(Path(plan.config_source_folder) / CONFIG_NAME)
         for name, content in sentence_modules(config, pooling).items():
             _write_json(folder, name, content)
 
@@ -90,9 +90,9 @@ def _write_modules(plan: MergePlan, folder: OutputFolder) -> None:
 def _adapt_config(plan: MergePlan, folder: OutputFolder, part: ModuleConfig) -> None:
     """Make the config of the output, or of one of its modules, true of what is stored there."""
     name = inner_path(part.place, CONFIG_NAME)
-    if name not in plan.companions:
+    if name not in plan.auxiliary_files:
         return
-    config = read_json(Path(plan.base_folder) / name)
+    config = read_json(Path(plan.config_source_folder) / name)
     if part.place and "model_type" not in config:
         return  # a module's arguments, and no config of transformers
     dtypes = dict(part.dtypes)
@@ -176,7 +176,7 @@ def _needs_sentence_modules(plan: MergePlan) -> bool:
 
 
 def _has_modules(plan: MergePlan) -> bool:
-    return MODULES_NAME in plan.companions or MODULES_NAME in plan.modules.files
+    return MODULES_NAME in plan.auxiliary_files or MODULES_NAME in plan.modules.files
 
 
 def _library_name(plan: MergePlan) -> str | None:
@@ -184,7 +184,7 @@ def _library_name(plan: MergePlan) -> str | None:
         return "diffusers"
     if _has_modules(plan) or _needs_sentence_modules(plan):
         return "sentence-transformers"
-    return "transformers" if CONFIG_NAME in plan.companions else None
+    return "transformers" if CONFIG_NAME in plan.auxiliary_files else None
 
 
 def _card_text(plan: MergePlan) -> str:
@@ -197,8 +197,8 @@ def _card_text(plan: MergePlan) -> str:
         ],
         "dtype": plan.dtype,
     }
-    if plan.base_name != plan.public_names[0]:
-        content["base"] = printable(plan.base_name)
+    if plan.config_source_name != plan.public_names[0]:
+        content["config_from"] = printable(plan.config_source_name)
     if plan.model_type is not None:
         content["model_type"] = plan.model_type
     if plan.max_shard_size is not None:
@@ -220,6 +220,7 @@ def _card_text(plan: MergePlan) -> str:
             zip(plan.public_names, plan.weights, strict=True), start=1
         )
     )
+    config_source = _as_code(plan.config_source_name)
     return f"""# {title}
 
 A merge of {plan.num_models} models by [shardmix](https://pypi.org/project/shardmix/) {__version__}:
@@ -230,7 +231,7 @@ to the output's dtype.
 |---|---|---|
 {rows}
 
-Config, tokenizer and the other files beside the weights are those of {_as_code(plan.base_name)}.
+Config, tokenizer and the other files beside the weights are those of {config_source}.
 
 ## Recipe
 

@@ -64,7 +64,7 @@ def _paths(plan: MergePlan) -> Iterator[str]:
     }
     yield from (file.path for file in plan.files)
     yield from sorted(folders)
-    yield from (str(Path(plan.base_folder) / name) for name in plan.companions)
+    yield from (str(Path(plan.config_source_folder) / name) for name in plan.auxiliary_files)
 
 
 def _allowed(there: os.stat_result, group: int) -> int:

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import msgspec
 
 from shardmix._version import __version__
-from shardmix.anomalies import LeafFindings
+from shardmix.anomalies import LeafAnomalies
 from shardmix.errors import SourceError, one_line, writing_failed
 from shardmix.output.counted_folder import CountedFolder
 from shardmix.plan.merge_plan import MergePlan
@@ -115,11 +115,11 @@ class Provenance(msgspec.Struct, frozen=True, omit_defaults=True):
     """The models, in the order in which they were added up."""
     dtype: str
     """The output dtype that was asked for."""
-    base: str
-    """What gave config, tokenizer and the other companion files."""
+    config_from: str
+    """What gave config, tokenizer and the other auxiliary files."""
     digests: Digests
     """What the output's files are to be."""
-    base_commit: str | None = None
+    config_source_commit: str | None = None
     """The commit of that, where it came from the Hub."""
     max_shard_size: int | None = None
     """Largest output shard that was asked for, in bytes."""
@@ -149,7 +149,7 @@ def write_provenance(
     plan: MergePlan,
     folder: HeldFolder | CountedFolder,
     known_digests: Mapping[str, str],
-    findings: LeafFindings,
+    findings: LeafAnomalies,
     *,
     plan_digest: str,
 ) -> str:
@@ -167,8 +167,8 @@ def write_provenance(
             plan=plan_digest,
             sources=tuple(_source_record(plan, model) for model in range(plan.num_models)),
             dtype=plan.dtype,
-            base=plan.base_name,
-            base_commit=plan.base_commit,
+            config_from=plan.config_source_name,
+            config_source_commit=plan.config_source_commit,
             digests=Digests(plan.digest_algorithm, LEAF_NBYTES, files),
             max_shard_size=plan.max_shard_size,
             model_type=plan.model_type,
@@ -186,7 +186,7 @@ def write_provenance(
         raise writing_failed(folder.path / PROVENANCE_NAME, error) from None
 
 
-def _sealed(text: bytes, findings: LeafFindings, hasher: "hashlib._Hash") -> Iterator[bytes]:
+def _sealed(text: bytes, findings: LeafAnomalies, hasher: "hashlib._Hash") -> Iterator[bytes]:
     """Yield all of the file, whose parts the hasher takes in one after the other."""
     yield text.removesuffix(b"\n}")
     yield from _nonfinite_lines(findings)
@@ -276,11 +276,11 @@ def _file_records(
 def nonfinite_nbytes(name: str) -> int:
     """Return what `shardmix.json` takes to tell that a tensor holds NaN or Inf, at most."""
     most = 10**15
-    findings = LeafFindings(nonfinite={name: (most, most, most)})
+    findings = LeafAnomalies(nonfinite={name: (most, most, most)})
     return sum(map(len, _nonfinite_lines(findings)))
 
 
-def _nonfinite_lines(findings: LeafFindings) -> Iterator[bytes]:
+def _nonfinite_lines(findings: LeafAnomalies) -> Iterator[bytes]:
     """Yield the last field tensor by tensor: with all of a model NaN it is longer than a plan."""
     for number, name in enumerate(sorted(findings.nonfinite)):
         yield b"," if number else b',\n  "nonfinite": {'

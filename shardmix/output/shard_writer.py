@@ -6,7 +6,7 @@ Puts a writer, a journal and digests together. Knows bytes and leaves, not where
 import itertools
 from collections import defaultdict
 
-from shardmix.anomalies import NOTHING_FOUND, FindingsSum, LeafFindings
+from shardmix.anomalies import NO_ANOMALIES, AnomalySum, LeafAnomalies
 from shardmix.output.file_writer import ShardWriter
 from shardmix.output.journal import Journal
 from shardmix.plan.merge_plan import MergePlan
@@ -42,7 +42,7 @@ class GrowingShard:
             keep_cached=plan.cache_use.keeps_output,
         )
 
-    def kept(self, leaf: int, buffer: memoryview) -> LeafFindings | None:
+    def kept(self, leaf: int, buffer: memoryview) -> LeafAnomalies | None:
         """Return what is known of a leaf that an earlier run wrote; None where it must be merged.
 
         Its bytes are read again, through the buffer, and hashed: a claim alone is not enough.
@@ -90,7 +90,7 @@ class GrowingShard:
         self._writer.close()
 
     def write(self, position: int, data: memoryview) -> None:
-        """Write a strip's bytes."""
+        """Write a chunk's bytes."""
         self._writer.write(position, data)
         self._clock.lap(WRITE, len(data))
 
@@ -103,7 +103,7 @@ class GrowingShard:
         """Count bytes as hashed."""
         self._clock.lap(DIGEST, num_bytes)
 
-    def claim(self, leaf: int, digest: bytes, findings: LeafFindings) -> None:
+    def claim(self, leaf: int, digest: bytes, findings: LeafAnomalies) -> None:
         """Say in the journal that a leaf is written."""
         self._clock.lap(DIGEST)
         if self._fsync:
@@ -126,15 +126,15 @@ class GrowingLeaves:
     def __init__(self, shard: GrowingShard, hasher: LeafHasher, head: memoryview) -> None:
         self._shard = shard
         self._hasher = hasher
-        self._findings: defaultdict[int, FindingsSum] = defaultdict(FindingsSum)
+        self._findings: defaultdict[int, AnomalySum] = defaultdict(AnomalySum)
         self._hash(head)
 
-    def note(self, leaf: int, findings: LeafFindings) -> None:
-        """Remember what was found in a strip's part of a leaf; said before the strip is written."""
+    def note(self, leaf: int, findings: LeafAnomalies) -> None:
+        """Remember what was found in a chunk's part of a leaf; said before the chunk is written."""
         self._findings[leaf].add(findings)
 
     def write(self, position: int, data: memoryview) -> None:
-        """Write the next strip's bytes, and claim each leaf that they complete."""
+        """Write the next chunk's bytes, and claim each leaf that they complete."""
         self._shard.write(position, data)
         self._hash(data)
 
@@ -142,5 +142,5 @@ class GrowingLeaves:
         self._shard.take_in(data)
         for leaf, digest in self._hasher.update(data):
             found = self._findings.pop(leaf, None)
-            self._shard.claim(leaf, digest, NOTHING_FOUND if found is None else found.total())
+            self._shard.claim(leaf, digest, NO_ANOMALIES if found is None else found.total())
         self._shard.hashed(len(data))

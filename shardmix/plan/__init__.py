@@ -3,7 +3,7 @@
 opening                opens what a recipe names
 planner                decides names, dtypes, files, every offset, and the memory
 layout                 output files: headers, offsets, and the runs their data is divided into
-memory_budget          the strip and the workers that keep the budgets
+memory_budget          the chunk and the workers that keep the budgets
 output_modules         whose sentence-transformers modules an output has
 weight_warnings        what weights do to a model: left out by 0, variances made negative
 merge_plan             the values: `MergePlan`, `OutputShard`, `Run`

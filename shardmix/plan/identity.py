@@ -15,9 +15,9 @@ class MergeDescription:
     weights: tuple[float, ...]
     """In full precision."""
     dtype: str
-    base: str
-    base_commit: str | None
-    """Of a base from the Hub."""
+    config_from: str
+    config_source_commit: str | None
+    """Of a config source from the Hub."""
     max_shard_size: int | None
     model_type: str | None
     allow_differences: tuple[str, ...]
@@ -34,8 +34,8 @@ class MergeDescription:
             models=plan.public_names,
             weights=plan.weights,
             dtype=plan.dtype,
-            base=plan.base_name,
-            base_commit=plan.base_commit,
+            config_from=plan.config_source_name,
+            config_source_commit=plan.config_source_commit,
             max_shard_size=plan.max_shard_size,
             model_type=plan.model_type,
             allow_differences=plan.allow_differences,
@@ -51,7 +51,7 @@ def asked_otherwise(then: MergeDescription, now: MergeDescription) -> list[str]:
     found = []
     for field in fields(MergeDescription):
         before, after = getattr(then, field.name), getattr(now, field.name)
-        if field.name not in ("files", "base_commit") and before != after:
+        if field.name not in ("files", "config_source_commit") and before != after:
             name = field.name.replace("_", " ")
             found.append(f"{name} {_shown(before)} then, {_shown(after)} now")
     return found
@@ -81,9 +81,12 @@ def changed_files(then: MergeDescription, now: MergeDescription) -> list[str]:
                 f"{file.file} has changed since (its status did: it was written to or replaced and "
                 "its time of modification set back, or only its rights or links are others)"
             )
-    is_told = now.base_commit in {file.commit for file in now.files}
-    if then.base_commit != now.base_commit and not is_told:
-        found.append(f"{now.base}: commit {then.base_commit} then, {now.base_commit} now")
+    is_told = now.config_source_commit in {file.commit for file in now.files}
+    if then.config_source_commit != now.config_source_commit and not is_told:
+        found.append(
+            f"{now.config_from}: commit {then.config_source_commit} then, "
+            f"{now.config_source_commit} now"
+        )
     return found
 
 

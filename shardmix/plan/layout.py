@@ -1,4 +1,4 @@
-"""Output shards: which tensor goes where, and the runs that its data is divided into.
+"""Output shards: which tensor goes where, and the segments that its data is divided into.
 
 Lays out headers and offsets from opened checkpoints; decides nothing about memory or devices.
 """
@@ -21,7 +21,7 @@ from shardmix.formats.safetensors_layout import (
     tensor_nbytes,
 )
 from shardmix.matching.tensors import MatchedTensors
-from shardmix.plan.merge_plan import AGREE, LINEAR, OutputShard, Run
+from shardmix.plan.merge_plan import AGREE, LINEAR, OutputShard, Segment
 from shardmix.recipe import Recipe, vanishes_in_float32
 from shardmix.sources.checkpoint import Checkpoint
 
@@ -38,10 +38,10 @@ def plan_shards(
 ) -> tuple[tuple[OutputShard, ...], list[str]]:
     """Return the output's files, in order, and what is to be told of them.
 
-    Each file has its header and its runs. `out_dtypes` are safetensors dtypes, one for each of the
-    matched tensors. `place` is the folder within the output that the files go into, and `stem`
-    what they are called. `num_files_before` counts the files of other parts, which come before
-    these in `MergePlan.files`.
+    Each file has its header and its segments. `out_dtypes` are safetensors dtypes, one for each
+    of the matched tensors. `place` is the folder within the output that the files go into, and
+    `stem` what they are called. `num_files_before` counts the files of other parts, which come
+    before these in `MergePlan.files`.
     """
     prefix = f"{place}/" if place else ""
     columns = _SourceColumns(recipe, checkpoints, matched, out_dtypes, prefix, num_files_before)
@@ -95,7 +95,7 @@ def _shard_groups(
 
 
 class _SourceColumns:
-    """Where every output tensor lies in every source, in columns, to find runs quickly."""
+    """Where every output tensor lies in every source, in columns, to find segments quickly."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class _SourceColumns:
     def output_shard(
         self, filename: str, members: Sequence[int], metadata: Mapping[str, str]
     ) -> OutputShard:
-        """Lay out one output file and divide its data into runs."""
+        """Lay out one output file and divide its data into segments."""
         index_of = {self._names[index]: index for index in members}
         header = encode_header(
             (
@@ -147,22 +147,23 @@ class _SourceColumns:
         offsets = np.array(header.offsets)
         is_filled = offsets[1:] > offsets[:-1]
         order, starts = order[is_filled], offsets[:-1][is_filled]
-        runs = tuple(
-            self._run(order[start:stop], int(starts[start]))
-            for start, stop in pairwise(self._run_bounds(order))
+        segments = tuple(
+            self._segment(order[start:stop], int(starts[start]))
+            for start, stop in pairwise(self._segment_bounds(order))
         )
         return OutputShard(
             filename=self._prefix + filename,
             header=header.encoded[HEADER_LENGTH_NBYTES:].decode(),
             file_nbytes=header.file_nbytes,
             read_nbytes=sum(
-                run.num_elements * sum(map(element_nbytes, run.dtypes)) for run in runs
+                segment.num_elements * sum(map(element_nbytes, segment.dtypes))
+                for segment in segments
             ),
             tensor_names=header.names,
-            runs=runs,
+            segments=segments,
         )
 
-    def _run_bounds(self, order: npt.NDArray[np.int64]) -> list[int]:
+    def _segment_bounds(self, order: npt.NDArray[np.int64]) -> list[int]:
         """Divide tensors in output order where one is not the next of its neighbour everywhere."""
         if not order.size:
             return [0]
@@ -176,7 +177,7 @@ class _SourceColumns:
             joined &= ends[before] == self._starts[model][after]
         return [0, *(np.flatnonzero(~joined) + 1).tolist(), int(order.size)]
 
-    def _run(self, members: npt.NDArray[np.int64], out_offset: int) -> Run:
+    def _segment(self, members: npt.NDArray[np.int64], out_offset: int) -> Segment:
         first = int(members[0])
         out_dtype = self._out_dtypes[first]
         num_elements = int(self._nbytes[0][members].sum()) // element_nbytes(
@@ -184,7 +185,7 @@ class _SourceColumns:
         )
         is_float = out_dtype in FLOAT_DTYPES
         models = self._summed(first) if is_float else self._compared()
-        return Run(
+        return Segment(
             name=self._prefix + self._names[first],
             num_tensors=len(members),
             num_elements=num_elements,

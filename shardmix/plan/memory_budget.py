@@ -1,7 +1,7 @@
 """How much memory a merge takes: the chunk and the workers that keep the budgets.
 
-    projected peak = reserved + workers × (BUFFERS_PER_WORKER × strip + a little + mapped pages)
-    projected VRAM = held already + workers of one GPU × (VRAM_BUFFERS_PER_WORKER × strip, as torch
+    projected peak = reserved + workers × (BUFFERS_PER_WORKER × chunk + a little + mapped pages)
+    projected VRAM = held already + workers of one GPU × (VRAM_BUFFERS_PER_WORKER × chunk, as torch
                      rounds it)
 
 Knows sizes only: no files, no tensors, no torch (it looks whether torch is loaded, and what kind of
@@ -19,11 +19,11 @@ from shardmix.system.memory import resident_nbytes
 from shardmix.system.threads import num_cores
 from shardmix.system.units import KIB, MIB, format_mib
 
-# One strip in flight holds at most: in torch the bytes of one source, their float32 values, the
+# One chunk in flight holds at most: in torch the bytes of one source, their float32 values, the
 # float32 accumulator and the rounded output, none larger than the accumulator, which sizes the
-# strip; in kernels what is in these four, all sources among it (`reducer.strip_num_elements`).
-# On a GPU two strips are in flight: in the host's memory there are two pinned buffers for sources
-# by turns, and an output for each strip.
+# chunk; in kernels what is in these four, all sources among it (`reducer.chunk_num_elements`).
+# On a GPU two chunks are in flight: in the host's memory there are two pinned buffers for sources
+# by turns, and an output for each chunk.
 BUFFERS_PER_WORKER = 4
 
 # In its own: two that sources arrive in, the widened values, and two sums and outputs.
@@ -32,8 +32,8 @@ VRAM_BUFFERS_PER_WORKER = 7
 # What measured fastest: large enough to hide the interpreter (torch makes three passes of a dozen
 # calls), small enough for the caches. For a GPU it is assumed, not measured: copies of 8 MiB take
 # far longer than to queue them, and page-locking larger buffers is a cost of each merge.
-BEST_STRIP_NBYTES = {"llvm": 1 * MIB, "torch": 2 * MIB, "cuda": 16 * MIB}
-LEAST_STRIP_NBYTES = 64 * KIB
+BEST_CHUNK_NBYTES = {"llvm": 1 * MIB, "torch": 2 * MIB, "cuda": 16 * MIB}
+LEAST_CHUNK_NBYTES = 64 * KIB
 
 # What a library takes in memory once imported and first used, for planning in a process that has
 # not loaded it. Measured: 190-195 MiB for the CPU build of torch 2.13, 70 MiB for llvmlite 0.50
@@ -53,8 +53,8 @@ _WORKER_NBYTES = 4 * MIB
 # What is found in a tensor that holds NaN: in sums by leaf and over all, in a line of the journal,
 # in the report. Measured for 50,000 to 90,000 tensors all of which do: 220 bytes a tensor, of which
 # the room for a run covers a part.
-_FINDINGS_NBYTES = 128
-# A fault maps neighbours of the page that it is for: up to a huge page at either end of a strip.
+_ANOMALIES_NBYTES = 128
+# A fault maps neighbours of the page that it is for: up to a huge page at either end of a chunk.
 _MAPPED_NBYTES = 4 * MIB
 
 # What the same command holds differs by some MiB from one run to the next: a budget that is named
@@ -68,13 +68,13 @@ _MOST_DEFAULT_WORKERS = 8
 
 
 def reserved_nbytes(*libraries: str, num_devices: int = 0, num_tensors: int = 0) -> int:
-    """Return what the process holds, or will once its libraries are loaded, before any strip.
+    """Return what the process holds, or will once its libraries are loaded, before any chunk.
 
     Libraries, torch or llvm, do the sums, on so many GPUs. What is resident now counts, so that a
     budget is one for the whole process also where shardmix is called from a larger program. Each of
     the output's tensors may turn out to hold NaN.
     """
-    reserved = resident_nbytes() + _RUN_NBYTES + num_tensors * _FINDINGS_NBYTES
+    reserved = resident_nbytes() + _RUN_NBYTES + num_tensors * _ANOMALIES_NBYTES
     for library in libraries:
         if _MODULES[library] not in sys.modules:
             cuda_build = library == "torch" and torch_has_cuda_build()
@@ -117,11 +117,11 @@ class MemoryPlan:
     """How much memory a merge will use, and for what. All sizes in bytes."""
 
     reserved_nbytes: int
-    """Interpreter, libraries and the plan itself: what is there before the first strip."""
-    strip_nbytes: int
-    """Size of one strip's accumulator; no other buffer of the strip is larger."""
+    """Interpreter, libraries and the plan itself: what is there before the first chunk."""
+    chunk_nbytes: int
+    """Size of one chunk's accumulator; no other buffer of the chunk is larger."""
     workers: int
-    """Threads, each with a strip of its own."""
+    """Threads, each with a chunk of its own."""
     projected_peak_nbytes: int
     """What the process will have resident at its peak, at most."""
     projected_vram_nbytes: int
@@ -133,28 +133,28 @@ def fit_memory(
     reserved: int,
     num_devices: int = 0,
     vram: VramUse = NOTHING_HELD,
-    best_strip: int,
+    best_chunk: int,
     workers: int | None = None,
     max_memory: int | None = None,
     max_vram: int | None = None,
     mapped_views: int = 0,
 ) -> MemoryPlan:
-    """Choose the strip, at most the best one, and the workers, that keep both budgets.
+    """Choose the chunk, at most the best one, and the workers, that keep both budgets.
 
-    Without a budget a strip is what speed needs (`best_strip`) and no more. A tight budget first
-    shrinks the strip, then takes workers away (unless their number was asked for). `num_devices`
+    Without a budget a chunk is what speed needs (`best_chunk`) and no more. A tight budget first
+    shrinks the chunk, then takes workers away (unless their number was asked for). `num_devices`
     are the GPUs that share the workers, 0 on the CPU. Each has `max_vram`, or else what `vram` says
-    is to spare. `mapped_views` is how many sources one strip may have mapped.
+    is to spare. `mapped_views` is how many sources one chunk may have mapped.
 
-    Raises `BudgetError` where not even one smallest strip fits, naming the least that works.
+    Raises `BudgetError` where not even one smallest chunk fits, naming the least that works.
     """
     most_workers = workers or default_workers(num_devices=num_devices)
     fewest_workers = most_workers if workers else 1
-    small_strip = best_strip // 8
+    small_chunk = best_chunk // 8
     choices = [
-        *((most_workers, size) for size in _halvings(best_strip, small_strip)),
-        *((count, small_strip) for count in range(most_workers - 1, fewest_workers - 1, -1)),
-        *((fewest_workers, size) for size in _halvings(small_strip // 2, LEAST_STRIP_NBYTES)),
+        *((most_workers, size) for size in _halvings(best_chunk, small_chunk)),
+        *((count, small_chunk) for count in range(most_workers - 1, fewest_workers - 1, -1)),
+        *((fewest_workers, size) for size in _halvings(small_chunk // 2, LEAST_CHUNK_NBYTES)),
     ]
     most_vram = max_vram
     if max_vram is None and vram.spare_nbytes is not None:
@@ -169,7 +169,7 @@ def fit_memory(
         if fits_memory and (most_vram is None or on_gpu <= most_vram):
             return MemoryPlan(
                 reserved_nbytes=reserved,
-                strip_nbytes=size,
+                chunk_nbytes=size,
                 workers=count,
                 projected_peak_nbytes=peak,
                 projected_vram_nbytes=on_gpu,
@@ -216,12 +216,12 @@ def _vram_nbytes(buffers_nbytes: int) -> int:
 
 
 def plan_memory(settings: RunSettings, *, num_tensors: int) -> MemoryPlan:
-    """Fit strips and workers to the budgets and to what the process holds at this moment.
+    """Fit chunks and workers to the budgets and to what the process holds at this moment.
 
     `num_tensors` are the output's: of each there may be something to tell.
 
     Where the device is still open, to the GPU's, with the peak of whichever takes more. Raises
-    `BudgetError` where one smallest strip does not fit.
+    `BudgetError` where one smallest chunk does not fit.
     """
     num_gpus = num_devices(settings.device)
     if not settings.is_device_open:
@@ -230,7 +230,7 @@ def plan_memory(settings: RunSettings, *, num_tensors: int) -> MemoryPlan:
     # Both are tried in one process, with the libraries of both.
     reserved = reserved_nbytes(TORCH, LLVM, num_devices=num_gpus, num_tensors=num_tensors)
     on_gpu = _fitted(settings, reserved, num_gpus)
-    # torch's strips are larger than the kernels', so either fits in what this one takes.
+    # torch's chunks are larger than the kernels', so either fits in what this one takes.
     on_cpu = _fitted(replace(settings, device="cpu", backend=TORCH), reserved, 0)
     peak = max(on_gpu.projected_peak_nbytes, on_cpu.projected_peak_nbytes)
     return replace(on_gpu, projected_peak_nbytes=peak)
@@ -241,7 +241,7 @@ def _fitted(settings: RunSettings, reserved: int, num_gpus: int) -> MemoryPlan:
         reserved=reserved,
         num_devices=num_gpus,
         vram=vram_use(settings.device),
-        best_strip=BEST_STRIP_NBYTES["cuda" if settings.on_cuda else settings.backend],
+        best_chunk=BEST_CHUNK_NBYTES["cuda" if settings.on_cuda else settings.backend],
         workers=settings.workers,
         max_memory=settings.max_memory_nbytes,
         max_vram=settings.max_vram_nbytes,

@@ -72,11 +72,11 @@ class FileIdentity:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class Segment:
     """A range of elements that lies in one piece in the output and in every source.
 
     One tensor, or several neighbours where they are neighbours everywhere. Any part of it (a
-    strip) is one byte range per source, so a run of any length streams in any memory.
+    chunk) is one byte range per source, so a segment of any length streams in any memory.
     """
 
     name: str
@@ -117,7 +117,7 @@ class OutputShard:
     """Bytes of all sources that go into it."""
     tensor_names: tuple[str, ...]
     """Its tensors, in data order."""
-    runs: tuple[Run, ...]
+    segments: tuple[Segment, ...]
     """Its data, in order."""
 
     @property
@@ -128,7 +128,7 @@ class OutputShard:
     @property
     def data_start(self) -> int:
         """Where in the file its data begins; the file's end if it has none."""
-        return self.runs[0].out_offset if self.runs else self.file_nbytes
+        return self.segments[0].out_offset if self.segments else self.file_nbytes
 
     def full_name(self, name: str) -> str:
         """Return a tensor's name as it is told: behind its module's folder, if it is in one."""
@@ -166,10 +166,10 @@ class OutputShard:
 
 @dataclass(frozen=True, slots=True)
 class OutputModules:
-    """The output's sentence-transformers modules, besides the base's files."""
+    """The output's sentence-transformers modules, besides the config source's files."""
 
     files: tuple[str, ...] = ()
-    """Files of the model that gives modules which the base lacks, relative to its folder."""
+    """Files of the model that gives modules that the config source lacks; in its folder."""
     main_place: str = ""
     """Where in that folder its encoder is; the output's is in the output itself."""
     pooling: str | None = None
@@ -218,13 +218,13 @@ class MergePlan:
     """The output's provenance tells where on this machine the sources lie."""
     output: str
     """Absolute path of the output folder."""
-    base_name: str
-    """What the model card calls the model that gives config, tokenizer and other companions."""
-    base_commit: str | None
+    config_source_name: str
+    """What the model card calls the model that gives config, tokenizer and the like."""
+    config_source_commit: str | None
     """The commit of that model, where it came from the Hub."""
-    base_folder: str
-    """Absolute path of the folder that gives config, tokenizer and other companion files."""
-    companions: tuple[str, ...]
+    config_source_folder: str
+    """Absolute path of the folder that gives config, tokenizer and other auxiliary files."""
+    auxiliary_files: tuple[str, ...]
     """Those files, relative to that folder."""
     left_out: tuple[LeftOut, ...]
     """What else is there, and why it does not go along."""
@@ -239,9 +239,9 @@ class MergePlan:
     module_configs: tuple["ModuleConfig", ...]
     """The same of further modules with weights."""
     modules_folder: str
-    """Absolute path of the model that gives modules which the base lacks; empty: there is none."""
+    """Absolute path of the model that gives modules that the config source lacks, or empty."""
     modules: OutputModules
-    """What is written of sentence-transformers modules besides companions."""
+    """What is written of sentence-transformers modules besides auxiliary files."""
     files: tuple[SourceFile, ...]
     """All weight files that will be read."""
     shards: tuple[OutputShard, ...]
@@ -251,7 +251,7 @@ class MergePlan:
     settings: RunSettings
     """Device, way to read, budgets."""
     memory: MemoryPlan
-    """Strip size, workers and projected peak."""
+    """Chunk size, workers and projected peak."""
     cache_use: CacheUse
     """Whose pages stay in the system's page cache."""
     warnings: tuple[str, ...]
@@ -277,9 +277,9 @@ class MergePlan:
         """Bytes of weight files to write."""
         return sum(shard.file_nbytes for shard in self.shards)
 
-    def runs(self) -> Iterator[Run]:
-        """Yield every run, in output order."""
-        return (run for shard in self.shards for run in shard.runs)
+    def segments(self) -> Iterator[Segment]:
+        """Yield every segment, in output order."""
+        return (segment for shard in self.shards for segment in shard.segments)
 
     def tensor_dtype(self, name: str) -> str:
         """Return the safetensors dtype that the output stores a tensor in. Slow: reads a header."""
@@ -306,7 +306,7 @@ class MergePlan:
         what stays in the page cache are left out: from the same bytes, two plans of one digest
         write the same files.
 
-        Goes through the plan run by run, since in one piece its JSON takes as much memory as it.
+        Goes segment by segment, since in one piece its JSON takes as much memory as the plan.
         """
         hasher = hashlib.sha256()
         for part in self._decisive_parts():
@@ -317,7 +317,7 @@ class MergePlan:
 
     def _decisive_parts(self) -> Iterator[object]:
         """Yield all that decides the output's bytes, in an order that is always the same."""
-        places = {"sources", "output", "base_folder", "modules_folder"}
+        places = {"sources", "output", "config_source_folder", "modules_folder"}
         irrelevant = places | {
             *("settings", "memory", "cache_use", "warnings", "left_out", "disk_needed_nbytes"),
         }
@@ -328,13 +328,13 @@ class MergePlan:
         for file in self.files:
             yield file.name, file.nbytes, file.header_sha256, file.model
         for shard in self.shards:
-            yield shard.filename, shard.file_nbytes, shard.read_nbytes, len(shard.runs)
+            yield shard.filename, shard.file_nbytes, shard.read_nbytes, len(shard.segments)
             # The header has the tensors' names, in data order.
             header = hashlib.sha256()
             for piece in shard.head():
                 header.update(piece)
             yield header.hexdigest()
-            yield from shard.runs
+            yield from shard.segments
 
     def file_identities(self) -> tuple[FileIdentity, ...]:
         """Return what every weight file is known by.

@@ -29,7 +29,7 @@ from shardmix.sources.hub import locate
 
 @dataclass(frozen=True, slots=True)
 class ConfigSource:
-    """The model that gives the output its config, tokenizer and other companion files."""
+    """The model that gives the output its config, tokenizer and other auxiliary files."""
 
     name: str
     """What the model card may call it."""
@@ -94,8 +94,8 @@ def _check_model_type(*, model_type: str | None, config_source: ConfigSource) ->
         )
 
 
-def _open_config_source(base: str | None, first: Checkpoint) -> ConfigSource:
-    if base is None:
+def _open_config_source(source: str | None, first: Checkpoint) -> ConfigSource:
+    if source is None:
         name = public_name(first)
         return ConfigSource(
             name,
@@ -109,10 +109,10 @@ def _open_config_source(base: str | None, first: Checkpoint) -> ConfigSource:
             modules=read_modules(first.root) if first.is_single_file else first.modules,
             main_place=first.place,
         )
-    located = locate(base, with_weights=False)
+    located = locate(source, with_weights=False)
     is_single_file = not located.path.is_dir()
     folder = located.path.parent if is_single_file else located.path
-    name = base if located.hub_id is not None else folder.resolve().name
+    name = source if located.hub_id is not None else folder.resolve().name
     modules = () if is_single_file else read_modules(folder)
     place = main_place(folder, modules)
     return ConfigSource(
@@ -158,6 +158,6 @@ def open_models(recipe: Recipe, *, max_memory: int | None) -> OpenedModels:
         for part in checkpoint.parts:
             check_mergeable(part, recipe.allow_differences)
         checkpoints.append(checkpoint)
-    config_source = _open_config_source(recipe.base, checkpoints[0])
+    config_source = _open_config_source(recipe.config_from, checkpoints[0])
     _check_model_type(model_type=recipe.model_type, config_source=config_source)
     return OpenedModels(tuple(checkpoints), config_source)

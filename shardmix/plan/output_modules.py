@@ -19,7 +19,7 @@ from shardmix.conventions.sentence_modules import (
 from shardmix.matching.parts import MatchedParts
 from shardmix.plan.merge_plan import OutputModules
 from shardmix.recipe import Recipe
-from shardmix.sources.auxiliary_files import find_companions
+from shardmix.sources.auxiliary_files import find_auxiliary_files
 from shardmix.sources.checkpoint import CONFIG_NAME, Checkpoint, read_config
 
 
@@ -43,17 +43,17 @@ def plan_modules(
     recipe: Recipe,
     checkpoints: Sequence[Checkpoint],
     matched: MatchedParts,
-    base: Path,
-    base_modules: tuple[Module, ...],
+    config_folder: Path,
+    own_modules: tuple[Module, ...],
 ) -> PlannedModules:
-    """Decide on the modules of an output whose config and tokenizer come from the folder `base`.
+    """Decide on the modules of an output whose config and tokenizer come from `config_folder`.
 
-    They are the base's own. If it has none, and the output may be an encoder, they are those of the
-    first model that has some: an encoder is not to pool otherwise than all that is known of it.
+    They are that folder's own. If it has none, and the output may be an encoder, they are those of
+    the first model that has some: an encoder is not to pool otherwise than all that is known of it.
     """
     may_embed = recipe.model_type in (None, ENCODER)
     giver = None
-    if not base_modules and may_embed and os.path.lexists(base / CONFIG_NAME):
+    if not own_modules and may_embed and os.path.lexists(config_folder / CONFIG_NAME):
         unmatched = {id(part) for part in matched.unmatched}
         giver = next(
             (
@@ -65,10 +65,10 @@ def plan_modules(
         )
     if giver is None:
         files: tuple[str, ...] = ()
-        folder, modules, main_place = base, base_modules, ""
+        folder, modules, main_place = config_folder, own_modules, ""
         notes: list[str] = []
     else:
-        files = _module_files(giver, base)
+        files = _module_files(giver, config_folder)
         folder, modules, main_place = giver.root, giver.modules, giver.place
         notes = [
             f"{MODULES_NAME}: the output takes {giver.source}'s modules{_pooled(giver)}, since the "
@@ -91,19 +91,21 @@ def plan_modules(
     )
 
 
-def _module_files(giver: Checkpoint, base: Path) -> tuple[str, ...]:
+def _module_files(giver: Checkpoint, config_folder: Path) -> tuple[str, ...]:
     """Return the files that make a model's modules, but for those of its encoder itself."""
     root_files = {MODULES_NAME, MODEL_CONFIG_NAME}
     main = f"{giver.place}/" if giver.place else ""
     root_files |= {
-        main + name for name in TRANSFORMER_CONFIG_NAMES if not os.path.lexists(base / name)
+        main + name
+        for name in TRANSFORMER_CONFIG_NAMES
+        if not os.path.lexists(config_folder / name)
     }
     folders = tuple(
         f"{module.place}/" for module in giver.modules if module.place not in ("", giver.place)
     )
-    companions = find_companions(giver.root, weights=giver.weight_names)
+    auxiliary_files = find_auxiliary_files(giver.root, weights=giver.weight_names)
     return tuple(
-        name for name in companions.files if name in root_files or name.startswith(folders)
+        name for name in auxiliary_files.files if name in root_files or name.startswith(folders)
     )
 
 

@@ -18,7 +18,7 @@ from shardmix.conventions.module_tree import inner_path, module_places
 from shardmix.conventions.weight_names import DIFFUSERS, MARKS, MODEL
 from shardmix.errors import BudgetError, RecipeError, listed
 from shardmix.formats.safetensors_layout import DTYPES, FLOAT_DTYPES, element_nbytes, tensor_nbytes
-from shardmix.matching.belonging import Base, check_belong_together
+from shardmix.matching.belonging import PartConfig, check_belong_together
 from shardmix.matching.config_dtypes import config_dtypes
 from shardmix.matching.fused_tensors import split_alike
 from shardmix.matching.modules import ModularModel
@@ -33,9 +33,9 @@ from shardmix.plan.output_modules import PlannedModules, plan_modules
 from shardmix.plan.weight_warnings import weight_warnings
 from shardmix.recipe import OUT_DTYPES, Recipe
 from shardmix.sources.auxiliary_files import (
-    Companions,
+    AuxiliaryFiles,
     adapter_warnings,
-    find_companions,
+    find_auxiliary_files,
     left_out_warning,
     unmerged_weights,
 )
@@ -79,7 +79,7 @@ def plan_merge(
     """Plan a merge of a recipe's models; if the device is open and a GPU won't do, on the CPU.
 
     Raises `MismatchError` if the models do not fit, `BudgetError` if the memory budget cannot hold
-    one smallest strip.
+    one smallest chunk.
     """
     try:
         return _plan_merge(recipe, opened, settings, **outcome)
@@ -104,12 +104,12 @@ def _plan_merge(
     shards = tuple(shard for part in parts for shard in part.shards)
     settings = _decided(settings, shards)
     write_nbytes = sum(shard.file_nbytes for shard in shards)
-    companions = find_companions(
+    auxiliary_files = find_auxiliary_files(
         config_source.folder,
         weights=_merged_files(config_source, parts),
         is_single_file=config_source.is_single_file,
     )
-    left_out = tuple(dict.fromkeys((*companions.left_out, *config_source.left_out)))
+    left_out = tuple(dict.fromkeys((*auxiliary_files.left_out, *config_source.left_out)))
     warnings = [
         *weight_warnings(recipe, (name for part in parts for name in part.float_names)),
         *(note for part in parts for note in part.notes),
@@ -118,19 +118,19 @@ def _plan_merge(
             checkpoints,
             groups,
             recipe,
-            bases=[part.base for part in parts],
-            modular_base=_modular_base(recipe, config_source, checkpoints[0]),
+            config_sources=[part.config_source for part in parts],
+            modular_config_source=_modular_config_source(recipe, config_source, checkpoints[0]),
             max_memory=settings.max_memory_nbytes,
         ),
         *adapter_warnings(part for checkpoint in checkpoints for part in checkpoint.parts),
-        *_companion_warnings(companions, left_out, config_source),
+        *_auxiliary_file_warnings(auxiliary_files, left_out, config_source),
     ]
     if _stem(checkpoints[0], config_source) not in MARKS and _lacks_config(
-        config_source, companions.files
+        config_source, auxiliary_files.files
     ):
         warnings.append(
             f"no {CONFIG_NAME} in {config_source.folder.name}: the output holds weights alone and "
-            "will not load with from_pretrained; name a model that has one with --base"
+            "will not load with from_pretrained; name a model that has one with --config-from"
         )
     return MergePlan(
         sources=recipe.sources,
@@ -145,10 +145,10 @@ def _plan_merge(
         digest_algorithm=outcome.get("digest_algorithm", XXH3),
         record_paths=outcome.get("record_paths", False),
         output=str(outcome.get("output") or ""),
-        base_name=config_source.name,
-        base_commit=config_source.commit,
-        base_folder=str(config_source.folder.absolute()),
-        companions=companions.files,
+        config_source_name=config_source.name,
+        config_source_commit=config_source.commit,
+        config_source_folder=str(config_source.folder.absolute()),
+        auxiliary_files=auxiliary_files.files,
         left_out=left_out,
         config_dtypes=main.config_dtypes,
         untied=main.untied,
@@ -185,14 +185,14 @@ def _plan_merge(
     )
 
 
-def _lacks_config(config_source: ConfigSource, companions: Sequence[str]) -> bool:
+def _lacks_config(config_source: ConfigSource, auxiliary_files: Sequence[str]) -> bool:
     """Tell whether transformers would look for a config in vain; some modules have none."""
     place = config_source.main_place
     kind = next(
         (module.kind for module in config_source.modules if module.place == place), "Transformer"
     )
     name = inner_path(place, CONFIG_NAME)
-    return kind == "Transformer" and name not in companions
+    return kind == "Transformer" and name not in auxiliary_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +201,7 @@ class _PlannedPart:
 
     place: str
     """Its folder within the output; empty: the output itself."""
-    base: Base
+    config_source: PartConfig
     """What gives its config and tokenizer."""
     float_names: tuple[str, ...]
     """Its tensors of floats, by the names that they are told by."""
@@ -215,14 +215,14 @@ class _PlannedPart:
     """Its files."""
 
 
-def _modular_base(
+def _modular_config_source(
     recipe: Recipe, config_source: ConfigSource, first: Checkpoint
 ) -> ModularModel | None:
     """Return what gives the output its modules, unless it is a model of the merge as a whole."""
-    if recipe.base is None and not first.is_single_file:
+    if recipe.config_from is None and not first.is_single_file:
         return None
     return ModularModel(
-        recipe.base or config_source.name, config_source.folder, config_source.modules
+        recipe.config_from or config_source.name, config_source.folder, config_source.modules
     )
 
 
@@ -235,7 +235,7 @@ def _placed(
 
 
 def _merged_files(config_source: ConfigSource, parts: Sequence[_PlannedPart]) -> list[str]:
-    """Return those weight files of the base that the output has merged ones in the place of."""
+    """Return those weight files of the config source that merged ones take the place of."""
     unmerged = set(module_places(config_source.modules)) - {part.place for part in parts}
     return [name for name in config_source.weights if name.rpartition("/")[0] not in unmerged]
 
@@ -269,7 +269,7 @@ def _planned_parts(
         parts.append(
             _PlannedPart(
                 place=place,
-                base=Base(recipe.base, folder / place, config),
+                config_source=PartConfig(recipe.config_from, folder / place, config),
                 float_names=tuple(
                     inner_path(place, name)
                     for name, dtype in zip(matched.names, out_dtypes, strict=True)
@@ -296,13 +296,15 @@ def _stem(first: Checkpoint, config_source: ConfigSource) -> str:
     return first.stem if is_there else MODEL
 
 
-def _companion_warnings(
-    companions: Companions, left_out: Sequence[LeftOut], config_source: ConfigSource
+def _auxiliary_file_warnings(
+    auxiliary_files: AuxiliaryFiles, left_out: Sequence[LeftOut], config_source: ConfigSource
 ) -> Iterator[str]:
-    """Tell of companions that hold weights, and of what somebody may miss."""
+    """Tell of auxiliary files that hold weights, and of what somebody may miss."""
     modules = tuple(f"{place}/" for place in module_places(config_source.modules))
     # What modules have is the same in all models, or else told of as a difference.
-    unmerged = [name for name in unmerged_weights(companions.files) if not name.startswith(modules)]
+    unmerged = [
+        name for name in unmerged_weights(auxiliary_files.files) if not name.startswith(modules)
+    ]
     if unmerged:
         values = "its values are" if len(unmerged) == 1 else "their values are"
         yield f"{listed(unmerged)}: copied, not merged; {values} those of {config_source.name}"
@@ -368,10 +370,10 @@ def _decided(settings: RunSettings, shards: Sequence[OutputShard]) -> RunSetting
 def _summed_nbytes(shards: Sequence[OutputShard]) -> int:
     """Return the bytes of all sources that are added up, and not just compared."""
     return sum(
-        run.num_elements * sum(map(element_nbytes, run.dtypes))
+        segment.num_elements * sum(map(element_nbytes, segment.dtypes))
         for shard in shards
-        for run in shard.runs
-        if run.reduction == LINEAR
+        for segment in shard.segments
+        if segment.reduction == LINEAR
     )
 
 
@@ -384,9 +386,9 @@ def _llvm_finding(settings: RunSettings, shards: Sequence[OutputShard]) -> str |
     dtypes = {
         dtype
         for shard in shards
-        for run in shard.runs
-        if run.reduction == LINEAR
-        for dtype in (*run.dtypes, run.out_dtype)
+        for segment in shard.segments
+        if segment.reduction == LINEAR
+        for dtype in (*segment.dtypes, segment.out_dtype)
     }
     others = sorted(dtypes - LLVM_DTYPES)
     return f"it does not know {', '.join(others)}" if others else None

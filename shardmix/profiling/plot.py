@@ -56,7 +56,7 @@ def _title(profile: Profile) -> str:
         f"shardmix {profile.shardmix}, merge of {plan.num_models} models{outcome}: "
         f"{plan.bytes_read / 1e9:.3g} GB to read, {plan.bytes_written / 1e9:.3g} GB to write, "
         f"{profile.seconds:.3g} s\n"
-        f"{plan.workers} workers on {plan.device}, {plan.backend}, {plan.io}, strips of "
+        f"{plan.workers} workers on {plan.device}, {plan.backend}, {plan.io}, chunks of "
         f"{format_mib(plan.strip_bytes)}; {machine.num_cores} cores, "
         f"{machine.memory_bytes / _GIB:.3g} GiB"
     )

@@ -41,9 +41,9 @@ class PlannedMerge:
     backend: str
     """What does the sums: torch or llvm."""
     workers: int
-    """Threads, each with a strip of its own."""
+    """Threads, each with a chunk of its own."""
     strip_bytes: int
-    """Size of one strip's accumulator."""
+    """Size of one chunk's accumulator."""
     max_memory_bytes: int | None
     """The budget for the process's peak resident memory; null: none was given."""
     max_vram_bytes: int | None
@@ -183,7 +183,7 @@ def planned_merge(plan: MergePlan) -> PlannedMerge:
         io=settings.io,
         backend=settings.backend,
         workers=memory.workers,
-        strip_bytes=memory.strip_nbytes,
+        strip_bytes=memory.chunk_nbytes,
         max_memory_bytes=settings.max_memory_nbytes,
         max_vram_bytes=settings.max_vram_nbytes,
         reserved_bytes=memory.reserved_nbytes,

@@ -31,7 +31,7 @@ _MOST_POINTER_NBYTES = 1_024  # by Git LFS's specification
 
 
 @dataclass(frozen=True, slots=True)
-class Companions:
+class AuxiliaryFiles:
     """The files of a model's folder that go along with the weights."""
 
     files: tuple[str, ...] = ()
@@ -52,9 +52,9 @@ class _Found:
     """Folder → how many files and folders were seen below it."""
 
 
-def find_companions(
+def find_auxiliary_files(
     folder: Path, *, weights: Collection[str] = (), is_single_file: bool = False
-) -> Companions:
+) -> AuxiliaryFiles:
     """Return the files of a model's folder that an output needs besides weights.
 
     Nothing if the folder has no config and so is no model's. For a sentence-transformers model
@@ -66,7 +66,7 @@ def find_companions(
     goes along is no file.
     """
     if not _is_a_models(folder, weights):
-        return Companions()
+        return AuxiliaryFiles()
     modules = _module_folders(folder)
     found = _root_files(folder) if is_single_file else _all_files(folder, modules)
     if is_single_file:
@@ -97,12 +97,12 @@ def find_companions(
         if found.sizes[name] <= _MOST_POINTER_NBYTES:
             _refuse_lfs_pointer(folder / name)
         files.append(name)
-    return Companions(tuple(sorted(files)), _shortened(left_out))
+    return AuxiliaryFiles(tuple(sorted(files)), _shortened(left_out))
 
 
-def unmerged_weights(companions: Iterable[str]) -> list[str]:
-    """Return those companion files that hold weights themselves, such as a Dense module's."""
-    return [name for name in companions if name.endswith(_WEIGHT_SUFFIXES)]
+def unmerged_weights(auxiliary_files: Iterable[str]) -> list[str]:
+    """Return those auxiliary files that hold weights themselves, such as a Dense module's."""
+    return [name for name in auxiliary_files if name.endswith(_WEIGHT_SUFFIXES)]
 
 
 def left_out_warning(left_out: Collection[LeftOut], model: str) -> str | None:
@@ -162,7 +162,7 @@ def _unfit(folder: Path, name: str) -> str | None:
 
 
 def _is_surely_a_models(name: str, modules: Collection[str]) -> bool:
-    return name.split("/")[0] in modules or file_kinds.is_companion_file(name)
+    return name.split("/")[0] in modules or file_kinds.is_auxiliary_file(name)
 
 
 def _all_files(folder: Path, modules: Collection[str]) -> _Found:
@@ -185,13 +185,13 @@ def _root_files(folder: Path) -> _Found:
     with os.scandir(folder) as entries:
         for entry in entries:
             if not (_is_folder(entry) and _may_be_a_folder(entry.name)):
-                _add(entry, entry.name, found, is_needed=file_kinds.is_companion_file(entry.name))
+                _add(entry, entry.name, found, is_needed=file_kinds.is_auxiliary_file(entry.name))
     return found
 
 
 def _may_be_a_folder(name: str) -> bool:
     # A folder of licences may be called so; one that is called like a file is none.
-    return not (file_kinds.is_companion_file(name) and PurePosixPath(name).suffix)
+    return not (file_kinds.is_auxiliary_file(name) and PurePosixPath(name).suffix)
 
 
 def _look_into(
@@ -223,7 +223,7 @@ def _look_into(
             if found.num_below[top] > file_kinds.MAX_FOLDER_FILES:
                 return  # enough to tell that it does not go along
         if not _is_folder(entry) or not (subfolder or _may_be_a_folder(entry.name)):
-            is_needed = is_whole or (not subfolder and file_kinds.is_companion_file(entry.name))
+            is_needed = is_whole or (not subfolder and file_kinds.is_auxiliary_file(entry.name))
             _add(entry, path, found, is_needed=is_needed)
         elif entry.is_symlink() and path not in whole:
             if is_whole:

@@ -20,7 +20,7 @@ from shardmix.conventions.file_kinds import (
     UNPRINTABLE,
     LeftOut,
     divide,
-    is_companion_file,
+    is_auxiliary_file,
     is_module_folder,
 )
 from shardmix.conventions.folder_kinds import no_weights_finding
@@ -222,37 +222,39 @@ def _fetch(
         for name in files
         if "/" in name and name.rpartition("/")[0] in stems and name.endswith(_MODULE_WEIGHTS)
     ]
-    companions, left_out = _companions(sizes, {*weights, *of_modules}, places)
-    for name in (*companions, *weights):
+    auxiliary_files, left_out = _auxiliary_files(sizes, {*weights, *of_modules}, places)
+    for name in (*auxiliary_files, *weights):
         finding = file_name_finding(name)
         if finding is not None:
             raise SourceError(f"has a file {shown(name)}, which {finding}; it cannot be fetched")
     # Weights last: where they are in the cache, the rest is, so that a copy can be trusted offline.
-    if companions:
-        patterns = [glob.escape(name) for name in companions]
+    if auxiliary_files:
+        patterns = [glob.escape(name) for name in auxiliary_files]
         snapshot_download(repo_id, revision=commit, allow_patterns=patterns)
     # By name, not by commit: only then does the cache know, offline, what the name stands for.
-    patterns = [glob.escape(name) for name in (*companions, *weights)]
+    patterns = [glob.escape(name) for name in (*auxiliary_files, *weights)]
     folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     if not with_weights:
         left_out = [finding for finding in left_out if finding.reason != OTHER_WEIGHTS]
     return folder, tuple(left_out)
 
 
-def _companions(
+def _auxiliary_files(
     sizes: Mapping[str, int], weights: Collection[str], places: Collection[str]
 ) -> tuple[list[str], list[LeftOut]]:
     """Divide a repository's files but for the weights into those to fetch and the others."""
     tops = {name.partition("/")[0] for name in sizes if "/" in name}
     modules = {top for top in tops if is_module_folder(top)}
     modules |= {place.partition("/")[0] for place in places}
-    companions, left_out = divide(sizes, weights=weights, modules=modules)
+    auxiliary_files, left_out = divide(sizes, weights=weights, modules=modules)
     if not any(name in sizes for name in _MODEL_MARKS):
-        companions = [name for name in companions if is_companion_file(name)]
+        auxiliary_files = [name for name in auxiliary_files if is_auxiliary_file(name)]
     # Pictures have such names; a file that is surely the model's is refused for one.
-    odd = {name for name in companions if not name.isprintable() and not is_companion_file(name)}
+    odd = {
+        name for name in auxiliary_files if not name.isprintable() and not is_auxiliary_file(name)
+    }
     left_out += [LeftOut(printable(name), UNPRINTABLE) for name in sorted(odd)]
-    return [name for name in companions if name not in odd], left_out
+    return [name for name in auxiliary_files if name not in odd], left_out
 
 
 def _module_places(repo_id: str, files: list[str], commit: str | None) -> tuple[str, ...]:

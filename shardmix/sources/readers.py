@@ -27,7 +27,7 @@ from shardmix.system.files import MAX_IO_NBYTES
 from shardmix.system.sigbus import GuardedRange, guard, unguard
 
 MAX_MAPPED_AT_ONCE = 3
-"""Of how many sources one strip can be mapped; of more, the others are read. Each takes memory."""
+"""Of how many sources one chunk can be mapped; of more, the others are read. Each takes memory."""
 
 # What the widest element wants of its address.
 _ELEMENT_ALIGNMENT = 8
@@ -125,7 +125,7 @@ class _View:
 
 
 class MmapReader:
-    """Maps files and gives pages back behind each strip; saves a copy.
+    """Maps files and gives pages back behind each chunk; saves a copy.
 
     A fault maps neighbours of the page it was for, up to a whole huge page: so pages are given back
     by that. The last one stays if the next view goes on in it: to map it again is most of the cost.

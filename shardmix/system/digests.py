@@ -20,7 +20,7 @@ from shardmix.system.buffers import buffer_for_reading
 from shardmix.system.units import MIB
 
 LEAF_NBYTES = 4 * MIB
-"""Part of what a digest means; strips may be of any size."""
+"""Part of what a digest means; chunks may be of any size."""
 READ_NBYTES = 256 * 1024
 """What is read at once to hash a file that exists."""
 

@@ -79,7 +79,7 @@ def give_back_large_blocks() -> None:
 def give_back_free_memory() -> None:
     """Make what is free within the process go back to the system.
 
-    glibc keeps freed blocks on its heap. What a merge holds when its strips are sized counts
+    glibc keeps freed blocks on its heap. What a merge holds when its chunks are sized counts
     against its budget; what it held before should not. Elsewhere nothing is done.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -72,7 +72,7 @@ def recompute(
             for source, place in zip(provenance.sources, places, strict=True)
         ),
         dtype=provenance.dtype,
-        base=str(folder),  # whose config says how the weights are tied
+        config_from=str(folder),  # whose config says how the weights are tied
         max_shard_size=provenance.max_shard_size,
         allow_weight_sum=True,
         model_type=provenance.model_type,
@@ -92,7 +92,7 @@ def recompute(
     )
     differences = Differences()
     work = Work(plan, lambda number: ComparedShard(plan, number, folder, differences))
-    executor.run_blocks(plan, backend, work, on_progress, cancel)
+    executor.run_tasks(plan, backend, work, on_progress, cancel)
     givers = _and(places)
     found = [
         f"{folder / file}: {num_bytes} bytes of {part} are not what {givers} give"

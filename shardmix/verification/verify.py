@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from shardmix.conventions.file_kinds import is_companion_file
+from shardmix.conventions.file_kinds import is_auxiliary_file
 from shardmix.errors import MergeCancelled, RecipeError, SourceError
 from shardmix.execute import executor
 from shardmix.output.provenance import (
@@ -310,4 +310,4 @@ def _would_be_loaded(name: str) -> bool:
     """Tell whether a loader of models reads a file of this name, wherever in the folder it is."""
     base = name.rpartition("/")[2].lower()
     is_data = base.endswith((*_WEIGHTS, *_CODE)) or ".so." in base or ".data-0" in base
-    return is_data or _CONFIG.fullmatch(base) is not None or is_companion_file(name)
+    return is_data or _CONFIG.fullmatch(base) is not None or is_auxiliary_file(name)

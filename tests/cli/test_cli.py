@@ -91,7 +91,7 @@ def test_a_plan_writes_nothing_and_tells_all(models, tmp_path, command):
 def test_a_plan_for_people_names_what_matters(models):
     done = shardmix("plan", *words(models))
     assert done.returncode == 0
-    for text in ("model.safetensors", "peak memory", "strips", "disk", "read", "write"):
+    for text in ("model.safetensors", "peak memory", "chunks", "disk", "read", "write"):
         assert text in done.stdout
 
 

@@ -10,14 +10,22 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from shardmix.compute.backend import Reducers
-from shardmix.compute.chunk_size import strip_num_elements
+from shardmix.compute.chunk_size import chunk_num_elements
 from shardmix.compute.keep_first import AgreeReducer
 from shardmix.compute.torch_cpu import TorchBackend
 from shardmix.compute.torch_ops import accumulate, round_into
 from shardmix.plan.merge_plan import AGREE
 from shardmix.system.buffers import PAGE_NBYTES, address, place_in_page
 from tests.support.models import random_tensor, round_once, weighted_sum
-from tests.support.reducing import COMPILED, FLOATS, NAMES, backend_of, raw_bytes, reduce, run_of
+from tests.support.reducing import (
+    COMPILED,
+    FLOATS,
+    NAMES,
+    backend_of,
+    raw_bytes,
+    reduce,
+    segment_of,
+)
 
 
 def assert_bits(actual, expected):
@@ -34,7 +42,7 @@ def test_a_sum_is_rounded_as_the_contract_says(dtypes, out_dtype):
 
 
 @pytest.mark.parametrize("out_dtype", FLOATS)
-def test_the_strip_size_does_not_change_the_bits(out_dtype):
+def test_the_chunk_size_does_not_change_the_bits(out_dtype):
     dtypes = [torch.bfloat16, torch.float16, torch.float32]
     sources = [random_tensor((1009,), dtype, seed=i) for i, dtype in enumerate(dtypes)]
     sources[1][500] = math.nan
@@ -42,8 +50,8 @@ def test_the_strip_size_does_not_change_the_bits(out_dtype):
     sources[0][77] = -math.inf
     weights = [0.4, 0.35, 0.25]
     whole = reduce(sources, weights, out_dtype)
-    for strip_nbytes in (8, 24, 100, 1000, 4036, 1 << 20):
-        assert_bits(reduce(sources, weights, out_dtype, strip_nbytes=strip_nbytes), whole)
+    for chunk_nbytes in (8, 24, 100, 1000, 4036, 1 << 20):
+        assert_bits(reduce(sources, weights, out_dtype, chunk_nbytes=chunk_nbytes), whole)
 
 
 @pytest.mark.parametrize("out_dtype", FLOATS)
@@ -99,11 +107,11 @@ def test_any_float64_is_rounded_to_16_bits_as_numpy_does(values, out_dtype):
     dtypes=st.lists(st.sampled_from(FLOATS), min_size=2, max_size=6),
     out_dtype=st.sampled_from(FLOATS),
     num_elements=st.integers(1, 3000),
-    strip_nbytes=st.sampled_from([8, 64, 1000, 4096, 1 << 20]),
+    chunk_nbytes=st.sampled_from([8, 64, 1000, 4096, 1 << 20]),
     seed=st.integers(0, 2**20),
 )
 def test_any_mix_of_dtypes_agrees_with_the_oracle(
-    dtypes, out_dtype, num_elements, strip_nbytes, seed
+    dtypes, out_dtype, num_elements, chunk_nbytes, seed
 ):
     sources = [
         random_tensor((num_elements,), dtype, seed=seed + i) for i, dtype in enumerate(dtypes)
@@ -111,7 +119,7 @@ def test_any_mix_of_dtypes_agrees_with_the_oracle(
     weights = np.random.default_rng(seed).dirichlet(np.ones(len(sources))).tolist()
     with np.errstate(over="ignore"):
         expected = weighted_sum(sources, weights, out_dtype)
-    assert_bits(reduce(sources, weights, out_dtype, strip_nbytes=strip_nbytes), expected)
+    assert_bits(reduce(sources, weights, out_dtype, chunk_nbytes=chunk_nbytes), expected)
 
 
 def special_values():
@@ -142,15 +150,15 @@ def test_compiled_sums_have_torchs_bits_for_special_values(weights, out_dtype):
     dtypes=st.lists(st.sampled_from(COMPILED), min_size=2, max_size=5),
     out_dtype=st.sampled_from(COMPILED),
     num_elements=st.integers(1, 3000),
-    strip_nbytes=st.sampled_from([4, 64, 1000, 1 << 20]),
+    chunk_nbytes=st.sampled_from([4, 64, 1000, 1 << 20]),
     seed=st.integers(0, 2**20),
 )
-def test_compiled_sums_agree_with_the_oracle(dtypes, out_dtype, num_elements, strip_nbytes, seed):
+def test_compiled_sums_agree_with_the_oracle(dtypes, out_dtype, num_elements, chunk_nbytes, seed):
     sources = [
         random_tensor((num_elements,), dtype, seed=seed + i) for i, dtype in enumerate(dtypes)
     ]
     weights = np.random.default_rng(seed).dirichlet(np.ones(len(sources))).tolist()
-    result = reduce(sources, weights, out_dtype, strip_nbytes=strip_nbytes, backend="llvm")
+    result = reduce(sources, weights, out_dtype, chunk_nbytes=chunk_nbytes, backend="llvm")
     assert_bits(result, weighted_sum(sources, weights, out_dtype))
 
 
@@ -196,11 +204,11 @@ def read_by_kernel(path, sources, weights, out_dtype, *, gap, cut=0):
         offsets.append(len(content))
         content += raw_bytes(source)
     path.write_bytes(content[: len(content) - cut])
-    run = run_of([NAMES[s.dtype] for s in sources], NAMES[out_dtype], weights, num_elements)
-    run = dataclasses.replace(run, offsets=tuple(offsets), out_offset=gap)
-    nbytes = 8 * num_elements  # for a strip of all
-    (reducer,) = backend_of("llvm", run).make_reducers(strip_nbytes=nbytes)
-    reducer.begin(run, 0, num_elements)
+    segment = segment_of([NAMES[s.dtype] for s in sources], NAMES[out_dtype], weights, num_elements)
+    segment = dataclasses.replace(segment, offsets=tuple(offsets), out_offset=gap)
+    nbytes = 8 * num_elements  # for a chunk of all
+    (reducer,) = backend_of("llvm", segment).make_reducers(chunk_nbytes=nbytes)
+    reducer.begin(segment, 0, num_elements)
     with path.open("rb") as file:
         return reducer.read([file.fileno()] * len(sources))
 
@@ -229,9 +237,9 @@ def agree(first, *others):
     names = {torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL", torch.uint8: "U8"}
     tensors = [first, *others]
     dtypes = [names[t.dtype] for t in tensors]
-    run = run_of(dtypes, dtypes[0], [0.5] * len(tensors), first.numel(), AGREE)
-    reducer = AgreeReducer(strip_nbytes=1 << 12)
-    reducer.begin(run, 0, run.num_elements)
+    segment = segment_of(dtypes, dtypes[0], [0.5] * len(tensors), first.numel(), AGREE)
+    reducer = AgreeReducer(chunk_nbytes=1 << 12)
+    reducer.begin(segment, 0, segment.num_elements)
     for source, tensor in enumerate(tensors):
         staging = reducer.staging(source)
         staging[:] = raw_bytes(tensor)
@@ -269,8 +277,8 @@ def test_a_gpu_gives_the_same_bits_as_the_cpu(dtypes, out_dtype):
     sources = [random_tensor((100_003,), dtype, seed=i) for i, dtype in enumerate(dtypes)]
     sources[0][5000] = math.nan
     weights = [0.5, 0.3, 0.2, 0.1][: len(sources)]
-    for strip_nbytes in (1 << 12, 1 << 20):
-        on_gpu = reduce(sources, weights, out_dtype, strip_nbytes=strip_nbytes, backend="cuda")
+    for chunk_nbytes in (1 << 12, 1 << 20):
+        on_gpu = reduce(sources, weights, out_dtype, chunk_nbytes=chunk_nbytes, backend="cuda")
         assert_bits(on_gpu, reduce(sources, weights, out_dtype))
 
 
@@ -312,37 +320,37 @@ def test_a_float64_nan_stays_one_in_16_bits(out_dtype):
     assert_bits(result, torch.full_like(out, math.nan))
 
 
-@pytest.mark.parametrize("strip_nbytes", [1 << 16, 1 << 20, 2 << 20, 3_000_000])
+@pytest.mark.parametrize("chunk_nbytes", [1 << 16, 1 << 20, 2 << 20, 3_000_000])
 @pytest.mark.parametrize("out_dtype", ["BF16", "F16", "F32", "F64"])
 @pytest.mark.parametrize(
     "dtypes", [["BF16"], ["F64"], ["F32"] * 2, ["BF16"] * 9, ["BF16", "F64"], ["F16"] * 40]
 )
-def test_a_strip_fits_its_buffers(dtypes, out_dtype, strip_nbytes):
+def test_a_chunk_fits_its_buffers(dtypes, out_dtype, chunk_nbytes):
     """No part is larger than a buffer, and all parts together not larger than the four."""
-    run = run_of(dtypes, out_dtype, [1.0] * len(dtypes), 10**9)
-    count = strip_num_elements(run, strip_nbytes=strip_nbytes)
+    segment = segment_of(dtypes, out_dtype, [1.0] * len(dtypes), 10**9)
+    count = chunk_num_elements(segment, chunk_nbytes=chunk_nbytes)
     widths = [int(dtype.removeprefix("B")[1:]) // 8 for dtype in (*dtypes, out_dtype)]
-    assert count * max(*widths, 4) <= strip_nbytes
-    assert count * (sum(widths) + 4) <= 4 * strip_nbytes
-    assert count >= strip_nbytes // (3 * max(*widths, 4)) or len(dtypes) > 8
+    assert count * max(*widths, 4) <= chunk_nbytes
+    assert count * (sum(widths) + 4) <= 4 * chunk_nbytes
+    assert count >= chunk_nbytes // (3 * max(*widths, 4)) or len(dtypes) > 8
 
 
 @pytest.mark.parametrize("dtype", ["BOOL", "I8", "I16", "I32", "I64"])
-def test_a_strip_of_integers_fits_its_buffers(dtype):
-    """They are smaller, and a strip may be smaller still."""
+def test_a_chunk_of_integers_fits_its_buffers(dtype):
+    """They are smaller, and a chunk may be smaller still."""
     width = 1 if dtype == "BOOL" else int(dtype[1:]) // 8
     for other in (dtype, "I64"):
-        run = run_of([dtype, other], dtype, [0.5, 0.5], 10**9, AGREE)
+        segment = segment_of([dtype, other], dtype, [0.5, 0.5], 10**9, AGREE)
         widest = 8 if other == "I64" else width
-        for strip_nbytes, buffer_nbytes in [(1 << 20, 1 << 16), (1 << 12, 1 << 12), (4, 8)]:
-            count = strip_num_elements(run, strip_nbytes=strip_nbytes)
+        for chunk_nbytes, buffer_nbytes in [(1 << 20, 1 << 16), (1 << 12, 1 << 12), (4, 8)]:
+            count = chunk_num_elements(segment, chunk_nbytes=chunk_nbytes)
             assert 1 <= count <= max(1, buffer_nbytes // widest)
 
 
-def begun(reducer, run, start, sources):
-    """Do one strip of a run from whole sources; return its output's bytes."""
+def begun(reducer, segment, start, sources):
+    """Do one chunk of a segment from whole sources; return its output's bytes."""
     num_elements = len(sources[0])
-    reducer.begin(run, start, num_elements)
+    reducer.begin(segment, start, num_elements)
     for number, source in enumerate(sources):
         staging = reducer.staging(number)
         assert len(staging) == source.nbytes
@@ -354,67 +362,67 @@ def begun(reducer, run, start, sources):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "llvm"])
-def test_a_reducer_does_strip_after_strip(backend):
-    """A shorter one at the same place in a page, and one of another run of the same length."""
+def test_a_reducer_does_chunk_after_chunk(backend):
+    """A shorter one at the same place in a page, and one of another segment of the same length."""
     first, second = random_tensor((4096,), seed=1), random_tensor((4096,), seed=2)
-    run = run_of(["F32"] * 2, "F32", [0.5, 0.5], 4106)
-    (reducer,) = backend_of(backend, run).make_reducers(strip_nbytes=1 << 16)
+    segment = segment_of(["F32"] * 2, "F32", [0.5, 0.5], 4106)
+    (reducer,) = backend_of(backend, segment).make_reducers(chunk_nbytes=1 << 16)
     for start, stop in [(0, 4096), (4096, 4106), (0, 4096)]:
         parts = [source[: stop - start] for source in (first, second)]
         expected = weighted_sum(parts, [0.5, 0.5], torch.float32)
-        assert begun(reducer, run, start, parts) == raw_bytes(expected)
-    other = dataclasses.replace(run, weights=(2.0, -1.0))
+        assert begun(reducer, segment, start, parts) == raw_bytes(expected)
+    other = dataclasses.replace(segment, weights=(2.0, -1.0))
     expected = weighted_sum([first, second], [2.0, -1.0], torch.float32)
     assert begun(reducer, other, 0, [first, second]) == raw_bytes(expected)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "llvm"])
 def test_buffers_lie_half_a_page_from_their_files(backend):
-    """Wherever in the run a strip begins, for sources and for the output."""
+    """Wherever in the segment a chunk begins, for sources and for the output."""
     sources = [torch.ones(100).bfloat16()] * 2
-    run = run_of(["BF16"] * 2, "BF16", [0.5, 0.5], 10_000)
-    run = dataclasses.replace(run, offsets=(130, 1000), out_offset=264)
-    (reducer,) = backend_of(backend, run).make_reducers(strip_nbytes=1 << 16)
+    segment = segment_of(["BF16"] * 2, "BF16", [0.5, 0.5], 10_000)
+    segment = dataclasses.replace(segment, offsets=(130, 1000), out_offset=264)
+    (reducer,) = backend_of(backend, segment).make_reducers(chunk_nbytes=1 << 16)
     for start in (0, 100, 1077, 4096):
-        reducer.begin(run, start, 100)
+        reducer.begin(segment, start, 100)
         for number, source in enumerate(sources):
             staging = reducer.staging(number)
-            expected = place_in_page(run.offsets[number] + 2 * start)
+            expected = place_in_page(segment.offsets[number] + 2 * start)
             assert address(staging) % PAGE_NBYTES == expected
             staging[:] = raw_bytes(source)
             reducer.add(number, staging)
-        expected = place_in_page(run.out_offset + 2 * start)
+        expected = place_in_page(segment.out_offset + 2 * start)
         assert address(reducer.finish()) % PAGE_NBYTES == expected
 
 
-def test_strips_of_a_run_lie_alike_within_pages():
+def test_chunks_of_a_run_lie_alike_within_pages():
     """They have as many elements as pages have bytes, or at least whole vectors."""
-    run = run_of(["BF16"] * 3, "BF16", [0.5] * 3, 10**9)
-    assert strip_num_elements(run, strip_nbytes=1_000_000) % PAGE_NBYTES == 0
-    assert strip_num_elements(run, strip_nbytes=10_000) % 64 == 0
+    segment = segment_of(["BF16"] * 3, "BF16", [0.5] * 3, 10**9)
+    assert chunk_num_elements(segment, chunk_nbytes=1_000_000) % PAGE_NBYTES == 0
+    assert chunk_num_elements(segment, chunk_nbytes=10_000) % 64 == 0
 
 
-def test_integers_agree_strip_by_strip():
-    """What differed in one strip is not said of the next."""
-    run = run_of(["I64"] * 2, "I64", [0.5, 0.5], 8, AGREE)
-    reducer = AgreeReducer(strip_nbytes=1 << 12)
+def test_integers_agree_chunk_by_chunk():
+    """What differed in one chunk is not said of the next."""
+    segment = segment_of(["I64"] * 2, "I64", [0.5, 0.5], 8, AGREE)
+    reducer = AgreeReducer(chunk_nbytes=1 << 12)
     values = torch.arange(4)
     for other, differing in [(values + 1, {1}), (values, set())]:
-        begun(reducer, run, 0, [values, other])
+        begun(reducer, segment, 0, [values, other])
         assert reducer.disagreeing == differing
 
 
 def test_integers_take_small_buffers():
     """They are not in the projection by themselves."""
-    (linear,) = TorchBackend("cpu").make_reducers(strip_nbytes=1 << 12)
+    (linear,) = TorchBackend("cpu").make_reducers(chunk_nbytes=1 << 12)
     tracemalloc.start()
     try:
-        reducer = Reducers(linear, strip_nbytes=16 << 20)[AGREE]
+        reducer = Reducers(linear, chunk_nbytes=16 << 20)[AGREE]
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    run = run_of(["I64"], "I64", [1.0], 10**6, AGREE)
-    reducer.begin(run, 0, strip_num_elements(run, strip_nbytes=16 << 20))
+    segment = segment_of(["I64"], "I64", [1.0], 10**6, AGREE)
+    reducer.begin(segment, 0, chunk_num_elements(segment, chunk_nbytes=16 << 20))
     assert len(reducer.staging(0)) == 1 << 16
     assert 1 << 16 < peak < 1 << 18
 
@@ -425,7 +433,7 @@ def test_torchs_threads_are_as_before_a_merge():
         torch.set_num_threads(3)
         backend = TorchBackend("cpu")
         with backend.running():
-            backend.make_reducers(strip_nbytes=1 << 12)
+            backend.make_reducers(chunk_nbytes=1 << 12)
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 3
     finally:

@@ -22,8 +22,8 @@ from tests.support.reducing import (
     NAMES,
     backend_of,
     raw_bytes,
-    reduced_strips,
-    run_of,
+    reduced_chunks,
+    segment_of,
 )
 
 # The least magnitude that rounding to nearest even makes infinite: half a unit above the largest.
@@ -57,10 +57,10 @@ def expected_counts(sums, out_dtype):
 
 
 def assert_counted(sources, weights, out_dtype, **options):
-    """Hold what is said of every strip, and of parts of it, against numpy; return all counts."""
+    """Hold what is said of every chunk, and of parts of it, against numpy; return all counts."""
     sums = sums_of(sources, weights)
-    for start, reducer, strip in reduced_strips(sources, weights, out_dtype, **options):
-        num_elements = len(strip) // out_dtype.itemsize
+    for start, reducer, chunk in reduced_chunks(sources, weights, out_dtype, **options):
+        num_elements = len(chunk) // out_dtype.itemsize
         whole = expected_counts(sums[start : start + num_elements], out_dtype)
         assert reducer.is_finite == (whole.num_nan + whole.num_inf == 0)
         cuts = sorted({0, num_elements // 3, num_elements // 2, num_elements})
@@ -86,13 +86,13 @@ def test_nans_infinities_and_overflows_are_counted_for_every_dtype(backend, out_
     for dtype in COMPILED if backend == "llvm" else FLOATS:
         pairs = torch.cartesian_prod(delicate_values(dtype), delicate_values(dtype))
         sources = [pairs[:, 0].contiguous(), pairs[:, 1].contiguous()]
-        for strip_nbytes in (8, 1000, MIB):
-            few = slice(0, 400 if strip_nbytes == 8 else None)
+        for chunk_nbytes in (8, 1000, MIB):
+            few = slice(0, 400 if chunk_nbytes == 8 else None)
             counts = assert_counted(
                 [source[few] for source in sources],
                 weights,
                 out_dtype,
-                strip_nbytes=strip_nbytes,
+                chunk_nbytes=chunk_nbytes,
                 backend=backend,
             )
             assert counts.num_nan
@@ -108,7 +108,7 @@ def test_one_element_decides_wherever_it_stands(backend, out_dtype):
             source = random_tensor((num_elements,), torch.float32, seed=place) * 1e-3
             source[place] = value
             sources = [source, torch.zeros(num_elements), torch.zeros(num_elements)]
-            ((_, reducer, _),) = reduced_strips(
+            ((_, reducer, _),) = reduced_chunks(
                 sources, [1.0, 1.0, 1.0], out_dtype, backend=backend
             )
             assert reducer.is_finite == math.isfinite(value)
@@ -119,7 +119,7 @@ def test_one_element_decides_wherever_it_stands(backend, out_dtype):
 def test_what_rounding_to_float16_makes_infinite_is_told_apart():
     """65520 is the least that overflows; an infinity that a model already has did not."""
     source = torch.tensor([65504.0, 65519.0, 65520.0, -70000.0, math.inf, -math.inf, math.nan, 1.0])
-    ((_, reducer, _),) = reduced_strips([source, source], [0.5, 0.5], torch.float16)
+    ((_, reducer, _),) = reduced_chunks([source, source], [0.5, 0.5], torch.float16)
     assert not reducer.is_finite
     assert reducer.count_nonfinite(0, 8) == NonfiniteCounts(num_nan=1, num_inf=4, num_overflowed=2)
     assert reducer.count_nonfinite(0, 2) == NonfiniteCounts(0, 0, 0)
@@ -129,31 +129,31 @@ def test_what_rounding_to_float16_makes_infinite_is_told_apart():
 def test_a_sum_that_overflows_before_it_is_rounded_is_an_infinity(backend):
     source = torch.full((9,), 3e38)
     for out_dtype in COMPILED:
-        ((_, reducer, _),) = reduced_strips([source] * 2, [1, 1], out_dtype, backend=backend)
+        ((_, reducer, _),) = reduced_chunks([source] * 2, [1, 1], out_dtype, backend=backend)
         assert reducer.count_nonfinite(0, 9) == NonfiniteCounts(0, num_inf=9, num_overflowed=0)
 
 
 @pytest.mark.parametrize(("backend", "out_dtype"), BACKENDS)
 def test_large_values_are_finite_though_their_total_is_not(backend, out_dtype):
-    """To add a strip up is a quick look at it, and no more."""
+    """To add a chunk up is a quick look at it, and no more."""
     dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
     largest = torch.full((4001,), torch.finfo(out_dtype).max, dtype=dtype)
     alternating = largest * torch.tensor([1.0, -1.0]).repeat(2001)[:4001]
     for source in (largest, -largest, alternating):
-        strips = reduced_strips([source, source], [0.5, 0.5], out_dtype, backend=backend)
-        assert all(reducer.is_finite for _, reducer, _ in strips)
+        chunks = reduced_chunks([source, source], [0.5, 0.5], out_dtype, backend=backend)
+        assert all(reducer.is_finite for _, reducer, _ in chunks)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "llvm"])
-def test_a_strip_is_judged_by_itself(backend):
-    """One reducer goes through finite strips and others in turn."""
+def test_a_chunk_is_judged_by_itself(backend):
+    """One reducer goes through finite chunks and others in turn."""
     source = torch.zeros(64 * 5)
     source[64] = math.nan
     source[64 * 3 + 63] = -math.inf
-    strips = reduced_strips(
-        [source, source], [0.5, 0.5], torch.float32, strip_nbytes=64 * 4, backend=backend
+    chunks = reduced_chunks(
+        [source, source], [0.5, 0.5], torch.float32, chunk_nbytes=64 * 4, backend=backend
     )
-    assert [reducer.is_finite for _, reducer, _ in strips] == [True, False, True, False, True]
+    assert [reducer.is_finite for _, reducer, _ in chunks] == [True, False, True, False, True]
 
 
 @settings(max_examples=100, deadline=None)
@@ -162,11 +162,11 @@ def test_a_strip_is_judged_by_itself(backend):
     out_dtype=st.sampled_from(FLOATS),
     num_elements=st.integers(1, 500),
     num_delicate=st.integers(0, 20),
-    strip_nbytes=st.sampled_from([8, 64, 1000, 1 << 16]),
+    chunk_nbytes=st.sampled_from([8, 64, 1000, 1 << 16]),
     seed=st.integers(0, 2**20),
 )
-def test_any_strip_of_any_dtypes_is_counted_as_numpy_counts(
-    dtypes, out_dtype, num_elements, num_delicate, strip_nbytes, seed
+def test_any_chunk_of_any_dtypes_is_counted_as_numpy_counts(
+    dtypes, out_dtype, num_elements, num_delicate, chunk_nbytes, seed
 ):
     generator = np.random.default_rng(seed)
     sources = []
@@ -178,23 +178,23 @@ def test_any_strip_of_any_dtypes_is_counted_as_numpy_counts(
         sources.append(source)
     weights = generator.dirichlet(np.ones(len(sources))).tolist()
     for backend in ("cpu", "llvm") if {*dtypes, out_dtype} <= {*COMPILED} else ("cpu",):
-        assert_counted(sources, weights, out_dtype, strip_nbytes=strip_nbytes, backend=backend)
+        assert_counted(sources, weights, out_dtype, chunk_nbytes=chunk_nbytes, backend=backend)
 
 
 @pytest.mark.parametrize(("backend", "out_dtype"), BACKENDS)
-def test_counting_takes_less_than_a_mebibyte_however_long_the_strip(backend, out_dtype):
+def test_counting_takes_less_than_a_mebibyte_however_long_the_chunk(backend, out_dtype):
     """And so does what a compiled sum does anew where it is not finite."""
     num_elements = 1 << 20
     dtype = torch.float32 if backend == "llvm" else torch.float64
     source = torch.full((num_elements,), math.inf, dtype=dtype)
     source[::2] = torch.finfo(dtype).max
-    run = run_of([NAMES[dtype]] * 2, NAMES[out_dtype], [0.5, 0.5], num_elements)
-    (reducer,) = backend_of(backend, run).make_reducers(strip_nbytes=source.nbytes)
+    segment = segment_of([NAMES[dtype]] * 2, NAMES[out_dtype], [0.5, 0.5], num_elements)
+    (reducer,) = backend_of(backend, segment).make_reducers(chunk_nbytes=source.nbytes)
     raw = memoryview(bytearray(raw_bytes(source)))
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
-        reducer.begin(run, 0, num_elements)
+        reducer.begin(segment, 0, num_elements)
         reducer.add(0, raw)
         reducer.add(1, raw)
         reducer.finish()
@@ -209,8 +209,8 @@ def test_counting_takes_less_than_a_mebibyte_however_long_the_strip(backend, out
 
 def test_integers_are_finite_whatever_their_bits():
     infinity = memoryview(np.full(10, 0x7F800000, dtype=np.int32).tobytes())
-    reducer = AgreeReducer(strip_nbytes=1 << 12)
-    reducer.begin(run_of(["I32"] * 2, "I32", [0.5, 0.5], 10, AGREE), 0, 10)
+    reducer = AgreeReducer(chunk_nbytes=1 << 12)
+    reducer.begin(segment_of(["I32"] * 2, "I32", [0.5, 0.5], 10, AGREE), 0, 10)
     for source in range(2):
         reducer.add(source, infinity)
     reducer.finish()
@@ -227,10 +227,10 @@ def test_a_gpu_counts_as_numpy_does(dtype, out_dtype):
     ordinary = random_tensor((200_003,), dtype)
     sources = [torch.cat([pairs[:, side], ordinary * 1e-3]) for side in range(2)]
     for weights in ([0.5, 0.5], [1.0, -1.0], [0.3, 1e30]):
-        for strip_nbytes in (8 << 10, MIB):
-            assert_counted(sources, weights, out_dtype, strip_nbytes=strip_nbytes, backend="cuda")
-    few = [source[:9] for source in sources]  # the extremes take more than such a strip
-    assert_counted(few, [0.5, 0.5], out_dtype, strip_nbytes=8, backend="cuda")
+        for chunk_nbytes in (8 << 10, MIB):
+            assert_counted(sources, weights, out_dtype, chunk_nbytes=chunk_nbytes, backend="cuda")
+    few = [source[:9] for source in sources]  # the extremes take more than such a chunk
+    assert_counted(few, [0.5, 0.5], out_dtype, chunk_nbytes=8, backend="cuda")
 
 
 @pytest.mark.gpu
@@ -242,8 +242,8 @@ def test_a_look_for_nans_takes_no_memory_of_the_gpu_beyond_what_is_planned():
     before = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
     planned = VRAM_BUFFERS_PER_WORKER * 4 * MIB + 2 * MIB
-    for _ in reduced_strips(
-        [source, source], [0.5, 0.5], torch.float32, strip_nbytes=4 * MIB, backend="cuda"
+    for _ in reduced_chunks(
+        [source, source], [0.5, 0.5], torch.float32, chunk_nbytes=4 * MIB, backend="cuda"
     ):
         assert torch.cuda.max_memory_reserved() - before <= planned
 

@@ -100,4 +100,6 @@ def test_a_contradicted_type_is_refused(tmp_path):
 def test_the_bases_config_is_the_one_that_counts(tmp_path):
     models = two(tmp_path, "LlamaForCausalLM")
     base = save_model(tmp_path / "base", {}, config={"architectures": ["LlamaModel"]})
-    assert shardmix.plan_merge(models, base=base, model_type="encoder").model_type == "encoder"
+    assert (
+        shardmix.plan_merge(models, config_from=base, model_type="encoder").model_type == "encoder"
+    )

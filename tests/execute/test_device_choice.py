@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from shardmix.plan.merge_plan.memory_budget import (
-    BEST_STRIP_NBYTES,
+    BEST_CHUNK_NBYTES,
     BUFFERS_PER_WORKER,
     plan_memory,
     reserved_nbytes,
@@ -28,7 +28,7 @@ from shardmix.plan.merge_plan import planner
 from shardmix.system import gpus
 from shardmix.system.digests import LEAF_NBYTES
 from shardmix.system.units import MIB
-from tests.plan.test_planner import all_runs, two_models
+from tests.plan.test_planner import all_segments, two_models
 from tests.support.models import save_model
 from tests.support.simulated_cuda import SimulatedCuda
 
@@ -66,7 +66,7 @@ def test_a_gpu_that_was_asked_for_is_not_in_question(tmp_path, monkeypatch):
 def test_a_merge_too_small_to_gain_by_a_gpu_takes_the_cpu(tmp_path, monkeypatch):
     models = two_models(tmp_path)
     summed = sum(
-        run.num_elements * 4 * len(run.dtypes) for run in all_runs(shardmix.plan_merge(models))
+        run.num_elements * 4 * len(run.dtypes) for run in all_segments(shardmix.plan_merge(models))
     )
     gpu_machine(monkeypatch, measured_from=summed + 1)
     plan = shardmix.plan_merge(models)
@@ -95,25 +95,25 @@ def test_an_open_plan_projects_whichever_takes_more(monkeypatch):
     is_open = {"device": "cuda", "backend": "torch", "is_device_open": True}
     roomy = memory_of(RunSettings(**is_open, workers=4))
     on_gpu = memory_of(RunSettings(device="cuda", backend="torch", workers=4))
-    assert roomy.strip_nbytes == on_gpu.strip_nbytes == BEST_STRIP_NBYTES["cuda"]
+    assert roomy.chunk_nbytes == on_gpu.chunk_nbytes == BEST_CHUNK_NBYTES["cuda"]
     assert roomy.projected_peak_nbytes >= on_gpu.projected_peak_nbytes
-    # So little GPU memory that there the strips are the smaller ones.
+    # So little GPU memory that there the chunks are the smaller ones.
     tight = {"workers": 4, "max_vram_nbytes": 4 * 4 * MIB}
     on_gpu = memory_of(RunSettings(device="cuda", backend="torch", **tight))
     on_cpu = memory_of(RunSettings(device="cpu", backend="torch", **tight))
     both = memory_of(RunSettings(**is_open, **tight))
-    assert both.strip_nbytes == on_gpu.strip_nbytes < on_cpu.strip_nbytes
-    buffers = 4 * BUFFERS_PER_WORKER * (on_cpu.strip_nbytes - on_gpu.strip_nbytes)
+    assert both.chunk_nbytes == on_gpu.chunk_nbytes < on_cpu.chunk_nbytes
+    buffers = 4 * BUFFERS_PER_WORKER * (on_cpu.chunk_nbytes - on_gpu.chunk_nbytes)
     assert both.projected_peak_nbytes - on_gpu.projected_peak_nbytes >= buffers - 4 * MIB
 
 
-def test_blocks_last_for_several_strips_on_a_gpu(tmp_path, monkeypatch):
+def test_blocks_last_for_several_chunks_on_a_gpu(tmp_path, monkeypatch):
     gpu_machine(monkeypatch)
     plan = shardmix.plan_merge(two_models(tmp_path), device="cuda")
     shard = dataclasses.replace(plan.shards[0], file_nbytes=2**30)
     plan = dataclasses.replace(plan, shards=(shard,))
     first = next(blocks(plan, 0))
-    assert (first.stop_leaf - first.first_leaf) * LEAF_NBYTES == 4 * plan.memory.strip_nbytes
+    assert (first.stop_leaf - first.first_leaf) * LEAF_NBYTES == 4 * plan.memory.chunk_nbytes
 
 
 def test_a_budget_too_small_for_a_gpu_is_kept_on_the_cpu(tmp_path, monkeypatch):
@@ -158,15 +158,15 @@ def test_without_a_list_there_is_one_gpu_and_without_a_driver_none(driver, monke
 class FakeGpu:
     """A backend in the place of a GPU's: the CPU's sums, or a simulated GPU's."""
 
-    def __init__(self, make=lambda nbytes: (CpuSum(strip_nbytes=nbytes),), *, flaw=None):
+    def __init__(self, make=lambda nbytes: (CpuSum(chunk_nbytes=nbytes),), *, flaw=None):
         self._make, self._flaw = make, flaw
-        self.strips_nbytes = []
+        self.chunks_nbytes = []
 
-    def make_reducers(self, *, strip_nbytes):
-        self.strips_nbytes.append(strip_nbytes)
+    def make_reducers(self, *, chunk_nbytes):
+        self.chunks_nbytes.append(chunk_nbytes)
         if self._flaw is not None:
             raise self._flaw
-        return self._make(strip_nbytes)
+        return self._make(chunk_nbytes)
 
     def finding(self):
         return None
@@ -220,13 +220,13 @@ def test_the_faster_device_is_taken_and_the_report_says_why(tmp_path, monkeypatc
     assert on_cpu.device == "cpu"
     note = "device cpu: 41.2 GB/s of source bytes, cuda 23.0 GB/s, measured"
     assert on_cpu.warnings == (note,)
-    assert not gpu.strips_nbytes
+    assert not gpu.chunks_nbytes
     measured(monkeypatch, cpu=5e9, cuda=50e9)
     on_gpu = shardmix.merge(models, tmp_path / "2")
     assert (on_gpu.device, on_gpu.backend, on_gpu.peak_vram_bytes) == ("cuda", "torch", 7)
     note = "device cuda: 50.0 GB/s of source bytes, cpu 5.0 GB/s, measured"
     assert on_gpu.warnings == (note,)
-    assert set(gpu.strips_nbytes) == {on_gpu.strip_bytes}
+    assert set(gpu.chunks_nbytes) == {on_gpu.strip_bytes}
     assert weights_of(on_cpu.output) == weights_of(on_gpu.output)
 
 
@@ -234,8 +234,8 @@ def test_what_was_measured_is_within_the_projected_peak(tmp_path, monkeypatch, g
     measured(monkeypatch, cpu=2e9, cuda=1e9)
     models = two_models(tmp_path)
     report = shardmix.merge(models, tmp_path / "out", max_memory="8GiB", workers=3)
-    trial = 3 * BUFFERS_PER_WORKER * BEST_STRIP_NBYTES["cuda"]
-    assert report.strip_bytes < BEST_STRIP_NBYTES["cuda"]
+    trial = 3 * BUFFERS_PER_WORKER * BEST_CHUNK_NBYTES["cuda"]
+    assert report.strip_bytes < BEST_CHUNK_NBYTES["cuda"]
     assert trial < report.projected_peak_bytes <= 8 * 2**30
 
 
@@ -268,7 +268,7 @@ def test_what_fails_keeps_none_of_its_buffers(tmp_path, gpu):
             raise RuntimeError("CUDA error")
 
     def make(nbytes):
-        reducer = Failing(strip_nbytes=nbytes)
+        reducer = Failing(chunk_nbytes=nbytes)
         made.append(weakref.ref(reducer))
         return (reducer,)
 
@@ -296,10 +296,10 @@ def test_recomputing_measures_as_well(tmp_path, monkeypatch, gpu):
     models = two_models(tmp_path)
     measured(monkeypatch, cpu=1e9, cuda=2e9)
     shardmix.merge(models, tmp_path / "out", device="cpu")
-    assert not gpu.strips_nbytes
+    assert not gpu.chunks_nbytes
     places = {path.name: path for path, _ in models}
     assert shardmix.verify(tmp_path / "out", recompute=True, sources=places).is_verified
-    assert gpu.strips_nbytes
+    assert gpu.chunks_nbytes
 
 
 @pytest.mark.parametrize("io", ["pread", "mmap"])
@@ -318,10 +318,10 @@ def test_a_trial_does_what_the_merge_will_do(tmp_path, monkeypatch, gpu, io, dty
             begun.append(run)
             super().begin(run, start, num_elements)
 
-    backend = FakeGpu(lambda nbytes: (Watched(strip_nbytes=nbytes),))
+    backend = FakeGpu(lambda nbytes: (Watched(chunk_nbytes=nbytes),))
     descriptors = len(os.listdir("/proc/self/fd"))
     assert source_bytes_per_second(plan, backend) > 0
-    assert len(backend.strips_nbytes) == 3
+    assert len(backend.chunks_nbytes) == 3
     out_dtype = "F16" if dtype == "keep" else "BF16"
     assert {(run.dtypes, run.out_dtype) for run in begun} == {(("F16",) * 3, out_dtype)}
     assert {run.weights for run in begun} == {(0.5, 0.3, 0.2)}
@@ -330,7 +330,7 @@ def test_a_trial_does_what_the_merge_will_do(tmp_path, monkeypatch, gpu, io, dty
 
 def test_a_trial_tells_a_slow_device_from_a_fast_one(tmp_path, gpu):
     plan = shardmix.plan_merge(two_models(tmp_path), device="cpu", backend="torch", workers=2)
-    slow = FakeGpu(lambda nbytes: (SlowSum(strip_nbytes=nbytes),))
+    slow = FakeGpu(lambda nbytes: (SlowSum(chunk_nbytes=nbytes),))
     cpu = plan, load_backend(plan)
     as_gpu = dataclasses.replace(plan, settings=dataclasses.replace(plan.settings, device="cuda"))
     chosen, note = faster(cpu, (as_gpu, slow))
@@ -338,11 +338,11 @@ def test_a_trial_tells_a_slow_device_from_a_fast_one(tmp_path, gpu):
     assert note.startswith("device cpu: ")
 
 
-def test_a_trial_keeps_two_strips_in_flight_where_the_device_does(tmp_path, gpu):
+def test_a_trial_keeps_two_chunks_in_flight_where_the_device_does(tmp_path, gpu):
     plan = shardmix.plan_merge(two_models(tmp_path), device="cpu", backend="torch", workers=2)
     simulated = FakeGpu(
         lambda nbytes: cuda_sums(
-            torch.device("cpu"), strip_nbytes=nbytes, cuda=SimulatedCuda(nbytes)
+            torch.device("cpu"), chunk_nbytes=nbytes, cuda=SimulatedCuda(nbytes)
         )
     )
     assert source_bytes_per_second(plan, simulated) > 0

@@ -32,7 +32,7 @@ def asked(plan, monkeypatch):
 
 def test_the_first_run_of_every_source_is_asked_for_by_turns(tmp_path, monkeypatch):
     plan = plan_of_two(tmp_path)
-    run = plan.shards[0].runs[0]
+    run = plan.shards[0].segments[0]
     nbytes = 18 * MIB
     expected = [
         (file, offset + start, min(8 * MIB, nbytes - start))

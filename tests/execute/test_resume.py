@@ -42,7 +42,7 @@ def test_the_same_merge_goes_on_and_ends_with_the_same_bytes(tmp_path, models, u
     assert report.bytes_read + report.bytes_kept == 2 * (28_000_000 + 80)
 
 
-def test_other_strips_workers_and_ways_to_read_go_on_all_the_same(tmp_path, models, undisturbed):
+def test_other_chunks_workers_and_ways_to_read_go_on_all_the_same(tmp_path, models, undisturbed):
     for number in range(1, 7):
         io, backend = (("pread", "torch"), ("mmap", "llvm"))[number % 2]
         cut_off(models, tmp_path / "out", num_leaves=1, io=io, backend=backend)

@@ -155,7 +155,7 @@ def _kills(harness: Harness, seed: int) -> None:
         fault = Fault(
             seconds_per_call=chance.choice([0.002, 0.005]),
             operations=CHANGING,
-            strip_nbytes=chance.choice([64, 256, 2048]) * 1024,
+            chunk_nbytes=chance.choice([64, 256, 2048]) * 1024,
         )
         words = () if budget is None else ("--max-memory", budget)
         is_resume = merge.num_claims > 0

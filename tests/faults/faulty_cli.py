@@ -50,7 +50,7 @@ class Fault:
     seconds_per_call: float = 0.0
     """How much longer than it needs each call takes that counts."""
     wait_for: str = ""
-    """A file that each strip's writing waits for."""
+    """A file that each chunk's writing waits for."""
     reached: str = ""
     """A pipe that is opened, and closed, when that waiting begins."""
     alarm_seconds: float = 0.0
@@ -59,8 +59,8 @@ class Fault:
     """Whether the disk seems to have room without end when it is looked at beforehand."""
     has_no_exchange: bool = False
     """Whether the system cannot exchange two folders in one step."""
-    strip_nbytes: int = 64 * 1024
-    """How large a strip is; 0: as large as the merge would have it."""
+    chunk_nbytes: int = 64 * 1024
+    """How large a chunk is; 0: as large as the merge would have it."""
 
 
 class _Harm:
@@ -163,10 +163,10 @@ def install(fault):
     read_ahead.MOST_NBYTES = 0
     # Kernels read past `os`, and leave what goes wrong to these readers.
     readers.PreadReader.descriptors = lambda *_: None
-    if fault.strip_nbytes:
+    if fault.chunk_nbytes:
         from shardmix.system import memory
 
-        memory.BEST_STRIP_NBYTES.update(dict.fromkeys(memory.BEST_STRIP_NBYTES, fault.strip_nbytes))
+        memory.BEST_CHUNK_NBYTES.update(dict.fromkeys(memory.BEST_CHUNK_NBYTES, fault.chunk_nbytes))
     if fault.is_blind:
         import shutil
 

@@ -299,7 +299,7 @@ class Merge:
         if (self.staging / "model" / "shardmix.json").exists():
             return "last files"
         if (self.staging / "model" / "README.md").exists():
-            return "companions"
+            return "auxiliary_files"
         return "weights" if self.num_claims else "beginning"
 
     @property

@@ -72,8 +72,8 @@ def test_killed_at_any_step_of_the_placing_nothing_is_lost(bench, variation, how
 def test_killed_again_and_again_it_ends_as_if_nothing_had_been(bench, variation, changes):
     """Each time it is another way to run it; what was found in the data is told in the end."""
     merge, claims = bench.merge(variation), []
-    for at, strip_nbytes in [(60, 64 * 1024), (40, 2**20), (50, 128 * 1024)]:
-        killed(merge, Fault(at=at, strip_nbytes=strip_nbytes), **changes)
+    for at, chunk_nbytes in [(60, 64 * 1024), (40, 2**20), (50, 128 * 1024)]:
+        killed(merge, Fault(at=at, chunk_nbytes=chunk_nbytes), **changes)
         claims.append(merge.num_claims)
     assert 0 < claims[0] <= claims[1] <= claims[2]
     assert bench.wanted(variation).findings["nonfinite"]

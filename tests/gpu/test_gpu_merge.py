@@ -56,9 +56,9 @@ class SimulatedBackend:
     def __init__(self):
         self._seeds = itertools.count()
 
-    def make_reducers(self, *, strip_nbytes):
+    def make_reducers(self, *, chunk_nbytes):
         cuda = SimulatedCuda(next(self._seeds))
-        return cuda_sums(torch.device("cpu"), strip_nbytes=strip_nbytes, cuda=cuda)
+        return cuda_sums(torch.device("cpu"), chunk_nbytes=chunk_nbytes, cuda=cuda)
 
     def finding(self):
         return None
@@ -82,7 +82,7 @@ def simulated(monkeypatch):
 
 @pytest.mark.parametrize("io", ["pread", "mmap"])
 @pytest.mark.parametrize("count", [2, 3, 5])
-def test_a_merge_with_strips_in_flight_writes_the_cpus_bytes(tmp_path, simulated, count, io):
+def test_a_merge_with_chunks_in_flight_writes_the_cpus_bytes(tmp_path, simulated, count, io):
     models = models_of(tmp_path, count, dtypes=(torch.bfloat16, torch.float32))
     on_cpu = shardmix.merge(models, tmp_path / "cpu", device="cpu")
     options = {"device": "cuda", "io": io, "workers": 2, "max_vram": 8 * MIB}

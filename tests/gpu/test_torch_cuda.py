@@ -1,4 +1,4 @@
-"""Two strips in flight on a GPU: on a simulated one, whose streams run in any order, and a real."""
+"""Two chunks in flight on a GPU: on a simulated one, whose streams run in any order, and a real."""
 
 import itertools
 import math
@@ -9,22 +9,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardmix.compute.chunk_size import strip_num_elements
+from shardmix.compute.chunk_size import chunk_num_elements
 from shardmix.compute.torch_cpu import TorchBackend
 from shardmix.compute.torch_cuda import NUM_IN_FLIGHT, cuda_sums
 from shardmix.errors import DeviceError, SourceError
 from tests.support.models import random_tensor
-from tests.support.reducing import FLOATS, NAMES, raw_bytes, reduce, run_of
+from tests.support.reducing import FLOATS, NAMES, raw_bytes, reduce, segment_of
 from tests.support.simulated_cuda import SimulatedCuda
 
 
-def reduced_in_flight(reducers, sources, weights, out_dtype, *, strip_nbytes, mapped=False):
-    """Reduce as the engine does, a strip being read while those before it are still summed.
+def reduced_in_flight(reducers, sources, weights, out_dtype, *, chunk_nbytes, mapped=False):
+    """Reduce as the engine does, a chunk being read while those before it are still summed.
 
-    `mapped`: sources come in memory that is gone as soon as a strip has been queued.
+    `mapped`: sources come in memory that is gone as soon as a chunk has been queued.
     """
-    run = run_of([NAMES[s.dtype] for s in sources], NAMES[out_dtype], weights, sources[0].numel())
-    step = strip_num_elements(run, strip_nbytes=strip_nbytes)
+    segment = segment_of(
+        [NAMES[s.dtype] for s in sources], NAMES[out_dtype], weights, sources[0].numel()
+    )
+    step = chunk_num_elements(segment, chunk_nbytes=chunk_nbytes)
     out, are_finite, in_flight = bytearray(), [], deque()
 
     def end(reducer, data):
@@ -32,9 +34,9 @@ def reduced_in_flight(reducers, sources, weights, out_dtype, *, strip_nbytes, ma
         out.extend(data)
         are_finite.append(reducer.is_finite)
 
-    for start, reducer in zip(range(0, run.num_elements, step), itertools.cycle(reducers)):
-        num_elements = min(step, run.num_elements - start)
-        reducer.begin(run, start, num_elements)
+    for start, reducer in zip(range(0, segment.num_elements, step), itertools.cycle(reducers)):
+        num_elements = min(step, segment.num_elements - start)
+        reducer.begin(segment, start, num_elements)
         views = []
         for source, tensor in enumerate(sources):
             raw = raw_bytes(tensor.view(-1)[start : start + num_elements])
@@ -56,9 +58,9 @@ def reduced_in_flight(reducers, sources, weights, out_dtype, *, strip_nbytes, ma
     return torch.frombuffer(out, dtype=out_dtype), are_finite
 
 
-def simulated(seed, *, strip_nbytes):
+def simulated(seed, *, chunk_nbytes):
     cuda = SimulatedCuda(seed)
-    return cuda, cuda_sums(torch.device("cpu"), strip_nbytes=strip_nbytes, cuda=cuda)
+    return cuda, cuda_sums(torch.device("cpu"), chunk_nbytes=chunk_nbytes, cuda=cuda)
 
 
 def sources_of(dtypes, num_elements, *, seed=0):
@@ -70,37 +72,37 @@ def sources_of(dtypes, num_elements, *, seed=0):
     dtypes=st.lists(st.sampled_from(FLOATS), min_size=1, max_size=5),
     out_dtype=st.sampled_from(FLOATS),
     num_elements=st.integers(1, 2000),
-    strip_nbytes=st.sampled_from([64, 1000, 4096]),
+    chunk_nbytes=st.sampled_from([64, 1000, 4096]),
     mapped=st.booleans(),
     seed=st.integers(0, 2**20),
 )
 def test_in_whatever_order_streams_run_the_bytes_are_the_cpus(
-    dtypes, out_dtype, num_elements, strip_nbytes, mapped, seed
+    dtypes, out_dtype, num_elements, chunk_nbytes, mapped, seed
 ):
     sources = sources_of(dtypes, num_elements, seed=seed)
     weights = [0.5, 0.3, 0.2, 0.1, -0.1][: len(sources)]
-    _, reducers = simulated(seed, strip_nbytes=strip_nbytes)
+    _, reducers = simulated(seed, chunk_nbytes=chunk_nbytes)
     result, are_finite = reduced_in_flight(
-        reducers, sources, weights, out_dtype, strip_nbytes=strip_nbytes, mapped=mapped
+        reducers, sources, weights, out_dtype, chunk_nbytes=chunk_nbytes, mapped=mapped
     )
     assert raw_bytes(result) == raw_bytes(reduce(sources, weights, out_dtype))
     assert all(are_finite) == bool(result.isfinite().all())
 
 
-def test_a_strip_is_read_while_the_one_before_it_is_summed():
-    """The host gets ahead by more than one strip's operations before it has to wait."""
+def test_a_chunk_is_read_while_the_one_before_it_is_summed():
+    """The host gets ahead by more than one chunk's operations before it has to wait."""
     sources = sources_of([torch.bfloat16], 4000)
 
-    def most_queued(num_strips):
+    def most_queued(num_chunks):
         most = 0
         for seed in range(20):
-            cuda, reducers = simulated(seed, strip_nbytes=4096)
+            cuda, reducers = simulated(seed, chunk_nbytes=4096)
             reduced_in_flight(
                 reducers,
-                [source[: num_strips * 1000] for source in sources],
+                [source[: num_chunks * 1000] for source in sources],
                 [1.0],
                 torch.bfloat16,
-                strip_nbytes=4096,
+                chunk_nbytes=4096,
             )
             most = max(most, cuda.most_queued)
         return most
@@ -109,13 +111,13 @@ def test_a_strip_is_read_while_the_one_before_it_is_summed():
     assert most_queued(2) > 1.5 * most_queued(1)
 
 
-def test_each_strip_tells_of_itself_whether_it_is_finite():
+def test_each_chunk_tells_of_itself_whether_it_is_finite():
     source = torch.ones(1000)
     source[5], source[700] = math.nan, math.inf
     for seed in range(10):
-        _, reducers = simulated(seed, strip_nbytes=1024)
+        _, reducers = simulated(seed, chunk_nbytes=1024)
         _, are_finite = reduced_in_flight(
-            reducers, [source], [1.0], torch.float32, strip_nbytes=1024
+            reducers, [source], [1.0], torch.float32, chunk_nbytes=1024
         )
         assert are_finite == [False, True, False, True]
 
@@ -170,17 +172,17 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @pytest.mark.parametrize("out_dtype", FLOATS)
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_two_strips_in_flight_on_a_gpu_give_the_cpus_bytes(count, mapped, out_dtype):
+def test_two_chunks_in_flight_on_a_gpu_give_the_cpus_bytes(count, mapped, out_dtype):
     sources = sources_of((FLOATS * 2)[:count], 300_007)
     sources[0][5000] = math.nan
     weights = [0.5, 0.3, 0.2, 0.1, -0.1][:count]
-    for strip_nbytes in (1 << 14, 1 << 18):
+    for chunk_nbytes in (1 << 14, 1 << 18):
         result, _ = reduced_in_flight(
-            TorchBackend("cuda").make_reducers(strip_nbytes=strip_nbytes),
+            TorchBackend("cuda").make_reducers(chunk_nbytes=chunk_nbytes),
             sources,
             weights,
             out_dtype,
-            strip_nbytes=strip_nbytes,
+            chunk_nbytes=chunk_nbytes,
             mapped=mapped,
         )
         assert raw_bytes(result) == raw_bytes(reduce(sources, weights, out_dtype))

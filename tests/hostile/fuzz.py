@@ -146,10 +146,10 @@ def tokenizer(content: bytes, folder: Path) -> None:
 
 
 def modules(content: bytes, folder: Path) -> None:
-    """A modules.json, and the files that it makes companions."""
+    """A modules.json, and the files that it makes auxiliary_files."""
     (folder / "config.json").write_bytes(b"{}")
     (folder / "modules.json").write_bytes(content)
-    auxiliary_files.find_companions(folder)
+    auxiliary_files.find_auxiliary_files(folder)
 
 
 def examples(content: bytes, folder: Path) -> None:

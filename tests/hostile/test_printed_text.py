@@ -145,7 +145,7 @@ def test_templates_and_code_are_copied_as_they_are_and_pickles_are_not_touched(t
     assert not harm.exists()
 
 
-def test_companions_of_the_hub_cache_are_followed(tmp_path):
+def test_auxiliary_files_of_the_hub_cache_are_followed(tmp_path):
     repository = tmp_path / "models--org--name"
     snapshot = a_model(repository / "snapshots" / "c0ffee")
     (snapshot / "modules.json").write_text('[{"path": "1_Pooling"}]')
@@ -155,7 +155,7 @@ def test_companions_of_the_hub_cache_are_followed(tmp_path):
     (snapshot / "1_Pooling").mkdir()
     (snapshot / "1_Pooling" / "config.json").symlink_to("../../../blobs/0123")
     plan = shardmix.plan_merge([(snapshot, 0.5), (snapshot, 0.5)])
-    assert {"tokenizer.json", "1_Pooling/config.json"} <= set(plan.companions)
+    assert {"tokenizer.json", "1_Pooling/config.json"} <= set(plan.auxiliary_files)
 
 
 def test_a_folder_that_is_itself_a_link_is_a_source_as_any(tmp_path):

@@ -118,7 +118,7 @@ def test_two_models_of_a_class_belong_together(tmp_path, name):
     """Nothing is said, also when one stands beside the other as the base."""
     a, b = (make(tmp_path / folder, name, seed) for seed, folder in enumerate("ab"))
     assert shardmix.plan_merge([(a, 0.5), (b, 0.5)]).warnings == ()
-    assert shardmix.plan_merge([(a, 0.5), (a, 0.5)], base=b).warnings == ()
+    assert shardmix.plan_merge([(a, 0.5), (a, 0.5)], config_from=b).warnings == ()
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -178,4 +178,4 @@ def test_a_merge_in_one_dtype_says_so_throughout(tmp_path):
 
 def test_a_merge_with_a_base_of_another_dtype_is_told_by_its_tensors(tmp_path):
     base = multimodal(tmp_path / "base", parts(F16, F16, F16), torch.float16, torch.float16)
-    assert written(tmp_path, parts(), base=base) == parts()
+    assert written(tmp_path, parts(), config_from=base) == parts()

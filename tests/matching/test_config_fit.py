@@ -176,9 +176,11 @@ def models(tmp_path, **changes):
 
 def test_a_base_of_another_size_is_refused(tmp_path):
     base = save(tmp_path / "base", vocab_size=48)
-    with pytest.raises(MismatchError, match=r"vocab_size is 48.*name another model with --base"):
-        shardmix.plan_merge(models(tmp_path), base=base)
-    plan = shardmix.plan_merge(models(tmp_path), base=base, allow_differences="vocab_size")
+    with pytest.raises(
+        MismatchError, match=r"vocab_size is 48.*name another model with --config-from"
+    ):
+        shardmix.plan_merge(models(tmp_path), config_from=base)
+    plan = shardmix.plan_merge(models(tmp_path), config_from=base, allow_differences="vocab_size")
     assert any("vocab_size is 48" in warning for warning in plan.warnings)
 
 
@@ -186,27 +188,27 @@ def test_one_contradiction_is_told_once(tmp_path):
     """Tensors and the models' own configs both contradict the base's."""
     base = save(tmp_path / "base", num_hidden_layers=7)
     with pytest.raises(MismatchError) as caught:
-        shardmix.plan_merge(models(tmp_path), base=base)
+        shardmix.plan_merge(models(tmp_path), config_from=base)
     assert str(caught.value).count(" 7") == 1
 
 
 def test_a_base_of_another_kind_is_refused(tmp_path):
     base = save(tmp_path / "base", model_type="mistral")
     with pytest.raises(MismatchError, match=r'model_type: "llama" in .*, "mistral" in .*base'):
-        shardmix.plan_merge(models(tmp_path), base=base)
+        shardmix.plan_merge(models(tmp_path), config_from=base)
 
 
 def test_a_base_without_a_tokenizer_is_fine(tmp_path):
     base = save(tmp_path / "base")
-    assert shardmix.plan_merge(models(tmp_path), base=base).warnings == ()
+    assert shardmix.plan_merge(models(tmp_path), config_from=base).warnings == ()
 
 
 def test_the_first_models_own_config_is_looked_at(tmp_path):
     pairs = [(save(tmp_path / name, vocab_size=48), 0.5) for name in "ab"]
-    with pytest.raises(MismatchError, match="correct it there, or use --base"):
+    with pytest.raises(MismatchError, match="correct it there, or use --config-from"):
         shardmix.plan_merge(pairs)
-    plan = shardmix.plan_merge(pairs, base=save(tmp_path / "base"))
-    assert plan.base_name == "base"
+    plan = shardmix.plan_merge(pairs, config_from=save(tmp_path / "base"))
+    assert plan.config_source_name == "base"
 
 
 STALE = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -243,9 +245,12 @@ def test_a_base_that_declares_a_quantisation_is_refused(tmp_path):
     """Floats beside such a config would not load."""
     base = save(tmp_path / "base", quantization_config=STALE)
     with pytest.raises(MismatchError, match=r"quantization_config.*no weight of the merge is"):
-        shardmix.plan_merge(models(tmp_path), base=base)
+        shardmix.plan_merge(models(tmp_path), config_from=base)
     shardmix.merge(
-        models(tmp_path), tmp_path / "out", base=base, allow_differences="quantization_config"
+        models(tmp_path),
+        tmp_path / "out",
+        config_from=base,
+        allow_differences="quantization_config",
     )
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == CONFIG
 

@@ -86,7 +86,7 @@ def test_folders_may_be_called_otherwise(tmp_path, moved):
 def test_base_lays_out_the_output(tmp_path):
     sources = two_models("dense", tmp_path)
     base = move_first_module(Path(shutil.copytree(sources[0], tmp_path / "base")), "0_Transformer")
-    shardmix.merge(halves(sources), tmp_path / "out", base=base)
+    shardmix.merge(halves(sources), tmp_path / "out", config_from=base)
     assert files(tmp_path / "out") == files(base) | {"shardmix.json"}
     assert_mean(tmp_path / "out", sources)
 

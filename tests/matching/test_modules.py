@@ -187,14 +187,14 @@ def test_the_base_is_held_against_the_models(models, tmp_path):
     with pytest.raises(
         MismatchError, match=r'1_Pooling/config.json: pooling_mode is "cls" in .*base'
     ):
-        plan(models, base=base)
+        plan(models, config_from=base)
 
 
 def test_weights_of_the_base_alone_are_refused(tmp_path, models):
     """Copied, they would be nobody's mean."""
     bare = [save_model(tmp_path / f"bare{seed}", random_model(seed)) for seed in range(2)]
     with pytest.raises(MismatchError, match=r"2_Dense/: has weights in .*/a, and .*bare0 has no"):
-        plan(bare, base=models[0])
+        plan(bare, config_from=models[0])
     with pytest.raises(MismatchError, match=r"2_Dense/: has weights in .*name its folder"):
         plan([folder / "model.safetensors" for folder in models])
 

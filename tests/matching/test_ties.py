@@ -113,7 +113,7 @@ def test_an_untied_config_from_elsewhere(tmp_path):
     """A donor of the config that ties nothing makes the head be stored, also of tied models."""
     donor = save(tmp_path / "donor", {E: 0, H: 0}, LLAMA | UNTIED)
     models = ({E: 1}, LLAMA | TIED), ({E: 3}, LLAMA | TIED)
-    values, config, _ = merged(tmp_path, *models, base=str(donor))
+    values, config, _ = merged(tmp_path, *models, config_from=str(donor))
     assert values == {E: 2, H: 2}
     assert config["tie_word_embeddings"] is False
 

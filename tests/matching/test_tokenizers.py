@@ -429,11 +429,11 @@ def test_a_base_with_other_ids_is_refused(tmp_path):
     base = save_model(tmp_path / "base", random_model(3))
     (base / "tokenizer.json").write_text(fast(SWAPPED)["tokenizer.json"])
     with pytest.raises(MismatchError, match="2 ids stand for other tokens"):
-        shardmix.plan_merge(pairs, base=base)
+        shardmix.plan_merge(pairs, config_from=base)
 
 
 def test_a_missing_tokenizer_is_told_with_its_remedy(tmp_path):
     pairs = models(tmp_path, {}, fast())
     (warning,) = shardmix.plan_merge(pairs).warnings
-    assert f"use --base {pairs[1][0]}" in warning
-    assert shardmix.plan_merge(pairs, base=pairs[1][0]).warnings == ()
+    assert f"use --config-from {pairs[1][0]}" in warning
+    assert shardmix.plan_merge(pairs, config_from=pairs[1][0]).warnings == ()

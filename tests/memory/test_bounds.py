@@ -56,13 +56,13 @@ def test_the_peak_does_not_grow_with_the_number_of_models(large_models, tmp_path
         report = merge_report(*words, "-o", out, "--io", io, "--no-fsync")
         peaks[count] = report["peak_rss_bytes"]
         assert peaks[count] <= report["projected_peak_bytes"]
-    # Two workers map a third source's strip, and a fault maps up to 2 MiB at either end of one, by
-    # chance. A strip mapped for each of six more models would take twice as much.
+    # Two workers map a third source's chunk, and a fault maps up to 2 MiB at either end of one, by
+    # chance. A chunk mapped for each of six more models would take twice as much.
     assert peaks[8] <= peaks[2] + 24 * MIB
 
 
 def test_thousands_of_small_tensors_stay_within_the_projection(tmp_path):
-    """Headers and plan count, too: their memory is there before the strips are sized."""
+    """Headers and plan count, too: their memory is there before the chunks are sized."""
     names = [f"model.layers.{i}.experts.{j}.weight" for i in range(100) for j in range(200)]
     for number, folder in enumerate("ab"):
         (tmp_path / folder).mkdir()

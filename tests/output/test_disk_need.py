@@ -45,7 +45,7 @@ def many_tensors(root, count, num_elements=16, value=1.0):
     return [(root / "a", 0.5), (root / "b", 0.5)]
 
 
-def with_companions(root):
+def with_auxiliary_files(root):
     """Save two models whose first one has files of many sizes beside its weights."""
     models = [(save_model(root / name, random_model(1), config=UNTIED), 0.5) for name in "ab"]
     first = models[0][0]
@@ -68,7 +68,7 @@ CASES = {
     "split": (two, {"max_shard_size": 1500}),
     "dtype": (two, {"dtype": "bfloat16", "digest": "sha256"}),
     "paths": (two, {"record_paths": True, "normalize": True}),
-    "companions": (with_companions, {}),
+    "auxiliary_files": (with_auxiliary_files, {}),
     "encoder": (
         lambda root: two(root, config={"model_type": "bert", "hidden_size": 8}),
         {"model_type": "encoder"},
@@ -98,7 +98,7 @@ def test_the_output_takes_what_was_told(tmp_path, case):
     assert told - in_blocks <= (5 + len(folders)) * BLOCK
 
 
-@pytest.mark.parametrize("case", ["plain", "split", "companions", "many, split"])
+@pytest.mark.parametrize("case", ["plain", "split", "auxiliary_files", "many, split"])
 def test_a_disk_of_that_size_is_enough(tmp_path, case):
     """Also for what is there only meanwhile; and one a little smaller is refused at once."""
     make, options = CASES[case]
@@ -191,7 +191,7 @@ def test_finite_models_are_not_looked_at_again(tmp_path, monkeypatch):
 
 
 def test_a_tensor_is_counted_once(tmp_path, monkeypatch):
-    """However many strips of it hold NaN."""
+    """However many chunks of it hold NaN."""
     monkeypatch.setattr("shardmix.execute.task_queue._MANY", 2)
     monkeypatch.setattr("shardmix.output.disk_need.check_disk", None)
     tensors = {"w": torch.full((3_000_000,), float("nan"))}

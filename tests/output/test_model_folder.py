@@ -10,7 +10,7 @@ import shardmix
 import shardmix.recipe
 from shardmix.errors import SourceError
 from shardmix.output.model_folder import untied
-from shardmix.sources.auxiliary_files import find_companions
+from shardmix.sources.auxiliary_files import find_auxiliary_files
 from tests.support.models import CONFIG, random_model, save_model
 
 
@@ -90,12 +90,12 @@ def test_what_makes_a_model_goes_along_and_nothing_else(tmp_path):
     ) in report.warnings
 
 
-def test_base_gives_the_companions_instead_of_the_first_model(tmp_path):
+def test_base_gives_the_auxiliary_files_instead_of_the_first_model(tmp_path):
     models = two_models(tmp_path)
     add_files(models[0][0], {"tokenizer.json": b"first"})
     donor = save_model(tmp_path / "donor", {}, config={**CONFIG, "note": "donor"})
     add_files(donor, {"tokenizer.json": b"donor"})
-    shardmix.merge(models, tmp_path / "out", base=donor)
+    shardmix.merge(models, tmp_path / "out", config_from=donor)
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == b"donor"
     assert json.loads((tmp_path / "out" / "config.json").read_text())["note"] == "donor"
 
@@ -144,14 +144,14 @@ def test_a_module_outside_the_model_is_refused(tmp_path, path):
     folder = save_model(tmp_path / "m", random_model(1))
     (folder / "modules.json").write_text(json.dumps([{"path": path}]))
     with pytest.raises(SourceError, match="outside the model's folder"):
-        find_companions(folder)
+        find_auxiliary_files(folder)
 
 
 @pytest.mark.parametrize("content", ["{}", "[", '[{"no": "path"}]', "[3]"])
 def test_damaged_modules_are_refused(tmp_path, content):
     (tmp_path / "modules.json").write_text(content)
     with pytest.raises(SourceError, match=r"modules\.json"):
-        find_companions(tmp_path)
+        find_auxiliary_files(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])

@@ -143,6 +143,6 @@ def test_a_projection_of_all_goes_with_the_modules(tmp_path):
         chain = [st.Transformer(bare), st.Pooling(WIDTH, "mean"), st.Dense(WIDTH, 8)]
         folders.append(save(tmp_path / name, chain))
     base = Path(shutil.copytree(tmp_path / "a-bare", tmp_path / "base"))
-    merge(folders, tmp_path / "out", base=base)
+    merge(folders, tmp_path / "out", config_from=base)
     model = SentenceTransformer(str(tmp_path / "out"), device="cpu")
     assert torch.allclose(embeddings(model), mean_embeddings(folders), atol=1e-5)

@@ -19,8 +19,8 @@ def two_models(tmp_path, **second):
     return [(a, 0.5), (b, 0.5)]
 
 
-def all_runs(plan):
-    return [run for shard in plan.shards for run in shard.runs]
+def all_segments(plan):
+    return [segment for shard in plan.shards for segment in shard.segments]
 
 
 def test_a_plan_goes_through_json_unchanged(tmp_path):
@@ -49,14 +49,19 @@ def test_the_digest_depends_on_what_decides_the_bytes_alone(tmp_path):
 def test_the_digest_depends_on_every_run_and_header(tmp_path):
     plan = shardmix.plan_merge(two_models(tmp_path, shards=[NAMES[::2], NAMES[1::2]]))
     (shard,) = plan.shards
-    last = shard.runs[-1]
-    assert len(shard.runs) > 1
+    last = shard.segments[-1]
+    assert len(shard.segments) > 1
     others = [
         {"header": shard.header.replace("norm", "form")},
         {"filename": "other.safetensors"},
-        {"runs": shard.runs[:-1]},
-        {"runs": (*shard.runs[:-1], dataclasses.replace(last, offsets=(0, *last.offsets[1:])))},
-        {"runs": (*shard.runs[:-1], dataclasses.replace(last, weights=(0.1, 0.9)))},
+        {"segments": shard.segments[:-1]},
+        {
+            "segments": (
+                *shard.segments[:-1],
+                dataclasses.replace(last, offsets=(0, *last.offsets[1:])),
+            )
+        },
+        {"segments": (*shard.segments[:-1], dataclasses.replace(last, weights=(0.1, 0.9)))},
     ]
     plans = [
         dataclasses.replace(plan, shards=(dataclasses.replace(shard, **change),))
@@ -68,8 +73,8 @@ def test_the_digest_depends_on_every_run_and_header(tmp_path):
 def test_a_digest_takes_next_to_no_memory_however_long_the_plan(tmp_path):
     plan = shardmix.plan_merge(two_models(tmp_path))
     (shard,) = plan.shards
-    (run,) = shard.runs
-    long = dataclasses.replace(plan, shards=(dataclasses.replace(shard, runs=(run,) * 3000),))
+    (segment,) = shard.segments
+    long = dataclasses.replace(plan, shards=(dataclasses.replace(shard, runs=(segment,) * 3000),))
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
@@ -107,19 +112,19 @@ def test_a_head_in_pieces_is_the_head(tmp_path, monkeypatch, letter):
 
 def test_neighbours_everywhere_stream_as_one_run(tmp_path):
     plan = shardmix.plan_merge(two_models(tmp_path))
-    (run,) = all_runs(plan)
+    (segment,) = all_segments(plan)
     filled = [name for name in NAMES if name != "model.nothing"]
-    assert run.num_tensors == len(filled)
-    assert run.num_elements == sum(random_model(1)[name].numel() for name in filled)
-    assert run.reduction == LINEAR
+    assert segment.num_tensors == len(filled)
+    assert segment.num_elements == sum(random_model(1)[name].numel() for name in filled)
+    assert segment.reduction == LINEAR
 
 
 def test_another_layout_of_one_model_cuts_runs_and_nothing_else(tmp_path):
     shards = [NAMES[::2], NAMES[1::2]]
     plan = shardmix.plan_merge(two_models(tmp_path, shards=shards))
-    runs = all_runs(plan)
+    runs = all_segments(plan)
     assert 1 < len(runs) <= len(NAMES)
-    assert sum(run.num_tensors for run in runs) == len(NAMES) - 1
+    assert sum(segment.num_tensors for segment in runs) == len(NAMES) - 1
     assert [shard.filename for shard in plan.shards] == ["model.safetensors"]
 
 
@@ -130,9 +135,9 @@ def test_runs_cover_the_output_without_gap_or_overlap(tmp_path):
     assert len(plan.shards) > 1
     for shard in plan.shards:
         position = 8 + len(shard.header.encode())
-        for run in shard.runs:
-            assert run.out_offset == position
-            position += run.num_elements * 2
+        for segment in shard.segments:
+            assert segment.out_offset == position
+            position += segment.num_elements * 2
         assert position == shard.file_nbytes
 
 
@@ -166,8 +171,11 @@ def test_keep_is_the_first_models_dtype_tensor_by_tensor(tmp_path):
 def test_integers_keep_their_dtype_and_stand_alone(tmp_path):
     tensors = {"ids": torch.arange(3), "more": torch.arange(3), "w": torch.ones(2)}
     models = [(save_model(tmp_path / name, tensors), 0.5) for name in "ab"]
-    runs = {run.name: run for run in all_runs(shardmix.plan_merge(models, dtype="float16"))}
-    assert {name: run.reduction for name, run in runs.items()} == {
+    runs = {
+        segment.name: segment
+        for segment in all_segments(shardmix.plan_merge(models, dtype="float16"))
+    }
+    assert {name: segment.reduction for name, segment in runs.items()} == {
         "ids": AGREE,
         "more": AGREE,
         "w": LINEAR,
@@ -226,7 +234,7 @@ def test_a_part_in_another_dtype_is_not_joined(tmp_path):
     for number, (first, second) in enumerate([(one, other), (other, one)]):
         root = tmp_path / str(number)
         models = [(save_model(root / "a", first), 0.5), (save_model(root / "b", second), 0.5)]
-        assert [run.name for run in all_runs(shardmix.plan_merge(models))] == ["a", "b"]
+        assert [segment.name for segment in all_segments(shardmix.plan_merge(models))] == ["a", "b"]
         shardmix.merge(models, root / "out")
         merged = {name: value.tolist() for name, value in load_model(root / "out").items()}
         assert merged == {"a": [3.0, 4.0], "b": [5.0, 6.0]}
@@ -237,8 +245,8 @@ def test_two_output_dtypes_are_not_joined(tmp_path):
     first = {"a": torch.zeros(2), "b": torch.zeros(2).bfloat16()}
     second = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}
     models = [(save_model(tmp_path / "a", first), 0), (save_model(tmp_path / "b", second), 1)]
-    runs = all_runs(shardmix.plan_merge(models))
-    assert [(run.name, run.out_dtype) for run in runs] == [("a", "F32"), ("b", "BF16")]
+    runs = all_segments(shardmix.plan_merge(models))
+    assert [(segment.name, segment.out_dtype) for segment in runs] == [("a", "F32"), ("b", "BF16")]
     shardmix.merge(models, tmp_path / "out")
     assert_same_bits(load_model(tmp_path / "out"), second | {"b": second["b"].bfloat16()})
 
@@ -251,7 +259,7 @@ def test_a_gap_between_neighbours_is_not_joined(tmp_path):
         (save_model(tmp_path / "a", one), 0.5),
         (save_model(tmp_path / "b", one | {buffer: torch.full((5,), 9.0)}), 0.5),
     ]
-    assert [run.name for run in all_runs(shardmix.plan_merge(models))] == ["a", "c"]
+    assert [segment.name for segment in all_segments(shardmix.plan_merge(models))] == ["a", "c"]
     shardmix.merge(models, tmp_path / "out")
     assert_same_bits(load_model(tmp_path / "out"), one)
 
@@ -269,7 +277,7 @@ def test_neighbours_by_offset_in_two_files(tmp_path):
     header = saved[8 : 8 + length].ljust(padded)
     second.write_bytes(padded.to_bytes(8, "little") + header + saved[8 + length :])
     models = [(save_model(tmp_path / "a", whole), 0.5), (apart, 0.5)]
-    (a, b) = all_runs(shardmix.plan_merge(models))
+    (a, b) = all_segments(shardmix.plan_merge(models))
     assert a.offsets[1] + 8 == b.offsets[1]
     shardmix.merge(models, tmp_path / "out")
     assert_same_bits(load_model(tmp_path / "out"), whole)

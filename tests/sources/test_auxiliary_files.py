@@ -9,7 +9,7 @@ import shardmix
 from shardmix.conventions import file_kinds
 from shardmix.conventions.file_kinds import divide
 from shardmix.errors import SourceError
-from shardmix.sources.auxiliary_files import find_companions, left_out_warning
+from shardmix.sources.auxiliary_files import find_auxiliary_files, left_out_warning
 from tests.support.models import random_model, save_model
 
 OTHER_FORMAT = "weights in another format"
@@ -121,7 +121,7 @@ def test_a_file_of_a_known_kind_stays_behind(name, reason):
 def test_a_folder_of_a_known_kind_stays_behind(tmp_path, name, folder, reason):
     """Both by a list of names, as from the Hub, and by looking into a folder."""
     assert reasons("config.json", name) == {folder: reason}
-    found = find_companions(fill(tmp_path, "config.json", name))
+    found = find_auxiliary_files(fill(tmp_path, "config.json", name))
     assert found.files == ("config.json",)
     assert [(finding.name, finding.reason) for finding in found.left_out] == [(folder, reason)]
 
@@ -165,7 +165,7 @@ def test_a_folder_of_many_files_stays_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(file_kinds, "MAX_FOLDER_FILES", 4)
     names = [f"images/{number}.png" for number in range(5)]
     fill(tmp_path, "config.json", "few/1", "few/2", "few/x/3", *names)
-    found = find_companions(tmp_path)
+    found = find_auxiliary_files(tmp_path)
     assert found.files == ("config.json", "few/1", "few/2", "few/x/3")
     assert [finding.name for finding in found.left_out] == ["images/"]
     assert reasons("config.json", *names) == {"images/": file_kinds.TOO_MANY_FILES}
@@ -174,7 +174,7 @@ def test_a_folder_of_many_files_stays_behind(tmp_path, monkeypatch):
 def test_folders_nested_too_deeply_stay_behind(tmp_path):
     deep = "/".join("abcdefgh")
     fill(tmp_path, "config.json", f"{deep}/file", f"{deep}/i/file")
-    found = find_companions(tmp_path)
+    found = find_auxiliary_files(tmp_path)
     assert found.files == (f"{deep}/file", "config.json")
     assert [finding.name for finding in found.left_out] == [f"{deep}/i/"]
 
@@ -185,7 +185,7 @@ def test_a_link_to_a_file_outside_is_refused(tmp_path, name):
     folder = fill(tmp_path / "m", "config.json", "code/y.py")
     (folder / name).symlink_to(tmp_path / "secret")
     with pytest.raises(SourceError, match=f"{name}: is a link to .*secret, outside"):
-        find_companions(folder)
+        find_auxiliary_files(folder)
 
 
 def test_a_link_that_would_not_go_along_is_let_be(tmp_path):
@@ -196,7 +196,7 @@ def test_a_link_that_would_not_go_along_is_let_be(tmp_path):
     (folder / "pytorch_model.bin").symlink_to(tmp_path / "elsewhere" / "secret")
     (folder / "gone").symlink_to("nowhere")
     os.mkfifo(folder / "pipe")
-    found = find_companions(folder)
+    found = find_auxiliary_files(folder)
     assert found.files == ("config.json",)
     assert {finding.name: finding.reason for finding in found.left_out} == {
         "data/": "a link to a folder",
@@ -212,14 +212,14 @@ def test_a_link_that_would_not_go_along_is_let_be(tmp_path):
 def test_a_name_that_cannot_be_printed_stays_behind(tmp_path, name):
     """It is no reason to refuse a merge, unless the file is surely the model's."""
     fill(tmp_path, "config.json", name)
-    found = find_companions(tmp_path)
+    found = find_auxiliary_files(tmp_path)
     assert found.files == ("config.json",)
     [left_out] = found.left_out
     assert left_out.name.isprintable()
     assert left_out.reason in (file_kinds.UNPRINTABLE, OTHER_FORMAT)
     fill(tmp_path, "a\u202fb.json")
     with pytest.raises(SourceError, match="control characters in its name"):
-        find_companions(tmp_path)
+        find_auxiliary_files(tmp_path)
 
 
 def test_what_cannot_be_read_stays_behind(tmp_path, monkeypatch):
@@ -234,7 +234,7 @@ def test_what_cannot_be_read_stays_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", scandir)
     monkeypatch.setattr(os, "access", lambda path, mode: "notes" not in str(path))
-    found = find_companions(tmp_path)
+    found = find_auxiliary_files(tmp_path)
     assert found.files == ("code/x.py", "config.json")
     assert [(each.name, each.reason) for each in found.left_out] == [
         ("notes.md", "cannot be read"),
@@ -267,9 +267,9 @@ def test_of_a_single_files_folder_only_a_models_files_go_along(tmp_path):
 )
 def test_other_loaders_files_go_along(tmp_path, weights, mark, others):
     folder = fill(tmp_path, weights, mark, *others)
-    found = find_companions(folder, weights=[weights], is_single_file=True)
+    found = find_auxiliary_files(folder, weights=[weights], is_single_file=True)
     assert found.files == tuple(sorted((mark, *others)))
-    assert find_companions(folder, weights=["my.safetensors"], is_single_file=True).files == ()
+    assert find_auxiliary_files(folder, weights=["my.safetensors"], is_single_file=True).files == ()
 
 
 def test_what_is_left_out_of_the_base_is_told(tmp_path):
@@ -277,7 +277,7 @@ def test_what_is_left_out_of_the_base_is_told(tmp_path):
         (save_model(tmp_path / name, random_model(seed)), 0.5) for seed, name in enumerate("ab")
     ]
     base = fill(save_model(tmp_path / "base", random_model(3)), "model.gguf")
-    plan = shardmix.plan_merge(models, base=base)
+    plan = shardmix.plan_merge(models, config_from=base)
     assert [finding.name for finding in plan.left_out] == ["model.gguf"]
     assert any(
         warning.startswith("left out") and "base has" in warning for warning in plan.warnings

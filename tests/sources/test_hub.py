@@ -193,7 +193,7 @@ def test_a_commit_stands_for_a_model_of_the_hub(
     recorded = json.loads((tmp_path / "merged" / "shardmix.json").read_text())
     first = recorded["sources"][0]
     assert (first["hub_id"], first["commit"]) == ("org/tuned", commit)
-    assert (recorded["base"], recorded["base_commit"]) == ("org/tuned", commit)
+    assert (recorded["config_from"], recorded["config_source_commit"]) == ("org/tuned", commit)
     verified = another_machine.run(
         "-m", "shardmix", "verify", words[1], "--recompute", "--source", f"mine={local}"
     )
@@ -220,8 +220,8 @@ def test_a_base_that_has_moved_since_makes_another_merge(
     first = hub.push("org/base", model(1.0))
     words = [str(save_locally(tmp_path / name, model(2.0))) for name in ("a", "b")]
     command = ("-m", "shardmix", "merge", *(f"{word}=0.5" for word in words))
-    options = ("-o", str(tmp_path / "merged"), "--base", "org/base")
-    cut_off = CUT_OFF.replace("fsync=False", "fsync=False, base='org/base'")
+    options = ("-o", str(tmp_path / "merged"), "--config-from", "org/base")
+    cut_off = CUT_OFF.replace("fsync=False", "fsync=False, config_from='org/base'")
     both = json.dumps(dict.fromkeys(words, 0.5))
     machine.run("-c", cut_off, both, options[1])
     second = hub.push("org/base", model(3.0))
@@ -284,7 +284,7 @@ def test_what_is_not_fetched_is_told(hub: HubServer, machine: Machine, tmp_path:
     local = save_locally(tmp_path / "mine", model(2.0))
     words = ["org/tuned=0.5", f"{local}=0.5"]
     for base, telling in (("org/tuned", "org/tuned has it"), (str(local), None)):
-        done = machine.run("-m", "shardmix", "plan", *words, "--base", base, "--json")
+        done = machine.run("-m", "shardmix", "plan", *words, "--config-from", base, "--json")
         report = json.loads(done.stdout)
         told = [text for text in report["warnings"] if "left out" in text]
         assert len(told) == (telling is not None)

@@ -113,7 +113,7 @@ def test_a_source_that_vanished_is_refused(tmp_path, io):
         open_reader(io, files).view(0, 0, memoryview(bytearray(4)))
 
 
-def test_strips_land_at_their_offsets_in_any_order(tmp_path, held):
+def test_chunks_land_at_their_offsets_in_any_order(tmp_path, held):
     path = tmp_path / "shard"
     writer = ShardWriter(held, "shard", file_nbytes=8 + 6 + 8)
     writer.write(18, memoryview(b"4444"))

@@ -114,13 +114,13 @@ def test_during_a_merge_a_touch_is_none(tmp_path, models, change, monkeypatch):
     path = models[1][0] / NAME
     note, events = changing(lambda: times_kept(path, change))
     passes = []
-    run_blocks = executor.run_blocks
+    run_tasks = executor.run_tasks
 
     def counted(*args, **options):
         passes.append(1)
-        run_blocks(*args, **options)
+        run_tasks(*args, **options)
 
-    monkeypatch.setattr(executor, "run_blocks", counted)
+    monkeypatch.setattr(executor, "run_tasks", counted)
     shardmix.merge(models, tmp_path / "out", on_progress=note)
     assert len(passes) == (2 if change in (chmod_in_vain, restore) else 1)
     assert [event.is_end for event in events[-2:]] == [False, True]

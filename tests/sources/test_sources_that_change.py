@@ -29,7 +29,7 @@ from tests.support.models import save_model
 PAGE = 4096
 NUM_ELEMENTS = (
     3 << 19
-)  # two strips of either backend: the second half of a file is its second strip
+)  # two chunks of either backend: the second half of a file is its second chunk
 
 NEEDS_LLVM = pytest.mark.skipif(not find_spec("llvmlite"), reason="needs llvmlite")
 BACKENDS = ["torch", pytest.param("llvm", marks=NEEDS_LLVM)]

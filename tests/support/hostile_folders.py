@@ -193,12 +193,12 @@ def _hub_cache(link: str, blobs: str | None = None) -> Build:
 
 
 def _base_of(make: Callable[[Path], object]) -> Build:
-    """Build a merge whose companions come from a third model, that is spoilt."""
+    """Build a merge whose auxiliary_files come from a third model, that is spoilt."""
 
     def build(folder: Path) -> Words:
         a_model(folder / "bad")
         make(a_model(folder / "base"))
-        return merge(folder, "--base", str(folder / "base"))
+        return merge(folder, "--config-from", str(folder / "base"))
 
     return build
 

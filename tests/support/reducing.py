@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from shardmix.compute.chunk_size import strip_num_elements
+from shardmix.compute.chunk_size import chunk_num_elements
 from shardmix.compute.torch_cpu import TorchBackend
-from shardmix.plan.merge_plan import LINEAR, Run
+from shardmix.plan.merge_plan import LINEAR, Segment
 
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 FLOATS = list(NAMES)
 COMPILED = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def run_of(dtypes, out_dtype, weights, num_elements, reduction=LINEAR):
+def segment_of(dtypes, out_dtype, weights, num_elements, reduction=LINEAR):
     num_sources = len(dtypes)
-    return Run(
+    return Segment(
         name="t",
         num_tensors=1,
         num_elements=num_elements,
@@ -33,27 +33,29 @@ def raw_bytes(tensor):
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def backend_of(name, run):
+def backend_of(name, segment):
     if name == "llvm":
         pytest.importorskip("llvmlite", reason="needs llvmlite")
         from shardmix.compute.llvm_cpu import LlvmBackend
 
-        return LlvmBackend([run])
+        return LlvmBackend([segment])
     return TorchBackend(name)
 
 
-def reduced_strips(sources, weights, out_dtype, *, strip_nbytes=1 << 16, backend="cpu"):
-    """Reduce whole tensors strip by strip, as the engine does; yield each strip's first element,
+def reduced_chunks(sources, weights, out_dtype, *, chunk_nbytes=1 << 16, backend="cpu"):
+    """Reduce whole tensors chunk by chunk, as the engine does; yield each chunk's first element,
     its reducer and its bytes, before the next one takes their place.
 
     `backend` is llvm, or torch's name of a device.
     """
-    run = run_of([NAMES[s.dtype] for s in sources], NAMES[out_dtype], weights, sources[0].numel())
-    reducer, *_ = backend_of(backend, run).make_reducers(strip_nbytes=strip_nbytes)
-    step = strip_num_elements(run, strip_nbytes=strip_nbytes)
-    for start in range(0, run.num_elements, step):
-        num_elements = min(step, run.num_elements - start)
-        reducer.begin(run, start, num_elements)
+    segment = segment_of(
+        [NAMES[s.dtype] for s in sources], NAMES[out_dtype], weights, sources[0].numel()
+    )
+    reducer, *_ = backend_of(backend, segment).make_reducers(chunk_nbytes=chunk_nbytes)
+    step = chunk_num_elements(segment, chunk_nbytes=chunk_nbytes)
+    for start in range(0, segment.num_elements, step):
+        num_elements = min(step, segment.num_elements - start)
+        reducer.begin(segment, start, num_elements)
         for source, tensor in enumerate(sources):
             staging = reducer.staging(source)
             staging[:] = raw_bytes(tensor.view(-1)[start : start + num_elements])
@@ -66,6 +68,6 @@ def reduced_strips(sources, weights, out_dtype, *, strip_nbytes=1 << 16, backend
 def reduce(sources, weights, out_dtype, **options):
     """Reduce whole tensors and return the result."""
     out = bytearray()
-    for _start, _reducer, strip in reduced_strips(sources, weights, out_dtype, **options):
-        out += strip
+    for _start, _reducer, chunk in reduced_chunks(sources, weights, out_dtype, **options):
+        out += chunk
     return torch.frombuffer(out, dtype=out_dtype).view(sources[0].shape)

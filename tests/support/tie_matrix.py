@@ -66,7 +66,7 @@ class Verdict:
     """The kind of config of the class."""
     weights: list[float] = field(default_factory=list)
     """In the order of the models."""
-    base: int = 0
+    config_from: int = 0
     """The place of the model that gives the config."""
     verdict: str = MERGED
     """merged, refused, wrong or crash."""
@@ -120,19 +120,23 @@ class Judge:
         self._apart: dict[str, PreTrainedModel] = {}
 
     def judge(
-        self, states: Sequence[State], *, weights: Sequence[float] | None = None, base: int = 0
+        self,
+        states: Sequence[State],
+        *,
+        weights: Sequence[float] | None = None,
+        config_from: int = 0,
     ) -> Verdict:
         """Merge models and compare what comes out with the mean."""
         weights = [1 / len(states)] * len(states) if weights is None else list(weights)
         labels = [state.label for state in states]
-        verdict = Verdict(labels, self.stored.variant.label, weights, base)
+        verdict = Verdict(labels, self.stored.variant.label, weights, config_from)
         mean = _mean([state.values for state in states], weights)
         output = self.stored.root / "output"
         shutil.rmtree(output, ignore_errors=True)
         sources = [(str(s.folder), weight) for s, weight in zip(states, weights, strict=True)]
         options: dict[str, Any] = {"fsync": False, "workers": 1, "backend": "torch"}
-        if base:
-            options["base"] = str(states[base].folder)
+        if config_from:
+            options["config_from"] = str(states[config_from].folder)
         is_one_computation = all(self._compute_alike(states[0], s, mean) for s in states[1:])
         try:
             report = shardmix.merge(sources, output, device="cpu", **options)
@@ -145,9 +149,11 @@ class Judge:
             verdict.verdict, verdict.is_right = CRASH, False
             verdict.reason = f"{type(error).__name__}: {one_line(error)}"
             return verdict
-        key = "-".join((folder_digest(output), values_digest(mean), states[base].computation))
+        key = "-".join(
+            (folder_digest(output), values_digest(mean), states[config_from].computation)
+        )
         if key not in self._judged:
-            self._judged[key] = self._compare(output, states[base], mean)
+            self._judged[key] = self._compare(output, states[config_from], mean)
         known = self._judged[key]
         verdict.verdict, verdict.is_right = known.verdict, known.is_right
         verdict.reason, verdict.remarks = known.reason, list(known.remarks)
@@ -299,8 +305,10 @@ def _judge_variant(
         pairs = pairs[:most_pairs]
     for number, (first, second) in enumerate(pairs):
         weights = (0.3, 0.7) if number % 7 == 3 else None
-        base = 1 if number % 5 == 2 else 0
-        result.verdicts.append(judge.judge((first, second), weights=weights, base=base))
+        config_from = 1 if number % 5 == 2 else 0
+        result.verdicts.append(
+            judge.judge((first, second), weights=weights, config_from=config_from)
+        )
     if not result.kinds:
         result.ties = stored.ties()
         result.can_be_untied = stored.untied_config is not None

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shardmix.plan.merge_plan.memory_budget import (
     BUFFERS_PER_WORKER,
-    LEAST_STRIP_NBYTES,
+    LEAST_CHUNK_NBYTES,
     VRAM_BUFFERS_PER_WORKER,
     VramUse,
     default_workers,
@@ -18,14 +18,14 @@ from shardmix.system import memory
 from shardmix.system.units import MIB, parse_size
 from tests.support.fresh_process import python
 
-BEST_STRIP = 2 * MIB
+BEST_CHUNK = 2 * MIB
 RESERVED = 211 * MIB  # a prime number of MiB, so that every term shows
 
 
-def test_without_a_budget_a_strip_is_what_speed_needs():
-    fitted = fit_memory(reserved=RESERVED, best_strip=BEST_STRIP, workers=3)
-    assert (fitted.workers, fitted.strip_nbytes) == (3, BEST_STRIP)
-    assert fitted.projected_peak_nbytes >= RESERVED + 3 * BUFFERS_PER_WORKER * BEST_STRIP
+def test_without_a_budget_a_chunk_is_what_speed_needs():
+    fitted = fit_memory(reserved=RESERVED, best_chunk=BEST_CHUNK, workers=3)
+    assert (fitted.workers, fitted.chunk_nbytes) == (3, BEST_CHUNK)
+    assert fitted.projected_peak_nbytes >= RESERVED + 3 * BUFFERS_PER_WORKER * BEST_CHUNK
     assert fitted.projected_vram_nbytes == 0
 
 
@@ -38,7 +38,7 @@ def test_without_a_budget_a_strip_is_what_speed_needs():
 def test_a_plan_keeps_every_budget_or_is_refused(budget, workers, num_devices, max_vram):
     options = {
         "reserved": RESERVED,
-        "best_strip": BEST_STRIP,
+        "best_chunk": BEST_CHUNK,
         "num_devices": num_devices,
         "workers": workers,
     }
@@ -47,7 +47,7 @@ def test_a_plan_keeps_every_budget_or_is_refused(budget, workers, num_devices, m
     except BudgetError:
         return
     assert RESERVED < fitted.projected_peak_nbytes <= budget
-    assert fitted.strip_nbytes >= LEAST_STRIP_NBYTES
+    assert fitted.chunk_nbytes >= LEAST_CHUNK_NBYTES
     if workers is not None:
         assert fitted.workers == workers
     if num_devices and max_vram is not None:
@@ -59,7 +59,7 @@ def test_a_plan_keeps_every_budget_or_is_refused(budget, workers, num_devices, m
 def test_the_least_budget_that_an_error_names_is_enough(workers, num_devices):
     options = {
         "reserved": RESERVED,
-        "best_strip": BEST_STRIP,
+        "best_chunk": BEST_CHUNK,
         "num_devices": num_devices,
         "workers": workers,
     }
@@ -78,7 +78,7 @@ def test_too_little_vram_is_named_as_such():
     with pytest.raises(BudgetError, match="--max-vram 1MiB"):
         fit_memory(
             reserved=RESERVED,
-            best_strip=BEST_STRIP,
+            best_chunk=BEST_CHUNK,
             num_devices=1,
             max_memory=2048 * MIB,
             max_vram=MIB,
@@ -86,7 +86,7 @@ def test_too_little_vram_is_named_as_such():
 
 
 def test_max_vram_is_each_gpus_and_workers_are_shared_among_them():
-    options = {"reserved": RESERVED, "best_strip": 32 * MIB, "workers": 5}
+    options = {"reserved": RESERVED, "best_chunk": 32 * MIB, "workers": 5}
     alone, *others = (fit_memory(**options, num_devices=count) for count in (1, 2, 3, 7))
     each = -(-VRAM_BUFFERS_PER_WORKER * 32 // 20) * 20 * MIB + 2 * MIB
     assert alone.projected_vram_nbytes == 5 * each
@@ -94,23 +94,23 @@ def test_max_vram_is_each_gpus_and_workers_are_shared_among_them():
     for other in others:
         assert other.projected_peak_nbytes == alone.projected_peak_nbytes
     shared = fit_memory(**options, num_devices=2, max_vram=3 * each)
-    assert shared.strip_nbytes == 32 * MIB
-    assert fit_memory(**options, num_devices=1, max_vram=3 * each).strip_nbytes < 32 * MIB
+    assert shared.chunk_nbytes == 32 * MIB
+    assert fit_memory(**options, num_devices=1, max_vram=3 * each).chunk_nbytes < 32 * MIB
 
 
 def test_vram_that_is_held_already_counts():
-    options = {"reserved": RESERVED, "best_strip": 32 * MIB, "workers": 2}
+    options = {"reserved": RESERVED, "best_chunk": 32 * MIB, "workers": 2}
     alone = fit_memory(**options, num_devices=1).projected_vram_nbytes
     options["vram"] = VramUse(held_nbytes=50 * MIB)
     assert fit_memory(**options, num_devices=1).projected_vram_nbytes == alone + 50 * MIB
     assert fit_memory(**options).projected_vram_nbytes == 0
-    assert fit_memory(**options, num_devices=1, max_vram=alone).strip_nbytes < 32 * MIB
+    assert fit_memory(**options, num_devices=1, max_vram=alone).chunk_nbytes < 32 * MIB
     with pytest.raises(BudgetError, match="50MiB of it held already"):
         fit_memory(**options, num_devices=1, max_vram=52 * MIB)
 
 
 def test_without_a_budget_a_gpus_memory_is_shared_with_others():
-    options = {"reserved": RESERVED, "best_strip": 32 * MIB, "num_devices": 1}
+    options = {"reserved": RESERVED, "best_chunk": 32 * MIB, "num_devices": 1}
     roomy = fit_memory(**options, vram=VramUse(0, 64 * 1024 * MIB))
     assert roomy == fit_memory(**options)
     used = VramUse(held_nbytes=10 * MIB, spare_nbytes=100 * MIB)
@@ -128,11 +128,11 @@ def test_every_gpu_has_two_workers_at_least(monkeypatch):
     assert [default_workers(num_devices=count) for count in (0, 1, 8)] == [8, 8, 16]
 
 
-def test_a_tight_budget_shrinks_the_strip_before_it_takes_workers_away():
-    roomy = fit_memory(reserved=RESERVED, best_strip=BEST_STRIP, max_memory=RESERVED + 400 * MIB)
-    tight = fit_memory(reserved=RESERVED, best_strip=BEST_STRIP, max_memory=RESERVED + 12 * MIB)
-    assert roomy.strip_nbytes == BEST_STRIP
-    assert tight.strip_nbytes < roomy.strip_nbytes
+def test_a_tight_budget_shrinks_the_chunk_before_it_takes_workers_away():
+    roomy = fit_memory(reserved=RESERVED, best_chunk=BEST_CHUNK, max_memory=RESERVED + 400 * MIB)
+    tight = fit_memory(reserved=RESERVED, best_chunk=BEST_CHUNK, max_memory=RESERVED + 12 * MIB)
+    assert roomy.chunk_nbytes == BEST_CHUNK
+    assert tight.chunk_nbytes < roomy.chunk_nbytes
 
 
 def test_measured_memory_is_that_of_the_process():
@@ -172,24 +172,24 @@ def test_without_a_budget_four_fifths_of_the_free_memory_is_one(monkeypatch):
     memory.check_room(64 * MIB, max_memory=None, purpose="what takes little is not asked about")
 
 
-def test_the_strip_shrinks_last(monkeypatch):
-    """One worker with an eighth of the best strip comes before any smaller strip."""
+def test_the_chunk_shrinks_last(monkeypatch):
+    """One worker with an eighth of the best chunk comes before any smaller chunk."""
     fitted = {}
     for mib in range(1, 60):
         try:
             plan = fit_memory(
-                reserved=RESERVED, best_strip=8 * MIB, max_memory=RESERVED + mib * MIB
+                reserved=RESERVED, best_chunk=8 * MIB, max_memory=RESERVED + mib * MIB
             )
         except BudgetError:
             continue
-        fitted.setdefault(plan.workers, set()).add(plan.strip_nbytes)
+        fitted.setdefault(plan.workers, set()).add(plan.chunk_nbytes)
     assert MIB in fitted[1]
-    assert all(strips == {MIB} for workers, strips in fitted.items() if 1 < workers < max(fitted))
+    assert all(chunks == {MIB} for workers, chunks in fitted.items() if 1 < workers < max(fitted))
 
 
 def test_workers_that_were_asked_for_stay():
     """Too little memory for them is an error, though it would do for fewer."""
-    options = {"reserved": RESERVED, "best_strip": BEST_STRIP}
+    options = {"reserved": RESERVED, "best_chunk": BEST_CHUNK}
     budget = fit_memory(**options, workers=1).projected_peak_nbytes
     assert fit_memory(**options, max_memory=budget).workers >= 1
     with pytest.raises(BudgetError, match="fewer than 64 workers"):
@@ -198,10 +198,10 @@ def test_workers_that_were_asked_for_stay():
 
 def test_what_is_held_is_no_less_to_spare():
     """The bound is what torch holds and what the GPU has beside that."""
-    options = {"reserved": RESERVED, "best_strip": 16 * MIB, "num_devices": 1, "workers": 2}
+    options = {"reserved": RESERVED, "best_chunk": 16 * MIB, "num_devices": 1, "workers": 2}
     whole = fit_memory(**options)
     used = VramUse(held_nbytes=500 * MIB, spare_nbytes=whole.projected_vram_nbytes)
-    assert fit_memory(**options, vram=used).strip_nbytes == 16 * MIB
+    assert fit_memory(**options, vram=used).chunk_nbytes == 16 * MIB
 
 
 @pytest.fixture
