@@ -11,7 +11,7 @@ from typing import Any
 
 from click.testing import CliRunner, Result
 
-from shardmix.cli.app import app
+from shardmix.cli.commands import app
 from tests.golden.arrangements import Arrangement
 
 RECORD = Path(__file__).with_name("outputs.json")
@@ -25,7 +25,7 @@ WAYS: Mapping[str, tuple[str, ...]] = {
 """Ways to run a merge, none of which may change a byte."""
 
 _ALL_WAYS = ("--no-fsync", "--device", "cpu", "--json", "--quiet")
-_CONFIG_FROM = "--base"
+_CONFIG_FROM = "--config-from"
 # These tell of the merge: of the version, of options, of paths. Other words in them are no harm.
 _NOT_RECORDED = {"README.md", "shardmix.json"}
 
