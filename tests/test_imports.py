@@ -19,7 +19,7 @@ def test_importing_shardmix_loads_next_to_nothing():
     code = "import shardmix\nprint('numpy' in sys.modules)"
     assert python(f"import sys\n{code}").split() == ["False"]
     assert loaded_after("import shardmix, shardmix.api, shardmix.scoring") == "[]"
-    weigh = "import shardmix.scoring\nshardmix.scorer.compute_weights([1.0, 2.0], 5.0)"
+    weigh = "import shardmix.scoring\nshardmix.scoring.compute_weights([1.0, 2.0], 5.0)"
     assert loaded_after(weigh) == "[]"
 
 

@@ -50,7 +50,8 @@ allow_differences: [tokenizer, text_config.rope_theta]
 def test_options_given_beside_a_recipe_override_it(tmp_path):
     path = write(
         tmp_path / "recipe.yaml",
-        "models: [{source: a, weight: .5}, {source: b, weight: .5}]\ndtype: float16\nbase: c\n",
+        "models: [{source: a, weight: 1}, {source: b, weight: 0}]\ndtype: float16\n"
+        "config_from: c\n",
     )
     recipe = build_recipe(path, dtype="float32", config_from=None)
     assert (recipe.dtype, recipe.config_from) == ("float32", "c")
@@ -83,7 +84,10 @@ def test_options_given_beside_a_recipe_override_it(tmp_path):
         ("models: []\nmax_shard_size: true", "size True"),
         ("models: []\nmax_shard_size: 5.0e+9", "size 5000000000.0"),
         ("models: [{source: '', weight: 1}, {source: b, weight: 0}]", "source is empty"),
-        ("models: [{source: a, weight: .5}, {source: b, weight: .5}]\nbase: ''", "source is empty"),
+        (
+            "models: [{source: a, weight: .5}, {source: b, weight: .5}]\nconfig_from: ''",
+            "source is empty",
+        ),
     ],
 )
 def test_a_wrong_recipe_is_refused_by_name(tmp_path, text, finding):

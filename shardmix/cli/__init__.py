@@ -1,4 +1,11 @@
-"""The command line: thin. Parses, calls the library, renders."""
+"""The command line: thin. Parses, calls the library, renders.
+
+commands               the commands; each calls one function of the library
+options, arguments     their options, and what words on the line mean
+progress, render       a display while it works, and the result as text
+pictures               a profile's picture, if it can be had
+exit                   errors and signals → messages and an exit status
+"""
 
 import atexit
 import gc

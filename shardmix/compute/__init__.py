@@ -5,7 +5,7 @@ torch_cpu, torch_cuda  torch, every float dtype; on GPUs with copies beside the 
 torch_ops              the arithmetic on torch's tensors
 llvm_cpu               compiled kernels: 16- and 32-bit floats on the CPU, no torch needed
 llvm_compile           compiles them
-llvm_assembly, llvm_loops   their text
+llvm_assembly, llvm_loops  their text
 keep_first             integers and booleans
 nonfinite              counts NaN and Inf, only where there are some
 """

@@ -18,7 +18,7 @@ which they are used:
     lockstep               forward passes side by side
     streamed_model         weights to units to passes
     objectives             what each type of model is asked, and its loss
-    model_scoring, scoring one model, all models
+    model_scoring, scoring  one model, all models
     weights, report        the result
 
 Names are loaded on first use; torch and transformers come with `score`.

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shardmix.plan.merge_plan.memory_budget import VRAM_BUFFERS_PER_WORKER
 
 from shardmix.compute.backend import NonfiniteCounts
 from shardmix.compute.keep_first import AgreeReducer
 from shardmix.execute.task_queue import nonfinite_finding
+from shardmix.plan.memory_budget import VRAM_BUFFERS_PER_WORKER
 from shardmix.plan.merge_plan import AGREE
 from shardmix.system.units import MIB
 from tests.support.models import random_tensor

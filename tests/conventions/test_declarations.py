@@ -30,13 +30,13 @@ PECULIAR = (
 
 
 def table():
-    path = files("shardmix").joinpath("transformers_declarations.json")
+    path = files("shardmix.conventions").joinpath("transformers_declarations.json")
     return json.loads(path.read_text())["transformers"], generator.read_table(path)
 
 
 def test_every_class_of_the_table_is_read():
     """With whatever its renamings do to values."""
-    path = files("shardmix").joinpath("transformers_declarations.json")
+    path = files("shardmix.conventions").joinpath("transformers_declarations.json")
     classes = json.loads(path.read_text())["classes"]
     assert len(classes) > 1_000
     for name, entry in classes.items():

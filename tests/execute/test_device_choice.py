@@ -9,12 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from shardmix.plan.merge_plan.memory_budget import (
-    BEST_CHUNK_NBYTES,
-    BUFFERS_PER_WORKER,
-    plan_memory,
-    reserved_nbytes,
-)
 
 import shardmix
 from shardmix.compute.backend import load_backend
@@ -22,9 +16,15 @@ from shardmix.compute.torch_cpu import CpuSum
 from shardmix.compute.torch_cuda import cuda_sums
 from shardmix.execute import calibrate, prepare
 from shardmix.execute.calibrate import faster, source_bytes_per_second
-from shardmix.execute.tasks import blocks
+from shardmix.execute.tasks import tasks
 from shardmix.options import RunSettings
-from shardmix.plan.merge_plan import planner
+from shardmix.plan import memory_budget, planner
+from shardmix.plan.memory_budget import (
+    BEST_CHUNK_NBYTES,
+    BUFFERS_PER_WORKER,
+    plan_memory,
+    reserved_nbytes,
+)
 from shardmix.system import gpus
 from shardmix.system.digests import LEAF_NBYTES
 from shardmix.system.units import MIB
@@ -112,7 +112,7 @@ def test_blocks_last_for_several_chunks_on_a_gpu(tmp_path, monkeypatch):
     plan = shardmix.plan_merge(two_models(tmp_path), device="cuda")
     shard = dataclasses.replace(plan.shards[0], file_nbytes=2**30)
     plan = dataclasses.replace(plan, shards=(shard,))
-    first = next(blocks(plan, 0))
+    first = next(tasks(plan, 0))
     assert (first.stop_leaf - first.first_leaf) * LEAF_NBYTES == 4 * plan.memory.chunk_nbytes
 
 
@@ -353,7 +353,7 @@ def test_an_open_plan_counts_both_libraries(monkeypatch):
     gpu_machine(monkeypatch)
     asked = []
     monkeypatch.setattr(
-        planner, "reserved_nbytes", lambda *libraries, **_: asked.append(libraries) or 0
+        memory_budget, "reserved_nbytes", lambda *libraries, **_: asked.append(libraries) or 0
     )
     memory_of(RunSettings(device="cuda", backend="torch", is_device_open=True))
     memory_of(RunSettings(device="cpu", backend="llvm"))

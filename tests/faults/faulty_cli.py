@@ -164,9 +164,9 @@ def install(fault):
     # Kernels read past `os`, and leave what goes wrong to these readers.
     readers.PreadReader.descriptors = lambda *_: None
     if fault.chunk_nbytes:
-        from shardmix.system import memory
+        from shardmix.plan.memory_budget import BEST_CHUNK_NBYTES
 
-        memory.BEST_CHUNK_NBYTES.update(dict.fromkeys(memory.BEST_CHUNK_NBYTES, fault.chunk_nbytes))
+        BEST_CHUNK_NBYTES.update(dict.fromkeys(BEST_CHUNK_NBYTES, fault.chunk_nbytes))
     if fault.is_blind:
         import shutil
 

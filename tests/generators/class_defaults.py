@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from shardmix.conventions.config_keys import Meaning, meaning
 
-TARGET = Path(__file__).parents[2] / "shardmix" / "class_defaults.json"
+TARGET = Path(__file__).parents[2] / "shardmix" / "conventions" / "class_defaults.json"
 _LONGEST_LIST = 8
 # Sorted, since some classes make their defaults from sets.
 _COMPACT = {"allow_nan": False, "sort_keys": True, "separators": (",", ":")}

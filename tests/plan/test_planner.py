@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import shardmix
-from shardmix.plan.merge_plan import AGREE, LINEAR, MergePlan, planner
+from shardmix.plan import memory_budget
+from shardmix.plan.merge_plan import AGREE, LINEAR, MergePlan
 from shardmix.system.units import MIB
 from tests.support.models import assert_same_bits, load_model, random_model, save_model
 
@@ -74,7 +75,9 @@ def test_a_digest_takes_next_to_no_memory_however_long_the_plan(tmp_path):
     plan = shardmix.plan_merge(two_models(tmp_path))
     (shard,) = plan.shards
     (segment,) = shard.segments
-    long = dataclasses.replace(plan, shards=(dataclasses.replace(shard, runs=(segment,) * 3000),))
+    long = dataclasses.replace(
+        plan, shards=(dataclasses.replace(shard, segments=(segment,) * 3000),)
+    )
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
@@ -340,7 +343,9 @@ def test_memory_is_planned_for_every_tensor(tmp_path, monkeypatch):
     """By the plan, and once more when the backend is loaded."""
     asked = []
     monkeypatch.setattr(
-        planner, "reserved_nbytes", lambda *_, **counts: asked.append(counts["num_tensors"]) or 0
+        memory_budget,
+        "reserved_nbytes",
+        lambda *_, **counts: asked.append(counts["num_tensors"]) or 0,
     )
     shardmix.merge(two_models(tmp_path), tmp_path / "out")
     assert asked == [len(NAMES), len(NAMES)]
