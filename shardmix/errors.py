@@ -1,7 +1,7 @@
 """One family of exceptions: whatever a user's input can cause is a `ShardmixError`.
 
-A message names the object, the finding, the rule and the remedy. The kinds exist so that a caller
-can tell apart what it can do something about; `exit_status` is what the command line leaves with.
+A message names the object, the finding, the rule and the remedy. The kinds let a caller tell apart
+the cases that it can handle. `exit_status` is the command line's exit status.
 """
 
 import errno
@@ -13,7 +13,7 @@ from shardmix.redaction import without_environment, without_secrets
 
 
 class ShardmixError(Exception):
-    """Something the user can mend; the message says how."""
+    """An error that the user can mend; the message says how."""
 
     exit_status = 1
 
@@ -22,50 +22,50 @@ class ShardmixError(Exception):
         super().__init__(without_secrets(str(message)), *more)
 
     def __str__(self) -> str:
-        """Return the message, escaped: it names what strangers named."""
+        """Return the message, escaped, since it contains strangers' names."""
         return printable(super().__str__())
 
 
 class RecipeError(ShardmixError):
-    """What was asked for makes no sense: weights, options or a recipe file."""
+    """A request that makes no sense: weights, options or a recipe file."""
 
     exit_status = 2
 
 
 class SourceError(ShardmixError):
-    """A checkpoint is missing, damaged, or of a kind that cannot be merged."""
+    """A checkpoint that is missing, damaged, or of a kind that cannot be merged."""
 
 
 class SourceChangedError(SourceError):
-    """A checkpoint is not what it was when the merge began."""
+    """A checkpoint that changed since the merge began."""
 
 
 class MismatchError(ShardmixError):
-    """The checkpoints are each fine, but do not fit one another."""
+    """Checkpoints that are each fine, but do not fit one another."""
 
 
 class BudgetError(ShardmixError):
-    """The memory budget is too small to work in."""
+    """A memory budget that is too small to work in."""
 
 
 class DeviceError(ShardmixError):
-    """A GPU failed while it was at work, or had too little memory left."""
+    """A GPU that failed during a merge, or had too little memory left."""
 
 
 class NonfiniteError(ShardmixError):
-    """The merged weights hold NaN or Inf, and that was to be an error."""
+    """Merged weights with NaN or Inf, if these were to be an error."""
 
 
 class OutputError(ShardmixError):
-    """The output cannot be written where it was asked for."""
+    """An output that cannot be written as asked."""
 
 
 class MergeCancelled(ShardmixError):  # noqa: N818 - it is an outcome, not a fault
-    """The merge was cancelled through its cancel event; what is done is kept for another run."""
+    """A merge cancelled through its cancel event; what is done is saved for the next call."""
 
 
 def writing_failed(path: Path, error: OSError, what: str = "cannot be written") -> OutputError:
-    """Return the error for a file or folder of an output; a full disk is called by its name."""
+    """Return the error for a file or folder of an output; names a full disk."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
             f"{path.parent}: the disk is full ({error.strerror}); free some space, or write "
@@ -75,17 +75,18 @@ def writing_failed(path: Path, error: OSError, what: str = "cannot be written") 
 
 
 def one_line(error: BaseException | None, limit: int = 200) -> str:
-    """Return what an error of someone else's says, on one line and cut short, for a message."""
+    """Return another library's error text on one line, cut short, for a message."""
     # Secrets first: half a URL cannot be told from a word.
     text = " ".join(without_environment(str(error)).split())
     return printable(text[:limit]) or type(error).__name__
 
 
 def printable(text: str) -> str:
-    """Return text with what a terminal would obey escaped, and without secrets.
+    """Return text with control characters escaped and secrets left out.
 
-    Names come from strangers' files: control characters, newlines and marks that turn the direction
-    of writing are escaped. Places come from users: credentials in URLs and tokens are left out.
+    Names come from strangers' files: control characters, newlines and marks that change the
+    direction of writing are escaped. Paths and URLs come from users: credentials and tokens are
+    left out.
     """
     text = without_secrets(text)
     if text.isprintable():
@@ -94,7 +95,7 @@ def printable(text: str) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Tell whether a text is one, and not the bytes of a file name that are none."""
+    """Return True if a text is valid Unicode; a file name may be bytes that are not."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -103,13 +104,13 @@ def is_unicode(text: str) -> bool:
 
 
 def listed(names: Collection[str], most: int = 5) -> str:
-    """Return the first few names, and how many more there are."""
+    """Return the first few names, and the number of the rest."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(itertools.islice(names, most)) + more
 
 
 def shown(value: object, limit: int = 60) -> str:
-    """Return a value of a stranger's file for a message, cut short, whatever it is."""
+    """Format a value of a stranger's file for a message, cut short, whatever it is."""
     try:
         text = printable(repr(value))
     except (ValueError, RecursionError):  # an integer of many digits, or deep nesting

@@ -14,7 +14,7 @@ from shardmix.compute.llvm_compile import LEAST_INFINITE, Kernels, finding
 from shardmix.formats.safetensors_layout import element_nbytes
 from shardmix.plan.memory_budget import BUFFERS_PER_WORKER
 from shardmix.plan.merge_plan import Segment
-from shardmix.system.buffers import PAGE_NBYTES, address, buffer_of_pages, place_in_page
+from shardmix.system.buffers import PAGE_NBYTES, address, buffer_of_pages, offset_in_page
 
 # For its place within a page, each part of a buffer takes up to so many bytes more.
 _PLACING_NBYTES = 2 * PAGE_NBYTES
@@ -83,7 +83,7 @@ class CompiledSum:
         begins, end = [], 0
         for width, offset in zip(widths, files_parts, strict=True):
             page = end + -end % PAGE_NBYTES
-            begins.append(page + place_in_page(offset + start * width))
+            begins.append(page + offset_in_page(offset + start * width))
             end = begins[-1] + num_elements * width
         if end > len(self._buffer):  # a few elements of very many sources
             self._buffer = buffer_of_pages(end)

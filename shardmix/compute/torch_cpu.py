@@ -21,7 +21,7 @@ from shardmix.compute.torch_ops import (
 from shardmix.errors import DeviceError, one_line
 from shardmix.formats.safetensors_layout import element_nbytes
 from shardmix.plan.merge_plan import Segment
-from shardmix.system.buffers import PAGE_NBYTES, buffer_of_pages, place_in_page
+from shardmix.system.buffers import PAGE_NBYTES, buffer_of_pages, offset_in_page
 
 
 class TorchBackend:
@@ -154,7 +154,7 @@ class CpuSum(StripSum):
     def staging(self, source: int) -> memoryview:
         """Return the buffer to read this source's part of the chunk into."""
         width = element_nbytes(self._segment.dtypes[source])
-        begin = place_in_page(self._segment.offsets[source] + self._start * width)
+        begin = offset_in_page(self._segment.offsets[source] + self._start * width)
         return self._staging[begin : begin + self._num_elements * width]
 
     def add(self, source: int, raw: memoryview) -> None:
@@ -171,7 +171,7 @@ class CpuSum(StripSum):
     def finish(self) -> memoryview:
         """Return the chunk's output bytes, valid until the next `begin`."""
         width = element_nbytes(self._segment.out_dtype)
-        begin = place_in_page(self._segment.out_offset + self._start * width)
+        begin = offset_in_page(self._segment.out_offset + self._start * width)
         self._finished = self._out_pages[begin : begin + self._num_elements * width]
         out = torch.frombuffer(self._finished, dtype=TORCH_DTYPES[self._segment.out_dtype])
         round_into(out, self._accumulator, self._values)

@@ -1,7 +1,7 @@
-"""An output file's `__metadata__`: the first model's, but for what is false of a merge.
+"""An output file's `__metadata__`: the first model's entries that are still true.
 
-Such entries are texts that the format leaves to whoever writes a file: `format`, modelspec's title
-and licence, settings of a training. Knows names of entries, not files.
+The format leaves such texts to whoever writes a file: `format`, modelspec's title and licence,
+settings of a training. Knows names of entries, not files.
 """
 
 import re
@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from shardmix.errors import shown
 
 DEFAULT_METADATA: Mapping[str, str] = {"format": "pt"}
-"""transformers refuses a file without a format."""
+"""Default entries; transformers refuses a file without a format."""
 
-# Digests of the first model's file, and what that was merged from: neither is true of another file.
+# Digests of the first model's file, and the models it was merged from, are false of the output.
 # https://github.com/Stability-AI/ModelSpec and kohya's sd-scripts (sshs_model_hash).
 _FALSE_OF_A_MERGE = re.compile(
     r"(^|[._-])(hash|sha\d+|md5|crc\d+|blake\d?|checksum|digest|autov\d|merged_from|"
@@ -22,7 +22,7 @@ _FALSE_OF_A_MERGE = re.compile(
 
 
 def merged_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return what of a source file's metadata an output file keeps, in the same order.
+    """Return the entries of a source file's metadata that stay true, in the same order.
 
     A format is added if there is none.
     """
@@ -30,8 +30,8 @@ def merged_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     return {**kept, **{key: text for key, text in DEFAULT_METADATA.items() if key not in kept}}
 
 
-def format_alone(metadata: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """Return the metadata of files that are not laid out as the source's: their format, no more."""
+def format_only(metadata: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Return only the format of files' metadata, for output files laid out in another way."""
     formats = (entries["format"] for entries in metadata if "format" in entries)
     return {"format": next(formats, DEFAULT_METADATA["format"])}
 
@@ -43,7 +43,7 @@ def lost_metadata(
     after: Iterable[Mapping[str, str]],
     is_laid_out_anew: bool,
 ) -> list[str]:
-    """Say which entries of a source's files no output file has: one sentence, or none."""
+    """Name the entries of a source's files that no output file has: one sentence, or none."""
     there = {key for entries in before for key in entries}
     kept = {key for entries in after for key in entries}
     lost = sorted(there - kept)

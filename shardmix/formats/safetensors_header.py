@@ -1,7 +1,7 @@
 """A safetensors header, decoded into columns and judged by the format's rules.
 
-Takes a long header apart and decodes a piece at a time, so that of a million tensors only names and
-columns are ever held. Knows bytes, not files. Format:
+A long header is cut and decoded a piece at a time, so that a million tensors cost only their names
+and columns. Knows bytes, not files. Format:
 https://github.com/huggingface/safetensors#format
 """
 
@@ -27,13 +27,13 @@ _METADATA = "__metadata__"
 _ENTRY_END = re.compile(rb'\}\s*,\s*"')
 _MOST_DIMENSIONS = 64
 _LARGEST_COUNT = 2**63 - 1
-_LARGEST_PRODUCT = 2**64 - 1  # what safetensors can count to
+_LARGEST_PRODUCT = 2**64 - 1  # the largest count of safetensors
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=_LARGEST_COUNT)]
 
 
 class _Entry(msgspec.Struct, gc=False):
-    """One tensor as the JSON has it. All fields have defaults, since metadata passes as one too."""
+    """One tensor of the JSON. All fields have defaults, since metadata also decodes as one."""
 
     dtype: str = ""
     shape: tuple[_Count, ...] | None = None
@@ -51,7 +51,7 @@ class HeaderTable:
     dtype_ranks: npt.NDArray[np.uint8]
     """Index into `safetensors_layout.DTYPES`."""
     metadata: dict[str, str]
-    """What the file says of itself, in its order."""
+    """The file's own entries, in its order."""
     starts: npt.NDArray[np.int64]
     """First byte, counted from the end of the header."""
     nbytes: npt.NDArray[np.int64]
@@ -60,8 +60,9 @@ class HeaderTable:
 def decode_header(header: bytes, *, file_nbytes: int) -> HeaderTable:
     """Return the tensors that a JSON header describes.
 
-    Raises `SourceError` (the finding alone; the caller knows the file) where it does not parse, or
-    is not valid: tensors lie one after the other, without a gap, and fill the file.
+    Raises `SourceError` if the header does not parse, or is not valid: tensors must follow one
+    another without a gap and fill the file. The error has only the finding; the caller adds the
+    file.
     """
     columns = _Columns()
     try:
@@ -76,10 +77,10 @@ def decode_header(header: bytes, *, file_nbytes: int) -> HeaderTable:
 
 
 def _pieces(header: bytes) -> Iterator[bytes]:
-    """Divide a JSON object into smaller ones, between entries, that hold the same together.
+    """Split a JSON object between its entries into smaller objects.
 
-    Should the end of an entry be looked for in vain and found within a name, what is cut off there
-    is no JSON; then the rest stays whole. So pieces that parse are the object's own.
+    If the separator matches inside a tensor name, the piece before it is not valid JSON. We then
+    decode the rest at once. So pieces that parse are the object's own.
     """
     start, opening = 0, b""
     while len(header) - start > _PIECE_NBYTES:
@@ -94,7 +95,7 @@ def _pieces(header: bytes) -> Iterator[bytes]:
         yield piece
         start, opening = header.index(b'"', ends[-1]), b"{"
     if len(header) - start > _MOST_UNDIVIDED_NBYTES:
-        # Where it does not parse, that is the finding.
+        # If it does not parse, that is the error.
         msgspec.json.decode(opening + header[start:], type=msgspec.Raw)
         raise SourceError(
             "has a header that cannot be read in parts, for an entry of more than a megabyte or "
@@ -105,7 +106,7 @@ def _pieces(header: bytes) -> Iterator[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What all tensors of one dtype and shape have in common."""
+    """The values that all tensors of one dtype and shape share."""
 
     rank: int
     """Index into `safetensors_layout.DTYPES`."""
@@ -114,7 +115,7 @@ class _Kind:
 
 
 class _Columns:
-    """What has been decoded so far, a few bytes a tensor beside its name."""
+    """The tensors decoded so far, a few bytes each beside the name."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -142,7 +143,8 @@ class _Columns:
             self._stops.append(entry.data_offsets[1])
 
     def table(self, *, before_data: int, file_nbytes: int) -> HeaderTable:
-        """Return all in data order; raise `SourceError` where it doesn't fill the file's data."""
+        """Return all tensors in data order; raise `SourceError` if they do not fill the file's
+        data."""
         starts, stops, kind_of = map(np.asarray, (self._starts, self._stops, self._kind_of))
         described = int(stops.max()) if len(stops) else 0
         expected_nbytes = before_data + described
@@ -166,7 +168,7 @@ class _Columns:
             names = [names[row] for row in order.tolist()]
             starts, stops, kind_of = starts[order], stops[order], kind_of[order]
         nbytes = np.array([kind.nbytes for kind in self._kinds], dtype=np.uint64)[kind_of]
-        _check_places(names, starts, stops, nbytes)
+        _check_offsets(names, starts, stops, nbytes)
         ranks = np.array([kind.rank for kind in self._kinds], dtype=np.uint8)
         return HeaderTable(
             names=list(map(sys.intern, names)),
@@ -183,7 +185,7 @@ def _decode_entries(piece: bytes) -> tuple[dict[str, _Entry], dict[str, str]]:
     try:
         entries = msgspec.json.decode(piece, type=dict[str, _Entry])
     except msgspec.ValidationError:
-        # Perhaps only metadata with a key named like a tensor's field: decode that apart.
+        # Perhaps only metadata with a key named like a tensor's field: decode it separately.
         raw = msgspec.json.decode(piece, type=dict[str, msgspec.Raw])
         if _METADATA not in raw:
             raise
@@ -191,7 +193,7 @@ def _decode_entries(piece: bytes) -> tuple[dict[str, _Entry], dict[str, str]]:
             name: _Entry() if name == _METADATA else msgspec.json.decode(raw[name], type=_Entry)
             for name in raw
         }
-    # Each entry has a brace. If there are more, a name may be there twice.
+    # Each entry has a brace. If there are more, a name may occur twice.
     if piece.count(b"{") != len(entries) + 1:
         json.loads(piece, object_pairs_hook=_refuse_duplicates)
     if entries.pop(_METADATA, None) is None:
@@ -202,7 +204,7 @@ def _decode_entries(piece: bytes) -> tuple[dict[str, _Entry], dict[str, str]]:
 
 
 def _refuse_a_name_twice(names: list[str]) -> None:
-    """Raise `SourceError` where a name stands in two pieces; within one that was seen already."""
+    """Raise `SourceError` if a name occurs in two pieces; within one it was checked before."""
     hashes = np.fromiter(map(hash, names), dtype=np.int64, count=len(names))
     hashes.sort()
     repeated = set(hashes[1:][hashes[:-1] == hashes[1:]].tolist())
@@ -257,13 +259,14 @@ def _without_a_field(name: str) -> SourceError:
     )
 
 
-def _check_places(
+def _check_offsets(
     names: list[str],
     starts: npt.NDArray[np.int64],
     stops: npt.NDArray[np.int64],
     nbytes: npt.NDArray[np.uint64],
 ) -> None:
-    """Raise `SourceError` unless each tensor begins where the last one ends and is of its size."""
+    """Raise `SourceError` unless each tensor begins at the end of the one before and has its
+    size."""
     before = np.concatenate((np.zeros(min(len(stops), 1), dtype=np.int64), stops[:-1]))
     for is_wrong, rule in (
         (stops < starts, "ends before it begins"),

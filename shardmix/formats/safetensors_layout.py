@@ -1,7 +1,7 @@
-"""The safetensors byte layout: dtypes, the length of a header, headers encoded, and nothing else.
+"""The safetensors byte layout: dtypes, the length of a header, and headers encoded.
 
-Knows bytes, not files, and neither torch nor numpy. A file is `<u64 header length><JSON header>
-<tensor data>`; a tensor's `data_offsets` count from the first byte after the header. Format:
+Knows bytes, not files, and neither torch nor numpy. A file is `<u64 header length><JSON
+header><tensor data>`; a tensor's `data_offsets` count from the first byte after the header. Format:
 https://github.com/huggingface/safetensors#format
 """
 
@@ -18,7 +18,7 @@ from shardmix.errors import SourceError
 HEADER_LENGTH_NBYTES = 8
 MAX_HEADER_NBYTES = 100_000_000  # the limit of the safetensors library
 
-# What files begin with that only bear the name, what they are, and the remedy.
+# First bytes of other kinds of files under this name, what they are, and the remedy.
 _FETCH = "fetch the file itself again"
 _CONVERT = "convert it to safetensors"
 _OTHER_KINDS = (
@@ -94,15 +94,16 @@ class TensorInfo:
 
     @property
     def num_elements(self) -> int:
-        """The product of the shape."""
+        """Product of the shape."""
         return math.prod(self.shape)
 
 
 def header_nbytes(prefix: bytes, *, file_nbytes: int) -> int:
     """Return the length of the JSON header from a file's first 8 bytes.
 
-    Raises `SourceError` (the finding alone; the caller knows the file) where that length cannot be
-    true, so that no one allocates what a damaged file asks for, or if it is another kind of file.
+    Raises `SourceError` for another kind of file, and for a length that cannot be true, so that
+    nobody allocates memory for a damaged file. The error has only the finding; the caller adds the
+    file.
     """
     length = int.from_bytes(prefix, "little")
     most = min(MAX_HEADER_NBYTES, file_nbytes - HEADER_LENGTH_NBYTES)
@@ -132,14 +133,14 @@ def header_nbytes(prefix: bytes, *, file_nbytes: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class OutputHeader:
-    """The bytes that open an output file, and where each tensor goes."""
+    """The first bytes of an output file, and the offset of each tensor."""
 
     encoded: bytes
     """Length prefix, JSON and padding: the file's first bytes."""
     names: tuple[str, ...]
     """Its tensors, in data order."""
     offsets: tuple[int, ...]
-    """Where in the file each of them begins, and, one more, where the last one ends."""
+    """Offset of each tensor in the file, and one more, the end of the last one."""
 
     @property
     def file_nbytes(self) -> int:

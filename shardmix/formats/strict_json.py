@@ -1,7 +1,7 @@
-"""JSON that came with a model: config, modules, index. Strictly read, and never much at once.
+"""JSON that came with a model: config, modules, index. Strictly read, and bounded in size.
 
-What two readers might understand differently (a key given twice, half a character) is refused.
-Knows what JSON is, and what an index is; nothing of tensors.
+Anything that two readers might understand differently (a key given twice, half a character) is
+refused. Knows JSON and the format of an index; nothing of tensors.
 """
 
 import json
@@ -15,24 +15,24 @@ from shardmix.errors import SourceError, one_line, shown
 from shardmix.system.files import LFS_REMEDY, is_lfs_pointer, read_regular
 from shardmix.system.memory import check_room
 
-# As Python objects, JSON may take 26 times its length ("[[],[],..."): what is read whole is small.
+# As Python objects, JSON may take 26 times its length ("[[],[],..."), so whole files are small.
 MAX_JSON_NBYTES = 4_000_000
 _MAX_JSON_DEPTH = 64
 _MAX_INDEX_NBYTES = 100_000_000  # as for headers: about a million tensors
 _SMALL_INDEX_NBYTES = 1_000_000
-_PAIR_NBYTES = 250  # two short texts, their tuple, and their place in a dict that grows
+_PAIR_NBYTES = 250  # two short strings, their tuple, their entry in a growing dict
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class _Index(msgspec.Struct):
-    """What an index holds that matters here."""
+    """The fields of an index that matter here."""
 
     weight_map: msgspec.Raw
     """Tensor name → file, relative to the model's folder."""
 
 
 def read_json(path: Path, *, expected: type = dict) -> Any:
-    """Read a JSON object (or list) from a small file; raise `SourceError` where it isn't one."""
+    """Read a JSON object (or list) from a small file; raise `SourceError` if it is not one."""
     content = _read(path, MAX_JSON_NBYTES)
     try:
         decoded = json.loads(content.decode(), object_pairs_hook=_without_duplicates)
@@ -56,7 +56,7 @@ def read_json(path: Path, *, expected: type = dict) -> Any:
 def read_index(path: Path, *, max_memory: int | None = None) -> dict[str, str]:
     """Return the weight map of a sharded model's index: tensor name → file in the same folder.
 
-    Raises `SourceError` also where it names a file outside of that folder, `BudgetError` where
+    Raises `SourceError` also if it names a file outside of that folder, and `BudgetError` if
     `max_memory` (bytes, for the whole process) might not suffice to decode it.
     """
     purpose = f"{path}: to decode it"
@@ -69,7 +69,7 @@ def read_index(path: Path, *, max_memory: int | None = None) -> dict[str, str]:
     try:
         raw = msgspec.json.decode(content, type=_Index).weight_map
         weight_map = msgspec.json.decode(raw, type=dict[str, str])
-        # Each pair has a colon. If there are more, or an escape, a key may be there twice.
+        # Each pair has a colon. If there are more, or an escape, a key may occur twice.
         is_plain = b"\\" not in content and content.count(b'"weight_map"') == 1
         if not (is_plain and bytes(raw).count(b":") == len(weight_map)):
             json.loads(content, object_pairs_hook=_without_duplicates)
@@ -95,7 +95,7 @@ def read_index(path: Path, *, max_memory: int | None = None) -> dict[str, str]:
 
 
 def file_name_finding(name: str) -> str | None:
-    """Say why a name from a stranger cannot be that of a file within a folder; None if it can."""
+    """Return why a stranger's file name cannot lie within a folder, or None if it can."""
     path = PurePosixPath(name)
     if not path.parts:
         return "is no file name"
@@ -130,7 +130,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_deep(content: object) -> bool:
-    """Tell whether containers nest deeper than allowed, without descending as deep."""
+    """Return True if containers nest deeper than allowed, without recursion."""
     level = [content]
     for _ in range(_MAX_JSON_DEPTH):
         level = [

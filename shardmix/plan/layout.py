@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardmix.conventions.weight_names import MODEL, shard_pattern
-from shardmix.formats.file_metadata import format_alone, lost_metadata, merged_metadata
+from shardmix.formats.file_metadata import format_only, lost_metadata, merged_metadata
 from shardmix.formats.safetensors_layout import (
     DTYPE_RANK,
     DTYPES,
@@ -75,7 +75,7 @@ def _shard_groups(
             max_shard_size=recipe.max_shard_size,
         )
         is_one = len(metadata) == len(split.filename_to_tensors) == 1
-        common = merged_metadata(metadata[0]) if is_one else format_alone(metadata)
+        common = merged_metadata(metadata[0]) if is_one else format_only(metadata)
         return [
             (filename, [index_of[name] for name in names], common)
             for filename, names in split.filename_to_tensors.items()

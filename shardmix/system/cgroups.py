@@ -1,4 +1,5 @@
-"""What the control groups of a process leave it of the machine's memory: in a container, less.
+"""The memory that the control groups of a process leave it: in a container, less than the
+machine's.
 
 Linux, groups of version 1 and 2:
 https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files
@@ -12,12 +13,12 @@ from pathlib import Path
 
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _ROOT = Path("/sys/fs/cgroup")
-_UNLIMITED_NBYTES = 1 << 60  # what version 1 says where there is no limit is more
+_UNLIMITED_NBYTES = 1 << 60  # version 1 says more than this if there is no limit
 
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    """What the files and fields are called."""
+    """The names of a version's files and fields."""
 
     limits: tuple[str, ...]
     usage: str
@@ -37,13 +38,13 @@ _VERSION_2 = _Names(
 
 
 def group_available_nbytes() -> int | None:
-    """Return what the tightest group still has, cached files given up; None without a limit."""
+    """Return the bytes left in the tightest group, cached files given up; None without a limit."""
     rooms = (_available_nbytes(folder, names) for folder, names in _groups())
     return min((room for room in rooms if room is not None), default=None)
 
 
 def _groups() -> Iterator[tuple[Path, _Names]]:
-    """Yield the folders of the process's memory groups, and of those that these are part of."""
+    """Yield the folders of the process's memory groups, and of the groups that enclose them."""
     try:
         lines = os.fsdecode(_MEMBERSHIP.read_bytes()).splitlines()
     except OSError:
@@ -57,7 +58,7 @@ def _groups() -> Iterator[tuple[Path, _Names]]:
             root, names = _ROOT / "memory", _VERSION_1
         else:
             continue
-        # Within a container the path may be one of the host's; then its own group is the root.
+        # In a container the path may be the host's; the container's own group is then the root.
         folder = root / path.lstrip("/")
         while folder != root:
             yield folder, names

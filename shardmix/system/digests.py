@@ -1,9 +1,9 @@
 """Digests of files: of fixed-size leaves, hashed in any order, or of the file from end to end.
 
-A file is cut into leaves of 4 MiB, the last one shorter. Its digest is the digest of its leaves'
-digests, one after the other: it depends neither on who hashed which leaf nor when, and one damaged
-leaf is enough to change it. With sha256 the digest is the whole file's instead, as `sha256sum` and
-the Hub have it, and leaves are hashed with XXH3 beside it. Knows bytes, not models.
+A file is cut into leaves of 4 MiB; the last one may be shorter. Its digest is the digest of its
+leaves' digests in order. So it does not depend on who hashed which leaf, or when, and one damaged
+leaf changes it. With sha256 the digest is the whole file's, as `sha256sum` and the Hub show it, and
+leaves are hashed with XXH3 as well. Knows bytes, not models.
 """
 
 import errno
@@ -20,36 +20,36 @@ from shardmix.system.buffers import buffer_for_reading
 from shardmix.system.units import MIB
 
 LEAF_NBYTES = 4 * MIB
-"""Part of what a digest means; chunks may be of any size."""
+"""Part of the digest's definition; chunks may be of any size."""
 READ_NBYTES = 256 * 1024
-"""What is read at once to hash a file that exists."""
+"""Bytes read at once to hash an existing file."""
 
 XXH3 = "xxh3"
 """XXH3-128: against corruption, at the speed of memory."""
 BLAKE3 = "blake3"
 """BLAKE3: tamper evidence (extra `blake3`)."""
 SHA256 = "sha256"
-"""SHA-256 of the whole file: what the Hub shows, at the price of one core a file."""
+"""SHA-256 of the whole file, as the Hub shows it, at the price of one core a file."""
 ALGORITHMS = (XXH3, BLAKE3, SHA256)
 
 
 class Hasher(Protocol):
-    """What hashlib, xxhash and blake3 have in common."""
+    """The methods that hashlib, xxhash and blake3 share."""
 
     def update(self, data: memoryview, /) -> object:
-        """Take in more bytes."""
+        """Add more bytes."""
 
     def digest(self) -> bytes:
-        """Return the digest of what was taken in."""
+        """Return the digest of the bytes added so far."""
 
     def copy(self) -> "Hasher":
-        """Return a hasher of its own that has taken in the same."""
+        """Return an independent hasher with the same bytes added."""
 
 
 def check_algorithm(algorithm: str, *, is_choice: bool = True) -> None:
-    """Raise `RecipeError` where an algorithm is unknown or not installed.
+    """Raise `RecipeError` if an algorithm is unknown or not installed.
 
-    With `is_choice` another could be used instead.
+    `is_choice`: the error names the other algorithms, since the user can choose one.
     """
     if algorithm not in ALGORITHMS:
         raise RecipeError(f"digest {algorithm!r}: must be one of {', '.join(ALGORITHMS)}")
@@ -61,17 +61,17 @@ def check_algorithm(algorithm: str, *, is_choice: bool = True) -> None:
 
 
 def is_sequential(algorithm: str) -> bool:
-    """Return whether a file's digest can only be had by reading it from end to end."""
+    """Return True if a digest needs the file to be read from end to end."""
     return algorithm == SHA256
 
 
 def num_leaves(file_nbytes: int) -> int:
-    """Return how many leaves a file has."""
+    """Return the number of leaves of a file."""
     return -(-file_nbytes // LEAF_NBYTES)
 
 
 class LeafDigests:
-    """The digests of one file's leaves as they come to be known, in 16 or 32 bytes a leaf."""
+    """The digests of one file's leaves as they become known, in 16 or 32 bytes a leaf."""
 
     def __init__(self, algorithm: str, file_nbytes: int) -> None:
         self._algorithm = algorithm
@@ -85,31 +85,31 @@ class LeafDigests:
 
     @property
     def num_known(self) -> int:
-        """How many leaves are known."""
+        """Number of leaves whose digest is known."""
         return sum(self._known)
 
     def get(self, leaf: int) -> bytes | None:
-        """Return a leaf's digest, or None where it is not known."""
+        """Return a leaf's digest, or None if it is not known."""
         start = leaf * self.digest_nbytes
         known = self._known[leaf]
         return bytes(self._digests[start : start + self.digest_nbytes]) if known else None
 
     def put(self, leaf: int, digest: bytes) -> None:
-        """Keep a leaf's digest."""
+        """Store a leaf's digest."""
         start = leaf * self.digest_nbytes
         self._digests[start : start + self.digest_nbytes] = digest
         self._known[leaf] = True
 
     def fits(self, leaf: int, digest: bytes) -> bool:
-        """Return whether there is such a leaf, and a digest of such a length."""
+        """Return True if the file has this leaf and the digest has the right length."""
         return 0 <= leaf < len(self._known) and len(digest) == self.digest_nbytes
 
     def forget(self, leaf: int) -> None:
-        """Take a leaf for unknown again."""
+        """Mark a leaf as unknown again."""
         self._known[leaf] = False
 
     def file_digest(self) -> str:
-        """Return the file's digest (hex), once all leaves are known; not for sha256."""
+        """Return the file's digest (hex); needs all leaves, and is not for sha256."""
         assert all(self._known)
         hasher = _leaf_hasher(self._algorithm)
         hasher.update(memoryview(self._digests))
@@ -117,7 +117,7 @@ class LeafDigests:
 
 
 class LeafHasher:
-    """Hashes a file's bytes, in order, from the start of a leaf; tells each leaf's digest."""
+    """Hashes a file's bytes in order, from the start of a leaf, and yields each leaf's digest."""
 
     def __init__(self, algorithm: str, *, file_nbytes: int, first_leaf: int) -> None:
         self._algorithm = algorithm
@@ -126,7 +126,7 @@ class LeafHasher:
         self._start()
 
     def update(self, data: memoryview) -> Iterator[tuple[int, bytes]]:
-        """Take in more bytes; yield (leaf, digest) of each leaf that they complete."""
+        """Add more bytes; yield (leaf, digest) of each leaf that they complete."""
         while len(data):
             part, data = data[: self._num_missing], data[self._num_missing :]
             self._hasher.update(part)
@@ -142,13 +142,14 @@ class LeafHasher:
 
 
 def file_hasher(algorithm: str) -> Hasher | None:
-    """Return a hasher for a file from end to end, for an algorithm that needs one."""
+    """Return a hasher for a whole file if the algorithm needs one, else None."""
     return hashlib.sha256() if is_sequential(algorithm) else None
 
 
 def read_range(descriptor: int, start: int, stop: int, buffer: memoryview) -> Iterator[memoryview]:
-    """Yield a file's bytes from `start` to `stop`, in pieces as large as the buffer that they are
-    read into; fewer where the file ends before. Raises OSError.
+    """Yield a file's bytes from `start` to `stop`, read into `buffer` a piece at a time.
+
+    Yields fewer bytes if the file ends before `stop`. Raises OSError.
     """
     while start < stop:
         count = os.preadv(descriptor, [buffer[: min(len(buffer), stop - start)]], start)

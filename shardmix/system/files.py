@@ -1,7 +1,7 @@
-"""What disks are like: free space, what one call moves, and files that may be opened at all.
+"""Properties of disks: free space, the limits of one call, and files that are safe to open.
 
-A model's folder comes from a stranger. What looks like a file in it may be a pipe that nobody
-writes to, a device without an end, or a link to what is none of the model's business.
+A model's folder comes from a stranger. A name in it may be a pipe that nobody writes to, a device
+without an end, or a link to something outside the model.
 """
 
 import ctypes
@@ -18,26 +18,26 @@ from typing import BinaryIO
 from shardmix.errors import SourceError, printable
 
 MAX_IO_NBYTES = 0x7FFFF000
-"""What one read or write call moves at most on Linux; more takes several."""
+"""The most bytes that one read or write call moves on Linux; more takes several calls."""
 
 LFS_REMEDY = "is a Git LFS pointer, not the file that it stands for; run `git lfs pull` there"
-"""What to say of one."""
+"""The second half of an error about such a pointer."""
 _CHUNK_NBYTES = 1 << 20
 _LFS_START = b"version https://git-lfs.github.com/spec/"
 
 
 def free_nbytes(path: Path) -> int:
-    """Return the bytes that an ordinary user can still write where `path` is, or would be."""
+    """Return the bytes that an ordinary user can still write at `path`, which need not exist."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading; raise `OSError` where it is none, never waiting for anybody."""
+    """Open a file for reading without ever waiting; raise `OSError` if it is not a regular file."""
     if not stat.S_ISREG(path.stat().st_mode):  # a device is not even opened
         raise _not_a_file(path)
-    # Should it be another by now: a pipe would keep a call that opens it waiting for a writer.
+    # If it became a pipe just now, a blocking open would wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -46,7 +46,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_regular(path: Path, *, max_nbytes: int) -> bytes:
-    """Return what a small file holds; raise `OSError` where it is none, or not small."""
+    """Return the content of a small file; raise `OSError` if it is not regular, or not small."""
     with open_regular(path) as file:
         nbytes = os.fstat(file.fileno()).st_size
         if nbytes > max_nbytes:
@@ -55,7 +55,7 @@ def read_regular(path: Path, *, max_nbytes: int) -> bytes:
 
 
 def same_content(one: Path, other: Path) -> bool:
-    """Tell whether two files hold the same bytes. Raises `SourceError` if one cannot be read."""
+    """Return True if two files hold the same bytes. Raises `SourceError` if one cannot be read."""
     with _readable(one) as first, _readable(other) as second:
         a, b = os.fstat(first.fileno()), os.fstat(second.fileno())
         if os.path.samestat(a, b):
@@ -80,15 +80,15 @@ def _readable(path: Path) -> Iterator[BinaryIO]:
 
 
 def is_lfs_pointer(start: bytes) -> bool:
-    """Tell by a file's first bytes whether it is what Git LFS leaves in the place of a file."""
+    """Return True if a file that starts so is a Git LFS pointer in place of the file."""
     return start.startswith(_LFS_START)
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Yield each folder below one, itself first: its path, its folders' names, its files' names.
 
-    One that is not there has nothing in it. Raises `OSError` for one that cannot be read: what it
-    holds is not to be passed over in silence.
+    A folder that does not exist has no entries. Raises `OSError` for one that cannot be read, so
+    that its content is never skipped in silence.
     """
 
     def fail(error: OSError) -> None:
@@ -100,10 +100,10 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 
 
 def refuse_link_outside(folder: Path, path: Path) -> None:
-    """Raise `SourceError` where a path in a model's folder is, by a link, somewhere else.
+    """Raise `SourceError` if a path in a model's folder leads outside it by a link.
 
-    The Hub's cache is made of such links, `snapshots/<commit>/<file>` to `blobs/<etag>` beside it;
-    these and no others are followed.
+    The Hub's cache is made of such links, `snapshots/<commit>/<file>` to `blobs/<etag>` beside it.
+    Only these are followed.
     """
     home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
     if target.is_relative_to(home):
@@ -126,7 +126,7 @@ def _not_a_file(path: Path) -> OSError:
 
 
 def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
-    """Start to write a range of a file to disk, without waiting for it; a hint, no promise."""
+    """Start to write a range of a file to disk, without waiting; only a hint."""
     sync_file_range = _sync_file_range()
     if sync_file_range is not None:
         sync_file_range(descriptor, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
@@ -137,7 +137,7 @@ _SYNC_FILE_RANGE_WRITE = 2
 
 @functools.cache
 def _sync_file_range() -> Callable[..., int] | None:
-    """Return Linux's call; None on other systems."""
+    """Return Linux's call, or None on other systems."""
     call = getattr(ctypes.CDLL(None), "sync_file_range", None)
     if call is not None:
         call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]

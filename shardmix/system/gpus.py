@@ -1,4 +1,4 @@
-"""Which devices there are, judged without importing torch."""
+"""The GPUs of the machine, counted without importing torch."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ from shardmix.errors import RecipeError
 
 
 def resolve_device(asked: str) -> str:
-    """Return cpu, cuda or cuda:N for what was asked for; `auto` takes a GPU where there is one.
+    """Return cpu, cuda or cuda:N for a user's choice; `auto` takes a GPU if there is one.
 
     Raises `RecipeError` for anything else.
     """
@@ -23,7 +23,7 @@ def resolve_device(asked: str) -> str:
 
 
 def torch_has_cuda_build() -> bool:
-    """Tell whether the installed torch was built for CUDA, without importing it."""
+    """Return True if the installed torch was built for CUDA; does not import it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return False
@@ -33,10 +33,10 @@ def torch_has_cuda_build() -> bool:
 def cuda_device_count(
     driver: Path = Path("/proc/driver/nvidia"), visible: str | None = None
 ) -> int:
-    """Return how many NVIDIA GPUs the process may use.
+    """Return the number of NVIDIA GPUs that the process may use.
 
-    As torch counts them once it uses them; before, by what the driver tells in /proc and by
-    CUDA_VISIBLE_DEVICES, for which `visible` can stand in.
+    Asks torch if it uses GPUs already. Otherwise counts the driver's entries in /proc, limited by
+    CUDA_VISIBLE_DEVICES, which `visible` can replace.
     """
     cuda = cuda_in_use()
     if cuda is not None:
@@ -44,14 +44,14 @@ def cuda_device_count(
     if not (driver / "version").exists():
         return 0
     gpus = driver / "gpus"
-    # Without a list there is at least one, since there is a driver.
+    # A driver without a list means at least one GPU.
     count = len(list(gpus.iterdir())) if gpus.is_dir() else 1
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") if visible is None else visible
     if visible is None:
         return count
     named = 0
     for name in map(str.strip, visible.split(",")):
-        # Numbers or UUIDs; CUDA leaves out what comes after one that there is not.
+        # Numbers or UUIDs; CUDA ignores all entries after the first invalid one.
         if not name or name.startswith("-") or (name.isdecimal() and int(name) >= count):
             break
         named += 1
@@ -59,19 +59,20 @@ def cuda_device_count(
 
 
 def cuda_in_use() -> Any:
-    """Return `torch.cuda` where the process uses GPUs already, so that it can be asked; or None."""
+    """Return `torch.cuda` if the process uses GPUs already, so that it can be asked; else None."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
 def num_devices(device: str) -> int:
-    """Return how many GPUs share the work on cpu, cuda or cuda:N; as many as the plan counts on."""
+    """Return the number of GPUs that share the tasks on cpu, cuda or cuda:N, as the plan counts
+    them."""
     if device == "cpu":
         return 0
     return max(1, cuda_device_count()) if device == "cuda" else 1
 
 
 def gpu_names(cuda: Any, device: str) -> list[str]:
-    """Return torch's names of what cuda (all GPUs) or cuda:N stands for, of the GPUs there are."""
+    """Return torch's names of the present GPUs that cuda (all of them) or cuda:N stands for."""
     names = [f"cuda:{number}" for number in range(cuda.device_count())]
     return [name for name in names if device in ("cuda", name)]

@@ -1,9 +1,9 @@
 """A folder held by its descriptor: nothing in it is reached through a link.
 
-A path can come to mean another place between two calls: whoever may write to one of its folders
-puts a link there. A descriptor stays with the folder that it was opened for. So whatever a merge
-makes, opens, renames or removes goes through a `HeldFolder`. Knows folders and files, not what is
-in them.
+Between two calls, anybody who may write to a folder of a path can put a link there, and the path
+then leads elsewhere. A descriptor stays with the folder that it was opened for. So all that a merge
+makes, opens, renames or removes goes through a `HeldFolder`. Knows folders and files, not their
+content.
 """
 
 import ctypes
@@ -19,29 +19,30 @@ from typing import BinaryIO
 from shardmix.errors import OutputError, printable
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-# What looks like a file may be a pipe: opening it must not wait for somebody to write.
+# A name may be a pipe: opening it must not wait for a writer.
 _FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _PERMISSIONS = 0o777
 _RENAME_EXCHANGE = 2  # Linux's renameat2
 _RENAME_SWAP = 2  # macOS's renameatx_np
 NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
-"""What a file system answers that does not know a call."""
+"""The errors of a file system that does not know a call."""
 
 
 class HeldFolder:
-    """An open folder, and what is done in it.
+    """An open folder, and the operations in it.
 
-    The name of a file may lead into subfolders: `2_Dense/config.json`; they are made with it. Its
-    methods raise OSError, and `OutputError` if something is not what a merge would have made.
+    The name of a file may lead into subfolders, such as `2_Dense/config.json`; they are made with
+    it. Methods raise OSError, and `OutputError` if an entry is not one that a merge would have
+    made.
     """
 
     def __init__(self, path: Path, descriptor: int, *, owner: int, mode: int) -> None:
         self.path = path
-        """Where it was found; only for messages."""
+        """The path it was found by; only for messages."""
         self.owner = owner
-        """User id that what is made here has, and what is taken up must have."""
+        """User id of all entries made here; an entry that is reused must have it."""
         self.mode = mode
-        """Permissions of subfolders that are made here; files have the same, but for execution."""
+        """Permissions of new subfolders; files have the same, without execution."""
         self._descriptor = descriptor
 
     def __enter__(self) -> "HeldFolder":
@@ -56,7 +57,7 @@ class HeldFolder:
         self.close()
 
     def close(self) -> None:
-        """Let it go. What is asked of it afterwards is an OSError."""
+        """Close the descriptor; later calls raise OSError."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             with suppress(OSError):  # nothing was written through it
@@ -69,23 +70,23 @@ class HeldFolder:
         return os.fstat(self._descriptor)
 
     def entry(self, name: str) -> os.stat_result | None:
-        """Return the status of what has a name in it, be it a link; None if there is nothing."""
+        """Return the status of an entry, not following a link; None if there is none."""
         try:
             return os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
         except FileNotFoundError:
             return None
 
     def holds(self, name: str, folder: "HeldFolder") -> bool:
-        """Tell whether an open folder is the one that has this name here."""
+        """Return True if an open folder is the entry of this name."""
         there = self.entry(name)
         return there is not None and os.path.samestat(there, folder.status())
 
     def names(self) -> list[str]:
-        """Return the names of all that is in it, in order."""
+        """Return the names of all entries, sorted."""
         return [name for name, _ in self._entries()]
 
     def files(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Yield all below it that is no folder: its path within this one, and its status."""
+        """Yield all below it that is not a folder: its path within this one, and its status."""
         for name, is_folder in self._entries():
             if is_folder:
                 with self.subfolder(name) as folder:
@@ -95,7 +96,7 @@ class HeldFolder:
                 yield name, status
 
     def open_regular(self, name: str) -> BinaryIO:
-        """Open a file for reading; raise `OutputError` if it is a link, or no regular file."""
+        """Open a file for reading; raise `OutputError` if it is a link, or not a regular file."""
         with self._within(name) as (folder, last):
             path = folder.path / last
             there = folder.entry(last)
@@ -107,17 +108,17 @@ class HeldFolder:
                 return os.fdopen(descriptor, "rb")
 
     def read(self, name: str, *, max_nbytes: int) -> bytes:
-        """Return what a small file holds; an OSError (EFBIG) if it is not small."""
+        """Return the content of a small file; raise OSError (EFBIG) if it is not small."""
         with self.open_regular(name) as file:
             content = file.read(max_nbytes + 1)
         if len(content) > max_nbytes:
             raise OSError(errno.EFBIG, f"more than the {max_nbytes} bytes allowed")
         return content
 
-    # Making, and taking up what an earlier run has left
+    # Making entries, and reusing those of an earlier merge
 
     def create(self, name: str) -> BinaryIO:
-        """Open a new file for writing, in the place of any file or link of this name."""
+        """Open a new file for writing; replaces any file or link of this name."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FILE
         with self._within(name, make=True) as (folder, last):
             mode, where = folder._file_mode, folder._descriptor
@@ -129,7 +130,7 @@ class HeldFolder:
             return os.fdopen(descriptor, "wb")
 
     def replace(self, name: str, content: bytes) -> None:
-        """Write a small file in one step, in the place of any file or link of this name."""
+        """Write a small file in one step; replaces any file or link of this name."""
         new = _new_name()
         try:
             with self.create(new) as file:
@@ -141,17 +142,17 @@ class HeldFolder:
             raise
 
     def open_own(self, name: str, *, append: bool = False) -> int:
-        """Return the descriptor of a file to read and write: an earlier run's, or a new one.
+        """Return a descriptor to read and write a file, an earlier merge's or a new one.
 
-        Raises `OutputError` if what is there cannot be a merge's own: a link, a pipe, a file that
-        has a second name elsewhere, or another user's.
+        Raises `OutputError` if the entry cannot be a merge's own: a link, a pipe, a file with a
+        second name elsewhere, or another user's.
         """
         flags = os.O_RDWR | _FILE | (os.O_APPEND if append else 0)
         with self._within(name, make=True) as (folder, last):
             where = folder._descriptor
             if folder.entry(last) is None:
                 new = flags | os.O_CREAT | os.O_EXCL
-                with suppress(FileExistsError):  # somebody else has just made it
+                with suppress(FileExistsError):  # another process has just made it
                     return os.open(last, new, folder._file_mode, dir_fd=where)
             folder._refuse_unless_own(last, folder.entry(last))
             descriptor = os.open(last, flags, dir_fd=where)
@@ -162,24 +163,25 @@ class HeldFolder:
             return descriptor
 
     def is_own_file(self, name: str) -> bool:
-        """Tell whether `open_own` would take up what has this name."""
+        """Return True if `open_own` would reuse the entry of this name."""
         there = self.entry(name)
         return there is not None and _finding(there, owner=self.owner) is None
 
     def make_folder(self, name: str, mode: int) -> None:
-        """Make a subfolder. What has its name already is a FileExistsError, be it a link."""
+        """Make a subfolder; raise FileExistsError if the name is taken, even by a link."""
         os.mkdir(name, mode, dir_fd=self._descriptor)
 
     def subfolder(self, name: str) -> "HeldFolder":
-        """Open a subfolder, whoever has made it; what is no folder, or a link, is an OSError."""
+        """Open a subfolder, whoever made it; raise OSError if it is a link or not a folder."""
         flags = _FOLDER | os.O_NOFOLLOW
         descriptor = os.open(name, flags, dir_fd=self._descriptor)
         return HeldFolder(self.path / name, descriptor, owner=self.owner, mode=self.mode)
 
     def own_subfolder(self, name: str, *, mode: int | None = None) -> "HeldFolder":
-        """Make a subfolder, or take up an earlier run's. `mode`: its permissions; None: `mode`'s.
+        """Make a subfolder, or reuse an earlier merge's.
 
-        Raises `OutputError` if what is there is a link, no folder, or another user's.
+        `mode`: its permissions; None means this folder's. Raises `OutputError` if the entry is a
+        link, not a folder, or another user's.
         """
         mode = self.mode if mode is None else mode
         with suppress(FileExistsError):
@@ -199,14 +201,14 @@ class HeldFolder:
         return folder
 
     def limit_permissions(self, mode: int) -> None:
-        """Take permissions away: from the folder itself, and from all that is made in it later."""
+        """Take permissions away from the folder and from all that is made in it later."""
         self.mode &= mode
         _set_permissions(self._descriptor, self.status(), self.mode)
 
     def status_of_new_file(self) -> os.stat_result:
-        """Return the status of a file that is made here, and removed at once.
+        """Make a file, remove it at once, and return the status that it had.
 
-        Some disks (network, FAT) give every file to one user, or let all write to it.
+        Some disks (network, FAT) give every file to one user, or let everybody write to it.
         """
         name = _new_name()
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FILE
@@ -218,14 +220,14 @@ class HeldFolder:
             os.unlink(name, dir_fd=self._descriptor)
 
     def check_own(self) -> None:
-        """Raise `OutputError` if anything below it is no folder, and no file of this user's."""
+        """Raise `OutputError` if anything below is neither a folder nor a file of this user."""
         for name, there in self.files():
             self._refuse_unless_own(name, there)
 
     # Removing, moving, forcing to disk
 
     def remove(self, name: str) -> None:
-        """Remove a file, a link itself, or a folder with all that is in it."""
+        """Remove a file, a link itself, or a folder with all its entries."""
         there = self.entry(name)
         if there is None or not stat.S_ISDIR(there.st_mode):
             os.unlink(name, dir_fd=self._descriptor)
@@ -236,15 +238,15 @@ class HeldFolder:
         self.remove_empty(name)
 
     def remove_empty(self, name: str) -> None:
-        """Remove a folder that is empty; an OSError if it is not."""
+        """Remove an empty folder; raise OSError if it is not empty."""
         os.rmdir(name, dir_fd=self._descriptor)
 
     def move(self, name: str, target: "HeldFolder", target_name: str) -> None:
-        """Rename what has a name here to one in another folder of the same disk."""
+        """Rename an entry into another folder of the same disk."""
         os.rename(name, target_name, src_dir_fd=self._descriptor, dst_dir_fd=target._descriptor)
 
     def exchange(self, name: str, other: "HeldFolder", other_name: str) -> bool:
-        """Swap what two names mean, in one step; return False if the system cannot."""
+        """Swap two entries in one step; return False if the system cannot."""
         libc = ctypes.CDLL(None, use_errno=True)
         names = (
             *(self._descriptor, os.fsencode(name)),
@@ -268,7 +270,7 @@ class HeldFolder:
         try:
             os.fsync(self._descriptor)
         except OSError as error:
-            # Some network and FUSE file systems know no fsync of a folder.
+            # Some network and FUSE file systems do not support fsync of a folder.
             if error.errno not in NOT_SUPPORTED:
                 raise
 
@@ -281,7 +283,7 @@ class HeldFolder:
             os.close(descriptor)
 
     def sync_all(self) -> None:
-        """Force all files and folders below it to disk; for files that were, that costs nothing."""
+        """Force all files and folders below to disk; files already there cost nothing."""
         for name, is_folder in self._entries():
             if is_folder:
                 with self.subfolder(name) as folder:
@@ -290,10 +292,10 @@ class HeldFolder:
                 self.sync_file(name)
         self.sync()
 
-    # Within
+    # Helpers
 
     def _entries(self) -> list[tuple[str, bool]]:
-        """Return the name of each entry, and whether it is a folder, in order."""
+        """Return (name, is a folder) of each entry, sorted."""
         with os.scandir(self._descriptor) as entries:
             return sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
 
@@ -308,9 +310,10 @@ class HeldFolder:
 
     @contextmanager
     def _within(self, name: str, *, make: bool = False) -> Iterator[tuple["HeldFolder", str]]:
-        """Open the folder that a name leads into for a moment; yield it, and the name's last part.
+        """Open for a moment the folder that a name leads into; yield it and the last part of the
+        name.
 
-        `make`: make the folders on the way, or take up an earlier run's.
+        `make`: make the folders on the way, or reuse an earlier merge's.
         """
         first, slash, rest = name.partition("/")
         if not slash:
@@ -323,14 +326,14 @@ class HeldFolder:
 
 
 def open_folder(path: Path) -> HeldFolder:
-    """Open a folder by an absolute path that was resolved: what is a link by now is an OSError."""
+    """Open a folder by a resolved absolute path; raise OSError if a part of it is now a link."""
     flags, within = _FOLDER | os.O_NOFOLLOW, None
     if not hasattr(os, "O_PATH"):  # not Linux
         return HeldFolder(path, os.open(path, flags), owner=os.geteuid(), mode=_PERMISSIONS)
     descriptors = []
     try:
         for part in path.parts[:-1]:
-            # To go through a folder takes no leave to list it.
+            # Passing through a folder needs no right to list it.
             within = os.open(part, flags | os.O_PATH, dir_fd=within)
             descriptors.append(within)
         descriptor = os.open(path.parts[-1], flags, dir_fd=within)
@@ -341,12 +344,12 @@ def open_folder(path: Path) -> HeldFolder:
 
 
 def _new_name() -> str:
-    """Return a name for a moment, which nobody can have used before."""
+    """Return a temporary name that nobody can have used before."""
     return f".{os.urandom(8).hex()}.shardmix"
 
 
 def user_name(number: int) -> str:
-    """Return what to call a user by: name and number, or the number if it has no name."""
+    """Return a user's name and number for a message, or only the number if there is no name."""
     import pwd
 
     try:
@@ -367,13 +370,13 @@ def _closed_on_error(descriptor: int) -> Iterator[None]:
 def _set_permissions(descriptor: int, there: os.stat_result, mode: int) -> None:
     if there.st_mode & _PERMISSIONS == mode:
         return
-    # A disk without permissions has those that it was mounted with.
+    # A disk without permissions has fixed ones from its mount.
     with suppress(PermissionError):
         os.fchmod(descriptor, there.st_mode & ~_PERMISSIONS & 0o7777 | mode)
 
 
 def _kind(mode: int) -> str:
-    """Say what something is that is not what a merge makes."""
+    """Describe an entry that is not of the kind a merge makes."""
     if stat.S_ISLNK(mode):
         return "is a link"
     if stat.S_ISDIR(mode):
@@ -382,7 +385,7 @@ def _kind(mode: int) -> str:
 
 
 def _finding(there: os.stat_result, *, owner: int) -> str | None:
-    """Say why a file cannot be a merge's own; None if it can."""
+    """Return why a file cannot be a merge's own, or None if it can."""
     if not stat.S_ISREG(there.st_mode):
         return _kind(there.st_mode)
     if there.st_nlink > 1:

@@ -1,7 +1,8 @@
-"""One process at a time in a folder: a lock that ends with its process, however that ends.
+"""One process at a time in a folder, by a lock that ends with its process.
 
-The system's own lock on a file in the folder (`flock`), which no crash can leave behind; the file
-tells whose it is. Where a file system knows no locks, that telling has to do.
+It is the system's own lock on a file in the folder (`flock`), which no crash leaves behind. The
+file holds the process id of its owner. On a file system without locks that id takes the lock's
+part.
 """
 
 import errno
@@ -23,8 +24,8 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
 def lock_folder(folder: HeldFolder) -> int | None:
     """Lock a folder; return the descriptor whose closing unlocks it.
 
-    Returns None if the lock was removed meanwhile, by whoever had it before. Raises `OutputError`
-    if another process has it, or if what is there is no lock; and OSError.
+    Returns None if its former owner removed the lock in the meantime. Raises OSError, and
+    `OutputError` if another process has the lock or the entry is not a lock.
     """
     descriptor = folder.open_own(LOCK_NAME)
     try:
@@ -37,23 +38,23 @@ def lock_folder(folder: HeldFolder) -> int | None:
     except BaseException:
         os.close(descriptor)
         raise
-    os.close(descriptor)  # removed between opening and locking: nobody else would see it
+    os.close(descriptor)  # removed before we locked it: another process would not see our lock
     return None
 
 
 def unlock(lock: int) -> None:
     """Unlock a folder."""
-    with suppress(OSError):  # the system says how the last write went; a lock has none
+    with suppress(OSError):  # closing reports failed writes; a lock has none
         fcntl.flock(lock, fcntl.LOCK_UN)  # a child process may hold a copy of the descriptor
     with suppress(OSError):
         os.close(lock)
 
 
 def lock_owner(folder: HeldFolder) -> int | None:
-    """Return the process that has a folder locked, or None; 0 if it cannot be told."""
+    """Return the id of the process that has a folder locked; None if unlocked, 0 if unknown."""
     try:
         file = folder.open_regular(LOCK_NAME)
-    except (FileNotFoundError, OutputError):  # nobody has what is no lock
+    except (FileNotFoundError, OutputError):  # an entry that is not a lock has no owner
         return None
     except OSError:
         return 0
@@ -71,7 +72,7 @@ def lock_owner(folder: HeldFolder) -> int | None:
 
 def _lock(descriptor: int, folder: Path) -> None:
     try:
-        for _ in range(_NUM_TRIES - 1):  # who only looks whose it is has it for a moment
+        for _ in range(_NUM_TRIES - 1):  # `lock_owner` holds it for a moment
             with suppress(BlockingIOError):
                 return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             time.sleep(_PAUSE_SECONDS)

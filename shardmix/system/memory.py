@@ -1,4 +1,4 @@
-"""The memory of this process and machine: what is taken, what is available, what can go back."""
+"""The memory of this process and machine: taken, available, and given back."""
 
 import ctypes
 import resource
@@ -14,19 +14,19 @@ from shardmix.system.units import MIB, format_mib
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _LARGE_BLOCK_NBYTES = 1 * MIB
 
-# What may be taken without asking how much there is.
+# Less than this is taken without asking how much is available.
 _LITTLE_NBYTES = 64 * MIB
 
 
 def resident_nbytes() -> int:
-    """Return what the process has in memory now (its resident set)."""
+    """Return the bytes that the process has in memory now (its resident set)."""
     return int(psutil.Process().memory_info().rss)
 
 
 def available_nbytes() -> int:
-    """Return the memory that could be had without taking it from other programs.
+    """Return the memory available without taking any from other programs.
 
-    Cached files are no obstacle. In a container what its limit leaves counts, too.
+    Cached files count as available. In a container its limit counts, too.
     """
     on_machine = int(psutil.virtual_memory().available)
     in_group = group_available_nbytes()
@@ -45,7 +45,7 @@ def peak_resident_nbytes() -> int:
 
 
 def check_room(needed: int, *, max_memory: int | None, purpose: str) -> None:
-    """Raise `BudgetError` where taking so many bytes more could exceed the process's budget.
+    """Raise `BudgetError` if taking `needed` more bytes could exceed the process's budget.
 
     Without a budget, four fifths of the available memory is one. `purpose` opens the message.
     """
@@ -65,11 +65,11 @@ def check_room(needed: int, *, max_memory: int | None, purpose: str) -> None:
 
 
 def give_back_large_blocks() -> None:
-    """Make freed blocks of memory, from 1 MiB on, go back to the system, for this whole process.
+    """Make freed blocks of 1 MiB and more go back to the system, for this whole process.
 
-    By default glibc soon keeps blocks of up to 32 MiB on its heap, where small ones that stay leave
+    By default glibc soon keeps blocks of up to 32 MiB on its heap, and small blocks that stay leave
     holes between them. A process through which weights stream would grow with every layer
-    (measured: by a sixth of the model). Where the C library is another, nothing is done.
+    (measured: by a sixth of the model). Does nothing with other C libraries.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -77,10 +77,10 @@ def give_back_large_blocks() -> None:
 
 
 def give_back_free_memory() -> None:
-    """Make what is free within the process go back to the system.
+    """Make free memory within the process go back to the system.
 
-    glibc keeps freed blocks on its heap. What a merge holds when its chunks are sized counts
-    against its budget; what it held before should not. Elsewhere nothing is done.
+    glibc keeps freed blocks on its heap. Memory held when chunks are sized counts against the
+    budget; memory freed before should not. Does nothing with other C libraries.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

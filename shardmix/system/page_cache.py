@@ -1,8 +1,8 @@
-"""What a merge leaves of its files in the system's page cache.
+"""The pages of a merge's files in the system's page cache.
 
-What it reads and writes pushes other programs' files out, in a merge larger than the cache for
-nothing: before the cache could be of use, its beginning is gone. Of such a merge pages are dropped
-behind it. Only hints; on Linux.
+Reading and writing push other programs' files out of the cache. In a merge larger than the cache
+that is for nothing: its first pages are gone before they could be used again. Such a merge drops
+its pages behind itself. All calls are hints, on Linux only.
 """
 
 import os
@@ -17,24 +17,25 @@ from shardmix.system.memory import available_nbytes
 from shardmix.system.units import MIB
 
 DROPPED_AT_ONCE_NBYTES = 32 * MIB
-"""How much of a file is dropped by one call: short ranges would take time and leave pages."""
-_MOST_RANGES = 8192  # known at a time, some 3 MB; more only where files are read in no order
+"""Bytes of a file dropped by one call; short ranges take time and leave pages behind."""
+_MOST_RANGES = 8192  # some 3 MB; more only if files are read in no order
 
 
 @dataclass(frozen=True, slots=True)
 class CacheUse:
-    """Whose pages stay in the cache, as long as the system has room."""
+    """The files whose pages stay in the cache, as long as the system has room."""
 
     keeps_sources: bool
-    """Those of the files that are read."""
+    """Pages of the files that are read stay."""
     keeps_output: bool
-    """Those of the files that are written."""
+    """Pages of the files that are written stay."""
 
 
 def plan_cache_use(*, read_nbytes: int, write_nbytes: int, fsync: bool) -> CacheUse:
-    """Keep what fits into half of the memory that is available, the output before the sources.
+    """Choose the files whose pages stay: all that fit into half of the available memory.
 
-    Without `fsync` output is kept in any case: what is not on the disk cannot be dropped.
+    The output goes before the sources. Without `fsync` it stays in any case, since pages that are
+    not on the disk cannot be dropped.
     """
     room = available_nbytes() // 2
     return CacheUse(
@@ -44,7 +45,7 @@ def plan_cache_use(*, read_nbytes: int, write_nbytes: int, fsync: bool) -> Cache
 
 
 def drop_pages(descriptor: int, start: int, stop: int) -> None:
-    """Drop a file's pages from the cache where they are neither dirty nor mapped.
+    """Drop a file's pages from the cache, except those that are dirty or mapped.
 
     Large pages that lie only partly in the range stay. Dirty ones begin to be written back.
     """
@@ -54,24 +55,24 @@ def drop_pages(descriptor: int, start: int, stop: int) -> None:
 
 
 class PassedRanges:
-    """Ranges of files that several threads are done with: dropped many neighbours at a time."""
+    """Ranges of files that all workers have passed; many neighbours are dropped at a time."""
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
         self._paths = paths
         self._lock = threading.Lock()
-        # (File, where a range starts or stops) → its other end; no range touches another.
+        # (File, start or stop of a range) → its other end; no two ranges touch.
         self._stop_of: dict[tuple[int, int], int] = {}
         self._start_of: dict[tuple[int, int], int] = {}
 
     def add(self, file: int, start: int, stop: int) -> None:
-        """Take a range of a file for done with; what was mapped there may still be, at its ends."""
+        """Add a range of a file that was passed; its ends may still be mapped."""
         with self._lock:
             if len(self._stop_of) >= _MOST_RANGES:
-                # What is forgotten is dropped at the end.
+                # Forgotten ranges are dropped at the end.
                 self._stop_of.clear()
                 self._start_of.clear()
             start, stop = self._joined(file, start, stop)
-            # Whole huge pages: the neighbours' ranges will have the rest.
+            # Only whole huge pages; the rest goes with the neighbouring ranges.
             first = start + -start % HUGE_PAGE_NBYTES
             last = stop - stop % HUGE_PAGE_NBYTES
             is_long = last - first >= DROPPED_AT_ONCE_NBYTES
@@ -84,7 +85,7 @@ class PassedRanges:
             self._drop(file, first, last)
 
     def _joined(self, file: int, start: int, stop: int) -> tuple[int, int]:
-        """Return a range with those that it touches, which are then no longer known."""
+        """Remove the ranges that touch this one; return it joined with them."""
         if (file, start) in self._start_of:
             before = self._start_of.pop((file, start))
             del self._stop_of[file, before]
@@ -96,7 +97,7 @@ class PassedRanges:
         return start, stop
 
     def end(self) -> None:
-        """Drop what is left of the files, now that nobody is at them any more."""
+        """Drop the remaining pages of all files, once no worker uses them."""
         for file, path in enumerate(self._paths):
             with suppress(OSError):
                 self._drop(file, 0, Path(path).stat().st_size)

@@ -1,28 +1,29 @@
-"""Turns a mapped page's failure, which would kill the process, into a mark. Knows addresses alone.
+"""Turns the failure of a mapped page, which would kill the process, into a mark.
 
-A load from a mapped file has no error code. Where the page is gone (the file was cut short) or
-cannot be read (the disk fails, the network is away), the kernel sends SIGBUS, and the process dies.
-While a mapping is guarded, a handler takes the signal: it marks the mapping as failed and lays
-pages of zeros over the rest of it, so that the load, tried again, goes on. Whoever used the bytes
-looks at the mark afterwards and throws the result away.
+A load from a mapped file has no error code. If the page is gone (the file was cut short) or cannot
+be read (the disk fails, the network is away), the kernel sends SIGBUS, and the process dies. While
+a mapping is guarded, a handler takes the signal. It marks the mapping as failed and maps pages of
+zeros over the rest of it, so that the repeated load succeeds. The user of the bytes then checks the
+mark and discards the result.
 
-Nothing checked or loaded beforehand could do the same: between any check and the load a file can
-shrink. The fault itself is the one moment without a window, and waiting for it costs nothing while
-all goes well.
+No check beforehand could do the same: between any check and the load a file can shrink. Only the
+fault itself comes without a window, and waiting for it costs nothing while all goes well.
 
-The handler is Python, called by ctypes on the thread that faulted. What makes that sound:
+The handler is Python, called by ctypes on the thread that faulted. It is sound for these reasons:
 
-- A load faults, so a load is all that was interrupted: a loop of a compiled kernel, or a copy. No
-  allocator, and no other code that could not be entered twice.
-- ctypes takes the interpreter's lock if the thread does not have it: a kernel runs without it, and
-  holds nothing that the lock's owner could be waiting for. A copy of `bytes` has the lock; then
-  there is nothing to take, and the interpreter is entered as from any C function.
+- Only a load faults, so only a load was interrupted: a loop of a compiled kernel, or a copy. No
+  allocator was, and no other code that cannot be entered twice.
+- ctypes takes the interpreter's lock if the thread does not have it. A kernel runs without it, and
+  holds nothing that the lock's owner could be waiting for. A copy of `bytes` has the lock; then the
+  interpreter is entered as from any C function.
 - The handler takes no lock of its own. It reads one immutable tuple, replaced as a whole, and makes
-  one system call. What it does twice, for two threads on one page, is done as well as once.
-- It runs on the thread's own stack: the one set aside for signals is far too small for Python.
-- Other faults are not its business: the former handler, or death, gets them as it always did. The
-  former disposition comes back, as it was, with the last guarded mapping.
-- A process forked off has mappings, handler and marks of its own; exec leaves no handlers.
+  one system call. Two threads on one page may both do it, with the same result.
+- It runs on the thread's own stack: a signal stack is far too small for Python.
+- Other faults go to the former handler, or end the process, as they always did. The former
+  disposition comes back with the end of the last guarded mapping.
+- A forked process has mappings, handler and marks of its own; exec leaves no handlers.
+
+Knows only addresses.
 """
 
 import ctypes
@@ -43,18 +44,18 @@ _MACHINES = ("x86_64", "aarch64")
 
 @dataclass(slots=True, eq=False)
 class GuardedRange:
-    """A mapped file's addresses, and what became of them."""
+    """The addresses of a mapped file, and whether a load from them failed."""
 
     start: int
     """Address of its first byte."""
     stop: int
     """Address behind its last page."""
     failed: bool = False
-    """A page could not be loaded: bytes read until now may be zeros that the file never had."""
+    """True if a page could not be loaded: bytes read until now may be zeros the file never had."""
 
 
 class _SigInfo(ctypes.Structure):
-    """siginfo_t, as far as faults fill it in."""
+    """siginfo_t, with the fields that faults set."""
 
     _fields_ = (
         ("number", ctypes.c_int),
@@ -75,14 +76,14 @@ class _Action(ctypes.Structure):
     )
 
 
-# With an errno of its own: the interrupted code finds its errno as it was.
+# With an errno of its own, so that the interrupted code finds its errno unchanged.
 _HANDLER = ctypes.CFUNCTYPE(
     None, ctypes.c_int, ctypes.POINTER(_SigInfo), ctypes.c_void_p, use_errno=True
 )
 
 
 class _SigbusHandler:
-    """What answers SIGBUS, and what did so before."""
+    """The handler of SIGBUS, and the one it replaced."""
 
     def __init__(self) -> None:
         if sys.platform != "linux" or platform.machine() not in _MACHINES or sys.maxsize < 1 << 32:
@@ -106,7 +107,7 @@ class _SigbusHandler:
     def uninstall(self) -> None:
         current = _Action()
         self._sigaction(signal.SIGBUS, None, ctypes.byref(current))
-        if current.handler == self._own.handler:  # else another came on top, and stays
+        if current.handler == self._own.handler:  # otherwise another handler came on top, and stays
             self._hand_back()
 
     def _hand_back(self) -> None:
@@ -114,7 +115,7 @@ class _SigbusHandler:
 
     def _answer(self, number: int, info: "ctypes._Pointer[_SigInfo]", _context: int | None) -> None:
         try:
-            was_sent = info.contents.code <= 0  # by a process: there is no address then
+            was_sent = info.contents.code <= 0  # by a process: then there is no address
             address = 0 if was_sent else info.contents.address
             for guarded in _guarded:
                 if guarded.start <= address < guarded.stop and self._cover(guarded, address):
@@ -122,7 +123,7 @@ class _SigbusHandler:
             self._hand_back()  # returning repeats the load, and the former handler gets the fault
             if was_sent:
                 self._raise(number)
-        except Exception:  # whatever it is, faulting here for ever would be worse
+        except Exception:  # whatever it is, to fault here for ever would be worse
             self._hand_back()
 
     def _cover(self, guarded: GuardedRange, address: int) -> bool:
@@ -135,16 +136,16 @@ class _SigbusHandler:
         return bool(mapped == page)
 
 
-# A signal's disposition is the process's, and so is this.
+# A signal's disposition belongs to the process, and so does this state.
 _lock = threading.Lock()
 _guarded: tuple[GuardedRange, ...] = ()
-_handler: _SigbusHandler | None = None  # kept once made: a signal may be on its way to it
+_handler: _SigbusHandler | None = None  # never dropped: a signal may be on its way to it
 
 
 def guard(mapping: mmap.mmap) -> GuardedRange:
-    """Let failures to load a mapping's pages set the mark that is returned, until `unguard`.
+    """Make failures to load a mapping's pages set the returned mark, until `unguard`.
 
-    Raises OSError where they cannot be caught: on other systems than Linux on x86_64 and aarch64.
+    Raises OSError if they cannot be caught: on systems other than Linux on x86_64 and aarch64.
     """
     global _guarded, _handler
     start = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
@@ -159,10 +160,10 @@ def guard(mapping: mmap.mmap) -> GuardedRange:
 
 
 def unguard(guarded: GuardedRange) -> None:
-    """Leave a mapping alone from now on; call this before it is unmapped."""
+    """Stop guarding a mapping; call this before it is unmapped."""
     global _guarded
     with _lock:
-        # Elsewhere its addresses may soon mean something else.
+        # These addresses may soon belong to another mapping.
         _guarded = tuple(other for other in _guarded if other is not guarded)
         if not _guarded and _handler is not None:
             _handler.uninstall()

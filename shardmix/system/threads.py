@@ -1,4 +1,4 @@
-"""Threads that end with the block that started them, whatever comes."""
+"""Threads that end with the block that started them, in every case."""
 
 import os
 import threading
@@ -13,8 +13,8 @@ def running(
     """Run a task on several threads; none of them is left when the block has ended.
 
     Yields an event for each thread, set at its end. At the end of the block, also by an exception,
-    `stop` is called, which must make the tasks return soon. A second interrupt changes nothing.
-    The task keeps its exceptions to itself.
+    `stop` is called, which must make the tasks return soon. A second interrupt changes nothing. The
+    task must not raise.
     """
     crew = [_Member(task, number) for number in range(count)]
     try:
@@ -48,28 +48,29 @@ class _Member:
             self.end.set()
 
     def dismiss(self) -> None:
-        """Wait for the thread's end; one that was interrupted while it was started does nothing."""
+        """Wait for the thread's end; a thread interrupted during its start does nothing."""
         with self._lock:
             self._is_dismissed = True
         if self._has_begun:
-            # Not `Thread.join` at once: interrupted by a signal, it may take a thread that runs for
-            # ended (CPython 3.10 to 3.12), whose files would be closed under its hands.
+            # `Thread.join` only afterwards: interrupted by a signal, it may take a running
+            # thread for an ended one (CPython 3.10 to 3.12), whose files would then be closed
+            # during use.
             self.end.wait()
             self.thread.join()
 
 
 def _uninterrupted(function: Callable[[], None]) -> None:
-    """Call a function, and again if an interrupt cuts it short."""
+    """Call a function, again if an interrupt cuts it short."""
     while True:
         with suppress(KeyboardInterrupt):
             return function()
 
 
 MOST_WORKERS = 256
-"""More threads than that only stand in one another's way."""
+"""Upper limit of threads; more only get in each other's way."""
 
 
 def num_cores() -> int:
-    """Return how many cores the process may use."""
+    """Return the number of cores that the process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return cores or 1

@@ -1,6 +1,7 @@
-"""How long the workers of a merge are at each stage, and how many bytes pass through it.
+"""The time that workers of a merge spend at each stage, and the bytes that pass through it.
 
-One clock for all threads, and a twin that does nothing where nobody asked. Knows no merge.
+One clock serves all threads. Its twin does nothing, for merges that are not profiled. Knows no
+merge.
 """
 
 import threading
@@ -9,25 +10,25 @@ from typing import Protocol
 
 READ, REDUCE, WRITE, DIGEST, FINISH, OTHER = range(6)
 STAGES = ("read", "reduce", "write", "digest", "finish", "other")
-"""What a worker does: source bytes in; the sum; output bytes out; their hashes; the end of a file
-(its header, and forcing it to disk); and all else: waiting for work, checking what is there."""
+"""A worker's stages: source bytes in; the arithmetic; output bytes out; their hashes; the end of a
+file (its header, and forcing it to disk); and all else, such as waiting for a task."""
 
 
 class Clock(Protocol):
-    """Told by each worker at the end of a stage."""
+    """The calls that each worker makes at the end of a stage."""
 
     def start(self) -> None:
         """Begin to count on the calling thread."""
 
     def lap(self, stage: int, nbytes: int = 0, *, seconds: float | None = None) -> None:
-        """Count the thread's time since its last call, and these bytes, as this stage's.
+        """Count the thread's time since its last call, and these bytes, for this stage.
 
-        With `seconds`, so much of that time; the rest is the next stage's.
+        `seconds`: count only so much of that time; the rest is the next stage's.
         """
 
 
 class StageClock:
-    """Adds up laps: a thread's stages follow one another, so that none of its time is lost."""
+    """Adds up laps; a thread's stages follow one another, so that none of its time is lost."""
 
     def __init__(self) -> None:
         self._threads: list[_Laps] = []
@@ -39,7 +40,7 @@ class StageClock:
         self._threads.append(laps)
 
     def lap(self, stage: int, nbytes: int = 0, *, seconds: float | None = None) -> None:
-        """Count the thread's time since its last call, and these bytes, as this stage's."""
+        """Count the thread's time since its last call, and these bytes, for this stage."""
         laps: _Laps = self._local.laps
         now = time.perf_counter() if seconds is None else laps.since + seconds
         laps.seconds[stage] += now - laps.since
@@ -55,12 +56,12 @@ class StageClock:
         return [sum(laps.seconds[stage] for laps in self._threads) for stage in range(len(STAGES))]
 
     def last_lap(self) -> float | None:
-        """Return when the last lap of any thread ended, by `time.perf_counter`; None: no lap."""
+        """Return the end of the latest lap, by `time.perf_counter`, or None without a lap."""
         return max((laps.since for laps in self._threads), default=None)
 
 
 class _Laps:
-    """What one thread has counted."""
+    """The counts of one thread."""
 
     def __init__(self) -> None:
         self.seconds = [0.0] * len(STAGES)

@@ -20,7 +20,7 @@ _SIZE = re.compile(r"\s*(\d{1,40}(?:\.\d{1,40})?)\s*([a-z]*)\s*", re.IGNORECASE)
 def parse_size(text: str | int) -> int:
     """Return the bytes that a size means: `"512MiB"` is 512 × 2**20, `"2GB"` is 2 × 10**9.
 
-    An integer, or digits alone, count bytes. Raises `RecipeError` for anything else.
+    An integer, or only digits, count bytes. Raises `RecipeError` for anything else.
     """
     if isinstance(text, int) and not isinstance(text, bool):
         num_bytes = text
@@ -41,7 +41,7 @@ def parse_size(text: str | int) -> int:
 
 
 def format_size(num_bytes: float) -> str:
-    """Return a size for people: three figures, powers of 1000 (`"2.20 GB"`), as disks count."""
+    """Format a size for people: three figures, powers of 1000 (`"2.20 GB"`), as disks count."""
     units = ["TB", "GB", "MB", "kB", "B"]
     while abs(num_bytes) >= 999.5 and len(units) > 1:
         num_bytes /= 1000
@@ -54,5 +54,5 @@ def format_size(num_bytes: float) -> str:
 
 
 def format_mib(num_bytes: int) -> str:
-    """Return a memory size as it is typed for `--max-memory`: whole MiB, rounded up."""
+    """Format a memory size as it is typed for `--max-memory`: whole MiB, rounded up."""
     return f"{-(-num_bytes // MIB)}MiB"

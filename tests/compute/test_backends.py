@@ -15,7 +15,7 @@ from shardmix.compute.keep_first import AgreeReducer
 from shardmix.compute.torch_cpu import TorchBackend
 from shardmix.compute.torch_ops import accumulate, round_into
 from shardmix.plan.merge_plan import AGREE
-from shardmix.system.buffers import PAGE_NBYTES, address, place_in_page
+from shardmix.system.buffers import PAGE_NBYTES, address, offset_in_page
 from tests.support.models import random_tensor, round_once, weighted_sum
 from tests.support.reducing import (
     COMPILED,
@@ -387,11 +387,11 @@ def test_buffers_lie_half_a_page_from_their_files(backend):
         reducer.begin(segment, start, 100)
         for number, source in enumerate(sources):
             staging = reducer.staging(number)
-            expected = place_in_page(segment.offsets[number] + 2 * start)
+            expected = offset_in_page(segment.offsets[number] + 2 * start)
             assert address(staging) % PAGE_NBYTES == expected
             staging[:] = raw_bytes(source)
             reducer.add(number, staging)
-        expected = place_in_page(segment.out_offset + 2 * start)
+        expected = offset_in_page(segment.out_offset + 2 * start)
         assert address(reducer.finish()) % PAGE_NBYTES == expected
 
 
