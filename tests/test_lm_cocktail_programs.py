@@ -94,7 +94,8 @@ def hub_of_models(tmp_path_factory):
         yield server
 
 
-def test_the_calls_of_lm_cocktails_readme_run(hub_of_models, tmp_path):
+def test_calls_of_lm_cocktails_readme_run(hub_of_models, tmp_path):
+    """The calls of LM-Cocktail's README run."""
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
         "HF_ENDPOINT": hub_of_models.url,

@@ -59,7 +59,8 @@ def oracle(models, out_dtype=None):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_one_shard_is_what_save_file_writes_byte_for_byte(tmp_path, dtype):
+def test_one_shard_is_save_files_bytes(tmp_path, dtype):
+    """One shard is what save_file writes, byte for byte."""
     models = three_models(tmp_path, (dtype,) * 3)
     shardmix.merge(models, tmp_path / "out")
     save_file(oracle(models), tmp_path / "oracle.safetensors", metadata={"format": "pt"})
@@ -114,8 +115,11 @@ def layouts(names):
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_bytes_depend_on_recipe_and_sources_alone(tmp_path_factory, data):
-    """Whatever the layouts, dtypes, number of models, chunks, workers and way to read."""
+def test_recipe_and_sources_decide_bytes(tmp_path_factory, data):
+    """Bytes depend only on recipe and sources.
+
+    Whatever the layouts, dtypes, number of models, chunks, workers and way to read.
+    """
     tmp_path = tmp_path_factory.mktemp("merge")
     names = [f"layer.{number}.weight" for number in range(data.draw(st.integers(1, 6)))]
     shapes = {
@@ -166,8 +170,11 @@ def test_budgets_do_not_change_the_bytes(tmp_path):
     assert free["model.safetensors"] == tight["model.safetensors"]
 
 
-def test_any_tensor_order_in_a_file_gives_the_same_merge(tmp_path):
-    """Files of other writers: data not in order of name, and not aligned to its elements."""
+def test_tensor_order_does_not_matter(tmp_path):
+    """Any tensor order in a file gives the same merge.
+
+    Files of other writers: data not in order of name, and not aligned to its elements.
+    """
     models = three_models(tmp_path, (torch.bfloat16,) * 3)
     tensors = load_model(models[1][0])
     names = sorted(tensors, key=lambda name: name[::-1])
@@ -191,7 +198,8 @@ def test_any_tensor_order_in_a_file_gives_the_same_merge(tmp_path):
         assert_same_bits(load_model(tmp_path / io), expected)
 
 
-def test_integers_that_differ_are_reported_and_the_first_models_kept(tmp_path):
+def test_differing_integers_are_reported(tmp_path):
+    """Integers that differ are reported, and the first model's kept."""
     models = []
     for number in range(3):
         tensors = {"w": torch.ones(4) * number, "steps": torch.tensor([7, max(number, 1)])}
@@ -225,7 +233,8 @@ def test_names_of_any_kind_survive(tmp_path):
     assert_same_bits(load_model(tmp_path / "out"), tensors)
 
 
-def test_events_tell_the_progress_up_to_the_end(tmp_path):
+def test_events_tell_progress_to_the_end(tmp_path):
+    """Events tell the progress up to the end."""
     events = []
 
     def note(event):
@@ -254,7 +263,9 @@ def test_a_cancelled_merge_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupt_or_a_callbacks_error_leaves_no_output_and_no_thread(tmp_path, error):
+def test_interrupt_leaves_nothing_behind(tmp_path, error):
+    """An interrupt or a callback's error leaves no output and no thread."""
+
     def fail(_event):
         raise error
 
@@ -278,7 +289,9 @@ def test_a_failing_disk_leaves_nothing(tmp_path, monkeypatch):
     assert only_inputs(tmp_path)
 
 
-def test_a_source_that_cannot_be_read_leaves_nothing(tmp_path, monkeypatch):
+def test_unreadable_source_leaves_nothing(tmp_path, monkeypatch):
+    """A source that cannot be read leaves nothing."""
+
     def fail(*_):
         raise OSError(5, "Input/output error")
 
@@ -289,7 +302,8 @@ def test_a_source_that_cannot_be_read_leaves_nothing(tmp_path, monkeypatch):
     assert only_inputs(tmp_path)
 
 
-def test_torchs_threads_are_left_as_they_were(tmp_path):
+def test_torchs_threads_stay_as_they_were(tmp_path):
+    """Torch's threads are left as they were."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -299,14 +313,16 @@ def test_torchs_threads_are_left_as_they_were(tmp_path):
         torch.set_num_threads(before)
 
 
-def test_dtypes_that_kernels_do_not_know_are_torchs(tmp_path):
+def test_dtypes_unknown_to_kernels_use_torch(tmp_path):
+    """Dtypes that kernels do not know are torch's."""
     models = three_models(tmp_path, (torch.float64,) * 3)
     assert shardmix.merge(models, tmp_path / "out").backend == "torch"
     with pytest.raises(shardmix.RecipeError, match="does not know F64"):
         shardmix.merge(models, tmp_path / "out2", backend="llvm")
 
 
-def test_an_llvm_that_is_broken_is_made_up_for_by_torch_and_said_so(tmp_path, monkeypatch):
+def test_torch_stands_in_for_a_broken_llvm(tmp_path, monkeypatch):
+    """An LLVM that is broken is made up for by torch, and said so."""
     monkeypatch.setitem(sys.modules, "shardmix.compute.llvm_cpu", None)  # its import fails
     report = shardmix.merge(three_models(tmp_path), tmp_path / "out")
     assert report.backend == "torch"
@@ -331,7 +347,8 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_writes_the_same_bytes_within_its_budget(tmp_path):
+def test_gpu_keeps_bytes_and_budget(tmp_path):
+    """A GPU writes the same bytes, within its budget."""
     models = three_models(tmp_path, (torch.bfloat16,) * 3)
     shardmix.merge(models, tmp_path / "cpu", device="cpu")
     report = shardmix.merge(models, tmp_path / "gpu", device="cuda", max_vram="64MiB")
@@ -373,7 +390,8 @@ def test_nan_and_inf_are_counted_by_tensor(tmp_path, backend, chunk_nbytes):
     assert not (tmp_path / "strict").exists()
 
 
-def test_values_too_large_for_the_output_are_named_as_such(tmp_path):
+def test_overflows_are_named_as_such(tmp_path):
+    """Values too large for the output are named as such."""
     values = torch.tensor([1.0, 65519.0, 65520.0, -1e9, torch.inf])
     models = [(save_model(tmp_path / name, {"w": values}), 0.5) for name in "ab"]
     report = shardmix.merge(models, tmp_path / "out", dtype="float16")
@@ -386,7 +404,8 @@ def test_values_too_large_for_the_output_are_named_as_such(tmp_path):
     assert shardmix.merge(models, tmp_path / "wide", dtype="bfloat16").nonfinite[0].num_inf == 1
 
 
-def test_many_tensors_that_are_not_finite_do_not_flood_the_warnings(tmp_path):
+def test_nonfinite_tensors_do_not_flood(tmp_path):
+    """Many tensors that are not finite do not flood the warnings."""
     tensors = {f"t{number}": torch.full((4,), torch.nan) for number in range(30)}
     models = [(save_model(tmp_path / name, tensors), 0.5) for name in "ab"]
     report = shardmix.merge(models, tmp_path / "out")
@@ -396,8 +415,11 @@ def test_many_tensors_that_are_not_finite_do_not_flood_the_warnings(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["one run", "a run each"])
-def test_nan_everywhere_has_each_header_read_once(tmp_path, monkeypatch, layout):
-    """Not once a chunk, which is quadratic in the number of tensors."""
+def test_all_nan_reads_each_header_once(tmp_path, monkeypatch, layout):
+    """NaN everywhere has each header read once.
+
+    Not once a chunk, which is quadratic in the number of tensors.
+    """
     tensors = {f"t{number:03d}": torch.full((4,), torch.nan) for number in range(200)}
     names, shards = sorted(tensors), None
     if layout == "a run each":
@@ -445,8 +467,11 @@ class CountedInt(int):
     __add__ = __radd__
 
 
-def test_a_finding_costs_no_more_for_those_before_it(tmp_path, monkeypatch):
-    """Neither in the whole merge nor within a leaf, which may hold 65,000 tensors."""
+def test_anomaly_costs_the_same_late(tmp_path, monkeypatch):
+    """An anomaly costs no more for those before it.
+
+    Neither in the whole merge nor within a leaf, which may hold 65,000 tensors.
+    """
     plan = shardmix.plan_merge(three_models(tmp_path))
     work = Work(plan, lambda number: None)
     no_shard = SimpleNamespace(take_in=lambda data: None, hashed=lambda nbytes: None)
@@ -462,6 +487,7 @@ def test_a_finding_costs_no_more_for_those_before_it(tmp_path, monkeypatch):
     assert CountedInt.additions <= 2 * 2 * 3 * 100
 
 
-def test_an_unknown_word_for_what_to_do_about_nan_is_refused(tmp_path):
+def test_unknown_word_for_nan_is_refused(tmp_path):
+    """An unknown word for what to do about NaN is refused."""
     with pytest.raises(shardmix.RecipeError, match="on_nonfinite 'stop': must be warn or error"):
         shardmix.merge(three_models(tmp_path), tmp_path / "out", on_nonfinite="stop")

@@ -13,7 +13,8 @@ def write(path, text):
     return path
 
 
-def test_pairs_mappings_and_yaml_mean_the_same_recipe(tmp_path):
+def test_all_forms_mean_the_same_recipe(tmp_path):
+    """Pairs, mappings and YAML mean the same recipe."""
     path = write(
         tmp_path / "recipe.yaml",
         "models:\n  - {source: a, weight: 0.75}\n  - {source: b, weight: 0.25}\n",
@@ -47,7 +48,8 @@ allow_differences: [tokenizer, text_config.rope_theta]
     assert (recipe.dtype, recipe.config_from, recipe.max_shard_size) == ("bfloat16", "c", 5 * 10**9)
 
 
-def test_options_given_beside_a_recipe_override_it(tmp_path):
+def test_options_override_the_recipe(tmp_path):
+    """Options given beside a recipe override it."""
     path = write(
         tmp_path / "recipe.yaml",
         "models: [{source: a, weight: 1}, {source: b, weight: 0}]\ndtype: float16\n"
@@ -95,25 +97,29 @@ def test_a_wrong_recipe_is_refused_by_name(tmp_path, text, finding):
         build_recipe(write(tmp_path / "recipe.yaml", text))
 
 
-def test_a_recipe_file_that_is_absent_is_refused(tmp_path):
+def test_absent_recipe_file_is_refused(tmp_path):
+    """A recipe file that is absent is refused."""
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize("weights", [(0.5, 0.6), (0.1, 0.1), (1.0, 0.0011), (-1.0, 1.9)])
-def test_weights_that_do_not_sum_to_one_are_refused_unless_meant(weights):
+def test_sum_unlike_one_must_be_meant(weights):
+    """Weights that do not sum to one are refused unless meant."""
     pairs = list(zip("ab", weights, strict=True))
     with pytest.raises(RecipeError, match=r"weights sum to .*not 1"):
         build_recipe(pairs)
     assert build_recipe(pairs, allow_weight_sum=True).weights == weights
 
 
-def test_a_sum_within_a_thousandth_of_one_passes_as_it_is():
+def test_sum_close_to_one_passes():
+    """A sum within a thousandth of one passes as it is."""
     assert build_recipe([("a", 0.3333), ("b", 0.6667 + 0.0009)]).weights == (0.3333, 0.6676)
 
 
 @pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf])
-def test_weights_that_are_not_finite_are_refused_whatever_is_allowed(weight):
+def test_nonfinite_weights_are_refused(weight):
+    """Weights that are not finite are refused, whatever is allowed."""
     with pytest.raises(RecipeError, match="not a finite number"):
         build_recipe([("a", weight), ("b", 0.5)], allow_weight_sum=True)
     with pytest.raises(RecipeError, match="not a finite number"):
@@ -121,14 +127,16 @@ def test_weights_that_are_not_finite_are_refused_whatever_is_allowed(weight):
 
 
 @given(st.lists(st.floats(0.01, 1e6), min_size=2, max_size=9))
-def test_normalised_weights_sum_to_one_and_keep_their_ratios(weights):
+def test_normalised_weights_keep_ratios(weights):
+    """Normalised weights sum to one and keep their ratios."""
     pairs = [(str(number), weight) for number, weight in enumerate(weights)]
     normalised = build_recipe(pairs, normalize=True).weights
     assert math.fsum(normalised) == pytest.approx(1, abs=1e-12)
     assert normalised[0] * weights[-1] == pytest.approx(normalised[-1] * weights[0], rel=1e-12)
 
 
-def test_weights_that_cancel_cannot_be_normalised():
+def test_cancelling_weights_are_refused():
+    """Weights that cancel cannot be normalised."""
     with pytest.raises(RecipeError, match="sum to 0"):
         build_recipe([("a", 1.0), ("b", -1.0)], normalize=True)
 
@@ -145,17 +153,20 @@ def test_pairs_that_are_none_are_refused(models):
         build_recipe(models)
 
 
-def test_an_unknown_dtype_is_refused_with_a_suggestion():
+def test_unknown_dtype_has_a_suggestion():
+    """An unknown dtype is refused with a suggestion."""
     with pytest.raises(RecipeError, match="did you mean 'bfloat16'"):
         build_recipe({"a": 0.5, "b": 0.5}, dtype="bfloat")
 
 
-def test_the_last_equals_sign_of_a_word_divides_source_and_weight():
+def test_last_equals_sign_divides():
+    """The last equals sign of a word divides source and weight."""
     assert parse_source_words(["a=b/c=0.5", "org/x@v1=5e-1"]) == [("a=b/c", 0.5), ("org/x@v1", 0.5)]
 
 
 @pytest.mark.parametrize("word", ["a", "a=", "=0.5", "a=x", "a=0.5x"])
-def test_a_word_without_a_weight_is_refused_with_an_example(word):
+def test_missing_weight_shows_an_example(word):
+    """A word without a weight is refused with an example."""
     with pytest.raises(RecipeError, match=r"write SOURCE=WEIGHT|is not a number"):
         parse_source_words([word])
 
@@ -165,7 +176,8 @@ def test_a_recipe_is_a_value():
     assert isinstance(build_recipe({"a": 0.5, "b": 0.5}), Recipe)
 
 
-def test_switches_given_beside_a_recipe_count_before_its_weights_are_judged(tmp_path):
+def test_switches_count_before_the_weights(tmp_path):
+    """Switches given beside a recipe count before its weights are judged."""
     path = write(
         tmp_path / "recipe.yaml", "models: [{source: a, weight: 3}, {source: b, weight: 1}]\n"
     )
@@ -173,7 +185,8 @@ def test_switches_given_beside_a_recipe_count_before_its_weights_are_judged(tmp_
     assert build_recipe(path, allow_weight_sum=True).weights == (3, 1)
 
 
-def test_weights_are_normalised_once_however_often_a_recipe_is_built():
+def test_weights_are_normalised_once():
+    """Weights are normalised once, however often a recipe is built."""
     weights = [0.1, 0.7, 0.3, 1e-9, 5.0]
     once = build_recipe([(str(i), w) for i, w in enumerate(weights)], normalize=True)
     assert build_recipe(build_recipe(once)) == once
@@ -185,12 +198,14 @@ def test_weights_beyond_float32_are_refused(weight):
         build_recipe([("a", weight), ("b", 0.5)], allow_weight_sum=True)
 
 
-def test_weights_that_are_infinite_once_normalised_are_refused():
+def test_infinite_normalised_is_refused():
+    """Weights that are infinite once normalised are refused."""
     with pytest.raises(RecipeError, match="not a finite number"):
         build_recipe([("a", 1e30), ("b", -1e30), ("c", 1e-10)], normalize=True)
 
 
-def test_models_that_are_no_collection_are_refused():
+def test_models_of_no_collection_are_refused():
+    """Models that are no collection are refused."""
     with pytest.raises(RecipeError, match="int given"):
         build_recipe(3)
 
@@ -219,7 +234,8 @@ merge_method: linear
         ),
     ],
 )
-def test_a_linear_recipe_of_mergekit_is_translated(tmp_path, change, command):
+def test_mergekits_linear_is_translated(tmp_path, change, command):
+    """A linear recipe of mergekit is translated."""
     text = MERGEKIT
     for old, new in change.items():
         text = text.replace(old, new)
@@ -240,7 +256,8 @@ def test_a_linear_recipe_of_mergekit_is_translated(tmp_path, change, command):
         ({"parameters: {weight: 0.75}": "parameters: 3"}, "no plain weighted sum"),
     ],
 )
-def test_another_recipe_of_mergekit_is_recognised(tmp_path, change, finding):
+def test_other_mergekit_is_recognised(tmp_path, change, finding):
+    """Another recipe of mergekit is recognised."""
     text = MERGEKIT
     for old, new in change.items():
         text = text.replace(old, new)

@@ -203,7 +203,9 @@ def test_a_recipe_tells_no_secret(tmp_path):
     assert "s3cr3t" not in str(caught.value)
 
 
-def test_a_warning_of_the_hub_tells_no_secret(monkeypatch, caplog):
+def test_hubs_warning_tells_no_secret(monkeypatch, caplog):
+    """A warning of the Hub tells no secret."""
+
     def fail(*_, **__):
         raise OSError(f"cannot reach {URL}")
 

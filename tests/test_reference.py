@@ -24,7 +24,8 @@ def test_every_case_with_a_merge_is_tested(expected):
 
 @pytest.mark.parametrize("io", ["mmap", "pread"])
 @pytest.mark.parametrize("name", CASES)
-def test_a_float32_merge_is_the_references_bit_for_bit(reference, expected, tmp_path, name, io):
+def test_float32_merge_is_the_references(reference, expected, tmp_path, name, io):
+    """A float32 merge is the reference's, bit for bit."""
     case = expected[name]
     models = [
         (reference / model, weight)
@@ -40,7 +41,8 @@ def test_a_float32_merge_is_the_references_bit_for_bit(reference, expected, tmp_
 
 
 @pytest.mark.parametrize("dtype", ["keep", "float16", "float32"])
-def test_a_bfloat16_merge_is_rounded_by_the_contract(reference, expected, tmp_path, dtype):
+def test_bfloat16_merge_keeps_the_contract(reference, expected, tmp_path, dtype):
+    """A bfloat16 merge is rounded by the contract."""
     case = expected["decoder-bf16-tied@5.0"]
     sources = [reference / model for model in case["models"]]
     shardmix.merge(zip(sources, case["weights"], strict=True), tmp_path / "out", dtype=dtype)
@@ -65,7 +67,8 @@ SCORED = [
 
 
 @pytest.mark.parametrize("name", SCORED)
-def test_losses_and_weights_are_the_references(reference, name):
+def test_losses_are_the_references(reference, name):
+    """Losses and weights are the reference's."""
     case = json.loads((reference / "expected.json").read_text())[name]
     report = score(
         [reference / model for model in case["models"]],
@@ -77,6 +80,7 @@ def test_losses_and_weights_are_the_references(reference, name):
     assert report.weights == pytest.approx(case["weights"], abs=1e-4)
 
 
-def test_every_scored_case_of_the_reference_is_tested(reference):
+def test_every_scored_case_is_tested(reference):
+    """Every scored case of the reference is tested."""
     cases = json.loads((reference / "expected.json").read_text())
     assert {name for name, case in cases.items() if "losses" in case} == set(SCORED)

@@ -61,9 +61,8 @@ def zeros_of(models):
     return {name: zero_ranges([model / name for model in models]) for name in names}
 
 
-def test_a_merge_swept_after_every_leaf_and_cut_off_writes_the_same_bytes(
-    sparse_models, tmp_path, monkeypatch
-):
+def test_swept_and_cut_merge_keeps_its_bytes(sparse_models, tmp_path, monkeypatch):
+    """A merge swept after every leaf, and cut off, writes the same bytes."""
     from sweeper import sweep
 
     merge(sparse_models, tmp_path / "whole")
@@ -89,7 +88,8 @@ def test_a_merge_swept_after_every_leaf_and_cut_off_writes_the_same_bytes(
     assert compare(tmp_path / "out", sparse_models)[0] == 0
 
 
-def test_only_what_every_source_has_as_a_hole_is_taken_for_zeros(sparse_models):
+def test_only_common_holes_are_zeros(sparse_models):
+    """Only what every source has as a hole is taken for zeros."""
     zeros = zeros_of(sparse_models)
     for name, ranges in zeros.items():
         for model in sparse_models:
@@ -120,7 +120,8 @@ ranges = st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200)), max_size=
 
 
 @given(ranges, st.integers(0, 200))
-def test_gaps_are_the_whole_pages_that_no_range_touches(found, size):
+def test_gaps_are_untouched_pages(found, size):
+    """Gaps are the whole pages that no range touches."""
     from holes import gaps, union
 
     page = 8
@@ -138,7 +139,8 @@ def test_gaps_are_the_whole_pages_that_no_range_touches(found, size):
     assert free == whole_pages
 
 
-def test_any_two_values_meet_in_the_combinations_of_the_memory_benchmark():
+def test_combinations_pair_all_values():
+    """Any two values meet in the combinations of the memory benchmark."""
     from memory_promise import FACTORS, combinations
 
     chosen = list(combinations(50, random.Random(3)))

@@ -72,8 +72,11 @@ def test_one_model_may_be_all_that_is_left(tmp_path):
         assert_same_bits(load_model(out), a)
 
 
-def test_the_first_model_gives_names_all_the_same(tmp_path):
-    """Layout, config, dtypes and integers are the first model's also if its weight is 0."""
+def test_first_model_of_weight_0_gives_names(tmp_path):
+    """The first model gives names all the same.
+
+    Layout, config, dtypes and integers are the first model's also if its weight is 0.
+    """
     first = {"w": torch.full((9,), math.nan).half(), "ids": torch.arange(3), "n": torch.ones(2)}
     others = [
         {"w": torch.ones(9), "ids": torch.arange(3) + number, "n": torch.ones(2)}
@@ -131,7 +134,8 @@ def test_in_float64_a_small_weight_counts(tmp_path):
     assert_same_bits(load_model(tmp_path / "out"), expected)
 
 
-def test_a_float64_model_left_out_widens_nothing(tmp_path):
+def test_omitted_float64_widens_nothing(tmp_path):
+    """A float64 model left out widens nothing."""
     models = [
         (save_model(tmp_path / "a", random_model(1)), 1.0),
         (save_model(tmp_path / "b", random_model(2, torch.float64)), 0.0),
@@ -195,8 +199,11 @@ def variance_warnings(tmp_path, weights, tensors=BATCH_NORM):
     return [text for text in plan.warnings if "never negative" in text]
 
 
-def test_variances_with_a_negative_weight_warn(tmp_path):
-    """Counted and the first one named, with the weight; logarithms and means may be negative."""
+def test_variances_warn_of_negative_weights(tmp_path):
+    """Variances with a negative weight warn.
+
+    Counted and the first one named, with the weight; logarithms and means may be negative.
+    """
     (warning,) = variance_warnings(tmp_path, (1.0, 0.5, -0.5))
     assert warning.startswith("bn1.running_var and 4 more: ")
     assert "the weight -0.5 of" in warning
@@ -206,7 +213,8 @@ def test_variances_with_a_negative_weight_warn(tmp_path):
 @pytest.mark.parametrize(
     "weights", [(0.5, 0.5), (1.0, 0.0), (2.0, 3.0), (1.0, -0.0), (1.0, -1e-50)]
 )
-def test_other_weights_do_not_warn_of_variances(tmp_path, weights):
+def test_other_weights_do_not_warn(tmp_path, weights):
+    """Other weights do not warn of variances."""
     assert variance_warnings(tmp_path, weights) == []
 
 

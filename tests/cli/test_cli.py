@@ -42,7 +42,8 @@ def words(models, weights=(0.5, 0.5)):
     return [f"{model}={weight}" for model, weight in zip(models, weights, strict=True)]
 
 
-def test_a_merge_reports_as_json_and_shows_progress_beside_it(models, tmp_path):
+def test_json_report_goes_with_progress(models, tmp_path):
+    """A merge reports as JSON on standard output and shows progress on standard error."""
     done = shardmix("merge", *words(models), "-o", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -63,7 +64,8 @@ def test_quiet_prints_nothing(models, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_recipe_file_merges_as_its_words_would(models, tmp_path):
+def test_recipe_file_merges_as_its_words(models, tmp_path):
+    """A recipe file merges as the same words on the command line would."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"models:\n- {{source: {models[0]}, weight: 3}}\n- {{source: {models[1]}, weight: 1}}\n"
@@ -88,14 +90,14 @@ def test_a_plan_writes_nothing_and_tells_all(models, tmp_path, command):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_plan_for_people_names_what_matters(models):
+def test_plan_for_people_names_what_matters(models):
     done = shardmix("plan", *words(models))
     assert done.returncode == 0
     for text in ("model.safetensors", "peak memory", "chunks", "disk", "read", "write"):
         assert text in done.stdout
 
 
-def test_what_the_plan_projects_the_merge_keeps(models, tmp_path):
+def test_merge_keeps_what_plan_projects(models, tmp_path):
     plan = json.loads(shardmix("plan", *words(models), "--json").stdout)
     done = shardmix("merge", *words(models), "-o", tmp_path / "out", "--json", "-q")
     assert json.loads(done.stdout)["peak_rss_bytes"] <= plan["projected_peak_bytes"]
@@ -115,7 +117,8 @@ def test_inspect_finds_a_tied_head(reference):
     assert json.loads(done.stdout)["tied"] == {"lm_head.weight": "model.embed_tokens.weight"}
 
 
-def test_inspect_invents_no_head_for_an_encoder(reference):
+def test_inspect_invents_no_head(reference):
+    """An encoder has no output head, though its config says that embeddings are tied."""
     done = shardmix("inspect", reference / "encoder" / "model-a", "--json")
     assert json.loads(done.stdout)["tied"] == {}
 
@@ -139,9 +142,8 @@ def test_inspect_invents_no_head_for_an_encoder(reference):
         (["none.yaml"], 2, "cannot be read"),
     ],
 )
-def test_a_users_mistake_is_one_message_and_an_exit_status(
-    models, tmp_path, arguments, status, finding
-):
+def test_users_mistake_is_one_message(models, tmp_path, arguments, status, finding):
+    """A user's mistake is one message and an exit status."""
     filled = [word.format(a=models[0], b=models[1]) for word in arguments]
     done = shardmix("merge", *filled, "-o", tmp_path / "out")
     assert done.returncode == status
@@ -150,7 +152,8 @@ def test_a_users_mistake_is_one_message_and_an_exit_status(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_options_may_come_last_first_or_together_and_two_dashes_end_them(models, tmp_path):
+def test_options_stand_anywhere(models, tmp_path):
+    """Options may come last, first or together, and two dashes end them."""
     first, second = words(models)
     for arguments in (
         [first, "-o", tmp_path / "out", second, "--workers=1", "-q"],
@@ -160,7 +163,8 @@ def test_options_may_come_last_first_or_together_and_two_dashes_end_them(models,
         assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_without_a_command_there_is_help_with_every_command_in_its_order():
+def test_bare_call_prints_help():
+    """Without a command there is help, with every command in its order."""
     done = shardmix()
     listed = re.findall(r"^  ([a-z]+)  ", done.stderr, flags=re.MULTILINE)
     assert listed == ["merge", "score", "plan", "verify", "status", "inspect"]
@@ -180,7 +184,8 @@ def test_an_error_is_also_told_as_json(models, tmp_path):
     assert json.loads(done.stdout)["error"]["kind"] == "RecipeError"
 
 
-def test_an_existing_output_is_replaced_only_if_asked(models, tmp_path):
+def test_existing_output_needs_overwrite(models, tmp_path):
+    """An existing output is replaced only if asked."""
     out = tmp_path / "out"
     arguments = ["merge", *words(models), "-o", out, "-q"]
     assert shardmix(*arguments).returncode == 0
@@ -191,7 +196,8 @@ def test_an_existing_output_is_replaced_only_if_asked(models, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_control_characters_of_a_strangers_file_are_never_printed_raw(tmp_path):
+def test_control_characters_are_escaped(tmp_path):
+    """Control characters of a stranger's file are never printed raw."""
     tensors = random_model(0)
     tensors["evil\x1b[2Jname[bold]"] = tensors.pop("lm_head.weight")
     save_model(tmp_path / "a", tensors)
@@ -202,8 +208,11 @@ def test_control_characters_of_a_strangers_file_are_never_printed_raw(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_stops_the_merge_which_the_same_command_goes_on_with(tmp_path, number, status):
-    """The sources are large enough that the merge is still under way at its first progress line."""
+def test_signal_stops_merge_that_resumes(tmp_path, number, status):
+    """A signal stops the merge, and the same command goes on with it.
+
+    The sources are large enough that the merge is still under way at its first progress line.
+    """
     import torch
 
     tensors = {f"t{i}": torch.zeros(4_000_000) for i in range(20)}
@@ -262,7 +271,7 @@ def test_score_for_people_is_a_table(decoders):
     assert "5 examples, temperature 5" in done.stdout
 
 
-def test_a_merge_from_examples_scores_and_merges_in_one_go(decoders, tmp_path):
+def test_examples_score_and_merge_in_one_go(decoders, tmp_path):
     done = shardmix(
         *("merge", decoders / "a", decoders / "b", "--weights-from", decoders / "examples.jsonl"),
         *("--model-type", "decoder", "--temperature", "0.5", "-o", tmp_path / "out", "--json"),
@@ -285,7 +294,8 @@ def test_examples_may_come_through_a_pipe(decoders, tmp_path):
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
 
 
-def test_a_dry_run_from_examples_scores_nothing(decoders, tmp_path):
+def test_dry_run_scores_no_examples(decoders, tmp_path):
+    """A dry run from examples scores nothing."""
     done = shardmix(
         *("merge", decoders / "a", decoders / "b", "--weights-from", decoders / "examples.jsonl"),
         *("--model-type", "decoder", "-o", tmp_path / "out", "--json", "--dry-run"),
@@ -333,7 +343,8 @@ def test_a_mistake_in_scoring_is_one_message(decoders, tmp_path, words, status, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_verify_says_what_is_right_and_exits_with_1_where_something_is_not(models, tmp_path):
+def test_verify_exits_1_if_anything_is_wrong(models, tmp_path):
+    """Verify says what is right, and exits with 1 if something is not."""
     out = tmp_path / "out"
     assert shardmix("merge", *words(models), "-o", out, "--quiet").returncode == 0
     places = [f"--source={model.name}={model}" for model in models]
@@ -356,7 +367,8 @@ def test_verify_says_what_is_right_and_exits_with_1_where_something_is_not(model
     assert (done.returncode, "must be NAME=PATH" in done.stderr) == (2, True)
 
 
-def test_status_shows_what_is_there_and_what_is_not(models, tmp_path):
+def test_status_shows_what_is_there(models, tmp_path):
+    """Status shows what is there and what is not."""
     out = tmp_path / "out"
     assert "does not exist" in shardmix("status", out).stdout
     shardmix("merge", *words(models), "-o", out, "--quiet")
@@ -392,7 +404,8 @@ def test_a_merge_that_goes_on_says_so(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("words", [["inspect"], ["inspect", "--json"], ["status"], ["--help"]])
-def test_output_that_cannot_be_printed_is_one_line(tmp_path, words):
+def test_unprintable_output_is_one_line(tmp_path, words):
+    """Output that cannot be printed is one line of error."""
     model = save_model(tmp_path / "m", random_model(0))
     words = words if words == ["--help"] else [*words, str(model)]
     with open("/dev/full", "w") as full:

@@ -35,14 +35,16 @@ def assert_bits(actual, expected):
 
 @pytest.mark.parametrize("out_dtype", FLOATS)
 @pytest.mark.parametrize("dtypes", [FLOATS[:3], FLOATS, [torch.bfloat16] * 3, [torch.float64] * 2])
-def test_a_sum_is_rounded_as_the_contract_says(dtypes, out_dtype):
+def test_sum_rounds_by_the_contract(dtypes, out_dtype):
+    """A sum is rounded as the contract says."""
     sources = [random_tensor((1003,), dtype, seed=i) for i, dtype in enumerate(dtypes)]
     weights = [0.5, 1 / 3, -0.123456789, 0.7][: len(sources)]
     assert_bits(reduce(sources, weights, out_dtype), weighted_sum(sources, weights, out_dtype))
 
 
 @pytest.mark.parametrize("out_dtype", FLOATS)
-def test_the_chunk_size_does_not_change_the_bits(out_dtype):
+def test_chunk_size_keeps_the_bits(out_dtype):
+    """The chunk size does not change the bits."""
     dtypes = [torch.bfloat16, torch.float16, torch.float32]
     sources = [random_tensor((1009,), dtype, seed=i) for i, dtype in enumerate(dtypes)]
     sources[1][500] = math.nan
@@ -62,7 +64,7 @@ def test_every_nan_has_one_bit_pattern(out_dtype):
     assert_bits(result, torch.full((37,), math.nan, dtype=out_dtype))
 
 
-def test_infinities_and_signed_zeros_are_kept():
+def test_infinities_and_signed_zeros_stay():
     values = torch.tensor([math.inf, -math.inf, -0.0, 0.0, 3.4e38])
     result = reduce([values, values], [0.5, 0.5], torch.bfloat16)
     assert_bits(result, torch.tensor([math.inf, -math.inf, -0.0, 0.0, math.inf]).bfloat16())
@@ -93,7 +95,8 @@ def test_float64_is_rounded_to_16_bits_once(out_dtype):
     values=hnp.arrays(np.float64, 16, elements=st.floats(width=64, allow_nan=False)),
     out_dtype=st.sampled_from([torch.float16, torch.bfloat16]),
 )
-def test_any_float64_is_rounded_to_16_bits_as_numpy_does(values, out_dtype):
+def test_float64_rounds_to_16_bits_as_numpy(values, out_dtype):
+    """Any float64 is rounded to 16 bits as numpy does."""
     source = torch.from_numpy(values)
     result = reduce([source, torch.zeros_like(source)], [1.0, 0.0], out_dtype)
     with np.errstate(over="ignore", under="ignore"):
@@ -110,9 +113,8 @@ def test_any_float64_is_rounded_to_16_bits_as_numpy_does(values, out_dtype):
     chunk_nbytes=st.sampled_from([8, 64, 1000, 4096, 1 << 20]),
     seed=st.integers(0, 2**20),
 )
-def test_any_mix_of_dtypes_agrees_with_the_oracle(
-    dtypes, out_dtype, num_elements, chunk_nbytes, seed
-):
+def test_mixed_dtypes_agree_with_the_oracle(dtypes, out_dtype, num_elements, chunk_nbytes, seed):
+    """Any mix of dtypes agrees with the oracle."""
     sources = [
         random_tensor((num_elements,), dtype, seed=seed + i) for i, dtype in enumerate(dtypes)
     ]
@@ -138,7 +140,8 @@ def special_values():
 
 @pytest.mark.parametrize("out_dtype", COMPILED)
 @pytest.mark.parametrize("weights", [[0.5, 0.5], [1.0, -1.0], [1 / 3, 2 / 3], [1e30, 1e-30]])
-def test_compiled_sums_have_torchs_bits_for_special_values(weights, out_dtype):
+def test_special_values_have_torchs_bits(weights, out_dtype):
+    """Compiled sums have torch's bits for special values."""
     single = special_values()
     for sources in (single, [values.bfloat16() for values in single]):
         compiled = reduce(sources, weights, out_dtype, backend="llvm")
@@ -162,7 +165,8 @@ def test_compiled_sums_agree_with_the_oracle(dtypes, out_dtype, num_elements, ch
     assert_bits(result, weighted_sum(sources, weights, out_dtype))
 
 
-def test_every_bfloat16_is_widened_and_rounded_as_torch_does():
+def test_bfloat16_converts_as_torch_does():
+    """Every bfloat16 is widened and rounded as torch does."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     zeros = torch.zeros_like(every)
     for weights in ([1.0, 0.0], [1 / 3, 1.0]):
@@ -184,7 +188,8 @@ def test_no_backend_fuses_products_and_sums(backend):
 
 
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
-def test_the_result_is_within_half_an_ulp_of_the_exact_sum_but_for_ties(out_dtype):
+def test_result_is_within_half_an_ulp(out_dtype):
+    """The result is within half an ulp of the exact sum, but for ties."""
     sources = [random_tensor((20_000,), out_dtype, seed=i) for i in range(3)]
     weights = [0.5, 0.3, 0.2]
     result = reduce(sources, weights, out_dtype).double()
@@ -226,7 +231,8 @@ def test_a_kernel_reads_what_it_sums(tmp_path, gap, num_elements):
         assert 0 < seconds < 60
 
 
-def test_a_kernel_leaves_to_others_what_it_cannot_read(tmp_path):
+def test_kernel_leaves_what_it_cannot_read(tmp_path):
+    """A kernel leaves to others what it cannot read."""
     sources = [random_tensor((200_000,), torch.bfloat16, seed=seed) for seed in (0, 1)]
     path, weights = tmp_path / "file", [0.5, 0.5]
     assert read_by_kernel(path, sources, weights, torch.bfloat16, gap=8) is not None
@@ -254,7 +260,8 @@ def test_integers_that_agree_are_kept():
     assert disagreeing == frozenset()
 
 
-def test_integers_that_disagree_are_the_first_models_and_reported():
+def test_differing_integers_keep_the_first():
+    """Integers that disagree are the first model's, and reported."""
     values = torch.arange(100)
     other = values.clone()
     other[-1] = 7
@@ -273,7 +280,8 @@ def test_booleans_are_compared_as_they_are():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("out_dtype", FLOATS)
 @pytest.mark.parametrize("dtypes", [FLOATS[:3], FLOATS, [torch.bfloat16] * 3])
-def test_a_gpu_gives_the_same_bits_as_the_cpu(dtypes, out_dtype):
+def test_gpu_gives_the_cpus_bits(dtypes, out_dtype):
+    """A GPU gives the same bits as the CPU."""
     sources = [random_tensor((100_003,), dtype, seed=i) for i, dtype in enumerate(dtypes)]
     sources[0][5000] = math.nan
     weights = [0.5, 0.3, 0.2, 0.1][: len(sources)]
@@ -299,8 +307,11 @@ class Recorded:
 
 
 @pytest.mark.parametrize("is_first", [True, False])
-def test_a_weight_is_rounded_to_the_sums_dtype(is_first):
-    """By ourselves: how a library rounds a number that it multiplies by is its own affair."""
+def test_weight_rounds_to_the_sums_dtype(is_first):
+    """A weight is rounded to the sums dtype.
+
+    By ourselves: how a library rounds a number that it multiplies by is its own affair.
+    """
     for dtype, expected in [(torch.float32, float(np.float32(0.1))), (torch.float64, 0.1)]:
         accumulator, scratch = Recorded(dtype), Recorded(dtype)
         accumulate(accumulator, scratch, None, 0.1, first=is_first)
@@ -336,8 +347,8 @@ def test_a_chunk_fits_its_buffers(dtypes, out_dtype, chunk_nbytes):
 
 
 @pytest.mark.parametrize("dtype", ["BOOL", "I8", "I16", "I32", "I64"])
-def test_a_chunk_of_integers_fits_its_buffers(dtype):
-    """They are smaller, and a chunk may be smaller still."""
+def test_chunk_of_integers_fits_its_buffers(dtype):
+    """A chunk of integers fits its buffers. They are smaller, and a chunk may be smaller still."""
     width = 1 if dtype == "BOOL" else int(dtype[1:]) // 8
     for other in (dtype, "I64"):
         segment = segment_of([dtype, other], dtype, [0.5, 0.5], 10**9, AGREE)
@@ -377,8 +388,11 @@ def test_a_reducer_does_chunk_after_chunk(backend):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "llvm"])
-def test_buffers_lie_half_a_page_from_their_files(backend):
-    """Wherever in the segment a chunk begins, for sources and for the output."""
+def test_buffers_lie_half_a_page_off(backend):
+    """Buffers lie half a page from their files.
+
+    Wherever in the segment a chunk begins, for sources and for the output.
+    """
     sources = [torch.ones(100).bfloat16()] * 2
     segment = segment_of(["BF16"] * 2, "BF16", [0.5, 0.5], 10_000)
     segment = dataclasses.replace(segment, offsets=(130, 1000), out_offset=264)
@@ -395,8 +409,11 @@ def test_buffers_lie_half_a_page_from_their_files(backend):
         assert address(reducer.finish()) % PAGE_NBYTES == expected
 
 
-def test_chunks_of_a_run_lie_alike_within_pages():
-    """They have as many elements as pages have bytes, or at least whole vectors."""
+def test_chunks_lie_alike_within_pages():
+    """All chunks of a segment lie alike within pages.
+
+    They have as many elements as pages have bytes, or at least whole vectors.
+    """
     segment = segment_of(["BF16"] * 3, "BF16", [0.5] * 3, 10**9)
     assert chunk_num_elements(segment, chunk_nbytes=1_000_000) % PAGE_NBYTES == 0
     assert chunk_num_elements(segment, chunk_nbytes=10_000) % 64 == 0
@@ -427,7 +444,8 @@ def test_integers_take_small_buffers():
     assert 1 << 16 < peak < 1 << 18
 
 
-def test_torchs_threads_are_as_before_a_merge():
+def test_merge_restores_torchs_threads():
+    """Torch's threads are as before a merge."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)

@@ -82,7 +82,8 @@ def delicate_values(dtype):
 
 @pytest.mark.parametrize("weights", [[1.0, 0.0], [0.5, 0.5], [1.0, -1.0], [1.0, 1.0], [0.3, 1e30]])
 @pytest.mark.parametrize(("backend", "out_dtype"), BACKENDS)
-def test_nans_infinities_and_overflows_are_counted_for_every_dtype(backend, out_dtype, weights):
+def test_every_dtype_counts_nan_inf_overflow(backend, out_dtype, weights):
+    """NaN, infinities and overflows are counted for every dtype."""
     for dtype in COMPILED if backend == "llvm" else FLOATS:
         pairs = torch.cartesian_prod(delicate_values(dtype), delicate_values(dtype))
         sources = [pairs[:, 0].contiguous(), pairs[:, 1].contiguous()]
@@ -99,8 +100,11 @@ def test_nans_infinities_and_overflows_are_counted_for_every_dtype(backend, out_
 
 
 @pytest.mark.parametrize(("backend", "out_dtype"), BACKENDS)
-def test_one_element_decides_wherever_it_stands(backend, out_dtype):
-    """In a vector or in the rest of a loop, in any lane; and the largest finite value does not."""
+def test_one_element_decides_anywhere(backend, out_dtype):
+    """One element decides, wherever it stands.
+
+    In a vector or in the rest of a loop, in any lane; and the largest finite value does not.
+    """
     num_elements = 203
     largest = torch.finfo(min(out_dtype, torch.float32, key=lambda d: torch.finfo(d).max)).max
     for value in (math.nan, math.inf, -math.inf, largest, -largest):
@@ -116,8 +120,11 @@ def test_one_element_decides_wherever_it_stands(backend, out_dtype):
             assert counts == NonfiniteCounts(int(math.isnan(value)), int(math.isinf(value)), 0)
 
 
-def test_what_rounding_to_float16_makes_infinite_is_told_apart():
-    """65520 is the least that overflows; an infinity that a model already has did not."""
+def test_float16_overflow_is_told_apart():
+    """What rounding to float16 makes infinite is told apart.
+
+    65520 is the least that overflows; an infinity that a model already has did not.
+    """
     source = torch.tensor([65504.0, 65519.0, 65520.0, -70000.0, math.inf, -math.inf, math.nan, 1.0])
     ((_, reducer, _),) = reduced_chunks([source, source], [0.5, 0.5], torch.float16)
     assert not reducer.is_finite
@@ -126,7 +133,8 @@ def test_what_rounding_to_float16_makes_infinite_is_told_apart():
 
 
 @pytest.mark.parametrize("backend", ["cpu", "llvm"])
-def test_a_sum_that_overflows_before_it_is_rounded_is_an_infinity(backend):
+def test_unrounded_overflow_is_an_infinity(backend):
+    """A sum that overflows before it is rounded is an infinity."""
     source = torch.full((9,), 3e38)
     for out_dtype in COMPILED:
         ((_, reducer, _),) = reduced_chunks([source] * 2, [1, 1], out_dtype, backend=backend)
@@ -134,8 +142,11 @@ def test_a_sum_that_overflows_before_it_is_rounded_is_an_infinity(backend):
 
 
 @pytest.mark.parametrize(("backend", "out_dtype"), BACKENDS)
-def test_large_values_are_finite_though_their_total_is_not(backend, out_dtype):
-    """To add a chunk up is a quick look at it, and no more."""
+def test_large_values_are_finite(backend, out_dtype):
+    """Large values are finite though their total is not.
+
+    To add a chunk up is a quick look at it, and no more.
+    """
     dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
     largest = torch.full((4001,), torch.finfo(out_dtype).max, dtype=dtype)
     alternating = largest * torch.tensor([1.0, -1.0]).repeat(2001)[:4001]
@@ -165,9 +176,10 @@ def test_a_chunk_is_judged_by_itself(backend):
     chunk_nbytes=st.sampled_from([8, 64, 1000, 1 << 16]),
     seed=st.integers(0, 2**20),
 )
-def test_any_chunk_of_any_dtypes_is_counted_as_numpy_counts(
+def test_chunks_are_counted_as_by_numpy(
     dtypes, out_dtype, num_elements, num_delicate, chunk_nbytes, seed
 ):
+    """Any chunk of any dtypes is counted as numpy counts."""
     generator = np.random.default_rng(seed)
     sources = []
     for number, dtype in enumerate(dtypes):
@@ -182,8 +194,11 @@ def test_any_chunk_of_any_dtypes_is_counted_as_numpy_counts(
 
 
 @pytest.mark.parametrize(("backend", "out_dtype"), BACKENDS)
-def test_counting_takes_less_than_a_mebibyte_however_long_the_chunk(backend, out_dtype):
-    """And so does what a compiled sum does anew where it is not finite."""
+def test_counting_takes_less_than_a_mebibyte(backend, out_dtype):
+    """Counting takes less than a mebibyte, however long the chunk.
+
+    And so does what a compiled sum does anew where it is not finite.
+    """
     num_elements = 1 << 20
     dtype = torch.float32 if backend == "llvm" else torch.float64
     source = torch.full((num_elements,), math.inf, dtype=dtype)
@@ -207,7 +222,8 @@ def test_counting_takes_less_than_a_mebibyte_however_long_the_chunk(backend, out
     assert 1 << 16 < peak - before < MIB
 
 
-def test_integers_are_finite_whatever_their_bits():
+def test_integers_are_always_finite():
+    """Integers are finite, whatever their bits."""
     infinity = memoryview(np.full(10, 0x7F800000, dtype=np.int32).tobytes())
     reducer = AgreeReducer(chunk_nbytes=1 << 12)
     reducer.begin(segment_of(["I32"] * 2, "I32", [0.5, 0.5], 10, AGREE), 0, 10)
@@ -235,8 +251,11 @@ def test_a_gpu_counts_as_numpy_does(dtype, out_dtype):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_look_for_nans_takes_no_memory_of_the_gpu_beyond_what_is_planned():
-    """Its buffers, and 2 MiB that temporaries of a stream may have."""
+def test_gpu_look_keeps_the_planned_memory():
+    """A look for NaN takes no memory of the GPU beyond what is planned.
+
+    Its buffers, and 2 MiB that temporaries of a stream may have.
+    """
     source = torch.zeros(16 * MIB // 4)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
@@ -257,8 +276,11 @@ def test_a_look_for_nans_takes_no_memory_of_the_gpu_beyond_what_is_planned():
         ((1, 5, 3), "1 NaN and 2 Inf and 3 values too large for F16, made Inf by rounding"),
     ],
 )
-def test_infinities_by_rounding_are_told_apart(counts, said):
-    """They are counted once: as values that were too large, not as infinities as well."""
+def test_rounded_infinities_are_told_apart(counts, said):
+    """Infinities by rounding are told apart.
+
+    They are counted once: as values that were too large, not as infinities as well.
+    """
     plan = SimpleNamespace(tensor_dtype=lambda name: "F16")
     told = nonfinite_finding("w", counts, plan)
     assert told.startswith(said)

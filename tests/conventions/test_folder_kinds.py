@@ -91,8 +91,11 @@ FOLDERS = [
 
 
 @pytest.mark.parametrize(("names", "finding"), FOLDERS, ids=[str(names) for names, _ in FOLDERS])
-def test_a_folder_of_another_kind_is_recognised(tmp_path, names, finding):
-    """The same is said of a folder, and of a repository's list of files."""
+def test_other_kind_of_folder_is_recognised(tmp_path, names, finding):
+    """A folder of another kind is recognised.
+
+    The same is said of a folder, and of a repository's list of files.
+    """
     message = refused(fill(tmp_path / "m", *names))
     assert finding.replace("SOURCE", str(tmp_path / "m")) in message
     assert finding in no_weights_finding([n for n in names if not n.endswith("/")], "SOURCE") or (
@@ -114,7 +117,7 @@ def test_a_folder_of_another_kind_is_recognised(tmp_path, names, finding):
         ("model.txt", "give a model folder"),
     ],
 )
-def test_a_file_of_another_kind_is_recognised(tmp_path, name, finding):
+def test_other_kind_of_file_is_recognised(tmp_path, name, finding):
     (tmp_path / name).write_bytes(b"x")
     message = refused(tmp_path / name)
     assert "not a .safetensors file" in message
@@ -136,7 +139,8 @@ def test_one_of_several_files_is_no_model(tmp_path, name):
     assert f"files that are a model together; give their folder, {tmp_path}" in message
 
 
-def test_a_file_that_an_index_names_beside_others_is_no_model(tmp_path):
+def test_file_named_by_an_index_is_no_model(tmp_path):
+    """A file that an index names beside others is no model."""
     folder = save_model(
         tmp_path / "m", random_model(1), shards=[["model.scale"], ["lm_head.weight"]]
     )
@@ -175,7 +179,8 @@ def cached(tmp_path, *commits, main=None):
     return repository
 
 
-def test_a_cached_repository_stands_for_its_snapshot(tmp_path):
+def test_cached_repository_is_its_snapshot(tmp_path):
+    """A cached repository stands for its snapshot."""
     first, second = "a" * 40, "b" * 40
     for repository, commit in (
         (cached(tmp_path / "one", first), first),
@@ -186,7 +191,8 @@ def test_a_cached_repository_stands_for_its_snapshot(tmp_path):
 
 
 @pytest.mark.parametrize("main", [None, "../../secret", "a" * 39, "\xff"])
-def test_of_several_snapshots_one_must_be_named(tmp_path, main):
+def test_one_of_several_snapshots_is_named(tmp_path, main):
+    """Of several snapshots, one must be named."""
     save_model(tmp_path / "secret", random_model(3))
     message = refused(cached(tmp_path, "a" * 40, "b" * 40, main=main))
     assert f"snapshots/{'a' * 40}/, snapshots/{'b' * 40}/" in message
@@ -213,7 +219,8 @@ def test_an_adapter_is_refused(tmp_path, name):
         shardmix.plan_merge(models)
 
 
-def test_an_adapters_file_is_refused_whatever_is_in_it(tmp_path):
+def test_adapter_file_is_refused(tmp_path):
+    """An adapter's file is refused, whatever is in it."""
     for each in "ab":
         (tmp_path / each).mkdir()
         save_file({"w": torch.ones(2, 2)}, tmp_path / each / "adapter_model.safetensors")
@@ -222,7 +229,7 @@ def test_an_adapters_file_is_refused_whatever_is_in_it(tmp_path):
         shardmix.plan_merge(files)
 
 
-def test_a_model_that_peft_wrapped_is_refused(tmp_path):
+def test_model_wrapped_by_peft_is_refused(tmp_path):
     tensors = {
         "base_model.model.q.base_layer.weight": torch.ones(2, 2),
         "base_model.model.q.lora_A.default.weight": torch.ones(2, 2),
@@ -252,7 +259,8 @@ def test_a_models_own_adapters_are_told(tmp_path):
         "explorations.weight",
     ],
 )
-def test_a_name_like_an_adapters_is_no_adapter(tmp_path, name):
+def test_name_like_an_adapters_is_no_adapter(tmp_path, name):
+    """A name like an adapter's is no adapter."""
     models = [(save_model(tmp_path / each, {name: torch.ones(2)}), 0.5) for each in "ab"]
     assert not any("adapter" in warning for warning in shardmix.plan_merge(models).warnings)
 

@@ -43,8 +43,11 @@ CLASSES = {
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_types_that_a_class_of_transformers_fits(tmp_path, name):
-    """Configs as transformers writes them; a bare decoder may be anything but what it isn't."""
+def test_types_that_a_class_fits(tmp_path, name):
+    """Types that a class of transformers fits.
+
+    Configs as transformers writes them; a bare decoder may be anything but what it isn't.
+    """
     made = getattr(transformers, name)
     config = made.config_class(**SIZES)
     config.architectures = [name]
@@ -60,16 +63,21 @@ def test_types_that_a_class_of_transformers_fits(tmp_path, name):
     "config",
     [{}, {"model_type": "own"}, {"architectures": ["Own"]}, {"architectures": 1}, {"a": []}],
 )
-def test_a_config_that_tells_nothing_contradicts_nothing(config, model_type):
+def test_empty_config_contradicts_nothing(config, model_type):
+    """A config that tells nothing contradicts nothing."""
     assert contradiction(config, model_type) is None
 
 
-def test_a_type_that_is_no_text_contradicts_nothing():
+def test_type_without_text_contradicts_none():
+    """A type that is no text contradicts nothing."""
     assert contradiction({"model_type": []}, "decoder") is None
 
 
-def test_a_language_model_with_modules_embeds_texts():
-    """As E5-Mistral, GTE-Qwen2 and Qwen3-Embedding do."""
+def test_language_model_with_modules_embeds():
+    """A language model with modules embeds texts.
+
+    As E5-Mistral, GTE-Qwen2 and Qwen3-Embedding do.
+    """
     config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
     assert contradiction(config, "encoder", has_modules=True) is None
     assert "Qwen3ForCausalLM" in contradiction(config, "encoder")
@@ -97,7 +105,8 @@ def test_a_contradicted_type_is_refused(tmp_path):
     shardmix.merge(models, tmp_path / "out", model_type="decoder")
 
 
-def test_the_bases_config_is_the_one_that_counts(tmp_path):
+def test_config_source_counts(tmp_path):
+    """The config source's config is the one that counts."""
     models = two(tmp_path, "LlamaForCausalLM")
     base = save_model(tmp_path / "base", {}, config={"architectures": ["LlamaModel"]})
     assert (

@@ -44,7 +44,8 @@ KINDS = {
 
 @pytest.mark.parametrize("stem", KINDS)
 @pytest.mark.parametrize("shards", [None, SHARDS])
-def test_a_folder_of_another_loader_is_merged(tmp_path, stem, shards):
+def test_other_loaders_folder_is_merged(tmp_path, stem, shards):
+    """A folder of another loader is merged."""
     models = [
         (renamed(tmp_path / name, stem, seed, shards=shards, **KINDS[stem]), 0.5)
         for seed, name in enumerate("ab")
@@ -71,8 +72,11 @@ def test_a_folder_of_another_loader_is_merged(tmp_path, stem, shards):
         assert (out / f"{name}.json").exists()
 
 
-def test_a_file_of_another_loader_keeps_its_name(tmp_path):
-    """Also if it is given as a file, or in another precision, as long as its config tells."""
+def test_other_loaders_file_keeps_its_name(tmp_path):
+    """A file of another loader keeps its name.
+
+    Also if it is given as a file, or in another precision, as long as its config tells.
+    """
     for stem, options in KINDS.items():
         models = [
             (renamed(tmp_path / stem / name, stem, seed, **options), 0.5)
@@ -93,8 +97,11 @@ def test_a_file_of_another_loader_keeps_its_name(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "consolidated.safetensors"])
-def test_what_no_loader_would_find_is_called_model(tmp_path, name):
-    """A file without the others that its loader wants gets the name that most look for."""
+def test_unknown_name_becomes_model(tmp_path, name):
+    """What no loader would find is called model.
+
+    A file without the others that its loader wants gets the name that most look for.
+    """
     stem = name.removesuffix(".safetensors")
     config = {"model_type": "x"}
     models = [
@@ -127,14 +134,16 @@ def test_transformers_weights_come_first(tmp_path):
     assert open_checkpoint(str(folder)).shards[0].path.name == "model.safetensors"
 
 
-def test_diffusers_own_weights_come_first_for_diffusers(tmp_path):
+def test_diffusers_weights_come_first(tmp_path):
+    """Diffusers' own weights come first for diffusers."""
     folder = renamed(tmp_path / "m", "diffusion_pytorch_model", 1)
     save_model(folder, random_model(0), config=UNET)
     name = open_checkpoint(str(folder)).shards[0].path.name
     assert name == "diffusion_pytorch_model.safetensors"
 
 
-def test_a_pipelines_part_is_merged_and_the_pipeline_refused(tmp_path):
+def test_pipelines_part_merges_alone(tmp_path):
+    """A pipeline's part is merged, and the pipeline refused."""
     for seed, name in enumerate("ab"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')

@@ -44,7 +44,8 @@ def gpu_machine(monkeypatch, *, measured_from=1):
     monkeypatch.setattr(planner, "MEASURED_FROM_NBYTES", measured_from)
 
 
-def test_a_gpu_that_nobody_asked_for_is_assumed_until_it_is_measured(tmp_path, monkeypatch):
+def test_unasked_gpu_is_assumed_at_first(tmp_path, monkeypatch):
+    """A GPU that nobody asked for is assumed until it is measured."""
     gpu_machine(monkeypatch)
     plan = shardmix.plan_merge(two_models(tmp_path), max_vram="1GiB")
     assert (plan.settings.device, plan.settings.backend) == ("cuda", "torch")
@@ -55,7 +56,8 @@ def test_a_gpu_that_nobody_asked_for_is_assumed_until_it_is_measured(tmp_path, m
     assert plan.digest() == shardmix.plan_merge(two_models(tmp_path), device="cpu").digest()
 
 
-def test_a_gpu_that_was_asked_for_is_not_in_question(tmp_path, monkeypatch):
+def test_requested_gpu_is_not_in_question(tmp_path, monkeypatch):
+    """A GPU that was asked for is not in question."""
     gpu_machine(monkeypatch)
     for device in ("cuda", "cuda:1"):
         plan = shardmix.plan_merge(two_models(tmp_path), device=device)
@@ -63,7 +65,8 @@ def test_a_gpu_that_was_asked_for_is_not_in_question(tmp_path, monkeypatch):
         assert shardmix.report_plan(plan).warnings == plan.warnings
 
 
-def test_a_merge_too_small_to_gain_by_a_gpu_takes_the_cpu(tmp_path, monkeypatch):
+def test_small_merge_takes_the_cpu(tmp_path, monkeypatch):
+    """A merge too small to gain by a GPU takes the CPU."""
     models = two_models(tmp_path)
     summed = sum(
         run.num_elements * 4 * len(run.dtypes) for run in all_segments(shardmix.plan_merge(models))
@@ -75,7 +78,8 @@ def test_a_merge_too_small_to_gain_by_a_gpu_takes_the_cpu(tmp_path, monkeypatch)
     assert shardmix.plan_merge(models).settings.is_device_open
 
 
-def test_integers_are_compared_on_the_cpu_and_no_reason_for_a_gpu(tmp_path, monkeypatch):
+def test_integers_are_no_reason_for_a_gpu(tmp_path, monkeypatch):
+    """Integers are compared on the CPU, and are no reason for a GPU."""
     gpu_machine(monkeypatch)
     for name in "ab":
         save_model(tmp_path / name, {"ids": torch.arange(1000)})
@@ -90,7 +94,8 @@ def test_who_asks_for_kernels_gets_the_cpu(tmp_path, monkeypatch):
     assert (plan.settings.device, plan.settings.backend) == ("cpu", "llvm")
 
 
-def test_an_open_plan_projects_whichever_takes_more(monkeypatch):
+def test_open_plan_projects_the_larger(monkeypatch):
+    """An open plan projects whichever takes more."""
     gpu_machine(monkeypatch)
     is_open = {"device": "cuda", "backend": "torch", "is_device_open": True}
     roomy = memory_of(RunSettings(**is_open, workers=4))
@@ -107,7 +112,7 @@ def test_an_open_plan_projects_whichever_takes_more(monkeypatch):
     assert both.projected_peak_nbytes - on_gpu.projected_peak_nbytes >= buffers - 4 * MIB
 
 
-def test_blocks_last_for_several_chunks_on_a_gpu(tmp_path, monkeypatch):
+def test_tasks_last_several_chunks_on_a_gpu(tmp_path, monkeypatch):
     gpu_machine(monkeypatch)
     plan = shardmix.plan_merge(two_models(tmp_path), device="cuda")
     shard = dataclasses.replace(plan.shards[0], file_nbytes=2**30)
@@ -116,7 +121,8 @@ def test_blocks_last_for_several_chunks_on_a_gpu(tmp_path, monkeypatch):
     assert (first.stop_leaf - first.first_leaf) * LEAF_NBYTES == 4 * plan.memory.chunk_nbytes
 
 
-def test_a_budget_too_small_for_a_gpu_is_kept_on_the_cpu(tmp_path, monkeypatch):
+def test_small_budget_keeps_to_the_cpu(tmp_path, monkeypatch):
+    """A budget too small for a GPU is kept on the CPU."""
     gpu_machine(monkeypatch)
     models = two_models(tmp_path)
     budget = reserved_nbytes("llvm") + 400 * MIB
@@ -143,11 +149,13 @@ def driver(tmp_path):
         *(("9", 0), ("GPU-5ebe9f43,GPU-6f5c", 2), ("0,-1,1", 1), ("MIG-1", 1)),
     ],
 )
-def test_gpus_are_counted_without_torch_as_cuda_shows_them(driver, visible, count):
+def test_gpus_are_counted_without_torch(driver, visible, count):
+    """GPUs are counted without torch, as CUDA shows them."""
     assert gpus.cuda_device_count(driver, visible) == count
 
 
-def test_without_a_list_there_is_one_gpu_and_without_a_driver_none(driver, monkeypatch):
+def test_no_list_is_one_gpu_no_driver_none(driver, monkeypatch):
+    """Without a list there is one GPU, and without a driver none."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert gpus.cuda_device_count(driver) == 3
     assert gpus.cuda_device_count(driver / "nowhere") == 0
@@ -213,7 +221,8 @@ def weights_of(folder):
     return (Path(folder) / "model.safetensors").read_bytes()
 
 
-def test_the_faster_device_is_taken_and_the_report_says_why(tmp_path, monkeypatch, gpu):
+def test_faster_device_is_taken_with_reason(tmp_path, monkeypatch, gpu):
+    """The faster device is taken, and the report says why."""
     models = two_models(tmp_path)
     measured(monkeypatch, cpu=41.2e9, cuda=23e9)
     on_cpu = shardmix.merge(models, tmp_path / "1")
@@ -230,7 +239,8 @@ def test_the_faster_device_is_taken_and_the_report_says_why(tmp_path, monkeypatc
     assert weights_of(on_cpu.output) == weights_of(on_gpu.output)
 
 
-def test_what_was_measured_is_within_the_projected_peak(tmp_path, monkeypatch, gpu):
+def test_trials_keep_the_projected_peak(tmp_path, monkeypatch, gpu):
+    """What was measured is within the projected peak."""
     measured(monkeypatch, cpu=2e9, cuda=1e9)
     models = two_models(tmp_path)
     report = shardmix.merge(models, tmp_path / "out", max_memory="8GiB", workers=3)
@@ -239,7 +249,8 @@ def test_what_was_measured_is_within_the_projected_peak(tmp_path, monkeypatch, g
     assert trial < report.projected_peak_bytes <= 8 * 2**30
 
 
-def test_a_device_that_is_named_is_not_measured(tmp_path, monkeypatch, gpu):
+def test_named_device_is_not_measured(tmp_path, monkeypatch, gpu):
+    """A device that is named is not measured."""
     measured(monkeypatch)
     for device in ("cpu", "cuda"):
         report = shardmix.merge(two_models(tmp_path), tmp_path / device, device=device)
@@ -247,7 +258,8 @@ def test_a_device_that_is_named_is_not_measured(tmp_path, monkeypatch, gpu):
 
 
 @pytest.mark.parametrize("is_named", [False, True])
-def test_a_gpu_that_fails_when_it_is_tried_is_not_taken(tmp_path, gpu, is_named):
+def test_gpu_that_fails_its_trial_is_dropped(tmp_path, gpu, is_named):
+    """A GPU that fails when it is tried is not taken."""
     gpu._flaw = RuntimeError("CUDA out of memory.\nTried to allocate")
     if is_named:
         gpu._flaw, cause = shardmix.DeviceError("device cuda failed"), gpu._flaw
@@ -259,8 +271,11 @@ def test_a_gpu_that_fails_when_it_is_tried_is_not_taken(tmp_path, gpu, is_named)
     )
 
 
-def test_what_fails_keeps_none_of_its_buffers(tmp_path, gpu):
-    """Else the GPU's and pinned memory would be held for as long as the error is."""
+def test_failure_keeps_no_buffers(tmp_path, gpu):
+    """What fails keeps none of its buffers.
+
+    Else the GPU's and pinned memory would be held for as long as the error is.
+    """
     made = []
 
     class Failing(CpuSum):
@@ -280,7 +295,8 @@ def test_what_fails_keeps_none_of_its_buffers(tmp_path, gpu):
     assert not any(reducer() for reducer in made)
 
 
-def test_a_gpu_that_cannot_be_used_falls_back_to_the_cpu_unmeasured(tmp_path, monkeypatch):
+def test_unusable_gpu_falls_back_unmeasured(tmp_path, monkeypatch):
+    """A GPU that cannot be used falls back to the CPU, unmeasured."""
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     gpu_machine(monkeypatch)
@@ -328,7 +344,8 @@ def test_a_trial_does_what_the_merge_will_do(tmp_path, monkeypatch, gpu, io, dty
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
-def test_a_trial_tells_a_slow_device_from_a_fast_one(tmp_path, gpu):
+def test_trial_tells_slow_from_fast(tmp_path, gpu):
+    """A trial tells a slow device from a fast one."""
     plan = shardmix.plan_merge(two_models(tmp_path), device="cpu", backend="torch", workers=2)
     slow = FakeGpu(lambda nbytes: (SlowSum(chunk_nbytes=nbytes),))
     cpu = plan, load_backend(plan)
@@ -338,7 +355,8 @@ def test_a_trial_tells_a_slow_device_from_a_fast_one(tmp_path, gpu):
     assert note.startswith("device cpu: ")
 
 
-def test_a_trial_keeps_two_chunks_in_flight_where_the_device_does(tmp_path, gpu):
+def test_trial_keeps_two_chunks_in_flight(tmp_path, gpu):
+    """A trial keeps two chunks in flight if the device does."""
     plan = shardmix.plan_merge(two_models(tmp_path), device="cpu", backend="torch", workers=2)
     simulated = FakeGpu(
         lambda nbytes: cuda_sums(

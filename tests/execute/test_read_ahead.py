@@ -30,7 +30,8 @@ def asked(plan, monkeypatch):
     return made
 
 
-def test_the_first_run_of_every_source_is_asked_for_by_turns(tmp_path, monkeypatch):
+def test_sources_are_asked_for_in_turn(tmp_path, monkeypatch):
+    """The first segment of every source is asked for by turns."""
     plan = plan_of_two(tmp_path)
     run = plan.shards[0].segments[0]
     nbytes = 18 * MIB
@@ -42,14 +43,16 @@ def test_the_first_run_of_every_source_is_asked_for_by_turns(tmp_path, monkeypat
     assert asked(plan, monkeypatch) == expected
 
 
-def test_no_more_is_asked_for_than_is_allowed(tmp_path, monkeypatch):
+def test_read_ahead_keeps_its_bound(tmp_path, monkeypatch):
+    """No more is asked for than is allowed."""
     plan = plan_of_two(tmp_path)
     monkeypatch.setattr(read_ahead, "_STEP_NBYTES", 100)
     monkeypatch.setattr(read_ahead, "MOST_NBYTES", 350)
     assert [nbytes for *_, nbytes in asked(plan, monkeypatch)] == [100, 100, 100]
 
 
-def test_nothing_is_asked_for_once_the_backend_is_there(tmp_path, monkeypatch):
+def test_read_ahead_ends_with_the_backend(tmp_path, monkeypatch):
+    """Nothing is asked for once the backend is there."""
     plan = plan_of_two(tmp_path, num_elements=4000)
     monkeypatch.setattr(read_ahead, "_STEP_NBYTES", 1)
     made, may_go_on = [], threading.Event()
@@ -69,7 +72,8 @@ def test_nothing_is_asked_for_once_the_backend_is_there(tmp_path, monkeypatch):
     assert len(made) == 1
 
 
-def test_a_source_that_is_gone_is_left_to_those_who_read_it(tmp_path):
+def test_missing_source_is_left_to_readers(tmp_path):
+    """A source that is gone is left to those who read it."""
     plan = plan_of_two(tmp_path, num_elements=100)
     (tmp_path / "b" / "model.safetensors").unlink()
     before = threading.active_count()

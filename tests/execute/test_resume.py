@@ -31,7 +31,8 @@ def staged(tmp_path):
     return tmp_path / ".out.shardmix"
 
 
-def test_the_same_merge_goes_on_and_ends_with_the_same_bytes(tmp_path, models, undisturbed):
+def test_same_merge_resumes_to_same_bytes(tmp_path, models, undisturbed):
+    """The same merge goes on, and ends with the same bytes."""
     cut_off(models, tmp_path / "out", num_leaves=3)
     assert not (tmp_path / "out").exists()
     report = shardmix.merge(models, tmp_path / "out")
@@ -42,7 +43,8 @@ def test_the_same_merge_goes_on_and_ends_with_the_same_bytes(tmp_path, models, u
     assert report.bytes_read + report.bytes_kept == 2 * (28_000_000 + 80)
 
 
-def test_other_chunks_workers_and_ways_to_read_go_on_all_the_same(tmp_path, models, undisturbed):
+def test_other_settings_resume_all_the_same(tmp_path, models, undisturbed):
+    """Other chunks, workers and ways to read go on all the same."""
     for number in range(1, 7):
         io, backend = (("pread", "torch"), ("mmap", "llvm"))[number % 2]
         cut_off(models, tmp_path / "out", num_leaves=1, io=io, backend=backend)
@@ -62,13 +64,15 @@ def test_with_other_digests_too(tmp_path, models, digest):
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole" / "out")
 
 
-def test_a_merge_cut_off_before_anything_was_done_leaves_nothing(tmp_path, models):
+def test_early_cut_leaves_nothing(tmp_path, models):
+    """A merge cut off before anything was done leaves nothing."""
     with cut_off_after(0), pytest.raises(KeyboardInterrupt):
         shardmix.merge(models, tmp_path / "out")
     assert not staged(tmp_path).exists()
 
 
-def test_an_error_says_what_is_kept_and_how_to_go_on(tmp_path, models):
+def test_error_says_what_is_kept(tmp_path, models):
+    """An error says what is kept and how to go on."""
     error = OutputError("the disk is full")
     with cut_off_after(3, error), pytest.raises(OutputError) as caught:
         shardmix.merge(models, tmp_path / "out", workers=1)
@@ -90,7 +94,8 @@ def test_an_error_says_what_is_kept_and_how_to_go_on(tmp_path, models):
         ({"allow_differences": ["a", "b"]}, "allow differences none then, a, b now"),
     ],
 )
-def test_another_merge_is_refused_and_the_difference_named(tmp_path, models, change, finding):
+def test_another_merge_is_refused_by_name(tmp_path, models, change, finding):
+    """Another merge is refused, and the difference named."""
     cut_off(models, tmp_path / "out")
     before = folder_bytes(staged(tmp_path))
     weights = change.pop("weights", (0.6, 0.4))
@@ -125,7 +130,8 @@ def change_time(path):
 @pytest.mark.parametrize(
     ("change", "finding"), [(change_time, "time of modification"), (change_header, "header")]
 )
-def test_a_source_that_has_changed_is_refused_and_named(tmp_path, models, change, finding):
+def test_changed_source_is_refused_by_name(tmp_path, models, change, finding):
+    """A source that has changed is refused and named."""
     path = models[1][0] / "model-00002-of-00002.safetensors"
     cut_off(models, tmp_path / "out")
     change(path)
@@ -136,7 +142,9 @@ def test_a_source_that_has_changed_is_refused_and_named(tmp_path, models, change
     shardmix.merge(models, tmp_path / "out", restart=True)
 
 
-def test_a_source_that_changes_meanwhile_is_no_use_going_on_with(tmp_path, models):
+def test_change_meanwhile_ends_the_resume(tmp_path, models):
+    """A source that changes meanwhile is no use going on with."""
+
     def touch(event):
         if event.num_bytes_done < event.num_bytes_total:
             return
@@ -158,7 +166,8 @@ def test_a_file_that_is_gone_is_named(tmp_path, models):
         shardmix.merge(models, tmp_path / "out")
 
 
-def test_a_path_spelt_otherwise_is_the_same_merge(tmp_path, models, monkeypatch):
+def test_other_spelling_is_the_same_merge(tmp_path, models, monkeypatch):
+    """A path spelt otherwise is the same merge."""
     cut_off(models, tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     report = shardmix.merge([("m0", 0.6), ("./m1/", 0.4)], "out")
@@ -166,9 +175,8 @@ def test_a_path_spelt_otherwise_is_the_same_merge(tmp_path, models, monkeypatch)
 
 
 @pytest.mark.parametrize("where", [100, LEAF + 5, 2 * LEAF - 1])
-def test_a_leaf_that_is_not_what_the_journal_claims_is_merged_again(
-    tmp_path, models, undisturbed, where
-):
+def test_leaf_unlike_its_journal_is_redone(tmp_path, models, undisturbed, where):
+    """A leaf that is not what the journal claims is merged again."""
     cut_off(models, tmp_path / "out", num_leaves=4)
     path = staged(tmp_path) / "model" / "model-00001-of-00002.safetensors"
     with path.open("r+b") as file:
@@ -191,7 +199,8 @@ def test_a_leaf_that_is_not_what_the_journal_claims_is_merged_again(
         b"\xff\xfe\n",
     ],
 )
-def test_a_journal_with_a_torn_or_wrong_end_does_no_harm(tmp_path, models, undisturbed, tail):
+def test_torn_journal_does_no_harm(tmp_path, models, undisturbed, tail):
+    """A journal with a torn or wrong end does no harm."""
     cut_off(models, tmp_path / "out")
     with (staged(tmp_path) / "journal").open("ab") as file:
         file.write(tail)
@@ -203,7 +212,8 @@ def test_a_journal_with_a_torn_or_wrong_end_does_no_harm(tmp_path, models, undis
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"\0" * 100, b"[" * 100_000 + b"\n", b'{"format":1,"merge":5}\n']
 )
-def test_a_journal_without_a_beginning_claims_nothing(tmp_path, models, undisturbed, content):
+def test_headless_journal_claims_nothing(tmp_path, models, undisturbed, content):
+    """A journal without a beginning claims nothing."""
     cut_off(models, tmp_path / "out")
     (staged(tmp_path) / "journal").write_bytes(content)
     assert shardmix.status(tmp_path / "out").unfinished.merge is None
@@ -211,7 +221,8 @@ def test_a_journal_without_a_beginning_claims_nothing(tmp_path, models, undistur
     assert folder_bytes(tmp_path / "out") == undisturbed
 
 
-def test_a_pipe_in_place_of_the_journal_is_not_waited_for(tmp_path, models):
+def test_pipe_for_a_journal_is_not_awaited(tmp_path, models):
+    """A pipe in place of the journal is not waited for."""
     cut_off(models, tmp_path / "out")
     (staged(tmp_path) / "journal").unlink()
     os.mkfifo(staged(tmp_path) / "journal")
@@ -222,14 +233,16 @@ def test_a_pipe_in_place_of_the_journal_is_not_waited_for(tmp_path, models):
     shardmix.merge(models, tmp_path / "out", restart=True)
 
 
-def test_staged_files_that_are_gone_are_merged_again(tmp_path, models, undisturbed):
+def test_missing_staged_files_are_redone(tmp_path, models, undisturbed):
+    """Staged files that are gone are merged again."""
     cut_off(models, tmp_path / "out")
     shutil.rmtree(staged(tmp_path) / "model")
     assert shardmix.merge(models, tmp_path / "out").bytes_kept == 0
     assert folder_bytes(tmp_path / "out") == undisturbed
 
 
-def test_a_journal_of_another_version_is_refused(tmp_path, models):
+def test_journal_of_other_version_is_refused(tmp_path, models):
+    """A journal of another version is refused."""
     cut_off(models, tmp_path / "out")
     journal = staged(tmp_path) / "journal"
     head, rest = journal.read_bytes().split(b"\n", 1)
@@ -239,7 +252,8 @@ def test_a_journal_of_another_version_is_refused(tmp_path, models):
         shardmix.merge(models, tmp_path / "out")
 
 
-def test_what_was_found_before_the_cut_is_told_after_it(tmp_path):
+def test_anomalies_before_the_cut_are_told(tmp_path):
+    """What was found before the cut is told after it."""
     models = large_models(tmp_path)
     path = models[0][0] / "model-00001-of-00002.safetensors"
     tensors = load_file(path)
@@ -274,7 +288,8 @@ def test_findings_of_a_leaf_merged_again(tmp_path, models, undisturbed):
     assert folder_bytes(tmp_path / "out") == undisturbed
 
 
-def test_a_cancelled_merge_can_be_gone_on_with(tmp_path, models, undisturbed):
+def test_cancelled_merge_resumes(tmp_path, models, undisturbed):
+    """A cancelled merge can be gone on with."""
     cancel = threading.Event()
 
     def stop(event):
@@ -292,8 +307,11 @@ def test_a_cancelled_merge_can_be_gone_on_with(tmp_path, models, undisturbed):
 @pytest.mark.parametrize(
     "stray", ["model-00003-of-00003.safetensors", "notes.txt", "2_Dense/model.safetensors", "tf/x"]
 )
-def test_strays_in_the_staging_folder_are_no_output(tmp_path, stray):
-    """What an earlier run left, or somebody put there, is not this merge's."""
+def test_strays_in_staging_are_no_output(tmp_path, stray):
+    """Strays in the staging folder are no output.
+
+    What an earlier run left, or somebody put there, is not this merge's.
+    """
     models = large_models(tmp_path)
     cut_off(models, tmp_path / "out")
     path = tmp_path / ".out.shardmix" / "model" / stray
@@ -323,8 +341,8 @@ def test_a_claim_without_its_end_is_none(tmp_path, models, undisturbed):
     assert folder_bytes(tmp_path / "out") == undisturbed
 
 
-def test_another_plan_of_the_same_words_is_refused(tmp_path, models):
-    """As another version might make it."""
+def test_other_plan_of_same_words_is_refused(tmp_path, models):
+    """Another plan of the same words is refused. As another version might make it."""
     cut_off(models, tmp_path / "out")
     journal = staged(tmp_path) / "journal"
     head, rest = journal.read_bytes().split(b"\n", 1)

@@ -31,7 +31,8 @@ def held(bench):
         running.kill()
 
 
-def test_a_second_merge_to_an_output_is_refused_and_names_the_first(held):
+def test_second_merge_is_refused(held):
+    """A second merge to an output is refused, and names the first."""
     merge, running, gate = held
     second = merge.run()
     assert second.status == 1
@@ -42,7 +43,8 @@ def test_a_second_merge_to_an_output_is_refused_and_names_the_first(held):
     assert merge.found == NEW
 
 
-def test_the_lock_of_a_killed_merge_is_taken_over(held):
+def test_killed_merges_lock_is_taken_over(held):
+    """The lock of a killed merge is taken over."""
     merge, running, _ = held
     running.kill()
     assert running.wait().status == -signal.SIGKILL
@@ -50,7 +52,8 @@ def test_the_lock_of_a_killed_merge_is_taken_over(held):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_does_not_cut_short_what_the_first_set_off(held, number):
+def test_second_signal_cuts_nothing_short(held, number):
+    """A second signal does not cut short what the first set off."""
     merge, running, gate = held
     running.kill(number)
     running.kill(number)
@@ -63,7 +66,8 @@ def test_a_second_signal_does_not_cut_short_what_the_first_set_off(held, number)
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_of_many_at_once_never_two_are_at_work(bench, seed):
+def test_no_two_of_many_work_at_once(bench, seed):
+    """Of many at once, never two are at work."""
     merge = bench.merge(Variation(overwrite=seed == 1, fsync=False))
     log = bench.folder / f"race-{seed}.log"
     running = [merge.start(Fault(log=str(log))) for _ in range(4)]
@@ -79,8 +83,11 @@ def test_of_many_at_once_never_two_are_at_work(bench, seed):
     assert not merge.staging.exists()
 
 
-def test_a_signal_waits_for_the_workers_before_their_files_are_closed(bench):
-    """Thread.join takes a running thread for ended when a signal interrupts it."""
+def test_signal_waits_for_the_workers(bench):
+    """A signal waits for the workers before their files are closed.
+
+    Thread.join takes a running thread for ended when a signal interrupts it.
+    """
     merge, log = bench.merge(Variation(sharded=False)), bench.folder / "interrupted.log"
     shard = str(merge.staging / "model" / "model.safetensors")
     fault = Fault(action="signal", number=signal.SIGINT, seconds_after_signal=0.3, log=str(log))
@@ -102,7 +109,8 @@ def test_a_signal_waits_for_the_workers_before_their_files_are_closed(bench):
         ("unlink", ".out.shardmix/journal", "out is complete and in place", True),
     ],
 )
-def test_a_signal_says_what_there_is_and_how_to_go_on(bench, operation, path, finding, is_new):
+def test_signal_says_how_to_go_on(bench, operation, path, finding, is_new):
+    """A signal says what there is, and how to go on."""
     merge = bench.merge(Variation(overwrite=True, sharded=False))
     # Known by its path, not its number: threads make their calls in no fixed order.
     root = str(merge.staging.parent / path)

@@ -19,7 +19,8 @@ def disk(bench, request):
 
 
 @pytest.mark.parametrize("nbytes", [16_384, 300_000, 825_000], ids=["lock", "weights", "card"])
-def test_a_disk_that_runs_full_is_named_and_with_more_room_the_merge_goes_on(bench, disk, nbytes):
+def test_full_disk_is_named_then_resumed(bench, disk, nbytes):
+    """A disk that runs full is named, and with more room the merge goes on."""
     resize(disk, nbytes)
     merge = bench.merge(Variation(sharded=nbytes > 500_000), disk)
     # It looks roomy beforehand: somebody else fills it meanwhile.
@@ -34,7 +35,8 @@ def test_a_disk_that_runs_full_is_named_and_with_more_room_the_merge_goes_on(ben
     assert merge.trouble_after_end() == ""
 
 
-def test_on_too_small_a_disk_a_merge_that_goes_on_says_what_is_kept(bench, disk):
+def test_resume_on_small_disk_says_its_state(bench, disk):
+    """On too small a disk, a merge that goes on says what is kept."""
     merge = bench.merge(Variation(), disk)
     merge.run(Fault(is_blind=True))
     done = merge.run()

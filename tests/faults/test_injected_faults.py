@@ -101,9 +101,8 @@ def test_a_call_that_fails_is_one_clear_line(bench, made, operation, path, numbe
         (OVERWRITING, "fsync", ".out.shardmix"),
     ],
 )
-def test_where_the_disk_does_not_confirm_what_is_in_place_that_is_said(
-    bench, made, variation, operation, path
-):
+def test_unconfirmed_placing_is_said(bench, made, variation, operation, path):
+    """If the disk does not confirm what is in place, that is said."""
     merge = bench.merge(variation)
     at = nth(made[variation], operation, path)
     done = merge.run(Fault(at=at, action="error", number=errno.EIO))
@@ -124,9 +123,8 @@ def test_where_the_disk_does_not_confirm_what_is_in_place_that_is_said(
         ("rmdir", ".out.shardmix"),
     ],
 )
-def test_what_fails_once_the_output_is_in_place_is_made_up_for_by_the_next_run(
-    bench, made, operation, path
-):
+def test_late_failure_is_made_up_for(bench, made, operation, path):
+    """What fails once the output is in place is made up for by the next run."""
     merge = bench.merge(OVERWRITING)
     at = nth(made[OVERWRITING], operation, path)
     done = merge.run(Fault(at=at, action="error", number=errno.EIO))
@@ -135,7 +133,8 @@ def test_what_fails_once_the_output_is_in_place_is_made_up_for_by_the_next_run(
     assert merge.trouble_after_end() == ""
 
 
-def test_a_failed_exchange_leaves_the_old_model(bench, made):
+def test_failed_exchange_leaves_old_model(bench, made):
+    """A failed exchange leaves the old model."""
     merge = bench.merge(OVERWRITING)
     at = nth(made[OVERWRITING], "renameat2", MODEL)
     done = merge.run(Fault(at=at, action="error", number=errno.EIO))
@@ -143,7 +142,8 @@ def test_a_failed_exchange_leaves_the_old_model(bench, made):
     assert merge.trouble_after_end() == ""
 
 
-def test_a_system_that_knows_no_locks_and_no_exchange_will_do(bench, made):
+def test_system_without_locks_will_do(bench, made):
+    """A system that knows no locks and no exchange will do."""
     merge = bench.merge(OVERWRITING)
     at = nth(made[OVERWRITING], "flock", ".out.shardmix/lock", 0)
     fault = Fault(at=at, action="error", number=errno.ENOLCK, has_no_exchange=True)
@@ -156,7 +156,8 @@ def test_a_system_that_knows_no_locks_and_no_exchange_will_do(bench, made):
     [Fault(action="short"), Fault(alarm_seconds=0.001)],
     ids=["short reads and writes", "interrupted calls"],
 )
-def test_calls_that_do_a_part_only_or_are_interrupted_are_made_again(bench, fault):
+def test_partial_calls_are_made_again(bench, fault):
+    """Calls that do only a part, or are interrupted, are made again."""
     merge = bench.merge(Variation(sharded=False, digest="sha256"))
     merge.run(Fault(at=15, action="kill", operations=("pwrite", "write", "fsync")))
     assert merge.num_claims > 0
@@ -165,7 +166,8 @@ def test_calls_that_do_a_part_only_or_are_interrupted_are_made_again(bench, faul
     assert merge.found == NEW
 
 
-def test_a_source_that_cannot_be_read_is_named(bench):
+def test_unreadable_source_is_named(bench):
+    """A source that cannot be read is named."""
     merge = bench.merge(NEW_OUTPUT)
     source = bench.source("b", False)
     fault = Fault(at=3, action="error", number=errno.EIO, root=str(source), operations=("preadv",))
@@ -175,8 +177,11 @@ def test_a_source_that_cannot_be_read_is_named(bench):
     assert merge.trouble_after_end() == ""
 
 
-def test_a_companion_that_is_gone_when_it_is_to_be_copied_is_named(bench):
-    """It is opened first to be held against the other model's."""
+def test_missing_auxiliary_file_is_named(bench):
+    """An auxiliary file that is gone when it is to be copied is named.
+
+    It is opened first to be held against the other model's.
+    """
     merge = bench.merge(NEW_OUTPUT)
     source = bench.source("a", False) / "tokenizer.json"
     fault = Fault(at=2, action="error", number=errno.ENOENT, root=str(source), operations=("open",))

@@ -35,8 +35,11 @@ def killed(merge, fault, **changed):
     ],
     ids=["new", "exchanged", "two renames"],
 )
-def test_killed_at_any_step_of_the_placing_nothing_is_lost(bench, variation, how):
-    """From the marker on, before each call that changes what is there."""
+def test_kill_while_placing_loses_nothing(bench, variation, how):
+    """Killed at any step of the placing, nothing is lost.
+
+    From the marker on, before each call that changes what is there.
+    """
     made = calls_of(bench.merge(variation), operations=CHANGING, **how)
     first = [call[:2] for call in made].index(("write", ".out.shardmix/placing")) + 1
     steps = [
@@ -69,8 +72,11 @@ def test_killed_at_any_step_of_the_placing_nothing_is_lost(bench, variation, how
     ],
     ids=["xxh3", "sha256", "blake3"],
 )
-def test_killed_again_and_again_it_ends_as_if_nothing_had_been(bench, variation, changes):
-    """Each time it is another way to run it; what was found in the data is told in the end."""
+def test_repeated_kills_leave_no_trace(bench, variation, changes):
+    """Killed again and again, it ends as if nothing had been.
+
+    Each time it is another way to run it; what was found in the data is told in the end.
+    """
     merge, claims = bench.merge(variation), []
     for at, chunk_nbytes in [(60, 64 * 1024), (40, 2**20), (50, 128 * 1024)]:
         killed(merge, Fault(at=at, chunk_nbytes=chunk_nbytes), **changes)
@@ -81,7 +87,8 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_been(bench, variation,
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_writes_that_a_power_cut_has_taken_back_cost_work_and_not_bytes(bench, seed):
+def test_power_cut_costs_no_bytes(bench, seed):
+    """Writes that a power cut has taken back cost work, and not bytes."""
     chance = random.Random(seed)
     merge = bench.merge(Variation(sharded=seed % 2 == 0, digest=("xxh3", "sha256")[seed % 3 == 0]))
     killed(merge, Fault(at=chance.randrange(60, 90)))
@@ -90,8 +97,11 @@ def test_writes_that_a_power_cut_has_taken_back_cost_work_and_not_bytes(bench, s
     assert merge.trouble_after_end() == "", done
 
 
-def test_of_a_merge_whose_journal_is_lost_no_file_gets_into_another(bench):
-    """Of the same name, but of more and of other files."""
+def test_lost_journal_mixes_no_files(bench):
+    """Of a merge whose journal is lost, no file gets into another.
+
+    Of the same name, but of more and of other files.
+    """
     merge = bench.merge(Variation(sharded=True))
     killed(merge, Fault(at=90))
     (merge.staging / "journal").write_bytes(b"")
@@ -99,7 +109,8 @@ def test_of_a_merge_whose_journal_is_lost_no_file_gets_into_another(bench):
     assert single.trouble_after_end() == ""
 
 
-def test_what_a_killed_clean_up_has_left_of_the_old_model_is_not_gone_on_with(bench):
+def test_killed_clean_up_is_not_resumed(bench):
+    """What a killed clean-up has left of the old model is not gone on with."""
     merge = bench.merge(OVERWRITING)
     made = calls_of(bench.merge(OVERWRITING), operations=CHANGING)
     at = [path for _, path, _ in made].index(".out.shardmix/model/merges.txt") + 1

@@ -118,8 +118,11 @@ def test_one_file_kept_whole_keeps_all(tmp_path):
 
 
 @given(st.dictionaries(st.text(), st.text(), max_size=4))
-def test_metadata_is_written_as_safetensors_does(metadata):
-    """Byte for byte, but for the order of keys, which the library leaves to chance."""
+def test_metadata_is_as_safetensors_writes(metadata):
+    """Metadata is written as safetensors does.
+
+    Byte for byte, but for the order of keys, which the library leaves to chance.
+    """
     saved = save({"t": torch.zeros(2)}, metadata=metadata)
     length = 8 + int.from_bytes(saved[:8], "little")
     order = json.loads(saved[8:length]).get("__metadata__", {})

@@ -44,7 +44,8 @@ entries = st.dictionaries(
 
 
 @given(entries)
-def test_headers_are_laid_out_as_safetensors_does(tensors):
+def test_headers_are_as_safetensors_writes(tensors):
+    """Headers are laid out as safetensors does."""
     saved = save(
         {
             name: torch.zeros(shape, dtype=TORCH_DTYPES[dtype])
@@ -74,13 +75,15 @@ def test_a_decoded_header_is_the_encoded_one(tensors):
     assert decoded.nbytes.tolist() == np.diff(header.offsets).tolist()
 
 
-def test_every_dtype_is_a_float_an_integer_or_refused():
+def test_every_dtype_is_summed_or_refused():
+    """Every dtype is a float, an integer or refused."""
     refused = set(DTYPES) - FLOAT_DTYPES - INTEGER_DTYPES
     assert all(dtype.startswith(("F8_", "F4", "F6_", "C64")) for dtype in refused)
     assert len(refused) == 9
 
 
-def test_a_zero_dimensional_tensor_has_one_element_and_an_empty_one_none():
+def test_scalar_has_one_element_empty_none():
+    """A zero-dimensional tensor has one element, and an empty one none."""
     assert tensor_nbytes("F32", ()) == 4
     assert tensor_nbytes("BF16", (3, 0, 5)) == 0
     assert TensorInfo("t", "F32", (), 8, 4).num_elements == 1
@@ -99,7 +102,8 @@ def test_a_zero_dimensional_tensor_has_one_element_and_an_empty_one_none():
         ((2**20).to_bytes(8, "little"), 50, "may have been cut off: fetch it again"),
     ],
 )
-def test_an_impossible_header_length_is_refused_before_it_is_read(prefix, file_nbytes, finding):
+def test_impossible_length_is_refused_unread(prefix, file_nbytes, finding):
+    """An impossible header length is refused before it is read."""
     with pytest.raises(SourceError, match=finding):
         header_nbytes(prefix, file_nbytes=file_nbytes)
 
@@ -120,7 +124,8 @@ def test_an_impossible_header_length_is_refused_before_it_is_read(prefix, file_n
         b'{"t":{"dtype":["F32"],"shape":[1],"data_offsets":[0,4]}}',
     ],
 )
-def test_a_header_that_does_not_parse_is_refused(header):
+def test_unparsable_header_is_refused(header):
+    """A header that does not parse is refused."""
     with pytest.raises(SourceError, match=r"header|has a tensor"):
         decode_header(header, file_nbytes=8 + len(header) + 4)
 

@@ -82,7 +82,8 @@ def simulated(monkeypatch):
 
 @pytest.mark.parametrize("io", ["pread", "mmap"])
 @pytest.mark.parametrize("count", [2, 3, 5])
-def test_a_merge_with_chunks_in_flight_writes_the_cpus_bytes(tmp_path, simulated, count, io):
+def test_chunks_in_flight_write_cpu_bytes(tmp_path, simulated, count, io):
+    """A merge with chunks in flight writes the CPU's bytes."""
     models = models_of(tmp_path, count, dtypes=(torch.bfloat16, torch.float32))
     on_cpu = shardmix.merge(models, tmp_path / "cpu", device="cpu")
     options = {"device": "cuda", "io": io, "workers": 2, "max_vram": 8 * MIB}
@@ -92,7 +93,8 @@ def test_a_merge_with_chunks_in_flight_writes_the_cpus_bytes(tmp_path, simulated
     assert shardmix.verify(tmp_path / "gpu").is_verified
 
 
-def test_a_merge_that_was_cut_off_in_flight_goes_on(tmp_path, simulated, monkeypatch):
+def test_merge_cut_off_in_flight_resumes(tmp_path, simulated, monkeypatch):
+    """A merge that was cut off in flight goes on."""
     models = models_of(tmp_path, 2, dtypes=(torch.float32,), num_elements=6_000_001)
     on_cpu = shardmix.merge(models, tmp_path / "cpu", device="cpu")
     options = {"device": "cuda", "workers": 2, "max_vram": 64 * MIB, "output": tmp_path / "gpu"}
@@ -118,7 +120,8 @@ needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two
 @needs_gpu
 @pytest.mark.parametrize("io", ["pread", "mmap"])
 @pytest.mark.parametrize("count", [2, 3, 5])
-def test_a_merge_on_a_gpu_writes_the_cpus_bytes_within_its_memory(tmp_path, count, io):
+def test_gpu_merge_keeps_bytes_and_memory(tmp_path, count, io):
+    """A merge on a GPU writes the CPU's bytes, within its memory."""
     models = models_of(tmp_path, count, dtypes=DTYPES)
     on_cpu = shardmix.merge(models, tmp_path / "cpu", device="cpu")
     for budget in (8 * MIB, 100 * MIB, None):
@@ -133,7 +136,8 @@ def test_a_merge_on_a_gpu_writes_the_cpus_bytes_within_its_memory(tmp_path, coun
 
 @pytest.mark.gpu
 @needs_gpus
-def test_several_gpus_share_a_merge_and_write_the_cpus_bytes(tmp_path):
+def test_several_gpus_write_the_cpus_bytes(tmp_path):
+    """Several GPUs share a merge and write the CPU's bytes."""
     models = models_of(tmp_path, 3, dtypes=DTYPES)
     on_cpu = shardmix.merge(models, tmp_path / "cpu", device="cpu")
     count = torch.cuda.device_count()
@@ -146,7 +150,8 @@ def test_several_gpus_share_a_merge_and_write_the_cpus_bytes(tmp_path):
 
 @pytest.mark.gpu
 @needs_gpu
-def test_auto_measures_gpu_and_cpu_and_writes_the_same_bytes(tmp_path, monkeypatch):
+def test_auto_measures_and_writes_same_bytes(tmp_path, monkeypatch):
+    """Auto measures GPU and CPU, and writes the same bytes."""
     monkeypatch.setattr("shardmix.plan.planner.MEASURED_FROM_NBYTES", 1)
     models = models_of(tmp_path, 3)
     on_cpu = shardmix.merge(models, tmp_path / "cpu", device="cpu")

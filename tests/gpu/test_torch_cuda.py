@@ -76,9 +76,10 @@ def sources_of(dtypes, num_elements, *, seed=0):
     mapped=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_in_whatever_order_streams_run_the_bytes_are_the_cpus(
+def test_any_stream_order_gives_cpu_bytes(
     dtypes, out_dtype, num_elements, chunk_nbytes, mapped, seed
 ):
+    """In whatever order streams run, the bytes are the CPU's."""
     sources = sources_of(dtypes, num_elements, seed=seed)
     weights = [0.5, 0.3, 0.2, 0.1, -0.1][: len(sources)]
     _, reducers = simulated(seed, chunk_nbytes=chunk_nbytes)
@@ -89,8 +90,11 @@ def test_in_whatever_order_streams_run_the_bytes_are_the_cpus(
     assert all(are_finite) == bool(result.isfinite().all())
 
 
-def test_a_chunk_is_read_while_the_one_before_it_is_summed():
-    """The host gets ahead by more than one chunk's operations before it has to wait."""
+def test_reading_overlaps_summing():
+    """A chunk is read while the one before it is summed.
+
+    The host gets ahead by more than one chunk's operations before it has to wait.
+    """
     sources = sources_of([torch.bfloat16], 4000)
 
     def most_queued(num_chunks):
@@ -111,7 +115,8 @@ def test_a_chunk_is_read_while_the_one_before_it_is_summed():
     assert most_queued(2) > 1.5 * most_queued(1)
 
 
-def test_each_chunk_tells_of_itself_whether_it_is_finite():
+def test_chunk_tells_whether_it_is_finite():
+    """Each chunk tells of itself whether it is finite."""
     source = torch.ones(1000)
     source[5], source[700] = math.nan, math.inf
     for seed in range(10):
@@ -122,13 +127,15 @@ def test_each_chunk_tells_of_itself_whether_it_is_finite():
         assert are_finite == [False, True, False, True]
 
 
-def test_workers_are_dealt_to_all_devices_in_turn():
+def test_workers_are_dealt_to_all_devices():
+    """Workers are dealt to all devices in turn."""
     backend = TorchBackend("cuda", num_visible=3)
     assert [backend.next_device().index for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0]
     assert [device.index for device in backend.devices] == [0, 1, 2]
 
 
-def test_a_device_that_is_named_is_the_only_one():
+def test_named_device_is_the_only_one():
+    """A device that is named is the only one."""
     backend = TorchBackend("cuda:1", num_visible=3)
     assert [backend.next_device().index for _ in range(3)] == [1, 1, 1]
     assert TorchBackend("cpu").devices == ()
@@ -146,7 +153,8 @@ def failed_gpu(monkeypatch):
     return TorchBackend("cuda", num_visible=1)
 
 
-def test_a_gpu_that_fails_at_work_ends_in_an_error_that_says_what_to_do(failed_gpu):
+def test_gpu_failing_at_work_says_what_to_do(failed_gpu):
+    """A GPU that fails at work ends in an error that says what to do."""
     with pytest.raises(DeviceError) as caught, failed_gpu.running():
         raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")
     assert str(caught.value) == (
@@ -158,7 +166,8 @@ def test_a_gpu_that_fails_at_work_ends_in_an_error_that_says_what_to_do(failed_g
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt(), SourceError("a disk"), RuntimeError("a mistake of ours")]
 )
-def test_a_gpu_that_fails_while_it_is_left_hides_no_other_error(failed_gpu, error):
+def test_gpu_failing_at_exit_hides_no_error(failed_gpu, error):
+    """A GPU that fails while it is left hides no other error."""
     with pytest.raises(type(error)) as caught, failed_gpu.running():
         raise error
     assert caught.value is error
@@ -172,7 +181,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @pytest.mark.parametrize("out_dtype", FLOATS)
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_two_chunks_in_flight_on_a_gpu_give_the_cpus_bytes(count, mapped, out_dtype):
+def test_two_chunks_in_flight_give_cpu_bytes(count, mapped, out_dtype):
+    """Two chunks in flight on a GPU give the CPU's bytes."""
     sources = sources_of((FLOATS * 2)[:count], 300_007)
     sources[0][5000] = math.nan
     weights = [0.5, 0.3, 0.2, 0.1, -0.1][:count]

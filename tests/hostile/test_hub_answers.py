@@ -20,9 +20,10 @@ __all__ = ["hub", "machine"]  # fixtures
         ("\u202enosj.txt", "which has control characters"),
     ],
 )
-def test_files_of_harmful_names_are_refused_and_nothing_is_fetched(
+def test_harmful_names_fetch_nothing(
     hub: HubServer, machine: Machine, tmp_path, name: str, finding: str
 ) -> None:
+    """Files of harmful names are refused, and nothing is fetched."""
     hub.push("org/harmful", model() | {name: b"{}"})
     (message,) = machine.refusals("org/harmful")
     assert message.startswith("org/harmful: has a file ")
@@ -32,9 +33,10 @@ def test_files_of_harmful_names_are_refused_and_nothing_is_fetched(
 
 
 @pytest.mark.parametrize("name", ["../../../escaped.safetensors", "/tmp/escaped.safetensors"])
-def test_an_index_that_leads_elsewhere_is_refused_before_any_weights_are_fetched(
+def test_index_leading_out_fetches_nothing(
     hub: HubServer, machine: Machine, tmp_path, name: str
 ) -> None:
+    """An index that leads elsewhere is refused before any weights are fetched."""
     hub.push("org/harmful", sharded_model(name))
     (message,) = machine.refusals("org/harmful")
     assert message.startswith("org/harmful: ")
@@ -43,9 +45,10 @@ def test_an_index_that_leads_elsewhere_is_refused_before_any_weights_are_fetched
     assert not list(tmp_path.rglob("escaped.safetensors"))
 
 
-def test_what_the_hub_says_is_told_in_one_line_that_no_terminal_obeys(
+def test_hubs_words_are_one_harmless_line(
     hub: HubServer, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What the Hub says is told in one line that no terminal obeys."""
     body = json.dumps({"error": "asked \x1b[2J\nerror: \u202egnp"}).encode()
     monkeypatch.setattr(
         "tests.support.hub_server._refusal", lambda status, *_: _Answer(status, body)

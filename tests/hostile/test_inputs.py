@@ -44,7 +44,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     return told
 
 
-def test_there_are_many_of_them_and_no_two_of_one_name():
+def test_inputs_are_many_and_named_once():
+    """There are many of them, and no two of one name."""
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names) >= 170
 
@@ -65,7 +66,8 @@ def test_it_is_refused_in_one_clear_line(outcomes, case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_machines_are_told_the_same_and_nothing_that_a_terminal_obeys(outcomes, case):
+def test_machines_are_told_the_same(outcomes, case):
+    """Machines are told the same, and nothing that a terminal obeys."""
     for_people, for_machines = (outcomes[case.name][kind] for kind in ("people", "machines"))
     assert for_people["stdout"] == ""
     assert "".join(for_machines["stdout"].split("\n")).isprintable()
@@ -74,7 +76,8 @@ def test_machines_are_told_the_same_and_nothing_that_a_terminal_obeys(outcomes, 
     assert error["kind"].endswith("Error")
 
 
-def test_what_cannot_be_merged_may_be_looked_at_but_does_no_more_harm(outcomes):
+def test_inspecting_does_no_harm(outcomes):
+    """What cannot be merged may be looked at, but does no more harm."""
     looked_at = [told["inspect"] for told in outcomes.values() if "inspect" in told]
     assert len(looked_at) > 200
     for outcome in looked_at:

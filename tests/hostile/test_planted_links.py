@@ -132,7 +132,8 @@ def test_a_planted_shard_is_merged_anew(made, precious, tmp_path, kind):
 
 @pytest.mark.parametrize("command", ["merge", "restart", "overwrite", "status"])
 @pytest.mark.parametrize("kind", PLANTS)
-def test_an_output_that_is_planted_is_refused(made, precious, tmp_path, kind, command):
+def test_planted_output_is_refused(made, precious, tmp_path, kind, command):
+    """An output that is planted is refused."""
     out = prepared(made, tmp_path / "p", "merge")
     plant(kind, out, precious)
     refusal = run(made, out, command)
@@ -144,7 +145,8 @@ def test_an_output_that_is_planted_is_refused(made, precious, tmp_path, kind, co
 @needs_root
 @pytest.mark.parametrize("command", ["merge", "resume", "restart", "overwrite", "status"])
 @pytest.mark.parametrize("mode", [0o700, 0o755, 0o777])
-def test_a_staging_folder_of_others_is_refused(made, tmp_path, command, mode):
+def test_others_staging_folder_is_refused(made, tmp_path, command, mode):
+    """A staging folder of others is refused."""
     out = prepared(made, tmp_path / "p", command)
     hidden = out.parent / STAGING
     hidden.mkdir(exist_ok=True)
@@ -165,7 +167,8 @@ def test_a_staging_folder_of_others_is_refused(made, tmp_path, command, mode):
 
 @pytest.mark.parametrize("command", ["merge", "resume", "restart", "overwrite", "status"])
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o777, 0o1777])
-def test_a_staging_folder_open_to_others_is_refused(made, tmp_path, command, mode):
+def test_open_staging_folder_is_refused(made, tmp_path, command, mode):
+    """A staging folder open to others is refused."""
     out = prepared(made, tmp_path / "p", command)
     hidden = out.parent / STAGING
     hidden.mkdir(exist_ok=True)
@@ -184,8 +187,11 @@ def test_a_staging_folder_open_to_others_is_refused(made, tmp_path, command, mod
 
 @needs_root
 @pytest.mark.parametrize("name", ["lock", "journal", "model", f"model/{SHARD}", "placing"])
-def test_what_others_own_within_is_not_taken_up(made, tmp_path, name):
-    """As it may be if the folder was open to them for a while: they could still write to it."""
+def test_others_files_within_are_not_used(made, tmp_path, name):
+    """What others own within is not taken up.
+
+    As it may be if the folder was open to them for a while: they could still write to it.
+    """
     out = prepared(made, tmp_path / "p", "resume")
     path = out.parent / STAGING / name
     path.touch()
@@ -204,7 +210,8 @@ def test_what_others_own_within_is_not_taken_up(made, tmp_path, name):
         )
 
 
-def test_links_above_the_output_are_the_users_own(made, tmp_path):
+def test_links_above_the_output_are_followed(made, tmp_path):
+    """Links above the output are the user's own."""
     (tmp_path / "disk" / "models").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk")
     models, _, whole = made
@@ -214,7 +221,8 @@ def test_links_above_the_output_are_the_users_own(made, tmp_path):
 
 
 @pytest.mark.parametrize("kind", PLANTS)
-def test_a_planted_profile_is_not_written_through(made, precious, tmp_path, kind):
+def test_planted_profile_is_not_written(made, precious, tmp_path, kind):
+    """A planted profile is not written through."""
     models, _, _ = made
     plant(kind, tmp_path / "run.json", precious)
     with pytest.raises(OutputError, match=r"run\.json: "):
@@ -224,7 +232,8 @@ def test_a_planted_profile_is_not_written_through(made, precious, tmp_path, kind
 
 
 @pytest.mark.parametrize("kind", PLANTS)
-def test_a_profile_planted_meanwhile_is_not_written_through(made, precious, tmp_path, kind):
+def test_profile_planted_late_is_not_written(made, precious, tmp_path, kind):
+    """A profile planted meanwhile is not written through."""
     models, _, _ = made
     planted = []
 

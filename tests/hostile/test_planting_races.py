@@ -63,8 +63,11 @@ SWAPPED = (
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("name", SWAPPED)
-def test_a_swap_at_any_moment_touches_nothing(made, tmp_path, name, overwrite):
-    """Before each call in turn that a merge makes relative to a folder that it holds."""
+def test_swap_at_any_moment_touches_nothing(made, tmp_path, name, overwrite):
+    """A swap at any moment touches nothing.
+
+    Before each call in turn that a merge makes relative to a folder that it holds.
+    """
     place = tmp_path / "place"
     place.mkdir()
     count = num_calls(made, place, overwrite=overwrite)
@@ -118,8 +121,8 @@ def test_what_is_exchanged_in_is_put_back(made, precious, tmp_path, monkeypatch)
     precious.check()
 
 
-def test_what_a_kill_has_left_exchanged_is_not_removed(made, precious, tmp_path, monkeypatch):
-    """Neither by this run, nor by the next."""
+def test_exchanged_leftovers_are_not_removed(made, precious, tmp_path, monkeypatch):
+    """What a kill has left exchanged is not removed. Neither by this run, nor by the next."""
 
     class Killed(BaseException):
         pass
@@ -147,8 +150,8 @@ def test_what_a_kill_has_left_exchanged_is_not_removed(made, precious, tmp_path,
 
 
 @pytest.mark.parametrize("has_exchange", [True, False])
-def test_what_is_put_into_the_old_model_is_kept(made, tmp_path, monkeypatch, has_exchange):
-    """After it was looked at, and before it goes."""
+def test_addition_to_the_old_model_is_kept(made, tmp_path, monkeypatch, has_exchange):
+    """What is put into the old model is kept. After it was looked at, and before it goes."""
     out = save_model(tmp_path / "out", random_model(3))
     method = "exchange" if has_exchange else "move"
     real = getattr(HeldFolder, method)
@@ -166,8 +169,11 @@ def test_what_is_put_into_the_old_model_is_kept(made, tmp_path, monkeypatch, has
     assert (out / "thesis.tex").read_text() == "precious"
 
 
-def test_a_staging_folder_swapped_while_it_is_opened(made, precious, tmp_path, monkeypatch):
-    """Between the look at its owner and the opening: a link is not opened."""
+def test_staging_folder_swap_is_not_opened(made, precious, tmp_path, monkeypatch):
+    """A staging folder swapped while it is opened.
+
+    Between the look at its owner and the opening: a link is not opened.
+    """
     checked = staging_module._owner_if_private
 
     def swap_after(path, parent, there):

@@ -32,11 +32,13 @@ def run(*words: object) -> tuple[str, str]:
     return result.stdout, result.stderr
 
 
-def test_an_error_is_escaped_also_where_a_program_prints_it():
+def test_error_is_escaped_for_programs_too():
+    """An error is escaped also if a program prints it."""
     assert str(shardmix.SourceError(f"{HOSTILE}: bad")) == f"{ESCAPED}: bad"
 
 
-def test_what_looks_like_markup_or_a_picture_is_shown_as_it_is(tmp_path):
+def test_markup_is_shown_as_it_is(tmp_path):
+    """What looks like markup or a picture is shown as it is."""
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     content = safetensors_file(json.dumps({"[bold]:smile:.weight": entry}), 4)
     stdout, _ = run("inspect", a_model(tmp_path / ":heart:", {"model.safetensors": content}))
@@ -54,7 +56,8 @@ def hostile_model(folder: Path) -> Path:
     return a_model(folder, {"model.safetensors": content, "config.json": json.dumps(config)})
 
 
-def test_text_is_escaped_where_a_terminal_would_obey_and_left_alone_elsewhere():
+def test_only_obeyed_text_is_escaped():
+    """Text is escaped where a terminal would obey, and left alone elsewhere."""
     assert printable(HOSTILE) == ESCAPED
     assert printable("modèle/名前 × Σ") == "modèle/名前 × Σ"
     assert one_line(ValueError(f"x {HOSTILE}")).isprintable()
@@ -76,7 +79,8 @@ def test_inspect_shows_hostile_names_escaped(tmp_path, more):
 
 @pytest.mark.parametrize("command", ["plan", "merge"])
 @pytest.mark.parametrize("more", [[], ["--json"]])
-def test_plans_and_merges_show_hostile_names_escaped(tmp_path, command, more):
+def test_reports_show_hostile_names_escaped(tmp_path, command, more):
+    """Plans and merges show hostile names escaped."""
     models = [hostile_model(tmp_path / f"{n}{HOSTILE}") for n in "ab"]
     content = (models[1] / "model.safetensors").read_bytes()
     (models[1] / "model.safetensors").write_bytes(content[:-8] + b"\1" * 8)  # an integer differs
@@ -88,7 +92,8 @@ def test_plans_and_merges_show_hostile_names_escaped(tmp_path, command, more):
         assert f"warning: {ESCAPED}.count: differs in" in stderr
 
 
-def test_a_model_card_of_hostile_names_is_text_a_table_and_a_recipe(tmp_path):
+def test_card_of_hostile_names_stays_a_card(tmp_path):
+    """A model card of hostile names is text, a table and a recipe."""
     models = [(hostile_model(tmp_path / f"{n}{HOSTILE}"), 0.5) for n in "ab"]
     shardmix.merge(models, tmp_path / f"out{HOSTILE}")
     card = (tmp_path / f"out{HOSTILE}" / "README.md").read_text()
@@ -103,7 +108,9 @@ def test_a_model_card_of_hostile_names_is_text_a_table_and_a_recipe(tmp_path):
     assert load_recipe(recipe).sources == (f"a{ESCAPED}", f"b{ESCAPED}")
 
 
-def test_what_a_server_says_is_logged_escaped(monkeypatch, caplog):
+def test_servers_words_are_logged_escaped(monkeypatch, caplog):
+    """What a server says is logged escaped."""
+
     def fail(*_, **__):
         raise OSError(f"server says: {HOSTILE}")
 
@@ -117,7 +124,8 @@ def test_what_a_server_says_is_logged_escaped(monkeypatch, caplog):
     assert obeys_nothing(caplog.text)
 
 
-def test_templates_and_code_are_copied_as_they_are_and_pickles_are_not_touched(tmp_path):
+def test_templates_are_copied_not_pickles(tmp_path):
+    """Templates and code are copied as they are, and pickles are not touched."""
     harm = tmp_path / "harm"
     pickle = f"cos\nsystem\n(S'touch {harm}'\ntR.".encode()
     template = f"{{{{ cycler.__init__.__globals__.os.system('touch {harm}') }}}}\x1b[2J".encode()
@@ -145,7 +153,8 @@ def test_templates_and_code_are_copied_as_they_are_and_pickles_are_not_touched(t
     assert not harm.exists()
 
 
-def test_auxiliary_files_of_the_hub_cache_are_followed(tmp_path):
+def test_hub_caches_links_are_followed(tmp_path):
+    """Auxiliary files of the Hub's cache are followed."""
     repository = tmp_path / "models--org--name"
     snapshot = a_model(repository / "snapshots" / "c0ffee")
     (snapshot / "modules.json").write_text('[{"path": "1_Pooling"}]')
@@ -158,7 +167,8 @@ def test_auxiliary_files_of_the_hub_cache_are_followed(tmp_path):
     assert {"tokenizer.json", "1_Pooling/config.json"} <= set(plan.auxiliary_files)
 
 
-def test_a_folder_that_is_itself_a_link_is_a_source_as_any(tmp_path):
+def test_linked_folder_is_a_source_as_any(tmp_path):
+    """A folder that is itself a link is a source as any."""
     a_model(tmp_path / "disk" / "model")
     (tmp_path / "model").symlink_to("disk/model")
     assert shardmix.inspect(tmp_path / "model").num_tensors == 1

@@ -85,9 +85,8 @@ LAST = _NUM_TENSORS - 1
     ],
     ids=["overlap", "twice", "dtype", "cut short"],
 )
-def test_a_fault_at_the_end_of_a_million_tensors_is_found_in_little_memory(
-    tmp_path, many, end, finding
-):
+def test_last_fault_is_found_in_few_bytes(tmp_path, many, end, finding):
+    """A fault at the end of a million tensors is found in little memory."""
     bad = save(tmp_path / "bad", f"{{{many},{end}}}")
     said, _, peak = run(_RUN, "merge", f"{bad}=0.5", f"{bad}=0.5", "-o", tmp_path / "out")
     assert said.startswith(f"error: {bad}/model.safetensors: ")
@@ -96,14 +95,16 @@ def test_a_fault_at_the_end_of_a_million_tensors_is_found_in_little_memory(
     assert peak < _MOST_NBYTES
 
 
-def test_a_million_tensors_are_opened_in_what_is_reckoned_with(tmp_path, many):
+def test_million_tensors_open_as_reckoned(tmp_path, many):
+    """A million tensors are opened in what is reckoned with."""
     header = f"{{{many},{entry('t', LAST, _NUM_TENSORS)}}}"
     said, before, peak = run(_OPEN, save(tmp_path, header))
     assert said == str(_NUM_TENSORS)
     assert peak - before < _MEMORY_PER_HEADER_BYTE * len(header) / 2
 
 
-def test_so_are_shapes_that_are_all_different(tmp_path):
+def test_million_shapes_open_as_reckoned(tmp_path):
+    """So are shapes that are all different."""
     shapes = ([0, n % 600 + 300, n // 600 + 300] for n in range(200_000))
     entries = (
         f'"{n:x}":{{"dtype":"U8","shape":{shape},"data_offsets":[0,0]}}'
@@ -116,7 +117,8 @@ def test_so_are_shapes_that_are_all_different(tmp_path):
 
 
 @pytest.mark.parametrize("command", [["plan"], ["merge", "-o", "out"]])
-def test_what_a_header_may_take_is_refused_before_it_is_taken(tmp_path, many, command):
+def test_header_too_large_is_refused_unread(tmp_path, many, command):
+    """What a header may take is refused before it is taken."""
     model = save(tmp_path / "model", f"{{{many},{entry('t', LAST, _NUM_TENSORS)}}}")
     budget = ["--max-memory", "512MiB"]
     said, before, peak = run(_RUN, *command, f"{model}=0.5", f"{model}=0.5", *budget)
@@ -134,12 +136,14 @@ def test_an_index_is_held_to_the_budget_too(tmp_path):
         open_checkpoint(str(tmp_path))
 
 
-def test_a_model_of_few_tensors_is_left_to_the_planner_which_names_the_least_that_works(tmp_path):
+def test_few_tensors_are_left_to_the_planner(tmp_path):
+    """A model of few tensors is left to the planner, which names the least that works."""
     save_model(tmp_path, random_model(1))
     assert open_checkpoint(str(tmp_path), max_memory=1).num_tensors == 8
 
 
-def test_a_long_header_is_read_in_pieces_and_a_short_one_as_a_whole_to_the_same_end(monkeypatch):
+def test_pieces_read_as_the_whole_header(monkeypatch):
+    """A long header is read in pieces and a short one as a whole, to the same end."""
     names = ["a", "}", '},"', "},", "{", '\\"', "ä", "", "__metadata", '"},"b":{"']
     tensors = {
         name: {"dtype": "U8", "shape": [1], "data_offsets": [n, n + 1], "more": {"x": [{}]}}
@@ -158,7 +162,8 @@ def test_a_long_header_is_read_in_pieces_and_a_short_one_as_a_whole_to_the_same_
         monkeypatch.undo()
 
 
-def test_a_long_header_that_cannot_be_divided_is_refused(monkeypatch):
+def test_indivisible_header_is_refused(monkeypatch):
+    """A long header that cannot be divided is refused."""
     monkeypatch.setattr("shardmix.formats.safetensors_header._PIECE_NBYTES", 100)
     monkeypatch.setattr("shardmix.formats.safetensors_header._MOST_UNDIVIDED_NBYTES", 200)
     header = f"{{{entry('a' * 300, 0, 1)}}}".encode()

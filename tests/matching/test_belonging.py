@@ -114,8 +114,11 @@ def make(folder, name, seed, **changes):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_two_models_of_a_class_belong_together(tmp_path, name):
-    """Nothing is said, also when one stands beside the other as the base."""
+def test_models_of_a_class_belong_together(tmp_path, name):
+    """Two models of a class belong together.
+
+    Nothing is said, also when one stands beside the other as the base.
+    """
     a, b = (make(tmp_path / folder, name, seed) for seed, folder in enumerate("ab"))
     assert shardmix.plan_merge([(a, 0.5), (b, 0.5)]).warnings == ()
     assert shardmix.plan_merge([(a, 0.5), (a, 0.5)], config_from=b).warnings == ()
@@ -135,7 +138,8 @@ def test_a_config_of_differences_is_the_same(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_another_computation_of_equal_shapes_is_refused(tmp_path, name):
+def test_other_computation_is_refused(tmp_path, name):
+    """Another computation of equal shapes is refused."""
     changes = CLASSES[name][2]
     pairs = [(make(tmp_path / "a", name, 0), 0.5), (make(tmp_path / "b", name, 1, **changes), 0.5)]
     with pytest.raises(MismatchError, match="use --allow-differences") as caught:

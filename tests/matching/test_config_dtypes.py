@@ -137,7 +137,8 @@ def test_a_part_is_known_by_its_name(key, module):
     assert (changed["dtype"], changed[key]["dtype"]) == (F32, BF16)
 
 
-def test_settings_that_are_no_parts_are_let_be():
+def test_settings_that_are_no_parts_stay():
+    """Settings that are no parts are let be."""
     config = {
         "dtype": BF16,
         "quantization_config": {"dtype": F16, "model_type": "x"},
@@ -147,7 +148,8 @@ def test_settings_that_are_no_parts_are_let_be():
     assert with_dtypes(config, dtypes(config, tensors)) == config
 
 
-def test_a_model_without_floats_states_what_it_did():
+def test_floatless_model_keeps_its_dtype():
+    """A model without floats states what it did."""
     config = parts()
     assert dtypes(config, {}) == {}
     assert with_dtypes(config, {}) == config
@@ -171,11 +173,13 @@ def test_a_merge_keeps_the_parts_dtypes(tmp_path):
     assert written(tmp_path, parts()) == parts()
 
 
-def test_a_merge_in_one_dtype_says_so_throughout(tmp_path):
+def test_merge_states_one_dtype_throughout(tmp_path):
+    """A merge in one dtype says so throughout."""
     config = written(tmp_path, parts(), dtype="float16")
     assert config == parts(text=F16, vision=F16, whole=F16)
 
 
-def test_a_merge_with_a_base_of_another_dtype_is_told_by_its_tensors(tmp_path):
+def test_tensors_tell_dtype_of_other_config(tmp_path):
+    """A merge with a config source of another dtype is told by its tensors."""
     base = multimodal(tmp_path / "base", parts(F16, F16, F16), torch.float16, torch.float16)
     assert written(tmp_path, parts(), config_from=base) == parts()

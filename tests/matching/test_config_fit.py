@@ -203,7 +203,8 @@ def test_a_base_without_a_tokenizer_is_fine(tmp_path):
     assert shardmix.plan_merge(models(tmp_path), config_from=base).warnings == ()
 
 
-def test_the_first_models_own_config_is_looked_at(tmp_path):
+def test_first_models_config_is_looked_at(tmp_path):
+    """The first model's own config is looked at."""
     pairs = [(save(tmp_path / name, vocab_size=48), 0.5) for name in "ab"]
     with pytest.raises(MismatchError, match="correct it there, or use --config-from"):
         shardmix.plan_merge(pairs)
@@ -215,7 +216,8 @@ STALE = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config", "quantization"])
-def test_a_stale_quantisation_is_named_with_two_ways_on(tmp_path, key):
+def test_stale_quantisation_has_two_ways_on(tmp_path, key):
+    """A stale quantisation is named, with two ways on."""
     with pytest.raises(SourceError, match=rf"\(bitsandbytes, in {key}\).*stale; remove it"):
         shardmix.plan_merge(models(tmp_path, **{key: STALE}))
     (warning,) = shardmix.plan_merge(
@@ -241,8 +243,11 @@ def test_an_allowed_quantisation_is_left_out(tmp_path, part):
     assert shardmix.verify(tmp_path / "out", recompute=True).is_verified
 
 
-def test_a_base_that_declares_a_quantisation_is_refused(tmp_path):
-    """Floats beside such a config would not load."""
+def test_quantised_config_source_is_refused(tmp_path):
+    """A config source that declares a quantisation is refused.
+
+    Floats beside such a config would not load.
+    """
     base = save(tmp_path / "base", quantization_config=STALE)
     with pytest.raises(MismatchError, match=r"quantization_config.*no weight of the merge is"):
         shardmix.plan_merge(models(tmp_path), config_from=base)
@@ -255,7 +260,8 @@ def test_a_base_that_declares_a_quantisation_is_refused(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == CONFIG
 
 
-def test_codes_stay_refused_whatever_is_allowed(tmp_path):
+def test_codes_stay_refused(tmp_path):
+    """Codes stay refused, whatever is allowed."""
     tensors = {"layer.qweight": torch.zeros(4, 4, dtype=torch.int32), "w": torch.ones(2)}
     for config in ({}, {"quantization_config": {"quant_method": "gptq"}}):
         folder = save_model(tmp_path / f"q{len(config)}", tensors, config=config)
@@ -265,8 +271,11 @@ def test_codes_stay_refused_whatever_is_allowed(tmp_path):
             )
 
 
-def test_floats_that_are_quantised_in_use_stay_refused(tmp_path):
-    """BitNet's floats are what its classes quantise; without its config they are another model."""
+def test_floats_quantised_in_use_are_refused(tmp_path):
+    """Floats that are quantised in use stay refused.
+
+    BitNet's floats are what its classes quantise; without its config they are another model.
+    """
     pairs = models(tmp_path, quantization_config={"quant_method": "bitnet"})
     with pytest.raises(SourceError, match=r"is quantised \(bitnet"):
         shardmix.plan_merge(pairs, allow_differences="quantization_config")

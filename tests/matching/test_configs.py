@@ -489,7 +489,8 @@ def test_one_key_is_judged(name):
     assert verdicts(other, one) == expected
 
 
-def test_a_difference_names_models_values_and_output():
+def test_difference_names_models_and_values():
+    """A difference names models, values and output."""
     named = [
         NamedConfig("org/a", LLAMA),
         NamedConfig("b", changed(LLAMA, rope_theta=5e5)),
@@ -545,8 +546,11 @@ def test_only_what_a_config_says_is_told():
     assert not found.other_keys
 
 
-def test_many_keys_take_no_longer_than_their_number():
-    """20,000 of either kind; and a key that patterns could go back in for hours."""
+def test_many_keys_take_linear_time():
+    """Many keys take no longer than their number.
+
+    20,000 of either kind; and a key that patterns could go back in for hours.
+    """
     numbers = range(20_000)
     one = {f"a{number}_eps": 1 for number in numbers} | {f"b{number}": 1 for number in numbers}
     other = {f"a{number}_eps": 2 for number in numbers} | {"heads_per_" * 200_000 + "!": 1}
@@ -578,8 +582,11 @@ def test_strange_values_are_no_error_of_ours(key, number):
         verdicts({**config, key: value}, {**config, key: value, "a": 1})
 
 
-def test_the_table_is_what_transformers_declares():
-    """Run `python -m tests.generators.class_defaults` after an update of transformers."""
+def test_table_is_what_transformers_declares():
+    """The table is what transformers declares.
+
+    Run `python -m tests.generators.class_defaults` after an update of transformers.
+    """
     code = (
         "import tests.generators.class_defaults as t\n"
         "assert t.TARGET.read_text() == t.written(t.class_defaults())"

@@ -28,12 +28,12 @@ def test_what_names_no_key_is_refused(given):
         difference_keys(given)
 
 
-def test_a_refused_difference_names_the_remedy():
+def test_refused_difference_names_the_remedy():
     with pytest.raises(MismatchError, match=r"2 in a, 4 in b.*--allow-differences num_heads "):
         settle([HEADS, THETA], ())
 
 
-def test_a_misspelt_key_is_told_with_the_error():
+def test_misspelt_key_is_told_with_the_error():
     with pytest.raises(MismatchError, match=r"num_haeds, in which.*did you mean num_heads\?"):
         settle([HEADS], ("num_haeds",))
 
@@ -59,8 +59,11 @@ def test_an_unused_key_is_told():
     )
 
 
-def test_verify_plans_with_the_keys_of_the_merge(tmp_path):
-    """shardmix.json records them, and a recomputation takes them from there."""
+def test_verify_plans_with_the_merges_keys(tmp_path):
+    """Verify plans with the keys of the merge.
+
+    shardmix.json records them, and a recomputation takes them from there.
+    """
     models = [(save_model(tmp_path / str(seed), random_model(seed)), 0.5) for seed in (1, 2)]
     shardmix.merge(models, tmp_path / "out", allow_differences=["b,a"])
     record = json.loads((tmp_path / "out" / "shardmix.json").read_text())
@@ -82,6 +85,7 @@ def test_verify_plans_with_the_keys_of_the_merge(tmp_path):
         ("1", 1, False),
     ],
 )
-def test_a_number_rounded_to_float32_is_the_same(one, other, is_same):
+def test_number_rounded_to_float32_is_equal(one, other, is_same):
+    """A number rounded to float32 is the same."""
     assert same_number(one, other) is is_same
     assert same_number(other, one) is is_same

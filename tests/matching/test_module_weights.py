@@ -157,8 +157,8 @@ def test_shapes_of_a_module_must_match(tmp_path):
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_weights_of_one_model_alone_are_refused(tmp_path, order):
-    """A bare encoder has no projection to average with."""
+def test_weights_of_only_one_are_refused(tmp_path, order):
+    """Weights of only one model are refused. A bare encoder has no projection to average with."""
     sources = [two_models("dense", tmp_path)[0], Path(encoder(tmp_path / "bare", 3))]
     with pytest.raises(
         MismatchError, match=r"2_Dense.*holds safetensors weights in .*/a, .*/bare has no such"
@@ -176,8 +176,11 @@ def test_what_is_allowed_is_copied_as_it_is(tmp_path):
     assert shardmix.verify(tmp_path / "out", recompute=True).is_verified
 
 
-def test_weights_beside_a_model_can_be_recomputed(tmp_path):
-    """They came along as they were, and are no part of the sum."""
+def test_weights_beside_a_model_recompute(tmp_path):
+    """Weights beside a model can be recomputed.
+
+    They came along as they were, and are no part of the sum.
+    """
     sources = two_models("dense", tmp_path)
     (sources[0] / "codec").mkdir()
     save_file({"x": torch.ones(2)}, sources[0] / "codec" / "model.safetensors")
@@ -186,7 +189,8 @@ def test_weights_beside_a_model_can_be_recomputed(tmp_path):
     assert shardmix.verify(tmp_path / "out", recompute=True).is_verified
 
 
-def test_pickled_modules_are_copied_if_all_agree(tmp_path):
+def test_agreeing_pickles_are_copied(tmp_path):
+    """Pickled modules are copied if all agree."""
     sources = two_models("dense", tmp_path)
     for folder in sources:
         shutil.rmtree(folder / "3_LayerNorm")
@@ -211,15 +215,19 @@ def test_pickled_modules_are_copied_if_all_agree(tmp_path):
     assert taken == (sources[0] / key).read_bytes()
 
 
-def test_pickles_beside_safetensors_are_left_behind(tmp_path):
-    """They would be the first model's weights, for whoever loads those."""
+def test_pickles_beside_safetensors_stay(tmp_path):
+    """Pickles beside safetensors are left behind.
+
+    They would be the first model's weights, for whoever loads those.
+    """
     sources = two_models("dense", tmp_path)
     (sources[0] / "2_Dense" / "pytorch_model.bin").write_bytes(b"stale")
     shardmix.merge(halves(sources), tmp_path / "out")
     assert "2_Dense/pytorch_model.bin" not in files(tmp_path / "out")
 
 
-def test_names_that_look_like_a_modules_are_refused(tmp_path):
+def test_names_like_a_modules_are_refused(tmp_path):
+    """Names that look like a module's are refused."""
     first, _ = two_models("dense", tmp_path)
     tensors = load_file(first / "3_LayerNorm" / "model.safetensors")
     save_file(tensors | {"x/y": torch.ones(1)}, first / "model.safetensors")
@@ -229,7 +237,8 @@ def test_names_that_look_like_a_modules_are_refused(tmp_path):
         open_checkpoint(str(first))
 
 
-def test_a_module_linked_from_elsewhere_is_refused(tmp_path):
+def test_module_linked_elsewhere_is_refused(tmp_path):
+    """A module linked from elsewhere is refused."""
     first, second = two_models("dense", tmp_path)
     shutil.rmtree(first / "2_Dense")
     (first / "2_Dense").symlink_to(second / "2_Dense")
@@ -253,6 +262,7 @@ def test_routes_without_an_end_are_refused(tmp_path, depth):
         open_checkpoint(str(tmp_path))
 
 
-def test_a_model_of_modules_alone_may_be_overwritten(tmp_path):
+def test_model_of_modules_may_be_overwritten(tmp_path):
+    """A model of modules only may be overwritten."""
     first, _ = two_models("router", tmp_path)
     check_output(first, overwrite=True, inputs=[])

@@ -72,8 +72,11 @@ def test_models_that_agree_give_no_warning(models):
     assert plan(models).warnings == ()
 
 
-def test_one_pooling_may_be_written_in_many_ways(models):
-    """Old configs have four switches, newer ones more, the newest a name."""
+def test_one_pooling_is_written_in_many_ways(models):
+    """One pooling may be written in many ways.
+
+    Old configs have four switches, newer ones more, the newest a name.
+    """
     ways = (
         {"pooling_mode": "mean"},
         {"pooling_mode": ["mean"], "include_prompt": True},
@@ -101,7 +104,8 @@ def test_another_pooling_is_refused(models, way, shown, order):
     refused(models[::order], shown if order == 1 else "1_Pooling", "1_Pooling/config.json")
 
 
-def test_pooling_that_the_user_names_may_differ(models):
+def test_pooling_named_by_users_may_differ(models):
+    """Pooling that the user names may differ."""
     write(models[1] / "1_Pooling/config.json", {"pooling_mode": "cls"})
     assert plan(models, pooling="mean").warnings == ()
 
@@ -120,7 +124,8 @@ def test_another_projection_is_refused(models, change):
     refused(models, f"2_Dense/config.json: {next(iter(change))} is", "2_Dense/config.json")
 
 
-def test_what_a_projection_leaves_out_is_its_default(models):
+def test_absent_projection_keys_are_defaults(models):
+    """What a projection leaves out is its default."""
     absent = {"in_features": 8, "out_features": 4}
     spelled = {"activation_function": "torch.nn.Tanh", "module_input_name": "sentence_embedding"}
     write(models[1] / "2_Dense/config.json", absent | spelled)
@@ -141,13 +146,17 @@ def test_another_chain_of_modules_is_refused(models, chain):
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_normalisation_at_the_end_is_told_of(models, order):
-    """It changes lengths, and no angles: an average makes sense."""
+def test_final_normalisation_is_told(models, order):
+    """A normalisation at the end is told of.
+
+    It changes lengths, and no angles: an average makes sense.
+    """
     write(models[1] / "modules.json", modules(*CHAIN[:3]))
     told(models[::order], "modules.json: Transformer, Pooling, Dense")
 
 
-def test_classes_of_other_versions_are_the_same(models):
+def test_classes_of_other_versions_are_equal(models):
+    """Classes of other versions are the same."""
     listed = modules(*CHAIN)
     listed[0]["type"] = "sentence_transformers.base.modules.transformer.Transformer"
     listed[2]["type"] = "pylate.models.Dense.Dense"
@@ -190,8 +199,8 @@ def test_the_base_is_held_against_the_models(models, tmp_path):
         plan(models, config_from=base)
 
 
-def test_weights_of_the_base_alone_are_refused(tmp_path, models):
-    """Copied, they would be nobody's mean."""
+def test_weights_of_the_config_are_refused(tmp_path, models):
+    """Weights of only the config source are refused. Copied, they would be nobody's mean."""
     bare = [save_model(tmp_path / f"bare{seed}", random_model(seed)) for seed in range(2)]
     with pytest.raises(MismatchError, match=r"2_Dense/: has weights in .*/a, and .*bare0 has no"):
         plan(bare, config_from=models[0])
@@ -199,7 +208,8 @@ def test_weights_of_the_base_alone_are_refused(tmp_path, models):
         plan([folder / "model.safetensors" for folder in models])
 
 
-def test_other_words_of_embeddings_are_refused(tmp_path):
+def test_other_embedding_words_are_refused(tmp_path):
+    """Other words of embeddings are refused."""
     folders = []
     for seed, name in enumerate("ab"):
         folder = save_model(tmp_path / name, random_model(seed))
@@ -225,7 +235,8 @@ def test_lengths_are_told_wherever_they_are(models, length):
         told(models, "max_seq_length is 32")
 
 
-def test_a_tokenizer_without_bound_says_no_length(models):
+def test_unbounded_tokenizer_says_no_length(models):
+    """A tokenizer without bound says no length."""
     write(models[1] / "sentence_bert_config.json", {})
     write(models[1] / "tokenizer_config.json", {"model_max_length": 10**30})
     assert plan(models).warnings == ()

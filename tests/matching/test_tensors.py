@@ -35,7 +35,8 @@ def matched_sources(checkpoints, out_config=None):
     }
 
 
-def test_same_names_match_whatever_their_order(tmp_path):
+def test_names_match_in_any_order(tmp_path):
+    """The same names match, whatever their order."""
     checkpoints = opened(
         tmp_path, ({"a": (2,), "b": (3,)}, UNTIED), ({"b": (3,), "a": (2,)}, UNTIED)
     )
@@ -43,7 +44,8 @@ def test_same_names_match_whatever_their_order(tmp_path):
     assert sources == {"a": ("a", "a"), "b": ("b", "b")}
 
 
-def test_tensor_sets_that_differ_list_the_first_few_of_each_side(tmp_path):
+def test_differing_names_list_a_few_of_each(tmp_path):
+    """Tensor sets that differ list the first few of each side."""
     many = {f"extra.{number}": (1,) for number in range(5)}
     checkpoints = opened(tmp_path, ({"a": (2,), **many}, {}), ({"a": (2,), "other": (1,)}, {}))
     with pytest.raises(MismatchError) as caught:
@@ -77,7 +79,8 @@ def test_a_third_model_that_differs_is_found(tmp_path):
         match_tensors(checkpoints, out_config={})
 
 
-def test_shapes_that_differ_are_shown_with_both_models(tmp_path):
+def test_differing_shapes_show_both_models(tmp_path):
+    """Shapes that differ are shown with both models."""
     checkpoints = opened(tmp_path, ({"a": (2, 3)}, {}), ({"a": (3, 2)}, {}))
     with pytest.raises(MismatchError) as caught:
         match_tensors(checkpoints, out_config={})
@@ -92,14 +95,16 @@ def test_a_resized_vocabulary_is_recognised(tmp_path):
         match_tensors(checkpoints, out_config=TIED)
 
 
-def test_floats_and_integers_of_one_name_are_refused(tmp_path):
+def test_float_beside_integer_is_refused(tmp_path):
+    """Floats and integers of one name are refused."""
     integers = torch.zeros(2, dtype=torch.int64)
     checkpoints = opened(tmp_path, ({"a": (2,)}, {}), ({"a": integers}, {}))
     with pytest.raises(MismatchError, match=r"a: F32 in .*I64"):
         match_tensors(checkpoints, out_config={})
 
 
-def test_a_stored_copy_of_a_tied_head_counts_as_the_head_of_a_model_without_it(tmp_path):
+def test_stored_copy_counts_as_the_head(tmp_path):
+    """A stored copy of a tied head counts as the head of a model without it."""
     both, one = {EMBEDDING: (32, 4), HEAD: (32, 4)}, {EMBEDDING: (32, 4)}
     matched, sources = matched_sources(opened(tmp_path, (both, TIED), (one, TIED)), out_config=TIED)
     assert sources[HEAD] == (HEAD, EMBEDDING)
@@ -115,7 +120,8 @@ def test_a_stored_copy_is_not_dropped(tmp_path):
 
 
 @pytest.mark.parametrize("tied_first", [True, False])
-def test_a_tied_and_an_untied_model_give_an_untied_one(tmp_path, tied_first):
+def test_tied_and_untied_give_untied(tmp_path, tied_first):
+    """A tied and an untied model give an untied one."""
     tied = ({EMBEDDING: (32, 4)}, TIED)
     untied = ({EMBEDDING: (32, 4), HEAD: (32, 4)}, UNTIED)
     order = (tied, untied) if tied_first else (untied, tied)
@@ -127,13 +133,15 @@ def test_a_tied_and_an_untied_model_give_an_untied_one(tmp_path, tied_first):
     assert any(HEAD in note for note in matched.notes)
 
 
-def test_a_missing_head_of_a_model_that_does_not_tie_is_an_error(tmp_path):
+def test_missing_untied_head_is_an_error(tmp_path):
+    """A missing head of a model that does not tie is an error."""
     both, one = {EMBEDDING: (32, 4), HEAD: (32, 4)}, {EMBEDDING: (32, 4)}
     with pytest.raises(MismatchError, match=HEAD):
         match_tensors(opened(tmp_path, (both, UNTIED), (one, UNTIED)), out_config=UNTIED)
 
 
-def test_copies_of_an_encoder_decoder_embedding_are_the_shared_one(tmp_path):
+def test_encoder_decoder_copies_are_shared(tmp_path):
+    """Copies of an encoder-decoder embedding are the shared one."""
     copies = {"encoder.embed_tokens.weight": (9, 4), "decoder.embed_tokens.weight": (9, 4)}
     full, lean = {"shared.weight": (9, 4), **copies}, {"shared.weight": (9, 4)}
     config = {"model_type": "t5", "tie_word_embeddings": False}
@@ -149,7 +157,7 @@ def test_copies_of_an_encoder_decoder_embedding_are_the_shared_one(tmp_path):
     )
 
 
-def test_a_tied_bias_is_found_beside_its_head(tmp_path):
+def test_tied_bias_is_found_beside_its_head(tmp_path):
     full = {"cls.predictions.bias": (9,), "cls.predictions.decoder.bias": (9,)}
     lean = {"cls.predictions.bias": (9,)}
     config = {"architectures": ["BertForMaskedLM"], "model_type": "bert"}
@@ -166,7 +174,8 @@ def test_a_tied_bias_is_found_beside_its_head(tmp_path):
         "transformer.h.0.attn.masked_bias",
     ],
 )
-def test_buffers_that_transformers_computes_are_left_out_where_not_all_have_them(tmp_path, buffer):
+def test_computed_buffers_are_left_out(tmp_path, buffer):
+    """Buffers that transformers computes are left out if not all have them."""
     for order in (0, 1):
         models = [({"a": (2,), buffer: (3,)}, {}), ({"a": (2,)}, {})]
         matched, sources = matched_sources(opened(tmp_path / str(order), *models[:: 1 - 2 * order]))
@@ -177,7 +186,8 @@ def test_buffers_that_transformers_computes_are_left_out_where_not_all_have_them
     assert not matched.notes
 
 
-def test_inner_layers_named_like_an_output_head_are_no_heads(tmp_path):
+def test_inner_layers_are_no_heads(tmp_path):
+    """Inner layers named like an output head are no heads."""
     inner = {"blocks.0.proj_out.weight": (4, 4), EMBEDDING: (32, 4)}
     checkpoints = opened(tmp_path, (inner, TIED), (inner, UNTIED))
     matched, sources = matched_sources(checkpoints, out_config=TIED)
@@ -185,13 +195,15 @@ def test_inner_layers_named_like_an_output_head_are_no_heads(tmp_path):
     assert not matched.untied
 
 
-def test_a_base_that_is_silent_about_ties_is_told_where_models_are_untied(tmp_path):
+def test_silent_config_is_told_of_untied(tmp_path):
+    """A config source that is silent about ties is told if models are untied."""
     both = {EMBEDDING: (32, 4), HEAD: (32, 4)}
     matched, _ = matched_sources(opened(tmp_path, (both, UNTIED), (both, UNTIED)), out_config={})
     assert matched.untied
 
 
-def test_an_attention_bias_that_is_a_parameter_is_not_left_out(tmp_path):
+def test_attention_bias_parameter_stays(tmp_path):
+    """An attention bias that is a parameter is not left out."""
     name = "model.layers.0.attn.bias"
     with pytest.raises(MismatchError, match=name):
         match_tensors(

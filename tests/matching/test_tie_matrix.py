@@ -82,8 +82,11 @@ def test_a_refusal_of_what_can_be_is_wrong(monkeypatch: pytest.MonkeyPatch) -> N
     assert [(v.verdict, v.is_right) for v in result.verdicts] == [(REFUSED, False)]
 
 
-def test_a_scaled_head_without_scale_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All values are right, and the config makes another computation of them."""
+def test_scaled_head_without_scale_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scaled head without scale is found.
+
+    All values are right, and the config makes another computation of them.
+    """
     merge = shardmix.merge
 
     def merge_and_say_untied(models: Any, output: Path, **options: Any) -> Any:

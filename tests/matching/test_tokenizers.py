@@ -378,7 +378,8 @@ def test_the_odd_one_of_many_is_named(tmp_path):
     assert '3 is "a" in a, "b" in odd' in found.finding
 
 
-def test_a_link_out_of_a_folder_is_not_followed(tmp_path):
+def test_link_out_of_a_folder_is_ignored(tmp_path):
+    """A link out of a folder is not followed."""
     write(tmp_path / "elsewhere", fast(SWAPPED))
     a, b = write(tmp_path / "a", fast()), write(tmp_path / "b", {})
     (b / "tokenizer.json").symlink_to(tmp_path / "elsewhere" / "tokenizer.json")
@@ -394,7 +395,8 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     assert "not a regular file" in found.finding
 
 
-def test_a_large_one_is_not_compared_on_a_budget(tmp_path):
+def test_large_tokenizer_is_not_compared(tmp_path):
+    """A large one is not compared on a budget."""
     words = [f"word{number}" for number in range(200_000)]
     a, b = write(tmp_path / "a", fast(words)), write(tmp_path / "b", fast(words[::-1]))
     folders = [TokenizerFolder(path.name, path) for path in (a, b)]
@@ -432,7 +434,8 @@ def test_a_base_with_other_ids_is_refused(tmp_path):
         shardmix.plan_merge(pairs, config_from=base)
 
 
-def test_a_missing_tokenizer_is_told_with_its_remedy(tmp_path):
+def test_missing_tokenizer_names_its_remedy(tmp_path):
+    """A missing tokenizer is told with its remedy."""
     pairs = models(tmp_path, {}, fast())
     (warning,) = shardmix.plan_merge(pairs).warnings
     assert f"use --config-from {pairs[1][0]}" in warning

@@ -32,7 +32,8 @@ def least_budget(models, *options):
 
 @pytest.mark.parametrize("backend", ["torch", "llvm"])
 @pytest.mark.parametrize("io", ["mmap", "pread"])
-def test_a_tensor_larger_than_the_budget_merges_within_it(large_models, tmp_path, io, backend):
+def test_tensor_larger_than_budget_merges(large_models, tmp_path, io, backend):
+    """A tensor larger than the budget merges within it."""
     if backend == "llvm":
         pytest.importorskip("llvmlite", reason="needs llvmlite")
     options = ("--io", io, "--backend", backend, "--workers", 2, "--no-fsync")
@@ -48,7 +49,8 @@ def test_a_tensor_larger_than_the_budget_merges_within_it(large_models, tmp_path
 
 
 @pytest.mark.parametrize("io", ["mmap", "pread"])
-def test_the_peak_does_not_grow_with_the_number_of_models(large_models, tmp_path, io):
+def test_peak_is_flat_in_number_of_models(large_models, tmp_path, io):
+    """The peak does not grow with the number of models."""
     peaks = {}
     for count in (2, 8):
         words = [f"{large_models[number % 2]}={1 / count!r}" for number in range(count)]
@@ -61,8 +63,11 @@ def test_the_peak_does_not_grow_with_the_number_of_models(large_models, tmp_path
     assert peaks[8] <= peaks[2] + 24 * MIB
 
 
-def test_thousands_of_small_tensors_stay_within_the_projection(tmp_path):
-    """Headers and plan count, too: their memory is there before the chunks are sized."""
+def test_many_small_tensors_stay_projected(tmp_path):
+    """Thousands of small tensors stay within the projection.
+
+    Headers and plan count, too: their memory is there before the chunks are sized.
+    """
     names = [f"model.layers.{i}.experts.{j}.weight" for i in range(100) for j in range(200)]
     for number, folder in enumerate("ab"):
         (tmp_path / folder).mkdir()
@@ -74,8 +79,11 @@ def test_thousands_of_small_tensors_stay_within_the_projection(tmp_path):
     assert report["peak_rss_bytes"] <= report["projected_peak_bytes"]
 
 
-def test_tens_of_thousands_that_are_nowhere_neighbours_do_too(tmp_path):
-    """Each is a run of its own, and all that is made of a plan goes through every run."""
+def test_many_segments_stay_projected(tmp_path):
+    """Tens of thousands that are nowhere neighbours stay within the projection.
+
+    Each is a run of its own, and all that is made of a plan goes through every run.
+    """
     count = 60_000
     names = [f"model.layers.{i}.experts.{j}.weight" for i in range(100) for j in range(600)]
     for folder, ordered in (("a", names), ("b", names[::-1])):
@@ -93,8 +101,11 @@ def test_tens_of_thousands_that_are_nowhere_neighbours_do_too(tmp_path):
     assert report["peak_rss_bytes"] <= report["projected_peak_bytes"]
 
 
-def test_a_budget_counts_what_the_process_already_holds(large_models, tmp_path):
-    """In a larger program the bound is one for the whole process."""
+def test_budget_counts_what_is_already_held(large_models, tmp_path):
+    """A budget counts what the process already holds.
+
+    In a larger program the bound is one for the whole process.
+    """
     a, b = large_models
     code = (
         "import shardmix\n"
@@ -108,7 +119,8 @@ def test_a_budget_counts_what_the_process_already_holds(large_models, tmp_path):
     assert python(code).split() == ["refused", "True"]
 
 
-def test_verifying_and_recomputing_stay_small_whatever_the_size(large_models, tmp_path):
+def test_verifying_takes_little_memory(large_models, tmp_path):
+    """Verifying and recomputing stay small, whatever the size."""
     a, b = large_models
     report = merge_report(f"{a}=0.5", f"{b}=0.5", "-o", tmp_path / "out", "--no-fsync")
     verify = (
@@ -124,8 +136,11 @@ def test_verifying_and_recomputing_stay_small_whatever_the_size(large_models, tm
     assert int(python(verify, tmp_path / "out", options)) <= budget
 
 
-def test_going_on_stays_within_the_projection(large_models, tmp_path):
-    """What an earlier run has done is read again in small pieces."""
+def test_resume_stays_projected(large_models, tmp_path):
+    """Going on stays within the projection.
+
+    What an earlier run has done is read again in small pieces.
+    """
     a, b = large_models
     words = json.dumps({str(a): 0.5, str(b): 0.5})
     cut_off = (

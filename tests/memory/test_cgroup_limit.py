@@ -39,7 +39,8 @@ def memory_group():
     raise AssertionError(f"{group} cannot be removed")
 
 
-def test_a_merge_of_more_than_the_limit_completes_inside_it(memory_group, tmp_path):
+def test_merge_completes_within_the_limit(memory_group, tmp_path):
+    """A merge of more than the limit completes inside it."""
     block = torch.randn(1_000_000).bfloat16()
     models = [
         save_model(tmp_path / name, {f"t{i}": block.repeat(100) for i in range(3)}, config={})

@@ -77,7 +77,8 @@ def scored(folder, examples, *options):
     return done.returncode, json.loads(done.stdout)
 
 
-def test_a_model_larger_than_the_budget_is_scored_within_it(large_model, tmp_path):
+def test_large_model_is_scored_on_a_budget(large_model, tmp_path):
+    """A model larger than the budget is scored within it."""
     examples = write_examples(tmp_path / "examples.jsonl", TEXTS * 2)
     status, refusal = scored(large_model, examples, "--max-memory", "64MiB")
     assert status == 1
@@ -91,7 +92,8 @@ def test_a_model_larger_than_the_budget_is_scored_within_it(large_model, tmp_pat
     assert report["bytes_read"] <= 1.1 * report["bytes_stored"]
 
 
-def test_without_a_budget_one_layer_at_a_time_is_held(large_model, tmp_path):
+def test_one_layer_at_a_time_is_held(large_model, tmp_path):
+    """Without a budget, one layer at a time is held."""
     examples = write_examples(tmp_path / "examples.jsonl", TEXTS)
     status, report = scored(large_model, examples)
     assert status == 0, report
@@ -100,7 +102,8 @@ def test_without_a_budget_one_layer_at_a_time_is_held(large_model, tmp_path):
     assert report["peak_rss_bytes"] < 450e6 + report["bytes_stored"] / 2
 
 
-def test_several_models_take_no_more_than_one(large_model, tmp_path):
+def test_several_models_take_as_much_as_one(large_model, tmp_path):
+    """Several models take no more than one."""
     examples = write_examples(tmp_path / "examples.jsonl", TEXTS)
     _, one = scored(large_model, examples)
     _, three = scored(large_model, examples, large_model, large_model)

@@ -20,7 +20,8 @@ def refused(output, finding, *, overwrite=False, inputs=()):
         check_output(output, overwrite=overwrite, inputs=list(inputs))
 
 
-def test_an_existing_output_is_refused_unless_overwritten(tmp_path):
+def test_existing_output_is_refused(tmp_path):
+    """An existing output is refused unless it is to be overwritten."""
     out = model(tmp_path / "out")
     refused(out, "exists.*--overwrite")
     check_output(out, overwrite=True, inputs=[])
@@ -37,7 +38,8 @@ def test_only_a_model_is_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_an_output_that_is_or_touches_an_input_is_refused(tmp_path, overwrite):
+def test_output_touching_an_input_is_refused(tmp_path, overwrite):
+    """An output that is or touches an input is refused."""
     a = model(tmp_path / "x" / "a")
     options = {"overwrite": overwrite, "inputs": [a]}
     refused(a, "is the input", **options)
@@ -59,16 +61,18 @@ def test_an_output_that_is_a_link_is_refused(tmp_path, overwrite, target):
     refused(resolve_output(tmp_path / "link"), "is a link", overwrite=overwrite)
 
 
-def test_a_folder_beside_a_single_file_input_is_fine(tmp_path):
+def test_folder_beside_an_input_file_is_fine(tmp_path):
+    """A folder beside a single-file input is fine."""
     path = model(tmp_path / "a") / "model.safetensors"
     check_output(tmp_path / "a" / "merged", overwrite=False, inputs=[path])
 
 
-def test_an_output_named_like_a_file_is_refused(tmp_path):
+def test_output_named_like_a_file_is_refused(tmp_path):
     refused(tmp_path / "out.safetensors", "names a file")
 
 
-def test_too_little_disk_is_refused_with_both_figures(tmp_path, monkeypatch):
+def test_too_little_disk_names_both_figures(tmp_path, monkeypatch):
+    """Too little disk is refused, with both figures."""
     monkeypatch.setattr(destination, "free_nbytes", lambda path: 1000)
     check_disk(tmp_path / "out", 1000)
     with pytest.raises(OutputError, match=r"needs 1.00 kB \(1001 bytes\).*1.00 kB free"):
@@ -76,22 +80,27 @@ def test_too_little_disk_is_refused_with_both_figures(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["checkpoint-500/trainer_state.json", "other/model.safetensors"])
-def test_a_model_with_other_models_below_is_not_overwritten(tmp_path, name):
+def test_model_above_models_is_kept(tmp_path, name):
+    """A model with other models below is not overwritten."""
     out = model(tmp_path / "out")
     (out / name).parent.mkdir()
     (out / name).write_text("precious")
     refused(out, "besides a model", overwrite=True)
 
 
-def test_a_sentence_transformers_model_may_be_overwritten(tmp_path):
+def test_sentence_model_may_be_overwritten(tmp_path):
+    """A sentence-transformers model may be overwritten."""
     out = model(tmp_path / "out")
     (out / "2_Dense").mkdir()
     (out / "2_Dense" / "model.safetensors").write_text("weights")
     check_output(out, overwrite=True, inputs=[])
 
 
-def test_an_output_whose_files_are_an_inputs_is_refused(tmp_path):
-    """The input is a folder of links into the output, which would be deleted with it."""
+def test_output_linked_by_input_is_refused(tmp_path):
+    """An output whose files are an input's is refused.
+
+    The input is a folder of links into the output, which would be deleted with it.
+    """
     out = model(tmp_path / "out")
     link = tmp_path / "in" / "model.safetensors"
     link.parent.mkdir()
@@ -99,7 +108,8 @@ def test_an_output_whose_files_are_an_inputs_is_refused(tmp_path):
     refused(out, "contains the input", overwrite=True, inputs=[link])
 
 
-def test_a_path_of_dots_is_the_folder_that_it_means(tmp_path, monkeypatch):
+def test_path_of_dots_is_what_it_means(tmp_path, monkeypatch):
+    """A path of dots is the folder that it means."""
     monkeypatch.chdir(tmp_path)
     assert resolve_output("new/..") == tmp_path
     refused(resolve_output("new/.."), "exists", overwrite=False)
@@ -111,7 +121,8 @@ def test_what_cannot_be_a_path_is_refused(name):
         resolve_output(name)
 
 
-def test_a_name_that_no_disk_takes_is_refused(tmp_path):
+def test_impossible_name_is_refused(tmp_path):
+    """A name that no disk takes is refused."""
     refused(tmp_path / ("x" * 300), "cannot be used")
 
 
@@ -122,7 +133,8 @@ def test_a_name_that_no_disk_takes_is_refused(tmp_path):
         *(".git/HEAD", "thesis.txt", "results.json", "analysis.py", "another.safetensors"),
     ],
 )
-def test_what_is_not_the_models_is_never_deleted_with_it(tmp_path, name):
+def test_foreign_files_are_never_deleted(tmp_path, name):
+    """What is not the model's is never deleted with it."""
     out = model(tmp_path / "out")
     (out / name).parent.mkdir(parents=True, exist_ok=True)
     (out / name).write_text("precious")
@@ -151,7 +163,8 @@ def test_a_downloaded_model_is_overwritten(tmp_path):
     check_output(out, overwrite=True, inputs=[])
 
 
-def test_of_a_merged_model_all_that_the_merge_wrote_may_go_and_nothing_else(tmp_path):
+def test_only_what_a_merge_wrote_may_go(tmp_path):
+    """Of a merged model, all that the merge wrote may go, and nothing else."""
     sources = {model(tmp_path / "a"): 0.5, model(tmp_path / "b"): 0.5}
     shardmix.merge(sources, tmp_path / "out")
     (tmp_path / "out" / "README.md").write_text("edited")
@@ -175,7 +188,8 @@ def test_a_mount_point_is_not_overwritten(tmp_path, monkeypatch):
         check_output(model, overwrite=True, inputs=())
 
 
-def test_a_disk_mounted_there_is_not_overwritten(tmp_path):
+def test_mounted_disk_is_not_overwritten(tmp_path):
+    """A disk mounted there is not overwritten."""
     with disk_or_skip(tmp_path / "out", 400_000) as place:
         save_model(place, random_model(1))
         with pytest.raises(OutputError, match="out: is a mount point"):

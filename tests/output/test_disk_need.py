@@ -123,7 +123,8 @@ def test_fifty_thousand_tensors_are_counted(tmp_path):
     assert written <= plan.disk_needed_nbytes <= written + 16 * BLOCK
 
 
-def test_a_plan_without_an_output_tells_it_too(tmp_path):
+def test_plan_without_an_output_tells_it_too(tmp_path):
+    """A plan without an output tells it, too."""
     models = two(tmp_path)
     there = shardmix.plan_merge(models, tmp_path / "out").disk_needed_nbytes
     assert shardmix.plan_merge(models).disk_needed_nbytes == there
@@ -143,8 +144,11 @@ def nan_models(tmp_path):
     return many_tensors(tmp_path, 2000, num_elements=2048, value=np.nan)
 
 
-def test_findings_without_room_end_a_merge_early(tmp_path):
-    """What is told of NaN is not known before; once it is, a disk that lacks room is named."""
+def test_anomalies_without_room_end_early(tmp_path):
+    """Anomalies without room end a merge early.
+
+    What is told of NaN is not known before; once it is, a disk that lacks room is named.
+    """
     models = nan_models(tmp_path)
     told = shardmix.plan_merge(models, tmp_path / "out").disk_needed_nbytes
     with disk_or_skip(tmp_path / "disk", told) as place:
@@ -183,7 +187,8 @@ def test_room_for_findings_is_looked_for(tmp_path, monkeypatch):
     assert told < needs[0] < needs[1] < told + 1_000_000
 
 
-def test_finite_models_are_not_looked_at_again(tmp_path, monkeypatch):
+def test_finite_models_are_looked_at_once(tmp_path, monkeypatch):
+    """Finite models are not looked at again."""
     monkeypatch.setattr("shardmix.output.disk_need.check_disk", None)
     tensors = {"w": torch.full((9,), float("nan"))}
     models = [(save_model(tmp_path / name, tensors), 0.5) for name in "ab"]

@@ -62,7 +62,8 @@ def add_files(folder, files):
         (folder / name).write_bytes(content)
 
 
-def test_what_makes_a_model_goes_along_and_nothing_else(tmp_path):
+def test_only_a_models_files_go_along(tmp_path):
+    """What makes a model goes along, and nothing else."""
     models = two_models(tmp_path)
     add_files(models[0][0], COMPANIONS | OTHERS)
     add_files(models[1][0], {"tokenizer.json": b"another", "special_tokens_map.json": b"{}"})
@@ -90,7 +91,8 @@ def test_what_makes_a_model_goes_along_and_nothing_else(tmp_path):
     ) in report.warnings
 
 
-def test_base_gives_the_auxiliary_files_instead_of_the_first_model(tmp_path):
+def test_config_from_gives_auxiliary_files(tmp_path):
+    """The config source gives the auxiliary files instead of the first model."""
     models = two_models(tmp_path)
     add_files(models[0][0], {"tokenizer.json": b"first"})
     donor = save_model(tmp_path / "donor", {}, config={**CONFIG, "note": "donor"})
@@ -100,7 +102,8 @@ def test_base_gives_the_auxiliary_files_instead_of_the_first_model(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["note"] == "donor"
 
 
-def test_module_folders_of_sentence_transformers_are_copied_whole(tmp_path):
+def test_module_folders_are_copied_whole(tmp_path):
+    """Module folders of sentence-transformers are copied whole."""
     models = two_models(tmp_path)
     modules = [
         {"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"},
@@ -122,7 +125,8 @@ def test_module_folders_of_sentence_transformers_are_copied_whole(tmp_path):
     assert not report.warnings
 
 
-def test_a_module_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+def test_unreadable_module_is_not_skipped(tmp_path, monkeypatch):
+    """A module folder that cannot be read is not passed over."""
     models = two_models(tmp_path)
     modules = {"modules.json": b'[{"path": "1_Pooling"}]', "1_Pooling/config.json": b"{}"}
     add_files(models[0][0], modules)
@@ -140,7 +144,7 @@ def test_a_module_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkey
 
 
 @pytest.mark.parametrize("path", ["../elsewhere", "/etc", "a/../../b"])
-def test_a_module_outside_the_model_is_refused(tmp_path, path):
+def test_module_outside_the_model_is_refused(tmp_path, path):
     folder = save_model(tmp_path / "m", random_model(1))
     (folder / "modules.json").write_text(json.dumps([{"path": path}]))
     with pytest.raises(SourceError, match="outside the model's folder"):
@@ -164,7 +168,8 @@ def test_the_config_names_the_outputs_dtype(tmp_path, key):
     assert list(written) == list(config)
 
 
-def test_the_dtype_named_is_the_outputs_also_where_the_config_was_wrong(tmp_path):
+def test_named_dtype_replaces_a_wrong_one(tmp_path):
+    """The dtype named is the output's, also if the config was wrong."""
     folder = save_model(
         tmp_path / "m", random_model(1, torch.bfloat16), config={"torch_dtype": "float32"}
     )
@@ -173,7 +178,8 @@ def test_the_dtype_named_is_the_outputs_also_where_the_config_was_wrong(tmp_path
     assert written["torch_dtype"] == "bfloat16"
 
 
-def test_a_config_without_a_dtype_gets_the_one_that_was_asked_for(tmp_path):
+def test_config_gets_the_dtype_asked_for(tmp_path):
+    """A config without a dtype gets the one that was asked for."""
     models = two_models(tmp_path, config={"model_type": "x"})
     shardmix.merge(models, tmp_path / "out", dtype="float16")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -182,7 +188,8 @@ def test_a_config_without_a_dtype_gets_the_one_that_was_asked_for(tmp_path):
     assert json.loads((tmp_path / "kept" / "config.json").read_text()) == {"model_type": "x"}
 
 
-def test_a_folder_of_downloads_is_not_taken_for_a_models(tmp_path):
+def test_folder_of_downloads_is_no_model(tmp_path):
+    """A folder of downloads is not taken for a model's."""
     models = two_models(tmp_path, config=None)
     add_files(models[0][0], {"invoice.txt": b"private", "notes.json": b"{}"})
     files = [(folder / "model.safetensors", weight) for folder, weight in models]
@@ -194,7 +201,8 @@ def test_a_folder_of_downloads_is_not_taken_for_a_models(tmp_path):
     }
 
 
-def test_the_cards_recipe_merges_as_it_was_merged(tmp_path):
+def test_cards_recipe_merges_the_same(tmp_path):
+    """The card's recipe merges as it was merged."""
     models = two_models(tmp_path)
     options = {"max_shard_size": 2000, "allow_weight_sum": True, "dtype": "bfloat16"}
     options["allow_differences"] = "tokenizer"
@@ -207,7 +215,8 @@ def test_the_cards_recipe_merges_as_it_was_merged(tmp_path):
     assert "max_shard_size: 2000" in recipe.read_text()
 
 
-def test_untying_reaches_the_config_that_says_so():
+def test_untying_reaches_the_config():
+    """Untying reaches the config that says so."""
     config = {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True, "a": 1}}
     assert untied(config, ("", "text_config")) == {
         "tie_word_embeddings": False,
@@ -217,7 +226,8 @@ def test_untying_reaches_the_config_that_says_so():
     assert untied({}, ("",)) == {"tie_word_embeddings": False}
 
 
-def test_the_index_names_every_tensor_and_the_size_of_the_data(tmp_path):
+def test_index_names_tensors_and_size(tmp_path):
+    """The index names every tensor, and the size of the data."""
     shardmix.merge(two_models(tmp_path), tmp_path / "out", max_shard_size=1500)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(random_model(0))
@@ -225,7 +235,7 @@ def test_the_index_names_every_tensor_and_the_size_of_the_data(tmp_path):
     assert all((tmp_path / "out" / name).exists() for name in index["weight_map"].values())
 
 
-def test_the_card_says_what_was_merged_and_how(tmp_path):
+def test_card_says_what_was_merged_and_how(tmp_path):
     models = two_models(tmp_path)
     shardmix.merge([(models[0][0], 1 / 3), (models[1][0], 2 / 3)], tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()

@@ -80,7 +80,8 @@ def test_the_hidden_folder_is_nobody_elses(models, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("masks", [(0o077, 0o022), (0o022, 0o077)])
-def test_a_resume_has_the_umask_of_its_own_run(tmp_path, masks):
+def test_resume_has_its_own_runs_umask(tmp_path, masks):
+    """A resume has the umask of its own run."""
     models = large_models(tmp_path)
     for folder, _ in models:
         opened(folder)
@@ -138,14 +139,16 @@ def test_folders_above_a_model_do_not_count(models, tmp_path):
     assert modes(tmp_path / "of-files") == ({0o755}, {0o644})
 
 
-def test_a_private_file_that_is_copied_counts(models, tmp_path):
+def test_copied_private_file_counts(models, tmp_path):
+    """A private file that is copied counts."""
     (models[0] / "config.json").chmod(0o600)
     merge(models, tmp_path / "out")
     assert modes(tmp_path / "out") == ({0o700}, {0o600})
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o644])
-def test_a_file_of_the_hubs_cache_is_judged_by_its_blob(models, tmp_path, mode):
+def test_cached_file_is_judged_by_its_blob(models, tmp_path, mode):
+    """A file of the Hub's cache is judged by its blob."""
     repository = tmp_path / "models--org--name"
     (repository / "blobs").mkdir(parents=True)
     snapshot = repository / "snapshots" / "0123"
@@ -176,7 +179,8 @@ def test_sharing_is_asked_for(models, tmp_path):
     assert report.notes == ()
 
 
-def test_nothing_is_said_if_the_umask_is_as_strict(models, tmp_path):
+def test_strict_umask_is_silent(models, tmp_path):
+    """Nothing is said if the umask is as strict."""
     (models[0] / "model.safetensors").chmod(0o600)
     report = merge(models, tmp_path / "out", 0o077)
     assert modes(tmp_path / "out") == ({0o700}, {0o600})

@@ -30,7 +30,8 @@ def fill(folder, text="new"):
     (folder / "model.safetensors").write_text(text)
 
 
-def test_the_output_appears_whole_as_the_last_step(tmp_path):
+def test_output_appears_whole_at_the_end(tmp_path):
+    """The output appears whole, as the last step."""
     out = tmp_path / "deep" / "out"
     with staged_folder(out, overwrite=False, fsync=True) as folder:
         fill(folder)
@@ -70,7 +71,8 @@ def test_an_interrupt_while_folders_close(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-def test_overwriting_keeps_the_old_one_until_the_new_is_whole(tmp_path, monkeypatch, exchange):
+def test_overwriting_keeps_the_old_till_then(tmp_path, monkeypatch, exchange):
+    """Overwriting keeps the old one until the new is whole."""
     if not exchange:  # a system without renameat2
 
         class NoLibc:
@@ -88,7 +90,7 @@ def test_overwriting_keeps_the_old_one_until_the_new_is_whole(tmp_path, monkeypa
     assert (out / "model.safetensors").read_text() == "new"
 
 
-def test_a_failed_overwrite_leaves_the_old_one(tmp_path):
+def test_failed_overwrite_leaves_the_old_one(tmp_path):
     out = model(tmp_path / "out")
     old = (out / "model.safetensors").read_bytes()
     with (
@@ -101,7 +103,8 @@ def test_a_failed_overwrite_leaves_the_old_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_output_that_appears_meanwhile_is_left_alone(tmp_path):
+def test_output_that_appears_is_left_alone(tmp_path):
+    """An output that appears meanwhile is left alone."""
     out = tmp_path / "out"
     with (
         pytest.raises(OutputError, match="exists"),
@@ -112,7 +115,8 @@ def test_an_output_that_appears_meanwhile_is_left_alone(tmp_path):
     assert list(out.iterdir()) == []
 
 
-def test_something_else_that_appears_is_not_overwritten(tmp_path):
+def test_other_file_there_is_not_overwritten(tmp_path):
+    """Something else that appears is not overwritten."""
     out = model(tmp_path / "out")
     with (
         pytest.raises(OutputError, match="besides a model"),
@@ -124,7 +128,8 @@ def test_something_else_that_appears_is_not_overwritten(tmp_path):
     assert (out / "checkpoint-1" / "trainer_state.json").read_text() == "precious"
 
 
-def test_a_failed_swap_in_two_steps_puts_the_old_one_back(tmp_path, monkeypatch):
+def test_failed_swap_puts_the_old_one_back(tmp_path, monkeypatch):
+    """A failed swap in two steps puts the old one back."""
     out = model(tmp_path / "out")
     old = (out / "model.safetensors").read_bytes()
 
@@ -150,7 +155,8 @@ def test_a_failed_swap_in_two_steps_puts_the_old_one_back(tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_is_worth_keeping_is_found_by_the_next_run(tmp_path):
+def test_next_run_finds_what_was_kept(tmp_path):
+    """What is worth keeping is found by the next run."""
     out = tmp_path / "out"
     with pytest.raises(RuntimeError), open_staging(out) as staging:
         fill(staging.folder.path, "half")
@@ -177,7 +183,8 @@ def test_a_restart_throws_away_what_is_kept(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_another_merge_has_left_is_not_removed_by_a_refusal(tmp_path):
+def test_refusal_leaves_anothers_files(tmp_path):
+    """What another merge has left is not removed by a refusal."""
     with open_staging(tmp_path / "out") as staging:
         (staging.path / "journal").write_text("another merge's")
         staging.is_worth_keeping = True
@@ -186,13 +193,15 @@ def test_what_another_merge_has_left_is_not_removed_by_a_refusal(tmp_path):
     assert (staging.path / "journal").read_text() == "another merge's"
 
 
-def test_folders_made_for_an_output_go_with_it(tmp_path):
+def test_folders_made_for_an_output_go(tmp_path):
+    """Folders made for an output go with it."""
     with pytest.raises(RuntimeError), open_staging(tmp_path / "deep" / "er" / "out"):
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_run_is_refused_naming_the_first(tmp_path):
+def test_second_run_is_refused_by_name(tmp_path):
+    """A second run is refused, naming the first."""
     with (
         open_staging(tmp_path / "out"),
         pytest.raises(OutputError, match=rf"process {os.getpid()} \(this one\) is at work"),
@@ -224,7 +233,8 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_kill_around_the_exchange_leaves_the_old_or_the_new(tmp_path, monkeypatch, moment):
+def test_kill_at_exchange_leaves_old_or_new(tmp_path, monkeypatch, moment):
+    """A kill around the exchange leaves the old or the new."""
     out = model(tmp_path / "out")
     old = (out / "model.safetensors").read_bytes()
     exchange = staging_module._exchange
@@ -249,8 +259,11 @@ def test_a_kill_around_the_exchange_leaves_the_old_or_the_new(tmp_path, monkeypa
         assert (staging.folder.path / "model.safetensors").read_text() == "new"
 
 
-def test_a_kill_between_the_two_steps_of_a_swap_brings_the_old_one_back(tmp_path, monkeypatch):
-    """Where a system cannot exchange two folders in one step."""
+def test_kill_between_steps_restores_the_old(tmp_path, monkeypatch):
+    """A kill between the two steps of a swap brings the old one back.
+
+    Where a system cannot exchange two folders in one step.
+    """
     out = model(tmp_path / "out")
     old = (out / "model.safetensors").read_bytes()
 
@@ -270,7 +283,8 @@ def test_a_kill_between_the_two_steps_of_a_swap_brings_the_old_one_back(tmp_path
 
 
 @pytest.mark.parametrize("name", [".out.shardmix", ".out.shardmix/lock"])
-def test_a_link_where_the_staging_folder_should_be_is_refused(tmp_path, name):
+def test_link_for_staging_folder_is_refused(tmp_path, name):
+    """A link where the staging folder should be is refused."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).symlink_to(tmp_path / "elsewhere")
@@ -281,9 +295,8 @@ def test_a_link_where_the_staging_folder_should_be_is_refused(tmp_path, name):
 
 @pytest.mark.parametrize("overwrite", [True, False])
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs /proc")
-def test_data_is_on_disk_before_the_rename_and_the_rename_before_success(
-    tmp_path, monkeypatch, overwrite
-):
+def test_data_is_synced_before_the_rename(tmp_path, monkeypatch, overwrite):
+    """Data is on disk before the rename, and the rename before success."""
     out = tmp_path / "out"
     if overwrite:
         model(out)
@@ -312,8 +325,11 @@ def test_data_is_on_disk_before_the_rename_and_the_rename_before_success(
     assert after == {".", ".out.shardmix"}
 
 
-def test_a_child_process_does_not_keep_the_lock(tmp_path):
-    """As data loaders' and others' that were forked during a merge, and live on."""
+def test_child_does_not_keep_the_lock(tmp_path):
+    """A child process does not keep the lock.
+
+    As data loaders' and others' that were forked during a merge, and live on.
+    """
     with open_staging(tmp_path / "out"):
         child = os.fork()
         if child == 0:
@@ -327,7 +343,8 @@ def test_a_child_process_does_not_keep_the_lock(tmp_path):
         os.waitpid(child, 0)
 
 
-def test_who_only_looks_whose_it_is_does_not_refuse_a_merge(tmp_path, monkeypatch):
+def test_onlooker_does_not_refuse_a_merge(tmp_path, monkeypatch):
+    """Who only looks whose it is does not refuse a merge."""
     with open_staging(tmp_path / "out") as staging:
         staging.is_worth_keeping = True
     looking = os.open(staging.path / "lock", os.O_RDONLY)
@@ -339,7 +356,8 @@ def test_who_only_looks_whose_it_is_does_not_refuse_a_merge(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("left", [b"", b"\0\0\0\0", b"noise", b"12" + bytes(4096)])
-def test_a_marker_that_a_power_cut_spoilt_still_tells_that_the_output_is_in_place(tmp_path, left):
+def test_spoilt_marker_still_means_placed(tmp_path, left):
+    """A marker that a power cut spoilt still tells that the output is in place."""
     output = tmp_path / "out"
     with open_staging(output) as staging:
         (staging.folder.path / "config.json").write_text("{}")
@@ -353,7 +371,8 @@ def test_a_marker_that_a_power_cut_spoilt_still_tells_that_the_output_is_in_plac
     assert not staging.path.exists()
 
 
-def test_a_lock_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):
+def test_impossible_lock_leaves_nothing(tmp_path, monkeypatch):
+    """A lock that cannot be made leaves nothing."""
     opened = os.open
 
     def full(path, *arguments, **options):

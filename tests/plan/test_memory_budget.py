@@ -21,7 +21,8 @@ BEST_CHUNK = 2 * MIB
 RESERVED = 211 * MIB  # a prime number of MiB, so that every term shows
 
 
-def test_without_a_budget_a_chunk_is_what_speed_needs():
+def test_unbounded_chunk_is_what_speed_needs():
+    """Without a budget, a chunk is what speed needs."""
     fitted = fit_memory(reserved=RESERVED, best_chunk=BEST_CHUNK, workers=3)
     assert (fitted.workers, fitted.chunk_nbytes) == (3, BEST_CHUNK)
     assert fitted.projected_peak_nbytes >= RESERVED + 3 * BUFFERS_PER_WORKER * BEST_CHUNK
@@ -34,7 +35,8 @@ def test_without_a_budget_a_chunk_is_what_speed_needs():
     num_devices=st.integers(0, 3),
     max_vram=st.none() | st.integers(1, 2000).map(lambda mib: mib * MIB),
 )
-def test_a_plan_keeps_every_budget_or_is_refused(budget, workers, num_devices, max_vram):
+def test_plan_keeps_a_budget_or_is_refused(budget, workers, num_devices, max_vram):
+    """A plan keeps every budget, or is refused."""
     options = {
         "reserved": RESERVED,
         "best_chunk": BEST_CHUNK,
@@ -55,7 +57,8 @@ def test_a_plan_keeps_every_budget_or_is_refused(budget, workers, num_devices, m
 
 @pytest.mark.parametrize("workers", [None, 1, 5])
 @pytest.mark.parametrize("num_devices", [0, 1, 3])
-def test_the_least_budget_that_an_error_names_is_enough(workers, num_devices):
+def test_least_budget_in_an_error_is_enough(workers, num_devices):
+    """The least budget that an error names is enough."""
     options = {
         "reserved": RESERVED,
         "best_chunk": BEST_CHUNK,
@@ -84,7 +87,8 @@ def test_too_little_vram_is_named_as_such():
         )
 
 
-def test_max_vram_is_each_gpus_and_workers_are_shared_among_them():
+def test_max_vram_is_each_gpus():
+    """max_vram is each GPU's, and workers are shared among them."""
     options = {"reserved": RESERVED, "best_chunk": 32 * MIB, "workers": 5}
     alone, *others = (fit_memory(**options, num_devices=count) for count in (1, 2, 3, 7))
     each = -(-VRAM_BUFFERS_PER_WORKER * 32 // 20) * 20 * MIB + 2 * MIB
@@ -108,7 +112,8 @@ def test_vram_that_is_held_already_counts():
         fit_memory(**options, num_devices=1, max_vram=52 * MIB)
 
 
-def test_without_a_budget_a_gpus_memory_is_shared_with_others():
+def test_gpus_free_memory_is_shared():
+    """Without a budget, a GPU's memory is shared with others."""
     options = {"reserved": RESERVED, "best_chunk": 32 * MIB, "num_devices": 1}
     roomy = fit_memory(**options, vram=VramUse(0, 64 * 1024 * MIB))
     assert roomy == fit_memory(**options)
@@ -127,7 +132,8 @@ def test_every_gpu_has_two_workers_at_least(monkeypatch):
     assert [default_workers(num_devices=count) for count in (0, 1, 8)] == [8, 8, 16]
 
 
-def test_a_tight_budget_shrinks_the_chunk_before_it_takes_workers_away():
+def test_tight_budget_shrinks_chunks_first():
+    """A tight budget shrinks the chunk before it takes workers away."""
     roomy = fit_memory(reserved=RESERVED, best_chunk=BEST_CHUNK, max_memory=RESERVED + 400 * MIB)
     tight = fit_memory(reserved=RESERVED, best_chunk=BEST_CHUNK, max_memory=RESERVED + 12 * MIB)
     assert roomy.chunk_nbytes == BEST_CHUNK
@@ -184,8 +190,11 @@ def reserved(monkeypatch):
     return beyond
 
 
-def test_libraries_that_are_loaded_count_once(reserved):
-    """They are part of what the process holds; others are estimated, each of them."""
+def test_loaded_libraries_count_once(reserved):
+    """Libraries that are loaded count once.
+
+    They are part of what the process holds; others are estimated, each of them.
+    """
     assert reserved("torch") == 200 * MIB
     assert reserved("llvm") == 80 * MIB
     assert reserved("torch", "llvm") == 280 * MIB
@@ -193,8 +202,8 @@ def test_libraries_that_are_loaded_count_once(reserved):
     assert reserved("torch", "llvm", load=["torch", "llvmlite"]) == 0
 
 
-def test_contexts_of_gpus_count_until_they_are_there(reserved, monkeypatch):
-    """600 MiB for the first, 200 for each other."""
+def test_gpu_contexts_count_until_present(reserved, monkeypatch):
+    """Contexts of GPUs count until they are there. 600 MiB for the first, 200 for each other."""
     assert [reserved(num_devices=count) for count in (0, 1, 3)] == [0, 600 * MIB, 1000 * MIB]
     monkeypatch.setattr(memory_budget, "cuda_in_use", lambda: "torch.cuda")
     assert reserved(num_devices=3) == 0

@@ -37,7 +37,8 @@ def merge(folders, out: Path, **options):
 
 @pytest.mark.parametrize("model_type", ["encoder", None])
 @pytest.mark.parametrize("place", ["", "0_Transformer"])
-def test_a_bare_first_model_gets_the_others_modules(tmp_path, model_type, place):
+def test_bare_first_model_gets_modules(tmp_path, model_type, place):
+    """A bare first model gets the others' modules."""
     bare, other = Path(encoder(tmp_path / "bare", 0)), embedder(tmp_path, "st", 1)
     expected = mean_embeddings([other, embedder(tmp_path, "same", 0)])
     if place:
@@ -68,7 +69,8 @@ def test_a_decoder_gets_no_modules(tmp_path):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_the_users_word_decides_for_bare_encoders(tmp_path, pooling):
+def test_users_word_decides_bare_encoders(tmp_path, pooling):
+    """The user's word decides for bare encoders."""
     bare = [Path(encoder(tmp_path / f"{seed}", seed)) for seed in range(2)]
     merge(bare, tmp_path / "out", model_type="encoder", pooling=pooling)
     library = SentenceTransformer(str(tmp_path / "out"), device="cpu")[1].pooling_mode
@@ -76,7 +78,8 @@ def test_the_users_word_decides_for_bare_encoders(tmp_path, pooling):
     assert shardmix.verify(tmp_path / "out", recompute=True).is_verified
 
 
-def test_bare_encoders_pool_by_cls_without_a_word(tmp_path):
+def test_bare_encoders_pool_by_cls(tmp_path):
+    """Bare encoders pool by CLS without a word."""
     bare = [Path(encoder(tmp_path / f"{seed}", seed)) for seed in range(2)]
     assert not merge(bare, tmp_path / "out", model_type="encoder").warnings
     assert pooled(tmp_path / "out") == ("cls",)
@@ -134,8 +137,11 @@ def test_a_config_keeps_its_style(pooling):
         assert ("pooling_mode" in changed) == ("pooling_mode" in config)
 
 
-def test_a_projection_of_all_goes_with_the_modules(tmp_path):
-    """The base is bare, and the models' projections are merged all the same."""
+def test_common_projection_goes_along(tmp_path):
+    """A projection of all goes with the modules.
+
+    The base is bare, and the models' projections are merged all the same.
+    """
     folders = []
     for seed, name in enumerate("ab"):
         torch.manual_seed(seed)

@@ -30,7 +30,8 @@ def test_a_plan_goes_through_json_unchanged(tmp_path):
     assert hash(MergePlan.from_json(plan.to_json())) == hash(plan)
 
 
-def test_the_digest_depends_on_what_decides_the_bytes_alone(tmp_path):
+def test_digest_depends_on_the_bytes_only(tmp_path):
+    """The digest depends only on what decides the bytes."""
     models = two_models(tmp_path)
     digest = shardmix.plan_merge(models).digest()
     same = [
@@ -47,7 +48,8 @@ def test_the_digest_depends_on_what_decides_the_bytes_alone(tmp_path):
     assert len({digest, *(plan.digest() for plan in other)}) == 5
 
 
-def test_the_digest_depends_on_every_run_and_header(tmp_path):
+def test_digest_covers_segments_and_headers(tmp_path):
+    """The digest depends on every segment and header."""
     plan = shardmix.plan_merge(two_models(tmp_path, shards=[NAMES[::2], NAMES[1::2]]))
     (shard,) = plan.shards
     last = shard.segments[-1]
@@ -71,7 +73,8 @@ def test_the_digest_depends_on_every_run_and_header(tmp_path):
     assert len({plan.digest() for plan in (plan, *plans)}) == len(others) + 1
 
 
-def test_a_digest_takes_next_to_no_memory_however_long_the_plan(tmp_path):
+def test_digest_takes_next_to_no_memory(tmp_path):
+    """A digest takes next to no memory, however long the plan."""
     plan = shardmix.plan_merge(two_models(tmp_path))
     (shard,) = plan.shards
     (segment,) = shard.segments
@@ -113,7 +116,8 @@ def test_a_head_in_pieces_is_the_head(tmp_path, monkeypatch, letter):
     }
 
 
-def test_neighbours_everywhere_stream_as_one_run(tmp_path):
+def test_neighbours_stream_as_one_segment(tmp_path):
+    """Neighbours everywhere stream as one segment."""
     plan = shardmix.plan_merge(two_models(tmp_path))
     (segment,) = all_segments(plan)
     filled = [name for name in NAMES if name != "model.nothing"]
@@ -122,7 +126,8 @@ def test_neighbours_everywhere_stream_as_one_run(tmp_path):
     assert segment.reduction == LINEAR
 
 
-def test_another_layout_of_one_model_cuts_runs_and_nothing_else(tmp_path):
+def test_other_layout_only_cuts_segments(tmp_path):
+    """Another layout of one model cuts segments, and nothing else."""
     shards = [NAMES[::2], NAMES[1::2]]
     plan = shardmix.plan_merge(two_models(tmp_path, shards=shards))
     runs = all_segments(plan)
@@ -131,7 +136,8 @@ def test_another_layout_of_one_model_cuts_runs_and_nothing_else(tmp_path):
     assert [shard.filename for shard in plan.shards] == ["model.safetensors"]
 
 
-def test_runs_cover_the_output_without_gap_or_overlap(tmp_path):
+def test_segments_cover_the_output(tmp_path):
+    """Segments cover the output without gap or overlap."""
     plan = shardmix.plan_merge(
         two_models(tmp_path, shards=[NAMES[:3], NAMES[3:]]), max_shard_size=1500, dtype="float16"
     )
@@ -144,7 +150,8 @@ def test_runs_cover_the_output_without_gap_or_overlap(tmp_path):
         assert position == shard.file_nbytes
 
 
-def test_the_first_models_layout_is_kept_by_default(tmp_path):
+def test_first_models_layout_is_the_default(tmp_path):
+    """The first model's layout is kept by default."""
     shards = [NAMES[:2], NAMES[2:5], NAMES[5:]]
     a = save_model(tmp_path / "a", random_model(1), shards=shards)
     b = save_model(tmp_path / "b", random_model(2))
@@ -153,14 +160,16 @@ def test_the_first_models_layout_is_kept_by_default(tmp_path):
     assert plan.shards[0].filename == "model-00001-of-00003.safetensors"
 
 
-def test_max_shard_size_bounds_every_shard_of_several_tensors(tmp_path):
+def test_max_shard_size_bounds_shards(tmp_path):
+    """max_shard_size bounds every shard of several tensors."""
     plan = shardmix.plan_merge(two_models(tmp_path), max_shard_size="1200B")
     for shard in plan.shards:
         data_nbytes = shard.file_nbytes - 8 - len(shard.header.encode())
         assert data_nbytes <= 1200 or len(shard.tensor_names) == 1
 
 
-def test_keep_is_the_first_models_dtype_tensor_by_tensor(tmp_path):
+def test_keep_is_each_tensors_first_dtype(tmp_path):
+    """keep is the first model's dtype, tensor by tensor."""
     mixed = random_model(1, torch.bfloat16)
     mixed["model.layers.0.norm.weight"] = mixed["model.layers.0.norm.weight"].float()
     a = save_model(tmp_path / "a", mixed)
@@ -171,7 +180,8 @@ def test_keep_is_the_first_models_dtype_tensor_by_tensor(tmp_path):
     assert header["lm_head.weight"]["dtype"] == "BF16"
 
 
-def test_integers_keep_their_dtype_and_stand_alone(tmp_path):
+def test_integers_keep_their_dtype(tmp_path):
+    """Integers keep their dtype, and stand in segments of their own."""
     tensors = {"ids": torch.arange(3), "more": torch.arange(3), "w": torch.ones(2)}
     models = [(save_model(tmp_path / name, tensors), 0.5) for name in "ab"]
     runs = {
@@ -186,7 +196,8 @@ def test_integers_keep_their_dtype_and_stand_alone(tmp_path):
     assert (runs["ids"].out_dtype, runs["w"].out_dtype) == ("I64", "F16")
 
 
-def test_counts_and_sizes_are_those_of_the_files(tmp_path):
+def test_counts_and_sizes_are_the_files(tmp_path):
+    """Counts and sizes are those of the files."""
     models = two_models(tmp_path)
     plan = shardmix.plan_merge(models, tmp_path / "out")
     data = sum(tensor.numel() * 4 for tensor in random_model(1).values())
@@ -196,7 +207,8 @@ def test_counts_and_sizes_are_those_of_the_files(tmp_path):
     assert plan.write_nbytes == size
 
 
-def test_a_model_without_a_config_is_warned_about(tmp_path):
+def test_model_without_a_config_is_warned_of(tmp_path):
+    """A model without a config is warned about."""
     models = [(save_model(tmp_path / name, random_model(1), config=None), 0.5) for name in "ab"]
     assert any("no config.json" in text for text in shardmix.plan_merge(models).warnings)
 
@@ -213,25 +225,31 @@ def test_a_model_without_a_config_is_warned_about(tmp_path):
         ({"dtype": "int8"}, "dtype 'int8'"),
     ],
 )
-def test_an_option_that_makes_no_sense_is_refused(tmp_path, options, finding):
+def test_senseless_option_is_refused(tmp_path, options, finding):
+    """An option that makes no sense is refused."""
     with pytest.raises(shardmix.RecipeError, match=finding):
         shardmix.plan_merge(two_models(tmp_path), **options)
 
 
-def test_an_unknown_option_is_a_type_error_as_in_any_python_function(tmp_path):
+def test_unknown_option_is_a_type_error(tmp_path):
+    """An unknown option is a TypeError, as in any Python function."""
     with pytest.raises(TypeError, match="max_ram"):
         shardmix.plan_merge(two_models(tmp_path), max_ram="2GB")
 
 
-def test_a_budget_that_is_too_small_is_refused_before_anything_is_written(tmp_path):
+def test_small_budget_is_refused_early(tmp_path):
+    """A budget that is too small is refused before anything is written."""
     models = two_models(tmp_path)
     with pytest.raises(shardmix.BudgetError, match="the least that works here is"):
         shardmix.merge(models, tmp_path / "out", max_memory="20MiB")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
-def test_a_part_in_another_dtype_is_not_joined(tmp_path):
-    """Neighbours in every file, of one dtype in one model and of two in the other."""
+def test_other_dtype_is_not_joined(tmp_path):
+    """A part in another dtype is not joined.
+
+    Neighbours in every file, of one dtype in one model and of two in the other.
+    """
     one = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}
     other = {"a": torch.tensor([5.0, 6.0]), "b": torch.tensor([7.0, 8.0]).bfloat16()}
     for number, (first, second) in enumerate([(one, other), (other, one)]):
@@ -254,8 +272,11 @@ def test_two_output_dtypes_are_not_joined(tmp_path):
     assert_same_bits(load_model(tmp_path / "out"), second | {"b": second["b"].bfloat16()})
 
 
-def test_a_gap_between_neighbours_is_not_joined(tmp_path):
-    """Between them the second model's file has another tensor, which the merge leaves out."""
+def test_gap_in_a_file_is_not_joined(tmp_path):
+    """A gap between neighbours is not joined.
+
+    Between them the second model's file has another tensor, which the merge leaves out.
+    """
     one = {"a": torch.ones(2), "c": torch.ones(3)}
     buffer = "b.rotary_emb.inv_freq"
     models = [
@@ -287,8 +308,11 @@ def test_neighbours_by_offset_in_two_files(tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["torch", "llvm"])
-def test_mapped_pages_count_in_the_projection(tmp_path, backend):
-    """Each worker may have pages of three sources mapped, up to 4 MiB beyond each."""
+def test_mapped_pages_are_projected(tmp_path, backend):
+    """Mapped pages count in the projection.
+
+    Each worker may have pages of three sources mapped, up to 4 MiB beyond each.
+    """
     if backend == "llvm":
         pytest.importorskip("llvmlite", reason="needs llvmlite")
     models = two_models(tmp_path)
@@ -303,8 +327,11 @@ def test_mapped_pages_count_in_the_projection(tmp_path, backend):
     assert peaks == {1: 3 * 4 * MIB, 5: 5 * 3 * 4 * MIB}
 
 
-def test_the_config_names_the_dtype_of_most_bytes(tmp_path):
-    """Many small tensors in float32 are fewer bytes than one large one in bfloat16."""
+def test_config_names_dtype_of_most_bytes(tmp_path):
+    """The config names the dtype of most bytes.
+
+    Many small tensors in float32 are fewer bytes than one large one in bfloat16.
+    """
     small = {f"norm.{number}": torch.ones(4) for number in range(20)}
     tensors = {**small, "mlp": torch.ones(40, 40).bfloat16()}
     stated = {"model_type": "x", "torch_dtype": "float16"}
@@ -314,8 +341,11 @@ def test_the_config_names_the_dtype_of_most_bytes(tmp_path):
     assert config["torch_dtype"] == "bfloat16"
 
 
-def test_shards_are_split_by_the_outputs_dtype(tmp_path):
-    """Four tensors of 200 bytes as bfloat16, of 400 in the models."""
+def test_shards_split_by_the_outputs_dtype(tmp_path):
+    """Shards are split by the output's dtype.
+
+    Four tensors of 200 bytes as bfloat16, of 400 in the models.
+    """
     tensors = {f"t{number}": torch.ones(100) for number in range(4)}
     models = [(save_model(tmp_path / name, tensors), 0.5) for name in "ab"]
     for dtype, expected in [("bfloat16", [2, 2]), ("keep", [1, 1, 1, 1])]:
@@ -323,8 +353,11 @@ def test_shards_are_split_by_the_outputs_dtype(tmp_path):
         assert [len(shard.tensor_names) for shard in plan.shards] == expected
 
 
-def test_an_output_that_kernels_do_not_know_is_torchs(tmp_path):
-    """Its dtype is the first model's, also if that is left out of the sum."""
+def test_output_unknown_to_kernels_is_torchs(tmp_path):
+    """An output that kernels do not know is torch's.
+
+    Its dtype is the first model's, also if that is left out of the sum.
+    """
     pytest.importorskip("llvmlite", reason="needs llvmlite")
     wide, narrow = torch.zeros(3, dtype=torch.float64), torch.tensor([1.0, 2.0, 3.0])
     models = [

@@ -52,7 +52,8 @@ def test_a_json_file_takes_no_matplotlib(models, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run.json"]
 
 
-def test_a_dry_run_checks_the_place_and_writes_nothing(models, tmp_path):
+def test_dry_run_writes_no_picture(models, tmp_path):
+    """A dry run checks the place and writes nothing."""
     done = merge(models, tmp_path / "out", "--dry-run", "--profile", tmp_path / "run.json")
     assert done.returncode == 0, done.stderr
     done = merge(models, tmp_path / "out", "--dry-run", "--profile", tmp_path / "no" / "run.json")
@@ -69,7 +70,8 @@ def test_a_dry_run_checks_the_place_and_writes_nothing(models, tmp_path):
         ("out/run.json", 1, "a profile cannot be in"),
     ],
 )
-def test_a_mistake_is_one_message_before_anything_is_done(models, tmp_path, file, status, finding):
+def test_mistake_is_told_before_the_merge(models, tmp_path, file, status, finding):
+    """A mistake is one message before anything is done."""
     done = merge(models, tmp_path / "out", "--profile", tmp_path / file)
     assert done.returncode == status
     assert finding in " ".join(done.stderr.split())
@@ -77,7 +79,8 @@ def test_a_mistake_is_one_message_before_anything_is_done(models, tmp_path, file
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_picture_without_matplotlib_is_refused_with_the_remedy(tmp_path, monkeypatch):
+def test_missing_matplotlib_names_the_remedy(tmp_path, monkeypatch):
+    """A picture without matplotlib is refused with the remedy."""
     monkeypatch.setattr(pictures.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         RecipeError, match=r"takes matplotlib, .* pip install 'shardmix\[profile\]'"
@@ -87,7 +90,8 @@ def test_a_picture_without_matplotlib_is_refused_with_the_remedy(tmp_path, monke
     assert pictures.profile_files(None) == (None, None)
 
 
-def test_a_picture_of_somebody_elses_is_not_replaced(tmp_path, monkeypatch):
+def test_foreign_picture_is_not_replaced(tmp_path, monkeypatch):
+    """A picture of somebody else's is not replaced."""
     monkeypatch.setattr(pictures.importlib.util, "find_spec", lambda name: name)
     figures, picture = tmp_path / "logo.json", tmp_path / "logo.svg"
     picture.write_text("<svg/>")
@@ -97,7 +101,8 @@ def test_a_picture_of_somebody_elses_is_not_replaced(tmp_path, monkeypatch):
     assert pictures.profile_files(picture) == (figures, picture)
 
 
-def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path):
+def test_picture_that_cannot_be_drawn_warns(tmp_path):
+    """A picture that cannot be drawn is a warning."""
     (tmp_path / "run.json").write_text('{"profile_version":1}')
     finding = pictures.draw(tmp_path / "run.json", tmp_path / "run.svg")
     assert finding is not None
@@ -107,7 +112,8 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path):
 
 
 @needs_matplotlib
-def test_an_svg_is_a_picture_with_the_figures_beside_it(models, tmp_path):
+def test_svg_is_drawn_with_figures_beside_it(models, tmp_path):
+    """An SVG is a picture with the figures beside it."""
     for _ in range(2):  # the second run's replace the first one's
         done = merge(models, tmp_path / "out", "--overwrite", "--profile", tmp_path / "run.svg")
         assert done.returncode == 0, done.stderr
@@ -119,7 +125,8 @@ def test_an_svg_is_a_picture_with_the_figures_beside_it(models, tmp_path):
 
 
 @needs_matplotlib
-def test_the_process_that_merges_loads_no_matplotlib(models, tmp_path):
+def test_merging_process_loads_no_matplotlib(models, tmp_path):
+    """The process that merges loads no matplotlib."""
     words = [f"{model}=0.5" for model in models]
     arguments = ["shardmix", "merge", *words, "-o", str(tmp_path / "out"), "-q"]
     arguments += ["--profile", str(tmp_path / "run.png")]
@@ -152,7 +159,8 @@ def texts(path: Path) -> str:
 
 @needs_matplotlib
 @pytest.mark.parametrize("case", ["plain", "budget", "gpu", "no /proc", "few samples", "cut off"])
-def test_every_profile_can_be_drawn_and_the_same_one_the_same(profile, tmp_path, case):
+def test_every_profile_draws_reproducibly(profile, tmp_path, case):
+    """Every profile can be drawn, and the same one the same."""
     from shardmix.profiling.plot import draw
 
     samples, plan = profile.samples, profile.plan

@@ -43,7 +43,8 @@ def merged(models, tmp_path_factory):
     return report, profile_of(folder / "run.json"), folder
 
 
-def test_the_output_is_the_same_with_and_without(models, merged, tmp_path):
+def test_profile_changes_no_output(models, merged, tmp_path):
+    """The output is the same with and without."""
     shardmix.merge(models, tmp_path / "out")
     assert folder_bytes(merged[2] / "out") == folder_bytes(tmp_path / "out")
     assert sorted(path.name for path in merged[2].iterdir()) == ["out", "run.json"]
@@ -59,7 +60,8 @@ def test_bytes_of_the_stages_are_the_plans(merged):
     assert stages["other"].bytes == 0
 
 
-def test_seconds_of_the_stages_are_those_of_the_workers(merged):
+def test_stage_seconds_are_the_workers(merged):
+    """Seconds of the stages are those of the workers."""
     _, profile, _ = merged
     for name, stage in profile.stages.items():
         assert stage.worker_seconds >= 0
@@ -76,7 +78,8 @@ def test_seconds_of_the_stages_are_those_of_the_workers(merged):
     )
 
 
-def test_samples_are_columns_over_the_whole_time(merged):
+def test_samples_cover_the_whole_time(merged):
+    """Samples are columns over the whole time."""
     _, profile, _ = merged
     samples = profile.samples
     columns = {
@@ -101,7 +104,8 @@ def test_samples_are_columns_over_the_whole_time(merged):
     assert (samples.vram_reserved_bytes, samples.vram_device_used_bytes) == (None, None)
 
 
-def test_a_profile_says_what_was_merged_where_and_how_but_names_no_path(merged, models):
+def test_profile_names_the_merge_but_no_path(merged, models):
+    """A profile says what was merged, where and how, but names no path."""
     report, profile, folder = merged
     plan = profile.plan
     assert profile.outcome == "complete"
@@ -119,7 +123,8 @@ def test_a_profile_says_what_was_merged_where_and_how_but_names_no_path(merged, 
     assert json.loads(text)["profile_version"] == 1
 
 
-def test_with_sha256_and_mapped_files_the_bytes_are_the_same(models, tmp_path):
+def test_sha256_and_mmap_keep_the_bytes(models, tmp_path):
+    """With sha256 and mapped files, the bytes are the same."""
     options = {"io": "mmap", "digest": "sha256", "backend": "torch", "fsync": False}
     report = shardmix.merge(models, tmp_path / "out", profile=tmp_path / "run.json", **options)
     profile = profile_of(tmp_path / "run.json")
@@ -128,13 +133,15 @@ def test_with_sha256_and_mapped_files_the_bytes_are_the_same(models, tmp_path):
     assert (profile.plan.io, profile.plan.fsync) == ("mmap", False)
 
 
-def test_without_a_profile_nothing_is_sampled(small, tmp_path, monkeypatch):
+def test_sampling_needs_a_profile(small, tmp_path, monkeypatch):
+    """Without a profile, nothing is sampled."""
     monkeypatch.setattr(recorder, "Sampler", None)
     monkeypatch.setattr(recorder, "StageClock", None)
     shardmix.merge(small, tmp_path / "out")
 
 
-def test_a_cancelled_merge_leaves_the_profile_of_what_ran(models, tmp_path):
+def test_cancelled_merge_leaves_its_profile(models, tmp_path):
+    """A cancelled merge leaves the profile of what ran."""
     cancel, stopped = threading.Event(), threading.Event()
     claim, stop = Journal.add, Work.stop
 
@@ -167,7 +174,8 @@ def test_a_cancelled_merge_leaves_the_profile_of_what_ran(models, tmp_path):
 @pytest.mark.parametrize(
     ("error", "outcome"), [(KeyboardInterrupt, "cancelled"), (OutputError("full"), "failed")]
 )
-def test_a_merge_that_breaks_off_leaves_the_profile_of_what_ran(models, tmp_path, error, outcome):
+def test_failed_merge_leaves_its_profile(models, tmp_path, error, outcome):
+    """A merge that breaks off leaves the profile of what ran."""
     kind = error if isinstance(error, type) else type(error)
     with cut_off_after(3, error), pytest.raises(kind, match="are done and kept"):
         shardmix.merge(models, tmp_path / "out", workers=1, profile=tmp_path / "run.json")
@@ -176,7 +184,8 @@ def test_a_merge_that_breaks_off_leaves_the_profile_of_what_ran(models, tmp_path
     assert profile.stages["write"].bytes > 0
 
 
-def test_a_merge_that_does_not_begin_leaves_no_profile(small, tmp_path, monkeypatch):
+def test_unbegun_merge_leaves_no_profile(small, tmp_path, monkeypatch):
+    """A merge that does not begin leaves no profile."""
     monkeypatch.setattr("shardmix.api.check_disk", refuse)
     with pytest.raises(OutputError, match="no room"):
         shardmix.merge(small, tmp_path / "out", profile=tmp_path / "run.json")
@@ -187,9 +196,8 @@ def refuse(*_args, **_options):
     raise OutputError("no room")
 
 
-def test_a_profile_that_cannot_be_written_at_the_end_is_an_error_that_says_what_is_whole(
-    small, tmp_path
-):
+def test_unwritable_profile_is_a_late_error(small, tmp_path):
+    """A profile that cannot be written at the end is an error that says what is whole."""
     file = tmp_path / "folder" / "run.json"
     file.parent.mkdir()
 
@@ -203,7 +211,8 @@ def test_a_profile_that_cannot_be_written_at_the_end_is_an_error_that_says_what_
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_a_failed_merge_whose_profile_cannot_be_written_says_both(models, tmp_path):
+def test_both_failures_are_said(models, tmp_path):
+    """A failed merge whose profile cannot be written says both."""
     file = tmp_path / "folder" / "run.json"
     file.parent.mkdir()
 
@@ -231,9 +240,8 @@ def test_a_failed_merge_whose_profile_cannot_be_written_says_both(models, tmp_pa
         ("frozen/run.json", OutputError, "cannot be written to"),
     ],
 )
-def test_a_bad_place_is_refused_before_anything_is_done(
-    small, tmp_path, monkeypatch, place, error, finding
-):
+def test_bad_place_is_refused_early(small, tmp_path, monkeypatch, place, error, finding):
+    """A bad place is refused before anything is done."""
     (tmp_path / "mine.json").write_text('{"precious": 1}')
     (tmp_path / "folder.json").mkdir()
     (tmp_path / "frozen").mkdir()
@@ -250,7 +258,8 @@ def test_a_bad_place_is_refused_before_anything_is_done(
     assert not (tmp_path / ".out.shardmix").exists()
 
 
-def test_a_relative_path_is_taken_from_the_current_folder(small, tmp_path, monkeypatch):
+def test_relative_path_is_the_folders(small, tmp_path, monkeypatch):
+    """A relative path is taken from the current folder."""
     monkeypatch.chdir(tmp_path)
     shardmix.merge(small, tmp_path / "out", profile="run.json")
     assert profile_of(tmp_path / "run.json").outcome == "complete"
@@ -261,7 +270,8 @@ def test_a_plan_with_a_profile_writes_none(small, tmp_path):
     assert not (tmp_path / "run.json").exists()
 
 
-def test_a_merge_that_goes_on_counts_only_its_own_bytes(models, tmp_path):
+def test_resume_counts_only_its_own_bytes(models, tmp_path):
+    """A merge that goes on counts only its own bytes."""
     cut_off(models, tmp_path / "out")
     report = shardmix.merge(models, tmp_path / "out", profile=tmp_path / "run.json")
     stages = profile_of(tmp_path / "run.json").stages

@@ -37,8 +37,11 @@ def test_memory_is_told_in_bytes_and_by_kind():
     assert now["system_writeback_bytes"] >= 0
 
 
-def test_allocated_memory_is_anonymous_and_a_mapped_file_is_not(tmp_path):
-    """In a fresh process: this one's allocator may serve the ballast from what it kept."""
+def test_allocated_memory_is_anonymous(tmp_path):
+    """Allocated memory is anonymous, and a mapped file is not.
+
+    In a fresh process: this one's allocator may serve the ballast from what it kept.
+    """
     (tmp_path / "file").write_bytes(bytes(64 * MIB))
     code = (
         "import mmap, sys\n"
@@ -63,7 +66,9 @@ def test_allocated_memory_is_anonymous_and_a_mapped_file_is_not(tmp_path):
     assert abs(anon_then) <= 2
 
 
-def test_without_proc_psutil_tells_what_it_can(monkeypatch):
+def test_psutil_serves_without_proc(monkeypatch):
+    """Without /proc, psutil tells what it can."""
+
     def no_proc(path, *args):
         raise FileNotFoundError(path)
 
@@ -84,7 +89,8 @@ def fake_cuda(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
 
 
-def test_gpu_memory_is_torchs_and_the_drivers(monkeypatch):
+def test_gpu_memory_is_torchs_and_drivers(monkeypatch):
+    """GPU memory is torch's and the driver's."""
     fake_cuda(monkeypatch)
     assert dict(zip(VRAM_COLUMNS, vram_probe("cuda:0")(), strict=True)) == {
         "vram_reserved_bytes": 20,
@@ -92,7 +98,8 @@ def test_gpu_memory_is_torchs_and_the_drivers(monkeypatch):
     }
 
 
-def test_of_several_gpus_the_largest_figures_count(monkeypatch):
+def test_largest_of_several_gpus_counts(monkeypatch):
+    """Of several GPUs, the largest figures count."""
     fake_cuda(monkeypatch)
     assert vram_probe("cuda")() == (20, 60)
     assert vram_probe("cuda:1")() == (10, 60)
@@ -108,7 +115,8 @@ def sampled(values, *, column="rss_bytes"):
     return sampler
 
 
-def test_samples_are_rows_of_columns_that_may_start_late():
+def test_columns_may_start_late():
+    """Samples are rows of columns that may start late."""
     sampler = Sampler(0.0)
     sampler.watch(("a",), lambda: (3,))
     sampler._sample()
@@ -119,7 +127,8 @@ def test_samples_are_rows_of_columns_that_may_start_late():
     assert 0 < times[0] < times[1]
 
 
-def test_a_long_merge_has_fewer_samples_a_second_and_keeps_its_peak(monkeypatch):
+def test_long_merge_thins_but_keeps_its_peak(monkeypatch):
+    """A long merge has fewer samples a second, and keeps its peak."""
     monkeypatch.setattr(sampler_module, "_MOST_SAMPLES", 8)
     sampler = sampled([1, 2, 3, 99, 4, 5, 6, 1, 1, 2])
     times, columns = sampler.columns()
@@ -128,7 +137,9 @@ def test_a_long_merge_has_fewer_samples_a_second_and_keeps_its_peak(monkeypatch)
     assert sampler.interval_seconds == 2 * sampler_module.INTERVAL_SECONDS
 
 
-def test_a_probe_that_fails_ends_sampling_and_is_told_of():
+def test_failing_probe_ends_sampling():
+    """A probe that fails ends sampling, and is told of."""
+
     def fail():
         raise RuntimeError("CUDA error:\nunspecified")
 
@@ -142,7 +153,8 @@ def test_a_probe_that_fails_ends_sampling_and_is_told_of():
     assert {len(column) for column in columns.values()} == {len(times)}
 
 
-def test_a_short_recording_has_a_first_and_a_last_sample():
+def test_short_recording_has_two_samples():
+    """A short recording has a first and a last sample."""
     sampler = Sampler(0.0)
     sampler.watch(("a",), lambda: (3,))
     sampler.start()

@@ -43,7 +43,8 @@ def test_a_list_of_mappings_will_do_too():
     assert load([TEXT]) == (TextExample("example 1", "why", "because"),)
 
 
-def test_of_several_positives_the_first_counts():
+def test_first_of_several_positives_counts():
+    """Of several positives, the first counts."""
     (example,) = load([QUERY], "encoder")
     assert example == QueryExample("example 1", "why", "because", ("no", "yes", "maybe"))
 
@@ -57,12 +58,14 @@ def test_negatives_are_drawn_by_a_seed():
         assert set(example.negatives) <= set(many["neg"])
 
 
-def test_fewer_negatives_than_asked_for_are_all_used():
+def test_fewer_negatives_are_all_used():
+    """Fewer negatives than asked for are all used."""
     (example,) = load([QUERY], "reranker", neg_number=9)
     assert example.negatives == ("no", "yes", "maybe")
 
 
-def test_an_encoders_query_may_have_only_its_batch_for_negatives():
+def test_batch_gives_a_query_its_negatives():
+    """An encoder's query may have only its batch for negatives."""
     bare = {"query": "why", "pos": ["because"]}
     assert load([bare, QUERY], "encoder")[0].negatives == ()
 
@@ -87,7 +90,8 @@ def test_an_encoders_query_may_have_only_its_batch_for_negatives():
         ([QUERY, QUERY, {**QUERY, "neg": []}], "encoder", "example 3: `neg` gives no negatives"),
     ],
 )
-def test_a_malformed_example_is_named_with_its_field(examples, model_type, finding):
+def test_malformed_example_names_its_field(examples, model_type, finding):
+    """A malformed example is named with its field."""
     with pytest.raises(RecipeError) as error:
         load(examples, model_type)
     assert finding in str(error.value)
@@ -103,7 +107,8 @@ def test_a_malformed_example_is_named_with_its_field(examples, model_type, findi
         ("7", "example 1: must be an object"),
     ],
 )
-def test_a_malformed_file_is_named_with_its_line(tmp_path, text, finding):
+def test_malformed_file_names_its_line(tmp_path, text, finding):
+    """A malformed file is named with its line."""
     with pytest.raises(RecipeError) as error:
         load(file_with(tmp_path, text))
     assert finding in str(error.value)
@@ -133,7 +138,8 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
         ({"max_memory": "plenty"}, "size 'plenty'"),
     ],
 )
-def test_options_that_make_no_sense_are_named(options, finding):
+def test_senseless_options_are_named(options, finding):
+    """Options that make no sense are named."""
     with pytest.raises(RecipeError) as error:
         load([QUERY], "encoder", **options)
     assert finding in str(error.value)

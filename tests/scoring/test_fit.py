@@ -66,14 +66,16 @@ def least_nbytes(**sizes):
     return error.value.least_nbytes
 
 
-def test_the_least_that_is_named_works_and_less_does_not():
+def test_least_budget_works_and_less_fails():
+    """The least that is named works, and less does not."""
     least = least_nbytes()
     assert arranged(least).projected_nbytes == least
     with pytest.raises(NothingFits):
         arranged(least - 1)
 
 
-def test_more_memory_never_means_more_reading():
+def test_more_memory_never_reads_more():
+    """More memory never means more reading."""
     least = least_nbytes(num_texts=2000)
     readings = [
         len(arranged(least + extra * MIB, num_texts=2000).waves) for extra in range(0, 6000, 500)
@@ -83,7 +85,8 @@ def test_more_memory_never_means_more_reading():
     assert readings[-1] == 1
 
 
-def test_a_model_that_fits_whole_is_held_where_its_passes_are_too_many_beside_a_block():
+def test_fitting_model_is_held_whole():
+    """A model that fits whole is held if its passes are too many beside a block."""
     small = {"block": MIB, "num_blocks": 31}
     arrangement = arranged(
         least_nbytes(num_texts=2000, **small) + 80 * MIB, num_texts=2000, **small
@@ -97,7 +100,8 @@ def test_a_budget_below_a_block_cuts_finer():
     assert arranged(budget, num_texts=4, length=31).grain is Grain.LEAF
 
 
-def test_every_sequence_is_in_one_batch_no_longer_than_it_must_be():
+def test_every_sequence_is_in_a_tight_batch():
+    """Every sequence is in one batch, no longer than it must be."""
     lengths = [3, 50, 4, 49, 7, 500, 6]
     sequences = tuple(TokenSequence({"input_ids": [1] * n}, (1,), 1) for n in lengths)
     encoded = EncodedExamples(sequences, (1,) * 7, 0, 0, 2048, is_clamped=False, silent=())
@@ -109,7 +113,8 @@ def test_every_sequence_is_in_one_batch_no_longer_than_it_must_be():
     assert sum(shape.num_tokens for shape in shapes) <= sum(lengths) * 1.2
 
 
-def test_a_few_long_texts_do_not_make_many_short_ones_long():
+def test_long_texts_leave_short_ones_short():
+    """A few long texts do not make many short ones long."""
     lengths = [20] * 40 + [100] * 3
     sequences = tuple(TokenSequence({"input_ids": [1] * n}, (1,), 1) for n in lengths)
     encoded = EncodedExamples(sequences, (1,) * 43, 0, 0, 2048, is_clamped=False, silent=())

@@ -35,24 +35,28 @@ def run(routes):
     return log, results
 
 
-def test_each_stage_is_served_once_for_all_passes():
+def test_stage_is_served_once_for_all_passes():
+    """Each stage is served once for all passes."""
     log, results = run(["abc"] * 4)
     assert [entry for entry in log if isinstance(entry, str)] == ["a", "-a", "b", "-b", "c", "-c"]
     assert results == [0, 1, 2, 3]
 
 
-def test_a_stage_that_all_come_back_to_is_served_again_for_all():
+def test_revisited_stage_is_served_again():
+    """A stage that all come back to is served again for all."""
     log, _ = run(["aba"] * 3)
     assert [entry for entry in log if isinstance(entry, str)] == ["a", "-a", "b", "-b", "a", "-a"]
 
 
-def test_calling_a_stage_twice_in_a_row_serves_it_once():
+def test_stage_called_twice_is_served_once():
+    """Calling a stage twice in a row serves it once."""
     log, _ = run(["aab"] * 2)
     assert [entry for entry in log if isinstance(entry, str)] == ["a", "-a", "b", "-b"]
 
 
 @given(st.lists(st.text("abcd", max_size=6), min_size=1, max_size=6))
-def test_passes_of_any_routes_come_to_their_ends(routes):
+def test_passes_of_any_routes_end(routes):
+    """Passes of any routes come to their ends."""
     log, results = run(routes)
     assert results == list(range(len(routes)))
     for number, route in enumerate(routes):
@@ -61,14 +65,16 @@ def test_passes_of_any_routes_come_to_their_ends(routes):
     assert served[::2] == [entry.removeprefix("-") for entry in served[1::2]]
 
 
-def test_what_a_pass_brings_is_served_and_comes_back():
+def test_passes_values_are_served():
+    """What a pass brings is served and comes back."""
     lockstep = Lockstep()
     stage = Recorder("a", [])
     results = lockstep.run([lambda n=n: lockstep.arrive(stage, n) for n in range(3)])
     assert results == [("served", 0), ("served", 1), ("served", 2)]
 
 
-def test_an_error_of_one_pass_ends_all_and_unwinds_them():
+def test_error_of_one_pass_ends_all():
+    """An error of one pass ends all and unwinds them."""
     lockstep = Lockstep()
     log = []
     stage = Recorder("a", log)

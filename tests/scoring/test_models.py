@@ -53,7 +53,8 @@ def test_a_streamed_loss_is_the_plain_one(models, kind):
 
 @pytest.mark.parametrize("grain", list(Grain))
 @pytest.mark.parametrize("kind", KINDS)
-def test_neither_the_cut_nor_the_batches_matter(models, kind, grain, monkeypatch):
+def test_cut_and_batches_do_not_matter(models, kind, grain, monkeypatch):
+    """Neither the cut nor the batches matter."""
     examples = examples_for(kind)
     expected = plain_loss(kind, models(kind), examples)
     only(grain, monkeypatch, tokens=12)  # nearly every text a pass of its own
@@ -62,7 +63,8 @@ def test_neither_the_cut_nor_the_batches_matter(models, kind, grain, monkeypatch
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "t5", "mixtral"])
-def test_a_head_computed_in_slices_gives_the_same(models, kind, monkeypatch):
+def test_head_in_slices_gives_the_same(models, kind, monkeypatch):
+    """A head computed in slices gives the same."""
     monkeypatch.setattr(units, "SLICE_NBYTES", 300)  # two or three rows
     monkeypatch.setattr("shardmix.scoring.streamed_model.SLICE_NBYTES", 300)
     only(Grain.LEAF, monkeypatch, tokens=12)
@@ -81,7 +83,8 @@ def test_a_head_computed_in_slices_gives_the_same(models, kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "bert", "bart"])
-def test_weights_are_read_once_for_all_passes(models, kind, monkeypatch):
+def test_weights_are_read_once(models, kind, monkeypatch):
+    """Weights are read once for all passes."""
     only(Grain.BLOCK, monkeypatch, tokens=12)
     examples = examples_for(kind) * 3
     report = score([models(kind)], KINDS[kind][0], examples)
@@ -89,7 +92,8 @@ def test_weights_are_read_once_for_all_passes(models, kind, monkeypatch):
     assert report.bytes_read <= 1.1 * report.bytes_stored
 
 
-def test_where_not_all_passes_fit_the_weights_are_read_again(models, monkeypatch):
+def test_weights_are_read_again_if_needed(models, monkeypatch):
+    """If not all passes fit, the weights are read again."""
     only(Grain.BLOCK, monkeypatch, tokens=12)
     monkeypatch.setattr(fit, "_RUN_NBYTES", 0)
     monkeypatch.setattr(fit, "CHUNK_NBYTES", 0)
@@ -100,7 +104,8 @@ def test_where_not_all_passes_fit_the_weights_are_read_again(models, monkeypatch
     assert report.losses[0] == pytest.approx(plain_loss("llama", models("llama"), TEXTS * 4))
 
 
-def test_a_model_in_bfloat16_computes_in_it_unless_told_otherwise(tmp_path):
+def test_bfloat16_model_computes_in_bfloat16(tmp_path):
+    """A model in bfloat16 computes in it unless told otherwise."""
     folder = save_language_model("llama", tmp_path / "m", dtype=torch.bfloat16)
     own = score([folder], "decoder", TEXTS)
     wide = score([folder], "decoder", TEXTS, dtype="float32")
@@ -109,7 +114,8 @@ def test_a_model_in_bfloat16_computes_in_it_unless_told_otherwise(tmp_path):
     assert own.losses[0] != wide.losses[0]
 
 
-def test_the_report_has_losses_of_each_model_and_example(models):
+def test_report_has_losses_of_each_example(models):
+    """The report has losses of each model and example."""
     sources = [models("llama"), models("llama", 1)]
     report = score(sources, "decoder", TEXTS, temperature=0.5, batch_size=3)
     assert report.sources == tuple(map(str, sources))
@@ -120,7 +126,8 @@ def test_the_report_has_losses_of_each_model_and_example(models):
     assert sum(report.weights) == pytest.approx(1.0, abs=1e-15)
 
 
-def test_a_batch_averages_over_its_tokens_and_batches_over_one_another(models):
+def test_batches_average_over_one_another(models):
+    """A batch averages over its tokens, and batches over one another."""
     one, two = (plain_loss("llama", models("llama"), TEXTS, batch_size=n) for n in (1, 2))
     assert abs(one - two) > 1e-3
     for size, expected in ((1, one), (2, two)):
@@ -128,7 +135,8 @@ def test_a_batch_averages_over_its_tokens_and_batches_over_one_another(models):
         assert losses[0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_an_encoder_can_be_scored_by_its_mean_or_last_token(models):
+def test_encoder_pools_by_mean_or_last_token(models):
+    """An encoder can be scored by its mean or last token."""
     losses = {
         pooling: compute_losses([models("bert")], "encoder", QUERIES, pooling=pooling)[0]
         for pooling in ("cls", "mean", "lasttoken")
@@ -136,19 +144,24 @@ def test_an_encoder_can_be_scored_by_its_mean_or_last_token(models):
     assert len(set(losses.values())) == 3
 
 
-def test_a_pooler_that_is_not_stored_does_not_matter(models):
-    """A masked language model has none; the encoder's states are what counts."""
+def test_absent_pooler_does_not_matter(models):
+    """A pooler that is not stored does not matter.
+
+    A masked language model has none; the encoder's states are what counts.
+    """
     stored = json.loads((models("bert-masked") / "model.safetensors.index.json").read_text())
     assert not any("pooler" in name for name in stored["weight_map"])
     assert compute_losses([models("bert-masked")], "encoder", QUERIES)[0] > 0
 
 
-def test_a_head_that_is_not_stored_is_no_reranker(models):
+def test_absent_head_is_no_reranker(models):
+    """A head that is not stored is no reranker."""
     with pytest.raises(SourceError, match=r"stores nothing for classifier.*check --model-type"):
         score([models("bert")], "reranker", QUERIES)
 
 
-def test_a_tokenizer_without_a_pad_token_will_do(tmp_path):
+def test_missing_pad_token_will_do(tmp_path):
+    """A tokenizer without a pad token will do."""
     folder = save_language_model("llama", tmp_path / "m")
     expected = compute_losses([folder], "decoder", TEXTS)
     save_tokenizer(folder, pad_token=None)
@@ -156,16 +169,22 @@ def test_a_tokenizer_without_a_pad_token_will_do(tmp_path):
 
 
 @pytest.mark.parametrize("pad_token", ["</s>", None])
-def test_batches_are_filled_with_what_the_model_takes_for_padding(tmp_path, pad_token):
-    """Its config and its tokenizer may differ; some models look for the last token by it."""
+def test_batches_fill_with_models_padding(tmp_path, pad_token):
+    """Batches are filled with what the model takes for padding.
+
+    Its config and its tokenizer may differ; some models look for the last token by it.
+    """
     folder = save_language_model("llama-reranker", tmp_path / "m")
     expected = plain_loss("llama-reranker", folder, QUERIES)
     save_tokenizer(folder, pad_token=pad_token)
     assert compute_losses([folder], "reranker", QUERIES)[0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_what_transformers_keeps_in_float32_stays_so(tmp_path):
-    """The bias by which a router picks experts: rounded, it picks others."""
+def test_float32_of_transformers_stays(tmp_path):
+    """What transformers keeps in float32 stays so.
+
+    The bias by which a router picks experts: rounded, it picks others.
+    """
     folder = save_language_model("deepseek", tmp_path / "m", dtype=torch.bfloat16)
     for path in folder.glob("*.safetensors"):
         tensors = load_file(path)
@@ -177,7 +196,8 @@ def test_what_transformers_keeps_in_float32_stays_so(tmp_path):
     assert compute_losses([folder], "decoder", TEXTS)[0] == pytest.approx(expected, rel=5e-3)
 
 
-def test_tensors_that_the_config_does_not_use_are_told(tmp_path):
+def test_unused_tensors_are_told(tmp_path):
+    """Tensors that the config does not use are told."""
     folder = save_language_model("llama", tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
@@ -185,15 +205,20 @@ def test_tensors_that_the_config_does_not_use_are_told(tmp_path):
     assert any("model.layers.2" in text and "does not use" in text for text in report.warnings)
 
 
-def test_a_model_that_cannot_be_cut_is_held_whole(models, monkeypatch):
-    """Mamba hands the weights of a layer to a kernel, without calling the layer."""
+def test_indivisible_model_is_held_whole(models, monkeypatch):
+    """A model that cannot be cut is held whole.
+
+    Mamba hands the weights of a layer to a kernel, without calling the layer.
+    """
     only(Grain.LEAF, monkeypatch)
     report = score([models("mamba")], "decoder", TEXTS)
     assert report.losses[0] == pytest.approx(plain_loss("mamba", models("mamba"), TEXTS), rel=1e-5)
     assert any("held in memory as a whole" in text for text in report.warnings)
 
 
-def test_an_error_of_the_callers_own_stays_it(models):
+def test_callers_own_error_stays(models):
+    """An error of the caller's own stays it."""
+
     def stop(_event):
         raise KeyError("mine")
 
@@ -201,7 +226,8 @@ def test_an_error_of_the_callers_own_stays_it(models):
         score([models("llama")], "decoder", TEXTS, on_progress=stop)
 
 
-def test_a_tied_head_that_is_stored_all_the_same_counts_as_stored(tmp_path):
+def test_stored_tied_head_counts_as_stored(tmp_path):
+    """A tied head that is stored all the same counts as stored."""
     untied = save_language_model("llama", tmp_path / "m", tie_word_embeddings=False)
     expected = compute_losses([untied], "decoder", TEXTS)
     config = json.loads((untied / "config.json").read_text())
@@ -209,7 +235,8 @@ def test_a_tied_head_that_is_stored_all_the_same_counts_as_stored(tmp_path):
     assert compute_losses([untied], "decoder", TEXTS) == expected
 
 
-def test_weights_that_are_not_finite_name_the_model_and_the_example(tmp_path):
+def test_nonfinite_weights_name_the_model(tmp_path):
+    """Weights that are not finite name the model and the example."""
     folder = save_language_model("llama", tmp_path / "m")
     for path in folder.glob("*.safetensors"):
         tensors = load_file(path)
@@ -220,7 +247,8 @@ def test_weights_that_are_not_finite_name_the_model_and_the_example(tmp_path):
         score([folder], "decoder", TEXTS)
 
 
-def test_shapes_that_are_not_the_configs_are_named(tmp_path):
+def test_shapes_unlike_the_configs_are_named(tmp_path):
+    """Shapes that are not the config's are named."""
     folder = save_language_model("llama", tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
@@ -228,7 +256,8 @@ def test_shapes_that_are_not_the_configs_are_named(tmp_path):
         score([folder], "decoder", TEXTS)
 
 
-def test_tokens_beyond_the_vocabulary_are_named(models, tmp_path):
+def test_tokens_beyond_vocabulary_are_named(models, tmp_path):
+    """Tokens beyond the vocabulary are named."""
     small = save_language_model("llama", tmp_path / "m", vocab_size=10)
     with pytest.raises(SourceError, match=r"/m: cannot be run.*check --model-type"):
         score([models("llama"), small], "decoder", TEXTS)
@@ -239,7 +268,8 @@ def test_a_model_of_another_type_is_named(models):
         score([models("llama")], "encoder-decoder", TEXTS)
 
 
-def test_a_model_with_code_of_its_own_is_not_run_unless_asked(tmp_path):
+def test_models_own_code_is_not_run_unasked(tmp_path):
+    """A model with code of its own is not run unless asked."""
     folder = save_language_model("llama", tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     config["model_type"] = "own"
@@ -250,7 +280,8 @@ def test_a_model_with_code_of_its_own_is_not_run_unless_asked(tmp_path):
         score([folder], "decoder", TEXTS)
 
 
-def test_a_text_longer_than_the_model_is_cut_and_said_to_be(models):
+def test_long_text_is_cut_and_told(models):
+    """A text longer than the model is cut, and said to be."""
     long = [{"input": "why", "output": "the cat " * 60}]
     report = score([models("llama")], "decoder", long)
     assert report.warnings == (
@@ -258,13 +289,15 @@ def test_a_text_longer_than_the_model_is_cut_and_said_to_be(models):
     )
 
 
-def test_an_output_that_is_cut_off_entirely_is_an_error_naming_it(models):
+def test_output_cut_off_entirely_is_an_error(models):
+    """An output that is cut off entirely is an error naming it."""
     long = {"input": "the cat " * 60, "output": "yes"}
     with pytest.raises(RecipeError, match="example 3: `output` is cut off entirely"):
         score([models("llama")], "decoder", [*TEXTS[:2], long])
 
 
-def test_beside_others_in_its_batch_it_counts_for_nothing(models):
+def test_cut_output_counts_for_nothing(models):
+    """Beside others in its batch it counts for nothing."""
     long = {"input": "the cat " * 60, "output": "yes"}
     report = score([models("llama")], "decoder", [TEXTS[0], long])
     alone = score([models("llama")], "decoder", [TEXTS[0]])
@@ -273,7 +306,8 @@ def test_beside_others_in_its_batch_it_counts_for_nothing(models):
     assert any("example 2: `output` is cut off entirely" in text for text in report.warnings)
 
 
-def test_a_chat_template_puts_the_example_into_a_conversation(models, tmp_path):
+def test_chat_template_frames_the_example(models, tmp_path):
+    """A chat template puts the example into a conversation."""
     template = (
         "{% for m in messages %}{{ 'the ' if m.role == 'user' else 'a ' }}{{ m.content }}"
         "{{ ' mat ' if m.role == 'user' else ' tree' }}{% endfor %}"
@@ -298,7 +332,8 @@ def test_a_missing_chat_template_is_an_error(models):
         score([models("llama")], "decoder", TEXTS, chat_template=True)
 
 
-def test_progress_tells_which_model_and_how_far(models):
+def test_progress_tells_model_and_share(models):
+    """Progress tells which model, and how far."""
     events = []
     score([models("llama"), models("llama", 1)], "decoder", TEXTS, on_progress=events.append)
     assert [event.model for event in events] == sorted(event.model for event in events)

@@ -53,7 +53,8 @@ def test_the_folder_decides_how_it_is_pooled(tmp_path, pooling):
     assert told == ([] if pooling == "cls" else [True])
 
 
-def test_vectors_of_several_poolings_are_joined(tmp_path):
+def test_several_poolings_are_joined(tmp_path):
+    """Vectors of several poolings are joined."""
     folder = embedder(tmp_path, st.Pooling(WIDTH, ("cls", "mean")))
     report = score([folder], "encoder", QUERIES)
     assert report.losses[0] == pytest.approx(library_loss(folder), rel=1e-4)
@@ -75,7 +76,8 @@ def test_projections_count(tmp_path, place):
     assert report.poolings == ("mean, Dense, LayerNorm, Dense",)
 
 
-def test_the_users_word_counts_and_the_conflict_is_told(tmp_path):
+def test_users_word_counts_over_a_conflict(tmp_path):
+    """The user's word counts, and the conflict is told."""
     folder = embedder(tmp_path, pooler("mean"))
     bare = tmp_path / "bare-1"
     report = score([folder, bare], "encoder", QUERIES, pooling="cls")
@@ -98,7 +100,8 @@ def test_other_types_have_no_pooling(tmp_path):
     assert score([folder], "reranker", QUERIES).poolings == ()
 
 
-def test_modules_that_cannot_be_followed_are_refused(tmp_path):
+def test_unfollowable_modules_are_refused(tmp_path):
+    """Modules that cannot be followed are refused."""
     folder = embedder(tmp_path, st.CNN(WIDTH, 5), st.Pooling(15))
     with pytest.raises(SourceError, match=r"embeds by CNN.*--pooling scores its encoder"):
         score([folder], "encoder", QUERIES)

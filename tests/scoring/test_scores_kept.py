@@ -82,7 +82,8 @@ def test_another_budget_goes_on_unscored(models, tmp_path, monkeypatch):
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "by-hand" / "out")
 
 
-def test_an_undisturbed_merge_says_nothing_of_it(models, tmp_path, monkeypatch):
+def test_undisturbed_merge_is_silent_of_it(models, tmp_path, monkeypatch):
+    """An undisturbed merge says nothing of it."""
     with scored(monkeypatch) as names:
         report = merge(models, tmp_path / "out")
     assert names == ["m0", "m1", "m2"]
@@ -105,7 +106,8 @@ def test_a_scoring_that_is_cut_off_goes_on(models, tmp_path, monkeypatch):
     assert report.scores.bytes_read < whole.scores.bytes_read
 
 
-def test_a_scoring_cut_off_at_once_leaves_nothing(models, tmp_path, monkeypatch):
+def test_scoring_cut_early_leaves_nothing(models, tmp_path, monkeypatch):
+    """A scoring cut off at once leaves nothing."""
     with scored(monkeypatch, fail_at=0), pytest.raises(KeyboardInterrupt):
         merge(models, tmp_path / "out")
     assert not staged(tmp_path).exists()

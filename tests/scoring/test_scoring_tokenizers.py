@@ -66,7 +66,8 @@ def num_loaded(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["llama", "t5", "bert", "bert-reranker"])
 @pytest.mark.parametrize("change", [use_letters, permute])
-def test_each_model_reads_by_its_own_tokenizer(tmp_path, kind, change):
+def test_each_model_has_its_own_tokenizer(tmp_path, kind, change):
+    """Each model reads by its own tokenizer."""
     folders = two_models(tmp_path, kind)
     change(folders[1])
     examples = examples_for(kind)
@@ -85,7 +86,8 @@ def test_the_same_files_are_read_once(tmp_path, num_loaded):
     assert num_loaded == [str(folders[0])]
 
 
-def test_other_files_that_read_alike_are_not_told(tmp_path, num_loaded):
+def test_files_that_read_alike_are_not_told(tmp_path, num_loaded):
+    """Other files that read alike are not told."""
     folders = two_models(tmp_path, "llama")
     config = json.loads((folders[1] / "tokenizer_config.json").read_text())
     (folders[1] / "tokenizer_config.json").write_text(json.dumps(config | {"note": "saved anew"}))
@@ -93,7 +95,8 @@ def test_other_files_that_read_alike_are_not_told(tmp_path, num_loaded):
     assert num_loaded == list(map(str, folders))
 
 
-def test_a_model_without_a_tokenizer_has_the_firsts(tmp_path):
+def test_missing_tokenizer_is_the_firsts(tmp_path):
+    """A model without a tokenizer has the first's."""
     folders = two_models(tmp_path, "llama")
     expected = score(folders, "decoder", TEXTS).losses
     for path in folders[1].glob("*token*"):
@@ -106,7 +109,8 @@ def test_a_model_without_a_tokenizer_has_the_firsts(tmp_path):
         score(folders[::-1], "decoder", TEXTS)
 
 
-def test_a_model_with_fewer_positions_reads_less(tmp_path):
+def test_fewer_positions_read_less(tmp_path):
+    """A model with fewer positions reads less."""
     folders = two_models(tmp_path, "gpt2")
     few = {"n_positions": 12, "max_position_embeddings": 12}
     shorter = save_language_model("gpt2", tmp_path / "short", seed=1, **few)
@@ -117,7 +121,8 @@ def test_a_model_with_fewer_positions_reads_less(tmp_path):
     assert report.losses[0] == pytest.approx(plain_loss("gpt2", folders[0], TEXTS), rel=1e-3)
 
 
-def test_a_tokenizer_in_a_modules_folder_is_found(tmp_path):
+def test_tokenizer_in_a_module_is_found(tmp_path):
+    """A tokenizer in a module's folder is found."""
     folders = two_models(tmp_path, "bert")
     place = tmp_path / "st" / "0_Transformer"
     shutil.copytree(folders[1], place)
@@ -134,8 +139,11 @@ def test_a_tokenizer_in_a_modules_folder_is_found(tmp_path):
 
 
 @pytest.mark.parametrize("words", [[], ["-q"], ["--json"], ["--json", "-q"]])
-def test_the_difference_is_told_also_in_quiet(tmp_path, words):
-    """On standard error, but where nothing but JSON is wanted: there it is in the report."""
+def test_difference_is_told_in_quiet(tmp_path, words):
+    """The difference is told also in quiet.
+
+    On standard error, but where nothing but JSON is wanted: there it is in the report.
+    """
     folders = two_models(tmp_path, "llama")
     permute(folders[1])
     examples = write_examples(tmp_path / "examples.jsonl", TEXTS)
@@ -148,7 +156,8 @@ def test_the_difference_is_told_also_in_quiet(tmp_path, words):
         assert any("tokenizers differ" in warning for warning in report["warnings"])
 
 
-def test_saving_a_tokenizer_anew_changes_nothing(tmp_path):
+def test_saving_a_tokenizer_changes_nothing(tmp_path):
+    """Saving a tokenizer anew changes nothing."""
     folders = two_models(tmp_path, "bert")
     save_tokenizer(folders[1], model_max_length=None)
     assert not score(folders, "encoder", QUERIES).warnings

@@ -12,7 +12,8 @@ LOSSES = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=12)
 
 
 @given(LOSSES, st.floats(1e-3, 1e3))
-def test_weights_are_the_softmax_of_negative_losses(losses, temperature):
+def test_weights_are_softmax_of_losses(losses, temperature):
+    """Weights are the softmax of negative losses."""
     scaled = -np.array(losses, dtype=np.longdouble) / temperature
     shares = np.exp(scaled - scaled.max())
     assert compute_weights(losses, temperature) == pytest.approx(
@@ -25,7 +26,8 @@ def test_they_sum_to_one(losses):
     assert math.fsum(compute_weights(losses, 5.0)) == pytest.approx(1.0, abs=1e-15)
 
 
-def test_the_default_temperature_is_lm_cocktails():
+def test_default_temperature_is_lm_cocktails():
+    """The default temperature is LM-Cocktail's."""
     assert compute_weights([1.0, 2.0]) == compute_weights([1.0, 2.0], 5.0)
 
 
@@ -36,6 +38,7 @@ def test_a_temperature_must_be_positive(temperature):
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_gives_no_weights(loss):
+def test_infinite_loss_gives_no_weights(loss):
+    """A loss that is not finite gives no weights."""
     with pytest.raises(RecipeError, match="loss 2 is"):
         compute_weights([1.0, loss])

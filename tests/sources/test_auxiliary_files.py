@@ -47,7 +47,8 @@ def reasons(*names, **options):
         *("kernels/csrc/op.cpp", "images/model.png", "model_card.pdf", "modelling.md"),
     ],
 )
-def test_whatever_is_of_no_known_kind_goes_along(name):
+def test_unknown_kinds_go_along(name):
+    """Whatever is of no known kind goes along."""
     assert reasons("config.json", name) == {}
 
 
@@ -118,8 +119,11 @@ def test_a_file_of_a_known_kind_stays_behind(name, reason):
         (".venv/bin/python", ".venv/", "a cache"),
     ],
 )
-def test_a_folder_of_a_known_kind_stays_behind(tmp_path, name, folder, reason):
-    """Both by a list of names, as from the Hub, and by looking into a folder."""
+def test_folder_of_known_kind_stays_behind(tmp_path, name, folder, reason):
+    """A folder of a known kind stays behind.
+
+    Both by a list of names, as from the Hub, and by looking into a folder.
+    """
     assert reasons("config.json", name) == {folder: reason}
     found = find_auxiliary_files(fill(tmp_path, "config.json", name))
     assert found.files == ("config.json",)
@@ -171,7 +175,8 @@ def test_a_folder_of_many_files_stays_behind(tmp_path, monkeypatch):
     assert reasons("config.json", *names) == {"images/": file_kinds.TOO_MANY_FILES}
 
 
-def test_folders_nested_too_deeply_stay_behind(tmp_path):
+def test_deep_folders_stay_behind(tmp_path):
+    """Folders nested too deeply stay behind."""
     deep = "/".join("abcdefgh")
     fill(tmp_path, "config.json", f"{deep}/file", f"{deep}/i/file")
     found = find_auxiliary_files(tmp_path)
@@ -188,7 +193,8 @@ def test_a_link_to_a_file_outside_is_refused(tmp_path, name):
         find_auxiliary_files(folder)
 
 
-def test_a_link_that_would_not_go_along_is_let_be(tmp_path):
+def test_excluded_link_is_let_be(tmp_path):
+    """A link that would not go along is let be."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "secret").write_text("secret")
     folder = fill(tmp_path / "m", "config.json")
@@ -209,8 +215,11 @@ def test_a_link_that_would_not_go_along_is_let_be(tmp_path):
 @pytest.mark.parametrize(
     "name", ["Screenshot at 3.04\u202fPM.png", "a\nb.png", "\udcff.wav", "\udcff.onnx"]
 )
-def test_a_name_that_cannot_be_printed_stays_behind(tmp_path, name):
-    """It is no reason to refuse a merge, unless the file is surely the model's."""
+def test_unprintable_name_stays_behind(tmp_path, name):
+    """A name that cannot be printed stays behind.
+
+    It is no reason to refuse a merge, unless the file is surely the model's.
+    """
     fill(tmp_path, "config.json", name)
     found = find_auxiliary_files(tmp_path)
     assert found.files == ("config.json",)
@@ -242,8 +251,11 @@ def test_what_cannot_be_read_stays_behind(tmp_path, monkeypatch):
     ]
 
 
-def test_of_a_single_files_folder_only_a_models_files_go_along(tmp_path):
-    """It may be a folder of downloads; what stays behind is told, as it may be the model's."""
+def test_single_file_brings_a_models_files(tmp_path):
+    """Of a single file's folder, only a model's files go along.
+
+    It may be a folder of downloads; what stays behind is told, as it may be the model's.
+    """
     models = [
         (save_model(tmp_path / name, random_model(seed)) / "model.safetensors", 0.5)
         for seed, name in enumerate("ab")
@@ -272,7 +284,8 @@ def test_other_loaders_files_go_along(tmp_path, weights, mark, others):
     assert find_auxiliary_files(folder, weights=["my.safetensors"], is_single_file=True).files == ()
 
 
-def test_what_is_left_out_of_the_base_is_told(tmp_path):
+def test_what_config_from_leaves_out_is_told(tmp_path):
+    """What is left out of the config source is told."""
     models = [
         (save_model(tmp_path / name, random_model(seed)), 0.5) for seed, name in enumerate("ab")
     ]

@@ -19,7 +19,8 @@ def refused(source):
     return str(caught.value)
 
 
-def test_a_single_file_and_shards_describe_the_same_tensors(tmp_path):
+def test_file_and_shards_are_the_same(tmp_path):
+    """A single file and shards describe the same tensors."""
     tensors = random_model(1)
     names = sorted(tensors)
     whole = open_checkpoint(str(save_model(tmp_path / "whole", tensors)))
@@ -34,7 +35,8 @@ def test_a_single_file_and_shards_describe_the_same_tensors(tmp_path):
             assert tensor.dtype == "F32"
 
 
-def test_offsets_point_at_the_data_in_the_file(tmp_path):
+def test_offsets_point_at_the_data(tmp_path):
+    """Offsets point at the data in the file."""
     tensors = random_model(2, torch.bfloat16)
     checkpoint = open_checkpoint(str(save_model(tmp_path / "m", tensors)))
     content = checkpoint.shards[0].path.read_bytes()
@@ -43,14 +45,16 @@ def test_offsets_point_at_the_data_in_the_file(tmp_path):
         assert data == bytes(tensors[tensor.name].view(-1).view(torch.uint8).tolist())
 
 
-def test_a_file_is_a_source_and_its_folder_gives_the_config(tmp_path):
+def test_file_takes_its_folders_config(tmp_path):
+    """A file is a source, and its folder gives the config."""
     save_model(tmp_path / "m", random_model(1))
     checkpoint = open_checkpoint(str(tmp_path / "m" / "model.safetensors"))
     assert checkpoint.is_single_file
     assert checkpoint.config == CONFIG
 
 
-def test_links_out_of_the_folder_are_followed_as_in_the_hub_cache(tmp_path):
+def test_links_out_of_folder_are_followed(tmp_path):
+    """Links out of the folder are followed, as in the Hub's cache."""
     repository = tmp_path / "models--org--name"
     blobs = save_model(repository / "blobs", random_model(1), config=None)
     (blobs / "model.safetensors").rename(blobs / "0123abcd")
@@ -60,7 +64,8 @@ def test_links_out_of_the_folder_are_followed_as_in_the_hub_cache(tmp_path):
     assert open_checkpoint(str(snapshot)).num_tensors == len(random_model(1))
 
 
-def test_a_path_that_does_not_exist_is_refused(tmp_path):
+def test_missing_path_is_refused(tmp_path):
+    """A path that does not exist is refused."""
     assert "no such file or folder" in refused(tmp_path / "none")
 
 
@@ -68,7 +73,8 @@ def test_an_empty_folder_is_refused(tmp_path):
     assert "is empty; a model's folder has model.safetensors or" in refused(tmp_path)
 
 
-def test_pickled_weights_are_refused_with_the_way_to_convert_them(tmp_path):
+def test_pickled_weights_name_the_conversion(tmp_path):
+    """Pickled weights are refused, with the way to convert them."""
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
     assert "only as pickle" in refused(tmp_path)
     assert "safe_serialization=True" in refused(tmp_path)
@@ -80,13 +86,15 @@ def test_gguf_is_refused(tmp_path):
     assert "GGUF" in refused(tmp_path)
 
 
-def test_a_file_of_another_name_is_pointed_out(tmp_path):
+def test_file_of_other_name_is_pointed_out(tmp_path):
+    """A file of another name is pointed out."""
     save_file({"t": torch.ones(1)}, tmp_path / "weights.safetensors")
     assert "weights.safetensors" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("num_bytes", [0, 5, 8, 40, -1])
-def test_a_truncated_file_is_refused_and_named(tmp_path, num_bytes):
+def test_truncated_file_is_named(tmp_path, num_bytes):
+    """A truncated file is refused and named."""
     path = save_model(tmp_path, random_model(1)) / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:num_bytes])
@@ -131,7 +139,8 @@ def raw_file(path, header, data_nbytes):
     ],
     ids=["json", "size", "negative", "overflow", "hole", "overlap", "metadata"],
 )
-def test_a_header_that_safetensors_would_not_accept_is_refused(tmp_path, header, data_nbytes):
+def test_invalid_header_is_refused(tmp_path, header, data_nbytes):
+    """A header that safetensors would not accept is refused."""
     raw_file(tmp_path / "model.safetensors", header, data_nbytes)
     assert "model.safetensors" in refused(tmp_path)
 
@@ -154,14 +163,16 @@ def test_a_missing_shard_is_named(tmp_path):
     assert "names model-00002-of-00002.safetensors, which is not in the folder" in refused(folder)
 
 
-def test_an_index_that_names_an_absent_tensor_is_refused(tmp_path):
+def test_index_of_absent_tensor_is_refused(tmp_path):
+    """An index that names an absent tensor is refused."""
     folder = sharded(tmp_path)
     shard = "model-00001-of-00002.safetensors"
     edit_index(folder, lambda index: index["weight_map"].update({"ghost.weight": shard}))
     assert "ghost.weight" in refused(folder)
 
 
-def test_a_shard_with_a_tensor_that_the_index_lacks_is_refused(tmp_path):
+def test_tensor_beside_the_index_is_refused(tmp_path):
+    """A shard with a tensor that the index lacks is refused."""
     folder = sharded(tmp_path)
     edit_index(folder, lambda index: index["weight_map"].pop("lm_head.weight"))
     assert "lm_head.weight" in refused(folder)
@@ -171,7 +182,8 @@ def test_a_shard_with_a_tensor_that_the_index_lacks_is_refused(tmp_path):
     "name",
     ["../m2/model.safetensors", "/etc/model.safetensors", "a/../../b.safetensors", "..\\x", 3],
 )
-def test_an_index_that_points_outside_the_folder_is_refused(tmp_path, name):
+def test_index_pointing_outside_is_refused(tmp_path, name):
+    """An index that points outside the folder is refused."""
     folder = sharded(tmp_path)
     save_model(tmp_path / "m2", random_model(1))
     edit_index(folder, lambda index: index["weight_map"].update({"lm_head.weight": name}))
@@ -195,18 +207,21 @@ def test_a_damaged_config_is_refused(tmp_path):
     assert "config.json: not valid JSON" in refused(folder)
 
 
-def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
+def test_folder_for_a_file_is_refused(tmp_path):
+    """A folder in place of a file is refused."""
     (tmp_path / "model.safetensors").mkdir()
     assert "not a regular file" in refused(tmp_path)
 
 
-def test_a_fifo_in_place_of_a_file_is_refused_without_waiting_for_it(tmp_path):
+def test_fifo_for_a_file_is_refused_at_once(tmp_path):
+    """A fifo in place of a file is refused without waiting for it."""
     os.mkfifo(tmp_path / "model.safetensors")
     assert "not a regular file" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64])
-def test_dtypes_whose_weighted_sum_would_be_wrong_are_refused(tmp_path, dtype):
+def test_unsummable_dtypes_are_refused(tmp_path, dtype):
+    """Dtypes whose weighted sum would be wrong are refused."""
     save_file({"w": torch.zeros(4, dtype=dtype)}, tmp_path / "model.safetensors")
     message = refused(tmp_path)
     assert message.startswith(f"{tmp_path}: w [4] is ")
@@ -223,20 +238,23 @@ def test_dtypes_whose_weighted_sum_would_be_wrong_are_refused(tmp_path, dtype):
         "model.layers.0.experts.gate_up_proj_blocks",
     ],
 )
-def test_marks_of_quantised_weights_are_refused(tmp_path, name):
+def test_marks_of_quantisation_are_refused(tmp_path, name):
+    """Marks of quantised weights are refused."""
     tensors = {name: torch.zeros(4, dtype=torch.uint8), "w": torch.zeros(1)}
     save_file(tensors, tmp_path / "model.safetensors")
     assert "quantised" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
-def test_matrices_of_packed_integers_are_refused_whatever_their_names(tmp_path, dtype):
+def test_packed_integers_are_refused(tmp_path, dtype):
+    """Matrices of packed integers are refused, whatever their names."""
     tensors = {"layer.W_q": torch.zeros(4, 4, dtype=dtype), "w": torch.zeros(1)}
     save_file(tensors, tmp_path / "model.safetensors")
     assert "layer.W_q" in refused(tmp_path)
 
 
-def test_integer_buffers_of_ordinary_models_are_fine(tmp_path):
+def test_ordinary_integer_buffers_are_fine(tmp_path):
+    """Integer buffers of ordinary models are fine."""
     tensors = {
         "embeddings.position_ids": torch.arange(4)[None],
         "relative_position_index": torch.zeros(4, 4, dtype=torch.int64),
@@ -247,7 +265,8 @@ def test_integer_buffers_of_ordinary_models_are_fine(tmp_path):
     check_mergeable(open_checkpoint(str(tmp_path)))
 
 
-def test_metadata_may_have_keys_named_like_a_tensors_fields(tmp_path):
+def test_metadata_keys_may_be_any(tmp_path):
+    """Metadata may have keys named like a tensor's fields."""
     metadata = {"shape": "round", "dtype": "any", "data_offsets": "none"}
     save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors", metadata=metadata)
     assert open_checkpoint(str(tmp_path)).table.names == ("w",)
@@ -259,22 +278,27 @@ def test_a_dangling_link_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["compression_config", "quantization"])
-def test_other_ways_to_declare_quantisation_are_known(tmp_path, key):
+def test_other_quantisations_are_known(tmp_path, key):
+    """Other ways to declare quantisation are known."""
     config = {**CONFIG, key: {"bits": 4}}
     assert "is quantised" in refused(save_model(tmp_path, random_model(1), config=config))
 
 
-def test_a_config_that_declares_quantisation_is_refused(tmp_path):
+def test_quantised_config_is_refused(tmp_path):
+    """A config that declares quantisation is refused."""
     config = {**CONFIG, "text_config": {"quantization_config": {"quant_method": "gptq"}}}
     assert "gptq" in refused(save_model(tmp_path, random_model(1), config=config))
 
 
-def test_what_cannot_be_merged_can_still_be_inspected(tmp_path):
+def test_unmergeable_model_can_be_inspected(tmp_path):
+    """What cannot be merged can still be inspected."""
     save_file({"w": torch.zeros(4, dtype=torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
     assert api.inspect(tmp_path).dtypes == {"F8_E4M3": 4}
 
 
-def test_a_disk_error_is_named_and_no_traceback(tmp_path, monkeypatch):
+def test_disk_error_is_named(tmp_path, monkeypatch):
+    """A disk error is named, and no traceback."""
+
     def fail(*_):
         raise PermissionError(13, "Permission denied", str(tmp_path))
 
@@ -284,8 +308,11 @@ def test_a_disk_error_is_named_and_no_traceback(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs files in memory")
-def test_no_mapping_of_a_file_that_may_shrink_is_ever_made(tmp_path, monkeypatch):
-    """safetensors maps what it opens; a cut in that moment would kill the process."""
+def test_shrinking_file_is_never_mapped(tmp_path, monkeypatch):
+    """No mapping of a file that may shrink is ever made.
+
+    safetensors maps what it opens; a cut in that moment would kill the process.
+    """
     opened = []
     real = headers_module.safe_open
 

@@ -30,7 +30,8 @@ def decoded(monkeypatch):
     return calls
 
 
-def test_a_header_that_two_models_share_is_decoded_once(tmp_path, decoded):
+def test_shared_header_is_decoded_once(tmp_path, decoded):
+    """A header that two models share is decoded once."""
     headers = Headers()
     first = read(headers, model_file(tmp_path / "a", 1))
     second = read(headers, model_file(tmp_path / "b", 2))
@@ -49,7 +50,8 @@ def test_other_headers_are_not_taken_for_it(tmp_path, decoded):
     assert len(decoded) == 2
 
 
-def test_a_file_cut_short_is_refused_though_its_header_is_known(tmp_path):
+def test_cut_file_of_known_header_is_refused(tmp_path):
+    """A file cut short is refused though its header is known."""
     headers = Headers()
     read(headers, model_file(tmp_path / "a", 1))
     cut = model_file(tmp_path / "b", 2)
@@ -58,7 +60,8 @@ def test_a_file_cut_short_is_refused_though_its_header_is_known(tmp_path):
         read(headers, cut)
 
 
-def test_a_merge_is_planned_with_each_header_decoded_once(tmp_path, decoded):
+def test_plan_decodes_each_header_once(tmp_path, decoded):
+    """A merge is planned with each header decoded once."""
     models = {str(model_file(tmp_path / name, seed).parent): 0.5 for seed, name in enumerate("ab")}
     shardmix.plan_merge(models)
     assert len(decoded) == 1

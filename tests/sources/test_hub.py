@@ -129,9 +129,10 @@ def save_locally(folder: Path, files: Mapping[str, bytes]) -> Path:
 # What is merged
 
 
-def test_branches_tags_and_commits_merge_with_a_local_model(
+def test_any_revision_merges_with_a_folder(
     hub: HubServer, machine: Machine, tmp_path: Path
 ) -> None:
+    """Branches, tags and commits merge with a local model."""
     first = hub.push("org/tuned", model(1.0))
     hub.push("org/tuned", model(3.0))
     hub.push("org/tuned", model(5.0), revision="refs/pr/1")
@@ -171,10 +172,11 @@ with mock.patch("shardmix.execute.executor.write_provenance", side_effect=Keyboa
 """
 
 
-def test_a_commit_stands_for_a_model_of_the_hub(
-    hub: HubServer, machine: Machine, tmp_path: Path
-) -> None:
-    """Its files may be downloaded anew, elsewhere, and later: it is the same merge."""
+def test_commit_stands_for_a_hub_model(hub: HubServer, machine: Machine, tmp_path: Path) -> None:
+    """A commit stands for a model of the Hub.
+
+    Its files may be downloaded anew, elsewhere, and later: it is the same merge.
+    """
     commit = hub.push("org/tuned", model(1.0))
     local = save_locally(tmp_path / "mine", model(2.0))
     words = json.dumps({"org/tuned": 0.5, str(local): 0.5}), str(tmp_path / "merged")
@@ -200,9 +202,8 @@ def test_a_commit_stands_for_a_model_of_the_hub(
     assert verified.returncode == 0, verified.stderr
 
 
-def test_a_branch_that_has_moved_since_is_another_merge(
-    hub: HubServer, machine: Machine, tmp_path: Path
-) -> None:
+def test_moved_branch_is_another_merge(hub: HubServer, machine: Machine, tmp_path: Path) -> None:
+    """A branch that has moved since is another merge."""
     first = hub.push("org/tuned", model(1.0))
     local = save_locally(tmp_path / "mine", model(2.0))
     words = json.dumps({"org/tuned": 0.5, str(local): 0.5}), str(tmp_path / "merged")
@@ -214,9 +215,8 @@ def test_a_branch_that_has_moved_since_is_another_merge(
     assert f"commit {first} then, {second} now" in done.stderr
 
 
-def test_a_base_that_has_moved_since_makes_another_merge(
-    hub: HubServer, machine: Machine, tmp_path: Path
-) -> None:
+def test_moved_config_is_another_merge(hub: HubServer, machine: Machine, tmp_path: Path) -> None:
+    """A config source that has moved since makes another merge."""
     first = hub.push("org/base", model(1.0))
     words = [str(save_locally(tmp_path / name, model(2.0))) for name in ("a", "b")]
     command = ("-m", "shardmix", "merge", *(f"{word}=0.5" for word in words))
@@ -235,7 +235,8 @@ def test_a_base_that_has_moved_since_makes_another_merge(
 # What is fetched
 
 
-def test_what_goes_along_is_fetched_and_no_more(hub: HubServer, machine: Machine) -> None:
+def test_only_what_goes_along_is_fetched(hub: HubServer, machine: Machine) -> None:
+    """What goes along is fetched, and no more."""
     wanted = {
         **model(),
         "tokenizer.model": b"sentencepiece",
@@ -295,9 +296,8 @@ def test_what_is_not_fetched_is_told(hub: HubServer, machine: Machine, tmp_path:
         )
 
 
-def test_of_a_sharded_model_the_index_and_the_shards_it_names_are_fetched(
-    hub: HubServer, machine: Machine
-) -> None:
+def test_index_and_named_shards_are_fetched(hub: HubServer, machine: Machine) -> None:
+    """Of a sharded model, the index and the shards it names are fetched."""
     # Brackets, since names are handed to huggingface_hub as patterns.
     files = sharded_model("model-00001-of-00002.safetensors", "model-[2].safetensors")
     strays = dict.fromkeys(["model-2.safetensors", "model-00003-of-00003.safetensors"], b"stray")
@@ -308,9 +308,8 @@ def test_of_a_sharded_model_the_index_and_the_shards_it_names_are_fetched(
     assert hub.fetched() == sorted(files)
 
 
-def test_of_a_model_with_one_file_and_shards_the_one_file_is_fetched(
-    hub: HubServer, machine: Machine
-) -> None:
+def test_one_file_is_fetched_before_shards(hub: HubServer, machine: Machine) -> None:
+    """Of a model with one file and shards, the one file is fetched."""
     hub.push("org/both", sharded_model("model-00001-of-00001.safetensors") | model())
 
     [folder] = machine.find("org/both")
@@ -319,9 +318,8 @@ def test_of_a_model_with_one_file_and_shards_the_one_file_is_fetched(
     assert (folder / "model.safetensors").read_bytes() == model()["model.safetensors"]
 
 
-def test_of_a_sentence_transformers_model_the_modules_are_fetched(
-    hub: HubServer, machine: Machine
-) -> None:
+def test_sentence_modules_are_fetched(hub: HubServer, machine: Machine) -> None:
+    """Of a sentence-transformers model, the modules are fetched."""
     modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]
     files = {
         **model(),
@@ -339,8 +337,11 @@ def test_of_a_sentence_transformers_model_the_modules_are_fetched(
     assert hub.fetched() == sorted(files)
 
 
-def test_weights_of_modules_alone_are_fetched(hub: HubServer, machine: Machine) -> None:
-    """A Router's folders have names of their own; with safetensors, no pickle is fetched."""
+def test_weights_of_modules_are_fetched(hub: HubServer, machine: Machine) -> None:
+    """Weights of modules only are fetched.
+
+    A Router's folders have names of their own; with safetensors, no pickle is fetched.
+    """
     router = {
         "structure": {"query": ["query_0_Transformer"], "document": ["doc"]},
         "types": {"query_0_Transformer": "x.Transformer", "doc": "x.StaticEmbedding"},
@@ -385,7 +386,8 @@ def test_a_second_run_fetches_no_file_again(hub: HubServer, machine: Machine) ->
     assert {request.file for request in hub.requests} == {None}
 
 
-def test_offline_each_revision_is_found_in_the_cache(hub: HubServer, machine: Machine) -> None:
+def test_offline_revisions_are_cached(hub: HubServer, machine: Machine) -> None:
+    """Offline, each revision is found in the cache."""
     # With files that are never fetched: a copy without them is complete all the same.
     extra = {"README.md": b"# Tuned", "pytorch_model.bin": b"pickle"}
     commit = hub.push("org/tuned", model(1.0) | extra)
@@ -404,7 +406,8 @@ def test_offline_each_revision_is_found_in_the_cache(hub: HubServer, machine: Ma
     assert "cannot be asked" not in offline.stderr  # it was meant
 
 
-def test_offline_without_a_copy_says_what_to_do(hub: HubServer, machine: Machine) -> None:
+def test_offline_without_a_copy_says_the_way(hub: HubServer, machine: Machine) -> None:
+    """Offline without a copy, the error says what to do."""
     hub.push("org/tuned", model())
 
     [message] = machine.refusals("org/tuned", HF_HUB_OFFLINE="1")
@@ -415,9 +418,8 @@ def test_offline_without_a_copy_says_what_to_do(hub: HubServer, machine: Machine
     assert hub.requests == []
 
 
-def test_a_hub_out_of_reach_falls_back_on_the_cache_and_says_so(
-    hub: HubServer, machine: Machine
-) -> None:
+def test_unreachable_hub_falls_back_on_cache(hub: HubServer, machine: Machine) -> None:
+    """A Hub out of reach falls back on the cache, and says so."""
     hub.push("org/tuned", model())
     folders = machine.find("org/tuned")
 
@@ -437,9 +439,8 @@ def test_a_hub_out_of_reach_falls_back_on_the_cache_and_says_so(
     assert "check the network" in message
 
 
-def test_a_download_that_breaks_off_is_refused_and_the_next_run_completes_it(
-    hub: HubServer, machine: Machine
-) -> None:
+def test_broken_download_completes_next_run(hub: HubServer, machine: Machine) -> None:
+    """A download that breaks off is refused, and the next run completes it."""
     files = sharded_model("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
     hub.push("org/sharded", files)
     hub.push("org/tuned", model())
@@ -505,9 +506,8 @@ def test_without_access_the_remedy_is_named(
     assert hub.fetched() in ([], ["config.json", "tokenizer.json"])  # asked for in vain
 
 
-def test_what_cannot_be_merged_is_refused_before_any_weights_are_fetched(
-    hub: HubServer, machine: Machine
-) -> None:
+def test_unmergeable_model_is_not_fetched(hub: HubServer, machine: Machine) -> None:
+    """What cannot be merged is refused before any weights are fetched."""
     config = {"config.json": b"{}"}
     hub.push("org/tuned", model())
     hub.push("org/pickled", config | {"pytorch_model.bin": b"pickle"})
@@ -538,7 +538,8 @@ def test_what_cannot_be_merged_is_refused_before_any_weights_are_fetched(
     assert hub.fetched() == [INDEX]
 
 
-def test_the_command_line_says_it_in_one_line_and_exits_with_1(machine: Machine) -> None:
+def test_command_says_it_in_one_line(machine: Machine) -> None:
+    """The command line says it in one line, and exits with 1."""
     done = machine.run("-m", "shardmix", "inspect", "org/missing", "--json")
 
     assert done.returncode == 1

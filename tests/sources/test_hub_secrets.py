@@ -87,8 +87,8 @@ def test_troubles_tell_no_secret(hub, machine, trouble, settings):  # noqa: F811
 
 
 @pytest.mark.parametrize("password", [PASSWORD, "s3cr3t/w:@rd#x", "s3cr3t w:@rd", "12/s3cr3t"])
-def test_an_address_that_is_none_tells_no_secret(hub, machine, password):  # noqa: F811
-    """A password that nobody has encoded makes it one."""
+def test_malformed_address_tells_no_secret(hub, machine, password):  # noqa: F811
+    """An address that is none tells no secret. A password that nobody has encoded makes it one."""
     endpoint = with_credentials(hub.url, password)
     for address in (endpoint, endpoint.removeprefix("http://")):
         status, text = told(machine, "inspect", "org/name", HF_ENDPOINT=address)

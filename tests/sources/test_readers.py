@@ -47,7 +47,8 @@ def test_any_range_is_read_as_it_is(tmp_path, io):
     reader.close()
 
 
-def test_more_files_than_may_be_open_are_read_in_any_order(tmp_path, io, monkeypatch):
+def test_many_files_are_read_in_any_order(tmp_path, io, monkeypatch):
+    """More files than may be open are read in any order."""
     monkeypatch.setattr("shardmix.sources.open_files.MAX_OPEN_FILES", 3)
     contents, files = source_files(tmp_path, count=10, size=500)
     before = len(os.listdir("/proc/self/fd"))
@@ -59,7 +60,8 @@ def test_more_files_than_may_be_open_are_read_in_any_order(tmp_path, io, monkeyp
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_ranges_of_many_files_are_there_at_once(tmp_path, io, monkeypatch):
+def test_ranges_of_many_files_coexist(tmp_path, io, monkeypatch):
+    """Ranges of many files are there at once."""
     monkeypatch.setattr("shardmix.sources.open_files.MAX_OPEN_FILES", 2)
     contents, files = source_files(tmp_path, count=7)
     reader = open_reader(io, files)
@@ -72,7 +74,8 @@ def test_ranges_of_many_files_are_there_at_once(tmp_path, io, monkeypatch):
     reader.close()
 
 
-def test_a_read_takes_as_many_calls_as_it_needs(tmp_path, monkeypatch):
+def test_partial_reads_are_continued(tmp_path, monkeypatch):
+    """A read takes as many calls as it needs."""
     (content,), files = source_files(tmp_path)
     monkeypatch.setattr(reader_module, "MAX_IO_NBYTES", 1000)
     reader = open_reader("pread", files)
@@ -89,14 +92,16 @@ def test_a_short_read_is_continued(tmp_path, monkeypatch):
     reader.close()
 
 
-def test_a_source_that_changed_size_is_refused(tmp_path, io):
+def test_resized_source_is_refused(tmp_path, io):
+    """A source that changed size is refused."""
     _, files = source_files(tmp_path)
     os.truncate(files[0].path, 5)
     with pytest.raises(SourceError, match="has changed since"):
         open_reader(io, files).view(0, 0, memoryview(bytearray(4)))
 
 
-def test_a_source_cut_short_after_it_was_opened_is_refused(tmp_path):
+def test_source_cut_once_open_is_refused(tmp_path):
+    """A source cut short after it was opened is refused."""
     _, files = source_files(tmp_path)
     reader = open_reader("pread", files)
     read(reader, 0, 0, 10)
@@ -113,7 +118,8 @@ def test_a_source_that_vanished_is_refused(tmp_path, io):
         open_reader(io, files).view(0, 0, memoryview(bytearray(4)))
 
 
-def test_chunks_land_at_their_offsets_in_any_order(tmp_path, held):
+def test_chunks_land_at_their_offsets(tmp_path, held):
+    """Chunks land at their offsets, in any order."""
     path = tmp_path / "shard"
     writer = ShardWriter(held, "shard", file_nbytes=8 + 6 + 8)
     writer.write(18, memoryview(b"4444"))
@@ -123,7 +129,8 @@ def test_chunks_land_at_their_offsets_in_any_order(tmp_path, held):
     assert path.read_bytes() == (6).to_bytes(8, "little") + b"{    }" + b"33334444"
 
 
-def test_a_write_takes_as_many_calls_as_it_needs(tmp_path, held, monkeypatch):
+def test_partial_writes_are_continued(tmp_path, held, monkeypatch):
+    """A write takes as many calls as it needs."""
     monkeypatch.setattr(writer_module, "MAX_IO_NBYTES", 7)
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[:5], at))
@@ -134,7 +141,8 @@ def test_a_write_takes_as_many_calls_as_it_needs(tmp_path, held, monkeypatch):
     assert (tmp_path / "shard").read_bytes()[10:] == content
 
 
-def test_a_file_that_an_earlier_run_began_is_gone_on_with(tmp_path, held):
+def test_begun_file_is_gone_on_with(tmp_path, held):
+    """A file that an earlier run began is gone on with."""
     (tmp_path / "shard").write_bytes(b"done")
     writer = ShardWriter(held, "shard", file_nbytes=8)
     pieces = [bytes(piece) for piece in writer.read(0, 8, memoryview(bytearray(3)))]
@@ -162,7 +170,8 @@ def test_a_full_disk_is_named_as_such(tmp_path, held, monkeypatch):
     writer.close()
 
 
-def test_a_file_larger_than_memory_can_be_mapped(tmp_path):
+def test_file_larger_than_memory_is_mapped(tmp_path):
+    """A file larger than memory can be mapped."""
     size = 1 << 42
     path = tmp_path / "huge"
     path.touch()
@@ -172,7 +181,8 @@ def test_a_file_larger_than_memory_can_be_mapped(tmp_path):
     reader.close()
 
 
-def test_an_error_while_a_view_is_held_is_not_hidden_by_closing(tmp_path):
+def test_closing_hides_no_error_of_a_view(tmp_path):
+    """An error while a view is held is not hidden by closing."""
     _, files = source_files(tmp_path)
     reader = open_reader("mmap", files)
     view = reader.view(0, 0, memoryview(bytearray(8)))

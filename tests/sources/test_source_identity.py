@@ -127,7 +127,8 @@ def test_during_a_merge_a_touch_is_none(tmp_path, models, change, monkeypatch):
     assert shardmix.verify(tmp_path / "out", recompute=True).is_verified
 
 
-def test_an_edit_while_it_is_compared_is_found(tmp_path, models):
+def test_edit_during_comparison_is_found(tmp_path, models):
+    """An edit while it is compared is found."""
     path = models[1][0] / NAME
     changes = iter([chmod_in_vain, edit])
 
@@ -141,8 +142,11 @@ def test_an_edit_while_it_is_compared_is_found(tmp_path, models):
         shardmix.merge(models, tmp_path / "out", on_progress=note)
 
 
-def test_a_change_while_the_backend_is_chosen(tmp_path, models, monkeypatch):
-    """The plan is made anew then, and would take the edited file for the planned one."""
+def test_change_during_backend_choice(tmp_path, models, monkeypatch):
+    """A change while the backend is chosen.
+
+    The plan is made anew then, and would take the edited file for the planned one.
+    """
     from shardmix import api
 
     ready = api.ready

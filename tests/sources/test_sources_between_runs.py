@@ -62,7 +62,8 @@ def begun(bench):
         (remove, "is not in the folder"),
     ],
 )
-def test_between_two_runs_it_is_named_and_refused(bench, source, change, finding):
+def test_change_between_runs_is_refused(bench, source, change, finding):
+    """Between two runs, it is named and refused."""
     path, restore = source
     merge = begun(bench)
     change(path)
@@ -78,7 +79,8 @@ def test_between_two_runs_it_is_named_and_refused(bench, source, change, finding
 
 
 @pytest.mark.parametrize("io", ["pread", "mmap"])
-def test_while_a_merge_is_at_work_it_is_named_and_nothing_appears(bench, source, io):
+def test_change_during_a_merge_is_refused(bench, source, io):
+    """While a merge is at work, it is named, and nothing appears."""
     path, restore = source
     merge = bench.merge(Variation(io=io, fsync=False))
     gate, reached = bench.folder / f"gate-{io}", bench.folder / f"reached-{io}"
@@ -97,7 +99,8 @@ def test_while_a_merge_is_at_work_it_is_named_and_nothing_appears(bench, source,
     assert merge.trouble_after_end("--restart") == ""
 
 
-def test_one_that_may_not_be_read_any_more_is_named(bench, source):
+def test_source_made_unreadable_is_named(bench, source):
+    """One that may not be read any more is named."""
     if os.geteuid() != 0:
         pytest.skip("only root can become somebody who may not read a file")
     path, restore = source
@@ -119,7 +122,8 @@ def test_one_that_may_not_be_read_any_more_is_named(bench, source):
     assert merge.run(UNHARMED, "--restart", user=NOBODY).status == 0
 
 
-def test_an_output_in_a_folder_that_may_not_be_entered_is_refused(bench):
+def test_output_in_closed_folder_is_refused(bench):
+    """An output in a folder that may not be entered is refused."""
     if os.geteuid() != 0:
         pytest.skip("only root can become somebody who may not enter a folder")
     merge = bench.merge(Variation())

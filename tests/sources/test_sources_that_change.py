@@ -119,7 +119,8 @@ def models(folder, *, kind="aligned"):
     ],
 )
 @pytest.mark.parametrize("io", ["mmap", "pread"])
-def test_a_source_cut_short_while_it_is_read_is_an_error(tmp_path, io, backend, kind):
+def test_source_cut_while_read_is_an_error(tmp_path, io, backend, kind):
+    """A source cut short while it is read is an error."""
     paths = models(tmp_path, kind=kind)
     size = paths[0].stat().st_size
     lengths = {"nothing": 0, "half": size // 2, "a page less": size - PAGE, "a byte less": size - 1}
@@ -151,8 +152,11 @@ def test_a_source_cut_short_while_it_is_read_is_an_error(tmp_path, io, backend, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_page_that_cannot_be_loaded_is_an_error_though_the_file_is_whole(tmp_path, backend):
-    """As with a disk that fails: played by a file that is cut, loaded from, and whole again."""
+def test_unloadable_page_is_an_error(tmp_path, backend):
+    """A page that cannot be loaded is an error though the file is whole.
+
+    As with a disk that fails: played by a file that is cut, loaded from, and whole again.
+    """
     paths = models(tmp_path)
     code = textwrap.dedent(CUTTING) + textwrap.dedent("""
         a, b, output, backend = sys.argv[1:]
@@ -178,7 +182,8 @@ def test_a_page_that_cannot_be_loaded_is_an_error_though_the_file_is_whole(tmp_p
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_whenever_a_mapped_source_shrinks_the_outcome_is_right_or_an_error(tmp_path, backend):
+def test_shrinking_map_is_right_or_an_error(tmp_path, backend):
+    """Whenever a mapped source shrinks, the outcome is right or an error."""
     paths = models(tmp_path)
     code = textwrap.dedent("""
         import json, os, random, shutil, sys, threading
@@ -221,8 +226,11 @@ def test_whenever_a_mapped_source_shrinks_the_outcome_is_right_or_an_error(tmp_p
 
 
 @pytest.mark.parametrize("length", [0, PAGE])
-def test_a_source_cut_short_between_opening_and_mapping_is_an_error(tmp_path, monkeypatch, length):
-    """A mapping as short as the file would be read beyond its end by a compiled kernel."""
+def test_cut_before_mapping_is_an_error(tmp_path, monkeypatch, length):
+    """A source cut short between opening and mapping is an error.
+
+    A mapping as short as the file would be read beyond its end by a compiled kernel.
+    """
     path = tmp_path / "a"
     path.write_bytes(bytes(3 * PAGE))
     reader = open_reader("mmap", [SourceFile(str(path), 3 * PAGE)])
@@ -255,7 +263,8 @@ FOREIGN_FAULT = """
 """
 
 
-def test_a_fault_in_a_mapping_that_is_not_ours_does_what_it_always_did(tmp_path):
+def test_foreign_fault_does_as_ever(tmp_path):
+    """A fault in a mapping that is not ours does what it always did."""
     for name in "ab":
         (tmp_path / name).write_bytes(bytes(PAGE))
     done = run(textwrap.dedent(FOREIGN_FAULT), tmp_path / "a", tmp_path / "b")
@@ -264,7 +273,8 @@ def test_a_fault_in_a_mapping_that_is_not_ours_does_what_it_always_did(tmp_path)
     assert "Bus error" in done.stderr  # and the handler from before, faulthandler's, told of it
 
 
-def test_a_signal_that_was_sent_does_what_it_always_did(tmp_path):
+def test_sent_signal_does_as_ever(tmp_path):
+    """A signal that was sent does what it always did."""
     (tmp_path / "a").write_bytes(bytes(PAGE))
     code = """
         import os, signal, sys
@@ -288,7 +298,8 @@ def disposition():
     return action.handler, action.flags | sa_restorer, bytes(action.mask[:8])
 
 
-def test_the_former_handler_is_back_once_the_last_reader_is_closed(tmp_path):
+def test_former_handler_comes_back(tmp_path):
+    """The former handler is back once the last reader is closed."""
     (tmp_path / "a").write_bytes(bytes(PAGE))
     files = [SourceFile(str(tmp_path / "a"), PAGE)]
     former = disposition()
@@ -345,7 +356,8 @@ def test_a_forked_process_is_protected_too(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_where_faults_cannot_be_caught_mapping_is_refused(tmp_path, monkeypatch):
+def test_mapping_needs_faults_to_be_caught(tmp_path, monkeypatch):
+    """If faults cannot be caught, mapping is refused."""
     (tmp_path / "a").write_bytes(bytes(PAGE))
     monkeypatch.setattr(sigbus, "_handler", None)
     monkeypatch.setattr(sigbus.platform, "machine", lambda: "s390x")
@@ -366,7 +378,8 @@ def source(path, content):
     return SourceFile(str(path), status.st_size, status.st_mtime_ns)
 
 
-def test_a_source_replaced_by_one_of_its_size_is_refused_when_opened(tmp_path, io):
+def test_replaced_source_is_refused_on_open(tmp_path, io):
+    """A source replaced by one of its size is refused when opened."""
     file = source(tmp_path / "a", b"old content")
     (tmp_path / "new").write_bytes(b"new content")
     os.utime(tmp_path / "new", ns=(0, file.mtime_ns + 1))
@@ -375,7 +388,8 @@ def test_a_source_replaced_by_one_of_its_size_is_refused_when_opened(tmp_path, i
         open_reader(io, [file]).view(0, 0, memoryview(bytearray(4)))
 
 
-def test_a_source_without_a_known_time_is_judged_by_its_size_alone(tmp_path, io):
+def test_unknown_time_leaves_the_size(tmp_path, io):
+    """A source without a known time is judged only by its size."""
     (tmp_path / "a").write_bytes(b"content")
     os.utime(tmp_path / "a", ns=(0, 0))
     reader = open_reader(io, [SourceFile(str(tmp_path / "a"), 7)])
@@ -384,7 +398,8 @@ def test_a_source_without_a_known_time_is_judged_by_its_size_alone(tmp_path, io)
     check_unchanged([SourceFile(str(tmp_path / "a"), 7)])
 
 
-def test_a_source_deleted_after_it_was_opened_is_still_read_and_then_found_missing(tmp_path, io):
+def test_deleted_source_is_read_then_missing(tmp_path, io):
+    """A source deleted after it was opened is still read, and then found missing."""
     file = source(tmp_path / "a", bytes(range(256)))
     reader = open_reader(io, [file])
     reader.view(0, 0, memoryview(bytearray(8)))
@@ -396,7 +411,8 @@ def test_a_source_deleted_after_it_was_opened_is_still_read_and_then_found_missi
 
 
 @pytest.mark.parametrize("change", ["replaced", "in place", "longer", "touched"])
-def test_a_changed_source_is_found_among_many_and_named(tmp_path, change):
+def test_changed_source_is_named_among_many(tmp_path, change):
+    """A changed source is found among many, and named."""
     files = [source(tmp_path / name, np.random.default_rng(0).bytes(50)) for name in "abc"]
     check_unchanged(files)
     path = tmp_path / "b"

@@ -43,7 +43,8 @@ def test_cached_files_do_not_count_as_taken(system):
     assert cgroups.group_available_nbytes() == 3 * GIB
 
 
-def test_the_tightest_of_groups_within_groups_counts(system):
+def test_tightest_nested_group_counts(system):
+    """The tightest of groups within groups counts."""
     system(
         ["0::/slice/job"],
         slice=version_2(2 * GIB),
@@ -61,14 +62,18 @@ def test_version_1_has_its_own_names(system):
     assert cgroups.group_available_nbytes() == 3 * GIB
 
 
-def test_a_path_of_the_host_is_not_looked_for_in_vain(system):
-    """Without a namespace of its own, a container sees the host's path but only its own files."""
+def test_hosts_path_is_not_looked_for(system):
+    """A path of the host is not looked for in vain.
+
+    Without a namespace of its own, a container sees the host's path but only its own files.
+    """
     system(["7:memory:/docker/0123"], memory=version_1(1 * GIB))
     assert cgroups.group_available_nbytes() == 1 * GIB
 
 
 @pytest.mark.parametrize("lines", [[], ["0::/"], ["7:memory:/job"], ["", "what?", "0::"]])
-def test_without_a_limit_the_machine_alone_counts(system, lines):
+def test_machine_counts_without_a_limit(system, lines):
+    """Without a limit, only the machine counts."""
     system(lines)
     assert cgroups.group_available_nbytes() is None
     assert memory.available_nbytes() > 0
@@ -84,6 +89,7 @@ def test_the_limit_is_what_is_available(system):
     assert memory.available_nbytes() == GIB // 1024
 
 
-def test_the_limit_that_slows_down_counts_as_well(system):
+def test_limit_that_slows_down_counts(system):
+    """The limit that slows down counts as well."""
     system(["0::/job"], job=version_2(4 * GIB) | {"memory.high": 3 * GIB})
     assert cgroups.group_available_nbytes() == 3 * GIB

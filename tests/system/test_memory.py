@@ -6,8 +6,11 @@ from shardmix.system.units import MIB
 from tests.support.fresh_process import python
 
 
-def test_measured_memory_is_that_of_the_process():
-    """In a fresh one: this one's allocator may serve the ballast from what it kept."""
+def test_measured_memory_is_the_processs():
+    """Measured memory is that of the process.
+
+    In a fresh one: this one's allocator may serve the ballast from what it kept.
+    """
     code = (
         "from shardmix.system.memory import peak_resident_nbytes, resident_nbytes\n"
         "before = resident_nbytes()\n"
@@ -20,7 +23,8 @@ def test_measured_memory_is_that_of_the_process():
     assert python(code).split() == ["True"] * 3
 
 
-def test_room_is_asked_for_within_the_budget_for_the_whole_process(monkeypatch):
+def test_room_is_within_the_whole_budget(monkeypatch):
+    """Room is asked for within the budget for the whole process."""
     monkeypatch.setattr(memory, "resident_nbytes", lambda: 100 * MIB)
     memory.check_room(50 * MIB, max_memory=150 * MIB, purpose="x: to decode it")
     with pytest.raises(
@@ -31,7 +35,8 @@ def test_room_is_asked_for_within_the_budget_for_the_whole_process(monkeypatch):
         memory.check_room(51 * MIB, max_memory=150 * MIB, purpose="x: to decode it")
 
 
-def test_without_a_budget_four_fifths_of_the_free_memory_is_one(monkeypatch):
+def test_default_budget_is_four_fifths(monkeypatch):
+    """Without a budget, four fifths of the free memory is one."""
     monkeypatch.setattr(memory, "resident_nbytes", lambda: 100 * MIB)
     monkeypatch.setattr(memory, "available_nbytes", lambda: 1000 * MIB)
     memory.check_room(800 * MIB, max_memory=None, purpose="x: to decode it")

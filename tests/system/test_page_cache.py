@@ -35,7 +35,8 @@ GIB = 1 << 30
         (9 * GIB, 5 * GIB, False, CacheUse(keeps_sources=False, keeps_output=True)),
     ],
 )
-def test_what_fits_into_half_of_the_available_memory_stays(monkeypatch, read, written, fsync, use):
+def test_half_of_available_memory_stays(monkeypatch, read, written, fsync, use):
+    """What fits into half of the available memory stays."""
     monkeypatch.setattr(page_cache, "available_nbytes", lambda: 8 * GIB)
     assert plan_cache_use(read_nbytes=read, write_nbytes=written, fsync=fsync) == use
 
@@ -65,7 +66,8 @@ def file(tmp_path):
     order=st.permutations(range(0, 200 * MIB, 3 * MIB + 1)),
     at_once=st.sampled_from([4 * MIB, 32 * MIB, 400 * MIB]),
 )
-def test_ranges_in_any_order_are_dropped_once_in_long_pieces_of_whole_pages(order, at_once):
+def test_ranges_drop_once_in_whole_pages(order, at_once):
+    """Ranges in any order are dropped once, in long pieces of whole pages."""
     with pytest.MonkeyPatch.context() as patch:
         calls = []
         patch.setattr(page_cache, "DROPPED_AT_ONCE_NBYTES", at_once)
@@ -84,7 +86,8 @@ def test_ranges_in_any_order_are_dropped_once_in_long_pieces_of_whole_pages(orde
         assert num_bytes >= 200 * MIB - (len(calls) + 1) * (at_once + 4 * MIB)
 
 
-def test_no_more_than_so_many_ranges_are_known_at_a_time(file, dropped, monkeypatch):
+def test_known_ranges_are_bounded(file, dropped, monkeypatch):
+    """No more than so many ranges are known at a time."""
     monkeypatch.setattr(page_cache, "_MOST_RANGES", 100)
     passed = PassedRanges([file])
     most = 0
@@ -97,7 +100,8 @@ def test_no_more_than_so_many_ranges_are_known_at_a_time(file, dropped, monkeypa
     assert dropped == [(file.stat().st_ino, 0, 200 * MIB + 5)]
 
 
-def test_files_are_told_apart_and_dropped_whole_in_the_end(tmp_path, file, dropped):
+def test_files_are_told_apart_and_dropped(tmp_path, file, dropped):
+    """Files are told apart, and dropped whole in the end."""
     other = tmp_path / "other"
     other.write_bytes(b"1234")
     passed = PassedRanges([file, other, tmp_path / "gone"])
@@ -150,7 +154,8 @@ def whole_files(folder):
 
 
 @pytest.mark.parametrize("io", ["pread", "mmap"])
-def test_all_of_a_large_merge_is_dropped_behind_it(tmp_path, dropped, monkeypatch, io):
+def test_large_merge_is_dropped_behind_it(tmp_path, dropped, monkeypatch, io):
+    """All of a large merge is dropped behind it."""
     models = large_models(tmp_path, 5)  # of which mmap maps three and reads two
     monkeypatch.setattr(page_cache, "available_nbytes", lambda: 1)
     monkeypatch.setattr(open_files, "MAX_OPEN_FILES", 2)
@@ -187,7 +192,8 @@ def test_a_plan_tells_what_stays(tmp_path, monkeypatch, options, told):
     assert (report["keeps_sources_cached"], report["keeps_output_cached"]) == (False, bool(options))
 
 
-def test_output_that_is_not_forced_to_disk_stays(tmp_path, dropped, monkeypatch):
+def test_unforced_output_stays(tmp_path, dropped, monkeypatch):
+    """Output that is not forced to disk stays."""
     models = large_models(tmp_path, 2)
     monkeypatch.setattr(page_cache, "available_nbytes", lambda: 1)
     report = shardmix.merge(models, tmp_path / "out", fsync=False)
@@ -203,7 +209,8 @@ def test_a_merge_that_fits_drops_nothing(tmp_path, dropped, monkeypatch):
     assert dropped == []
 
 
-def test_to_verify_a_large_output_drops_what_it_reads(tmp_path, dropped, monkeypatch):
+def test_verifying_large_output_drops_reads(tmp_path, dropped, monkeypatch):
+    """To verify a large output drops what it reads."""
     models = large_models(tmp_path, 2)
     report = shardmix.merge(models, tmp_path / "out", record_paths=True)
     monkeypatch.setattr(page_cache, "available_nbytes", lambda: 1)
@@ -249,9 +256,8 @@ def shares_cached(*folders):
 
 @pytest.mark.parametrize("io", ["pread", "mmap"])
 @pytest.mark.parametrize("backend", ["torch", "llvm"])
-def test_a_merge_larger_than_the_cache_leaves_it_to_others(
-    tmp_path, models, monkeypatch, io, backend
-):
+def test_large_merge_leaves_others_cache(tmp_path, models, monkeypatch, io, backend):
+    """A merge larger than the cache leaves it to others."""
     monkeypatch.setattr(page_cache, "available_nbytes", lambda: 1)
     report = shardmix.merge(models, tmp_path / "out", io=io, backend=backend)
     assert max(shares_cached(*models, report.output)) < 0.1

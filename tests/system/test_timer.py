@@ -15,7 +15,7 @@ def now(monkeypatch):
     return moment
 
 
-def test_a_lap_is_the_time_since_the_last_one(now):
+def test_lap_is_the_time_since_the_last_one(now):
     clock = StageClock()
     clock.start()
     for stage, seconds, nbytes in ((READ, 2, 11), (WRITE, 3, 13), (READ, 5, 17), (OTHER, 7, 0)):
@@ -30,7 +30,8 @@ def test_a_lap_is_the_time_since_the_last_one(now):
     assert clock.last_lap() == 1017
 
 
-def test_each_thread_has_its_own_laps_and_all_are_added_up(now):
+def test_laps_of_threads_are_added_up(now):
+    """Each thread has its own laps, and all are added up."""
     clock = StageClock()
     clock.start()
 
@@ -49,6 +50,7 @@ def test_each_thread_has_its_own_laps_and_all_are_added_up(now):
     assert clock.nbytes()[DIGEST] == 10
 
 
-def test_a_clock_that_nobody_told_anything_knows_no_last_lap():
+def test_untold_clock_knows_no_last_lap():
+    """A clock that nobody told anything knows no last lap."""
     assert StageClock().last_lap() is None
     NO_CLOCK.lap(READ, 1)  # also where no thread has started it

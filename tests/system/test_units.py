@@ -17,7 +17,8 @@ from shardmix.system.units import format_mib, format_size, parse_size
         ("100b", 100),
     ],
 )
-def test_sizes_are_read_as_decimal_or_binary_units(text, num_bytes):
+def test_sizes_read_decimal_or_binary_units(text, num_bytes):
+    """Sizes are read as decimal or binary units."""
     assert parse_size(text) == num_bytes
 
 
@@ -46,6 +47,7 @@ def test_sizes_are_shown_in_three_figures(num_bytes, text):
     assert format_size(num_bytes) == text
 
 
-def test_a_memory_size_is_rounded_up_so_that_it_can_be_typed_back():
+def test_size_rounds_up_to_be_typed_back():
+    """A memory size is rounded up so that it can be typed back."""
     assert format_mib(2**20 + 1) == "2MiB"
     assert parse_size(format_mib(2**20 + 1)) >= 2**20 + 1

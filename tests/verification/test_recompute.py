@@ -23,7 +23,8 @@ def namesakes(folder):
     return folder / "y" / "merged", finals
 
 
-def test_sources_of_one_name_are_asked_for_by_number(tmp_path):
+def test_equal_names_are_asked_by_number(tmp_path):
+    """Sources of one name are asked for by number."""
     out, (x, y) = namesakes(tmp_path)
     wanted = "two sources are called final; give --source 1=PATH and --source 2=PATH"
     with pytest.raises(SourceError, match=wanted):
@@ -35,7 +36,8 @@ def test_sources_of_one_name_are_asked_for_by_number(tmp_path):
     assert shardmix.verify(out, recompute=True, sources={"1": x, "2": y}).is_verified
 
 
-def test_problems_name_the_paths_that_were_used(tmp_path):
+def test_problems_name_the_paths_used(tmp_path):
+    """Problems name the paths that were used."""
     out, (x, y) = namesakes(tmp_path)
     report = shardmix.verify(out, recompute=True, sources={"1": y, "2": x})
     assert not report.is_verified
@@ -51,7 +53,8 @@ def test_a_number_counts_before_a_name(tmp_path):
     assert shardmix.verify(tmp_path / "out", recompute=True, sources=sources).is_verified
 
 
-def test_a_source_that_is_none_is_refused_before_anything_is_read(tmp_path):
+def test_absent_source_is_refused_first(tmp_path):
+    """A source that is none is refused before anything is read."""
     out, (x, _) = namesakes(tmp_path)
     (out / "config.json").unlink()
     for key in ("finale", "0", "3", "01", ""):
@@ -61,7 +64,8 @@ def test_a_source_that_is_none_is_refused_before_anything_is_read(tmp_path):
             shardmix.verify(out, recompute=True, sources={key: x})
 
 
-def test_what_is_for_recomputing_is_refused_without_it(tmp_path):
+def test_recompute_options_need_recompute(tmp_path):
+    """What is for recomputing is refused without it."""
     out, (x, _) = namesakes(tmp_path)
     with pytest.raises(RecipeError, match="--source is for recomputing"):
         shardmix.verify(out, sources={"1": x})
@@ -82,7 +86,8 @@ def in_subfolders(folder, tensors):
     return folder
 
 
-def test_files_of_one_name_in_several_folders_are_told_apart(tmp_path):
+def test_equal_filenames_are_told_apart(tmp_path):
+    """Files of one name in several folders are told apart."""
     tensors = {name: torch.full((size,), 1.0) for size, name in enumerate("abcd", start=1)}
     models = [in_subfolders(tmp_path / name, tensors) for name in ("m0", "m1")]
     shardmix.merge([(model, 0.5) for model in models], tmp_path / "out", max_shard_size="1GB")
@@ -95,7 +100,8 @@ def test_files_of_one_name_in_several_folders_are_told_apart(tmp_path):
         shardmix.verify(tmp_path / "out", recompute=True, sources={"1": swapped, "2": swapped})
 
 
-def test_damage_is_told_where_recomputing_would_fail(tmp_path):
+def test_damage_is_told_before_recomputing(tmp_path):
+    """Damage is told if recomputing would fail."""
     out, _ = namesakes(tmp_path)  # whose sources cannot be told apart
     (out / "model.safetensors").unlink()
     report = shardmix.verify(out, recompute=True)
@@ -105,8 +111,11 @@ def test_damage_is_told_where_recomputing_would_fail(tmp_path):
     assert "was not recomputed, since" in why
 
 
-def test_a_file_that_the_sources_give_and_that_is_not_there_is_a_problem(tmp_path):
-    """Its digest was taken out of what somebody has edited, and the file as well."""
+def test_missing_file_is_a_problem(tmp_path):
+    """A file that the sources give and that is not there is a problem.
+
+    Its digest was taken out of what somebody has edited, and the file as well.
+    """
     tensors = random_model(1)
     names = sorted(tensors)
     models = [save_model(tmp_path / name, tensors, shards=[names[:2], names[2:]]) for name in "ab"]
@@ -137,8 +146,11 @@ def test_a_hub_id_without_a_commit_is_none(tmp_path):
     assert shardmix.verify(tmp_path / "out", recompute=True).is_verified
 
 
-def test_what_lies_beside_the_weights_may_change(tmp_path):
-    """Configs and tokenizers were judged at the merge: an edited source still gives the sum."""
+def test_auxiliary_files_may_change(tmp_path):
+    """What lies beside the weights may change.
+
+    Configs and tokenizers were judged at the merge: an edited source still gives the sum.
+    """
     folders = [save_model(tmp_path / name, {"w": torch.ones(2, 2)}) for name in "ab"]
     for folder in folders:
         (folder / "config.json").write_text('{"model_type": "llama", "hidden_act": "silu"}')
@@ -149,8 +161,11 @@ def test_what_lies_beside_the_weights_may_change(tmp_path):
     assert shardmix.verify(tmp_path / "out", recompute=True).is_verified
 
 
-def test_a_weight_file_that_no_merge_writes_is_found(tmp_path):
-    """Somebody has added it, and made the digests anew."""
+def test_foreign_weight_file_is_found(tmp_path):
+    """A weight file that no merge writes is found.
+
+    Somebody has added it, and made the digests anew.
+    """
     models = [save_model(tmp_path / name, random_model(seed)) for seed, name in enumerate("ab")]
     out = tmp_path / "out"
     shardmix.merge([(model, 0.5) for model in models], out)

@@ -40,7 +40,8 @@ def kill_while_placing(out, monkeypatch, *, after_exchange):
     return models
 
 
-def test_what_is_left_of_a_finished_exchange_is_not_to_be_gone_on_with(tmp_path, monkeypatch):
+def test_finished_exchange_is_not_resumed(tmp_path, monkeypatch):
+    """What is left of a finished exchange is not to be gone on with."""
     out = tmp_path / "out"
     models = kill_while_placing(out, monkeypatch, after_exchange=True)
     report = shardmix.status(out)
@@ -51,7 +52,8 @@ def test_what_is_left_of_a_finished_exchange_is_not_to_be_gone_on_with(tmp_path,
     assert shardmix.status(out).unfinished is None
 
 
-def test_an_old_model_out_of_its_place_is_told_of(tmp_path, monkeypatch):
+def test_misplaced_old_model_is_told(tmp_path, monkeypatch):
+    """An old model out of its place is told of."""
     out = tmp_path / "out"
     models = kill_while_placing(out, monkeypatch, after_exchange=False)
     report = shardmix.status(out)
@@ -70,7 +72,8 @@ def test_the_root_is_no_output(tmp_path):
         shardmix.merge([(model, 1)], "/", overwrite=True)
 
 
-def test_a_line_of_deep_nesting_is_the_journals_end(tmp_path):
+def test_deeply_nested_line_ends_the_journal(tmp_path):
+    """A line of deep nesting is the journal's end."""
     models = large_models(tmp_path)
     cut_off(models, tmp_path / "out")
     with (tmp_path / ".out.shardmix" / "journal").open("ab") as file:
@@ -86,7 +89,8 @@ def test_pipes_are_not_waited_for(tmp_path, name):
     assert shardmix.status(tmp_path / "out").unfinished.process is None
 
 
-def test_a_lock_that_cannot_be_read_is_somebodys(tmp_path, monkeypatch):
+def test_unreadable_lock_is_somebodys(tmp_path, monkeypatch):
+    """A lock that cannot be read is somebody's."""
     (tmp_path / "lock").touch()
 
     def refuse(*_, **__):

@@ -51,7 +51,8 @@ def problems(folder, **options):
     return report.problems
 
 
-def test_an_output_is_verified_reading_every_byte_and_changing_none(merged):
+def test_verifying_reads_all_changes_none(merged):
+    """An output is verified reading every byte and changing none."""
     before = folder_bytes(merged)
     report = shardmix.verify(merged)
     assert report.is_verified
@@ -96,7 +97,8 @@ def test_one_bit_anywhere_is_found(copied, position):
     assert problems(copied) == (f"{path}: its bytes are not those that the merge wrote",)
 
 
-def test_what_is_missing_cut_short_added_or_edited_is_found(copied):
+def test_damage_of_any_kind_is_found(copied):
+    """What is missing, cut short, added or edited is found."""
     (copied / "model-00001-of-00003.safetensors").unlink()
     overwrite(copied / "config.json", 0, b" ")
     with (copied / "model-00003-of-00003.safetensors").open("r+b") as file:
@@ -115,8 +117,8 @@ def test_what_is_missing_cut_short_added_or_edited_is_found(copied):
     assert "did not write" in found[3]
 
 
-def test_a_digest_is_of_leaves_or_of_the_whole_file(tmp_path):
-    """The definition, computed otherwise."""
+def test_digest_is_of_leaves_or_the_file(tmp_path):
+    """A digest is of leaves or of the whole file. The definition, computed otherwise."""
     blake3 = pytest.importorskip("blake3").blake3
     xxhash = pytest.importorskip("xxhash")
     models = large_models(tmp_path, shards=False)
@@ -178,7 +180,8 @@ def test_an_edited_provenance_is_found(copied, edit):
 
 
 @pytest.mark.parametrize("more", [b" ", b"\n", b"x"])
-def test_bytes_added_to_a_provenance_are_found(copied, more):
+def test_bytes_added_to_provenance_are_found(copied, more):
+    """Bytes added to a provenance are found."""
     path = copied / "shardmix.json"
     content = path.read_bytes()
     if more != b"x":
@@ -188,8 +191,11 @@ def test_bytes_added_to_a_provenance_are_found(copied, more):
     assert len(problems(copied)) == 1
 
 
-def test_an_edited_provenance_is_recomputed_all_the_same(merged, copied):
-    """What its weights would give differs from what is there."""
+def test_edited_provenance_is_recomputed(merged, copied):
+    """An edited provenance is recomputed all the same.
+
+    What its weights would give differs from what is there.
+    """
     edit_provenance(copied, set_weight, is_sealed=False)
     sources = {f"m{number}": merged.parent / f"m{number}" for number in range(2)}
     report = shardmix.verify(copied, recompute=True, sources=sources)
@@ -223,8 +229,8 @@ def test_a_seal_is_of_all_bytes_above_it(merged):
     assert rest == hashlib.sha256(above + sealed).hexdigest().encode() + b'"\n}\n'
 
 
-def test_a_provenance_with_findings_is_sealed(tmp_path):
-    """They are written one by one, behind the rest."""
+def test_provenance_with_anomalies_is_sealed(tmp_path):
+    """A provenance with anomalies is sealed. They are written one by one, behind the rest."""
     models = large_models(tmp_path)
     path = models[0][0] / "model-00001-of-00002.safetensors"
     tensors = load_file(path)
@@ -242,7 +248,8 @@ def test_an_unknown_digest_is_refused(tmp_path):
         shardmix.merge(models, tmp_path / "out", digest="md5")
 
 
-def test_a_digest_that_is_not_installed_is_refused(tmp_path, monkeypatch):
+def test_missing_digest_library_is_refused(tmp_path, monkeypatch):
+    """A digest that is not installed is refused."""
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "blake3" else find(name)
@@ -252,7 +259,8 @@ def test_a_digest_that_is_not_installed_is_refused(tmp_path, monkeypatch):
         shardmix.plan_merge(models, tmp_path / "out", digest="blake3")
 
 
-def test_recomputing_compares_with_sources_beside_the_output(merged):
+def test_recomputing_finds_sources_beside(merged):
+    """Recomputing compares with sources beside the output."""
     report = shardmix.verify(merged, recompute=True)
     assert report.is_verified
     assert report.recomputed
@@ -270,7 +278,8 @@ def forge(folder, name):
     edit_provenance(folder, edit)
 
 
-def test_recomputing_finds_what_a_forged_digest_hides(merged, copied):
+def test_recomputing_finds_a_forged_digest(merged, copied):
+    """Recomputing finds what a forged digest hides."""
     name = "model-00002-of-00003.safetensors"
     overwrite(copied / name, 1_000_000, b"\1\2\3\4\5\6\7\10")
     forge(copied, name)
@@ -291,7 +300,8 @@ def test_recomputing_finds_a_changed_header(merged, copied):
     assert "its header" in problem
 
 
-def test_sources_that_are_nowhere_to_be_found_are_asked_for(copied):
+def test_missing_sources_are_asked_for(copied):
+    """Sources that are nowhere to be found are asked for."""
     with pytest.raises(SourceError, match=r"m0: .* cannot be found.*--source m0=PATH"):
         shardmix.verify(copied, recompute=True)
 
@@ -305,15 +315,19 @@ def test_other_sources_are_refused(merged, copied, tmp_path):
         shardmix.verify(copied, recompute=True, sources={"m1": merged.parent / "m1", "m0": third})
 
 
-def test_sources_in_the_wrong_places_do_not_give_the_output(merged, copied):
-    """Their headers are the same: the bytes tell."""
+def test_swapped_sources_give_other_bytes(merged, copied):
+    """Sources in the wrong places do not give the output.
+
+    Their headers are the same: the bytes tell.
+    """
     found = problems(
         copied, recompute=True, sources={"1": merged.parent / "m1", "2": merged.parent / "m0"}
     )
     assert len(found) == 8  # every tensor, and integers are the first model's
 
 
-def test_sources_are_found_where_they_were_if_that_was_recorded(tmp_path):
+def test_recorded_sources_are_found(tmp_path):
+    """Sources are found where they were, if that was recorded."""
     models = large_models(tmp_path / "far" / "away")
     shardmix.merge(models, tmp_path / "out", record_paths=True)
     text = (tmp_path / "out" / "shardmix.json").read_text()
@@ -321,12 +335,14 @@ def test_sources_are_found_where_they_were_if_that_was_recorded(tmp_path):
     assert shardmix.verify(tmp_path / "out", recompute=True).is_verified
 
 
-def test_by_default_nothing_of_the_machine_is_told(merged):
+def test_provenance_hides_the_machine(merged):
+    """By default, nothing of the machine is told."""
     for name, content in folder_bytes(merged).items():
         assert str(merged.parent).encode() not in content, name
 
 
-def test_provenance_tells_what_was_merged_and_by_what(merged):
+def test_provenance_tells_sources_and_tool(merged):
+    """Provenance tells what was merged, and by what."""
     content = json.loads((merged / "shardmix.json").read_text())
     assert [source["weight"] for source in content["sources"]] == [0.6, 0.4]
     assert [source["name"] for source in content["sources"]] == ["m0", "m1"]
@@ -370,26 +386,30 @@ def test_a_strange_provenance_is_refused(copied, change, finding):
 
 
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff", b"{}"])
-def test_a_provenance_that_is_none_is_refused(copied, content):
+def test_invalid_provenance_is_refused(copied, content):
+    """A provenance that is none is refused."""
     (copied / "shardmix.json").write_bytes(content)
     with pytest.raises(SourceError, match=r"is not a merge's shardmix\.json"):
         shardmix.verify(copied)
 
 
-def test_what_shardmix_did_not_merge_cannot_be_verified(tmp_path):
+def test_foreign_model_cannot_be_verified(tmp_path):
+    """What shardmix did not merge cannot be verified."""
     save_model(tmp_path / "m", random_model(1))
     with pytest.raises(SourceError, match=r"has no shardmix\.json.*nothing to verify it against"):
         shardmix.verify(tmp_path / "m")
 
 
-def test_a_pipe_in_place_of_a_file_is_not_waited_for(copied):
+def test_pipe_for_a_file_is_not_awaited(copied):
+    """A pipe in place of a file is not waited for."""
     (copied / "config.json").unlink()
     os.mkfifo(copied / "config.json")
     (problem,) = problems(copied)
     assert problem.endswith("config.json: cannot be read (not a regular file)")
 
 
-def test_a_link_out_of_the_folder_is_not_followed(copied, tmp_path):
+def test_link_out_of_folder_is_not_followed(copied, tmp_path):
+    """A link out of the folder is not followed."""
     (copied / "config.json").rename(tmp_path / "secret.json")
     (copied / "config.json").symlink_to(tmp_path / "secret.json")
     (problem,) = problems(copied)
@@ -413,7 +433,8 @@ def test_a_link_out_of_the_folder_is_not_followed(copied, tmp_path):
         *("model.ckpt.data-00000-of-00001", "text_encoder/config.json", "vocab.txt", "a.model"),
     ],
 )
-def test_an_added_file_that_a_loader_reads_is_found(copied, name):
+def test_added_file_of_a_loader_is_found(copied, name):
+    """An added file that a loader reads is found."""
     (copied / name).parent.mkdir(parents=True, exist_ok=True)
     (copied / name).write_text("{}")
     (problem,) = problems(copied)
@@ -434,7 +455,8 @@ def test_what_no_loader_reads_may_be_added(copied):
     assert problems(copied) == ()
 
 
-def test_a_provenance_without_weights_is_refused(copied):
+def test_weightless_provenance_is_refused(copied):
+    """A provenance without weights is refused."""
     path = copied / "shardmix.json"
     content = json.loads(path.read_text())
     files = content["digests"]["files"]
@@ -444,7 +466,8 @@ def test_a_provenance_without_weights_is_refused(copied):
         shardmix.verify(copied)
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_found(copied, monkeypatch):
+def test_file_shrinking_while_read_is_found(copied, monkeypatch):
+    """A file that shrinks while it is read is found."""
     path = copied / "model-00002-of-00003.safetensors"
     preadv = os.preadv
 
@@ -458,7 +481,8 @@ def test_a_file_that_shrinks_while_it_is_read_is_found(copied, monkeypatch):
     assert re.search(r"cannot be read \(it ended \d+ bytes early while it was read\)", problem)
 
 
-def test_a_digest_that_is_not_installed_is_to_be_installed(copied, monkeypatch):
+def test_absent_digest_names_its_install(copied, monkeypatch):
+    """A digest that is not installed is to be installed."""
     path = copied / "shardmix.json"
     path.write_text(path.read_text().replace('"xxh3"', '"blake3"'))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
@@ -466,8 +490,11 @@ def test_a_digest_that_is_not_installed_is_to_be_installed(copied, monkeypatch):
         shardmix.verify(copied)
 
 
-def test_an_interrupt_does_not_wait_for_a_large_file_to_be_read(copied):
-    """It has holes of terabytes, which take many minutes to read."""
+def test_interrupt_ends_a_long_reading(copied):
+    """An interrupt does not wait for a large file to be read.
+
+    It has holes of terabytes, which take many minutes to read.
+    """
     grow(copied, "model-00002-of-00003.safetensors")
     threads = set(threading.enumerate())
     seen = []
