@@ -127,7 +127,7 @@ def merge(
                 if isinstance(error, KeyboardInterrupt):
                     error.args = (kept,)
                 elif isinstance(error, ShardmixError) and kept:
-                    raise type(error)(f"{error}; {kept}") from None
+                    error.add_hint(kept)
                 raise
         return describe_merge(plan, result, warnings=findings, notes=notes)
 

@@ -1,29 +1,91 @@
 """One family of exceptions: whatever a user's input can cause is a `ShardmixError`.
 
-A message names the object, the finding, the rule and the remedy. The kinds let a caller tell apart
-the cases that it can handle. `exit_status` is the command line's exit status.
+    ShardmixError
+    ├─ RecipeError            what was asked for makes no sense (exit status 2; all others 1)
+    ├─ SourceError            a checkpoint is missing, damaged, or cannot be merged
+    │  └─ SourceChangedError  a checkpoint is not what it was when the merge began
+    ├─ MismatchError          the checkpoints do not fit one another
+    ├─ BudgetError            the memory budget is too small
+    ├─ DeviceError            a GPU failed
+    ├─ NonfiniteError         the merged weights hold NaN or Inf
+    ├─ OutputError            the output cannot be written
+    └─ MergeCancelled         the merge was cancelled
+
+The kinds let a caller tell apart the cases that it can handle. An error has parts: the subject, the
+finding (with the rule), the remedy, and hints that callers add.
 """
 
 import errno
 import itertools
 from collections.abc import Collection
+from os import PathLike
 from pathlib import Path
 
 from shardmix.redaction import without_environment, without_secrets
 
 
 class ShardmixError(Exception):
-    """An error that the user can mend; the message says how."""
+    """An error that the user can mend; its text is "subject: finding; remedy; hint", on one line.
+
+    Every part is printable and holds no secrets. Who raises an error and does not know its subject
+    leaves it out; a caller names it with `of`. What only a caller knows, it adds with `add_hint`.
+
+    Example:
+        >>> error = ShardmixError("is empty", subject="model.safetensors", remedy="fetch it again")
+        >>> str(error)
+        'model.safetensors: is empty; fetch it again'
+    """
 
     exit_status = 1
 
-    def __init__(self, message: str = "", *more: object) -> None:
-        # Here, so that `repr`, `args` and a pickled error don't hold secrets either.
-        super().__init__(without_secrets(str(message)), *more)
+    subject: str
+    """The object: a file, a tensor, an option or a key of a recipe; "" if the finding names it."""
+    finding: str
+    """What is wrong with it, and the rule that it breaks."""
+    remedy: str
+    """What to do about it; "" if there is nothing that a user could do."""
+    hints: tuple[str, ...]
+    """What callers know besides, the innermost first: what is kept, and how to go on from there."""
+
+    def __init__(
+        self,
+        finding: str = "",
+        *,
+        subject: str | PathLike[str] = "",
+        remedy: str = "",
+        hints: Collection[str] = (),
+    ) -> None:
+        # Escaped here, so that `repr`, `args` and a pickled error don't hold secrets either.
+        self.subject = printable(str(subject))
+        self.finding = printable(finding)
+        self.remedy = printable(remedy)
+        self.hints = tuple(map(printable, hints))
+        super().__init__(self.finding)
 
     def __str__(self) -> str:
-        """Return the message, escaped, since it contains strangers' names."""
-        return printable(super().__str__())
+        """Return all parts on one line."""
+        parts = (self.finding, self.remedy, *self.hints)
+        text = "; ".join(filter(None, parts))
+        return printable(f"{self.subject}: {text}" if self.subject else text)
+
+    def __repr__(self) -> str:
+        """Return the kind and the text."""
+        return f"{type(self).__name__}({str(self)!r})"
+
+    def of(self, subject: str | PathLike[str]) -> "ShardmixError":
+        """Return this error with its subject, which the caller knows.
+
+        Example:
+            >>> str(ShardmixError("is empty").of("model.safetensors"))
+            'model.safetensors: is empty'
+        """
+        named = printable(str(subject))
+        self.subject = f"{named}: {self.subject}" if self.subject else named
+        return self
+
+    def add_hint(self, hint: str) -> None:
+        """Add what only a caller knows, such as what is kept of the work."""
+        self.hints += (printable(hint),)
 
 
 class RecipeError(ShardmixError):
@@ -68,10 +130,13 @@ def writing_failed(path: Path, error: OSError, what: str = "cannot be written") 
     """Return the error for a file or folder of an output; names a full disk."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
-            f"{path.parent}: the disk is full ({error.strerror}); free some space, or write "
-            "elsewhere with -o"
+            f"the disk is full ({error.strerror})",
+            subject=path.parent,
+            remedy="free some space, or write elsewhere with -o",
         )
-    return OutputError(f"{path}: {what} ({error.strerror})")
+    return OutputError(
+        f"{what} ({error.strerror})", subject=path, remedy="check its permissions and its disk"
+    )
 
 
 def one_line(error: BaseException | None, limit: int = 200) -> str:

@@ -97,7 +97,7 @@ def merge_by_examples(
                     if isinstance(error, KeyboardInterrupt):
                         error.args = (kept,)
                     elif isinstance(error, ShardmixError) and kept:
-                        raise type(error)(f"{error}; {kept}") from None
+                        error.add_hint(kept)
                     raise
             staging.is_worth_keeping = True
             difference = log.difference
@@ -113,10 +113,11 @@ def merge_by_examples(
         )
     except ShardmixError as error:
         anew = f" (scored anew, since {difference})" if difference else ""
-        raise type(error)(
-            f"{error}; the examples gave the weights {words}{anew}: with these no model has to be "
-            "scored again"
-        ) from None
+        error.add_hint(
+            f"the examples gave the weights {words}{anew}: with these no model has to be scored "
+            "again"
+        )
+        raise
     except KeyboardInterrupt as error:
         if not str(error):
             error.args = (f"the examples gave the weights {words}: the same again takes them",)

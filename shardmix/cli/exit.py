@@ -27,17 +27,27 @@ def errors_reported(
     except ShardmixError as error:
         from shardmix.cli import render
 
-        render.error(error, json=json)
+        render.error(str(error))
+        if json:
+            render.error_object(
+                type(error).__name__,
+                str(error),
+                subject=error.subject,
+                finding=error.finding,
+                remedy=error.remedy,
+                hints=error.hints,
+            )
         raise click.exceptions.Exit(error.exit_status) from None
     except KeyboardInterrupt as error:
         is_terminated = isinstance(error, _Terminated)
         word, status = ("terminated", 143) if is_terminated else ("interrupted", 130)
-        message = printable(f"{word}: {str(error) or if_stopped}")
+        kept = printable(str(error) or if_stopped)
+        message = f"{word}: {kept}"
         click.echo(message, err=True)
         if json:
             from shardmix.cli import render
 
-            render.error_object(word.capitalize(), message)
+            render.error_object(word.capitalize(), message, finding=word, hints=(kept,))
         raise click.exceptions.Exit(status) from None
 
 

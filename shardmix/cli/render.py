@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from shardmix.errors import ShardmixError, printable
+from shardmix.errors import printable
 from shardmix.redaction import without_secrets
 from shardmix.system.units import format_size
 
@@ -27,17 +27,24 @@ _NUM_ROWS = 40
 _MAX_SHOWN, _SHOWN_START, _SHOWN_END = 2_000, 1_500, 300
 
 
-def error(problem: ShardmixError, *, json: bool) -> None:
-    """Print an error: one line on standard error, and an object on standard output for machines."""
-    message = _shortened(str(problem))
+def error(message: str) -> None:
+    """Print an error: one line on standard error."""
     _console(stderr=True).print(f"[bold red]error:[/] {_plain(message)}", soft_wrap=True)
-    if json:
-        error_object(type(problem).__name__, message)
 
 
-def error_object(kind: str, message: str) -> None:
-    """Print what ended a command, for machines."""
-    _print_json({"error": {"kind": kind, "message": message}})
+def error_object(
+    kind: str,
+    message: str,
+    *,
+    subject: str = "",
+    finding: str,
+    remedy: str = "",
+    hints: Sequence[str] = (),
+) -> None:
+    """Print what ended a command, for machines: its kind, the whole text, and the text's parts."""
+    texts = {"message": message, "subject": subject, "finding": finding, "remedy": remedy}
+    parts: dict[str, object] = {key: _shortened(text) for key, text in texts.items()}
+    _print_json({"error": {"kind": kind, **parts, "hints": [_shortened(hint) for hint in hints]}})
 
 
 def merge_report(report: "MergeReport", *, profile: Path | None, json: bool, quiet: bool) -> None:

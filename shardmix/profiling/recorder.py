@@ -118,7 +118,7 @@ def recording(path: str | None) -> Iterator[Recording]:
                 _write(path, recorded.profile(CANCELLED if is_stopped else FAILED))
             except OutputError as unwritten:
                 if isinstance(error, ShardmixError):
-                    raise type(error)(f"{error}; {unwritten}") from None
+                    error.add_hint(str(unwritten))
             raise
         _write(path, recorded.profile(COMPLETE))
 
