@@ -17,6 +17,7 @@ from pathlib import Path
 
 import bench_report
 import model_sets
+import tools
 from checkpoint_shapes import PRESETS
 from checkpoints import parse_size
 from harness import BENCHMARKS, Workspace, remove, workspace_arguments
@@ -27,8 +28,6 @@ from parts import PARTS, Part
 from resident_memory import ResidentMemory
 from samples import Look, Sample, Table
 from turns import Turns
-
-import tools
 
 SHUFFLE_SEED = 7
 REPORT_FOLDER = BENCHMARKS.parent / "docs" / "benchmarks"

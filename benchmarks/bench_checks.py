@@ -3,9 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from samples import Sample, median_beyond_s, median_total_s, peak_bytes, where
-
 import tools
+from samples import Sample, median_beyond_s, median_total_s, peak_bytes, where
 
 PEERS = (tools.COPY, tools.NAIVE, tools.MERGEKIT, tools.MIX_MODELS, tools.MIX_MODELS_BY_LAYERS)
 MEDIANS = ((median_total_s, "whole process"), (median_beyond_s, "beyond start-up"))

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import tools
 from bench_report import PLOTS
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from samples import Look, Sample, Table, in_order, median_total_s, peak_bytes, where
-
-import tools
 
 MIB, GB = 1024**2, 1e9
 PANELS_IN_A_ROW = 5

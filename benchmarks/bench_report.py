@@ -8,11 +8,10 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import tools
 from bench_checks import MODES, all_checks, mode_name
 from harness import mib
 from samples import Sample, Table, in_order, median_beyond_s, median_total_s, peak_bytes, where
-
-import tools
 
 PLOTS = {
     "memory-over-time.svg": "resident memory over time",

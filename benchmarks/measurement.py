@@ -11,7 +11,6 @@ from model_sets import ModelSet
 from page_cache import Filler, drop_caches, read_into_cache
 from resident_memory import ResidentMemory
 from samples import Sample
-
 from tools import Merge, Tool
 
 HEADERS_MARGIN_BYTES = 16 * 1024**2

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 import model_sets
 import shardmix_command
+import tools
 from checkpoint_shapes import PRESETS
 from harness import Workspace
 from measurement import Case
 from model_sets import ModelSet
-
-import tools
 from tools import Tool
 
 MIB = 1024**2

@@ -16,8 +16,6 @@ TORCH = "torch"
 """Backend: every dtype, on the CPU and on GPUs."""
 LLVM = "llvm"
 """Backend: compiled kernels on the CPU, without torch in the process."""
-LLVM_DTYPES = frozenset({"BF16", "F16", "F32"})
-"""What those kernels read and write."""
 
 WARN = "warn"
 """On NaN and Inf in the output: count them, and tell of them."""

@@ -17,12 +17,12 @@ import yaml
 from shardmix.conventions.mergekit_recipes import mergekit_finding
 from shardmix.conventions.model_types import check_model_type
 from shardmix.conventions.sentence_modules import check_pooling
+from shardmix.dtypes import OUT_DTYPES
 from shardmix.errors import RecipeError, is_unicode, one_line, shown
 from shardmix.system.files import read_regular
 from shardmix.system.units import parse_size
 
 WEIGHT_SUM_TOLERANCE = 1e-3
-OUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _LARGEST_WEIGHT = 3.4028234663852886e38  # of float32
 _MAX_RECIPE_NBYTES = 128 * 1024
 # What PyYAML raises where a value is not what its tag says: `!!int ""`, `!!bool maybe`, ...

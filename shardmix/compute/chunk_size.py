@@ -1,6 +1,6 @@
 """How many elements a chunk holds."""
 
-from shardmix.formats.safetensors_layout import element_nbytes
+from shardmix.dtypes import element_nbytes
 from shardmix.plan.memory_budget import BUFFERS_PER_WORKER
 from shardmix.plan.merge_plan import AGREE, Segment
 from shardmix.system.buffers import PAGE_NBYTES

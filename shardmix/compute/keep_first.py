@@ -6,20 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from shardmix.anomalies import NonfiniteCounts
-from shardmix.formats.safetensors_layout import element_nbytes
+from shardmix.dtypes import BY_NAME, element_nbytes
 from shardmix.plan.merge_plan import Segment
 
-_INTEGERS: dict[str, npt.DTypeLike] = {
-    "BOOL": np.uint8,
-    "U8": np.uint8,
-    "I8": np.int8,
-    "U16": np.uint16,
-    "I16": np.int16,
-    "U32": np.uint32,
-    "I32": np.int32,
-    "U64": np.uint64,
-    "I64": np.int64,
-}
 _WIDEST_NBYTES = 8
 
 
@@ -71,4 +60,4 @@ class AgreeReducer:
         return NonfiniteCounts(num_nan=0, num_inf=0, num_overflowed=0)
 
     def _integers(self, source: int, raw: memoryview) -> npt.NDArray[np.generic]:
-        return np.frombuffer(raw, dtype=_INTEGERS[self._segment.dtypes[source]])
+        return np.frombuffer(raw, dtype=BY_NAME[self._segment.dtypes[source]].numpy_name)

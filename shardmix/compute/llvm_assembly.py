@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from shardmix.compute.chunk_size import VECTOR
 from shardmix.compute.llvm_loops import INFINITY, STORED, loop, loop_of_pairs
-from shardmix.formats.safetensors_layout import element_nbytes
+from shardmix.dtypes import element_nbytes
 
 FAILED = 0xFFFFFFFF
 """What `read_and_sum` answers where it could not read all; no magnitude is as large."""

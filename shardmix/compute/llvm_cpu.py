@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from shardmix.anomalies import NonfiniteCounts
 from shardmix.compute.llvm_assembly import FAILED
 from shardmix.compute.llvm_compile import LEAST_INFINITE, Kernels, finding
-from shardmix.formats.safetensors_layout import element_nbytes
+from shardmix.dtypes import element_nbytes
 from shardmix.plan.memory_budget import BUFFERS_PER_WORKER
 from shardmix.plan.merge_plan import Segment
 from shardmix.system.buffers import PAGE_NBYTES, address, buffer_of_pages, offset_in_page

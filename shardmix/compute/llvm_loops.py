@@ -8,10 +8,10 @@ separate operations (https://llvm.org/docs/LangRef.html#fast-math-flags).
 from collections.abc import Sequence
 
 from shardmix.compute.chunk_size import VECTOR
-from shardmix.formats.safetensors_layout import element_nbytes
+from shardmix.dtypes import BY_NAME, LLVM_DTYPES, element_nbytes
 
-INFINITY = 0x7F800000
-STORED = {"BF16": "i16", "F16": "half", "F32": "float"}
+INFINITY = BY_NAME["F32"].infinity or 0
+STORED = {name: BY_NAME[name].llvm_name for name in LLVM_DTYPES}
 
 _LOOP = """
 define internal i32 @weighted_sum_{width}\

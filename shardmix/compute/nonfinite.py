@@ -10,16 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from shardmix.anomalies import NonfiniteCounts
+from shardmix.dtypes import BY_NAME
 
 _PIECE = 1 << 15  # elements; their temporaries stay below 1 MiB, also where they are float64
-
-# The bits of infinity without the sign, which is shifted out. All that lies above is a NaN.
-_INFINITY = {
-    "F16": np.uint16(0x7C00 << 1),
-    "BF16": np.uint16(0x7F80 << 1),
-    "F32": np.uint32(0x7F800000 << 1),
-    "F64": np.uint64(0x7FF0000000000000 << 1),
-}
 
 
 def count_nonfinite(
@@ -34,7 +27,9 @@ def count_nonfinite(
     `out` has the whole chunk's bytes; `sums` gives a part of what was rounded to them, and is
     asked only where there are infinities.
     """
-    infinity = _INFINITY[out_dtype]
+    dtype = BY_NAME[out_dtype]
+    # Without the sign, which is shifted out. All that lies above is a NaN.
+    infinity = np.dtype(dtype.numpy_name).type((dtype.infinity or 0) << 1)
     elements = np.frombuffer(out, dtype=infinity.dtype)
     num_nan = num_inf = num_overflowed = 0
     for first in range(start, stop, _PIECE):

@@ -12,14 +12,14 @@ from shardmix.compute.torch_cuda import CudaSum, cuda_sums
 from shardmix.compute.torch_ops import (
     TORCH_DTYPES,
     WIDEST_NBYTES,
-    StripSum,
+    ChunkSum,
     accumulate,
     are_finite,
     canonicalise_nans,
     round_into,
 )
+from shardmix.dtypes import element_nbytes
 from shardmix.errors import DeviceError, one_line
-from shardmix.formats.safetensors_layout import element_nbytes
 from shardmix.plan.merge_plan import Segment
 from shardmix.system.buffers import PAGE_NBYTES, buffer_of_pages, offset_in_page
 
@@ -141,7 +141,7 @@ def _give_back_caches() -> None:
         give_back()
 
 
-class CpuSum(StripSum):
+class CpuSum(ChunkSum):
     """The weighted sum on the CPU."""
 
     def __init__(self, *, chunk_nbytes: int) -> None:

@@ -12,14 +12,14 @@ import torch
 from shardmix.compute.torch_ops import (
     TORCH_DTYPES,
     WIDEST_NBYTES,
-    StripSum,
+    ChunkSum,
     accumulate,
     are_finite,
     canonicalise_nans,
     round_into,
     typed,
 )
-from shardmix.formats.safetensors_layout import element_nbytes
+from shardmix.dtypes import element_nbytes
 from shardmix.plan.memory_budget import BUFFERS_PER_WORKER, VRAM_BUFFERS_PER_WORKER
 
 NUM_IN_FLIGHT = 2
@@ -96,7 +96,7 @@ class _Arrivals:
         turn = self._turn
         staged, given = self._pinned_bytes[turn][: len(raw)], np.frombuffer(raw, np.uint8)
         if given.ctypes.data != staged.ctypes.data:
-            # Mapped: the page may be given back before the copy has segment. Frees the interpreter.
+            # Mapped: the page may be given back before the copy has run. Frees the interpreter.
             np.copyto(staged, given)
         values = typed(self._arrived[turn], dtype, num_elements)
         with self._cuda.stream(self.stream):
@@ -112,7 +112,7 @@ class _Arrivals:
         self._turn = (self._turn + 1) % _NUM_ARRIVALS
 
 
-class CudaSum(StripSum):
+class CudaSum(ChunkSum):
     """One of a worker's chunks in flight.
 
     Kernels of all its chunks run in order on one stream and so can share `wide`. Whoever begins a

@@ -13,19 +13,17 @@ import torch
 
 from shardmix.anomalies import NonfiniteCounts
 from shardmix.compute.nonfinite import count_nonfinite
+from shardmix.dtypes import FLOAT_DTYPES, torch_name
 from shardmix.plan.merge_plan import Segment
 
-TORCH_DTYPES = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, torch_name(name)) for name in FLOAT_DTYPES
 }
 WIDEST_NBYTES = 8
 """Of an element."""
 
 
-class StripSum:
+class ChunkSum:
     """A chunk's accumulator and a buffer for widened values; what reducers in torch share."""
 
     disagreeing: frozenset[int] = frozenset()

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from shardmix.anomalies import AnomalySum, LeafAnomalies
 from shardmix.compute.backend import Reducer
+from shardmix.dtypes import element_nbytes
 from shardmix.execute.tasks import Chunk, TensorPlaces
-from shardmix.formats.safetensors_layout import element_nbytes
 from shardmix.system.digests import LEAF_NBYTES
 
 

@@ -16,10 +16,10 @@ from dataclasses import replace
 from shardmix.anomalies import LeafAnomalies
 from shardmix.compute.backend import Backend
 from shardmix.compute.chunk_size import VECTOR
+from shardmix.dtypes import element_nbytes
 from shardmix.errors import DeviceError, one_line
 from shardmix.execute.executor import run_tasks
 from shardmix.execute.task_queue import Work
-from shardmix.formats.safetensors_layout import element_nbytes
 from shardmix.plan.merge_plan import LINEAR, MergePlan, OutputShard, Segment, SourceFile
 from shardmix.system.digests import XXH3
 from shardmix.system.units import MIB

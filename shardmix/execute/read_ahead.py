@@ -7,8 +7,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 
+from shardmix.dtypes import element_nbytes
 from shardmix.errors import SourceError
-from shardmix.formats.safetensors_layout import element_nbytes
 from shardmix.plan.merge_plan import MergePlan
 from shardmix.sources.readers import PreadReader
 from shardmix.system.memory import available_nbytes

@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Protocol
 
 from shardmix.anomalies import AnomalySum, LeafAnomalies
+from shardmix.dtypes import element_nbytes
 from shardmix.errors import NonfiniteError
 from shardmix.execute.tasks import Chunk, Task, TensorPlaces, tasks
-from shardmix.formats.safetensors_layout import element_nbytes
 from shardmix.options import ERROR
 from shardmix.plan.merge_plan import MergePlan
 from shardmix.system.page_cache import PassedRanges

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shardmix.compute.chunk_size import chunk_num_elements
-from shardmix.formats.safetensors_layout import element_nbytes
+from shardmix.dtypes import element_nbytes
 from shardmix.plan.merge_plan import MergePlan, OutputShard, Segment
 from shardmix.system.digests import LEAF_NBYTES, is_sequential, num_leaves
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from shardmix.compute.backend import Backend, Reducer, Reducers
+from shardmix.dtypes import element_nbytes
 from shardmix.execute.anomaly_places import chunk_anomalies
 from shardmix.execute.task_queue import LeafTarget, ShardInWork, Work
 from shardmix.execute.tasks import Chunk, Task, chunks
-from shardmix.formats.safetensors_layout import element_nbytes
 from shardmix.plan.merge_plan import MergePlan
 from shardmix.sources.readers import Reader, open_reader
 from shardmix.system.buffers import buffer_for_reading

@@ -18,8 +18,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from shardmix.dtypes import DTYPE_RANK, dtype_bits
 from shardmix.errors import SourceError, one_line, shown
-from shardmix.formats.safetensors_layout import DTYPE_RANK, HEADER_LENGTH_NBYTES, dtype_bits
+from shardmix.formats.safetensors_layout import HEADER_LENGTH_NBYTES
 
 _PIECE_NBYTES = 1 << 20  # some ten thousand tensors
 _MOST_UNDIVIDED_NBYTES = 8 << 20
@@ -49,7 +50,7 @@ class HeaderTable:
     """Interned: they recur in every model of a merge."""
     shapes: list[tuple[int, ...]]
     dtype_ranks: npt.NDArray[np.uint8]
-    """Index into `safetensors_layout.DTYPES`."""
+    """Index into `dtypes.DTYPES`."""
     metadata: dict[str, str]
     """The file's own entries, in its order."""
     starts: npt.NDArray[np.int64]
@@ -109,7 +110,7 @@ class _Kind:
     """The values that all tensors of one dtype and shape share."""
 
     rank: int
-    """Index into `safetensors_layout.DTYPES`."""
+    """Index into `dtypes.DTYPES`."""
     shape: tuple[int, ...]
     nbytes: int
 

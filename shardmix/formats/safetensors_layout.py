@@ -1,4 +1,4 @@
-"""The safetensors byte layout: dtypes, the length of a header, and headers encoded.
+"""The safetensors byte layout: the length of a header, and headers encoded.
 
 Knows bytes, not files, and neither torch nor numpy. A file is `<u64 header length><JSON
 header><tensor data>`; a tensor's `data_offsets` count from the first byte after the header. Format:
@@ -8,11 +8,11 @@ https://github.com/huggingface/safetensors#format
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate, pairwise
 
 import msgspec
 
+from shardmix.dtypes import DTYPE_RANK, tensor_nbytes
 from shardmix.errors import SourceError
 
 HEADER_LENGTH_NBYTES = 8
@@ -30,53 +30,6 @@ _OTHER_KINDS = (
     (b"version ", "a Git LFS pointer", "run `git lfs pull` there"),
     (b"\x89HDF", "an HDF5 file, as Keras writes", _CONVERT),
 )
-
-# Bits per element, in the order in which safetensors ranks dtypes: its writer lays tensors out by
-# this rank, highest first, then by name.
-_DTYPE_BITS = {
-    "BOOL": 8,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "U8": 8,
-    "I8": 8,
-    "F8_E5M2": 8,
-    "F8_E4M3": 8,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "C64": 64,
-    "F64": 64,
-    "I64": 64,
-    "U64": 64,
-}
-DTYPES = tuple(_DTYPE_BITS)
-DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(DTYPES)}
-FLOAT_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
-INTEGER_DTYPES = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
-
-
-def dtype_bits(dtype: str) -> int:
-    """Return the bits of one element of any dtype; some have fewer than a byte's."""
-    return _DTYPE_BITS[dtype]
-
-
-def element_nbytes(dtype: str) -> int:
-    """Return the bytes of one element of a float, integer or boolean dtype."""
-    return _DTYPE_BITS[dtype] // 8
-
-
-@lru_cache(maxsize=4096)  # thousands of experts have few shapes
-def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Return the bytes of a tensor; a 0-d tensor has one element, an empty one none."""
-    return math.prod(shape) * _DTYPE_BITS[dtype] // 8
 
 
 @dataclass(frozen=True, slots=True)

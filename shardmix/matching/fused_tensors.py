@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardmix.formats.safetensors_layout import DTYPES, TensorInfo, tensor_nbytes
+from shardmix.dtypes import DTYPES, tensor_nbytes
+from shardmix.formats.safetensors_layout import TensorInfo
 from shardmix.sources.checkpoint import Checkpoint, TensorTable
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from shardmix.conventions import naming
 from shardmix.conventions.adapters import ADAPTER_REMEDY, adapter_tensor, is_of_adapter
+from shardmix.dtypes import DTYPES, FLOAT_DTYPES, INTEGER_DTYPES
 from shardmix.errors import MismatchError, SourceError, listed
-from shardmix.formats.safetensors_layout import DTYPES, FLOAT_DTYPES, INTEGER_DTYPES
 from shardmix.matching.tensor_names import without_wrappers
 from shardmix.sources.checkpoint import Checkpoint
 

@@ -16,8 +16,8 @@ import msgspec
 
 from shardmix._version import __version__
 from shardmix.anomalies import NO_ANOMALIES, LeafAnomalies
+from shardmix.dtypes import element_nbytes
 from shardmix.errors import OutputError, writing_failed
-from shardmix.formats.safetensors_layout import element_nbytes
 from shardmix.plan.identity import MergeDescription, asked_otherwise, changed_files
 from shardmix.plan.merge_plan import AGREE, MergePlan
 from shardmix.system.digests import LEAF_NBYTES, LeafDigests, num_leaves

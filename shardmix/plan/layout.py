@@ -10,16 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from shardmix.conventions.weight_names import MODEL, shard_pattern
+from shardmix.dtypes import DTYPE_RANK, DTYPES, FLOAT_DTYPES, element_nbytes, tensor_nbytes
 from shardmix.formats.file_metadata import format_only, lost_metadata, merged_metadata
-from shardmix.formats.safetensors_layout import (
-    DTYPE_RANK,
-    DTYPES,
-    FLOAT_DTYPES,
-    HEADER_LENGTH_NBYTES,
-    element_nbytes,
-    encode_header,
-    tensor_nbytes,
-)
+from shardmix.formats.safetensors_layout import HEADER_LENGTH_NBYTES, encode_header
 from shardmix.matching.tensors import MatchedTensors
 from shardmix.plan.merge_plan import AGREE, LINEAR, OutputShard, Segment
 from shardmix.recipe import Recipe, vanishes_in_float32

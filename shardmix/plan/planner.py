@@ -16,22 +16,30 @@ from typing import Any, TypedDict
 from shardmix.conventions.file_kinds import LeftOut
 from shardmix.conventions.module_tree import inner_path, module_places
 from shardmix.conventions.weight_names import DIFFUSERS, MARKS, MODEL
+from shardmix.dtypes import (
+    DTYPES,
+    FLOAT_DTYPES,
+    LLVM_DTYPES,
+    OUT_DTYPES,
+    element_nbytes,
+    tensor_nbytes,
+    torch_name,
+)
 from shardmix.errors import BudgetError, RecipeError, listed
-from shardmix.formats.safetensors_layout import DTYPES, FLOAT_DTYPES, element_nbytes, tensor_nbytes
 from shardmix.matching.belonging import PartConfig, check_belong_together
 from shardmix.matching.config_dtypes import config_dtypes
 from shardmix.matching.fused_tensors import split_alike
 from shardmix.matching.modules import ModularModel
 from shardmix.matching.parts import match_parts
 from shardmix.matching.tensors import MatchedTensors, match_tensors
-from shardmix.options import LLVM, LLVM_DTYPES, TORCH, RunSettings
+from shardmix.options import LLVM, TORCH, RunSettings
 from shardmix.plan.layout import plan_shards
 from shardmix.plan.memory_budget import plan_memory
 from shardmix.plan.merge_plan import LINEAR, MergePlan, ModuleConfig, OutputShard, SourceFile
 from shardmix.plan.opening import ConfigSource, OpenedModels, public_name
 from shardmix.plan.output_modules import PlannedModules, plan_modules
 from shardmix.plan.weight_warnings import weight_warnings
-from shardmix.recipe import OUT_DTYPES, Recipe
+from shardmix.recipe import Recipe
 from shardmix.sources.auxiliary_files import (
     AuxiliaryFiles,
     adapter_warnings,
@@ -55,8 +63,6 @@ To load torch's build for CUDA and to make a context takes seconds. What a GPU c
 with kernels a tenth of a merge's time, which went at 6.6 GB/s on two cores (docs/performance.md).
 So of 200 GB, half a minute, it can save three seconds; of less, not even what it takes to try.
 """
-
-_TORCH_NAMES = {"F64": "float64", **{dtype: name for name, dtype in OUT_DTYPES.items()}}
 
 
 class Outcome(TypedDict, total=False):
@@ -333,11 +339,11 @@ def _config_dtypes(
     stored = {dtype for _, dtype in nbytes}
     if len(stored) == 1:
         # Of 90,000 tensors no name has to be looked at.
-        columns = [("", _TORCH_NAMES[dtype], 1) for dtype in stored]
+        columns = [("", torch_name(dtype), 1) for dtype in stored]
     else:
         rows = zip(matched.names, matched.shapes, out_dtypes, strict=True)
         columns = [
-            (name, _TORCH_NAMES[dtype], nbytes[shape, dtype])
+            (name, torch_name(dtype), nbytes[shape, dtype])
             for name, shape, dtype in rows
             if dtype in stored
         ]

@@ -14,21 +14,14 @@ import torch
 from accelerate import init_empty_weights
 
 from shardmix.conventions.naming import declared_quantisation
+from shardmix.dtypes import BY_NAME, FLOAT, FLOAT_DTYPES, INTEGER
 from shardmix.errors import SourceError, one_line
-from shardmix.formats.safetensors_layout import FLOAT_DTYPES
 from shardmix.sources.checkpoint import CONFIG_NAME, Checkpoint
 
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, dtype.torch_name)
+    for name, dtype in BY_NAME.items()
+    if dtype.torch_name is not None and dtype.kind in (FLOAT, INTEGER)
 }
 
 

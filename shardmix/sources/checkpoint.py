@@ -30,8 +30,9 @@ from shardmix.conventions.weight_names import (
     stored_stem,
     weights_name,
 )
+from shardmix.dtypes import DTYPES
 from shardmix.errors import SourceError, shown
-from shardmix.formats.safetensors_layout import DTYPES, TensorInfo
+from shardmix.formats.safetensors_layout import TensorInfo
 from shardmix.formats.strict_json import read_index, read_json
 from shardmix.sources.headers import SHORT_HEADER_NBYTES, Headers
 from shardmix.sources.hub import LocalSource, locate
@@ -71,7 +72,7 @@ class TensorTable:
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     dtype_ranks: npt.NDArray[np.uint8]
-    """Index into `safetensors_layout.DTYPES`."""
+    """Index into `dtypes.DTYPES`."""
     files: npt.NDArray[np.int32]
     """Index into `Checkpoint.shards`."""
     starts: npt.NDArray[np.int64]

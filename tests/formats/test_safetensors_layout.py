@@ -7,17 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from shardmix.dtypes import DTYPES, FLOAT_DTYPES, INTEGER_DTYPES, tensor_nbytes
 from shardmix.errors import SourceError
 from shardmix.formats.safetensors_header import decode_header
 from shardmix.formats.safetensors_layout import (
-    DTYPES,
-    FLOAT_DTYPES,
-    INTEGER_DTYPES,
     MAX_HEADER_NBYTES,
     TensorInfo,
     encode_header,
     header_nbytes,
-    tensor_nbytes,
 )
 
 TORCH_DTYPES = {

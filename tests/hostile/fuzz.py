@@ -20,9 +20,9 @@ with atheris.instrument_imports(include=["shardmix", "yaml", "json"]):
     from shardmix import recipe
     from shardmix.conventions.naming import declared_quantisation, ties_word_embeddings
     from shardmix.conventions.vocabularies import read_tokenizer_json
+    from shardmix.dtypes import DTYPES, tensor_nbytes
     from shardmix.errors import ShardmixError
     from shardmix.formats import safetensors_header, strict_json
-    from shardmix.formats.safetensors_layout import DTYPES, tensor_nbytes
     from shardmix.matching.config_fit import config_misfits
     from shardmix.matching.configs import NamedConfig, config_differences
     from shardmix.matching.tensors import check_mergeable
