@@ -28,7 +28,7 @@ from shardmix.output.staging import Staging, open_staging, settle, staged_nbytes
 from shardmix.plan import planner
 from shardmix.plan.merge_plan import MergePlan
 from shardmix.plan.opening import disk_errors_named, open_models
-from shardmix.profiling.recorder import check_profile_place, recording
+from shardmix.profiling.recorder import check_profile_path, recording
 from shardmix.recipe import ModelsArgument, build_recipe
 from shardmix.reports import (
     MergeReport,
@@ -171,11 +171,11 @@ def plan_merge(
         if target is not None:
             # Before sources are opened: that may mean hours of download.
             check_output(target, overwrite=settings.overwrite, inputs=())
-        check_profile_place(settings.profile, target, inputs=())
+        check_profile_path(settings.profile, target, inputs=())
         opened = open_models(recipe, max_memory=settings.max_memory_nbytes)
         if target is not None:
             check_output(target, overwrite=settings.overwrite, inputs=opened.paths)
-        check_profile_place(settings.profile, target, opened.paths)
+        check_profile_path(settings.profile, target, opened.paths)
         plan = planner.plan_merge(
             recipe,
             opened,

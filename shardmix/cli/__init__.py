@@ -1,9 +1,9 @@
 """The command line: thin. Parses, calls the library, renders.
 
 commands               the commands; each calls one function of the library
-options, arguments     their options, and what words on the line mean
-progress, render       a display while it works, and the result as text
-pictures               a profile's picture, if it can be had
+options, arguments     their options, and the meaning of words on the line
+progress, render       a display during the merge, and the result as text
+pictures               a profile's picture, if it can be drawn
 exit                   errors and signals → messages and an exit status
 """
 
@@ -25,22 +25,22 @@ def main() -> None:
         app()
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else status
-    except OSError as error:  # of what is printed: all else has a message of its own
+    except OSError as error:  # from printing; all other errors have a message of their own
         status = _cannot_print(error)
     try:
         atexit._run_exitfuncs()
         sys.stdout.flush()
     except OSError as error:
         status = _cannot_print(error)
-    # Without taking all modules apart, which takes 80 ms.
+    # Skips the teardown of all modules, which takes 80 ms.
     os._exit(status)
 
 
 @contextmanager
 def rare_collections() -> Iterator[None]:
-    """Let the garbage collector look less often, where nearly all that is made is kept.
+    """Make the garbage collector run less often while nearly all new objects stay.
 
-    So it is with imports, and with plans of many tensors: a fifth of their time else.
+    This holds for imports, and for plans of many tensors: otherwise it takes a fifth of their time.
     """
     thresholds = gc.get_threshold()
     gc.set_threshold(50_000)

@@ -1,4 +1,4 @@
-"""From the words of a command line to the library's arguments. Loads no torch."""
+"""The words of a command line, turned into the library's arguments. Loads no torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ def merge_options(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def score_options(arguments: dict[str, Any], *, dtype: str) -> "ScoreOptions":
-    """Return those scoring options that were given; the library knows the defaults."""
+    """Return only the scoring options that were given; the library knows the defaults."""
     from shardmix.scoring.options import ScoreOptions
 
     shared = {"dtype", "device", "max_memory", "max_vram", "pooling"}
@@ -46,7 +46,7 @@ def first_word(scoring: "ScoreOptions") -> str:
 
 
 def required_model_type(model_type: str | None) -> str:
-    """Return the model type; raise `RecipeError` where there is none."""
+    """Return the model type; raise `RecipeError` if there is none."""
     if model_type is None:
         raise RecipeError(
             "--weights-from needs --model-type: decoder, encoder, reranker or encoder-decoder"
@@ -55,7 +55,7 @@ def required_model_type(model_type: str | None) -> str:
 
 
 def equally_weighted(words: Sequence[str]) -> list[tuple[str, float]]:
-    """Return the models of a command line without weights, each with the same."""
+    """Return the models of a command line without weights, all with the same weight."""
     from shardmix.recipe import RECIPE_SUFFIXES
 
     for word in words:
@@ -81,7 +81,7 @@ def weighted_models(words: Sequence[str]) -> "ModelsArgument":
     return parse_source_words(words)
 
 
-def places(words: Sequence[str]) -> dict[str, str]:
+def source_paths(words: Sequence[str]) -> dict[str, str]:
     """Return name → path of `NAME=PATH` words."""
     found = {}
     for word in words:

@@ -1,4 +1,5 @@
-"""Commands and their options. Loads the library inside a command, so that `--help` is instant."""
+"""Commands and their options. The library is loaded inside a command, so that `--help` is
+instant."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class _InOrder(click.Group):
-    """Lists its commands as they are defined, the first one first."""
+    """Lists its commands in order of definition."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -28,7 +29,7 @@ class _InOrder(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except click.UsageError as error:  # which quotes words of the command line
+        except click.UsageError as error:  # it quotes words of the command line
             error.message = printable(error.message)  # type: ignore[misc]
             raise
 
@@ -53,7 +54,7 @@ def app() -> None:
 
 
 def _command(*, example: str) -> Callable[[Callable[..., None]], click.Command]:
-    """Return a decorator that adds a command, of which the list of commands has a whole line."""
+    """Return a decorator that adds a command, with a whole line in the list of commands."""
 
     def add(function: Callable[..., None]) -> click.Command:
         summary = (function.__doc__ or "").partition("\n")[0]
@@ -149,7 +150,7 @@ def merge(
                     on_progress=on_progress,
                     **options,
                 )
-            ignore_signals()  # it is done: there is nothing left to stop
+            ignore_signals()  # all is done: nothing is left to stop
         if figures is not None and picture is not None:
             unseen = pictures.draw(figures, picture)
             report = replace(report, warnings=report.warnings + ((unseen,) if unseen else ()))
@@ -215,7 +216,7 @@ def score(
 def plan(
     models: tuple[str, ...], output: Path | None, *, json: bool, quiet: bool, **others: Any
 ) -> None:
-    """Show what a merge would read, write and take, from headers alone; write nothing.
+    """Show what a merge would read, write and need, from headers only; write nothing.
 
     SOURCE=WEIGHT... is two or more models with their weights, or one recipe.yaml. A SOURCE is a
     model folder, a .safetensors file, or a Hub id org/name[@revision].
@@ -230,14 +231,14 @@ def plan(
 @click.option(
     "--recompute",
     is_flag=True,
-    help="Where the digests hold, read the sources again, too, and compare every byte of weights.",
+    help="If the digests match, also read the sources again and compare every byte of weights.",
 )
 @click.option(
     "--source",
     metavar="NAME=PATH",
     multiple=True,
-    help="Where a source lies, by its number (from 1) or name in shardmix.json; may be repeated. "
-    "Those on the Hub or beside OUT are found.",
+    help="Path of a source, by its number (from 1) or name in shardmix.json; repeatable. "
+    "Sources on the Hub or beside OUT are found.",
 )
 @opt.max_memory
 @opt.json
@@ -251,12 +252,12 @@ def verify(
     json: bool,
     quiet: bool,
 ) -> None:
-    """Read a merged model again, all of it, and compare it with the digests made at the merge.
+    """Read all of a merged model again, and compare it with the digests made at the merge.
 
     OUT is a model folder that `shardmix merge` wrote.
     """
     with errors_reported(json=json, quiet=quiet, if_stopped="nothing was changed"):
-        sources = arguments.places(source)
+        sources = arguments.source_paths(source)
         from shardmix.cli import render
         from shardmix.cli.progress import progress_display
         from shardmix.verification import verify
@@ -278,9 +279,9 @@ def verify(
 @click.argument("output", metavar="OUT", type=Path)
 @opt.json
 def status(output: Path, *, json: bool) -> None:
-    """Show what is at an output path: a whole model, or a merge at work or cut off.
+    """Show the state of an output path: a complete model, or a merge in progress or cut off.
 
-    OUT is where a merge writes to.
+    OUT is the output of a merge.
     """
     with errors_reported(json=json):
         from shardmix.cli import render

@@ -1,4 +1,4 @@
-"""How a command ends: with 0, with one message and 1 or 2, or stopped, with 130 or 143."""
+"""The end of a command: 0, or one message and 1 or 2, or stopped, with 130 or 143."""
 
 import signal
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ def errors_reported(
 ) -> Iterator[None]:
     """Turn a user's mistake into one message and an exit status, without a traceback.
 
-    `if_stopped` is what is said of an interrupt that says nothing itself.
+    `if_stopped` is the message of an interrupt without one of its own.
     """
     signal.signal(signal.SIGTERM, _raise_once)
     signal.signal(signal.SIGINT, _raise_once)
@@ -52,16 +52,16 @@ def errors_reported(
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which stops a merge as Ctrl-C does."""
+    """The exception of SIGTERM, which stops a merge as Ctrl-C does."""
 
 
 def ignore_signals() -> None:
-    """Let nothing stop the process from here on."""
+    """Ignore all further signals to stop."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _raise_once(number: int, _frame: object) -> None:
-    # A second signal must not cut the clean-up short that the first one set off.
+    # A second signal must not interrupt the clean-up that the first one started.
     ignore_signals()
     raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt

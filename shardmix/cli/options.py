@@ -1,6 +1,7 @@
 """The options that commands share: their names, metavars and help.
 
-An argument's help stands in its command's docstring, since click before 8.5 has no other place.
+An argument's help stands in its command's docstring, since click before 8.5 has no other field for
+it.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ def together(*parameters: _Parameter) -> _Parameter:
     """Return one decorator for several parameters, which `--help` lists in the order given."""
 
     def decorate(command: _Command) -> _Command:
-        for parameter in reversed(parameters):  # as a stack of decorators is applied
+        for parameter in reversed(parameters):  # the order in which stacked decorators apply
             command = parameter(command)
         return command
 
@@ -38,28 +39,30 @@ optional_output = click.option(
     *("--output", "-o"),
     metavar="OUT",
     type=Path,
-    help="The model folder to make; may be left out.",
+    help="The model folder to make; optional.",
 )
 max_memory = click.option(
     "--max-memory",
     metavar="SIZE",
-    help="Bound on the whole process's peak resident memory, such as 512MiB or 2GB. "
-    "Default: only what speed needs.",
+    help="Bound on the whole process's peak resident memory, such as 512MiB or 2GB. Default: only "
+    "what speed needs.",
 )
-max_vram = click.option("--max-vram", metavar="SIZE", help="The same for the memory of each GPU.")
+max_vram = click.option(
+    "--max-vram", metavar="SIZE", help="The same bound for the memory of each GPU."
+)
 _DEVICES = "auto|cpu|cuda|cuda:N"
 device = click.option(
     "--device",
     metavar=_DEVICES,
     default="auto",
-    help="Where the arithmetic runs.",
+    help="Device of the arithmetic.",
 )
 merge_device = click.option(
     "--device",
     metavar=_DEVICES,
     default="auto",
-    help="Where the sums run; cuda is all GPUs. With auto a large merge begins by measuring "
-    "whether GPU or CPU is the faster; a small one takes the CPU.",
+    help="Device of the arithmetic; cuda is all GPUs. With auto a large merge first measures if "
+    "GPU or CPU is faster; a small one takes the CPU.",
 )
 dtype = click.option(
     "--dtype",
@@ -75,20 +78,25 @@ io = click.option(
     "--io",
     metavar="auto|mmap|pread",
     default="auto",
-    help="How sources are read; both are bounded and give the same bytes.",
+    help="Way to read sources; both are bounded and give the same bytes.",
 )
 backend = click.option(
     "--backend",
     metavar="auto|torch|llvm",
     default="auto",
-    help="What does the sums; llvm is the faster on a CPU. The same bytes.",
+    help="Backend of the arithmetic; llvm is faster on a CPU. Both give the same bytes.",
 )
 workers = click.option(
-    "--workers", metavar="N", type=int, help="Threads. Default: one a core, at most eight."
+    "--workers",
+    metavar="N",
+    type=int,
+    help="Number of threads. Default: one per core, at most eight.",
 )
 normalize = click.option("--normalize", is_flag=True, help="Rescale the weights to sum to 1.")
 allow_weight_sum = click.option(
-    "--allow-weight-sum", is_flag=True, help="Accept weights whose sum is not 1 (else an error)."
+    "--allow-weight-sum",
+    is_flag=True,
+    help="Accept weights whose sum is not 1, otherwise an error.",
 )
 allow_differences = click.option(
     "--allow-differences",
@@ -96,7 +104,7 @@ allow_differences = click.option(
     multiple=True,
     callback=lambda _context, _option, words: words or None,
     help="Merge models that differ in these keys of their configs (num_attention_heads), or in "
-    "tokenizer, model_type or a file that an error names; may be repeated.",
+    "tokenizer, model_type or a file that an error names; repeatable.",
 )
 config_from = click.option(
     "--config-from",
@@ -106,7 +114,7 @@ config_from = click.option(
 overwrite = click.option(
     "--overwrite",
     is_flag=True,
-    help="Replace an existing OUT, which stays until the new is whole.",
+    help="Replace an existing OUT, which stays until the new one is complete.",
 )
 share = click.option(
     "--share",
@@ -121,32 +129,32 @@ no_fsync = click.option(
 restart = click.option(
     "--restart",
     is_flag=True,
-    help="Throw away what an earlier run of a merge to OUT has left, instead of going on.",
+    help="Discard an unfinished merge to OUT, instead of going on with it.",
 )
 on_nonfinite = click.option(
     "--on-nonfinite",
     metavar="warn|error",
     default="warn",
-    help="What to do about NaN or Inf in the output: count them by tensor, or stop at one.",
+    help="Reaction to NaN or Inf in the output: count them by tensor, or stop at the first.",
 )
 digest = click.option(
     "--digest",
     metavar="xxh3|blake3|sha256",
     default="xxh3",
-    help="What OUT's files are hashed with, for `shardmix verify`: xxh3 finds damage at no "
-    "cost, blake3 tampering too; sha256 is what the Hub shows, and slower.",
+    help="Digest of OUT's files, for `shardmix verify`: xxh3 finds damage at no cost, blake3 "
+    "tampering too; sha256 is the Hub's, and slower.",
 )
 record_paths = click.option(
     "--record-paths",
     is_flag=True,
-    help="Tell in OUT's shardmix.json where on this machine the models lie.",
+    help="Record the models' paths on this machine in OUT's shardmix.json.",
 )
 profile = click.option(
     "--profile",
     metavar="FILE",
     type=Path,
-    help="Record memory over time and GB/s by stage: FILE.json holds the figures; FILE.svg, "
-    ".png or .pdf is a picture of them, with FILE.json beside it (extra `profile`).",
+    help="Record memory over time and GB/s by stage: FILE.json holds the figures; FILE.svg, .png "
+    "or .pdf is a picture of them, with FILE.json beside it (extra `profile`).",
 )
 dry_run = click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 json = click.option("--json", is_flag=True, help="Print a JSON report to standard output.")
@@ -154,8 +162,8 @@ quiet = click.option(
     "--quiet",
     "-q",
     is_flag=True,
-    help="No progress, no summary; warnings all the same, on standard error, or with --json in "
-    "the report.",
+    help="Print no progress and no summary. Warnings still go to standard error, or with --json "
+    "into the report.",
 )
 
 data = click.option(
@@ -170,51 +178,51 @@ weights_from = click.option(
     "--weights-from",
     metavar="FILE",
     type=Path,
-    help="Compute the weights from these examples (see `shardmix score`); models are then "
-    "named without =WEIGHT.",
+    help="Compute the weights from these examples (see `shardmix score`); models are then named "
+    "without =WEIGHT.",
 )
 _MODEL_TYPES = "decoder|encoder|reranker|encoder-decoder"
 model_type = click.option(
-    "--model-type", metavar=_MODEL_TYPES, required=True, help="What the models are."
+    "--model-type", metavar=_MODEL_TYPES, required=True, help="Type of the models."
 )
 optional_model_type = click.option(
     "--model-type",
     metavar=_MODEL_TYPES,
-    help="What the models are; an encoder's output then also loads in sentence-transformers. "
+    help="Type of the models; an encoder's output then also loads in sentence-transformers. "
     "Needed with --weights-from.",
 )
 temperature = click.option(
     "--temperature",
     metavar="T",
     type=float,
-    help="Of the softmax over losses: high brings weights together, low gives all to the best "
-    "model. Default: 5.0.",
+    help="Temperature of the softmax over losses: a high one makes the weights similar, a low one "
+    "gives all to the best model. Default: 5.0.",
 )
 batch_size = click.option(
     "--batch-size",
     metavar="N",
     type=int,
-    help="Examples whose token losses are averaged together, and whose passages are one "
-    "another's negatives. Default: 2.",
+    help="Examples whose token losses are averaged together, and whose passages are one another's "
+    "negatives. Default: 2.",
 )
 max_input_length = click.option(
     "--max-input-length",
     metavar="N",
     type=int,
-    help="Tokens beyond which a text is cut off. Default: 2048.",
+    help="Longest text in tokens; the rest is cut off. Default: 2048.",
 )
 neg_number = click.option(
     "--neg-number",
     metavar="N",
     type=int,
-    help="Negatives drawn for each query; where there are fewer, all are used. Default: 7.",
+    help="Negatives drawn for each query; if there are fewer, all are used. Default: 7.",
 )
-seed = click.option("--seed", metavar="N", type=int, help="Of the draw of negatives. Default: 0.")
+seed = click.option("--seed", metavar="N", type=int, help="Seed for drawing negatives. Default: 0.")
 pooling = click.option(
     "--pooling",
     metavar="cls|mean|max|...",
-    help="How the states of a text's tokens become an encoder's vector (also mean_sqrt_len, "
-    "weightedmean, lasttoken). Default: as its sentence-transformers modules say, else cls.",
+    help="Way to pool the states of a text's tokens into an encoder's vector (also mean_sqrt_len, "
+    "weightedmean, lasttoken). Default: that of its sentence-transformers modules, else cls.",
 )
 chat_template = click.option(
     "--chat-template",
@@ -222,7 +230,7 @@ chat_template = click.option(
     help="Put a decoder's examples into the tokenizer's chat template.",
 )
 trust_remote_code = click.option(
-    "--trust-remote-code", is_flag=True, help="Run code that a model's folder brings along."
+    "--trust-remote-code", is_flag=True, help="Run code that comes in a model's folder."
 )
 
 
@@ -232,14 +240,14 @@ def _score_dtype(name: str) -> _Parameter:
         "score_dtype",
         metavar="auto|float32|bfloat16|float16",
         default="auto",
-        help="What models compute in while they are scored; auto is their own dtype.",
+        help="Dtype that models compute in while they are scored; auto is their own.",
     )
 
 
 score_dtype = _score_dtype("--dtype")
-merge_score_dtype = _score_dtype("--score-dtype")  # --dtype is its output's
+merge_score_dtype = _score_dtype("--score-dtype")  # --dtype is the output's
 
-# What a merge and its plan depend on.
+# Options of a merge and of its plan.
 merging = together(
     max_memory,
     max_vram,
@@ -255,7 +263,7 @@ merging = together(
     pooling,
     config_from,
 )
-# What losses depend on, and the weights that come of them.
+# Options of losses, and of the weights computed from them.
 scoring = together(
     temperature,
     batch_size,

@@ -1,4 +1,4 @@
-"""Pictures of profiles: whether one can be drawn, and drawing it, in a process of its own."""
+"""Pictures of profiles, drawn by a process of its own."""
 
 import importlib.util
 import sys
@@ -11,10 +11,10 @@ _MOST_SECONDS = 300
 
 
 def profile_files(asked: Path | None) -> tuple[Path | None, Path | None]:
-    """Return where the figures of `--profile` go, and the picture if one was asked for.
+    """Return the path of `--profile`'s figures, and that of the picture if one was asked for.
 
-    Raises `ShardmixError` where it could not be drawn or would destroy something: now, since after
-    the merge it is too late.
+    Raises `ShardmixError` if it could not be drawn or would destroy something. This comes first,
+    since after the merge it is too late.
     """
     if asked is None or asked.suffix == ".json":
         return asked, None
@@ -31,7 +31,7 @@ def profile_files(asked: Path | None) -> tuple[Path | None, Path | None]:
     from shardmix.profiling.recorder import is_profile
 
     figures = asked.with_suffix(".json")
-    # With its figures beside it, it is an earlier run's picture.
+    # With its figures beside it, it is the picture of an earlier merge.
     is_there = asked.is_symlink() or asked.exists()
     if is_there and not (asked.is_file() and not asked.is_symlink() and is_profile(figures)):
         raise OutputError(
@@ -42,9 +42,10 @@ def profile_files(asked: Path | None) -> tuple[Path | None, Path | None]:
 
 
 def draw(figures: Path, picture: Path) -> str | None:
-    """Draw a picture of a profile; return what went wrong, or None.
+    """Draw a picture of a profile; return the reason if that failed, else None.
 
-    In another process: matplotlib's memory is not this one's, whose peak is a promise.
+    Another process does it, so that matplotlib's memory is not part of this process's promised
+    peak.
     """
     import subprocess
     import tempfile
@@ -60,7 +61,8 @@ def draw(figures: Path, picture: Path) -> str | None:
             drawn = Path(place) / f"drawn{picture.suffix}"
             subprocess.run(
                 [*command, str(figures.resolve()), str(drawn)],
-                # Where shardmix lies, since python also imports from the current folder.
+                # shardmix's own parent folder, since python also imports from the current
+                # folder.
                 cwd=Path(__file__).parents[2],
                 capture_output=True,
                 text=True,

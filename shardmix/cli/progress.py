@@ -1,6 +1,6 @@
 """Progress of a merge or of scoring: a bar on a terminal, else plain lines, on standard error.
 
-Loads of rich only what is shown.
+Loads only the parts of rich that are shown.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from shardmix.execute.executor import ProgressEvent
     from shardmix.scoring.report import OnScoreProgress, ScoreProgress
 
-# Without a terminal: a line when this much has passed, so that a log of hours stays short.
+# Without a terminal, a line after this much progress or time keeps a log of hours short.
 _LINE_FRACTION = 0.1
 _LINE_SECONDS = 30.0
 
@@ -25,7 +25,7 @@ OnProgress = Callable[["ProgressEvent"], None]
 
 @contextmanager
 def progress_display(word: str = "merging", *, quiet: bool) -> Iterator[OnProgress | None]:
-    """Give a callback that shows progress of what a word says; None with `quiet`."""
+    """Yield a callback that shows progress, labelled `word`; None with `quiet`."""
     if quiet:
         yield None
     elif (console := _console()).is_terminal:
@@ -49,7 +49,7 @@ def progress_display(word: str = "merging", *, quiet: bool) -> Iterator[OnProgre
         task = progress.add_task(word, total=None, status="")
 
         def update(event: "ProgressEvent") -> None:
-            progress.start()  # not before the first event: models may be scored before
+            progress.start()  # not before the first event: scoring may come before
             progress.update(task, total=1, completed=_fraction(event), status=_status(event))
 
         try:
@@ -62,9 +62,9 @@ def progress_display(word: str = "merging", *, quiet: bool) -> Iterator[OnProgre
 
 @contextmanager
 def score_display(*, quiet: bool) -> Iterator["OnScoreProgress | None"]:
-    """Give a callback that shows which model is being scored, and how far; None with `quiet`.
+    """Yield a callback that shows the scored model and its progress; None with `quiet`.
 
-    What it shows is gone once the last model is scored, so that a merge can show its own.
+    The display ends with the last model, so that a merge can show its own.
     """
     if quiet:
         yield None
@@ -108,7 +108,7 @@ class _LinePrinter:
         self._seconds = 0.0
 
     def __call__(self, event: "ProgressEvent") -> None:
-        if event.seconds < self._seconds:  # recomputing begins when all digests are compared
+        if event.seconds < self._seconds:  # recomputing begins once all digests are compared
             self._begin()
         fraction = _fraction(event)
         moved_on = fraction >= self._fraction + _LINE_FRACTION
@@ -118,7 +118,7 @@ class _LinePrinter:
 
 
 def _fraction(event: "ProgressEvent") -> float:
-    """Return how much is done; not all of it before files are finished and in their place."""
+    """Return the fraction done; it reaches 1 only once all files are finished and renamed."""
     if event.is_end:
         return 1.0
     return min(event.num_bytes_done / max(event.num_bytes_total, 1), 0.99)
@@ -139,7 +139,9 @@ def _score_status(event: "ScoreProgress") -> str:
 
 def _status(event: "ProgressEvent") -> str:
     rate = (event.num_bytes_done - event.num_bytes_kept) / max(event.seconds, 1e-9)
-    kept = f" ({format_size(event.num_bytes_kept)} by an earlier run)" * bool(event.num_bytes_kept)
+    kept = f" ({format_size(event.num_bytes_kept)} by an earlier merge)" * bool(
+        event.num_bytes_kept
+    )
     return (
         f"{format_size(event.num_bytes_done)} of {format_size(event.num_bytes_total)}{kept}  "
         f"{format_size(rate)}/s  shards {event.num_shards_done}/{event.num_shards_total}  "

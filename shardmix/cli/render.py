@@ -1,4 +1,4 @@
-"""Reports for people (rich tables) and for machines (JSON), who need no rich."""
+"""Reports for people (rich tables) and for machines (JSON, without rich)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 _NUM_ROWS = 40
 
-# The longest text that is printed whole, and what of a longer one: where it begins, and its remedy.
+# The longest text that is printed whole; of a longer one, its beginning and its end (the
+# remedy).
 _MAX_SHOWN, _SHOWN_START, _SHOWN_END = 2_000, 1_500, 300
 
 
@@ -41,14 +42,14 @@ def error_object(
     remedy: str = "",
     hints: Sequence[str] = (),
 ) -> None:
-    """Print what ended a command, for machines: its kind, the whole text, and the text's parts."""
+    """Print the error that ended a command, for machines: kind, whole text, and its parts."""
     texts = {"message": message, "subject": subject, "finding": finding, "remedy": remedy}
     parts: dict[str, object] = {key: _shortened(text) for key, text in texts.items()}
     _print_json({"error": {"kind": kind, **parts, "hints": [_shortened(hint) for hint in hints]}})
 
 
 def merge_report(report: "MergeReport", *, profile: Path | None, json: bool, quiet: bool) -> None:
-    """Print what a merge did, and where its profile is."""
+    """Print the result of a merge, and the path of its profile."""
     if json:
         _print_json(report)
     elif not quiet:
@@ -70,7 +71,7 @@ def merge_report(report: "MergeReport", *, profile: Path | None, json: bool, qui
         )
         if report.bytes_kept:
             console.print(
-                f"went on where an earlier run was cut off: {format_size(report.bytes_kept)} did "
+                f"went on where an earlier merge was cut off: {format_size(report.bytes_kept)} did "
                 "not have to be read again",
                 soft_wrap=True,
             )
@@ -84,7 +85,7 @@ def merge_report(report: "MergeReport", *, profile: Path | None, json: bool, qui
 
 
 def verify_report(report: "VerifyReport", *, json: bool, quiet: bool) -> None:
-    """Print what a verification found; what is wrong also with `quiet`, on standard error."""
+    """Print the result of a verification; problems also with `quiet`, on standard error."""
     if json:
         _print_json(report)
     elif report.is_verified and not quiet:
@@ -101,7 +102,7 @@ def verify_report(report: "VerifyReport", *, json: bool, quiet: bool) -> None:
 
 
 def status_report(report: "StatusReport", *, json: bool) -> None:
-    """Print what is at an output path, and what a merge to it has left."""
+    """Print the state of an output path, and the files of an unfinished merge to it."""
     if json:
         _print_json(report)
         return
@@ -142,8 +143,8 @@ def status_report(report: "StatusReport", *, json: bool) -> None:
         )
     if unfinished.process is None:
         console.print(
-            "nobody is at work on it; the same merge goes on from there, and --restart throws it "
-            "away",
+            "no process is at work on it; the same merge goes on from there, and --restart discards "
+            "it",
             soft_wrap=True,
         )
     else:
@@ -156,7 +157,7 @@ def _models(sources: Sequence[str], weights: Sequence[float]) -> str:
 
 
 def score_report(report: "ScoreReport", *, json: bool, quiet: bool) -> None:
-    """Print what the examples say of the models."""
+    """Print the losses and weights of scored models."""
     if json:
         _print_json(report)
     elif not quiet:
@@ -181,7 +182,7 @@ def _score_table(report: "ScoreReport") -> "Table":
 
 
 def plan_report(report: "PlanReport", *, json: bool, quiet: bool = False) -> None:
-    """Print what a merge would do."""
+    """Print the plan of a merge."""
     if json:
         _print_json(report)
         return
@@ -232,11 +233,11 @@ def plan_report(report: "PlanReport", *, json: bool, quiet: bool = False) -> Non
 def _cache_use(report: "PlanReport") -> str:
     if report.keeps_sources_cached:
         return "keeps sources and output"
-    return "keeps the output alone" if report.keeps_output_cached else "is left to other files"
+    return "keeps only the output" if report.keeps_output_cached else "is left to other files"
 
 
 def model_report(report: "ModelReport", *, json: bool, all_tensors: bool) -> None:
-    """Print what a checkpoint holds."""
+    """Print the tensors and shards of a checkpoint."""
     if json:
         _print_json(report)
         return
@@ -310,16 +311,16 @@ def _console(*, stderr: bool = False) -> "Console":
 
 def _print_json(content: object) -> None:
     for text in map(without_secrets, _json_pieces(content)):
-        # JSON may hold them as they are, but a terminal would obey them.
+        # JSON may contain them, but a terminal would obey them.
         obeyed = [char for char in set(text) if not char.isprintable() and char != "\n"]
         print(text.translate({ord(char): dumps(char)[1:-1] for char in obeyed}), end="")
     print()
 
 
 def _json_pieces(content: object) -> Iterator[str]:
-    """Yield JSON, indented, of a report's lists an item at a time.
+    """Yield a report as indented JSON, an item of its lists at a time.
 
-    As one text a report that names every tensor takes memory that nobody planned.
+    As one text, a report that names every tensor takes memory that no plan counts.
     """
     if not is_dataclass(content):
         yield _indented(content)
@@ -341,4 +342,4 @@ def _json_pieces(content: object) -> Iterator[str]:
 
 def _indented(content: object, *, by: int = 0) -> str:
     text = msgspec.json.format(msgspec.json.encode(content), indent=2).decode()
-    return text.replace("\n", "\n" + " " * by)  # within a string it would be escaped
+    return text.replace("\n", "\n" + " " * by)  # a line break within a string is escaped

@@ -1,17 +1,17 @@
-"""What other libraries mean by names, keys and files. Opens no weights.
+"""The conventions of other libraries: meanings of names, keys and files. Opens no weights.
 
-weight_names           what weight files, shards and indexes are called, by loader
-file_kinds             which files of a model's folder go along with its weights, and why
-folder_kinds           what a folder is that is no model in safetensors, and the way on from it
+weight_names           names of weight files, shards and indexes, by loader
+file_kinds             files of a model's folder that go along with its weights, and the others
+folder_kinds           folders that are no model in safetensors, and the remedy for each
 adapters               adapters such as LoRA, by the names of their tensors
-naming                 what tensor names and config keys mean to transformers
-declarations           what transformers declares of its classes (ties, names), from a table
+naming                 meanings of tensor names and config keys in transformers
+declarations           declarations of transformers' classes (ties, names), from a table
 ask_transformers       a program that asks transformers of a class that the table lacks
-class_defaults         what a config means that leaves a key out
-config_keys            what a config's key decides: nothing, how weights are used, what they are
-vocabularies           which id stands for which token, from a tokenizer's files
-model_types            decoder, encoder, reranker, encoder-decoder, and what loads each
+class_defaults         the meaning of a key that a config leaves out
+config_keys            effect of a config's key: none, the use of the weights, their meaning
+vocabularies           token by id, from a tokenizer's files
+model_types            decoder, encoder, reranker, encoder-decoder, and the loader of each
 module_tree            the modules of a sentence-transformers folder
 sentence_modules       the files that make a bare encoder a sentence-transformers model
-mergekit_recipes       recipes of mergekit: recognised, and told in shardmix's words
+mergekit_recipes       recipes of mergekit, recognised and translated
 """

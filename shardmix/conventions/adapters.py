@@ -13,7 +13,7 @@ ADAPTER_REMEDY = (
     "merge_and_unload() and save_pretrained(), and give the models that this makes"
 )
 
-# Cheap to look for in all names at once; the pattern then judges.
+# Cheap to search in all names at once; the pattern then judges.
 _HINTS = ("lora", "hada_w", "lokr_w", "ia3_l", "prompt_embeddings", "vera_", "oft_", "boft_")
 _ADAPTER_TENSOR = re.compile(
     r"(^|\.)(?P<kind>"
@@ -24,16 +24,16 @@ _ADAPTER_TENSOR = re.compile(
     r"boft_(R|s)|oft_(r|R|s|blocks|diag)|vblora_\w+|randlora_\w+"
     r")(\.|$)"
 )
-_PROMPT = "prompt_embeddings"  # all that PEFT stores of a prompt or prefix
+_PROMPT = "prompt_embeddings"  # the only tensor that PEFT stores for a prompt or prefix
 _WRAPPED = "base_model.model."
 _BASE_ENDINGS = (".weight", ".base_layer.weight", ".linear.weight", ".original.weight")
 
 
 def adapter_tensor(names: Collection[str]) -> str | None:
-    """Return a tensor that only an adapter has; None if the names are those of a model.
+    """Return a tensor that only an adapter has, or None if the names are those of a model.
 
-    A model may hold adapters beside the weights that they change. These are its own parameters,
-    unless PEFT wrapped it.
+    A model may store adapters beside the weights that they change. These are its own parameters,
+    unless PEFT wrapped the model.
     """
     stored: frozenset[str] = frozenset()
     for name, changed in _adapter_tensors(names):
@@ -45,12 +45,12 @@ def adapter_tensor(names: Collection[str]) -> str | None:
 
 
 def inner_adapter_tensor(names: Collection[str]) -> str | None:
-    """Return the first tensor of an adapter, even within a whole model; None without any."""
+    """Return the first tensor of an adapter, even within a whole model, or None."""
     return next((name for name, _ in _adapter_tensors(names)), None)
 
 
 def is_of_adapter(name: str) -> bool:
-    """Tell whether a tensor is an adapter's, or one that PEFT has renamed to put one beside it."""
+    """Return True if a tensor is an adapter's, or was renamed by PEFT to add an adapter."""
     return (
         name.startswith(_WRAPPED)
         or ".base_layer." in name
@@ -60,7 +60,7 @@ def is_of_adapter(name: str) -> bool:
 
 
 def _adapter_tensors(names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield each adapter's tensor, and what it changes."""
+    """Yield each tensor of an adapter, and the name of the layer that it changes."""
     text = "\n".join(names)
     if not any(hint in text for hint in _HINTS):
         return

@@ -1,9 +1,10 @@
-"""A program for a process of its own: asks transformers of a class that our table does not know.
+"""A program that asks transformers of a class that our table does not know.
 
     python -m shardmix.conventions.ask_transformers CLASS FOLDER
 
-Prints JSON: which parameters of the class share a tensor, and for which values of
-`tie_word_embeddings`. Builds the model without weights; runs no code of the folder's.
+Prints JSON: the parameters of the class that share a tensor, and the values of
+`tie_word_embeddings` for which they do. Builds the model without weights, in a process of its own;
+runs no code of the folder.
 """
 
 import json
@@ -15,14 +16,14 @@ import psutil
 
 from shardmix.conventions.naming import TIE_KEY
 
-_MOST_NBYTES = 4 << 30  # layers of a model without weights; a stranger's config may name any number
+_MOST_NBYTES = 4 << 30  # layers without weights; a stranger's config may ask for any number
 
 
 def ties(name: str, folder: str) -> list[dict[str, Any]]:
     """Return the shared parameters of each model in a model: pairs, and nine letters T or F."""
     import transformers
 
-    if name not in dir(transformers):  # which knows all names without loading their code
+    if name not in dir(transformers):  # transformers lists its names without loading their code
         raise TypeError(f"{name} is not in transformers")
     import torch
 

@@ -1,6 +1,6 @@
 """Defaults of transformers' config classes: the meaning of a key that a config leaves out.
 
-A table made by `tests/generators/class_defaults.py`, loaded when it is first asked.
+The table is made by `tests/generators/class_defaults.py`, and loaded when it is first used.
 """
 
 import functools
@@ -14,16 +14,16 @@ class ClassDefaults(msgspec.Struct, frozen=True):
     """The config class of a model type."""
 
     fields: dict[str, Any]
-    """Key → default; None also where the class works a value out from others."""
+    """Key → default; None also if the class computes the value from others."""
     aliases: dict[str, str] = {}
     """Other name of a key → its name."""
     parts: dict[str, str] = {}
-    """Key of a nested config → the model type that it has unless it says so itself."""
+    """Key of a nested config → the model type of that part if it names none."""
 
 
 @functools.cache
 def class_defaults(model_type: str) -> ClassDefaults | None:
-    """Return the class of a model type, or None if it is none of transformers'."""
+    """Return the config class of a model type, or None if transformers has none."""
     encoded = _table().get(model_type)
     return None if encoded is None else msgspec.json.decode(encoded, type=ClassDefaults)
 

@@ -1,7 +1,7 @@
 """Meanings of a config's keys, for two models of the same tensors that differ in them.
 
-Pure rules on a key's name, as transformers' configs and those of models with code of their own
-call them. What a value means is not looked at here.
+Pure rules on a key's name, as transformers' configs and those of models with code of their own use
+it. Values are not judged here.
 """
 
 import enum
@@ -21,15 +21,15 @@ class Meaning(enum.Enum):
 
 
 def meaning(key: str) -> Meaning:
-    """Return what a config's key decides, by its name in its own part of the config.
+    """Return the effect of a config's key, by its name in its own part of the config.
 
-    Keys of `rope_parameters` have dots in them: these all turn positions into angles.
+    A key of `rope_parameters` has a dot in it: all of them turn positions into angles.
     """
     group, _, key = key.rpartition(".")
     if len(key) > _LONGEST_KEY:
         return Meaning.UNKNOWN
     if group == "sentence_transformers":
-        return Meaning.TUNING  # of scores that are there
+        return Meaning.TUNING  # of scores that are computed already
     if key in _NOTHING or re.search(_NOTHING_PATTERN, key):
         return Meaning.NOTHING
     if key in ("layer_types", "layers_block_type", "mlp_layer_types"):
@@ -46,16 +46,16 @@ def meaning(key: str) -> Meaning:
 
 
 # Patterns are compiled when a key is first judged: most models' configs are equal.
-_LONGEST_KEY = 200  # the patterns go back within a key; transformers' longest has 40 letters
+_LONGEST_KEY = 200  # the patterns backtrack within a key; transformers' longest has 40 letters
 _NOTHING = frozenset(
     (
-        # Names, versions, places.
+        # Names, versions, paths.
         *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "auto_map"),
         *("_diffusers_version", "unsloth_version", "unsloth_fixed", "model_name", "language"),
         *("license", "tokenizer_class", "custom_pipelines", "finetuning_task", "prefix"),
         *("task_specific_params", "generation_config", "sentence_transformers"),
         *("transformers.js_config", "adapters"),
-        # How it is stored and run, not what is computed.
+        # The way it is stored and run, not the result.
         *("dtype", "torch_dtype", "use_cache", "torchscript", "return_dict", "use_return_dict"),
         *("output_attentions", "output_hidden_states", "output_router_logits", "output_scores"),
         *("return_dict_in_generate", "gradient_checkpointing", "use_gradient_checkpointing"),
@@ -64,7 +64,7 @@ _NOTHING = frozenset(
         *("use_mamba_kernels", "use_mem_eff_path", "deterministic_flash_attn", "verbose"),
         *("disable_custom_kernels", "bf16", "fp16", "fp32", "init_device", "reference_compile"),
         *("use_dynamic_ntk_kernel", "use_cache_quantization", "use_cache_kernel", "cache_size"),
-        # How texts are generated: generation_config.json says that.
+        # The way texts are generated, which generation_config.json decides.
         *("max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping"),
         *("num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p"),
         *("typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size"),
@@ -74,7 +74,7 @@ _NOTHING = frozenset(
         *("forced_decoder_ids", "cache_implementation", "renormalize_logits"),
         # Ties and quantisation have checks of their own; sizes are in the tensors' shapes.
         *("tie_word_embeddings", "tie_encoder_decoder", "tie_embeddings", "tie_lm_head"),
-        "scale_decoder_outputs",  # a tie may decide it: `belonging`
+        "scale_decoder_outputs",  # a tie may decide it, see `belonging`
         *("quantization_config", "compression_config", "quantization"),
         *("is_gated_act", "num_labels", "_num_labels"),  # both follow from other keys
     )
@@ -88,14 +88,14 @@ _ACTIVATION_PATTERN = (
     r"|activation_function|activation_type|non_?linearity|afn|feed_forward_proj)$"
 )
 COUNTS_OF_LAYERS = ("num_hidden_layers", "num_hidden_groups", "inner_group_num")
-"""How often layers are gone through: they may share their parameters."""
+"""Numbers of passes through layers: passes may share their parameters."""
 
 _COMPUTATION = frozenset(
     (
         # Heads.
         *("d_kv", "kv_channels", "head_size", "n_groups", "mamba_n_groups", "n_head_kv"),
         *("num_query_groups", "num_attention_groups", "multi_query_group_num", "multi_query"),
-        # Where a position comes in.
+        # The use of positions.
         *("position_embedding_type", "position_embeddings_type", "pos_embed_type", "alibi"),
         *("use_alibi", "rotary", "relative_attention", "pos_att_type", "position_biased_input"),
         *("rope_interleave", "rope_interleaved", "rotary_interleaved", "interleaved_rope"),
@@ -103,7 +103,7 @@ _COMPUTATION = frozenset(
         *("mrope_interleaved", "no_rope_layers", "no_rope_layer_interval"),
         *("nope_layer_interval", "use_rope", "use_rotary_embedding", "use_rel_pos"),
         *("use_absolute_position_embeddings", "use_relative_position_bias"),
-        # In which order layers come, and who sees whom.
+        # The order of layers, and the tokens that each token sees.
         *("normalize_before", "do_layer_norm_before", "pre_norm", "post_norm", "norm_first"),
         *("apply_residual_connection_post_layernorm", "parallel_attn", "use_parallel_residual"),
         *("new_decoder_architecture", "norm_type", "layer_norm_type", "normalization_type"),
@@ -111,19 +111,19 @@ _COMPUTATION = frozenset(
         *("use_causal_mask", "bidirectional", "qk_layernorm", "use_qk_norm", "qk_norm"),
         *("attention_type", "attn_type", "add_cross_attention", "norm_rel_ebd"),
         *("do_stable_layer_norm", *COUNTS_OF_LAYERS),
-        # Which inputs a convolution sees.
+        # The inputs that a convolution sees.
         *("conv_stride", "patch_stride", "patch_strides", "stride", "strides", "dilation"),
         *("dilations", "conv_dilation", "tdnn_dilation", "upsample_rates"),
-        # Factors that the weights have grown up with.
+        # Factors that the weights were trained with.
         *("scale_embedding", "scale_embeddings", "scale_emb", "scale_depth", "scale_attn_weights"),
         *("scale_attn_by_inverse_layer_idx", "dim_model_base"),
         *("logits_scaling", "logit_scale", "query_pre_attn_scalar", "route_scale", "emb_scale"),
-        # Which experts are at work.
+        # The choice of experts.
         *("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k"),
         *("moe_topk", "moe_k", "top_k_experts", "num_selected_experts", "router_top_k"),
         *("norm_topk_prob", "moe_renormalize", "scoring_func", "score_func", "topk_method"),
         *("n_group", "topk_group", "num_expert_group", "mlp_only_layers", "decoder_sparse_step"),
-        # What becomes of the last layer.
+        # The use of the last layer.
         "pooling_type",
         *("vision_feature_layer", "vision_feature_select_strategy"),
         *("bias", "add_bias_linear", "add_qkv_bias", "enable_bias"),
@@ -162,11 +162,11 @@ _SAME_FUNCTIONS = (
     ("linear", "identity"),
 )
 _NEARLY_GELU = (1, 2)
-"""The two that differ from one another by less than 0.0005."""
+"""The two groups that differ from one another by less than 0.0005."""
 
 
 def same_function(one: str, other: str) -> bool | None:
-    """Tell whether two names are of one activation function; None if of nearly the same."""
+    """Return True if two names mean one activation function, None if nearly the same."""
     groups = [_function_group(name.lower()) for name in (one, other)]
     if groups[0] == groups[1]:
         return True
@@ -181,11 +181,11 @@ def _function_group(name: str) -> int | str:
 
 
 _SAME_MODEL_TYPES = (frozenset({"roberta", "xlm-roberta", "camembert"}),)
-"""Classes that are copies of one another."""
+"""Model types whose classes are copies of one another."""
 
 
 def same_model_type(one: str, other: str, *, is_nested: bool) -> bool:
-    """Tell whether two model types are of classes that compute the same.
+    """Return True if two model types have classes that compute the same.
 
     Parts of a model had their model's own type in older versions: `qwen2_vl`, now `qwen2_vl_text`.
     """
@@ -195,11 +195,12 @@ def same_model_type(one: str, other: str, *, is_nested: bool) -> bool:
 
 
 POSITION_KINDS = ("position_embedding_type", "position_embeddings_type")
-"""What a model without rotary embeddings adds to its inputs."""
+"""Keys that name the positions of a model without rotary embeddings."""
 LEGACY_DEFAULTS: dict[str, object] = {
     **dict.fromkeys(POSITION_KINDS, "absolute"),
     "is_decoder": False,
     "add_cross_attention": False,
     "is_encoder_decoder": False,
 }
-"""What a config of any class means that leaves these out; versions differ in writing them."""
+"""Meanings of these keys if a config of any class leaves them out; only some versions write
+them."""

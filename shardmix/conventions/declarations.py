@@ -1,8 +1,8 @@
 """Declarations of transformers' model classes: shared parameters, and other names for them.
 
 Reads a table that `tests/generators/transformers_declarations.py` writes from transformers itself,
-so that no merge has to import it. A class that is not in the table is asked of an installed
-transformers, by a process of its own.
+so that no merge has to import it. For a class that is not in the table, a separate process asks the
+installed transformers.
 """
 
 import functools
@@ -25,34 +25,34 @@ class Tie(msgspec.Struct, frozen=True):
     """Parameters of a model, or of a model in it, that share one tensor by a key of a config."""
 
     at: str
-    """The model in the model that has them: "" or a dotted name."""
+    """Dotted name of the inner model that has them, or ""."""
     of: str
-    """The part of config.json that decides: "" for the top, or a dotted key."""
+    """Dotted key of the part of config.json that decides, or "" for the top."""
     pairs: tuple[tuple[str, str], ...]
-    """Parameter → the one that it shares, in the order in which transformers goes through them.
+    """Parameter → the one that it shares, in transformers' order.
 
-    A first name that begins with ~ is a regex of how a name begins; what follows is the same in
-    both names.
+    A first name that begins with ~ is a regex for the start of a name; the rest is the same in both
+    names.
     """
     tied: str
-    """Nine letters T or F: is it in force, for the top saying nothing, true, false, in each for the
-    nested part saying nothing, true, false."""
+    """Nine letters T or F, for force or not: for the top's key absent, true, false, and in each of
+    these for the nested part's key absent, true, false."""
     nested: str = ""
-    """That nested part."""
+    """Dotted key of that nested part."""
     key: str = ""
-    """A key at the top that goes before `tie_word_embeddings`."""
+    """A key at the top that overrides `tie_word_embeddings`."""
     when: tuple[tuple[str, bool, bool], ...] = ()
-    """Keys at the top, the value that each must have, and whether silence means that value."""
+    """(Key at the top, the value it must have, True if its absence means that value)."""
 
     def is_declared(self, config: Mapping[str, Any]) -> bool:
-        """Tell whether the class of a config.json declares it at all."""
+        """Return True if the class of a config.json declares this tie."""
         return all(
             config[key] == value if isinstance(config.get(key), bool) else is_default
             for key, value, is_default in self.when
         )
 
     def is_in_force(self, config: Mapping[str, Any]) -> bool:
-        """Tell whether a model of this config.json shares the parameters."""
+        """Return True if a model of this config.json shares the parameters."""
         own = config.get(self.key) if self.key else None
         if isinstance(own, bool):
             return own
@@ -61,40 +61,40 @@ class Tie(msgspec.Struct, frozen=True):
 
 
 class Renaming(msgspec.Struct, frozen=True, rename={"pattern": "re", "sources": "from"}):
-    """A rule by which names of a checkpoint become names of the class."""
+    """A rule that turns names of a checkpoint into names of the class."""
 
     pattern: str
     """A regex with a group g0, g1, ... for each alternative."""
     to: tuple[str, ...]
-    """What the match is replaced by."""
+    """Replacements of the match."""
     scope: str | None = None
-    """The model in the model that it is for: its names are matched without this prefix."""
+    """Dotted name of the rule's inner model: names are matched without this prefix."""
     base: str = ""
-    """A prefix that may stand before the scope or not."""
+    """A prefix that may precede the scope."""
     guarded: bool = False
-    """It holds only if a name matches the first alternative; each has its own replacement."""
+    """The rule holds only if a name matches the first alternative; each has its own replacement."""
     ops: tuple[tuple[str | int | bool, ...], ...] = ()
-    """What is done to values; a mere renaming does nothing to them."""
+    """Operations on values; none for a mere renaming."""
     sources: tuple[str, ...] = ()
-    """The patterns, as declared, of what is put together."""
+    """The patterns, as declared, of the tensors that are put together."""
 
 
 class ModelClass(msgspec.Struct, frozen=True, rename={"model_type": "type"}):
     """A model class of transformers."""
 
     model_type: str
-    """Of its config."""
+    """The `model_type` of its config."""
     prefix: str = ""
-    """What stands before the names of the base model in it."""
+    """Prefix of the base model's names in it."""
     ties: tuple[int, ...] = ()
-    """Which entries of the table's parts are its ties."""
+    """Indexes of its ties in the table's parts."""
     renames: tuple[int, ...] = ()
-    """Which entries are its renamings."""
+    """Indexes of its renamings."""
     asked: bool = False
-    """Its ties depend on more of a config than the table can say: transformers is asked."""
+    """Its ties depend on more of a config than the table can say: transformers must be asked."""
     scale: str = ""
     """For a class whose head's input is scaled by a key that may be the tie's: nine letters T or F,
-    for that one saying nothing, true, false, in each for the scale's own key."""
+    for that key absent, true, false, and in each of these for the scale's own key."""
 
 
 class _Table(msgspec.Struct, frozen=True):
@@ -106,28 +106,28 @@ class _Table(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
-    """All that is declared of the class that a config.json names."""
+    """All declarations of the class that a config.json names."""
 
     ties: tuple[Tie, ...]
-    """Of the class and of the models in it."""
+    """Ties of the class and of its inner models."""
     renames: tuple[Renaming, ...]
-    """Of a checkpoint's names, in order."""
+    """Renamings of a checkpoint's names, in order."""
     prefix: str
-    """What stands before the names of the base model; "" if nothing is known."""
+    """Prefix of the base model's names; "" if nothing is known."""
     scale: str
     """See `ModelClass.scale`."""
     is_known: bool
-    """Whether transformers declares the class at all."""
+    """True if transformers declares the class."""
     is_conventional: bool = False
-    """Nobody can be asked of it: it brings its own code, or the config names no class. Then the
-    usual names tell what is shared."""
+    """True if there is nobody to ask: it brings its own code, or the config names no class. Then
+    usual names decide what is shared."""
 
 
 def declaration_of(config: Mapping[str, Any], folder: Path | None = None) -> Declaration:
-    """Return what is declared of the class of a config.json.
+    """Return the declarations of the class of a config.json.
 
-    If the table does not know the class it is named by, transformers is asked, if it is installed,
-    of the model in `folder`.
+    For a named class that the table lacks, the installed transformers is asked about the model in
+    `folder`, if there is one.
     """
     table = _table()
     name = class_name(config)
@@ -169,18 +169,18 @@ def config_part(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
 
 
 def scales_output(scale: str, config: Mapping[str, Any]) -> bool:
-    """Tell, for a class whose `scale` that is, whether its head's input is scaled."""
+    """Return True if the head's input is scaled, for a class with this `scale`."""
     return scale[3 * _state(config) + _state(config, SCALE_KEY)] == "T"
 
 
 def _state(config: Mapping[str, Any], key: str = TIE_KEY) -> int:
-    """Return 0 for a config that says nothing, 1 for true, 2 for false."""
+    """Return 0 for a config without the key, 1 for true, 2 for false."""
     value = config.get(key)
     return 0 if not isinstance(value, bool) else 1 if value else 2
 
 
 def _of_model_type(table: _Table, config: Mapping[str, Any]) -> Declaration:
-    """Return what all classes of a config's model type declare: it names no class."""
+    """Return the declarations of all classes of a config's model type, if it names no class."""
     model_type = config.get("model_type")
     ties: dict[Tie, None] = {}
     renames: tuple[Renaming, ...] = ()
@@ -197,7 +197,7 @@ def _of_model_type(table: _Table, config: Mapping[str, Any]) -> Declaration:
 
 
 def _nested_ties(table: _Table, config: Mapping[str, Any], outer: ModelClass) -> Iterator[Tie]:
-    """Yield what may be declared of the models in a model whose kinds a nested config tells."""
+    """Yield the possible ties of inner models whose kinds a nested config names."""
     for key, part in config.items():
         if not isinstance(part, Mapping) or not isinstance(part.get("model_type"), str):
             continue
@@ -206,7 +206,8 @@ def _nested_ties(table: _Table, config: Mapping[str, Any], outer: ModelClass) ->
                 continue
             for tie in _parts(table, found.ties, Tie):
                 if not tie.at and not tie.of:
-                    # The nested config is the top of what is nested: what it says is in the middle.
+                    # The nested config is the top of the inner model, so its letter is in the
+                    # middle.
                     letters = "".join(tie.tied[3 * state] for state in range(3)) * 3
                     yield Tie("*", key, tie.pairs, letters, nested=key)
 
@@ -223,8 +224,8 @@ def _table() -> _Table:
 
 @functools.cache
 def _asked(name: str, folder: Path) -> Declaration | None:
-    """Ask an installed transformers of a class; None if it is not installed or does not know it."""
-    import subprocess  # few merges need it
+    """Ask the installed transformers of a class; return None if it has no answer."""
+    import subprocess  # slow to import, and rarely needed
 
     command = [sys.executable, "-m", "shardmix.conventions.ask_transformers", name, str(folder)]
     try:
@@ -232,6 +233,6 @@ def _asked(name: str, folder: Path) -> Declaration | None:
         pairs = json.loads(done.stdout)
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
-    # Asked of this very config, and of one that says the contrary.
+    # Asked of this very config, and of the opposite one.
     ties = tuple(Tie("", "", tuple(map(tuple, entry["pairs"])), entry["tied"]) for entry in pairs)
     return Declaration(ties, _table().legacy, "", "", is_known=True)

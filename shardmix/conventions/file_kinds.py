@@ -1,7 +1,7 @@
-"""Kinds of files in a model's folder, by their names: which go along with merged weights.
+"""Kinds of files in a model's folder, by their names: those that go along with merged weights.
 
-All go along but those of kinds that are known to be something else: weights in other formats, a
-trainer's, caches. The same rules decide what is fetched from the Hub. Opens no file.
+All files go along except known kinds of other things: weights in other formats, a trainer's files,
+caches. The same rules decide what is fetched from the Hub. Opens no file.
 """
 
 import re
@@ -12,17 +12,17 @@ from shardmix.conventions.weight_names import shard_name
 from shardmix.system.units import format_size
 
 MAX_FILE_NBYTES = 1_000_000_000
-"""Size of a file beyond which it does not go along, unless any model may have one of its name."""
+"""A larger file does not go along, unless any model may have one of its name."""
 MAX_TOTAL_NBYTES = 4_000_000_000
-"""Size of all such files together; the smallest ones go along."""
+"""Limit for all such files together; the smallest ones go along."""
 MAX_FOLDER_FILES = 1_000
-"""Files below one folder beyond which none of it goes along: a data set, or a project."""
+"""A folder with more files is left out as a whole: it is a data set, or a project."""
 TOO_MANY_FILES = f"more than {MAX_FOLDER_FILES:,} files"
-"""The reason of such a folder."""
+"""The reason for such a folder."""
 UNPRINTABLE = "a name with characters that cannot be printed"
-"""The reason of a file whose name nothing could tell as it is."""
+"""The reason for a file whose name cannot be printed as it is."""
 MAX_FOLDER_DEPTH = 8
-"""Folders within folders that are looked at."""
+"""Depth of nested folders that are searched."""
 
 TEMPLATE_FOLDER = "additional_chat_templates"
 _SENTENCE_TRANSFORMERS_FOLDER = re.compile(r"\d+_\w+")
@@ -40,14 +40,14 @@ _COMPANION_SUFFIXES = (
     ".bpe",
 )
 _COMPANION_PREFIXES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-_VERSIONED_TOKENIZER = re.compile(r"tokenizer\.model\.v\w+")  # of Mistral
+_VERSIONED_TOKENIZER = re.compile(r"tokenizer\.model\.v\w+")  # Mistral's
 _NOT_COMPANIONS = re.compile(
     r".*\.index\.json|.*_results\.json|trainer_state\.json|requirements.*\.txt|shardmix\.json|"
     r"adapter_config\.json"
 )
 
 
-# Names that programs give to texts, data and code of a model; a person calls them otherwise.
+# Names that programs give to texts, data and code of a model; people choose other names.
 _GIVEN_NAME = re.compile(
     r"(.*_)?config\.json|config_.*\.json|(tokenizer|vocab|merges|added_tokens|special_tokens|"
     r"chat_template|normalizer|processor|preprocessor|quant|modules|params|tekken|sentence_).*\."
@@ -58,19 +58,19 @@ _GIVEN_NAME = re.compile(
 
 
 def has_given_name(path: str) -> bool:
-    """Tell whether a file is a model's, and called as programs call it, so that it may be deleted.
+    """Return True if a model's file has a name that programs give, so that it may be deleted.
 
-    `is_auxiliary_file` holds for any text and any JSON, which may be a person's work.
+    `is_auxiliary_file` also accepts any text and any JSON, which may be a person's work.
     """
     name = path.rpartition("/")[2]
     return is_auxiliary_file(path) and ("/" in path or _GIVEN_NAME.fullmatch(name) is not None)
 
 
 def is_auxiliary_file(path: str) -> bool:
-    """Tell whether a file (path within the model's folder, with `/`) is surely a model's.
+    """Return True if a file (path within the model's folder, with `/`) surely belongs to a model.
 
-    Weights do not count: this is what goes along with them. Module folders of
-    sentence-transformers (`1_Pooling/`) count whole.
+    Weights do not count, since these files go along with them. Module folders of
+    sentence-transformers (`1_Pooling/`) count as a whole.
     """
     folder, _, name = path.rpartition("/")
     if folder:
@@ -85,7 +85,7 @@ def is_auxiliary_file(path: str) -> bool:
 
 
 def is_module_folder(name: str) -> bool:
-    """Tell whether a folder is called as sentence-transformers calls those of its modules."""
+    """Return True if a folder has a name of sentence-transformers' module folders."""
     return _SENTENCE_TRANSFORMERS_FOLDER.fullmatch(name) is not None
 
 
@@ -96,24 +96,24 @@ class LeftOut:
     name: str
     """Path within the model's folder; a folder's ends in `/`."""
     reason: str
-    """What it is taken for."""
+    """The kind it is taken for."""
     is_told: bool = True
-    """Somebody may miss it."""
+    """True if somebody may miss it, so that a message names it."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """Files and folders that do not go along, by their names."""
+    """A kind of files and folders that do not go along, by their names."""
 
     reason: str
     files: re.Pattern[str]
     folders: re.Pattern[str]
     is_told: bool
     is_only_in_root: bool = False
-    """Its files are of this kind in the model's folder itself, not in folders below it."""
+    """True if the patterns hold only in the model's folder itself, not in folders below it."""
     spares_only_weights: bool = False
-    """Below the model's folder its files are of this kind beside safetensors only: if there are
-    none, they may be all the weights that another model has."""
+    """True if, below the model's folder, the pattern holds only beside safetensors. Without these,
+    the files may be all the weights of another model."""
 
 
 def _kind(reason: str, files: str, folders: str, *, is_told: bool = True, **more: bool) -> _Kind:
@@ -127,13 +127,13 @@ _WEIGHTS_STEM = (
 )
 _ADAPTER_FILE = r"adapter_(config\.json|model.*)"
 OTHER_FORMAT = "weights in another format"
-"""The reason of what may be the same weights for another program."""
+"""The reason for files that may be the same weights for another program."""
 ADAPTER = "an adapter"
-"""The reason of what belongs to PEFT."""
+"""The reason for PEFT's files."""
 OTHER_WEIGHTS = "other weights of the model"
-"""The reason of what may be the same model once more, in another precision or layout."""
+"""The reason for files that may be the same model in another precision or layout."""
 
-# The first kind that fits counts.
+# The first kind that matches counts.
 _KINDS = (
     _kind(
         "version control",
@@ -168,7 +168,7 @@ _KINDS = (
     ),
     _kind(
         OTHER_FORMAT,
-        # But for SetFit's head, which is no copy of the weights.
+        # Except SetFit's head, which is no copy of the weights.
         rf"(?!model_head\.pkl)({_WEIGHTS_STEM})([.\-_].*)?\.(bin|pt|pth|pkl|h5|msgpack|ot|npz)"
         r"(\.index.*\.json)?|"
         r".*\.(ckpt|ckpt\..*|h5|msgpack|ot)",
@@ -202,12 +202,12 @@ _BY_A_TRAINER = re.compile(r"optimizer.*\.(pt|pth|bin)|rng_state.*\.pth|random_s
 
 
 def is_adapter_file(name: str) -> bool:
-    """Tell whether a file in a model's folder is one of those that PEFT writes."""
+    """Return True if PEFT writes a file of this name into a model's folder."""
     return re.fullmatch(_ADAPTER_FILE, name) is not None
 
 
 def folder_left_out(path: str) -> LeftOut | None:
-    """Say why a folder (path within the model's) does not go along at all; None if it may."""
+    """Return why a folder (path within the model's) never goes along, or None if it may."""
     name = path.rpartition("/")[2]
     for kind in _KINDS:
         if kind.folders.fullmatch(name):
@@ -221,13 +221,13 @@ def divide(
     weights: Collection[str] = (),
     modules: Collection[str] = (),
 ) -> tuple[list[str], list[LeftOut]]:
-    """Divide the files of a model's folder into those that go along, and those that don't.
+    """Divide the files of a model's folder into those that go along, and those that do not.
 
     Args:
         sizes: path within the folder → bytes.
         weights: the files that are merged.
-        modules: folders of sentence-transformers' modules, which go along whole, but for weights in
-            other formats.
+        modules: folders of sentence-transformers' modules, which go along as a whole,
+            except weights in other formats.
     """
     folders = _folders_left_out(sizes, modules)
     with_safetensors = {path.rpartition("/")[0] for path in sizes if path.endswith(".safetensors")}
@@ -263,7 +263,7 @@ def _file_left_out(path: str, with_safetensors: Collection[str]) -> LeftOut | No
 
 
 def _folders_left_out(sizes: Mapping[str, int], modules: Collection[str]) -> dict[str, LeftOut]:
-    """Return folder → finding for those that do not go along at all."""
+    """Return folder → reason, for folders that never go along."""
     found: dict[str, LeftOut] = {}
     num_files: dict[str, int] = {}
     for path in sizes:
@@ -283,7 +283,7 @@ def _folders_left_out(sizes: Mapping[str, int], modules: Collection[str]) -> dic
     for top, count in num_files.items():
         if count > MAX_FOLDER_FILES and top not in found:
             found[top] = LeftOut(f"{top}/", TOO_MANY_FILES)
-    # The outermost only.
+    # Only the outermost.
     return {path: finding for path, finding in found.items() if not _within(path, found)}
 
 

@@ -1,4 +1,4 @@
-"""Kinds of folders and files that are no model in safetensors, and the way on from each.
+"""Kinds of folders and files that are no model in safetensors, and the remedy for each.
 
 Two tables, of names and of sentences. Opens nothing: the names may come from a disk or the Hub.
 """
@@ -23,15 +23,17 @@ _OLD_FRAMEWORK = (
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """A folder that holds a file of such a name."""
+    """A kind of folder, known by a file of such a name."""
 
     mark: str
-    """A pattern of paths within the folder, of which a folder's ends in `/`.
+    """A pattern of paths within the folder; the path of a folder ends in `/`.
 
-    It is compiled when a folder is found to be no model, and not before."""
+    It is compiled only once a folder is found to be no model.
+    """
     sentence: str | Callable[[Sequence[str], str], str]
-    """What it is and what to do. `{found}` stands for the marks, `{one}` for one of them, and
-    `{source}` for what the user named; or what makes the sentence of the names and that."""
+    """The finding and the remedy, or a function that makes them from the names and the source.
+    `{found}` stands for the matching names, `{one}` for one of them, and `{source}` for the user's
+    word."""
 
 
 def _pipeline(names: Sequence[str], source: str) -> str:
@@ -58,7 +60,7 @@ def _shards(names: Sequence[str], source: str) -> str:
 
 _IN_A_FOLDER = r"[^/]+/[^/]+\.safetensors(\.index\.json)?"
 
-# The first kind that fits counts; what a merge can use after the least work comes first.
+# The first kind that matches counts; those that a merge can use with the least work come first.
 _FOLDERS = (
     _Kind(r"model_index\.json", _pipeline),
     _Kind(
@@ -186,7 +188,7 @@ _FILES = (
 
 
 def no_weights_finding(names: Sequence[str], source: str = "FOLDER") -> str:
-    """Say what a folder without weights that can be merged is, and what to do, from its names.
+    """Return what a folder without mergeable weights is, and the remedy, from its names.
 
     `names` are paths of files and, ending in `/`, of folders; two levels are enough.
     """
@@ -212,7 +214,7 @@ def no_weights_finding(names: Sequence[str], source: str = "FOLDER") -> str:
 
 
 def no_weights_file_finding(name: str) -> str:
-    """Say what a file that is given as a model is, and what to do, if it is not .safetensors."""
+    """Return what a file given as a model is if it is not .safetensors, and the remedy."""
     for ending, sentence in _FILES:
         if re.search(rf"{ending}$", name.lower()):
             return f"is not a .safetensors file: it {sentence}"
@@ -223,7 +225,7 @@ def no_weights_file_finding(name: str) -> str:
 
 
 def _sorted(names: set[str]) -> list[str]:
-    """Return names in order, `checkpoint-500` before `checkpoint-1000`."""
+    """Return names sorted, `checkpoint-500` before `checkpoint-1000`."""
 
     def parts(name: str) -> list[tuple[int, str]]:
         pieces = re.split("([0-9]+)", name)

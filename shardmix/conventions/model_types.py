@@ -1,4 +1,4 @@
-"""The types of models that the LM-Cocktail functions and the scorer know, and what loads each."""
+"""The model types of the LM-Cocktail functions and the scorer, and the loader of each."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,11 +16,11 @@ AUTO_CLASSES = {
     RERANKER: "AutoModelForSequenceClassification",
     ENCODER_DECODER: "AutoModelForSeq2SeqLM",
 }
-"""The class of transformers that loads each type."""
+"""Model type → the class of transformers that loads it."""
 
 
 def check_model_type(model_type: str) -> None:
-    """Raise `RecipeError` where this is no type of model."""
+    """Raise `RecipeError` if this is no model type."""
     if not isinstance(model_type, str) or model_type not in AUTO_CLASSES:
         raise RecipeError(f"model type {model_type!r}: must be one of {', '.join(AUTO_CLASSES)}")
 
@@ -30,15 +30,15 @@ _HEADS = (
     *("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForMaskedLM"),
     *("ForPreTraining", "ForImageClassification", "ForCTC", "ForSpeechSeq2Seq"),
 )
-# Which heads a model of each type may have. An encoder is loaded without any; that of a masked
-# language model is what encoders are trained with.
+# The heads that a model of each type may have. An encoder is loaded without a head; encoders are
+# trained with that of a masked language model.
 _FITTING_HEADS = {
     DECODER: ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"),
     ENCODER: ("ForMaskedLM", "ForPreTraining"),
     RERANKER: ("ForSequenceClassification",),
     ENCODER_DECODER: ("ForConditionalGeneration", "ForSpeechSeq2Seq"),
 }
-# Families that read in both directions, of which a decoder would have a head of random weights.
+# Families that read in both directions; as a decoder they would get a head of random weights.
 _ENCODER_FAMILIES = frozenset(
     (
         *("albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra"),
@@ -49,7 +49,7 @@ _ENCODER_FAMILIES = frozenset(
 
 
 def fitting_types(config: Mapping[str, Any]) -> list[str]:
-    """Return the types that a config's architectures name; empty if they name none."""
+    """Return the types that fit a config's architectures; empty if it names none."""
     architectures = config.get("architectures")
     named = architectures if isinstance(architectures, list) else []
     return [
@@ -63,10 +63,10 @@ def fitting_types(config: Mapping[str, Any]) -> list[str]:
 def contradiction(
     config: Mapping[str, Any], model_type: str, *, has_modules: bool = False
 ) -> str | None:
-    """Say why a model of this config cannot be of a type; None if it can, or if nothing tells.
+    """Return why a model of this config cannot be of a type; None if it can, or nothing tells.
 
-    `has_modules` tells that sentence-transformers' modules lie beside it: then it embeds texts,
-    whatever head it was trained with.
+    `has_modules`: sentence-transformers' modules lie beside it. Then it embeds texts, whatever head
+    it was trained with.
     """
     architectures = config.get("architectures")
     named = architectures if isinstance(architectures, list) else []

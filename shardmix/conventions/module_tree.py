@@ -1,7 +1,7 @@
 """The modules of a sentence-transformers folder: their kinds, their folders, their order.
 
-Read from `modules.json`, and `router_config.json` for a module that chooses among routes. Knows no
-weights.
+Read from `modules.json`, and from `router_config.json` for a module that chooses among routes.
+Knows no weights.
 """
 
 import os
@@ -17,7 +17,7 @@ from shardmix.formats.strict_json import file_name_finding, read_json
 from shardmix.system.files import refuse_link_outside
 
 ROUTER_CONFIGS = ("router_config.json", "config.json")
-"""Where a Router says what its routes are, by version of sentence-transformers."""
+"""Names of a Router's config file, by version of sentence-transformers."""
 _CONFIG_NAMES = {
     "Transformer": TRANSFORMER_CONFIG_NAMES,
     "CLIPModel": (),
@@ -28,7 +28,7 @@ _CONFIG_NAMES = {
     "WordEmbeddings": ("wordembedding_config.json",),
 }
 _MOST_MODULES = 1_000
-_MOST_NESTED = 8  # routes within routes; no model has any
+_MOST_NESTED = 8  # routes within routes; no known model has any
 # Names that one class had in other versions of sentence-transformers.
 _KINDS = {"MLMTransformer": "Transformer", "Asym": "Router"}
 
@@ -38,17 +38,17 @@ class Module:
     """One module: a step from text to vector."""
 
     place: str
-    """Its folder within the model's, with `/`; empty: the model's folder itself."""
+    """Its folder within the model's, with `/`; empty for the model's folder itself."""
     kind: str
     """Its class, without the package: Transformer, Pooling, Dense, ..."""
     key: str
-    """What it corresponds to in another model by: route, kind, and number among those of it."""
+    """Key of the same module in another model: route, kind, and number among those of the kind."""
     class_name: str = ""
     """Its class as modules.json names it, with the package."""
 
 
 def read_modules(folder: Path) -> tuple[Module, ...]:
-    """Return a model folder's modules in the order in which they work, routes one after another.
+    """Return a model folder's modules in the order of their use, one route after another.
 
     Empty without a modules.json. Raises `SourceError` if that is damaged, or names a folder outside
     the model's.
@@ -71,32 +71,32 @@ def read_modules(folder: Path) -> tuple[Module, ...]:
 
 
 def config_names(module: Module) -> tuple[str, ...]:
-    """Return the names that the config of a module may have in its folder, the likeliest first."""
+    """Return the possible names of a module's config in its folder, the likeliest first."""
     return _CONFIG_NAMES.get(module.kind, ("config.json",))
 
 
 def module_places(modules: Iterable[Module]) -> tuple[str, ...]:
-    """Return the folders below the model's own that modules have, each once."""
+    """Return the folders of modules below the model's own, each once."""
     return tuple(dict.fromkeys(module.place for module in modules if module.place))
 
 
 def inner_path(place: str, name: str) -> str:
-    """Return the path within a model's folder of what has a name in a module's; "": its own."""
+    """Return the path within the model of a file in a module's folder ("": the model's own)."""
     return f"{place}/{name}" if place else name
 
 
 class _Walk:
-    """Goes through a model's modules, and into the routes of each Router once."""
+    """Walks through a model's modules, and once into the routes of each Router."""
 
     def __init__(self, folder: Path) -> None:
         self.modules: dict[tuple[str, str], Module] = {}
-        """By folder and kind: one that several routes share counts once."""
+        """By folder and kind: a module that several routes share counts once."""
         self._folder = folder
         self._counts: Counter[str] = Counter()
         self._num_named = 0
 
     def add(self, listed: Iterable[tuple[str, Any]], *, route: str) -> None:
-        """Add modules, given by folder and class, and behind a Router those of its routes."""
+        """Add modules, given by folder and class, and after a Router those of its routes."""
         for place, class_name in listed:
             self._num_named += 1
             if self._num_named > _MOST_MODULES or route.count("/") > _MOST_NESTED:
@@ -140,7 +140,7 @@ def _routes(folder: Path, place: str) -> tuple[Path, dict[str, list[str]], dict[
 
 
 def _place(path: Path, parent: str, name: str) -> str:
-    """Return a module's folder within the model's; raise `SourceError` if it lies elsewhere."""
+    """Return a module's folder within the model's; raise `SourceError` if it lies outside."""
     relative = PurePosixPath(parent, name)
     finding = file_name_finding(name) if PurePosixPath(name).parts else None
     if finding is not None:

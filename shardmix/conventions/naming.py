@@ -1,4 +1,4 @@
-"""What tensor names and config keys mean to transformers: ties, buffers, quantised weights.
+"""Meanings of tensor names and config keys in transformers: ties, buffers, quantised weights.
 
 Pure tables and rules. Names are matched by their endings, since the same module sits under
 `model.`, `language_model.` or no prefix at all, by model and by version of transformers.
@@ -9,11 +9,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 TIE_KEY = "tie_word_embeddings"
-"""What a config calls whether parameters share a tensor."""
+"""The config's key that decides if parameters share a tensor."""
 SCALE_KEY = "scale_decoder_outputs"
-"""What a config calls whether the input of the output head is scaled."""
+"""The config's key that decides if the input of the output head is scaled."""
 
-# Output heads that share the input embedding when `tie_word_embeddings` is true, so that a
+# Output heads that share the input embedding if `tie_word_embeddings` is true, so that a
 # checkpoint may leave them out ...
 _TIED_HEAD_ENDINGS = (
     "lm_head.weight",
@@ -26,7 +26,7 @@ _TIED_HEAD_NAMES = ("proj_out.weight", "output_projection.weight")  # elsewhere,
 # ... copies of one embedding in encoder-decoder models, shared whatever the config says ...
 _TIED_INPUT_ENDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _TIED_BIAS_ENDING = ".decoder.bias"
-# ... and what they are shared with, the likeliest first.
+# ... and the tensors that they share, the likeliest first.
 _TIE_SOURCE_ENDINGS = (
     "shared.weight",
     "embed_tokens.weight",
@@ -37,15 +37,15 @@ _TIE_SOURCE_ENDINGS = (
     "backbone.embeddings.weight",
 )
 
-# Buffers that transformers computes by itself and ignores in a checkpoint. Old versions saved
-# them, newer ones don't; whether they are there says nothing about the model.
+# Buffers that transformers computes by itself and ignores in a checkpoint. Only old versions
+# saved them, so their presence says nothing about the model.
 _COMPUTED_BUFFER = re.compile(
     r"(^|\.)(position_ids|rotary_emb\.(original_)?inv_freq|h\.\d+\.attn\.(masked_)?bias|"
     r"attention\.(masked_)?bias)$"
 )
 
-# Side tensors that give quantised storage away, by the last part of their names. Their weights are
-# codes: a weighted sum of codes is noise.
+# Last parts of the names of side tensors that reveal quantised storage. Such weights are codes:
+# a weighted sum of codes is noise.
 _QUANTISED_NAMES = frozenset(
     (
         *("qweight", "qzeros", "g_idx", "absmax", "quant_map", "SCB", "weight_packed"),
@@ -58,32 +58,32 @@ _QUANTISED_BYTE_ENDINGS = ("_blocks", "_scales")  # MXFP4; ordinary names unless
 
 
 def is_computed_buffer(name: str) -> bool:
-    """Tell whether transformers computes this tensor itself and ignores it in a checkpoint."""
+    """Return True if transformers computes this tensor itself and ignores it in a checkpoint."""
     return _COMPUTED_BUFFER.search(name) is not None
 
 
 def is_tied_head(name: str) -> bool:
-    """Tell whether this is an output head, left out where the config ties it."""
+    """Return True if this is an output head; a checkpoint omits it if the config ties it."""
     return _has_ending(name, _TIED_HEAD_ENDINGS) or name in _TIED_HEAD_NAMES
 
 
 def is_tied_input(name: str) -> bool:
-    """Tell whether this is a copy of an encoder-decoder model's shared embedding."""
+    """Return True if this is a copy of an encoder-decoder model's shared embedding."""
     return _has_ending(name, _TIED_INPUT_ENDINGS)
 
 
 def is_input_embedding(name: str) -> bool:
-    """Tell whether this is called as an embedding of tokens is."""
+    """Return True if this has the name of a token embedding."""
     return is_tied_input(name) or _has_ending(name, _TIE_SOURCE_ENDINGS)
 
 
 def has_vocabulary_axis(name: str) -> bool:
-    """Tell whether the first axis of this parameter counts the vocabulary."""
+    """Return True if the first axis of this parameter counts the vocabulary."""
     return is_tied_head(name) or is_input_embedding(name)
 
 
 def tie_sources(stored: Collection[str]) -> dict[str, str]:
-    """Return each parameter that is tied by its name → the stored tensor that it is tied to."""
+    """Return parameter → stored tensor, for parameters that are tied by their names."""
     embedding = input_embedding(stored)
     next_one = input_embedding([name for name in stored if name != embedding])
     found = {}
@@ -100,7 +100,7 @@ def tie_sources(stored: Collection[str]) -> dict[str, str]:
 
 
 def input_embedding(stored: Collection[str]) -> str | None:
-    """Return the stored tensor that is the model's input embedding, by its name, or None."""
+    """Return the stored tensor that is the model's input embedding by its name, or None."""
     for ending in _TIE_SOURCE_ENDINGS:
         candidates = [name for name in stored if _has_ending(name, (ending,))]
         if candidates:
@@ -109,7 +109,7 @@ def input_embedding(stored: Collection[str]) -> str | None:
 
 
 def marks_quantisation(ending: str, dtype: str) -> bool:
-    """Tell whether a tensor accompanies quantised weights, by the last part of its name."""
+    """Return True if a tensor accompanies quantised weights, by the last part of its name."""
     if ending.endswith(_QUANTISED_BYTE_ENDINGS) and dtype == "U8":
         return True
     return ending in _QUANTISED_NAMES or ending.startswith(_QUANTISED_PREFIX)
@@ -130,16 +130,16 @@ def declared_quantisation(config: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config that declares no quantisation, nor do the configs nested in it."""
+    """Return a config, and the configs nested in it, without declarations of a quantisation."""
     bare = {key: value for key, value in config.items() if key not in _QUANTISATION_KEYS}
     nested = {key: without_quantisation(part) for key, part in _nested_parts(config).items()}
     return {**bare, **nested}
 
 
 def ties_word_embeddings(config: Mapping[str, Any]) -> bool | None:
-    """Return the config's `tie_word_embeddings`, or None where it says nothing.
+    """Return the config's `tie_word_embeddings`, or None if it has none.
 
-    The key of the whole model counts before that of its text part.
+    The key of the whole model precedes that of its text part.
     """
     text = config.get("text_config")
     for part in (config, *([text] if isinstance(text, dict) else []), *config_parts(config)[1:]):

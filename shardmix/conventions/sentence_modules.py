@@ -1,7 +1,7 @@
-"""What makes a bare encoder a sentence-transformers model, and what its modules' configs mean.
+"""The files that make a bare encoder a sentence-transformers model, and its modules' configs.
 
-In the layout that all versions of sentence-transformers read. Knows no files but their names and
-contents.
+They follow the layout that all versions of sentence-transformers read. Knows only names and
+contents of files.
 """
 
 from collections.abc import Mapping
@@ -11,18 +11,19 @@ from shardmix.errors import RecipeError
 
 MODULES_NAME = "modules.json"
 MODEL_CONFIG_NAME = "config_sentence_transformers.json"
-"""What holds for the whole model: prompts, and how vectors are compared."""
+"""Settings of the whole model: prompts, and the comparison of vectors."""
 TRANSFORMER_CONFIG_NAMES = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-"""Where a Transformer module says how it reads texts, by version and architecture."""
+"""Names of a Transformer module's settings for reading texts, by version and architecture."""
 
 CLS = "cls"
-"""The state of the first token: LM-Cocktail's way, taken if nothing else is said."""
+"""The state of the first token: LM-Cocktail's way, and the default."""
 POOLINGS = (CLS, "mean", "max", "mean_sqrt_len", "weightedmean", "lasttoken")
-"""The ways in which the states of a text's tokens become one vector."""
-# As configs name them: in the newest versions of sentence-transformers, and by a switch each.
+"""The ways to pool the states of a text's tokens into one vector."""
+# Their names in configs: one key in the newest versions of sentence-transformers, else a switch
+# each.
 _MODES = {"mean_sqrt_len": "mean_sqrt_len_tokens"}
 _SWITCHES = {
     "pooling_mode_cls_token": "cls",
@@ -37,16 +38,17 @@ _OLDEST_SWITCHES = tuple(_SWITCHES)[:4]
 
 
 def check_pooling(pooling: object) -> None:
-    """Raise `RecipeError` if there is no such way to pool."""
+    """Raise `RecipeError` if this is no way to pool."""
     if pooling not in POOLINGS:
         raise RecipeError(f"pooling {pooling!r}: must be one of {', '.join(POOLINGS)}")
 
 
 def pooling_modes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return how a Pooling module pools: one of `POOLINGS`, or several, whose vectors are joined.
+    """Return the pooling of a Pooling module: one of `POOLINGS`, or several, whose vectors are
+    joined.
 
-    Without a word it is the mean, as in sentence-transformers. A mode that is not known comes back
-    as it is called.
+    The default is the mean, as in sentence-transformers. An unknown mode is returned by its own
+    name.
     """
     modes = config.get("pooling_mode")
     if modes is None:
@@ -58,7 +60,7 @@ def pooling_modes(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def pooling_config(config: Mapping[str, Any], pooling: str) -> dict[str, Any]:
-    """Return a Pooling module's config that pools in one of `POOLINGS`, in its own style."""
+    """Return a Pooling module's config with one of `POOLINGS`, in the config's own style."""
     changed = dict(config)
     if "pooling_mode" in config:
         return changed | {"pooling_mode": _MODES.get(pooling, pooling)}
@@ -68,9 +70,9 @@ def pooling_config(config: Mapping[str, Any], pooling: str) -> dict[str, Any]:
 
 
 def sentence_modules(config: Mapping[str, Any], pooling: str) -> dict[str, Any]:
-    """Return the files to write, by path within the model's folder, for a model of this config.
+    """Return path within the model's folder → content, of the module files for a model's config.
 
-    A text is embedded as its normalised states, pooled in one of `POOLINGS`.
+    They embed a text as its states, pooled in one of `POOLINGS` and normalised.
     """
     width = next(
         (config[key] for key in ("hidden_size", "d_model", "dim", "n_embd") if key in config), None
@@ -93,7 +95,7 @@ def sentence_modules(config: Mapping[str, Any], pooling: str) -> dict[str, Any]:
 
 
 def moved_to_root(modules: list[Any], place: str) -> list[Any]:
-    """Return the content of a modules.json in which the module of a folder is the model's own."""
+    """Return the content of a modules.json with one module moved to the model's own folder."""
     return [
         module | {"path": ""}
         if isinstance(module, dict) and module.get("path") == place

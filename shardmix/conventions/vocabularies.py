@@ -1,4 +1,4 @@
-"""Tokens by id, read from the files of a tokenizer: without any tokenizer.
+"""Tokens by id, read from the files of a tokenizer without running one.
 
 Knows tokenizer.json, vocab.txt, vocab.json, SentencePiece's models, tiktoken's ranks and
 tekken.json. Holds two columns, not the tokens: a vocabulary may have 260,000.
@@ -43,21 +43,21 @@ VOCABULARY_NAMES = (
     *SENTENCEPIECE_NAMES,
     "tekken.json",
 )
-"""Files that hold a vocabulary, what is read first if there are several."""
+"""Files that hold a vocabulary; the first one present is read."""
 CONFIG_NAME = "tokenizer_config.json"
 ADDED_NAME = "added_tokens.json"
 SPECIAL_NAME = "special_tokens_map.json"
 SIDE_NAMES = (CONFIG_NAME, ADDED_NAME, SPECIAL_NAME)
 """Small files beside a vocabulary: settings, added tokens."""
 CUTTING_NAMES = ("merges.txt", "vocab.bpe", "bpe.codes", "source.spm", "target.spm")
-"""Files that say how text is cut, beside a vocabulary that does not."""
+"""Files that define how text is split, beside a vocabulary that does not."""
 TEMPLATE_NAMES = ("chat_template.jinja", "chat_template.json")
 """Files that hold a chat template."""
 
 _MAX_NBYTES = 150_000_000
-# What reading takes for each byte: the file, its tokens as a dict, their hashes; 3 measured.
+# Memory for each byte: the file, its tokens as a dict, their hashes; 3 measured.
 _MEMORY_PER_BYTE = 4
-# No tokenizer has so many tokens, one so long, or so much to say of a step; a stranger's file may.
+# More or longer than in any real tokenizer; a stranger's file may try.
 _MOST_TOKENS = 4_000_000
 _LONGEST_TOKEN_NBYTES = 1_000_000
 _MAX_STEP_NBYTES = 4_000_000
@@ -69,12 +69,12 @@ class Vocabulary:
     """Tokens by id, in columns; row i is one id."""
 
     ids: npt.NDArray[np.int64]
-    """In order, each once."""
+    """Ids in order, each once."""
     hashes: npt.NDArray[np.int64]
-    """Of the tokens; of use only within this process."""
+    """Hashes of the tokens; valid only within this process."""
 
     def with_added(self, added: Mapping[int, str]) -> "Vocabulary":
-        """Return the vocabulary with further tokens, which replace those of the same ids."""
+        """Return the vocabulary with more tokens, which replace those of the same ids."""
         if not added:
             return self
         kept = ~np.isin(self.ids, np.fromiter(added, dtype=np.int64, count=len(added)))
@@ -86,16 +86,16 @@ class Vocabulary:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerJson:
-    """All in a tokenizer.json that decides into which ids a text is cut."""
+    """All parts of a tokenizer.json that decide the ids of a text."""
 
     vocabulary: Vocabulary
     """The model's own, without added tokens."""
     added: dict[int, str]
-    """Id → token, of the added tokens."""
+    """Id → added token."""
     merges: str
     """Digest of the merges, or of a unigram model's scores."""
     steps: dict[str, str]
-    """Step (`normalizer`, ...) → its settings, written in one way."""
+    """Step (`normalizer`, ...) → its settings in canonical form."""
 
 
 class _Model(msgspec.Struct):
@@ -155,7 +155,7 @@ def vocabulary(pairs: Iterable[tuple[bytes, int]]) -> Vocabulary:
 def read_vocabulary(folder: Path, name: str, *, max_memory: int | None) -> Vocabulary:
     """Return the vocabulary in one of a model's files.
 
-    Raises `SourceError` if the file cannot be read or isn't of its kind, `BudgetError` if it might
+    Raises `SourceError` if the file cannot be read or is not of its kind, `BudgetError` if it might
     take the process beyond `max_memory` (bytes).
     """
     with _named(folder / name):
@@ -175,7 +175,7 @@ def read_tokens(
 
 
 def read_tokenizer_json(folder: Path, *, max_memory: int | None) -> TokenizerJson:
-    """Return what a tokenizer.json says. Raises as `read_vocabulary` does."""
+    """Read a tokenizer.json. Raises as `read_vocabulary` does."""
     with _named(folder / TOKENIZER_JSON):
         file = _tokenizer_file(folder, max_memory)
         model = file.model
@@ -185,7 +185,7 @@ def read_tokenizer_json(folder: Path, *, max_memory: int | None) -> TokenizerJso
         }
         steps["model"] = repr((model.type, bool(model.ignore_merges), bool(model.byte_fallback)))
         vocab, merges = _compact(model.vocab), _compact(model.merges)
-        # A unigram model's scores are what another's merges are.
+        # A unigram model has scores instead of merges.
         decisive = vocab if vocab[:1] == b"[" else merges
         return TokenizerJson(
             vocabulary=vocabulary(_json_pairs(vocab)),
@@ -196,7 +196,7 @@ def read_tokenizer_json(folder: Path, *, max_memory: int | None) -> TokenizerJso
 
 
 def merges_digest(folder: Path, *, max_memory: int | None) -> str:
-    """Return a digest of a tokenizer.json's merges, or of a unigram model's scores, as they mean.
+    """Return a digest of the meaning of a tokenizer.json's merges, or of a unigram model's scores.
 
     Older versions write `"a b"`, newer ones `["a","b"]`, and some programs escape characters.
     Raises as `read_vocabulary` does.
@@ -218,12 +218,12 @@ def merges_digest(folder: Path, *, max_memory: int | None) -> str:
 
 
 def is_id(number: object) -> bool:
-    """Tell whether a stranger's number can be a token's."""
+    """Return True if a stranger's number can be a token's id."""
     return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < _END_OF_IDS
 
 
 def same_lines(one: Path, other: Path) -> bool:
-    """Tell whether two lists, such as merges.txt, hold the same lines, but for a first comment.
+    """Return True if two lists, such as merges.txt, hold the same lines after the first comment.
 
     Raises `SourceError` if one cannot be read.
     """
@@ -237,7 +237,7 @@ def same_lines(one: Path, other: Path) -> bool:
     return lines[0] == lines[1]
 
 
-# Of JSON as `_compact` writes it, in which a quote within a text is no quote.
+# Patterns of JSON as `_compact` writes it: a quote always ends a text.
 _TEXT = re.compile(rb'"([^"]*)"')
 _NEW_MERGE = re.compile(rb'\["([^"]*)","([^"]*)"\]')
 _NUMBERED = re.compile(rb'"([^"]*)":(\d{1,10})[,}]')
@@ -292,7 +292,7 @@ def _pairs(folder: Path, name: str, max_memory: int | None) -> Iterable[tuple[by
 
 
 def _tekken_pairs(file: _TekkenFile) -> Iterator[tuple[bytes, int]]:
-    """Yield tokens and ids of a tekken.json: special tokens come first, ranks are counted on."""
+    """Yield tokens and ids of a tekken.json: special tokens come first, ranks follow."""
     for special in file.special_tokens or ():
         yield special.token_str.encode(), special.rank
     for entry in file.vocab:
@@ -324,7 +324,7 @@ def _unescaped(text: bytes) -> bytes:
 
 
 def _pieces(content: bytes) -> Iterator[bytes]:
-    """Yield the pieces of a SentencePiece model: field 1 of the message, and field 1 of each."""
+    """Yield the pieces of a SentencePiece model: field 1 of each field 1 of the message."""
     for field, value in _fields(memoryview(content)):
         if field == 1 and isinstance(value, memoryview):
             texts = (text for number, text in _fields(value) if number == 1)
@@ -369,15 +369,15 @@ def _compact(encoded: msgspec.Raw | bytes) -> bytes:
     """Return JSON without spaces, in which the next quote always ends a text.
 
     Escaped quotes and backslashes become control characters, which no text of JSON holds. A pattern
-    that knows escapes takes 130 bytes for each character of a text, and where it does not fit it
-    starts anew at every quote within the text.
+    that knows escapes takes 130 bytes for each character of a text; if it does not match, it starts
+    again at every quote within the text.
     """
     compact = msgspec.json.format(memoryview(encoded), indent=-1)
     return compact.replace(b"\\\\", _BACKSLASH).replace(b'\\"', _QUOTE)
 
 
 def _canonical(raw: msgspec.Raw) -> str:
-    """Return a step's settings as text that is the same for all versions that mean the same."""
+    """Return a step's settings as text, equal for all versions that mean the same."""
     if len(memoryview(raw)) > _MAX_STEP_NBYTES:
         return xxhash.xxh3_128_hexdigest(_compact(raw))
     return json.dumps(_step(msgspec.json.decode(raw)), sort_keys=True)

@@ -1,4 +1,4 @@
-"""Names of weight files: those that loaders look for, of their shards and indexes.
+"""Names of weight files that loaders look for, of their shards and indexes.
 
 Pure rules on names; opens nothing.
 """
@@ -8,15 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 MODEL = "model"
-"""What transformers, sentence-transformers and timm load, without its suffix."""
+"""Name that transformers, sentence-transformers and timm load, without its suffix."""
 DIFFUSERS = "diffusion_pytorch_model"
-"""What diffusers loads of a component, such as a UNet or a VAE."""
+"""Name that diffusers loads for a component, such as a UNet or a VAE."""
 MISTRAL = "consolidated"
-"""What mistral-inference and vLLM load beside a params.json."""
+"""Name that mistral-inference and vLLM load beside a params.json."""
 OPEN_CLIP = "open_clip_model"
-"""What open_clip loads beside an open_clip_config.json ..."""
+"""Name that open_clip loads beside an open_clip_config.json ..."""
 OPEN_CLIP_OLD = "open_clip_pytorch_model"
-"""... and what it looks for after that."""
+"""... and the name it tries after that."""
 
 STEMS = (MODEL, DIFFUSERS, MISTRAL, OPEN_CLIP, OPEN_CLIP_OLD)
 """All names that some loader looks for in a model's folder."""
@@ -26,7 +26,7 @@ MARKS = {
     OPEN_CLIP: "open_clip_config.json",
     OPEN_CLIP_OLD: "open_clip_config.json",
 }
-"""The file beside weights of such a name that makes them a model; elsewhere it is config.json."""
+"""Stem → the file beside such weights that makes them a model; config.json for other stems."""
 
 SUFFIX = ".safetensors"
 
@@ -37,14 +37,14 @@ _SHARD = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class ShardName:
-    """The name of one of several weight files that are a model together."""
+    """The name of one of several weight files that together are a model."""
 
     stem: str
-    """What all of them begin with."""
+    """The part of the name that they share."""
     number: int
-    """Which it is."""
+    """Number of this file."""
     count: int
-    """How many there are."""
+    """Number of all files."""
 
 
 def weights_name(stem: str) -> str:
@@ -58,23 +58,23 @@ def index_name(stem: str) -> str:
 
 
 def stored_stem(has: Callable[[str], bool], *, is_diffusers: bool = False) -> str | None:
-    """Return the name that a folder's weights have, of those that `has` tells to be there.
+    """Return the stem of a folder's weights, or None if it has none; `has` tells if a file exists.
 
-    None if it has none of them. A component of diffusers is loaded from diffusers' own name first.
+    A component of diffusers is loaded from diffusers' own name first.
     """
     stems = (DIFFUSERS, *STEMS) if is_diffusers else STEMS
     return next((stem for stem in stems if has(weights_name(stem)) or has(index_name(stem))), None)
 
 
 def stem_of(name: str) -> str:
-    """Return the name, without suffix and number, that a loader looks for; MODEL if none does."""
+    """Return a name's stem, without suffix and number, or MODEL if no loader looks for it."""
     shard = shard_name(name)
     stem = name.removesuffix(SUFFIX) if shard is None else shard.stem
     return stem if stem in STEMS else MODEL
 
 
 def is_loaded_name(name: str) -> bool:
-    """Tell whether some loader looks for weights of this name, or for an index of it."""
+    """Return True if some loader looks for weights, or an index, of this name."""
     plain = name.removesuffix(".index.json")
     shard = shard_name(plain)
     stem = plain.removesuffix(SUFFIX) if shard is None else shard.stem
@@ -82,12 +82,12 @@ def is_loaded_name(name: str) -> bool:
 
 
 def shard_pattern(stem: str) -> str:
-    """Return the pattern of its shards' names, with huggingface_hub's `{suffix}` in it."""
+    """Return the pattern of shards' names, with huggingface_hub's `{suffix}` in it."""
     return stem + "{suffix}" + SUFFIX
 
 
 def shard_name(name: str) -> ShardName | None:
-    """Read a name such as `model-00001-of-00003.safetensors`; None if it is none of several."""
+    """Parse a name such as `model-00001-of-00003.safetensors`; return None for other names."""
     found = _SHARD.fullmatch(name)
     if found is None or int(found["count"]) < 2:
         return None

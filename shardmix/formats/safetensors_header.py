@@ -144,8 +144,7 @@ class _Columns:
             self._stops.append(entry.data_offsets[1])
 
     def table(self, *, before_data: int, file_nbytes: int) -> HeaderTable:
-        """Return all tensors in data order; raise `SourceError` if they do not fill the file's
-        data."""
+        """Return all tensors in data order; raise `SourceError` if they do not fill the file."""
         starts, stops, kind_of = map(np.asarray, (self._starts, self._stops, self._kind_of))
         described = int(stops.max()) if len(stops) else 0
         expected_nbytes = before_data + described
@@ -266,8 +265,7 @@ def _check_offsets(
     stops: npt.NDArray[np.int64],
     nbytes: npt.NDArray[np.uint64],
 ) -> None:
-    """Raise `SourceError` unless each tensor begins at the end of the one before and has its
-    size."""
+    """Raise `SourceError` unless tensors follow one another, each of its own size."""
     before = np.concatenate((np.zeros(min(len(stops), 1), dtype=np.int64), stops[:-1]))
     for is_wrong, rule in (
         (stops < starts, "ends before it begins"),

@@ -1,7 +1,7 @@
-"""What a merge took, over time.
+"""The profile of a merge: its memory, page cache and speed over time.
 
 sampler                samples memory, page cache and VRAM, by a thread
-recorder               what is sampled of a merge, and when its profile is written
+recorder               records a merge, and writes its profile at the end
 profile                the profile; its field names are the JSON's
 plot                   a profile as a picture, by matplotlib, in a process of its own
 """

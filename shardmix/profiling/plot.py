@@ -1,6 +1,6 @@
 """Draws the profile of a merge: `python -m shardmix.profiling.plot FIGURES.json PICTURE.svg`.
 
-Needs matplotlib (extra `profile`), without a display. Knows the profile alone.
+Needs matplotlib (extra `profile`), without a display. Knows only the profile.
 """
 
 import sys
@@ -17,19 +17,19 @@ from matplotlib.figure import Figure
 from shardmix.profiling.profile import Profile, Samples
 from shardmix.system.units import format_mib
 
-# The same figures, the same file: matplotlib otherwise puts random names and the time into it.
+# Equal figures give equal files: by default matplotlib adds random names and the time.
 _REPRODUCIBLE: Any = {"svg.hashsalt": "shardmix"}
 _NO_DATE: Any = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
 
 _GIB, _MIB = float(2**30), float(2**20)
 _NUM_RATES = 60
-"""Steps of the curves of speed: enough to see stalls, few enough to see more than steps."""
+"""Steps of the speed curves: enough to show stalls, few enough to read."""
 
 _Values = npt.NDArray[np.float64]
 
 
 def draw(profile: Profile, picture: Path) -> None:
-    """Draw a profile into a file, of the kind that its suffix says: svg, png or pdf."""
+    """Draw a profile into a file, whose suffix says its kind: svg, png or pdf."""
     panels = [_draw_memory, _draw_page_cache, _draw_speed]
     if profile.samples.vram_reserved_bytes is not None:
         panels.insert(1, _draw_vram)
@@ -65,7 +65,7 @@ def _title(profile: Profile) -> str:
 def _draw_memory(on: Axes, profile: Profile) -> None:
     samples, plan = profile.samples, profile.plan
     top = max(plan.projected_peak_bytes, profile.peak_rss_bytes)
-    # A budget far above would make all else flat; its figure is in the legend.
+    # A budget far above would flatten all other curves; its figure is in the legend.
     budget = plan.max_memory_bytes
     top = max(top, budget if budget is not None and budget < 2 * top else 0)
     unit, name = (_MIB, "MiB") if top < 2 * _GIB else (_GIB, "GiB")
@@ -122,7 +122,7 @@ def _draw_speed(on: Axes, profile: Profile) -> None:
         times, done = _known(samples, column)
         if len(times) < 2:
             continue
-        # At moments that are evenly spaced, or a sample that came late would look like a stall.
+        # Rates at evenly spaced moments; otherwise a late sample would look like a stall.
         edges = np.linspace(times[0], times[-1], min(_NUM_RATES, len(times)))
         rates = np.diff(np.interp(edges, times, done)) / np.diff(edges) / 1e9
         on.stairs(rates, edges, label=f"{label}, over time")
@@ -133,7 +133,7 @@ def _draw_speed(on: Axes, profile: Profile) -> None:
 
 
 def _known(samples: Samples, column: Sequence[int | None]) -> tuple[_Values, _Values]:
-    """Return the moments when a column's value is known, and the values."""
+    """Return the moments at which a column's value is known, and the values."""
     known: list[Any] = [
         (seconds, value)
         for seconds, value in zip(samples.seconds, column, strict=False)

@@ -19,113 +19,114 @@ from shardmix.system.timer import FINISH, STAGES, StageClock
 COMPLETE, CANCELLED, FAILED = "complete", "cancelled", "failed"
 
 FIRST_BYTES = b'{"profile_version":'
-"""What the file of a profile begins with."""
+"""First bytes of a profile's file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedMerge:
-    """What the plan says of the merge."""
+    """The plan of the merge."""
 
     num_models: int
     """Models merged."""
     num_tensors: int
-    """Tensors in the output."""
+    """Models merged."""
     bytes_read: int
-    """Weights to read."""
+    """Weight bytes to read."""
     bytes_written: int
-    """Weight files to write."""
+    """Bytes of weight files to write."""
     device: str
     """cpu, cuda (all GPUs) or cuda:N."""
     io: str
-    """How sources are read: mmap or pread. Mapped bytes are loaded by the sum: see `reduce`."""
+    """Way to read sources: mmap or pread. Mapped bytes are loaded during the arithmetic: see
+    `reduce`."""
     backend: str
-    """What does the sums: torch or llvm."""
+    """Backend of the arithmetic: torch or llvm."""
     workers: int
     """Threads, each with a chunk of its own."""
     strip_bytes: int
     """Size of one chunk's accumulator."""
     max_memory_bytes: int | None
-    """The budget for the process's peak resident memory; null: none was given."""
+    """The budget for the process's peak resident memory; null without one."""
     max_vram_bytes: int | None
-    """The same for GPU memory."""
+    """The budget for GPU memory; null without one."""
     reserved_bytes: int
-    """Of the projected peak, what Python, libraries and the process itself take."""
+    """The part of the projected peak that Python, libraries and the process itself take."""
     projected_peak_bytes: int
-    """Resident memory of the process at its peak, at most."""
+    """Upper bound of the process's peak resident memory."""
     projected_vram_bytes: int
-    """GPU memory that torch will have reserved at its peak, at most, on one GPU; 0 on the CPU."""
+    """Upper bound of the GPU memory that torch reserves, on one GPU; 0 on the CPU."""
     digest: str
-    """What the output's files are hashed with: xxh3, blake3 or sha256."""
+    """Digest of the output's files: xxh3, blake3 or sha256."""
     fsync: bool
-    """Files are forced to disk before the output appears."""
+    """True if files are forced to disk before the output appears."""
     plan_digest: str
-    """Plans of one digest write the same bytes from the same sources."""
+    """Digest of the plan; plans with the same digest write the same bytes from the same sources."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageProfile:
-    """One thing that workers do, over the whole merge."""
+    """One stage of the workers, over the whole merge."""
 
     bytes: int
-    """What passed through: source bytes of read and reduce, output bytes of the others."""
+    """Bytes that passed through: source bytes of read and reduce, output bytes of the others."""
     worker_seconds: float
-    """How long workers were at it, added up over all of them."""
+    """Time that workers spent at it, summed over all workers."""
     gb_per_second: float | None
-    """10⁹ bytes a second while all workers are at it: bytes / worker_seconds × workers. Null for
-    finish and other, which are not about bytes."""
+    """10⁹ bytes a second with all workers at it: bytes / worker_seconds × workers. Null for finish
+    and other, which have no bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """Columns of one length, a row for each moment; null: not known then, or on this system."""
+    """Columns of equal length, a row for each moment; null if unknown then, or on this system."""
 
     interval_seconds: float
-    """Between samples, about; it doubles whenever there are 4096."""
+    """Approximate time between samples; it doubles whenever there are 4096."""
     failure: str | None
-    """Why sampling ended before the merge did."""
+    """Reason if sampling ended before the merge did, else null."""
     seconds: list[float]
-    """When, counted from the beginning of the recording."""
+    """Time of each sample, from the beginning of the recording."""
     rss_bytes: list[int | None]
-    """Resident memory of the process; what is neither of the next two is shared memory."""
+    """Resident memory of the process: the next two columns, and shared memory."""
     rss_anon_bytes: list[int | None]
-    """Of this, anonymous memory: what was allocated."""
+    """Part of it: anonymous memory, which was allocated."""
     rss_file_bytes: list[int | None]
-    """Of this, pages of files: libraries, and sources that are memory-mapped."""
+    """Part of it: pages of files, such as libraries and memory-mapped sources."""
     system_page_cache_bytes: list[int | None]
-    """`Cached` of /proc/meminfo: the whole system's page cache, by whatever process."""
+    """`Cached` of /proc/meminfo: the whole system's page cache, of all processes."""
     system_dirty_bytes: list[int | None]
-    """`Dirty` of /proc/meminfo: of this, what is still to be sent to disks."""
+    """`Dirty` of /proc/meminfo: the part of it that is not yet sent to disks."""
     system_writeback_bytes: list[int | None]
-    """`Writeback` of /proc/meminfo: of this, what disks are just being sent."""
+    """`Writeback` of /proc/meminfo: the part of it that is being sent to disks."""
     read_bytes: list[int | None]
     """Source bytes read so far."""
     reduce_bytes: list[int | None]
-    """Source bytes summed so far."""
+    """Source bytes merged so far."""
     write_bytes: list[int | None]
     """Output bytes written so far (into the page cache)."""
     digest_bytes: list[int | None]
     """Output bytes hashed so far."""
     vram_reserved_bytes: list[int | None] | None = None
-    """GPU memory that torch holds, of several GPUs where it is most; null on the CPU."""
+    """GPU memory that torch holds; the largest of several GPUs; null on the CPU."""
     vram_device_used_bytes: list[int | None] | None = None
-    """GPU memory that the driver counts as used, of several GPUs where it is most: the whole
-    device's, by all processes, contexts included."""
+    """GPU memory in use by the driver's count: the whole device's, by all processes, contexts
+    included; the largest of several GPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Where it ran."""
+    """The machine of the merge."""
 
     platform: str
     """System, kernel and architecture."""
     processor: str
-    """Its name; empty where the system does not tell."""
+    """Name of the processor; empty if the system does not tell."""
     num_cores: int
     """Cores that the process may use."""
     memory_bytes: int
     """Memory of the machine."""
     python: str
-    """Version."""
+    """Version of Python."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,36 +134,36 @@ class Profile:
     """The whole file. Sizes in bytes, times in seconds."""
 
     profile_version: int = 1
-    """Says what the fields mean; the file begins with it."""
+    """Version of the fields' meaning; the file begins with it."""
     shardmix: str = __version__
-    """Version."""
+    """Version of shardmix."""
     outcome: str
-    """complete, cancelled or failed: of the last two, what ran."""
+    """complete, cancelled or failed; after the last two, the figures are of the part that ran."""
     seconds: float
-    """From the plan's end until the output was in place: the sum of the next three."""
+    """Time from the plan's end until the output was complete: the sum of the next three."""
     load_seconds: float
-    """Loading the library that does the sums, and trying the device where it was open."""
+    """Time to load the backend's library, and to try the device if it was still open."""
     merge_seconds: float
-    """From the first worker's start to the last one's end."""
+    """Time from the first worker's start to the last one's end."""
     finish_seconds: float
-    """shardmix.json, forcing folders to disk, and the rename."""
+    """Time for shardmix.json, forcing folders to disk, and the rename."""
     peak_rss_bytes: int
-    """Largest resident set of the process so far (VmHWM): it may be from before the merge. The
-    kernel counts it less exactly than a sample: they may differ by some pages for each core."""
+    """Largest resident set of the process so far (VmHWM), perhaps from before the merge. The kernel
+    counts it less exactly than a sample: they may differ by some pages for each core."""
     peak_vram_bytes: int
-    """GPU memory that torch had reserved at most, on one GPU; 0 on the CPU."""
+    """Peak GPU memory that torch had reserved, on one GPU; 0 on the CPU."""
     plan: PlannedMerge
-    """What was to be done, and how."""
+    """The plan and its settings."""
     stages: dict[str, StageProfile]
-    """By name: read, reduce, write, digest, finish (the end of an output file: its header, and
-    forcing it to disk) and other (waiting for work, checking what an earlier run left)."""
+    """Stages by name: read, reduce, write, digest, finish (the end of an output file: its header,
+    and forcing it to disk) and other (waiting for a task, checking an earlier merge's files)."""
     machine: Machine
-    """Where it ran."""
+    """The machine of the merge."""
     samples: Samples
     """Memory and bytes over time."""
 
     def to_json(self) -> bytes:
-        """Return the profile as JSON; `from_json` gives an equal one back."""
+        """Return the profile as JSON; `from_json` returns an equal one."""
         return msgspec.json.encode(self)
 
     @staticmethod
@@ -172,7 +173,7 @@ class Profile:
 
 
 def planned_merge(plan: MergePlan) -> PlannedMerge:
-    """Return what a profile tells of a plan."""
+    """Return the plan's part of a profile."""
     settings, memory = plan.settings, plan.memory
     return PlannedMerge(
         num_models=plan.num_models,

@@ -1,4 +1,4 @@
-"""Records a merge while it runs: where its profile may go, what is sampled, when it is written.
+"""Records a merge while it runs: checks the profile's path, samples, and writes the profile.
 
 Puts sampler, stage clock and profile together. Draws no picture.
 """
@@ -40,17 +40,17 @@ _STAGE_COLUMNS = tuple(f"{name}_bytes" for name in STAGES[:FINISH])
 
 
 class Recording:
-    """What a merge tells of itself, where nobody wants to know."""
+    """The recording of a merge without a profile: nothing."""
 
     clock: Clock = NO_CLOCK
-    """What the workers tell their stages."""
+    """The clock that workers call."""
 
     def begin_merge(self, plan: MergePlan, backend: Backend) -> None:
-        """Note that all is loaded, and the workers start."""
+        """Note that all is loaded and the workers start."""
 
 
 class ProfileRecording(Recording):
-    """What a merge tells of itself, to be written down."""
+    """The recording of a merge for a profile."""
 
     def __init__(self, sampler: Sampler, *, started: float) -> None:
         self.clock = self._clock = StageClock()
@@ -59,14 +59,14 @@ class ProfileRecording(Recording):
         self._merge: tuple[MergePlan, Backend, float] | None = None
 
     def begin_merge(self, plan: MergePlan, backend: Backend) -> None:
-        """Note that all is loaded, and the workers start."""
+        """Note that all is loaded and the workers start."""
         self._merge = plan, backend, time.perf_counter()
         self._sampler.watch(_STAGE_COLUMNS, lambda: self._clock.nbytes()[:FINISH])
         if plan.settings.on_cuda:
             self._sampler.watch(VRAM_COLUMNS, vram_probe(plan.settings.device))
 
     def profile(self, outcome: str) -> Profile | None:
-        """End the recording and return it; None where the merge had not come to begin."""
+        """End the recording and return it; return None if the merge never began."""
         self._sampler.stop()
         ended = time.perf_counter()
         if self._merge is None:
@@ -96,10 +96,10 @@ class ProfileRecording(Recording):
 
 @contextmanager
 def recording(path: str | None) -> Iterator[Recording]:
-    """Record the merge that runs in this block, and write its profile; without a path, neither.
+    """Record the merge in this block, and write its profile; without a path, do neither.
 
-    A merge that fails or is stopped once it has begun leaves the profile of what ran. Raises
-    `OutputError` where the file cannot be written.
+    A merge that began and then fails or is stopped leaves the profile of the part that ran. Raises
+    `OutputError` if the file cannot be written.
     """
     if path is None:
         yield Recording()
@@ -123,7 +123,7 @@ def recording(path: str | None) -> Iterator[Recording]:
         _write(path, recorded.profile(COMPLETE))
 
 
-def check_profile_place(path: str | None, output: Path | None, inputs: Sequence[Path]) -> None:
+def check_profile_path(path: str | None, output: Path | None, inputs: Sequence[Path]) -> None:
     """Refuse a profile that could not be written, or would destroy something. Opens no source.
 
     `path` is absolute; `inputs` are model folders and weight files. Raises `OutputError`.
@@ -153,7 +153,7 @@ def _check_replaceable(file: Path) -> None:
 
 
 def is_profile(file: Path) -> bool:
-    """Tell whether a file is a profile of a merge, by its first bytes."""
+    """Return True if a file is a profile of a merge, by its first bytes."""
     try:
         with open_regular(file) as opened:
             return opened.read(len(FIRST_BYTES)) == FIRST_BYTES
@@ -165,7 +165,7 @@ def _write(path: str, profile: Profile | None) -> None:
     if profile is None:
         return
     file = Path(path)
-    _check_replaceable(file)  # again: it was looked at before the merge
+    _check_replaceable(file)  # again: the first check was before the merge
     try:
         with open_folder(file.parent) as folder:
             folder.replace(file.name, profile.to_json())

@@ -1,6 +1,6 @@
-"""What a process holds in memory over time: samples of it, taken by a thread beside the work.
+"""Samples of a process's memory over time, taken by a thread of its own.
 
-Reads what the kernel and torch tell, in a fixed amount of memory. Knows no merge, writes no file.
+Reads the kernel's and torch's figures, in a fixed amount of memory. Knows no merge, writes no file.
 """
 
 import os
@@ -17,17 +17,17 @@ from shardmix.errors import one_line
 from shardmix.system.gpus import gpu_names
 
 INTERVAL_SECONDS = 0.02
-"""Between samples, at first."""
+"""Initial time between samples."""
 
-# When there are as many, every other one goes, and the interval doubles: about half a MiB, however
-# long the merge.
+# At this number every other one goes, and the interval doubles: about half a MiB, however long
+# the merge.
 _MOST_SAMPLES = 4096
 
 _KIB = 1024
 _NOT_KNOWN = -1
 
 Probe = Callable[[], Sequence[int | None]]
-"""Returns a value, usually bytes, for each of its columns; None: not known here."""
+"""Returns a value, usually bytes, for each of its columns; None if unknown here."""
 
 MEMORY_COLUMNS = (
     "rss_bytes",
@@ -41,14 +41,14 @@ VRAM_COLUMNS = ("vram_reserved_bytes", "vram_device_used_bytes")
 
 
 class Sampler:
-    """A thread that asks probes for their values, and keeps them as columns."""
+    """A thread that calls probes and stores their values as columns."""
 
     def __init__(self, started: float) -> None:
-        """Times count from `started`, by `time.perf_counter`. No probe, no column."""
+        """Count times from `started`, by `time.perf_counter`. Begins without probes and columns."""
         self.interval_seconds = INTERVAL_SECONDS
-        """Between samples, now."""
+        """Current time between samples."""
         self.failure: str | None = None
-        """Why sampling ended before its time."""
+        """Reason if sampling ended early, else None."""
         self._started = started
         self._probes: list[tuple[tuple[str, ...], Probe]] = []
         self._times = array("d")
@@ -58,14 +58,14 @@ class Sampler:
         self._thread = threading.Thread(target=self._run, name="shardmix-footprint", daemon=True)
 
     def watch(self, columns: tuple[str, ...], probe: Probe) -> None:
-        """Ask a probe, too, from now on; what was before is not known."""
+        """Add a probe; its values before now are unknown."""
         with self._lock:
             self._probes.append((columns, probe))
             for name in columns:
                 self._columns[name] = array("q", [_NOT_KNOWN]) * len(self._times)
 
     def start(self) -> None:
-        """Take a first sample, and go on."""
+        """Take a first sample, and start the thread."""
         self._sample()
         self._thread.start()
 
@@ -76,7 +76,7 @@ class Sampler:
         self._sample()
 
     def columns(self) -> tuple[list[float], dict[str, list[int | None]]]:
-        """Return the samples' times in seconds, and each column; None where not known."""
+        """Return the samples' times in seconds, and each column; unknown values are None."""
         with self._lock:
             return list(self._times), {
                 name: [None if value == _NOT_KNOWN else value for value in values]
@@ -92,7 +92,7 @@ class Sampler:
             try:
                 values = [(columns, probe()) for columns, probe in self._probes]
             except (OSError, RuntimeError, ValueError, psutil.Error) as error:
-                # Not worth failing a merge for, but not to be kept quiet about.
+                # No reason to fail a merge, but the profile must say it.
                 self.failure = one_line(error)
                 return
             self._times.append(time.perf_counter() - self._started)
@@ -103,7 +103,7 @@ class Sampler:
                 self._thin_out()
 
     def _thin_out(self) -> None:
-        """Keep of each two samples the one with more memory, so that no peak is lost."""
+        """Drop of each two samples the one with less memory, so that no peak is lost."""
         sizes = self._columns.get(MEMORY_COLUMNS[0], self._times)
         kept = [
             first if sizes[first] > sizes[first + 1] else first + 1
@@ -117,10 +117,10 @@ class Sampler:
 
 @contextmanager
 def memory_probe() -> Iterator[Probe]:
-    """Give the probe of `MEMORY_COLUMNS`: by /proc where there is one (13 µs), else by psutil.
+    """Yield the probe of `MEMORY_COLUMNS`: by /proc if there is one (13 µs), else by psutil.
 
-    /proc/self/smaps_rollup would be exact to the page, but takes 5 ms for 200 MiB, in which the
-    process can't map memory; what `status` tells may be off by some pages for each thread.
+    /proc/self/smaps_rollup would be exact to the page, but takes 5 ms for 200 MiB, and meanwhile
+    the process cannot map memory. The figures of `status` may be off by some pages for each thread.
     """
     try:
         status = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
@@ -153,10 +153,10 @@ def _probe_by_psutil() -> Sequence[int | None]:
 
 
 def vram_probe(device: str) -> Probe:
-    """Return the probe of `VRAM_COLUMNS` for cuda (all GPUs) or cuda:N, with torch loaded already.
+    """Return the probe of `VRAM_COLUMNS` for cuda (all GPUs) or cuda:N; torch must be loaded.
 
-    Of several GPUs the largest figures. What the driver counts as used is the whole device's, by
-    all processes; the process's own context is in it, which torch does not count.
+    Of several GPUs it returns the largest figures. The driver counts the whole device, by all
+    processes, with the process's own context, which torch does not count.
     """
     cuda = sys.modules["torch"].cuda
     watched = gpu_names(cuda, device)

@@ -65,8 +65,7 @@ def cuda_in_use() -> Any:
 
 
 def num_devices(device: str) -> int:
-    """Return the number of GPUs that share the tasks on cpu, cuda or cuda:N, as the plan counts
-    them."""
+    """Return the number of GPUs that share the tasks on cpu, cuda or cuda:N."""
     if device == "cpu":
         return 0
     return max(1, cuda_device_count()) if device == "cuda" else 1

@@ -385,7 +385,7 @@ def test_status_shows_what_is_there(models, tmp_path):
     done = shardmix("status", out)
     assert "complete, a × 0.7" in done.stdout
     assert "unfinished, m0 × 0.6, m1 × 0.4; 12.6 MB of 28.0 MB, 0 of 2 files" in done.stdout
-    assert "nobody is at work on it" in done.stdout
+    assert "no process is at work on it" in done.stdout
     assert json.loads(shardmix("status", out, "--json").stdout)["unfinished"]["num_shards"] == 2
 
 
@@ -397,9 +397,9 @@ def test_a_merge_that_goes_on_says_so(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (
-        "went on where an earlier run was cut off: 25.2 MB did not have to be read" in done.stdout
+        "went on where an earlier merge was cut off: 25.2 MB did not have to be read" in done.stdout
     )
-    assert "by an earlier run)" in done.stderr
+    assert "by an earlier merge)" in done.stderr
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

@@ -178,7 +178,7 @@ def test_large_merge_is_dropped_behind_it(tmp_path, dropped, monkeypatch, io):
     ("options", "told"),
     [
         ([], "page cache   is left to other files"),
-        (["--no-fsync"], "page cache   keeps the output alone"),
+        (["--no-fsync"], "page cache   keeps only the output"),
     ],
 )
 def test_a_plan_tells_what_stays(tmp_path, monkeypatch, options, told):
