@@ -143,8 +143,8 @@ def status_report(report: "StatusReport", *, json: bool) -> None:
         )
     if unfinished.process is None:
         console.print(
-            "no process is at work on it; the same merge goes on from there, and --restart discards "
-            "it",
+            "no process is at work on it; the same merge goes on from there, and --restart "
+            "discards it",
             soft_wrap=True,
         )
     else:
