@@ -1,14 +1,14 @@
 """A model folder that appears whole, or not at all.
 
-destination            where an output may go: destroying nothing, on a disk with room
-disk_need              how much disk a merge takes, asked of those who write
-counted_folder         a folder that nothing is written to, to count with
-staging                filled out of sight, put in place by one rename
-journal                which leaves of which merge are done, for a later run to go on
-score_log              what scoring has found, for a later run
+destination            checks of an output's path: it destroys nothing, and its disk has room
+disk_need              the disk space of a merge, counted by the code that writes
+counted_folder         a folder that counts sizes instead of writing
+staging                filled in a hidden folder, put in place by one rename
+journal                the finished leaves of a merge, for the next call to go on
+score_log              the scores so far, for the next call
 file_writer            byte ranges out
-shard_writer           a weight file that grows: written, hashed, claimed leaf by leaf
+shard_writer           a growing weight file: written, hashed, claimed leaf by leaf
 model_folder           config, index, model card
 provenance             shardmix.json, written and read back
-permissions            who may read an output: nobody who could not read every source
+permissions            readers of an output: only those who could read every source
 """

@@ -1,7 +1,7 @@
-"""A folder that nothing is written to: counts how long its files would be.
+"""A folder that writes nothing, and counts the sizes of its files.
 
-Stands in the place of a `HeldFolder` for whoever writes an output. So what an output will take of a
-disk is asked of those who write it, and of nobody else.
+The code that writes an output takes it in place of a `HeldFolder`. So the disk space of an output
+is known from the very code that writes it.
 """
 
 import io
@@ -10,28 +10,28 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 BLOCK_NBYTES = 4096
-"""What file systems mostly give to files at once, and so what the smallest file takes."""
+"""Allocation unit of most file systems, and so the size of the smallest file."""
 
 
 class CountedFolder:
-    """The sizes of files that would be made in a folder."""
+    """The sizes of the files that would be made in a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        """Where the folder would be; only for messages."""
+        """The path that the folder would have; only for messages."""
         self.sizes: dict[str, int] = {}
-        """Path within it → size in bytes; what is made anew counts as it was made last."""
+        """Path within it → size in bytes; the last write of a file counts."""
 
     @contextmanager
     def create(self, name: str) -> Iterator["CountedFile"]:
-        """Give a file to be written."""
+        """Yield a file to be written."""
         file = CountedFile()
         yield file
         self.sizes[name] = file.nbytes
 
     @property
     def nbytes(self) -> int:
-        """What all of it takes of a disk, in whole blocks; each folder takes one."""
+        """Disk space of all files, in whole blocks; each folder takes one."""
         folders = {parent for name in self.sizes for parent in PurePosixPath(name).parents}
         blocks = sum(-(-nbytes // BLOCK_NBYTES) for nbytes in self.sizes.values())
         return (blocks + len(folders)) * BLOCK_NBYTES
@@ -42,18 +42,18 @@ class CountedFile(io.RawIOBase):
 
     def __init__(self) -> None:
         self.nbytes = 0
-        """How many there are."""
+        """Number of bytes so far."""
 
     def writable(self) -> bool:
         """Return True."""
         return True
 
     def write(self, data: object) -> int:
-        """Count some bytes."""
+        """Count the bytes of `data`."""
         nbytes = memoryview(data).nbytes  # type: ignore[arg-type]
         self.nbytes += nbytes
         return nbytes
 
     def count(self, nbytes: int) -> None:
-        """Count bytes that nobody has to read for that."""
+        """Count bytes that need not be read for it."""
         self.nbytes += nbytes

@@ -1,4 +1,4 @@
-"""Where an output may go: a path that destroys nothing, on a disk that has room. Writes nothing."""
+"""Checks of an output's path: it destroys nothing, and its disk has room. Writes nothing."""
 
 import itertools
 import os
@@ -18,14 +18,14 @@ from shardmix.system.held_folder import HeldFolder, open_folder
 from shardmix.system.units import format_size
 
 _BESIDE_A_MODEL = ("README.md", PROVENANCE_NAME, ".gitattributes")
-_HUB_LEFTOVERS = ".cache/huggingface/"  # of a download into a folder
-_MOST_NAME_NBYTES = 240  # of 255, and the folder that the work goes into has a longer one
+_HUB_LEFTOVERS = ".cache/huggingface/"  # left by a download into a folder
+_MOST_NAME_NBYTES = 240  # of 255; the staging folder's name is longer
 
 
 def resolve_output(output: str | os.PathLike[str]) -> Path:
     """Return the one absolute path that all checks and the rename use.
 
-    Links and `..` on the way to it are resolved; it is not, should it be a link itself.
+    Links and `..` in its parents are resolved. A link in its last part is not.
     """
     if is_url(os.fspath(output)):
         raise OutputError(
@@ -53,7 +53,7 @@ def resolve_output(output: str | os.PathLike[str]) -> Path:
 
 
 def check_output(output: Path, *, overwrite: bool, inputs: Sequence[Path]) -> None:
-    """Refuse an output that would destroy something: an input, or what isn't just a model.
+    """Refuse an output that would destroy an input, or anything besides a model.
 
     `output` is resolved; `inputs` are model folders and weight files. Raises `OutputError`.
     """
@@ -85,7 +85,7 @@ def check_output(output: Path, *, overwrite: bool, inputs: Sequence[Path]) -> No
 
 
 def check_disk(output: Path, needed_nbytes: int, *, staged_nbytes: int = 0) -> None:
-    """Raise `OutputError` where the disk lacks room for an output, part of which may be there."""
+    """Raise `OutputError` if the disk lacks room for an output, of which `staged_nbytes` exist."""
     try:
         free = free_nbytes(output) + staged_nbytes
     except OSError as error:
@@ -98,9 +98,9 @@ def check_disk(output: Path, needed_nbytes: int, *, staged_nbytes: int = 0) -> N
 
 
 def check_replaceable(parent: HeldFolder, name: str, *, overwrite: bool) -> HeldFolder | None:
-    """Return the model that an output replaces, opened; None if nothing has its name.
+    """Return the opened model that an output replaces, or None if nothing has its name.
 
-    Raises `OutputError` if what is there may not be replaced, and OSError.
+    Raises OSError, and `OutputError` if the entry may not be replaced.
     """
     there = parent.entry(name)
     if there is None:
@@ -130,9 +130,9 @@ def check_replaceable(parent: HeldFolder, name: str, *, overwrite: bool) -> Held
 
 
 def check_is_model(folder: HeldFolder, output: Path) -> None:
-    """Raise `OutputError` if a folder is not empty, and not a model and nothing else.
+    """Raise `OutputError` unless a folder is empty, or holds a model and nothing else.
 
-    `output` is what to call it: by now it may lie elsewhere.
+    `output` is its name in messages: the folder itself may have moved since.
     """
     names = folder.names()
     places = tuple(f"{place}/" for place in _module_places(folder.path))
@@ -152,10 +152,10 @@ def check_is_model(folder: HeldFolder, output: Path) -> None:
 
 
 def _not_the_models(folder: HeldFolder) -> Iterator[str]:
-    """Yield the files below a folder that are none of the model's in it: they are somebody's work.
+    """Yield the files below a folder that do not belong to its model: somebody's work.
 
-    What shardmix wrote is known by name; of a model from elsewhere, what is called as loaders and
-    other programs call it is taken for its own: weights, and what goes along with weights.
+    Files that shardmix wrote are known by name. In a model from elsewhere, files with names that
+    loaders and other programs give are the model's: weights, and files that go along with weights.
     """
     written: Collection[str] = ()
     with (
@@ -171,7 +171,7 @@ def _not_the_models(folder: HeldFolder) -> Iterator[str]:
 
 
 def _module_places(folder: Path) -> tuple[str, ...]:
-    with suppress(SourceError):  # then it is no such model
+    with suppress(SourceError):  # it is no model of sentence-transformers
         return module_places(read_modules(folder))
     return ()
 

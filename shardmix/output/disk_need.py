@@ -1,7 +1,7 @@
-"""The disk that a merge will take, asked of those who write: weights, all beside them, journal.
+"""The disk space of a merge, counted by the code that writes: weights, all other files, journal.
 
-Each file counts in whole blocks, so that the output takes no more than was told, and hardly less.
-What may be found in the data (NaN) is not known before; it is added as it is found.
+Each file counts in whole blocks, so that the output takes no more than planned, and hardly less.
+Anomalies in the data (NaN) are unknown beforehand; they are added as they are found.
 """
 
 import threading
@@ -17,12 +17,12 @@ from shardmix.output.staging import Staging
 from shardmix.plan.merge_plan import MergePlan
 
 _LONGEST_DIGEST = "0" * 64
-# The staging folder, and in it the lock and the marker of the moment of the rename.
+# The staging folder, and in it the lock and the marker of the rename.
 _STAGING_NBYTES = 3 * BLOCK_NBYTES
 
 
 def disk_needed_nbytes(plan: MergePlan) -> int:
-    """Return what a plan's output and what is beside it meanwhile take, at most.
+    """Return the most disk space that a plan's output and its temporary files take.
 
     Raises `SourceError` if a file that goes along cannot be read.
     """
@@ -37,10 +37,10 @@ def disk_needed_nbytes(plan: MergePlan) -> int:
 
 
 class AnomalyRoom:
-    """Sees to it that what is found in the data still has room on the output's disk.
+    """Checks that records of anomalies still fit on the output's disk.
 
-    Of every tensor that holds NaN a line goes into the journal and one into `shardmix.json`. On a
-    disk that is all but full the merge ends here, with what is done kept, and not hours later.
+    For every tensor with NaN a line goes into the journal and one into `shardmix.json`. On a disk
+    that is nearly full the merge ends here and can be resumed, instead of failing hours later.
     """
 
     def __init__(self, plan: MergePlan, staging: Staging) -> None:
@@ -49,7 +49,7 @@ class AnomalyRoom:
         self._nbytes = 0
 
     def check(self, tensors: Collection[str]) -> None:
-        """Count what is told of some more tensors; raise `OutputError` if that has no room."""
+        """Count the records of some more tensors; raise `OutputError` if the disk lacks room."""
         nbytes = sum(
             provenance.nonfinite_nbytes(name) + journal.nonfinite_nbytes(name) for name in tensors
         )

@@ -1,4 +1,4 @@
-"""Writes a shard in place: chunks at their offsets, in any order, into a file sized beforehand.
+"""Writes a shard in place: chunks at their offsets, in any order, into a file of its final size.
 
 No shard is ever buffered. Knows bytes and offsets, not tensors.
 """
@@ -16,7 +16,7 @@ from shardmix.system.page_cache import DROPPED_AT_ONCE_NBYTES, drop_pages
 
 
 class ShardWriter:
-    """One output file, new or begun by an earlier run, open for chunks from several threads."""
+    """One output file, new or an earlier merge's, open for chunks from several threads."""
 
     def __init__(
         self, folder: HeldFolder, name: str, *, file_nbytes: int, keep_cached: bool = True
@@ -35,7 +35,7 @@ class ShardWriter:
             raise writing_failed(path, error) from None
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Write bytes at an offset of the file, however many calls that takes."""
+        """Write bytes at an offset of the file, by as many calls as needed."""
         written = 0
         try:
             while written < len(data):
@@ -45,7 +45,7 @@ class ShardWriter:
             raise writing_failed(self._path, error) from None
 
     def read(self, start: int, stop: int, buffer: memoryview) -> Iterator[memoryview]:
-        """Yield what was written in a range, in pieces as large as the buffer read into."""
+        """Yield the written bytes of a range, in pieces as large as the buffer."""
         try:
             yield from read_range(self._descriptor, start, stop, buffer)
         except OSError as error:
@@ -59,7 +59,7 @@ class ShardWriter:
             self._drop_pages()
 
     def finish(self, head: Iterable[bytes], *, fsync: bool) -> None:
-        """Write the file's first bytes, in pieces, force it to disk if wanted, and close it.
+        """Write the file's first bytes, in pieces, force it to disk if asked, and close it.
 
         They come last: until then the file is not valid safetensors.
         """
@@ -71,19 +71,19 @@ class ShardWriter:
             if fsync:
                 os.fsync(self._descriptor)
                 self._drop_pages()
-            self._close()  # network disks may say only now that they are full
+            self._close()  # network disks may only now report that they are full
         except OSError as error:
             raise writing_failed(self._path, error) from None
 
     def _drop_pages(self) -> None:
-        """Drop what is on the disk by now; the rest has its turn later."""
+        """Drop the pages that are on the disk by now; the rest follows later."""
         self._num_cached = 0
         if not self._keep_cached:
             drop_pages(self._descriptor, 0, self._file_nbytes)
 
     def close(self) -> None:
         """Close the file, finished or not."""
-        # Of what is not finished each leaf is hashed again before it counts.
+        # Each leaf of an unfinished file is hashed again before it counts.
         with suppress(OSError):
             self._close()
 

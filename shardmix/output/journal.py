@@ -1,8 +1,8 @@
-"""The journal of a merge: which leaves of which output files are done, for a later run to go on.
+"""The journal of a merge: the finished leaves of its output files, for the next call to go on.
 
-One JSON value a line: first what merge it is, then a line for each leaf. A line is a claim, no
-more: whoever goes on from it hashes the leaf's bytes again, so that neither a torn line nor data
-that a power cut took back can do harm. Nothing here needs to be forced to disk for that.
+One JSON value a line: first the merge's description, then a line for each leaf. A line is only a
+claim: before it is used, the leaf's bytes are hashed again. So neither a torn line nor data lost in
+a power cut can do harm, and nothing here needs to be forced to disk.
 """
 
 import os
@@ -25,7 +25,7 @@ from shardmix.system.held_folder import HeldFolder
 
 JOURNAL_NAME = "journal"
 _FORMAT = 2
-_LONGEST_LINE_NBYTES = 64_000_000  # the first one names every file, others what was found in a leaf
+_LONGEST_LINE_NBYTES = 64_000_000  # the first one names every file, others all anomalies of a leaf
 
 
 class _Format(msgspec.Struct):
@@ -43,12 +43,12 @@ class _Line(msgspec.Struct, array_like=True):
     shard: int
     leaf: int
     digest: str
-    findings: LeafAnomalies = NO_ANOMALIES
+    anomalies: LeafAnomalies = NO_ANOMALIES
 
 
 @dataclass(frozen=True, slots=True)
 class JournalSummary:
-    """What a journal claims, for people who ask."""
+    """The claims of a journal, for a status report."""
 
     merge: MergeDescription
     """The merge."""
@@ -57,44 +57,44 @@ class JournalSummary:
     num_bytes: int
     """Bytes of all weight files."""
     num_shards_done: int
-    """Output files all of whose leaves are claimed."""
+    """Output files with all leaves claimed."""
     num_shards: int
-    """Output files."""
+    """All output files."""
 
 
 class Journal:
-    """A journal open for one merge: what was there, and what is added."""
+    """A journal open for one merge: earlier claims, and those added."""
 
     def __init__(
         self,
         path: Path,
         descriptor: int,
         leaves: Sequence[LeafDigests],
-        findings: dict[str, LeafAnomalies],
+        anomalies: dict[str, LeafAnomalies],
         plan_digest: str,
     ) -> None:
         self.plan_digest = plan_digest
-        """Of the plan that it was opened for; the same however that plan is carried out."""
+        """Digest of the plan that it was opened for; independent of how the plan is carried out."""
         self._path = path
         self._descriptor = descriptor
-        self._findings = findings
+        self._anomalies = anomalies
         self._lock = threading.Lock()
         self.leaves = leaves
-        """For each output file, the leaves that are claimed; those added join them."""
+        """For each output file, the claimed leaves; those added join them."""
 
     @property
     def num_leaves_done(self) -> int:
-        """How many leaves are claimed."""
+        """Number of claimed leaves."""
         return sum(leaves.num_known for leaves in self.leaves)
 
-    def findings(self, shard: int, leaf: int) -> LeafAnomalies:
-        """Return what a claimed leaf's line told of it."""
-        return self._findings.get(f"{shard}/{leaf}", NO_ANOMALIES)
+    def anomalies(self, shard: int, leaf: int) -> LeafAnomalies:
+        """Return the anomalies in a claimed leaf's line."""
+        return self._anomalies.get(f"{shard}/{leaf}", NO_ANOMALIES)
 
-    def add(self, shard: int, leaf: int, digest: bytes, findings: LeafAnomalies) -> None:
+    def add(self, shard: int, leaf: int, digest: bytes, anomalies: LeafAnomalies) -> None:
         """Claim a leaf whose bytes are written. Raises `OutputError`."""
         line = bytearray()
-        msgspec.json.Encoder().encode_into(_Line(shard, leaf, digest.hex(), findings), line)
+        msgspec.json.Encoder().encode_into(_Line(shard, leaf, digest.hex(), anomalies), line)
         line += b"\n"
         with self._lock:
             try:
@@ -105,14 +105,14 @@ class Journal:
 
     def close(self) -> None:
         """Close the file."""
-        with suppress(OSError):  # a claim that is lost costs work, not bytes
+        with suppress(OSError):  # a lost claim costs work, not bytes
             os.close(self._descriptor)
 
 
 def open_journal(folder: HeldFolder, plan: MergePlan) -> Journal:
-    """Open a merge's journal, new or left by an earlier run of the same merge.
+    """Open a merge's journal, new or from an earlier call of the same merge.
 
-    Raises `OutputError` where it is another merge's, and names the difference.
+    Raises `OutputError` if it is another merge's, and names the difference.
     """
     path = folder.path / JOURNAL_NAME
     leaves = [LeafDigests(plan.digest_algorithm, shard.file_nbytes) for shard in plan.shards]
@@ -121,25 +121,25 @@ def open_journal(folder: HeldFolder, plan: MergePlan) -> Journal:
         descriptor = folder.open_own(JOURNAL_NAME, append=True)
         try:
             left = _read_head(folder)
-            if left is None:  # new, or cut off before it said anything
+            if left is None:  # new, or cut off within its first line
                 os.ftruncate(descriptor, 0)
                 _write(descriptor, msgspec.json.encode(head) + b"\n")
                 return Journal(path, descriptor, leaves, {}, head.plan_digest)
             _check_same(path, left, head)
-            findings, valid_nbytes = _read_lines(folder, leaves)
+            anomalies, valid_nbytes = _read_lines(folder, leaves)
             os.ftruncate(descriptor, valid_nbytes)
         except BaseException:
             os.close(descriptor)
             raise
     except OSError as error:
         raise writing_failed(path, error, "cannot be used") from None
-    return Journal(path, descriptor, leaves, findings, head.plan_digest)
+    return Journal(path, descriptor, leaves, anomalies, head.plan_digest)
 
 
 def journal_nbytes(plan: MergePlan) -> int:
-    """Return how long a merge's journal will be, at most, if there is no NaN or Inf.
+    """Return the most bytes that a merge's journal takes without NaN and Inf.
 
-    Integers may differ between models in every leaf that they lie in.
+    Integers may differ between models in every leaf of their tensor.
     """
     head = msgspec.json.encode(_head(plan, "0" * 64))
     lines = 0
@@ -156,15 +156,15 @@ def journal_nbytes(plan: MergePlan) -> int:
 
 
 def nonfinite_nbytes(name: str) -> int:
-    """Return what a line takes more to tell that a tensor holds NaN or Inf, at most."""
+    """Return the most bytes that a line takes more for a tensor with NaN or Inf."""
     most = 10**15
     return len(msgspec.json.encode({name: (most, most, most)}))
 
 
 def summarise(folder: HeldFolder) -> JournalSummary | None:
-    """Return what a staging folder's journal claims; None if it says nothing, or isn't there.
+    """Return the claims of a staging folder's journal, or None if it is missing or empty.
 
-    Raises OSError, and `OutputError` if it is no file.
+    Raises OSError, and `OutputError` if it is not a file.
     """
     if folder.entry(JOURNAL_NAME) is None:
         return None
@@ -204,7 +204,7 @@ def _head(plan: MergePlan, plan_digest: str) -> _Head:
 
 
 def _write(descriptor: int, data: bytes | bytearray) -> None:
-    """Append all of it, however many calls that takes."""
+    """Append all bytes, by as many calls as needed."""
     left = memoryview(data)
     while left:
         left = left[os.write(descriptor, left) :]
@@ -225,8 +225,8 @@ def _read_head(folder: HeldFolder) -> _Head | None:
 def _read_lines(
     folder: HeldFolder, leaves: Sequence[LeafDigests]
 ) -> tuple[dict[str, LeafAnomalies], int]:
-    """Take in the claims; return their findings, and where in the file the last good line ends."""
-    findings: dict[str, LeafAnomalies] = {}
+    """Read the claims into `leaves`; return their anomalies, and the end of the last good line."""
+    anomalies: dict[str, LeafAnomalies] = {}
     with folder.open_regular(JOURNAL_NAME) as file:
         end = len(file.readline(_LONGEST_LINE_NBYTES))
         while encoded := file.readline(_LONGEST_LINE_NBYTES):
@@ -241,11 +241,11 @@ def _read_lines(
                 break
             leaves[line.shard].put(line.leaf, digest)
             key = f"{line.shard}/{line.leaf}"
-            findings.pop(key, None)
-            if line.findings:
-                findings[key] = line.findings
+            anomalies.pop(key, None)
+            if line.anomalies:
+                anomalies[key] = line.anomalies
             end += len(encoded)
-    return findings, end
+    return anomalies, end
 
 
 def _check_format(path: Path, then: _Format) -> None:

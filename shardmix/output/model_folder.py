@@ -44,22 +44,22 @@ from shardmix.system.held_folder import HeldFolder
 CARD_NAME = "README.md"
 _COPIED_AT_ONCE_NBYTES = 1 << 20
 _LINES_AT_ONCE = 1000
-_quoted = encode_basestring  # as json.dumps does, five times as fast
+_quoted = encode_basestring  # the same as json.dumps, five times as fast
 
 
 OutputFolder = HeldFolder | CountedFolder
-"""Where an output is written, or where it is only counted how much that would be."""
+"""The folder that an output is written to, or one that only counts its size."""
 
 
 def write_all_but_weights(plan: MergePlan, folder: OutputFolder) -> None:
-    """Write all of an output that can be written before its weights are known."""
+    """Write all files of an output that do not depend on its weights."""
     write_auxiliary_files(plan, folder)
     write_model_card(plan, folder)
     write_index(plan, folder)
 
 
 def write_auxiliary_files(plan: MergePlan, folder: OutputFolder) -> None:
-    """Copy the donor's auxiliary files, with a config that is true of the output."""
+    """Copy the config source's auxiliary files, with a config that is true of the output."""
     for name in plan.auxiliary_files:
         _copy(Path(plan.config_source_folder) / name, folder, name)
     main = ModuleConfig(plan.main_place, plan.config_dtypes, plan.untied)
@@ -69,7 +69,7 @@ def write_auxiliary_files(plan: MergePlan, folder: OutputFolder) -> None:
 
 
 def _write_modules(plan: MergePlan, folder: OutputFolder) -> None:
-    """Write sentence-transformers modules that are not copied as they are."""
+    """Write the sentence-transformers modules that are not copied unchanged."""
     modules = plan.modules
     giver = Path(plan.modules_folder or plan.config_source_folder)
     main = f"{modules.main_place}/" if modules.main_place else ""
@@ -88,20 +88,20 @@ def _write_modules(plan: MergePlan, folder: OutputFolder) -> None:
 
 
 def _adapt_config(plan: MergePlan, folder: OutputFolder, part: ModuleConfig) -> None:
-    """Make the config of the output, or of one of its modules, true of what is stored there."""
+    """Make the config of the output, or of one of its modules, true of the stored weights."""
     name = inner_path(part.place, CONFIG_NAME)
     if name not in plan.auxiliary_files:
         return
     config = read_json(Path(plan.config_source_folder) / name)
     if part.place and "model_type" not in config:
-        return  # a module's arguments, and no config of transformers
+        return  # a module's arguments, not a config of transformers
     dtypes = dict(part.dtypes)
     adapted = untied(with_dtypes(config, dtypes), part.untied)
     if plan.dtype != "keep" and "" in dtypes and not any(map(adapted.get, DTYPE_KEYS)):
         adapted["torch_dtype"] = dtypes[""]  # transformers 5 reads the old key as well
     if QUANTISATION in plan.allow_differences:
         adapted = without_quantisation(adapted)
-    # Untouched where nothing changes: then it stays the donor's, byte for byte.
+    # If nothing changes, the config source's file stays as it is, byte for byte.
     if adapted != config:
         _write_json(folder, name, adapted)
 
@@ -117,7 +117,7 @@ def write_index(plan: MergePlan, folder: OutputFolder) -> None:
 
 def _write_index(shards: Sequence[OutputShard], folder: OutputFolder, name: str) -> None:
     data_nbytes = sum(shard.file_nbytes - shard.head_nbytes() for shard in shards)
-    # Merged, not sorted: pairs of a million names take memory that nobody planned.
+    # Merged, not sorted: pairs of a million names take memory that no plan counts.
     by_shard = (
         zip(
             sorted(shard.tensor_names),
@@ -128,7 +128,7 @@ def _write_index(shards: Sequence[OutputShard], folder: OutputFolder, name: str)
     )
     lines = (f"\n    {_quoted(name)}: {filename}" for name, filename in heapq.merge(*by_shard))
     with _writing(folder, name) as file:
-        # In pieces: as one text, the index of 90,000 tensors takes 17 MiB that nobody planned.
+        # In pieces: as one text, the index of 90,000 tensors takes 17 MiB that no plan counts.
         file.write(f'{{\n  "metadata": {{"total_size": {data_nbytes}}},\n  "weight_map": {{')
         comma = ""
         while piece := ",".join(itertools.islice(lines, _LINES_AT_ONCE)):
@@ -138,7 +138,7 @@ def _write_index(shards: Sequence[OutputShard], folder: OutputFolder, name: str)
 
 
 def write_model_card(plan: MergePlan, folder: OutputFolder) -> None:
-    """Write the model card: what was merged, by which weights, and how to do it again."""
+    """Write the model card: the models, their weights, and the recipe to repeat the merge."""
     # As huggingface_hub's ModelCard would, whose import takes longer than planning a 70B merge.
     data = {
         "base_model": list(dict.fromkeys(_model_ids(plan))),
@@ -153,7 +153,7 @@ def write_model_card(plan: MergePlan, folder: OutputFolder) -> None:
 
 
 def untied(config: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:
-    """Return a config some parts of which say that no parameters are tied; "" is its top."""
+    """Return a config in which some parts declare no tied parameters; "" is its top."""
     changed = copy.deepcopy(config) if parts else config
     for path in parts:
         part = changed
@@ -164,7 +164,7 @@ def untied(config: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:
 
 
 def _model_ids(plan: MergePlan) -> list[str]:
-    """Return what the Hub links a merge to: an id without its revision, or else a name."""
+    """Return the names that the Hub links a merge to: ids without revision, or else plain names."""
     return [
         hub_id or printable(name)
         for hub_id, name in zip(plan.hub_ids, plan.public_names, strict=True)
@@ -189,7 +189,7 @@ def _library_name(plan: MergePlan) -> str | None:
 
 def _card_text(plan: MergePlan) -> str:
     title = printable(Path(plan.output).name)
-    # By public name: a card travels, and the paths of a machine are nobody else's business.
+    # By public name: a card travels, and a machine's paths are private.
     content: dict[str, Any] = {
         "models": [
             {"source": printable(name), "weight": weight}

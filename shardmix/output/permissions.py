@@ -1,6 +1,6 @@
-"""Permissions of an output: nobody reads it who could not read every model in it.
+"""Permissions of an output: only those who could read every model in it may read it.
 
-Looks at permissions of files, and opens none.
+Reads the permissions of files, and opens none.
 """
 
 import os
@@ -16,12 +16,12 @@ _OWNER, _GROUP, _OTHERS = 0o700, 0o070, 0o007
 
 @dataclass(frozen=True, slots=True)
 class Readers:
-    """Whom an output's sources let read them."""
+    """The readers that an output's sources allow."""
 
     mode: int
-    """The permissions that a folder of the output may have at most."""
+    """The most permissions that a folder of the output may have."""
     narrowest: str
-    """Path of the first source that shuts somebody out; "" if none does."""
+    """Path of the first source that excludes somebody; "" if none does."""
 
     def note(self, output: Path, umask_mode: int) -> tuple[str, ...]:
         """Say that the output is more private than the umask (here a folder's mode) would make it.
@@ -39,12 +39,11 @@ class Readers:
 
 
 def readers_of(plan: MergePlan, *, group: int) -> Readers:
-    """Return whom all sources of a merge let read them; `group` is the group of its output.
+    """Return the readers that all sources of a merge allow; `group` is the group of its output.
 
-    What counts are the files that are read, weights and those that are copied (of the Hub's cache,
-    where each is a link, the file that it leads to); and, of a model that is named as a folder,
-    the folder with its weights. The folders above do not count: that a home is nobody else's says
-    nothing of the models in it. Raises OSError.
+    The files that are read count: weights and copied files (in the Hub's cache, the file behind
+    each link). Of a model named as a folder, the folder with its weights counts too. The folders
+    above do not count: a private home says nothing of the models in it. Raises OSError.
     """
     mode, narrowest = _OWNER | _GROUP | _OTHERS, ""
     for path in _paths(plan):
@@ -56,7 +55,7 @@ def readers_of(plan: MergePlan, *, group: int) -> Readers:
 
 
 def _paths(plan: MergePlan) -> Iterator[str]:
-    """Yield what is to be looked at, each file once."""
+    """Yield the paths to check, each file once."""
     folders = {
         str(Path(file.path).parent)
         for file in plan.files

@@ -1,8 +1,8 @@
-"""`shardmix.json`: what an output was made from, by what, and the digests of its files.
+"""`shardmix.json`: the models that an output was made from, and the digests of its files.
 
-Written into the output, and read back to verify it. Tells nothing of the machine that it was made
-on, unless that was asked for. What is read back may come from anyone. Its last field is a digest of
-all bytes before it: what was edited since is found, unless that digest was made anew.
+Written into the output, and read back to verify it. Says nothing of the machine, unless that was
+asked for. A file read back may come from anyone. Its last field is a digest of all bytes before it:
+it reveals later edits, unless that digest was made again.
 """
 
 import hashlib
@@ -31,12 +31,12 @@ EDITED = (
     "is not as the merge wrote it, since its digest of itself does not hold: the models, weights "
     "and digests that it tells may be others; take it from a copy, or merge again"
 )
-"""What is to be said of one whose seal does not hold."""
+"""The error for a file whose seal does not hold."""
 _MAX_NBYTES = 64_000_000
 _END = b'"\n}\n'
 _SEALED = re.compile(rb'"sha256_above": "([0-9a-f]{64})' + _END + rb"\Z")
 NOT_DIGESTED = ("README.md", PROVENANCE_NAME)
-"""A model card is for people to edit; the other has a digest of itself."""
+"""People may edit a model card; the other file has a digest of itself."""
 
 
 class SourceFileRecord(msgspec.Struct, frozen=True):
@@ -54,17 +54,17 @@ class SourceRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """One model that was merged."""
 
     name: str
-    """Hub id with revision, or the folder's or file's own name."""
+    """Hub id with revision, or the name of the folder or file."""
     weight: float
     """Its factor, in full precision."""
     files: tuple[SourceFileRecord, ...]
     """Its weight files, in name order."""
     hub_id: str | None = None
-    """`org/name`, where it came from the Hub."""
+    """`org/name`, if it came from the Hub."""
     commit: str | None = None
     """The commit on the Hub."""
     path: str | None = None
-    """Where it lay, if that was to be recorded."""
+    """Its path, if that was to be recorded."""
 
 
 class FileRecord(msgspec.Struct, frozen=True):
@@ -77,7 +77,7 @@ class FileRecord(msgspec.Struct, frozen=True):
 
 
 class Digests(msgspec.Struct, frozen=True):
-    """What the output's files are to be."""
+    """The digests of the output's files."""
 
     algorithm: str
     """One of `digests.ALGORITHMS`."""
@@ -88,18 +88,18 @@ class Digests(msgspec.Struct, frozen=True):
 
 
 class NonfiniteRecord(msgspec.Struct, frozen=True):
-    """What a merged tensor holds that is not finite."""
+    """The values of a merged tensor that are not finite."""
 
     nan: int
-    """Values that are not a number."""
+    """Number of NaNs."""
     inf: int
-    """Values that are infinite."""
+    """Number of infinities."""
     overflowed: int
-    """Of these, the values that rounding to the output's dtype made so."""
+    """Number of infinities that rounding to the output's dtype made."""
 
 
 class Provenance(msgspec.Struct, frozen=True, omit_defaults=True):
-    """All of `shardmix.json`."""
+    """The whole `shardmix.json`."""
 
     format: int
     """Version of this layout."""
@@ -112,23 +112,23 @@ class Provenance(msgspec.Struct, frozen=True, omit_defaults=True):
     plan: str
     """SHA-256 (hex) of all that decides the output's bytes."""
     sources: tuple[SourceRecord, ...]
-    """The models, in the order in which they were added up."""
+    """The models, in the order of summation."""
     dtype: str
     """The output dtype that was asked for."""
     config_from: str
-    """What gave config, tokenizer and the other auxiliary files."""
+    """Name of the model that gave config, tokenizer and the other auxiliary files."""
     digests: Digests
-    """What the output's files are to be."""
+    """Digests of the output's files."""
     config_source_commit: str | None = None
-    """The commit of that, where it came from the Hub."""
+    """Commit of that model, if it came from the Hub."""
     max_shard_size: int | None = None
     """Largest output shard that was asked for, in bytes."""
     model_type: str | None = None
-    """What the models were said to be."""
+    """Type of the models, if it was given."""
     allow_differences: tuple[str, ...] = ()
     """Keys in which the models were allowed to differ."""
     pooling: str | None = None
-    """How the output was asked to pool."""
+    """Pooling that was asked for."""
     nonfinite: dict[str, NonfiniteRecord] = {}
     """NaN and Inf in the output, by tensor."""
     sha256_above: str = ""
@@ -137,19 +137,19 @@ class Provenance(msgspec.Struct, frozen=True, omit_defaults=True):
 
 @dataclass(frozen=True, slots=True)
 class Seal:
-    """The digest that a `shardmix.json` carries of itself."""
+    """The digest that a `shardmix.json` has of itself."""
 
     sha256: str
     """SHA-256 (hex) of the whole file, as `sha256sum` shows it."""
     holds: bool
-    """Whether its own digest is right: nobody has edited it without making that anew."""
+    """True if its own digest is right: nobody edited the file without making it again."""
 
 
 def write_provenance(
     plan: MergePlan,
     folder: HeldFolder | CountedFolder,
     known_digests: Mapping[str, str],
-    findings: LeafAnomalies,
+    anomalies: LeafAnomalies,
     *,
     plan_digest: str,
 ) -> str:
@@ -178,7 +178,7 @@ def write_provenance(
         text = msgspec.json.format(msgspec.json.encode(provenance), indent=2)
         with folder.create(PROVENANCE_NAME) as file:
             hasher = hashlib.sha256()
-            for part in _sealed(text, findings, hasher):
+            for part in _sealed(text, anomalies, hasher):
                 hasher.update(part)
                 file.write(part)
             return hasher.hexdigest()
@@ -186,18 +186,18 @@ def write_provenance(
         raise writing_failed(folder.path / PROVENANCE_NAME, error) from None
 
 
-def _sealed(text: bytes, findings: LeafAnomalies, hasher: "hashlib._Hash") -> Iterator[bytes]:
-    """Yield all of the file, whose parts the hasher takes in one after the other."""
+def _sealed(text: bytes, anomalies: LeafAnomalies, hasher: "hashlib._Hash") -> Iterator[bytes]:
+    """Yield the parts of the file; the caller hashes each part before it takes the next."""
     yield text.removesuffix(b"\n}")
-    yield from _nonfinite_lines(findings)
+    yield from _nonfinite_lines(anomalies)
     yield b',\n  "sha256_above": "'
     yield hasher.hexdigest().encode() + _END
 
 
 def read_provenance(folder: Path) -> tuple[Provenance, Seal]:
-    """Read an output's `shardmix.json`, and look at its seal.
+    """Read an output's `shardmix.json`, and check its seal.
 
-    Raises `SourceError` where it is missing or strange.
+    Raises `SourceError` if it is missing or malformed.
     """
     path = folder / PROVENANCE_NAME
     try:
@@ -213,9 +213,9 @@ def read_provenance(folder: Path) -> tuple[Provenance, Seal]:
 
 
 def parse_provenance(file: BinaryIO, path: Path) -> tuple[Provenance, Seal]:
-    """Read an open `shardmix.json`, called `path`. Raises `SourceError` if it is strange.
+    """Read an open `shardmix.json`, called `path`. Raises `SourceError` if it is malformed.
 
-    One whose seal does not hold is still told of: what it says of the files is held against them.
+    A file whose seal does not hold is still returned: the output's files are compared with it.
     """
     encoded = file.read(_MAX_NBYTES + 1)
     try:
@@ -255,7 +255,7 @@ def _seal(encoded: bytes) -> Seal:
 def _file_records(
     plan: MergePlan, folder: HeldFolder | CountedFolder, known_digests: Mapping[str, str]
 ) -> list[tuple[str, FileRecord]]:
-    """Return every file's record, by name; the shards were hashed as they were written."""
+    """Return every file's record, by name; shards were hashed while they were written."""
     if isinstance(folder, CountedFolder):
         sizes = folder.sizes
     else:
@@ -274,20 +274,20 @@ def _file_records(
 
 
 def nonfinite_nbytes(name: str) -> int:
-    """Return what `shardmix.json` takes to tell that a tensor holds NaN or Inf, at most."""
+    """Return the most bytes that `shardmix.json` takes for a tensor with NaN or Inf."""
     most = 10**15
-    findings = LeafAnomalies(nonfinite={name: (most, most, most)})
-    return sum(map(len, _nonfinite_lines(findings)))
+    anomalies = LeafAnomalies(nonfinite={name: (most, most, most)})
+    return sum(map(len, _nonfinite_lines(anomalies)))
 
 
-def _nonfinite_lines(findings: LeafAnomalies) -> Iterator[bytes]:
-    """Yield the last field tensor by tensor: with all of a model NaN it is longer than a plan."""
-    for number, name in enumerate(sorted(findings.nonfinite)):
+def _nonfinite_lines(anomalies: LeafAnomalies) -> Iterator[bytes]:
+    """Yield the last field a tensor at a time: it may be longer than a plan."""
+    for number, name in enumerate(sorted(anomalies.nonfinite)):
         yield b"," if number else b',\n  "nonfinite": {'
-        record = msgspec.json.encode(NonfiniteRecord(*findings.nonfinite[name]))
+        record = msgspec.json.encode(NonfiniteRecord(*anomalies.nonfinite[name]))
         indented = msgspec.json.format(record, indent=2).replace(b"\n", b"\n    ")
         yield b"\n    " + msgspec.json.encode(name) + b": " + indented
-    if findings.nonfinite:
+    if anomalies.nonfinite:
         yield b"\n  }"
 
 

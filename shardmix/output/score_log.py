@@ -1,8 +1,8 @@
-"""What scoring has found so far, kept beside a merge's journal for a later run to take.
+"""The scores so far, stored beside a merge's journal for the next call.
 
 Losses differ in the last digits by how examples were put into batches, and so by budget, threads
-and device: a merge that goes on needs the weights that it was begun with. One JSON value a line:
-what was scored, then each model's score, then the report. Knows files, not scores.
+and device. A merge that goes on needs the weights that it began with. One JSON value a line: the
+scoring's identity, then each model's score, then the report. Knows files, not scores.
 """
 
 import hashlib
@@ -24,25 +24,25 @@ _HEAD, _REPORT = -1, 0
 
 @dataclass(frozen=True, slots=True)
 class ScoringIdentity:
-    """What decides the losses of models on examples, but for their last digits."""
+    """All that decides the losses of models on examples, except for their last digits."""
 
     examples: str
     """SHA-256 (hex) of the examples, in order."""
     options: Mapping[str, object]
-    """Those of scoring that matter, by name."""
+    """Scoring options that matter, by name."""
     models: tuple[str, ...]
-    """By public name, in order."""
+    """Public names, in order."""
     weights: tuple[tuple[object, ...], ...]
-    """What each weight file is known by."""
+    """Identity of each weight file."""
     others: tuple[tuple[str, str], ...]
-    """Config, tokenizer and what else goes along with the weights: path and digest."""
+    """(Path, digest) of config, tokenizer and all else that goes along with the weights."""
 
     def digest(self) -> str:
-        """Return a SHA-256 (hex) of it all."""
+        """Return the SHA-256 (hex) of all fields."""
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
 
     def difference(self, now: "ScoringIdentity") -> str:
-        """Say in what another scoring differs."""
+        """Describe the difference to another scoring."""
         names = {
             "examples": "the examples are others",
             "models": "the models are others",
@@ -61,7 +61,7 @@ class ScoringIdentity:
 
 
 def known_by(file: FileIdentity) -> tuple[object, ...]:
-    """Return what a weight file is known by, without what may differ though it is the same."""
+    """Return a weight file's identity, without fields that may change while it stays the same."""
     parts = {field.name: getattr(file, field.name) for field in fields(file)}
     stamp = parts.pop("stamp")
     if stamp is not None:
@@ -70,7 +70,7 @@ def known_by(file: FileIdentity) -> tuple[object, ...]:
 
 
 def weight_files(plan: MergePlan) -> tuple[tuple[object, ...], ...]:
-    """Return what all weight files of a plan are known by."""
+    """Return the identities of all weight files of a plan."""
     return tuple(known_by(file) for file in plan.file_identities())
 
 
@@ -81,7 +81,7 @@ class _Line(msgspec.Struct, array_like=True):
 
 
 class ScoreLog:
-    """Scores of one scoring, as they were and as they come."""
+    """Scores of one scoring, earlier ones and new ones."""
 
     def __init__(self, folder: HeldFolder, identity: ScoringIdentity) -> None:
         self._folder = folder
@@ -103,12 +103,12 @@ class ScoreLog:
 
     @property
     def num_models(self) -> int:
-        """How many models' scores there are."""
+        """Number of models with a score."""
         return sum(model > 0 for model in self._found)
 
     @property
     def difference(self) -> str:
-        """What another scoring, kept there before this one, differs in; "" if there was none."""
+        """Difference to another scoring stored there before this one; "" if there was none."""
         return "" if self._before is None else self._before.difference(self._identity)
 
     @property
@@ -121,16 +121,16 @@ class ScoreLog:
         return self._found.get(model)
 
     def put(self, model: int, score: bytes) -> None:
-        """Keep a model's score: JSON of one line. Raises `OutputError`."""
+        """Store a model's score: JSON of one line. Raises `OutputError`."""
         self._put(model, score)
 
     def put_report(self, report: bytes) -> None:
-        """Keep the report: JSON of one line. Raises `OutputError`."""
+        """Store the report: JSON of one line. Raises `OutputError`."""
         self._put(_REPORT, report)
 
     def close(self) -> None:
         """Close the file."""
-        with suppress(OSError):  # a score that is lost costs work, not bytes
+        with suppress(OSError):  # a lost score costs work, not bytes
             os.close(self._descriptor)
 
     def _put(self, model: int, content: bytes) -> None:
@@ -146,7 +146,7 @@ class ScoreLog:
         self._found[model] = content
 
     def _read(self) -> None:
-        """Take in what is there, up to the first line that is torn."""
+        """Read the lines up to the first torn one."""
         end = 0
         with self._folder.open_regular(SCORES_NAME) as file:
             content = file.read(_MOST_NBYTES)
@@ -164,7 +164,7 @@ class ScoreLog:
 
 
 def num_models_scored(folder: HeldFolder) -> int:
-    """Return of how many models scores are kept in a staging folder. Raises OSError."""
+    """Return the number of models with scores in a staging folder. Raises OSError."""
     if folder.entry(SCORES_NAME) is None:
         return 0
     with suppress(OutputError), folder.open_regular(SCORES_NAME) as file:
@@ -175,7 +175,7 @@ def num_models_scored(folder: HeldFolder) -> int:
 
 
 def _decoded(encoded: bytes) -> _Line | None:
-    """Return a line; None if it is torn."""
+    """Return a line, or None if it is torn."""
     if not encoded.endswith(b"\n"):
         return None
     try:

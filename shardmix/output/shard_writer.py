@@ -16,7 +16,7 @@ from shardmix.system.timer import DIGEST, FINISH, NO_CLOCK, OTHER, WRITE, Clock
 
 
 class GrowingShard:
-    """One output file, for all workers; each leaf is the business of one of them."""
+    """One output file, for all workers; each leaf belongs to one of them."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class GrowingShard:
         self._clock = clock
         self._journal = journal
         self._leaves = journal.leaves[number]
-        # With sha256 one worker has the whole file, from end to end.
+        # With sha256 one worker writes the whole file, from end to end.
         self._whole = file_hasher(self._algorithm)
         self._writer = ShardWriter(
             folder,
@@ -42,10 +42,11 @@ class GrowingShard:
             keep_cached=plan.cache_use.keeps_output,
         )
 
-    def kept(self, leaf: int, buffer: memoryview) -> LeafAnomalies | None:
-        """Return what is known of a leaf that an earlier run wrote; None where it must be merged.
+    def reused(self, leaf: int, buffer: memoryview) -> LeafAnomalies | None:
+        """Return the anomalies of a leaf that an earlier merge wrote; None if it must be merged
+        again.
 
-        Its bytes are read again, through the buffer, and hashed: a claim alone is not enough.
+        Its bytes are read again, through the buffer, and hashed: a claim is not enough.
         """
         claimed = self._leaves.get(leaf)
         if claimed is None:
@@ -64,10 +65,10 @@ class GrowingShard:
             self._leaves.forget(leaf)
             return None
         self._whole = whole
-        return self._journal.findings(self._number, leaf)
+        return self._journal.anomalies(self._number, leaf)
 
     def next_claimed(self, leaf: int, stop_leaf: int) -> int:
-        """Return the first leaf from `leaf` on that an earlier run claims, at most `stop_leaf`."""
+        """Return the first claimed leaf from `leaf` on, at most `stop_leaf`."""
         while leaf < stop_leaf and self._leaves.get(leaf) is None:
             leaf += 1
         return leaf
@@ -78,8 +79,9 @@ class GrowingShard:
         return GrowingLeaves(self, self._leaf_hasher(first_leaf), memoryview(head))
 
     def finish(self) -> str:
-        """End the file, with all leaves there, and return its digest (hex)."""
-        # Also where all of it was kept: an earlier run may have been killed just before.
+        """Finish the file, once all leaves are written, and return its digest (hex)."""
+        # Also if all leaves were reused: the earlier merge may have been killed just before
+        # this.
         self._clock.lap(OTHER)
         self._writer.finish(self._planned.head(), fsync=self._fsync)
         self._clock.lap(FINISH, self._planned.head_nbytes())
@@ -95,7 +97,7 @@ class GrowingShard:
         self._clock.lap(WRITE, len(data))
 
     def take_in(self, data: memoryview) -> None:
-        """Hash bytes into the digest of the whole file, where it is one from end to end."""
+        """Add bytes to the digest of the whole file, if the algorithm needs them in order."""
         if self._whole is not None:
             self._whole.update(data)
 
@@ -103,12 +105,12 @@ class GrowingShard:
         """Count bytes as hashed."""
         self._clock.lap(DIGEST, num_bytes)
 
-    def claim(self, leaf: int, digest: bytes, findings: LeafAnomalies) -> None:
-        """Say in the journal that a leaf is written."""
+    def claim(self, leaf: int, digest: bytes, anomalies: LeafAnomalies) -> None:
+        """Record in the journal that a leaf is written."""
         self._clock.lap(DIGEST)
         if self._fsync:
             self._writer.start_writeback(leaf * LEAF_NBYTES, LEAF_NBYTES)
-        self._journal.add(self._number, leaf, digest, findings)
+        self._journal.add(self._number, leaf, digest, anomalies)
         self._clock.lap(WRITE)
 
     def _leaf_hasher(self, first_leaf: int) -> LeafHasher:
@@ -126,12 +128,12 @@ class GrowingLeaves:
     def __init__(self, shard: GrowingShard, hasher: LeafHasher, head: memoryview) -> None:
         self._shard = shard
         self._hasher = hasher
-        self._findings: defaultdict[int, AnomalySum] = defaultdict(AnomalySum)
+        self._anomalies: defaultdict[int, AnomalySum] = defaultdict(AnomalySum)
         self._hash(head)
 
-    def note(self, leaf: int, findings: LeafAnomalies) -> None:
-        """Remember what was found in a chunk's part of a leaf; said before the chunk is written."""
-        self._findings[leaf].add(findings)
+    def note(self, leaf: int, anomalies: LeafAnomalies) -> None:
+        """Add the anomalies of a chunk's part of a leaf; call it before the chunk is written."""
+        self._anomalies[leaf].add(anomalies)
 
     def write(self, position: int, data: memoryview) -> None:
         """Write the next chunk's bytes, and claim each leaf that they complete."""
@@ -141,6 +143,6 @@ class GrowingLeaves:
     def _hash(self, data: memoryview) -> None:
         self._shard.take_in(data)
         for leaf, digest in self._hasher.update(data):
-            found = self._findings.pop(leaf, None)
+            found = self._anomalies.pop(leaf, None)
             self._shard.claim(leaf, digest, NO_ANOMALIES if found is None else found.total())
         self._shard.hashed(len(data))

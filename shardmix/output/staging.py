@@ -1,17 +1,16 @@
-"""The output folder: filled out of sight, put in place by one rename.
+"""The output folder: filled in a hidden folder, put in place by one rename.
 
-Until the rename the output path does not exist, or still is the old model. It grows in a hidden
-folder beside the output, `.NAME.shardmix`, which a failed or killed run leaves behind for the next:
+Until the rename the output path does not exist, or still is the old model. The output grows in a
+hidden folder beside it, `.NAME.shardmix`, which a failed or killed merge leaves for the next call:
 
-    lock        whose it is
-    scores      what scoring has found, if the weights come from examples
-    journal     what is done
-    model/      what becomes the output
-    placing     there for the moment of the rename
+    lock        its owner
+    scores      scores so far, if the weights come from examples
+    journal     finished leaves
+    model/      the future output
+    placing     only during the rename
 
-Its name is known to everybody, and others may be able to write where it lies. So it and the folder
-around it are held by their descriptors, and what is found in it must be this user's own. Knows
-folders, not what is in them.
+Its name is predictable, and others may be able to write to its parent. So both folders are held by
+their descriptors, and all entries must belong to this user. Knows folders, not their content.
 """
 
 import errno
@@ -28,10 +27,10 @@ from shardmix.system.locks import LOCK_NAME, lock_folder, unlock
 
 _JOURNAL = "journal"
 _MODEL = "model"
-_SCORES = "scores"  # what scoring has found, before the merge begins
-_PLACING = "placing"  # there while new and old change places: the inodes of both
-_ASIDE = "old"  # where the old one is meanwhile, on systems that cannot exchange in one step
-_FRESH = "fresh"  # made for a moment, to see what permissions a new folder gets
+_SCORES = "scores"  # scores so far, before the merge begins
+_PLACING = "placing"  # there while new and old are swapped: the inodes of both
+_ASIDE = "old"  # the old model during the swap, on systems that cannot swap in one step
+_FRESH = "fresh"  # made for a moment, to see the permissions of a new folder
 _OTHERS_WRITE = 0o022
 _NUM_TRIES = 100  # others may be removing it each time
 
@@ -40,48 +39,49 @@ class Staging:
     """The hidden folder beside an output in which the new model grows, locked for one process."""
 
     folder: HeldFolder
-    """What becomes the output."""
+    """The future output."""
 
     def __init__(self, output: Path, parent: HeldFolder, hidden: HeldFolder) -> None:
         self.output = output
-        """Where the model is to be."""
+        """Path of the output."""
         self.path = staging_path(output)
-        """The hidden folder, for messages."""
+        """Path of the hidden folder, for messages."""
         self.parent = parent
-        """The folder that the output and the hidden folder lie in."""
+        """The folder of the output and of the hidden folder."""
         self.hidden = hidden
         """The hidden folder itself."""
         self.is_worth_keeping = False
-        """After a failure, leave it all for a later run; at first, whether there is anything."""
+        """True if a failure should leave all files for the next call; at first, if there are
+        any."""
         self._is_placed = False
 
     @property
     def is_placed(self) -> bool:
-        """Whether its folder has become the output."""
+        """True if its folder has become the output."""
         with suppress(OSError, OutputError):
             self._is_placed = self._is_placed or _is_placed(self)
         return self._is_placed
 
     @property
     def is_moved(self) -> bool:
-        """Whether its path leads elsewhere by now; False if that cannot be told."""
+        """True if its path now leads elsewhere; False if that is unknown."""
         with suppress(OSError):
             return not _is_in_its_place(self)
         return False
 
     @property
     def has_journal(self) -> bool:
-        """Whether a run has begun to say what it has done."""
+        """True if a merge has begun its journal."""
         return self.hidden.entry(_JOURNAL) is not None
 
     @property
     def has_scores(self) -> bool:
-        """Whether what scoring has found is kept there."""
+        """True if scores are stored there."""
         return self.hidden.entry(_SCORES) is not None
 
     @property
     def old_model(self) -> Path | None:
-        """Where the old model lies, if a run was killed with it out of its place."""
+        """Path of the old model if a merge was killed during the swap, else None."""
         aside = self.hidden.entry(_ASIDE)
         is_aside = aside is not None and stat.S_ISDIR(aside.st_mode)
         is_gone = is_aside and self.parent.entry(self.output.name) is None
@@ -89,7 +89,7 @@ class Staging:
 
     @property
     def nbytes(self) -> int:
-        """What its files, and the journal, take of the disk already; not an old model."""
+        """Disk space that its files and the journal already take, without an old model."""
         total = 0
         with suppress(OSError):  # its process is just removing it
             for name, there in self.hidden.files():
@@ -98,7 +98,7 @@ class Staging:
         return total
 
     def forget_scores(self) -> None:
-        """Remove what scoring has found in an earlier run. Raises `OutputError`."""
+        """Remove the scores of an earlier call. Raises `OutputError`."""
         try:
             if self.has_scores:
                 self.hidden.remove(_SCORES)
@@ -106,11 +106,11 @@ class Staging:
             raise writing_failed(self.path, error, "cannot be tidied up") from None
 
     def drop_all_but(self, names: Collection[str]) -> None:
-        """Remove what is in its folder besides some files: what an earlier run left there.
+        """Remove all files of its folder except some: those an earlier merge left there.
 
-        That may be another merge's, whose journal is lost, or the model that was replaced. Files
-        are named by their paths within it with `/`. What cannot be a file of ours, such as a link,
-        goes in any case.
+        They may be another merge's, whose journal is lost, or the replaced model. Files are named
+        by their paths within it with `/`. An entry that cannot be a file of ours, such as a link,
+        is always removed.
         """
         try:
             _drop_all_but(self.folder, names)
@@ -118,9 +118,9 @@ class Staging:
             raise writing_failed(self.folder.path, error, "cannot be tidied up") from None
 
     def place(self, *, overwrite: bool, fsync: bool) -> None:
-        """Make the filled folder the output: the one step in which anything is seen to change.
+        """Make the filled folder the output: the one step that others can see.
 
-        Raises `OutputError`, also if something that may not be replaced has come to be there.
+        Raises `OutputError`, also if something that may not be replaced is now there.
         """
         try:
             _put_in_place(self, overwrite=overwrite, fsync=fsync)
@@ -136,10 +136,10 @@ class Staging:
 
 @contextmanager
 def open_staging(output: Path, *, restart: bool = False) -> Iterator[Staging]:
-    """Make or take up an output's staging folder, and remove it, but for what is worth keeping.
+    """Make or reuse an output's staging folder; remove it afterwards unless it is worth keeping.
 
-    With `restart` what an earlier run has left is thrown away first. Raises `OutputError` if
-    another process is at work on the same output, or if the folder there is not this user's.
+    `restart`: remove the files of an earlier merge first. Raises `OutputError` if another process
+    is at work on the same output, or if the folder is not this user's.
     """
     staging: Staging | None = None
     try:
@@ -151,19 +151,19 @@ def open_staging(output: Path, *, restart: bool = False) -> Iterator[Staging]:
             stack.callback(opened.close)
             staging = opened.staging
             try:
-                staging.is_worth_keeping = True  # until it is known what there is
+                staging.is_worth_keeping = True  # until its content is known
                 _take_up(staging, restart=restart)
                 stack.enter_context(staging.folder)
                 yield staging
             finally:
                 if not staging.is_worth_keeping:
-                    # After success this is nothing, or the model that was replaced.
-                    # What cannot be removed now is at the next run.
+                    # After success this is nothing, or the replaced model. The next call removes
+                    # what cannot be removed now.
                     with suppress(OSError, OutputError):
                         _clear(staging.hidden)
                         opened.remove_empty()
     except KeyboardInterrupt as error:
-        # Around all of it: it may come while the last folder is being closed.
+        # Around all of it: the interrupt may come while the last folder is being closed.
         if staging is not None and staging.is_placed:
             error.args = (f"{output} is complete and in place",)
         raise
@@ -171,7 +171,7 @@ def open_staging(output: Path, *, restart: bool = False) -> Iterator[Staging]:
 
 @contextmanager
 def existing_staging(output: Path) -> Iterator[Staging | None]:
-    """Open an output's staging folder to look at it, without its lock; None if there is none.
+    """Open an output's staging folder to read it, without its lock; yield None if there is none.
 
     Raises `OutputError` if it is not this user's, and OSError.
     """
@@ -186,7 +186,7 @@ def existing_staging(output: Path) -> Iterator[Staging | None]:
 
 
 def staged_nbytes(output: Path) -> int:
-    """Return what an output's unfinished files take of the disk already. Raises `OutputError`."""
+    """Return the disk space of an output's unfinished files. Raises `OutputError`."""
     try:
         with existing_staging(output) as staging:
             return 0 if staging is None else staging.nbytes
@@ -195,7 +195,7 @@ def staged_nbytes(output: Path) -> int:
 
 
 def settle(output: Path) -> None:
-    """Finish what a run had begun that was killed in the moment of putting its output in place."""
+    """Finish the work of a merge that was killed during the rename."""
     try:
         with existing_staging(output) as staging:
             if staging is None:
@@ -219,7 +219,7 @@ def staging_path(output: Path) -> Path:
 
 
 class _Opened:
-    """A staging folder that is locked, and the folders that had to be made around it."""
+    """A locked staging folder, and the folders that had to be made around it."""
 
     def __init__(self, output: Path) -> None:
         self._made: list[tuple[HeldFolder, str, HeldFolder]] = []  # parent, name, folder
@@ -238,7 +238,7 @@ class _Opened:
             self._lock = lock_folder(hidden)
         except BaseException:
             if is_new:
-                with suppress(OSError):  # others are at work there already
+                with suppress(OSError):  # others are already at work there
                     self._parent.remove_empty(self._name)
             self.remove_made()
             self.close()
@@ -246,7 +246,7 @@ class _Opened:
 
     @property
     def is_locked(self) -> bool:
-        """Whether it is, and still is where everybody else would look for it."""
+        """True if it is locked and still has its path, so that others see the lock."""
         return self._lock is not None and self._parent.holds(self._name, self.staging.hidden)
 
     def _open_parent(self, output: Path) -> HeldFolder:
@@ -272,10 +272,10 @@ class _Opened:
         return folder
 
     def remove_empty(self) -> None:
-        """Remove the staging folder, which is empty but for its lock, and what was made for it."""
-        # The folder after the lock: whoever comes now makes a lock of its own.
+        """Remove the staging folder, empty but for its lock, and the folders made for it."""
+        # The folder after the lock: a process that comes now makes a lock of its own.
         self.staging.hidden.remove(LOCK_NAME)
-        with suppress(OSError):  # it is not empty: others are at work there
+        with suppress(OSError):  # not empty: others are at work there
             _remove_if_same(self._parent, self._name, self.staging.hidden)
             self.remove_made()
 
@@ -286,18 +286,18 @@ class _Opened:
                 _remove_if_same(parent, name, folder)
 
     def close(self) -> None:
-        """Unlock it, and let it go."""
+        """Unlock and close it."""
         if self._lock is not None:
             unlock(self._lock)
         self._held.close()
 
 
 def _open_locked(output: Path) -> _Opened:
-    """Make or take up an output's staging folder, and lock it."""
+    """Make or reuse an output's staging folder, and lock it."""
     for _ in range(_NUM_TRIES):
         try:
             opened = _Opened(output)
-        except FileNotFoundError as error:  # whoever had it has just removed it, or what is around
+        except FileNotFoundError as error:  # just removed by its former owner
             last = error
             continue
         if opened.is_locked:
@@ -323,7 +323,7 @@ def _own_hidden(parent: HeldFolder, name: str) -> HeldFolder:
     hidden = parent.subfolder(name)
     try:
         hidden.owner = owner
-        # By now it may be another one.
+        # It may be another one by now.
         _owner_if_private(path, parent, hidden.status())
     except BaseException:
         hidden.close()
@@ -332,10 +332,13 @@ def _own_hidden(parent: HeldFolder, name: str) -> HeldFolder:
 
 
 def _owner_if_private(path: Path, parent: HeldFolder, there: os.stat_result) -> int:
-    """Return whose files are this user's on this disk; raise `OutputError` if a folder is not."""
+    """Return the user id of this user's files on this disk.
+
+    Raises `OutputError` if a folder is not this user's, or others may write to it.
+    """
     owner, anybody = os.geteuid(), 0
     if there.st_uid != owner or there.st_mode & _OTHERS_WRITE:
-        with suppress(OSError):  # where nothing can be made, nothing there is this user's
+        with suppress(OSError):  # if nothing can be made there, no file there is this user's
             new = parent.status_of_new_file()
             owner, anybody = new.st_uid, new.st_mode & _OTHERS_WRITE
     if there.st_uid != owner:
@@ -360,7 +363,7 @@ def _take_up(staging: Staging, *, restart: bool) -> None:
     try:
         _settle(staging)
         if restart:
-            # Scores may be of this very run, which found them before it began to merge.
+            # This very call may have stored the scores, before it began to merge.
             _clear(staging.hidden, but=(_SCORES,))
         is_begun = staging.has_journal or staging.has_scores
         mode = _mode_of_new_folder(staging.hidden)
@@ -373,7 +376,7 @@ def _take_up(staging: Staging, *, restart: bool) -> None:
 def _mode_of_new_folder(hidden: HeldFolder) -> int:
     """Return the permissions that the umask, or the disk, gives to a folder made now.
 
-    What an earlier run has left may have been made with another umask.
+    An earlier merge's folder may have been made with another umask.
     """
     if hidden.entry(_FRESH) is not None:
         hidden.remove(_FRESH)
@@ -395,18 +398,18 @@ def _drop_all_but(folder: HeldFolder, names: Collection[str]) -> None:
 
 
 def _settle(staging: Staging) -> None:
-    """Tidy up after a run that was killed while old and new changed places."""
+    """Clean up after a merge that was killed while old and new were swapped."""
     hidden = staging.hidden
     if staging.old_model is not None:
         hidden.move(_ASIDE, staging.parent, staging.output.name)
     if _is_placed(staging):
-        _clear(hidden)  # what is left is the old model
+        _clear(hidden)  # only the old model is left
     elif hidden.entry(_PLACING) is not None:
         hidden.remove(_PLACING)
 
 
 def _is_placed(staging: Staging) -> bool:
-    """Tell whether the folder that was about to become the output is no longer in its old place."""
+    """Return True if the folder that was to become the output has left its old path."""
     told = _marked(staging.hidden)
     if told is None:
         return False
@@ -416,9 +419,9 @@ def _is_placed(staging: Staging) -> bool:
 
 
 def _marked(hidden: HeldFolder) -> tuple[int, ...] | None:
-    """Return the inodes of the new and the old model (or 0) while they change places, else None.
+    """Return the inodes of the new and the old model (or 0) during the swap, else None.
 
-    () is whatever a power cut has left of the marker.
+    () stands for a marker damaged by a power cut.
     """
     try:
         words = hidden.read(_PLACING, max_nbytes=50).split()
@@ -427,15 +430,15 @@ def _marked(hidden: HeldFolder) -> tuple[int, ...] | None:
     except OSError as error:
         if error.errno != errno.EFBIG:
             raise
-        return ()  # nor is that what was written
+        return ()  # too long to be what was written
     is_whole = len(words) == 2 and all(word.isdigit() for word in words)
     return tuple(map(int, words)) if is_whole else ()
 
 
 def _clear(hidden: HeldFolder, *, but: Collection[str] = ()) -> None:
-    """Remove what is in a staging folder, but for its lock and what else is named."""
+    """Remove all entries of a staging folder, except its lock and those in `but`."""
     models = _marked(hidden)
-    # The marker last: as long as anything is there, it says that it is not to be gone on with.
+    # The marker last: as long as it is there, the other entries must not be reused.
     for name in sorted(hidden.names(), key=lambda name: name == _PLACING):
         there = hidden.entry(name)
         if name in (_MODEL, _ASIDE) and models and there and there.st_ino not in models:
@@ -450,9 +453,9 @@ def _clear(hidden: HeldFolder, *, but: Collection[str] = ()) -> None:
 def _put_in_place(staging: Staging, *, overwrite: bool, fsync: bool) -> None:
     hidden, parent, name = staging.hidden, staging.parent, staging.output.name
     if fsync:
-        # What is renamed is on the disk before it is renamed.
+        # The content must be on the disk before the rename.
         staging.folder.sync_all()
-    # Again: much can have happened in the hours of a merge.
+    # Again: much may have happened in the hours of a merge.
     with check_replaceable(parent, name, overwrite=overwrite) or nullcontext() as old:
         inodes = [
             0 if folder is None else folder.status().st_ino for folder in (staging.folder, old)
@@ -477,9 +480,10 @@ def _put_in_place(staging: Staging, *, overwrite: bool, fsync: bool) -> None:
             f"{staging.output}: has been replaced in the moment when it was put in place; see who "
             "has done that, then start again"
         )
-    staging._is_placed = True  # the marker tells it to whom this is not told, such as a later run
+    staging._is_placed = True  # for callers that know it; later processes read the marker
     if fsync:
-        # And the rename is, before anyone is told of it, in both folders that it changed.
+        # The rename, too, must be on the disk before anyone is told, in both folders that it
+        # changed.
         parent.sync()
         hidden.sync()
 
@@ -497,9 +501,9 @@ def _is_in_its_place(staging: Staging) -> bool:
 
 
 def _exchange(staging: Staging, old: HeldFolder) -> None:
-    """Swap new and old, in one step if the system can, else in two that `settle` knows of.
+    """Swap new and old, in one step if the system can, else in two that `settle` can finish.
 
-    What comes out is looked at once more, now that nobody can change it: it will be removed.
+    The old model is checked once more now that nobody can change it: it will be removed.
     """
     hidden, parent, name = staging.hidden, staging.parent, staging.output.name
     if hidden.exchange(_MODEL, parent, name):
@@ -519,7 +523,7 @@ def _exchange(staging: Staging, old: HeldFolder) -> None:
 
 
 def _refuse_unless(hidden: HeldFolder, name: str, old: HeldFolder) -> None:
-    """Raise `OutputError` unless what has come out is the old model, and still nothing else."""
+    """Raise `OutputError` unless the entry is the old model, and still nothing else."""
     if not hidden.holds(name, old):
         raise OutputError(f"{old.path}: was replaced while the merge was at work; start again")
     with hidden.subfolder(name) as there:
