@@ -1,0 +1,148 @@
+"""The seam of methods: what a method declares, and the values that it is computed with.
+
+A new element-wise method is one file here and a line in `registry`. Its parameters become recipe
+keys, options, help and error texts; its needs become the memory budget.
+"""
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+from shardmix.errors import RecipeError
+from shardmix.methods.ops import A, Ops
+from shardmix.methods.statistics import Statistic
+
+Value = float | bool | str
+"""What a parameter can be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter that a method declares."""
+
+    name: str
+    """Its key in a recipe, such as "weight"."""
+    type: type
+    """float, bool or str."""
+    description: str
+    """One sentence for `--help` and error texts."""
+    default: Value | None = None
+    """None: it must be given."""
+    by_model: bool = False
+    """Each model has its own value."""
+    least: float | None = None
+    """The least value allowed; None: no bound."""
+    most: float | None = None
+    """The largest value allowed; None: no bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """The parameters of a tensor, each with its value."""
+
+    shared: Mapping[str, Value] = field(default_factory=dict)
+    """Those of the whole, by name."""
+    by_model: tuple[Mapping[str, Value], ...] = ()
+    """Those of each model, in the recipe's order, without the base model."""
+
+    def number(self, name: str) -> float:
+        """Return a number of the whole."""
+        return float(self.shared[name])
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """Return a number of every model, in order."""
+        return tuple(float(values[name]) for values in self.by_model)
+
+    def of_models(self, models: Sequence[int]) -> "Params":
+        """Return the parameters of some models only; indexes into `by_model`."""
+        return Params(self.shared, tuple(self.by_model[model] for model in models))
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a method needs besides the models' chunks. The memory budget asks for it."""
+
+    base_model: bool = False
+    """Whether it takes a base model; its values come first then."""
+    statistics: tuple[Statistic, ...] = ()
+    """Statistics of whole tensors, gathered before any of the tensor is combined."""
+    least_models: int = 1
+    """Fewest models besides the base model."""
+    most_models: int | None = None
+    """Most models besides the base model; None: any number."""
+
+
+class MergeMethod(Protocol):
+    """A way to merge tensors of one shape, element by element."""
+
+    name: ClassVar[str]
+    """Its name in a recipe."""
+    summary: ClassVar[str]
+    """One sentence for people."""
+    reference: ClassVar[str]
+    """Address of the paper that it comes from; empty: common knowledge."""
+    parameters: ClassVar[tuple[Parameter, ...]]
+    """What can be set."""
+
+    def check(self, params: Params) -> None:
+        """Raise `RecipeError` if the values do not go together."""
+
+    def needs(self, params: Params) -> Needs:
+        """Return what it needs for these values."""
+
+    def contributors(self, params: Params, *, is_wide: bool) -> tuple[int, ...]:
+        """Return the models (indexes into `by_model`) whose values count; others are not read.
+
+        `is_wide`: the tensor is computed in float64, so no weight vanishes in float32.
+        """
+
+    def factors(self, params: Params, statistics: Sequence[Sequence[float]]) -> tuple[float, ...]:
+        """Return the numbers that `combine` needs, in double precision.
+
+        `params` has the contributors only. `statistics` has a value for each of `needs`'.
+        """
+
+    def combine(self, ops: Ops[A], values: Sequence[A], factors: Sequence[A]) -> A:
+        """Return the merged elements of a chunk.
+
+        `values` are the chunk's elements in float32 (float64 if any source is), of the base model
+        first if there is one, then of each contributor. `factors` are rounded to the same dtype.
+        """
+
+
+def vanishes_in_float32(weight: float) -> bool:
+    """Tell whether a weight is 0 in float32: 0 or -0.0, or less than half of the least value."""
+    rounded: float = struct.unpack("<f", struct.pack("<f", weight))[0]
+    return rounded == 0
+
+
+def nonzero(weights: Sequence[float], *, is_wide: bool) -> tuple[int, ...]:
+    """Return the indexes of weights that are not 0; a weight of 0 leaves a model's values out.
+
+    0 · NaN would be NaN.
+    """
+    return tuple(
+        index
+        for index, weight in enumerate(weights)
+        if weight and (is_wide or not vanishes_in_float32(weight))
+    )
+
+
+def sum_of_deltas(ops: Ops[A], values: Sequence[A], factors: Sequence[A]) -> A | None:
+    """Return Σ factorᵢ · (valueᵢ - base) over the values after the first; None without any."""
+    base, total = values[0], None
+    for value, factor in zip(values[1:], factors, strict=True):
+        part = ops.mul(ops.sub(value, base), factor)
+        total = part if total is None else ops.add(total, part)
+    return total
+
+
+def refuse_zero_sum(total: float, what: str) -> None:
+    """Raise `RecipeError` if weights that are to be normalised sum to 0."""
+    if total == 0:
+        raise RecipeError(
+            "sum to 0 and so cannot be normalised to sum to 1",
+            subject=what,
+            remedy="give other weights, or set normalize to false",
+        )

@@ -1,0 +1,57 @@
+"""The weighted sum: model soups, LM-Cocktail, averages."""
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+from shardmix.errors import RecipeError
+from shardmix.methods.base import Needs, Parameter, Params, nonzero, refuse_zero_sum
+from shardmix.methods.ops import A, Ops
+
+NAME = "linear"
+
+
+class Linear:
+    """out = Σ weightᵢ · modelᵢ, divided by Σ weightᵢ if `normalize` is true."""
+
+    name: ClassVar[str] = NAME
+    summary: ClassVar[str] = "weighted sum of all models"
+    reference: ClassVar[str] = "https://arxiv.org/abs/2203.05482"
+    parameters: ClassVar[tuple[Parameter, ...]] = (
+        Parameter("weight", float, "the model's share in the sum", by_model=True),
+        Parameter("normalize", bool, "divide by the sum of the weights", default=True),
+    )
+
+    def check(self, params: Params) -> None:
+        """Raise `RecipeError` if the weights leave nothing of any model or cannot be normalised."""
+        weights = params.numbers("weight")
+        if params.shared["normalize"]:
+            refuse_zero_sum(math.fsum(weights), "weights")
+        if not nonzero(self.factors(params, ()), is_wide=False):
+            raise RecipeError(
+                "every weight is 0 (in float32), so the output would hold nothing of any model",
+                remedy="give at least one model a weight",
+            )
+
+    def needs(self, params: Params) -> Needs:
+        """Return nothing: it needs the models only."""
+        return Needs()
+
+    def contributors(self, params: Params, *, is_wide: bool) -> tuple[int, ...]:
+        """Return the models whose weight is not 0."""
+        return nonzero(self.factors(params, ()), is_wide=is_wide)
+
+    def factors(self, params: Params, statistics: Sequence[Sequence[float]]) -> tuple[float, ...]:
+        """Return each model's weight, normalised if asked for."""
+        weights = params.numbers("weight")
+        if not params.shared["normalize"]:
+            return weights
+        total = math.fsum(weights)
+        return tuple(weight / total for weight in weights)
+
+    def combine(self, ops: Ops[A], values: Sequence[A], factors: Sequence[A]) -> A:
+        """Return the sum, in the models' order."""
+        total = ops.mul(values[0], factors[0])
+        for value, factor in zip(values[1:], factors[1:], strict=True):
+            total = ops.add(total, ops.mul(value, factor))
+        return total
