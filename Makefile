@@ -21,7 +21,7 @@ test: $(DEV_STAMP) lint
 	$(BIN)/python -m pytest -q
 
 bench: $(BENCH_STAMP)
-	$(BIN)/python benchmarks/bench.py --work-dir $(BENCH_WORK_DIR) --keep $(BENCH_OPTIONS)
+	$(BIN)/python -m benchmarks.compare --work-dir $(BENCH_WORK_DIR) --keep $(BENCH_OPTIONS)
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -11,18 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shardmix
+from benchmarks.memory.promise import FACTORS, combinations
+from benchmarks.scale.holes import gaps, sweep, union, zero_ranges
 from shardmix.output.journal import Journal
 from tests.support.cut_off import cut_off_after
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = (0.5, 0.3, 0.2)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="holes are punched as on Linux")
-
-
-@pytest.fixture(autouse=True)
-def benchmarks_importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +28,14 @@ def sparse_models(tmp_path_factory):
     models = [tmp_path_factory.mktemp("sparse") / name for name in "abc"]
     for seed, model in enumerate(models):
         words = ("llama", model, "--preset", "llama-100m", "--sparse", "--regions=4")
-        run_script("checkpoints.py", *words, f"--seed={seed}")
+        run_module("lib.checkpoints", *words, f"--seed={seed}")
     return models
 
 
-def run_script(name, *words):
-    """Run a benchmark's script; return its exit status and what it printed."""
-    command = [sys.executable, BENCHMARKS / name, *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def run_module(name, *words):
+    """Run a benchmark's module; return its exit status and what it printed."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout
 
@@ -50,12 +47,10 @@ def merge(models, output):
 def compare(output, models):
     """Run the comparison with numpy's sum."""
     words = [f"{model}={weight}" for model, weight in zip(models, WEIGHTS, strict=True)]
-    return run_script("expected_merge.py", output, *words)
+    return run_module("scale.expected_merge", output, *words)
 
 
 def zeros_of(models):
-    from sweeper import zero_ranges
-
     names = sorted(path.name for path in models[0].glob("*.safetensors"))
     assert len(names) == 3
     return {name: zero_ranges([model / name for model in models]) for name in names}
@@ -63,8 +58,6 @@ def zeros_of(models):
 
 def test_swept_and_cut_merge_keeps_its_bytes(sparse_models, tmp_path, monkeypatch):
     """A merge swept after every leaf, and cut off, writes the same bytes."""
-    from sweeper import sweep
-
     merge(sparse_models, tmp_path / "whole")
     zeros = zeros_of(sparse_models)
     add = Journal.add
@@ -122,8 +115,6 @@ ranges = st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200)), max_size=
 @given(ranges, st.integers(0, 200))
 def test_gaps_are_untouched_pages(found, size):
     """Gaps are the whole pages that no range touches."""
-    from holes import gaps, union
-
     page = 8
     pairs = [(min(pair), max(pair)) for pair in found]
     taken = {byte for start, stop in pairs for byte in range(start, stop)}
@@ -141,8 +132,6 @@ def test_gaps_are_untouched_pages(found, size):
 
 def test_combinations_pair_all_values():
     """Any two values meet in the combinations of the memory benchmark."""
-    from memory_promise import FACTORS, combinations
-
     chosen = list(combinations(50, random.Random(3)))
     assert len(chosen) == 50
     for (name, values), (other, others) in itertools.combinations(FACTORS.items(), 2):

@@ -1,0 +1,151 @@
+"""Measures shardmix beside every other tool, and has it reported and plotted: `make bench`.
+
+    python -m benchmarks.compare --work-dir WORK --keep
+    python -m benchmarks.compare --work-dir WORK --rounds 1 --parts tools --tools floor shardmix
+
+The tools take turns, each round in a shuffled order of its own.
+"""
+
+import argparse
+import importlib.util
+import random
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.compare import report
+from benchmarks.compare.measurement import Bench, CaseFailedError
+from benchmarks.compare.parts import PARTS, Case, Part, llamas
+from benchmarks.compare.samples import Look, Sample, Table
+from benchmarks.lib.machine import can_drop_caches, facts
+from benchmarks.lib.programs import MERGES, REQUIREMENTS, Pythons
+from benchmarks.lib.shapes import LLAMAS
+from benchmarks.lib.tables import Size
+from benchmarks.lib.workspace import Workspace, parser, remove
+
+SHUFFLE_SEED = 7
+PART_NAMES = [part.name for part in PARTS]
+
+
+def schedule(
+    part: Part, cases: Sequence[Case], args: argparse.Namespace
+) -> Iterator[tuple[Case, str, bool, int]]:
+    """Yield case, cache, synced and round of each measurement of a part, in order.
+
+    Shuffled, not rotated: in a rotation each tool would have the same one before it every time.
+    """
+    shuffler = random.Random(SHUFFLE_SEED)
+    for cache in part.caches:
+        for number in range(1, min(args.rounds, part.max_rounds) + 1):
+            for synced in part.synced:
+                for case in shuffler.sample(cases, len(cases)):
+                    is_too_much = number > args.slow_rounds or cache == "cold"
+                    if cache in args.cache and not (case.program.is_slow and is_too_much):
+                        yield case, cache, synced, number
+
+
+def measure_part(
+    part: Part,
+    cases: Sequence[Case],
+    args: argparse.Namespace,
+    bench: Bench,
+    *,
+    figures: Table,
+    looks: Table,
+) -> list[str]:
+    """Add to the table what it lacks of a part; return what failed, which is not tried again."""
+    failures: dict[Case, str] = {}
+    done = {sample.identity for sample in figures.read()}
+    missing = [
+        (case, cache, synced, number)
+        for case, cache, synced, number in schedule(part, cases, args)
+        if (*case.identity, part.name, cache, synced, number) not in done
+    ]
+    for tool in dict.fromkeys(case.tool for case, *_ in missing):
+        bench.warm_up(tool)
+    for case, cache, synced, number in missing:
+        if case in failures:
+            continue
+        is_watched = (part.name, cache, synced, number) == ("tools", "warm", False, 1)
+        how = {"cache": cache, "synced": synced, "number": number, "is_watched": is_watched}
+        try:
+            sample, seen = bench.measure(case, part=part.name, **how)
+        except CaseFailedError as error:
+            failures[case] = f"{part.name}: {error}"
+            print(f"FAILED {failures[case]}", flush=True)
+            continue
+        figures.append([sample])
+        looks.append(seen)
+        mode = report.mode_name(cache, synced)
+        print(f"{part.name}, {mode}, round {number}: {sample.total_s:7.2f} s  {case}", flush=True)
+    return list(failures.values())
+
+
+def write_facts(path: Path, lines: Sequence[str], *, keep: bool) -> None:
+    """Write the machine's facts; `keep` the versions of tools that took part in earlier runs."""
+    earlier = path.read_text().splitlines() if keep and path.exists() else []
+    versions = [line for line in earlier if line.startswith("versions") and line not in lines]
+    path.write_text("\n".join([*lines, *versions]) + "\n")
+
+
+def main() -> None:
+    """Measure, then report and plot."""
+    options = parser(
+        "Measure shardmix beside every other tool.",
+        output=(Path("docs/benchmarks"), "report, figures, plots"),
+        parts=(PART_NAMES, "what is measured", PART_NAMES),
+        rounds=(5, "measurements of each"),
+        slow_rounds=(1, "of what takes minutes"),
+        cache=(["warm", "cold"], "state of the page cache", ("warm", "cold")),
+        resume=(False, "measure what the CSV lacks"),
+        preset=("llama-1b", "of the checkpoints", LLAMAS),
+        num_tensors=(30_000, "of the MoE"),
+        tensor_size=(Size("1GiB"), "of the giant one"),
+        tools=(list(MERGES), "who takes part", MERGES),
+        shardmix_options=("", "as one string"),
+        floor_options=("", "as one string"),
+        mergekit_options=("", "as one string"),
+    )
+    Pythons.add_arguments(options, *REQUIREMENTS)
+    args = options.parse_args()
+    if "cold" in args.cache and not can_drop_caches():
+        print("cold cache: skipped, only root may write /proc/sys/vm/drop_caches\n")
+        args.cache.remove("cold")
+    args.output.mkdir(parents=True, exist_ok=True)
+    figures = Table(args.output / "bench.csv", Sample)
+    looks = Table(args.output / "bench-memory.csv", Look)
+    if not args.resume:
+        remove(figures.path)
+        remove(looks.path)
+    failures: list[str] = []
+    chosen = [part for part in PARTS if part.name in args.parts]
+    with Workspace(args) as workspace:
+        pythons = Pythons(args, workspace)
+        environments = dict.fromkeys(
+            MERGES[tool].environment for tool in MERGES if tool in args.tools
+        )
+        if any(part.merges_preset for part in chosen):
+            llamas(workspace, args.preset)
+        lines = facts(args.work_dir, [args.python, *(pythons[name] for name in environments)])
+        print("\n".join(lines), end="\n\n")
+        write_facts(args.output / "bench-machine.txt", lines, keep=args.resume)
+        bench = Bench(args, pythons, workspace)
+        for part in chosen:
+            # A part's own checkpoints go with the part.
+            with Workspace(args) as own:
+                cases = part.cases(args, own)
+                failures += measure_part(part, cases, args, bench, figures=figures, looks=looks)
+    if importlib.util.find_spec("matplotlib"):
+        # In a process of its own: this one must stay small.
+        plots = [sys.executable, "-m", "benchmarks.compare.plots", args.output]
+        subprocess.run(plots, check=True)
+    else:
+        print("plots: skipped, there is no matplotlib; pip install '.[bench]'")
+    report.write_report(args.output)
+    if failures:
+        raise SystemExit("\n".join(["failed, and not in the report:", *failures]))
+
+
+if __name__ == "__main__":
+    main()

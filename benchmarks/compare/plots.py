@@ -1,0 +1,167 @@
+"""Draws the plots of a comparison's raw figures as SVG. Measures nothing; needs matplotlib.
+
+python -m benchmarks.compare.plots docs/benchmarks
+"""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from benchmarks.compare.report import PLOTS, tools_of
+from benchmarks.compare.samples import Look, Sample, Table, peak_bytes, total_s, where
+from benchmarks.lib.programs import MERGES
+
+MIB, GB = 1024**2, 1e9
+PANELS_IN_A_ROW = 5
+COLORS = dict(zip(MERGES, mpl.colormaps["tab10"].colors, strict=False))
+STYLE = {
+    "figure.figsize": (7, 4),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "svg.fonttype": "none",
+    # The same figures give the same file.
+    "svg.hashsalt": "shardmix",
+}
+Samples = Sequence[Sample]
+
+
+def memory_over_time(path: Path, looks: Sequence[Look]) -> None:
+    """Side by side, a panel for each tool: its own seconds, and one scale of memory for all."""
+    names = tools_of(looks)
+    top = 1.5 * max(look.resident_bytes for look in looks) / MIB
+    columns = min(len(names), PANELS_IN_A_ROW)
+    rows = math.ceil(len(names) / columns)
+    size = (2 * columns + 0.5, 2 * rows + 0.5)
+    figure, grid = plt.subplots(
+        rows, columns, sharey=True, squeeze=False, figsize=size, layout="constrained"
+    )
+    for axes in grid.flat[len(names) :]:
+        axes.set_visible(False)
+    for axes, tool in zip(grid.flat, names, strict=False):
+        mine = [look for look in looks if look.tool == tool]
+        seconds = [look.seconds for look in mine]
+        resident = [look.resident_bytes / MIB for look in mine]
+        axes.fill_between(seconds, resident, 1, color=COLORS[tool], alpha=0.6, linewidth=0)
+        # From MiB to GiB: on a linear scale most would lie on the axis.
+        axes.set(yscale="log", ylim=(1, top), xlim=(0, None))
+        axes.set_title(f"{tool}\n{max(resident):.0f} MiB, {seconds[-1]:.1f} s", fontsize="small")
+        axes.tick_params(labelsize="small")
+        _readable(axes.yaxis, marks=(1,))
+    figure.supylabel("resident, MiB", fontsize="small")
+    figure.supxlabel("seconds since the start", fontsize="small")
+    _save(figure, path)
+
+
+def peak_mib(samples: Samples) -> float:
+    """Return the highest peak."""
+    return (peak_bytes(samples) or 0) / MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A line for each tool: a figure of all its samples of one value."""
+
+    part: str
+    across: Callable[[Sample], float]
+    up: Callable[[Samples], float | None]
+    labels: tuple[str, str]
+    """Of both axes."""
+    log: str = "y"
+    """Which axes are logarithmic."""
+
+    def draw(self, axes: Axes, samples: Samples) -> None:
+        """Draw the lines; a budget of none is a line across."""
+        is_budget = self.part == "budgets"
+        given = [sample for sample in samples if sample.budget_bytes or not is_budget]
+        values = sorted({self.across(sample) for sample in given})
+        for tool in tools_of(given):
+            mine = where(given, tool=tool)
+            own = sorted({self.across(sample) for sample in mine})
+            heights = [self.up([one for one in mine if self.across(one) == x]) for x in own]
+            width = 2.5 if tool == "shardmix" else 1.3
+            axes.plot(own, heights, marker="o", label=tool, color=COLORS[tool], linewidth=width)
+        if is_budget and (free := where(samples, budget_bytes=0)):
+            axes.axhline(self.up(free), linestyle=":", color="gray", label="without a budget")
+        if is_budget and self.up is peak_mib:
+            axes.plot(values, values, color="black", linewidth=1, label="the budget")
+        axes.set(xlabel=self.labels[0], ylabel=self.labels[1])
+        for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
+            if name in self.log:
+                axes.set(**{f"{name}scale": "log"})
+                _readable(axis)
+        if self.part == "models":
+            axes.set_xticks(values)
+        if not self.log:
+            axes.set(ylim=(0, None))
+
+
+def _budget_mib(sample: Sample) -> float:
+    return sample.budget_bytes / MIB
+
+
+BUDGET = "--max-memory, MiB"
+PEAK = "peak, MiB"
+PARTS = {
+    "time-by-size.svg": Plot(
+        "sizes",
+        lambda one: one.num_models * one.model_bytes / GB,
+        total_s,
+        ("GB of all models together", "seconds"),
+    ),
+    "peak-by-models.svg": Plot("models", lambda one: one.num_models, peak_mib, ("models", PEAK)),
+    "peak-by-tensor.svg": Plot(
+        "tensors",
+        lambda one: one.largest_tensor_bytes / MIB,
+        peak_mib,
+        ("largest tensor, MiB", PEAK),
+        log="xy",
+    ),
+    "peak-by-budget.svg": Plot("budgets", _budget_mib, peak_mib, (BUDGET, PEAK), log=""),
+    "time-by-budget.svg": Plot("budgets", _budget_mib, total_s, (BUDGET, "seconds"), log=""),
+}
+
+
+def _readable(axis: Axis, *, marks: Sequence[int] = (1, 2, 5)) -> None:
+    """Ticks of a logarithmic axis at these digits, written out."""
+    axis.set_major_locator(LogLocator(subs=marks))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
+def _save(figure: Figure, path: Path) -> None:
+    # Without a date the same figures give the same file.
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main(folder: Path) -> None:
+    """Draw all plots that there are figures for."""
+    samples = Table(folder / "bench.csv", Sample).read()
+    looks = Table(folder / "bench-memory.csv", Look).read()
+    mpl.use("svg")
+    mpl.rcParams.update(STYLE)
+    if looks:
+        memory_over_time(folder / "memory-over-time.svg", looks)
+    for name, plot in PARTS.items():
+        if found := where(samples, part=plot.part):
+            figure, axes = plt.subplots(layout="constrained")
+            plot.draw(axes, found)
+            axes.set_title(PLOTS[name])
+            place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+            axes.legend(fontsize="small", frameon=False, **place)
+            _save(figure, folder / name)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
