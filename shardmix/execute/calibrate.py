@@ -154,7 +154,7 @@ class _Meter:
         """Return what was counted, by the time that it took."""
         return self._nbytes / max(self._last - self._started, 1e-9)
 
-    def kept(self, leaf: int, buffer: memoryview) -> LeafAnomalies | None:
+    def reused(self, leaf: int, buffer: memoryview) -> LeafAnomalies | None:
         """Return None: nothing is there already."""
         return None
 

@@ -65,7 +65,7 @@ class ComparedShard:
         if nbytes != planned.file_nbytes:
             differences.add(planned.filename, "its size", abs(nbytes - planned.file_nbytes))
 
-    def kept(self, leaf: int, buffer: memoryview) -> LeafAnomalies | None:
+    def reused(self, leaf: int, buffer: memoryview) -> LeafAnomalies | None:
         """Return None: everything is computed again."""
         return None
 

@@ -32,7 +32,7 @@ class LeafTarget(Protocol):
 class ShardTarget(Protocol):
     """Where an output file's bytes go: into a file, or against one that exists."""
 
-    def kept(self, leaf: int, buffer: memoryview) -> LeafAnomalies | None:
+    def reused(self, leaf: int, buffer: memoryview) -> LeafAnomalies | None:
         """Return what is known of a leaf that is there already; None where it is to be merged."""
 
     def next_claimed(self, leaf: int, stop_leaf: int) -> int:

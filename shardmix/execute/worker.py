@@ -67,7 +67,7 @@ def _merge_task(
     while leaf < task.stop_leaf:
         if work.is_stopped:
             return False
-        findings = target.kept(leaf, buffer)
+        findings = target.reused(leaf, buffer)
         if findings is not None:
             for chunk in chunks(planned, leaf, leaf + 1, chunk_nbytes=chunk_nbytes):
                 work.count(chunk.source_nbytes, kept=True)
