@@ -56,8 +56,8 @@ class Tie(msgspec.Struct, frozen=True):
         own = config.get(self.key) if self.key else None
         if isinstance(own, bool):
             return own
-        place = 3 * _state(config) + _state(config_part(config, self.nested))
-        return self.tied[place] == "T"
+        state = 3 * _state(config) + _state(config_part(config, self.nested))
+        return self.tied[state] == "T"
 
 
 class Renaming(msgspec.Struct, frozen=True, rename={"pattern": "re", "sources": "from"}):

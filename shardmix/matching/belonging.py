@@ -1,4 +1,4 @@
-"""The check that models belong together: configs, tokenizers and modules, beside tensors.
+"""The check that models belong together: configs, tokenizers and modules, besides tensors.
 
 Puts the single checks together. Reads small files; no weights.
 """
@@ -25,7 +25,7 @@ class PartConfig:
     """The model that gives the output, or one of its modules, the files beside the weights."""
 
     name: str | None
-    """What its user calls it; None: it is the first model."""
+    """The user's name for it; None for the first model."""
     folder: Path
     """Its folder."""
     config: dict[str, Any]
@@ -41,13 +41,12 @@ def check_belong_together(
     modular_config_source: ModularModel | None = None,
     max_memory: int | None = None,
 ) -> tuple[str, ...]:
-    """Return what to know of the ways in which models differ that have the same tensors.
+    """Return warnings for the differences between models that have the same tensors.
 
     `groups` are the parts of the models that are merged with one another, the models themselves
-    first; `config_sources` give each its config and tokenizer, and `modular_config_source` the
-    modules if no model
-    does. `max_memory` (bytes) bounds what the process may take. Raises `MismatchError` if they
-    differ in what nobody can have meant to average over.
+    first. `config_sources` give each its config and tokenizer, and `modular_config_source` the
+    modules if no model does. `max_memory` (bytes) bounds the process. Raises `MismatchError` for a
+    difference over which no average makes sense.
     """
     found = list(module_differences(checkpoints, modular_config_source, recipe.pooling))
     for number, (group, config_source) in enumerate(zip(groups, config_sources, strict=True)):
@@ -68,7 +67,7 @@ def check_belong_together(
 
 
 def _quantisations(group: Sequence[Checkpoint], config_source: PartConfig) -> Iterator[Difference]:
-    """Find configs that declare a quantisation: that no weight has one was seen before."""
+    """Find configs that declare a quantisation; an earlier check found that no weight has one."""
     configs = [(part.source, part.config) for part in group]
     configs += (
         [(config_source.name, config_source.config)] if config_source.name is not None else []
@@ -88,7 +87,7 @@ def _quantisations(group: Sequence[Checkpoint], config_source: PartConfig) -> It
 
 
 def _misfits(first: Checkpoint, config_source: PartConfig) -> Iterator[Difference]:
-    """Find what the output's config states and its tensors contradict."""
+    """Find statements of the output's config that its tensors contradict."""
     config, name, way = (
         config_source.config,
         config_source.name,
@@ -118,7 +117,7 @@ def _config_differences(group: Sequence[Checkpoint], config_source: PartConfig) 
 def _scale_differences(
     group: Sequence[Checkpoint], config_source: PartConfig
 ) -> Iterator[Difference]:
-    """Find models whose config scales what the output head reads while the output's does not."""
+    """Find models whose config scales the input of the output head while the output's does not."""
     configs = [(part.source, part.config) for part in group]
     name, config = (
         configs[0] if config_source.name is None else (config_source.name, config_source.config)
@@ -171,7 +170,7 @@ def _preprocessor_differences(
 
 
 def _num_rows(checkpoint: Checkpoint) -> int | None:
-    """Return how many rows the input embedding has, or None if none is known by its name."""
+    """Return the number of rows of the input embedding, or None if no name reveals it."""
     table = checkpoint.table
     embedding = input_embedding([name for name in table.names if "emb" in name or "wte" in name])
     if embedding is None:

@@ -1,7 +1,7 @@
-"""The dtypes that a config states, of a model and of its parts, held against stored tensors.
+"""The dtypes that a config states, of a model and of its parts, compared with stored tensors.
 
-A multimodal model's parts may have a dtype each, and its config one for each part. Pure functions
-on configs, names and sizes.
+Each part of a multimodal model may have its own dtype, with a key of its own in the config. Pure
+functions on configs, names and sizes.
 """
 
 import copy
@@ -14,14 +14,14 @@ DTYPE_KEYS = ("dtype", "torch_dtype")
 
 _PARTS = ("encoder", "decoder", "text_encoder", "audio_encoder")
 _NO_PARTS = ("quantization_config", "compression_config", "generation_config")
-# What a config of a model has, at least one of them.
+# Keys of a model's config; each config has at least one of them.
 _MODEL_KEYS = (
     *("model_type", "architectures", "hidden_size", "d_model", "embed_dim", "num_hidden_layers"),
     *("num_layers", "depth", *DTYPE_KEYS),
 )
-_MOST_PARTS = 50  # of one model; a stranger's config may have more than tensors can be held against
+_MOST_PARTS = 50  # of one model; a stranger's config may have more than can be compared
 _TEXT = ("text", "language", "llm", "lm", "decoder")
-# What a part is called in the names of tensors, by what its config is called.
+# Name of a part's config → names of the part in tensor names.
 _NAMES = {
     "text": ("language_model", "text_model", "text_encoder", "text_decoder", "llm", "language"),
     "vision": (
@@ -31,7 +31,7 @@ _NAMES = {
     "audio": ("audio_tower", "audio_model", "audio_encoder", "speech_encoder", "audio"),
     "projector": ("multi_modal_projector", "mm_projector", "connector", "projector"),
 }
-# How the name of such a module may end, if it begins as that of the config does.
+# Possible endings of such a module's name, if it begins with the name of the config.
 _KINDS = ("model", "encoder", "tower", "transformer", "tokenizer", "backbone")
 _SAME = {"language": "text", "llm": "text", "lm": "text", "vit": "vision", "image": "vision"}
 
@@ -41,53 +41,53 @@ class _Part:
     """A model that a config describes, or a part of one."""
 
     path: str
-    """Keys that lead to its config, with dots; "" for the whole."""
+    """Dotted keys that lead to its config; "" for the whole."""
     name: str
     """Its key without `_config`."""
     config: Mapping[str, Any]
     parts: list["_Part"] = field(default_factory=list)
     nbytes: dict[str, int] = field(default_factory=dict)
-    """Dtype → bytes of its tensors that belong to none of its own parts."""
+    """Dtype → bytes of its tensors, without those of its own parts."""
 
     def each(self) -> Iterator["_Part"]:
-        """Yield it and all parts of it."""
+        """Yield it and all its parts."""
         yield self
         for part in self.parts:
             yield from part.each()
 
     def has_tensors(self) -> bool:
-        """Tell whether any tensor is known to be of it."""
+        """Return True if some tensor is known to belong to it."""
         return any(part.nbytes for part in self.each())
 
 
 def config_dtypes(
     config: Mapping[str, Any], tensors: Iterable[tuple[str, str, int]]
 ) -> dict[str, str]:
-    """Return path → dtype for what a config should state of the model and of its parts.
+    """Return path → dtype that a config should state, for the model and its parts.
 
-    `tensors` are name, torch name of the dtype, and bytes of all that hold floats. A part has the
-    dtype of most bytes of its own tensors; the whole that of its text part and of what belongs to
-    no part. What cannot be told, and what may be meant as it is, is left out: there the config
-    stays as it is. Paths are keys with dots.
+    `tensors` are name, torch name of the dtype, and bytes of all float tensors. A part has the
+    dtype of most bytes of its own tensors; the whole has that of its text part and of tensors
+    outside all parts. A dtype that is unknown, or may be intended, is left out: the config stays as
+    it is there. Paths are dotted keys.
     """
     whole = _parts_of(config, "", "")
-    by_place: dict[tuple[str, ...], dict[str, int]] = {}
+    by_modules: dict[tuple[str, ...], dict[str, int]] = {}
     total: dict[str, int] = {}
     for name, dtype, size in tensors:
-        counted = by_place.setdefault(_place(name) if whole.parts else (), {})
+        counted = by_modules.setdefault(_modules_of(name) if whole.parts else (), {})
         counted[dtype] = counted.get(dtype, 0) + size + 1
         total[dtype] = total.get(dtype, 0) + size + 1
     if not total:
         return {}
     if len(total) == 1:
         return dict.fromkeys((path for path, _ in _nested(config, "")), *total)
-    for place, sizes in by_place.items():
-        _add(_owner(whole, place), sizes)
+    for modules, sizes in by_modules.items():
+        _add(_owner(whole, modules), sizes)
     return dict(_dtypes_of(whole, total))
 
 
 def with_dtypes(config: Mapping[str, Any], dtypes: Mapping[str, str]) -> dict[str, Any]:
-    """Return a config in which all dtypes that it states are those given, by path.
+    """Return a config with all its dtypes replaced by the given ones, by path.
 
     The key is `dtype` or `torch_dtype`, whichever the config has; none is added.
     """
@@ -120,24 +120,24 @@ def _parts_of(config: Mapping[str, Any], path: str, name: str) -> _Part:
     return _Part(path, name, config, parts)
 
 
-def _place(name: str) -> tuple[str, ...]:
-    """Return the modules that a tensor lies in, down to the first that is numbered."""
+def _modules_of(name: str) -> tuple[str, ...]:
+    """Return the modules that contain a tensor, down to the first numbered one."""
     modules = name.split(".")[:-1]
     numbered = next((i for i, module in enumerate(modules) if module.isdecimal()), len(modules))
     return tuple(modules[:numbered])
 
 
-def _owner(part: _Part, place: tuple[str, ...]) -> _Part:
-    """Return the innermost part that a tensor belongs to, by the modules that it lies in."""
-    for number, module in enumerate(place):
+def _owner(part: _Part, modules: tuple[str, ...]) -> _Part:
+    """Return the innermost part that a tensor belongs to, by the modules that contain it."""
+    for number, module in enumerate(modules):
         for inner in part.parts:
             if _is_called(module, inner.name):
-                return _owner(inner, place[number + 1 :])
+                return _owner(inner, modules[number + 1 :])
     return part
 
 
 def _is_called(module: str, name: str) -> bool:
-    """Tell whether a module is that of a part's config, by what both are called."""
+    """Return True if a module is that of a part's config, by both names."""
     own = name.removesuffix("_model")
     is_like = module.startswith(f"{own}_") and module.rpartition("_")[2] in _KINDS
     return (
@@ -153,13 +153,13 @@ def _add(part: _Part, sizes: Mapping[str, int]) -> None:
 
 
 def _dtypes_of(part: _Part, total: Mapping[str, int]) -> Iterator[tuple[str, str]]:
-    """Yield path and dtype of a part and of those within it, as far as they can be told."""
+    """Yield path and dtype of a part and of those within it, if they are known."""
     sizes = _main_sizes(part)
     found = [inner for inner in part.parts if inner.has_tensors()]
     lost = [inner for inner in part.parts if inner not in found and inner.name not in _TEXT]
     stated = _stated(part.config)
-    # What a whole states may be the dtype of any of its parts: that is what it is loaded in. And
-    # tensors of parts whose names we don't know may be among these.
+    # The whole may state the dtype of any of its parts: that is the dtype it is loaded in. And
+    # these may include tensors of parts whose names we don't know.
     possible = {_most(_main_sizes(inner)) for inner in found} | {_most(total) if found else None}
     is_possible = stated in possible or (bool(lost) and stated in total)
     own = None if is_possible else _most(sizes)
@@ -169,7 +169,7 @@ def _dtypes_of(part: _Part, total: Mapping[str, int]) -> Iterator[tuple[str, str
         if inner in found:
             yield from _dtypes_of(inner, total)
         elif inner.name in _TEXT and not lost and sizes:
-            yield inner.path, str(_most(sizes))  # the tensors of no other part are its own
+            yield inner.path, str(_most(sizes))  # tensors outside all other parts are its own
 
 
 def _most(sizes: Mapping[str, int]) -> str | None:
@@ -177,7 +177,7 @@ def _most(sizes: Mapping[str, int]) -> str | None:
 
 
 def _main_sizes(part: _Part) -> dict[str, int]:
-    """Return dtype → bytes of what is no part's, and of the part that reads text."""
+    """Return dtype → bytes of tensors outside all parts, and of the part that reads text."""
     sizes = dict(part.nbytes)
     for inner in part.parts:
         if inner.name in _TEXT:

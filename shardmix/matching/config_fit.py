@@ -1,7 +1,7 @@
 """Contradictions between a config and the tensors beside it. Pure: names and shapes in.
 
-What a config states and the tensors contradict would not load. What it leaves out says nothing,
-and where tensors have names that mean nothing to us, nothing is judged.
+A config that its tensors contradict would not load. A missing key says nothing, and tensors with
+unknown names are not judged.
 """
 
 import re
@@ -34,9 +34,9 @@ _OWN_RULES = frozenset(
 )
 """Classes that add rows, embed in another width or count layers by rules of their own."""
 
-# What is below the module that has the embedding is of its part of the model ...
-_PLACE = re.compile(r"(?:embeddings\.)?\w+\.weight$")
-# ... unless it is of pictures or sounds, or predicts further tokens.
+# Tensors below the module with the embedding belong to its part of the model ...
+_EMBEDDING_ENDING = re.compile(r"(?:embeddings\.)?\w+\.weight$")
+# ... unless they are for pictures or sounds, or predict further tokens.
 _OTHER_SENSES = re.compile(r"vision|visual|video|image|audio|speech|codec|tower|qformer|mtp\.")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|block)\.(\d+)\.")
 _CLASSIFIERS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
@@ -54,13 +54,13 @@ class Misfit:
     finding: str
     """A clause without the model's name: `vocab_size is 48, but wte.weight has 32 rows`."""
     is_certain: bool
-    """Whether it will not load; else it may be meant."""
+    """True if it will not load; False if it may be intended."""
 
 
 def config_misfits(
     config: Mapping[str, Any], names: Sequence[str], shapes: Sequence[tuple[int, ...]]
 ) -> list[Misfit]:
-    """Return in what a config contradicts a model's tensors."""
+    """Return the statements of a config that a model's tensors contradict."""
     if not config:
         return []
     found = list(_head_misfits(config, names, shapes))
@@ -79,16 +79,16 @@ def config_misfits(
     part = config[parts[0]] if parts else config
     if any(str(either.get("model_type")) in _OWN_RULES for either in (config, part)):
         return found
-    place = _PLACE.sub("", name)
+    module_prefix = _EMBEDDING_ENDING.sub("", name)
     found += _vocabulary_misfits(part, prefix, name, shape[0])
     found += _width_misfits(part, prefix, name, shape[1])
-    found += _layer_misfits(part, prefix, names, place)
-    found += _matrix_misfits(part, prefix, names, shapes, place)
+    found += _layer_misfits(part, prefix, names, module_prefix)
+    found += _matrix_misfits(part, prefix, names, shapes, module_prefix)
     return found
 
 
 def _has_words(part: Mapping[str, Any]) -> bool:
-    """Tell whether a part of a config is of a model of text."""
+    """Return True if a part of a config describes a model of text."""
     return "vocab_size" in part or (
         isinstance(part.get("model_type"), str)
         and (own := class_defaults(part["model_type"])) is not None
@@ -133,7 +133,7 @@ def _width_misfits(part: Mapping[str, Any], prefix: str, name: str, width: int) 
 
 
 def _layer_misfits(
-    part: Mapping[str, Any], prefix: str, names: Sequence[str], place: str
+    part: Mapping[str, Any], prefix: str, names: Sequence[str], module_prefix: str
 ) -> Iterator[Misfit]:
     stated = _integers(part, _LAYER_KEYS)
     if not stated:
@@ -143,8 +143,8 @@ def _layer_misfits(
     counts: dict[str, int] = {}
     layer = "\0"
     for name in names:
-        # Names of one layer mostly follow one another: 90,000 experts are few layers.
-        if name.startswith(layer) or not name.startswith(place):
+        # Names of one layer mostly follow one another: 90,000 experts are in few layers.
+        if name.startswith(layer) or not name.startswith(module_prefix):
             continue
         match = _LAYER.search(name)
         if match is not None and not _OTHER_SENSES.search(name):
@@ -167,10 +167,10 @@ def _matrix_misfits(
     prefix: str,
     names: Sequence[str],
     shapes: Sequence[tuple[int, ...]],
-    place: str,
+    module_prefix: str,
 ) -> Iterator[Misfit]:
-    """Hold one layer's matrices against heads and intermediate size."""
-    query = _first(_QUERIES, names, shapes, place)
+    """Compare one layer's matrices with heads and intermediate size."""
+    query = _first(_QUERIES, names, shapes, module_prefix)
     sizes = {key: n for key, n in part.items() if isinstance(n, int) and not isinstance(n, bool)}
     heads, head_dim = sizes.get("num_attention_heads"), sizes.get("head_dim")
     is_plain = not any(part.get(key) for key in _HEADS_OF_OTHER_SHAPES)
@@ -183,7 +183,7 @@ def _matrix_misfits(
                 f"{shape[0]} rows",
                 is_certain=False,
             )
-    matrix = _first(_INNER, names, shapes, place)
+    matrix = _first(_INNER, names, shapes, module_prefix)
     stated = sizes.get("intermediate_size")
     others = [size for key, size in sizes.items() if "ffn" in key or "intermediate" in key]
     if matrix is not None and stated is not None and matrix[1][0] not in others:
@@ -197,7 +197,7 @@ def _matrix_misfits(
 def _head_misfits(
     config: Mapping[str, Any], names: Sequence[str], shapes: Sequence[tuple[int, ...]]
 ) -> Iterator[Misfit]:
-    """Hold the number of labels against the rows of a classifier."""
+    """Compare the number of labels with the rows of a classifier."""
     architectures, labels = config.get("architectures"), config.get("id2label")
     if not (isinstance(architectures, list) and isinstance(labels, dict)):
         return
@@ -216,11 +216,11 @@ def _first(
     endings: tuple[str, ...],
     names: Sequence[str],
     shapes: Sequence[tuple[int, ...]],
-    place: str = "",
+    module_prefix: str = "",
 ) -> tuple[str, tuple[int, ...]] | None:
     """Return the first matrix of that name in a part of a model."""
     for name, shape in zip(names, shapes, strict=True):
-        is_of_it = name.endswith(endings) and name.startswith(place) and len(shape) == 2
+        is_of_it = name.endswith(endings) and name.startswith(module_prefix) and len(shape) == 2
         if is_of_it and not _OTHER_SENSES.search(name):
             return name, shape
     return None

@@ -1,4 +1,4 @@
-"""Names of classes, held against one another: `id2label` and `label2id`. Pure."""
+"""Names of classes compared between models: `id2label` and `label2id`. Pure."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -22,16 +22,16 @@ class LabelDifference:
     key: str
     """id2label or label2id."""
     texts: tuple[str, ...]
-    """The labels of each model, in order; "" of one that names none."""
+    """The labels of each model, in order; "" for a model without any."""
     is_refused: bool
-    """A number stands for other classes."""
+    """True if a number stands for different classes."""
 
 
 def label_difference(parts: Sequence[Mapping[str, Any]]) -> LabelDifference | None:
-    """Return how labels differ, or None if they don't.
+    """Return the difference between models' labels, or None.
 
-    Names that nobody has given (LABEL_0, or the number) contradict none; capitals and underscores
-    don't matter. Without a classifier labels are of no use, and so refused by nobody.
+    Default names (LABEL_0, or the number) contradict none; capitals and underscores don't matter.
+    Without a classifier labels have no use, and are never refused.
     """
     labels = [_labels(part) for part in parts]
     named = [own for own in labels if own]
@@ -57,7 +57,7 @@ def label_difference(parts: Sequence[Mapping[str, Any]]) -> LabelDifference | No
 
 
 def has_no_classifier(part: Mapping[str, Any]) -> bool:
-    """Tell whether a config names a class that has no head with classes."""
+    """Return True if a config names a class that has no head with classes."""
     architectures = part.get("architectures")
     return isinstance(architectures, list) and not any(
         _HEAD.search(str(name)) for name in architectures

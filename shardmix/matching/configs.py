@@ -1,7 +1,7 @@
-"""Differences between the configs of models, and what an average over them is worth.
+"""Differences between the configs of models, and whether an average over them makes sense.
 
-Pure: configs in, differences out. One config may leave out what another writes because it is its
-class's default, and versions of transformers call one thing by several names; that is no
+Pure: configs in, differences out. One config may leave out a key that another writes because it is
+its class's default, and versions of transformers have several names for one thing. Neither is a
 difference.
 """
 
@@ -30,7 +30,7 @@ _THETA_KEYS = ("rope_theta", "global_rope_theta", "rotary_emb_base", "rotary_emb
 _LOCAL_THETA_KEYS = ("rope_local_base_freq", "local_rope_theta")
 _PARTIAL_KEYS = ("partial_rotary_factor", "rotary_pct", "rope_percent")
 _ROPE_KEYS = ("rope_parameters", "rope_scaling", *_THETA_KEYS, *_LOCAL_THETA_KEYS, *_PARTIAL_KEYS)
-# What is put into the flat form of a config that says anything of RoPE, and not this.
+# Added to the flat form of a config that has any RoPE key, unless it has these.
 _UNSCALED_ROPE = {"partial_rotary_factor": 1.0, "rope_type": "default"}
 _WINDOW_KEYS = ("sliding_window", "max_window_layers")
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
@@ -49,13 +49,13 @@ class NamedConfig:
     """A model's config."""
 
     name: str
-    """What its user calls the model."""
+    """The user's name for the model."""
     content: Mapping[str, Any]
-    """Of its config.json."""
+    """Content of its config.json."""
 
 
 class _Unsaid:
-    """The value of a key that a config leaves out, if its class doesn't tell either."""
+    """The value of a key that a config leaves out, if its class has no default either."""
 
 
 _UNSAID = _Unsaid()
@@ -63,9 +63,9 @@ _NOT_SAID = "not said"
 
 
 def config_differences(configs: Sequence[NamedConfig], *, output: int = 0) -> list[Difference]:
-    """Return in what configs differ: the refused first, a list of what decides little last.
+    """Return the differences between configs: refused ones first, a list of minor ones last.
 
-    `output` is the number of the one that the output takes.
+    `output` is the number of the config that the output takes.
     """
     told = [config for config in configs if config.content]
     if len(told) < 2 or all(config.content == told[0].content for config in told[1:]):
@@ -79,7 +79,7 @@ def config_differences(configs: Sequence[NamedConfig], *, output: int = 0) -> li
 
 
 class _Comparison:
-    """Goes through configs part by part and gathers what differs."""
+    """Walks through configs part by part and gathers the differences."""
 
     def __init__(self, names: Sequence[str], output: int | None) -> None:
         self._names = names
@@ -92,7 +92,7 @@ class _Comparison:
     def compare(
         self, parts: Sequence[Mapping[str, Any]], types: Sequence[str | None], prefix: str
     ) -> None:
-        """Compare one part of all configs; `types` are their model types, unless they say so."""
+        """Compare one part of all configs; `types` are their model types if they state none."""
         if not prefix:
             self._has_classifier = not all(map(has_no_classifier, parts))
         # A part without a model type is a plain group of keys, of no class.
@@ -105,7 +105,7 @@ class _Comparison:
                 self._compare_nested(normal, classes, key, prefix)
             else:
                 values = [
-                    # A number of layers that is left out is in the tensors, not in the class.
+                    # The tensors define a number of layers that is left out, not the class.
                     part.get(key, _UNSAID) if key in COUNTS_OF_LAYERS else _value(part, key, own)
                     for part, own in zip(normal, classes, strict=True)
                 ]
@@ -115,7 +115,7 @@ class _Comparison:
         self._judge_architectures(parts, prefix)
 
     def result(self) -> list[Difference]:
-        """Return what was found, the refused first; what is merely listed as one."""
+        """Return the differences, refused ones first; minor ones are listed in one."""
         found = sorted(self._found, key=lambda difference: not difference.is_refused)
         if self._listed:
             words = [f"{key} ({values})" for key, values in self._listed[:_NUM_LISTED]]
@@ -148,11 +148,11 @@ class _Comparison:
             types = [None if own is None else own.parts.get(key) for own in classes]
             self.compare(parts, types, f"{prefix}{key}.")  # type: ignore[arg-type]
         elif any(parts):
-            # One that isn't there says nothing; the tensors tell if a part of the model is missing.
+            # A missing part says nothing; the tensors show if a part of the model is missing.
             self._list(f"{prefix}{key}", [{} if part else _UNSAID for part in parts])
 
     def _judge(self, prefix: str, key: str, values: Sequence[object], *, is_known: bool) -> None:
-        """Judge a key's values; `is_known` tells that a class may read it."""
+        """Judge a key's values; `is_known`: a class may read the key."""
         path, kind = f"{prefix}{key}", meaning(key)
         if kind is Meaning.CLASSIFIER:
             is_known = True  # to every class, by the base of all
@@ -176,7 +176,7 @@ class _Comparison:
         elif kind is Meaning.LAYER_KINDS:
             self._tell(path, values, is_refused=not all(map(_is_attention, said)))
         elif kind in (Meaning.COMPUTATION, Meaning.ACTIVATION):
-            # A value that is null says no more than one that is left out.
+            # null says no more than a missing key.
             stated = [value for value in said if value is not None]
             is_refused = not all(_same(value, stated[0]) for value in stated[1:])
             self._tell(path, values, is_refused=is_refused)
@@ -186,7 +186,7 @@ class _Comparison:
             self._list(path, values)
 
     def _is_of_told_rope(self, path: str) -> bool:
-        """Tell whether this is a parameter of a kind of scaling that not all models have."""
+        """Return True if this parameter's kind of scaling already differs between models."""
         return f"{path.rpartition('.')[0]}.rope_type" in self._found_paths
 
     def _judge_model_type(self, path: str, values: Sequence[object], *, is_nested: bool) -> None:
@@ -208,7 +208,7 @@ class _Comparison:
         tasks = {_task(part.get("architectures")) for part in parts} - {None}
         if len(tasks) > 1:
             names = [_shown(part.get("architectures")) for part in parts]
-            # One beside a language model may be a head that the tensors don't have.
+            # A second head beside a language model may be one that the tensors don't have.
             self._add(f"{prefix}architectures", names, len(tasks - {_LANGUAGE}) > 1)
 
     def _tell(self, path: str, values: Sequence[object], *, is_refused: bool) -> None:
@@ -235,17 +235,17 @@ class _Comparison:
 
 
 def _class(part: Mapping[str, Any], expected: str | None) -> ClassDefaults | None:
-    """Return the class of a part, by its own word or by what is expected there."""
+    """Return the class of a part, by its own statement or else the expected one."""
     stated = part.get("model_type")
     if not isinstance(stated, str):
         stated = expected
     elif expected is not None and same_model_type(stated, expected, is_nested=True):
-        stated = expected  # its own word may be the whole model's
+        stated = expected  # its own statement may be the whole model's
     return None if stated is None else class_defaults(stated)
 
 
 def _normal(part: Mapping[str, Any], own: ClassDefaults | None) -> dict[str, Any]:
-    """Return a part of a config by the keys that its class knows, RoPE as transformers 5 has it."""
+    """Return a part of a config by the keys that its class knows, RoPE as in transformers 5."""
     aliases = own.aliases if own is not None else {}
     normal = {aliases.get(key, key): value for key, value in part.items()}
     fields = own.fields if own is not None else {}
@@ -255,14 +255,14 @@ def _normal(part: Mapping[str, Any], own: ClassDefaults | None) -> dict[str, Any
         normal = {key: value for key, value in normal.items() if key not in _ROPE_KEYS}
         normal |= rope
     if normal.get("use_sliding_window", fields.get("use_sliding_window")) is False:
-        # Its size is said all the same, and nobody reads it.
+        # Its size is stated all the same, and nobody reads it.
         normal = {key: value for key, value in normal.items() if key not in _WINDOW_KEYS}
         normal |= {"sliding_window": None, "max_window_layers": _UNSAID}
     for key in (*_KEY_VALUE_HEADS, "head_dim"):
         if key in normal and normal[key] == _derived(normal, key, fields, None):
-            del normal[key]  # as if it were left out: the number of heads tells it
+            del normal[key]  # as if it were left out: the number of heads implies it
     if "hidden_activation" in fields and "hidden_act" not in fields and "hidden_act" in normal:
-        normal.setdefault("hidden_activation", normal.pop("hidden_act"))  # Gemma's, of old
+        normal.setdefault("hidden_activation", normal.pop("hidden_act"))  # Gemma's old name
         normal.pop("hidden_act", None)
     normal = _with_layer_kinds(_with_activation_of_scores(normal), fields)
     for key, value in normal.items():
@@ -273,12 +273,12 @@ def _normal(part: Mapping[str, Any], own: ClassDefaults | None) -> dict[str, Any
             kinds = [_LAYER_KIND_NAMES.get(kind, kind) for kind in map(str, value)]
             normal[key] = kinds
         elif isinstance(value, dict) and meaning(key) is Meaning.ACTIVATION:
-            normal[key] = value.get("name", value)  # as models with code of their own write it
+            normal[key] = value.get("name", value)  # models with code of their own write it so
     return normal
 
 
 def _with_layer_kinds(part: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a part that says of each layer what older versions said by a pattern."""
+    """Return a part that states the kind of each layer; older versions stated a pattern."""
     pattern = _first(part, _PATTERN_KEYS)
     count = _number(part, fields, "num_hidden_layers")
     whole = {key: value for key, value in part.items() if key not in _PATTERN_KEYS}
@@ -295,7 +295,7 @@ def _with_layer_kinds(part: dict[str, Any], fields: Mapping[str, Any]) -> dict[s
 
 
 def _with_activation_of_scores(part: dict[str, Any]) -> dict[str, Any]:
-    """Return a part that says what a cross-encoder makes of its scores as new versions do."""
+    """Return a part with a cross-encoder's activation under the key of new versions."""
     settings = part.get("sentence_transformers")
     name = part.get("sbert_ce_default_activation_function")
     name = settings.get("activation_fn", name) if isinstance(settings, dict) else name
@@ -308,10 +308,10 @@ def _with_activation_of_scores(part: dict[str, Any]) -> dict[str, Any]:
 def _with_parts(
     parts: Sequence[Mapping[str, Any]], classes: Sequence[ClassDefaults | None]
 ) -> list[dict[str, Any]]:
-    """Return parts of a config with nested ones where another config has these.
+    """Return parts of a config with nested parts if another config has them.
 
-    Older versions wrote the keys of a text model beside the other parts'; what a class leaves out
-    whole has its default.
+    Older versions wrote the keys of a text model beside the other parts. A part that is left out
+    has its class's defaults.
     """
     nested = {key for part in parts for key, value in part.items() if isinstance(value, dict)}
     completed = []
@@ -330,11 +330,11 @@ def _with_parts(
 
 
 def _rope(part: Mapping[str, Any], default: object) -> dict[str, Any]:
-    """Return what a config says of rotary embeddings, in flat keys.
+    """Return a config's statements on rotary embeddings, in flat keys.
 
-    `rope_theta` and `partial_rotary_factor` go by these names; whatever else is in
-    `rope_parameters` (or `rope_scaling`) is `rope_parameters.KEY`, and what is said for only one
-    kind of layer `rope_parameters.KIND.KEY`.
+    `rope_theta` and `partial_rotary_factor` have these names; any other KEY of `rope_parameters`
+    (or `rope_scaling`) becomes `rope_parameters.KEY`, and for only one KIND of layer
+    `rope_parameters.KIND.KEY`.
     """
     given = part.get("rope_parameters") or part.get("rope_scaling")
     stated = dict(given) if isinstance(given, dict) else {}
@@ -348,7 +348,7 @@ def _rope(part: Mapping[str, Any], default: object) -> dict[str, Any]:
         is_local = kind == "sliding_attention"
         own = stated.get(kind)
         if not isinstance(own, dict):
-            # What older versions say holds for the layers that see everything.
+            # Statements of older versions hold for the layers with full attention.
             own = {} if is_local else {k: v for k, v in stated.items() if not isinstance(v, dict)}
         kind_theta = _first(part, _LOCAL_THETA_KEYS) if is_local else theta
         kind_known = known.get(kind)
@@ -383,7 +383,7 @@ def _first(part: Mapping[str, Any], keys: Sequence[str]) -> Any:
 
 
 def _value(part: Mapping[str, Any], key: str, own: ClassDefaults | None) -> object:
-    """Return what a config says of a key, or means by leaving it out."""
+    """Return a key's value in a config, or the meaning of its absence."""
     if key in part and part[key] is _UNSAID:
         return _UNSAID
     value = part.get(key, _UNSAID)
@@ -393,7 +393,7 @@ def _value(part: Mapping[str, Any], key: str, own: ClassDefaults | None) -> obje
     if value is _UNSAID:
         value = fields.get(key, _legacy_default(key, own))
         if value is None and key in fields:
-            # A default of None is often worked out: layer_types, num_key_value_heads, ...
+            # A default of None is often computed: layer_types, num_key_value_heads, ...
             value = None if _is_optional(key) or meaning(key) is Meaning.TUNING else _UNSAID
     if value is None or value is _UNSAID:
         value = _derived(part, key, fields, value)
@@ -401,7 +401,7 @@ def _value(part: Mapping[str, Any], key: str, own: ClassDefaults | None) -> obje
 
 
 def _legacy_default(key: str, own: ClassDefaults | None) -> object:
-    """Return what it means that a class without this key is not told of it."""
+    """Return the meaning of a missing key that its class does not have."""
     if key in POSITION_KINDS and (own is None or "rope_parameters" in own.fields):
         return _UNSAID
     return LEGACY_DEFAULTS.get(key, _UNSAID)
@@ -429,7 +429,7 @@ def _number(part: Mapping[str, Any], fields: Mapping[str, Any], *keys: str) -> i
 
 
 def _is_optional(key: str) -> bool:
-    """Tell whether there need not be such a token, window or dropout: None is a value."""
+    """Return True if such a token, window or dropout is optional: None is a value."""
     return key.endswith(("token_id", "token_ids", "token_index", "dropout"))
 
 
@@ -450,7 +450,7 @@ _OF_LANGUAGE = (_LANGUAGE, "LMHeadModel", "MaskedLM", "ConditionalGeneration")
 
 
 def _task(architectures: object) -> str | None:
-    """Return for what a class's head is, if its tensors could be those of another task's."""
+    """Return the task of a class's head, if its tensors could also be another task's."""
     if not isinstance(architectures, list) or len(architectures) != 1:
         return None
     name = str(architectures[0])
@@ -466,7 +466,7 @@ def _same(one: object, other: object) -> bool:
 
 
 def _is_blank(value: object, key: str = "") -> bool:
-    """Tell whether a value says no more than a key that is left out."""
+    """Return True if a value says no more than a missing key."""
     if value == _UNSCALED_ROPE.get(key.rpartition(".")[2], _UNSAID):
         return True
     return value is None or value is False or value in ("", [], {})

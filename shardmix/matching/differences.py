@@ -1,6 +1,6 @@
-"""Differences between models: what was found, and whether its user allows it.
+"""Differences between models, and whether the user allows them.
 
-Pure. Who finds them is elsewhere; this is where they become an error or a warning.
+Pure. Other modules find differences; this one turns them into an error or a warning.
 """
 
 import difflib
@@ -14,30 +14,30 @@ from shardmix.errors import MismatchError, printable
 _MOST_TOLD = 5
 _ROUNDED = 2.0**-23
 EVERYTHING = "\0"
-"""Allows every difference: of a merge that was made, and is only computed again. Nobody's key."""
+"""Allows every difference, for a finished merge that is only computed again. Nobody's key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing in which models differ, so that their average may mean nothing."""
+    """One difference between models that may make their average meaningless."""
 
     key: str
-    """What `allow_differences` names it by: a config's key, `tokenizer`, a file, ..."""
+    """Its name in `allow_differences`: a config's key, `tokenizer`, a file, ..."""
     finding: str
     """A clause that names the models and both values: `hidden_act: "gelu" in a, "relu" in b`."""
     consequence: str
-    """What the output takes of it: `the output takes "gelu"`; may be empty."""
+    """Effect on the output: `the output takes "gelu"`; may be empty."""
     is_refused: bool
-    """Nobody can have meant an average over this, unless it is allowed by name."""
+    """True if no average over this makes sense, unless it is allowed by name."""
     other_keys: tuple[str, ...] = ()
     """Further keys that it is about."""
     remedy: str = (
         "an average over this computes what none of the models means: merge models that agree in it"
     )
-    """The rule, and a way on without allowing it."""
+    """The rule, and a remedy without allowing the difference."""
 
     def is_of(self, allowed: str) -> bool:
-        """Tell whether a key of `allow_differences` names this, or something above it."""
+        """Return True if a key of `allow_differences` names this, or something above it."""
         return allowed == EVERYTHING or any(
             key == allowed or key.startswith(f"{allowed}.") for key in (self.key, *self.other_keys)
         )
@@ -53,9 +53,9 @@ def shown_value(value: object, limit: int = 60) -> str:
 
 
 def same_number(one: object, other: object) -> bool:
-    """Tell whether two values are equal, but for numbers that a program rounded to float32.
+    """Return True if two values are equal, up to rounding of numbers to float32.
 
-    0.485 has become 0.48500001430511475 so. Of two lists the items are compared.
+    Some programs turn 0.485 into 0.48500001430511475. Two lists are compared item by item.
     """
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         return all(map(_is_close, one, other))
@@ -69,10 +69,10 @@ def _is_close(one: object, other: object) -> bool:
 
 
 def settle(differences: Sequence[Difference], allowed: Sequence[str]) -> tuple[str, ...]:
-    """Return the differences as warnings, and a warning for each allowed key that names none.
+    """Return the differences as warnings, and a warning for each allowed key without effect.
 
-    A key allows what lies below it, too: `text_config` allows `text_config.hidden_act`. Raises
-    `MismatchError` if one is refused and not allowed.
+    A key also allows what lies below it: `text_config` allows `text_config.hidden_act`. Raises
+    `MismatchError` if a difference is refused and not allowed.
     """
     refused = [
         difference

@@ -1,8 +1,8 @@
-"""Tensors that one model stores in one piece and another in several: experts, mostly.
+"""Tensors that one model stores in one piece and another in several: mostly experts.
 
-transformers puts single experts together when it loads a model, and older and newer files hold them
-in either way. Here the one that is in one piece is taken for several: they lie one after the other
-in it. Changes tables, not files.
+transformers stacks single experts when it loads a model, and files store them in either form. Here
+the single piece is split into several: they lie one after the other in it. Changes tables, not
+files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,8 +18,8 @@ from shardmix.sources.checkpoint import Checkpoint, TensorTable
 if TYPE_CHECKING:
     from shardmix.conventions.declarations import Renaming
 
-# How a loader puts pieces together so that each stays in one piece: experts stacked; experts
-# stacked, each of several parts in a row; parts in a row. And the last one taken apart.
+# The ways in which a loader joins pieces so that each stays contiguous: experts stacked; experts
+# stacked, each of several parts in a row; parts in a row. And the reverse of the last one.
 _STACKED = (("MergeModulelist", 0),)
 _STACKED_PARTS = (("MergeModulelist", 0), ("Concatenate", 1))
 _ROW = (("Concatenate", 0),)
@@ -38,7 +38,7 @@ class _Piece:
 def split_alike(checkpoints: Sequence[Checkpoint]) -> tuple[Sequence[Checkpoint], list[str]]:
     """Return the checkpoints with fused tensors in pieces, if any model has the pieces; and notes.
 
-    Models that agree come back as they are.
+    Models that agree are returned unchanged.
     """
     stored = [set(checkpoint.table.names) for checkpoint in checkpoints]
     if all(names == stored[0] for names in stored):
@@ -85,7 +85,7 @@ def split_alike(checkpoints: Sequence[Checkpoint]) -> tuple[Sequence[Checkpoint]
 def _pieces(
     renaming: "Renaming", name: str, shape: Shape, others: Sequence[Mapping[str, TensorInfo]]
 ) -> list[_Piece]:
-    """Return what another model has in place of a tensor, in the order in which it lies in it."""
+    """Return another model's pieces of a tensor, in the order of their data in it."""
     if renaming.ops not in _KNOWN:
         return []
     parts = renaming.to if renaming.ops == _TAKEN_APART else renaming.sources
@@ -95,7 +95,7 @@ def _pieces(
     names = [head + _plain(part) + tail for part in parts]
     if renaming.ops in (_STACKED, _STACKED_PARTS):
         num_experts = shape[0] if len(shape) > 1 else 0
-        # A stranger's file may name any number; the pieces are somebody's tensors.
+        # A stranger's file may name any number; pieces are tensors of some model.
         if num_experts * len(parts) > max(map(len, others)):
             return []
         names = [each.replace("*", str(at), 1) for at in range(num_experts) for each in names]
@@ -109,7 +109,7 @@ def _pieces(
 
 
 def _fills(renaming: "Renaming", pieces: Sequence[_Piece], shape: Shape) -> bool:
-    """Tell whether pieces, one after the other, are a tensor of a shape."""
+    """Return True if pieces, one after the other, are a tensor of a shape."""
     if renaming.ops in (_ROW, _TAKEN_APART):
         rows = sum(piece.shape[0] if piece.shape else 0 for piece in pieces)
         return rows == shape[0] and all(piece.shape[1:] == shape[1:] for piece in pieces)
@@ -120,12 +120,12 @@ def _fills(renaming: "Renaming", pieces: Sequence[_Piece], shape: Shape) -> bool
 
 
 def _whole(renaming: "Renaming") -> str:
-    """Return what the name of the fused tensor has in place of the pieces' parts."""
+    """Return the part of the fused tensor's name that stands for the pieces' parts."""
     return _plain(renaming.sources[0] if renaming.ops == _TAKEN_APART else renaming.to[0])
 
 
 def _plain(pattern: str) -> str:
-    """Return a pattern of the table without its escapes: a name's part, with a star or without."""
+    """Return a pattern of the table without its escapes: a part of a name, perhaps with a star."""
     return pattern.replace("\\.", ".").removeprefix("^")
 
 

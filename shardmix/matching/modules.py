@@ -1,4 +1,4 @@
-"""Differences between sentence-transformers modules: their chain, and what each says.
+"""Differences between sentence-transformers modules: their chain, and the config of each.
 
 Reads small files, and bytes of weights that cannot be merged; changes nothing.
 """
@@ -19,11 +19,11 @@ from shardmix.system.files import refuse_link_outside, same_content
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz")
 
-# What a module computes without weights may differ at the end of a chain: lengths, but not angles.
+# Modules without weights may differ at the end of a chain: they change lengths, not angles.
 _KINDS_AT_THE_END = ("Normalize", "Dropout")
 
-# Keys of modules' configs over which no average means anything, and their values if they are absent
-# (None: not known). "*" stands for all others.
+# Keys of modules' configs over which no average makes sense, and their values if they are absent
+# (None: unknown). "*" stands for all other keys.
 _REFUSED: dict[str, dict[str, Any]] = {
     "Pooling": {"pooling_mode": "mean", "include_prompt": True},
     "Dense": {
@@ -44,7 +44,7 @@ _REFUSED: dict[str, dict[str, Any]] = {
     "WordWeights": {"*": None},
     "BoW": {"*": None},
 }
-# Others that are not told of: shapes tell, or they do nothing when a model is used.
+# Other keys, never reported: shapes imply them, or they have no effect when a model is used.
 _IGNORED = frozenset(
     {
         *("embedding_dimension", "word_embedding_dimension", "in_features", "out_features"),
@@ -56,16 +56,16 @@ _DEFAULTS: dict[str, Any] = {"do_lower_case": False, "default_prompt_name": None
 _SIMILARITIES = {"SparseEncoder": "dot", "MultiVectorEncoder": "maxsim"}
 _LENGTH, _TOKENIZER_CONFIG = "max_seq_length", "tokenizer_config.json"
 _NO_LENGTH = 10**9  # tokenizers without a bound name larger numbers
-# What words stand for, beside weights that have a row for each.
+# The file that maps words to rows, beside weights that have a row for each.
 _VOCABULARY_ENDING = "tokenizer_config.json"
 
 
 @dataclass(frozen=True, slots=True)
 class ModularModel:
-    """A model with modules, of those that are merged or that give the output its files."""
+    """A model with modules: one that is merged, or one that gives the output its files."""
 
     name: str
-    """What its user calls it."""
+    """The user's name for it."""
     root: Path
     """Its folder."""
     modules: tuple[Module, ...]
@@ -77,11 +77,10 @@ def module_differences(
     config_source: ModularModel | None = None,
     pooling: str | None = None,
 ) -> Iterator[Difference]:
-    """Yield in what the models' modules differ; nothing if at most one model has modules.
+    """Yield the differences of the models' modules; nothing if at most one model has modules.
 
-    `config_source` gives the output its modules, if it is no model of the merge; else the first
-    that has
-    modules does. `pooling` is how the output is to pool, whatever the models say.
+    `config_source` gives the output its modules, if it is not a model of the merge; otherwise the
+    first model with modules does. `pooling` is the output's pooling, which overrides the models'.
     """
     yield from _weights_of_some(checkpoints)
     models = [ModularModel(each.source, each.root, each.modules) for each in checkpoints]
@@ -128,7 +127,7 @@ def _weights_of_some(checkpoints: Sequence[Checkpoint]) -> Iterator[Difference]:
 
 
 def _pickled(checkpoint: Checkpoint, keys: Collection[str]) -> Iterator[str]:
-    """Yield the files with weights of modules that a model has, but not in safetensors."""
+    """Yield the files with weights of a model's modules that are not in safetensors."""
     for module in checkpoint.modules:
         if module.key in keys and module.place:
             for name in _names_in(checkpoint.root, module.place):
@@ -139,7 +138,7 @@ def _pickled(checkpoint: Checkpoint, keys: Collection[str]) -> Iterator[str]:
 def _weights_of_config_source(
     config_source: ModularModel, checkpoints: Sequence[Checkpoint]
 ) -> Iterator[Difference]:
-    """Find modules of the config source whose weights no model has: they would be no mean."""
+    """Find modules of the config source whose weights no model has: they would not be a mean."""
     merged = {part.key for part in checkpoints[0].parts}
     main = main_place(config_source.root, config_source.modules)
     for module in config_source.modules:
@@ -159,7 +158,7 @@ def _weights_of_config_source(
 def _compared(
     giver: ModularModel, other: ModularModel, pooling: str | None
 ) -> Iterator[Difference]:
-    """Find in what two models' chains and modules differ."""
+    """Find the differences of two models' chains and modules."""
     yield from _chains(giver, other)
     yield from _model_configs(giver, other)
     theirs = {module.key: module for module in other.modules}
@@ -189,7 +188,7 @@ def _without_end(model: ModularModel) -> list[str]:
 
 
 def _model_configs(giver: ModularModel, other: ModularModel) -> Iterator[Difference]:
-    """Compare what holds for the whole model: prompts, similarity."""
+    """Compare the settings of whole models: prompts, similarity."""
     configs = [_read(each.root, MODEL_CONFIG_NAME) for each in (giver, other)]
     if any(config is None for config in configs):
         return
@@ -213,7 +212,7 @@ def _model_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def _module_configs(
     giver: ModularModel, mine: Module, other: ModularModel, theirs: Module, pooling: str | None
 ) -> Iterator[Difference]:
-    """Compare what two models say of corresponding modules."""
+    """Compare the configs of two models' corresponding modules."""
     if mine.kind == "WordEmbeddings":
         yield from _vocabularies(giver, mine, other, theirs)
     name = _first_of(giver.root, mine.place, config_names(mine))
@@ -235,7 +234,7 @@ def _module_configs(
 def _lengths(
     giver: ModularModel, mine: Module, name: str, other: ModularModel, theirs: Module, its_name: str
 ) -> Iterator[Difference]:
-    """Compare where texts are cut off: the module's config says so, or the tokenizer's."""
+    """Compare the longest text, which the module's config or the tokenizer's states."""
     values = []
     for model, module, config in ((giver, mine, name), (other, theirs, its_name)):
         length = (_read(model.root, config) or {}).get(_LENGTH)
@@ -270,7 +269,7 @@ def _other_file(name: str, giver: ModularModel, other: ModularModel) -> Differen
 def _module_config(
     module: Module, config: Mapping[str, Any], pooling: str | None
 ) -> dict[str, Any]:
-    """Return what a module's config says, absent keys filled in and names of one thing alike."""
+    """Return a module's config with absent keys filled in and spellings unified."""
     if module.kind == "Router":
         parameters = config.get("parameters")
         return dict(parameters) if isinstance(parameters, dict) else {}
@@ -282,7 +281,7 @@ def _module_config(
         values = {key: value for key, value in values.items() if not key.startswith("pooling_mode")}
         values["pooling_mode"] = ", ".join(modes)
     if module.kind == "Transformer":
-        values.pop(_LENGTH, None)  # judged by itself
+        values.pop(_LENGTH, None)  # judged separately
     if module.kind == "Transformer" and "transformer_task" not in config:
         masked = module.class_name.endswith("MLMTransformer")
         values["transformer_task"] = "fill-mask" if masked else "feature-extraction"
@@ -303,7 +302,7 @@ def _value(
     *,
     refused: Mapping[str, Any],
 ) -> Iterator[Difference]:
-    """Compare one value of a config; a key that only one has and nobody knows says nothing."""
+    """Compare one value of a config; a key that only one has is no difference."""
     if key in _IGNORED or key not in mine or key not in theirs or mine[key] == theirs[key]:
         return
     values = [shown_value(each[key]) for each in (mine, theirs)]
@@ -316,7 +315,7 @@ def _value(
 
 
 def _first_of(root: Path, place: str, names: Sequence[str]) -> str | None:
-    """Return the first of these files that a module's folder has, by path within the model's."""
+    """Return the first existing file of a module's folder, by path within the model's, or None."""
     for name in names:
         inner = inner_path(place, name)
         if os.path.lexists(root / inner):
@@ -325,7 +324,7 @@ def _first_of(root: Path, place: str, names: Sequence[str]) -> str | None:
 
 
 def _read(root: Path, name: str) -> dict[str, Any] | None:
-    """Return what a file says; None if there is none, or it is too large to be a config."""
+    """Read a JSON file; return None if it is missing, or too large to be a config."""
     path = root / name
     if not os.path.lexists(path):
         return None
@@ -346,7 +345,8 @@ def _unmerged_weights(
 ) -> Iterator[Difference]:
     """Find weights in modules that cannot be merged, unless they are the same everywhere.
 
-    `merged` are the folders of modules that can be, `told` the keys of those that not all have.
+    `merged` are the folders of modules that can be merged, `told` the keys of modules that not all
+    models have.
     """
     for module in giver.modules:
         if not module.place or module.place in merged or module.key in told:
@@ -372,7 +372,7 @@ def _unmerged_weights(
 
 
 def _has_same_file(giver: ModularModel, other: ModularModel, module: Module, name: str) -> bool:
-    """Tell whether another model has the same bytes in a file of the corresponding module."""
+    """Return True if another model has the same bytes in a file of the corresponding module."""
     place = next((each.place for each in other.modules if each.key == module.key), None)
     if place is None:
         return False

@@ -9,19 +9,19 @@ from shardmix.sources.checkpoint import Checkpoint
 
 @dataclass(frozen=True, slots=True)
 class MatchedParts:
-    """The parts of all models, by what corresponds."""
+    """The parts of all models, grouped by correspondence."""
 
     groups: tuple[tuple[Checkpoint, ...], ...]
-    """What is merged together, one of each model; the first model's main part first."""
+    """Parts merged together, one of each model; the first model's main part first."""
     unmatched: tuple[Checkpoint, ...]
     """Parts that not every model has."""
 
 
 def match_parts(checkpoints: Sequence[Checkpoint]) -> MatchedParts:
-    """Match the parts of models by what they are among their model's modules.
+    """Match the parts of models by their keys among their model's modules.
 
-    Folders may be called otherwise in each model. A model without modules is its own main part.
-    Raises `MismatchError` if there is nothing in common.
+    Folders may have other names in each model. A model without modules is its own main part. Raises
+    `MismatchError` if nothing corresponds.
     """
     first = checkpoints[0]
     groups, matched = [], set()
@@ -43,7 +43,7 @@ def match_parts(checkpoints: Sequence[Checkpoint]) -> MatchedParts:
 
 
 def _counterpart(part: Checkpoint, first: Checkpoint, other: Checkpoint) -> Checkpoint | None:
-    """Return what another model has in the place of a part of the first; None if it has nothing."""
+    """Return another model's counterpart of a part of the first, or None."""
     is_bare = not (first.modules and other.modules)
     if is_bare:
         return other if part is first else None

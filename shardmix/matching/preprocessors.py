@@ -18,10 +18,10 @@ _ABOUT_THE_CODE = ("auto_map", "use_fast", "device", "return_tensors", "processo
 def preprocessor_differences(
     folders: Sequence[tuple[str, Path]], *, output: int = 0
 ) -> list[Difference]:
-    """Return the settings that differ from those of the output's, which is `folders[output]`.
+    """Return the settings that differ from the output's, which are those of `folders[output]`.
 
-    A folder is a model's name and where it lies. What one of them leaves out, or writes in another
-    form, as versions do, is no difference.
+    A folder is given by its model's name and its path. A setting that one of them leaves out, or
+    writes in another version's form, is no difference.
     """
     contents = {}
     for number, (name, folder) in enumerate(folders):

@@ -1,7 +1,7 @@
 """Names of tensors that mean one parameter: wrappers' prefixes, older names, a base model's prefix.
 
-Gives each model's names as its class has them, so that models saved by different programs can be
-matched. Reads no tensor; changes no file.
+Translates each model's names into its class's names, so that models saved by different programs can
+be matched. Reads no tensor; changes no file.
 """
 
 import re
@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shardmix.conventions.declarations import Declaration, Renaming
 
-# What torch.compile, FSDP and activation checkpointing put around modules, anywhere in a name.
+# Added by torch.compile, FSDP and activation checkpointing around modules, anywhere in a name.
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-_MODULE_PREFIX = "module."  # DataParallel and DDP, before every name
+_MODULE_PREFIX = "module."  # added by DataParallel and DDP, before every name
 
 
 def without_wrappers(names: Sequence[str]) -> Sequence[str]:
-    """Return names without what wrappers of modules put into them; the same object if none did.
+    """Return names without the parts that wrappers of modules add, or the same object if none did.
 
-    transformers does not read such names, so that no output should have them.
+    transformers does not read such names, so no output should have them.
     """
     if names and all(name.startswith(_MODULE_PREFIX) for name in names):
         names = [name.removeprefix(_MODULE_PREFIX) for name in names]
@@ -31,9 +31,9 @@ def without_wrappers(names: Sequence[str]) -> Sequence[str]:
 
 
 def class_names(names: Sequence[str], declaration: "Declaration") -> Sequence[str]:
-    """Return the names that transformers reads a checkpoint's names as.
+    """Return the names as which transformers reads a checkpoint's names.
 
-    If two names became one, all are returned as they are.
+    If two names would become one, all are returned unchanged.
     """
     renamed = list(names)
     for renaming in declaration.renames:
@@ -43,10 +43,10 @@ def class_names(names: Sequence[str], declaration: "Declaration") -> Sequence[st
 
 
 def aligned(names: Sequence[str], others: Collection[str], prefix: str) -> Sequence[str]:
-    """Return names with a base model's prefix added or left out, if only so they are the others'.
+    """Return names with a base model's prefix added or removed, if that makes them the others'.
 
     transformers does the same when it loads a base model's weights into a model with a head, or the
-    other way round.
+    reverse.
     """
     if not prefix:
         return names
@@ -65,7 +65,7 @@ def aligned(names: Sequence[str], others: Collection[str], prefix: str) -> Seque
 
 
 def prefix_of(names: Sequence[str], others: Collection[str]) -> str:
-    """Return the prefix that would make names the others', or the others' names these; or "".
+    """Return the prefix that turns names into the others, or the others into these, or "".
 
     For a class of which nothing is known: most names must agree that way.
     """
@@ -94,7 +94,7 @@ def _renamed(names: Sequence[str], renaming: "Renaming") -> list[str]:
 def _match(
     pattern: re.Pattern[str], name: str, renaming: "Renaming"
 ) -> tuple[str, re.Match[str]] | None:
-    """Return what stands before a name in a renaming's scope, and the match; None without one."""
+    """Return the text before a name in a renaming's scope, and the match; or None."""
     before = ""
     if renaming.scope is not None:
         scope = f"{renaming.scope}." if renaming.scope else ""

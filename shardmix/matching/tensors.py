@@ -1,7 +1,7 @@
-"""Which tensor of one model corresponds to which of another, or why they cannot be merged.
+"""The correspondence of tensors between models, or the reason they cannot be merged.
 
-Works on headers alone. Handles what checkpoints of one class may store differently: parameters that
-share a tensor, names of other programs and versions, and buffers that transformers computes.
+Works only on headers. Checkpoints of one class may differ in storage: parameters that share a
+tensor, names of other programs and versions, and buffers that transformers computes.
 """
 
 import re
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 _NUM_LISTED = 3
 _HEADS = re.compile(r"(cls|lm_head|head|classifier|score|qa_outputs|pooler|\w+_head)\.")
 
-# Integers that quantised codes are packed into (MLX, HQQ, quanto and others, each with names of its
-# own). Models have matrices of int64 and booleans, but not of these.
+# Integers that quantised codes are packed into (MLX, HQQ, quanto and others, each with names of
+# its own). Models have matrices of int64 and booleans, but not of these.
 _PACKING_DTYPES = frozenset({"U8", "I8", "U16", "I16", "U32", "I32"})
 
 
 @dataclass(frozen=True, slots=True)
 class MatchedTensors:
-    """The tensors of the output, and where each comes from in every model."""
+    """The tensors of the output, and the source of each in every model."""
 
     names: tuple[str, ...]
-    """In the order of the first model's files; what it does not store comes last."""
+    """Names in the order of the first model's files; tensors that it does not store come last."""
     num_added: int
-    """How many of the last ones the first model does not store by themselves."""
+    """Number of those last ones."""
     shapes: tuple[tuple[int, ...], ...]
     """One shape a name, the same in every model."""
     rows: tuple[npt.NDArray[np.int32], ...]
@@ -47,18 +47,18 @@ class MatchedTensors:
     untied: tuple[str, ...]
     """Parts of the output's config that must say `tie_word_embeddings: false`: "" is its top."""
     notes: tuple[str, ...]
-    """What was left out or taken from elsewhere, for the user."""
+    """Notes for the user on tensors that were left out or taken from elsewhere."""
 
 
 QUANTISATION = "quantization_config"
-"""What `allow_differences` calls a quantisation that a config declares and no weight has."""
+"""The key in `allow_differences` of a quantisation that a config declares and no weight has."""
 
-# Methods that quantise weights as they are used: beside floats, what declares them is not stale.
+# Methods that quantise weights during use: beside floats their declaration is not stale.
 _WHILE_RUNNING = frozenset({"bitnet"})
 
 
 def check_mergeable(checkpoint: Checkpoint, allow_differences: Collection[str] = ()) -> None:
-    """Raise `SourceError` if a model's weights are none to average: quantised, FP8, complex.
+    """Raise `SourceError` if a model's weights cannot be averaged: quantised, FP8, complex.
 
     A quantisation that only the config declares is refused as well, unless it is among the keys of
     `allow_differences`.
@@ -89,9 +89,9 @@ def check_mergeable(checkpoint: Checkpoint, allow_differences: Collection[str] =
 
 
 def _unmergeable_tensor(checkpoint: Checkpoint) -> str | None:
-    """Say which tensor is none to average, why, and what to do; None if all of them can be."""
+    """Return the tensor that cannot be averaged, the reason and the remedy, or None."""
     table = checkpoint.table
-    # One tensor of each kind is enough to look at: 90,000 experts have few.
+    # One tensor of each kind is enough: 90,000 experts have few kinds.
     endings = [name.rpartition(".")[2] for name in table.names]
     columns = zip(table.dtype_ranks.tolist(), endings, map(len, table.shapes), strict=True)
     kinds = {kind: row for row, kind in enumerate(columns)}
@@ -118,8 +118,8 @@ def match_tensors(
 ) -> MatchedTensors:
     """Match all models' tensors by name, resolving ties.
 
-    `out_config` is the config.json that the output will have, of the model in `out_folder`. Raises
-    `MismatchError` if tensors are missing, shapes differ, or floats meet integers.
+    `out_config` is the output's config.json, from the model in `out_folder`. Raises `MismatchError`
+    if tensors are missing, shapes differ, or floats meet integers.
     """
     notes: list[str] = []
     stored = [_own_names(checkpoint, notes) for checkpoint in checkpoints]
@@ -154,7 +154,7 @@ def match_tensors(
 
 
 class _Resolved(NamedTuple):
-    """Names of the output, and where models have what they do not store by them."""
+    """Names of the output, and the rows of tensors that models hold by other names."""
 
     names: list[str]
     row_of: list[dict[str, int]]
@@ -170,7 +170,7 @@ def _resolved(
     out_folder: Path | None,
     notes: list[str],
 ) -> _Resolved:
-    """Match models that differ in names, or in what they say of ties."""
+    """Match models that differ in names, or in their statements on ties."""
     from shardmix.conventions.declarations import declaration_of  # most merges need none of these
     from shardmix.matching.ties import NamedModel, share
 
@@ -206,7 +206,7 @@ def _rows(names: Sequence[str]) -> dict[str, int]:
 
 
 def _own_names(checkpoint: Checkpoint, notes: list[str]) -> Sequence[str]:
-    """Return a model's names without what wrappers of modules put into them."""
+    """Return a model's names without the parts that wrappers of modules add."""
     names = checkpoint.table.names
     plain = without_wrappers(names)
     if plain is names:
@@ -225,7 +225,7 @@ def _own_names(checkpoint: Checkpoint, notes: list[str]) -> Sequence[str]:
 
 
 def _tie_statements(config: Mapping[str, Any]) -> tuple[object, ...]:
-    """Return all that a config says that may bear on ties."""
+    """Return all statements of a config that may concern ties."""
     return tuple(
         (key, str(part[key]))
         for part in naming.config_parts(config)
@@ -237,7 +237,7 @@ def _tie_statements(config: Mapping[str, Any]) -> tuple[object, ...]:
 def _names_of_class(
     stored: Sequence[Sequence[str]], declarations: Sequence["Declaration"]
 ) -> list[Sequence[str]]:
-    """Return all models' names as their classes have them, and as the first one spells them."""
+    """Return all models' names in their classes' form, spelled as in the first one."""
     from shardmix.matching.tensor_names import aligned, class_names, prefix_of
 
     first = class_names(stored[0], declarations[0])
@@ -253,7 +253,7 @@ def _names_of_class(
 def _written_names(
     names: Sequence[str], stored: Sequence[Sequence[str]], row_of: Sequence[Mapping[str, int]]
 ) -> list[str]:
-    """Return the names that the output stores: the first model's, or who has the tensor's own."""
+    """Return the names that the output stores, as the first model with each tensor has them."""
     written = []
     for name in names:
         owner = next((model for model, rows in enumerate(row_of) if name in rows), None)
@@ -313,7 +313,7 @@ def _refuse_missing(
 
 
 def _way_on(names: Sequence[str]) -> str:
-    """Say what to do with models that differ in these names."""
+    """Return the remedy for models that differ in these names."""
     wrapped = next((name for name in names if is_of_adapter(name)), None)
     if wrapped is not None:
         return (
@@ -327,7 +327,7 @@ def _way_on(names: Sequence[str]) -> str:
 
 
 def _hint(only_there: Sequence[str], only_here: Sequence[str]) -> str:
-    """Say what a difference in names is likely to come from; "" if nothing is known."""
+    """Return the likely reason for a difference in names, or "" if unknown."""
     names = [*only_there, *only_here]
     if not (only_there and only_here) and all(".pooler." in f".{name}" for name in names):
         return " (one has a pooler, the other was saved without: add_pooling_layer=False)"

@@ -14,8 +14,8 @@ from typing import Any
 from shardmix.conventions import naming
 from shardmix.conventions.declarations import Declaration, Tie, config_part
 
-# Shared in transformers before version 5, whatever the config said. If one is missing in a file of
-# a model that is not tied, it can only have been written by such a version.
+# Shared in transformers before version 5, whatever the config said. If one is missing from a
+# file of a model that is not tied, such a version wrote the file.
 _ALWAYS_SHARED = re.compile(r"(^|\.)((encoder|decoder)\.embed_tokens\.weight|decoder\.bias)$")
 _ANYWHERE = "*"
 
@@ -27,50 +27,50 @@ class Pair:
     target: str
     source: str
     tie: Tie
-    """By what it is declared."""
+    """The declaration of the pair."""
 
 
 @dataclass(frozen=True, slots=True)
 class NamedModel:
-    """A model as its names, config and class tell of it."""
+    """A model as its names, config and class describe it."""
 
     config: Mapping[str, Any]
     """Content of its config.json."""
     declaration: Declaration
-    """What is declared of its class."""
+    """Declarations of its class."""
     rows: Mapping[str, int] = field(repr=False)
     """Name of each stored tensor → its row in the checkpoint's table."""
 
 
 @dataclass(frozen=True, slots=True)
 class SharedTensors:
-    """The shared tensors that the output stores, and where each comes from."""
+    """The shared tensors that the output stores, and the source of each."""
 
     added: tuple[str, ...]
     """Names that the first model does not store, sorted."""
     rows: tuple[dict[str, int], ...]
-    """For each model, name → row of what it does not store by that name but holds."""
+    """For each model, name → row of a tensor that it holds by another name."""
     untied: tuple[str, ...] = ()
     """Parts of the output's config that must say that they tie nothing: "" is its top."""
     split: tuple[str, ...] = ()
     """Parameters that some model shares and the output stores one by one."""
     is_kept_tied: bool = False
-    """Some of them although the output's config says that they are tied."""
+    """True if the output's config says that some of these are tied."""
 
 
 def share(
     models: Sequence[NamedModel], output: NamedModel, partial: Collection[str]
 ) -> SharedTensors:
-    """Return what the output stores of parameters that models share.
+    """Return the tensors that the output stores for parameters that models share.
 
-    `output` has the config that the output will have. `partial` are the names that not all models
-    store. A name that a model does not hold by any name is in none of its rows.
+    `output` has the config of the output. `partial` are the names that not all models store. A name
+    that a model does not hold by any name is in none of its rows.
     """
     universe = dict.fromkeys(name for model in models for name in model.rows)
     pairs = [list(_pairs(model, universe)) for model in models]
     holders = [_Holder(model, own) for model, own in zip(models, pairs, strict=True)]
     declared = list(_pairs(output, universe))
-    # A first model's pairs, too: the output's config may be silent about its class.
+    # The first model's pairs, too: the output's config may not name its class.
     groups = _groups([pair for own in (declared, *pairs) for pair in own])
     is_tied = {pair.tie: pair.tie.is_in_force(output.config) for pair in declared}
     needed = _needed(models, holders, declared, groups, is_tied, partial)
@@ -117,7 +117,8 @@ class _Holder:
         self._neighbours: dict[str, list[str]] = {}
         for pair in pairs:
             if pair.tie.is_in_force(model.config) or _ALWAYS_SHARED.search(pair.target):
-                # The source first, then targets as they are declared: as transformers looks.
+                # The source first, then targets in order of declaration: transformers' order of
+                # search.
                 self._neighbours.setdefault(pair.target, []).insert(0, pair.source)
                 self._neighbours.setdefault(pair.source, []).append(pair.target)
 
@@ -158,7 +159,7 @@ def _needed(
         needed[name] = None
         held.setdefault(tied.get(name, name), []).append(name)
     for pair in declared:
-        # What is not tied in the output is loaded by its own name.
+        # A parameter that is not tied in the output is loaded by its own name.
         if not is_tied[pair.tie]:
             for name in (pair.target, pair.source):
                 if _is_held(name, holders):
@@ -174,30 +175,30 @@ def _untied(
     holders: Sequence[_Holder],
     off: Collection[tuple[str, str]],
 ) -> tuple[str, ...]:
-    """Return the parts of the output's config that are to say that they tie nothing.
+    """Return the parts of the output's config that must say that they tie nothing.
 
-    transformers before version 5, and other programs, go by that alone: they don't read a head
+    transformers before version 5, and other programs, follow only that: they don't read a head
     beside a config that ties it. It is written if some model's config says so (`off`: the pairs of
-    such models), but not for a class in which it decides more than the tie, nor if a parameter that
-    the class would then read by its own name is in no model.
+    such models). It is not written for a class in which it decides more than the tie, nor if no
+    model has a parameter that the class would then read by its own name.
     """
     if output.declaration.scale:
         return ()
-    places: dict[str, None] = {}
+    untied: dict[str, None] = {}
     for pair in declared:
         is_split = pair.target in needed and pair.source in needed
         if is_tied[pair.tie] and is_split and (pair.target, pair.source) in off:
-            places[pair.tie.of] = None
-            # Else that would bring the tie back, for transformers or for other programs.
+            untied[pair.tie.of] = None
+            # Otherwise that would bring the tie back, for transformers or for other programs.
             if config_part(output.config, pair.tie.nested).get(naming.TIE_KEY) is True:
-                places[pair.tie.nested] = None
+                untied[pair.tie.nested] = None
     for pair in declared:
-        if pair.tie.of in places and not (
+        if pair.tie.of in untied and not (
             _can_be_untied(pair.tie, output.config)
             and len({_is_held(pair.target, holders), _is_held(pair.source, holders)}) == 1
         ):
             return ()
-    return tuple(places)
+    return tuple(untied)
 
 
 def _can_be_untied(tie: Tie, config: Mapping[str, Any]) -> bool:
@@ -209,7 +210,7 @@ def _is_held(name: str, holders: Sequence[_Holder]) -> bool:
 
 
 def _groups(pairs: Sequence[Pair]) -> dict[str, str]:
-    """Return name → a name that stands for all that share one tensor with it."""
+    """Return name → a name that stands for all names that share its tensor."""
     parent: dict[str, str] = {}
 
     def root(name: str) -> str:
@@ -226,26 +227,26 @@ def _groups(pairs: Sequence[Pair]) -> dict[str, str]:
 
 
 def _pairs(model: NamedModel, universe: Mapping[str, None]) -> Iterator[Pair]:
-    """Yield the pairs of a model's class of which at least one name is there."""
+    """Yield the pairs of a model's class with at least one name present."""
     declaration = model.declaration
     ties = _conventional(universe) if declaration.is_conventional else declaration.ties
     for tie in ties:
         found: dict[str, Pair] = {}  # of two declarations for one parameter the last holds
-        for at in _places(tie, universe):
+        for at in _prefixes(tie, universe):
             for target, source in tie.pairs:
                 if target.startswith("~"):
                     for pair in _by_beginning(tie, at, target[1:], source, universe):
                         found[pair.target] = pair
                     continue
                 names = _spelled(at + target, at + source, declaration.prefix, universe)
-                # A kind of model in a model has its names, but maybe not its head.
+                # A kind of inner model has its names, but maybe not its head.
                 if names is not None and (tie.at != _ANYWHERE or names[0] in universe):
                     found[names[0]] = Pair(*names, tie)
         yield from found.values()
 
 
-def _places(tie: Tie, universe: Mapping[str, None]) -> list[str]:
-    """Return the prefixes, with their dots, that a tie's names have here."""
+def _prefixes(tie: Tie, universe: Mapping[str, None]) -> list[str]:
+    """Return the prefixes, with their dots, of a tie's names here."""
     if tie.at != _ANYWHERE:
         return [f"{tie.at}." if tie.at else ""]
     ends = [f".{name}" for pair in tie.pairs for name in pair if not name.startswith("~")]
@@ -293,6 +294,6 @@ def shared_with(model: NamedModel) -> dict[str, str]:
 
 
 def _conventional(universe: Mapping[str, None]) -> list[Tie]:
-    """Return the ties that names tell, for a class that brings its own code, or no class at all."""
+    """Return the ties that names imply, for a class with its own code, or no class at all."""
     pairs = naming.tie_sources(universe)
     return [Tie("", "", tuple(sorted(pairs.items())), "TTTTTTFFF")] if pairs else []

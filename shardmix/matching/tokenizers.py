@@ -1,6 +1,6 @@
-"""Differences between tokenizers: ids that stand for other tokens, and how text is cut.
+"""Differences between tokenizers: ids that stand for other tokens, and the splitting of text.
 
-Reads their files, byte for byte first: those of fine-tunes are mostly their base's.
+Compares their files byte for byte first: those of fine-tunes are mostly the original's.
 """
 
 import re
@@ -49,7 +49,7 @@ _SPARE = re.compile(
     r"(?i)reserved|unused|placeholder|dummy|madeupword|extra_?(?:id_?)?\d|(?:pad|control|special|unk)"
     r"_?(?:token)?_?\d+[|>\]]*$"
 )
-"""Tokens that only keep a row free for another."""
+"""Tokens that only reserve a row for another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class TokenizerFolder:
     """A model's tokenizer, by its folder."""
 
     name: str
-    """What its user calls the model."""
+    """The user's name for the model."""
     path: Path
     """The model's folder."""
 
@@ -69,9 +69,9 @@ class _Files:
     name: str
     folder: Path
     vocabularies: tuple[str, ...]
-    """Names of the files that hold one, what is read first at first."""
+    """Names of the files with a vocabulary; the first one is read first."""
     config: Mapping[str, Any]
-    """Content of tokenizer_config.json, special tokens from wherever they are."""
+    """Content of tokenizer_config.json, with special tokens from all files."""
     added: dict[int, str]
     """Id → token, of the tokens added beside the vocabulary."""
 
@@ -83,11 +83,11 @@ def tokenizer_differences(
     num_rows: int | None = None,
     max_memory: int | None = None,
 ) -> list[Difference]:
-    """Return in what tokenizers differ from the output's, which is that of the model `output`.
+    """Return the differences to the output's tokenizer, which is that of the model `output`.
 
-    `num_rows` is the length of the input embedding, if it is known; `max_memory` (bytes) bounds
-    what the process may take: larger files are not compared, and a warning says so. One that
-    cannot be read is told of, too: it is not what is merged.
+    `num_rows` is the length of the input embedding, if it is known. `max_memory` (bytes) bounds the
+    process: files that are too large for it are not compared, and a warning says so. A tokenizer
+    that cannot be read is only a warning, too, since it is not merged.
     """
     found: list[Difference] = []
     files = []
@@ -142,7 +142,7 @@ def _beyond_rows(
             ids = _read_vocabulary(files, name, max_memory).vocabulary.ids
             last = int(ids[-1]) if ids.size else -1
     except (SourceError, BudgetError, OSError):
-        return  # told where tokenizers are compared
+        return  # the comparison of tokenizers reports it
     yield from _beyond(files.name, last, num_rows)
 
 
@@ -207,9 +207,9 @@ def _compared(
     num_rows: int | None,
     max_memory: int | None,
 ) -> list[Difference]:
-    """Return in what one tokenizer differs from the output's.
+    """Return the differences of one tokenizer to the output's.
 
-    `known` keeps what is read of the output's, by file, for the next one to be compared.
+    `known` stores the parts of the output's that were read, by file, for the next comparison.
     """
     shared = [name for name in first.vocabularies if name in other.vocabularies]
     pair = (shared[0], shared[0]) if shared else (first.vocabularies[0], other.vocabularies[0])
@@ -265,9 +265,9 @@ class _Read:
     file: str
     """Name of the file that holds the vocabulary."""
     vocabulary: Vocabulary
-    """With added tokens."""
+    """Vocabulary with added tokens."""
     added: dict[int, str]
-    """Id → token, of these."""
+    """Id → added token."""
     json: TokenizerJson | None
     """The file's content, if it is a tokenizer.json."""
 
@@ -328,7 +328,7 @@ def _settings(first: _Files, other: _Files) -> list[str]:
 def _id_differences(
     one: _Read, two: _Read, num_rows: int | None, max_memory: int | None
 ) -> list[Difference]:
-    """Return ids that stand for other tokens, or for tokens in one of the models only."""
+    """Return ids that stand for other tokens, or for tokens in only one of the models."""
     _, at_one, at_two = np.intersect1d(
         one.vocabulary.ids, two.vocabulary.ids, assume_unique=True, return_indices=True
     )
@@ -394,7 +394,7 @@ def _refused(
 
 
 def _are_alike(one: str, other: str) -> bool:
-    """Tell whether ids in files of these kinds are a model's own, as they stand."""
+    """Return True if ids in files of these two kinds are comparable as they stand."""
     if one == other:
         return True
     own = {TOKENIZER_JSON, "vocab.txt", "vocab.json"}
