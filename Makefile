@@ -1,6 +1,8 @@
-# make demo    merge real models and see what it brings
-# make test    all checks: tests, lint, format, types, layers
-# make bench   measure it beside other tools: docs/benchmarks (hours; BENCH_OPTIONS for less)
+# make demo      merge real models and see what it brings
+# make check     within a minute: lint, format, types, layers, tests of the packages that you changed
+# make test      all checks: tests (of long campaigns a sample), lint, format, types, layers
+# make campaign  the long campaigns whole: every case, fault and tie, and the fuzzer (a day)
+# make bench     measure it beside other tools: docs/benchmarks (hours; BENCH_OPTIONS for less)
 # All install what they need into .venv, with nothing but Python and make on the machine.
 
 PYTHON ?= python3
@@ -8,17 +10,33 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_STAMP := $(VENV)/.installed-demo
 DEV_STAMP := $(VENV)/.installed-dev
+CAMPAIGN_STAMP := $(VENV)/.installed-campaign
 BENCH_STAMP := $(VENV)/.installed-bench
 BENCH_WORK_DIR ?= bench-output
 BENCH_OPTIONS ?=
+# A process for each core; the tests of a file stay together.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+PYTEST_OPTIONS ?=
+FUZZ_TARGETS := header tensors file index recipe config modules tokenizer examples
+FUZZ_SECONDS ?= 600
 
-.PHONY: demo test bench lint format docs clean
+.PHONY: demo check test campaign bench lint format docs clean
 
 demo: $(DEMO_STAMP)
 	$(BIN)/python -m docs.examples.demo
 
+check: $(DEV_STAMP) lint
+	@paths=$$($(BIN)/python -m tests.support.changed) && \
+	if [ -n "$$paths" ]; then $(PYTEST) $(PYTEST_OPTIONS) $$paths; else echo "no tests to run"; fi
+
 test: $(DEV_STAMP) lint
-	$(BIN)/python -m pytest -q
+	$(PYTEST) $(PYTEST_OPTIONS)
+
+campaign: $(CAMPAIGN_STAMP)
+	$(PYTEST) --campaign $(PYTEST_OPTIONS)
+	$(BIN)/python -m tests.faults.campaign all
+	for target in $(FUZZ_TARGETS); do \
+	$(BIN)/python -m tests.hostile.fuzz $$target --seconds $(FUZZ_SECONDS) || exit 1; done
 
 bench: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks.compare --work-dir $(BENCH_WORK_DIR) --keep $(BENCH_OPTIONS)
@@ -46,6 +64,12 @@ $(DEV_STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(CAMPAIGN_STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[campaign]'
 	touch $@
 
 $(BENCH_STAMP): pyproject.toml constraints.txt

@@ -1,13 +1,17 @@
-"""Fixtures that several test files use."""
+"""Options of the tests, how they are shared among processes, and fixtures that several use."""
 
 import os
+import random
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
+
+from tests.support.sampling import SAMPLING, examples
 
 if TYPE_CHECKING:
     from tests.faults.merges import Bench
@@ -17,6 +21,81 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let campaigns run whole, or as a sample that was drawn before."""
+    group = parser.getgroup("shardmix")
+    group.addoption("--campaign", action="store_true", help="run long campaigns whole")
+    group.addoption("--sample-seed", type=int, help="draw the samples of an earlier run again")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the seed before Hypothesis looks for one; processes of pytest-xdist are given it."""
+    options, given = config.option, getattr(config, "workerinput", {})
+    if given:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # or each process has torch use all cores
+    if options.sample_seed is None:
+        options.sample_seed = given.get("sample_seed", random.randrange(10**6))
+    if options.hypothesis_seed is None:
+        options.hypothesis_seed = str(options.sample_seed)
+    SAMPLING.is_whole, SAMPLING.seed = options.campaign, options.sample_seed
+    if SAMPLING.is_whole:
+        hypothesis.settings.register_profile("campaign", max_examples=examples(100))
+        hypothesis.settings.load_profile("campaign")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Use the cores that this process may use; each process takes up to a gigabyte."""
+    return min(len(os.sched_getaffinity(0)), 8)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Give the seed to a process of pytest-xdist: all collect the same tests."""
+    node.workerinput["sample_seed"] = SAMPLING.seed
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Tell how to have the same samples again."""
+    seed = config.option.sample_seed
+    kind = "whole" if config.option.campaign else "samples"
+    return f"campaigns: {kind}, seed {seed} (the same again: --sample-seed {seed})"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give a file's tests to one process, for the sake of its fixtures.
+
+    Tests that watch what all processes share, such as the page cache, go to one process as well.
+    """
+    for item in items:
+        is_shared = item.get_closest_marker("machine") is not None
+        item.add_marker(pytest.mark.xdist_group("machine" if is_shared else item.path.name))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell the process that reports, if it is another, what was sampled."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["sampled"] = SAMPLING.drawn
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a process of pytest-xdist has sampled: each draws the same."""
+    SAMPLING.drawn.update(getattr(node, "workeroutput", {}).get("sampled", {}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tell how much of the campaigns has run."""
+    drawn = SAMPLING.drawn.values()
+    if drawn:
+        num_run, num_cases = map(sum, zip(*drawn, strict=True))
+        terminalreporter.write_line(
+            f"campaigns: {num_run:,} of {num_cases:,} cases in {len(drawn)} samples, "
+            f"seed {SAMPLING.seed}; whole by --campaign"
+        )
 
 
 @pytest.fixture(autouse=True)

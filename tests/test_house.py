@@ -1,9 +1,14 @@
-"""The tests keep the house's rules: where they lie, and what they are called."""
+"""The tests keep the house's rules: where they lie, what they are called, which of them run."""
 
 import ast
+from itertools import product
 from pathlib import Path
 
 import pytest
+
+from tests.support import sampling
+from tests.support.changed import ALWAYS, select_tests
+from tests.support.sampling import Sampling, every_nth, sample
 
 TESTS = Path(__file__).parent
 PACKAGES = {path.parent.name for path in (TESTS.parent / "shardmix").glob("*/__init__.py")}
@@ -33,3 +38,69 @@ def test_names_have_40_characters(path):
     assert names
     assert [name for name in names if len(name) > LONGEST_NAME] == []
     assert len(set(names)) == len(names)
+
+
+@pytest.fixture
+def draw(monkeypatch):
+    """Set how samples are drawn, and draw one of a campaign of 325 cases."""
+
+    def draw(most=30, **fields):
+        monkeypatch.setattr(sampling, "SAMPLING", Sampling(**fields))
+        return sample("a test", product(range(13), "abcde", "vwxyz"), most)
+
+    return draw
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("most", [1, 40])
+def test_sample_holds_every_kind(draw, most, seed):
+    cases = draw(most, seed=seed)
+    assert [sorted(set(values)) for values in zip(*cases, strict=True)] == [
+        [*range(13)],
+        [*"abcde"],
+        [*"vwxyz"],
+    ]
+    assert len(set(cases)) == len(cases) == max(len(cases), most)
+    assert sampling.SAMPLING.drawn == {"a test": (len(cases), 325)}
+
+
+def test_sample_follows_the_seed(draw):
+    assert draw(seed=1) == draw(seed=1) != draw(seed=2)
+
+
+def test_campaign_runs_whole(draw):
+    assert len(draw(is_whole=True)) == 325
+    assert sampling.SAMPLING.drawn == {}
+    assert every_nth(range(9), 4) == range(9)
+    assert sampling.examples(7) == 70
+
+
+def test_steps_begin_at_any(draw):
+    """Every fourth step, from one of the first four on."""
+    firsts = set()
+    for seed in range(50):
+        draw(seed=seed)
+        steps = every_nth(range(9), 4)
+        firsts.add(steps[0])
+        assert steps == range(steps[0], 9, 4)
+    assert firsts == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        (["shardmix/cli/commands.py", "tests/cli/test_progress.py"], ["tests/cli"]),
+        (["shardmix/plan/layout.py"], ["tests/golden", "tests/plan"]),
+        (["shardmix/errors.py"], ["tests/test_errors.py"]),
+        (["shardmix/api.py", "shardmix/reports.py"], ["tests/cli", "tests/test_merge.py"]),
+        (["tests/golden/outputs.json"], ["tests/golden"]),
+        (["tests/plan/test_gone.py"], []),
+        (["README.md", "docs/design.md"], []),
+    ],
+)
+def test_changes_select_their_tests(changed, expected):
+    assert select_tests(changed) == sorted([*expected, *ALWAYS])
+
+
+def test_no_change_selects_nothing():
+    assert select_tests([]) == select_tests(["benchmarks/README.md"]) == []

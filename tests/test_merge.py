@@ -34,6 +34,7 @@ from tests.support.models import (
     save_model,
     weighted_sum,
 )
+from tests.support.sampling import examples
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 WEIGHTS = [0.5, 0.3, 0.2]
@@ -112,7 +113,9 @@ def layouts(names):
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(15),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
 def test_recipe_and_sources_decide_bytes(tmp_path_factory, data):

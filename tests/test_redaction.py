@@ -71,10 +71,11 @@ def test_what_is_no_secret_is_told(text):
 @pytest.mark.parametrize(
     "text",
     [
-        *("a." * 500_000 + "://", "http://" * 200_000, "http://a?" + ")" * 500_000 + "x"),
-        *("?" + "token" * 200_000 + "://", "http://" + ":" * 500_000 + "/", "hf_" * 300_000 + ":/"),
-        *("authorization" * 100_000 + ":/", "http://a?b" * 100_000),
+        *("a." * 100_000 + "://", "http://" * 40_000, "http://a?" + ")" * 100_000 + "x"),
+        *("?" + "token" * 40_000 + "://", "http://" + ":" * 100_000 + "/", "hf_" * 60_000 + ":/"),
+        *("authorization" * 20_000 + ":/", "http://a?b" * 20_000),
     ],
+    ids=lambda text: text[:12],
 )
 def test_a_long_name_takes_no_time(text):
     """Names are strangers': with a search that begins anew at each character this takes hours."""

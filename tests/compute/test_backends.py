@@ -26,6 +26,7 @@ from tests.support.reducing import (
     reduce,
     segment_of,
 )
+from tests.support.sampling import examples
 
 
 def assert_bits(actual, expected):
@@ -90,7 +91,7 @@ def test_float64_is_rounded_to_16_bits_once(out_dtype):
     assert_bits(result, round_once(source.numpy(), out_dtype))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     values=hnp.arrays(np.float64, 16, elements=st.floats(width=64, allow_nan=False)),
     out_dtype=st.sampled_from([torch.float16, torch.bfloat16]),
@@ -105,7 +106,7 @@ def test_float64_rounds_to_16_bits_as_numpy(values, out_dtype):
     assert_bits(result + 0.0, expected + 0.0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     dtypes=st.lists(st.sampled_from(FLOATS), min_size=2, max_size=6),
     out_dtype=st.sampled_from(FLOATS),
@@ -148,7 +149,7 @@ def test_special_values_have_torchs_bits(weights, out_dtype):
         assert_bits(compiled, reduce(sources, weights, out_dtype))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     dtypes=st.lists(st.sampled_from(COMPILED), min_size=2, max_size=5),
     out_dtype=st.sampled_from(COMPILED),

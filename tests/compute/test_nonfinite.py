@@ -25,6 +25,7 @@ from tests.support.reducing import (
     reduced_chunks,
     segment_of,
 )
+from tests.support.sampling import examples
 
 # The least magnitude that rounding to nearest even makes infinite: half a unit above the largest.
 OVERFLOW = {
@@ -167,7 +168,7 @@ def test_a_chunk_is_judged_by_itself(backend):
     assert [reducer.is_finite for _, reducer, _ in chunks] == [True, False, True, False, True]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     dtypes=st.lists(st.sampled_from(FLOATS), min_size=2, max_size=4),
     out_dtype=st.sampled_from(FLOATS),

@@ -15,6 +15,7 @@ from shardmix.compute.torch_cuda import NUM_IN_FLIGHT, cuda_sums
 from shardmix.errors import DeviceError, SourceError
 from tests.support.models import random_tensor
 from tests.support.reducing import FLOATS, NAMES, raw_bytes, reduce, segment_of
+from tests.support.sampling import examples
 from tests.support.simulated_cuda import SimulatedCuda
 
 
@@ -67,7 +68,7 @@ def sources_of(dtypes, num_elements, *, seed=0):
     return [random_tensor((num_elements,), dtype, seed=seed + i) for i, dtype in enumerate(dtypes)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     dtypes=st.lists(st.sampled_from(FLOATS), min_size=1, max_size=5),
     out_dtype=st.sampled_from(FLOATS),

@@ -5,6 +5,7 @@ Each ends in the right merge, or in one refusal that names what was found.
 
 import os
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ import shardmix
 from shardmix.errors import OutputError
 from tests.support.cut_off import cut_off, folder_bytes, large_models
 from tests.support.models import random_model, save_model
-from tests.support.planted import PLANTS, SOMEBODY, Precious, ends_soon, needs_root, plant
+from tests.support.planted import PLANTS, SOMEBODY, needs_root, plant
+from tests.support.sampling import sample
+
+pytestmark = pytest.mark.usefixtures("in_time")
 
 STAGING = ".out.shardmix"
 SHARD = "model-00001-of-00002.safetensors"
@@ -23,6 +27,7 @@ PLACES = (
     *(f"/model/{SHARD}", "/model/config.json", "/model/shardmix.json", "/model/2_Dense"),
 )
 """What is known beforehand, below the staging folder."""
+COMMANDS = ("merge", "resume", "restart", "overwrite", "status")
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +39,6 @@ def made(tmp_path_factory):
     cut_off(models, folder / "out")
     save_model(folder / "old", random_model(3))
     return models, folder, folder_bytes(folder / "whole" / "out")
-
-
-@pytest.fixture
-def precious(tmp_path):
-    return Precious(tmp_path / "precious")
-
-
-@pytest.fixture(autouse=True)
-def in_time():
-    with ends_soon():
-        yield
 
 
 def prepared(made, place: Path, command: str) -> Path:
@@ -79,9 +73,9 @@ def run(made, out: Path, command: str):
     return None
 
 
-@pytest.mark.parametrize("command", ["merge", "resume", "restart", "overwrite", "status"])
-@pytest.mark.parametrize("kind", PLANTS)
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("place", "kind", "command"), sample("planted links", product(PLACES, PLANTS, COMMANDS), 40)
+)
 def test_what_is_planted_leads_nowhere(made, precious, tmp_path, place, kind, command):
     out = prepared(made, tmp_path / "p", command)
     plant(kind, Path(f"{out.parent / STAGING}{place}"), precious)
@@ -143,7 +137,7 @@ def test_planted_output_is_refused(made, precious, tmp_path, kind, command):
 
 
 @needs_root
-@pytest.mark.parametrize("command", ["merge", "resume", "restart", "overwrite", "status"])
+@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("mode", [0o700, 0o755, 0o777])
 def test_others_staging_folder_is_refused(made, tmp_path, command, mode):
     """A staging folder of others is refused."""
@@ -165,7 +159,7 @@ def test_others_staging_folder_is_refused(made, tmp_path, command, mode):
     assert (folder_bytes(hidden), hidden.stat()) == before
 
 
-@pytest.mark.parametrize("command", ["merge", "resume", "restart", "overwrite", "status"])
+@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o777, 0o1777])
 def test_open_staging_folder_is_refused(made, tmp_path, command, mode):
     """A staging folder open to others is refused."""

@@ -1,11 +1,9 @@
-"""Models with tied weights, stored in every way, merge to the mean; see tests/tie_matrix.py.
+"""Models with tied weights, stored in every way, merge to the mean: see tie_matrix.py.
 
-A sample of classes by chance, its seed printed, unless `SHARDMIX_TIE_MATRIX=all` (half an hour).
+A sample of classes by chance, unless the campaigns run whole (half an hour).
 """
 
 import itertools
-import os
-import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +15,10 @@ pytest.importorskip("transformers")
 
 import shardmix
 from tests.support import tie_matrix
+from tests.support.sampling import SAMPLING, sample
 from tests.support.tie_matrix import MERGED, REFUSED, WRONG, ClassResult
 from tests.support.tie_states import StoredModels
 from tests.support.tied_classes import Variant, model_class, tied_class_names
-
-ALL = os.environ.get("SHARDMIX_TIE_MATRIX") == "all"
-SEED = int(os.environ.get("SHARDMIX_TIE_SEED", random.randrange(10**6)))
 
 # Of the kinds that most models are of.
 ALWAYS = (
@@ -41,10 +37,10 @@ def silence() -> Iterator[None]:
 
 def test_merges_of_a_sample_are_the_mean() -> None:
     """No merge is wrong in silence, at least 95 % of what a file can say is merged."""
-    results = list(_judge(_names(), most_pairs=None if ALL else 8))
-    assert not [text for result in results for text in _faults(result)], f"seed {SEED}"
+    results = list(_judge(_names(), most_pairs=None if SAMPLING.is_whole else 8))
+    assert not [text for result in results for text in _faults(result)]
     totals = tie_matrix.summary(results)
-    assert totals["built"] >= (110 if ALL else len(ALWAYS))
+    assert totals["built"] >= (110 if SAMPLING.is_whole else len(ALWAYS))
     assert totals["merged of what can be"] >= 0.95, [tie_matrix.describe(r) for r in results]
 
 
@@ -113,16 +109,13 @@ def test_hundreds_of_classes_tie() -> None:
 
 
 def _names() -> list[str]:
-    names = list(tied_class_names())
-    if ALL:
-        return names
-    others = [name for name in names if name not in ALWAYS]
-    return [*ALWAYS, *random.Random(SEED).sample(others, 6)]
+    others = [name for name in tied_class_names() if name not in ALWAYS]
+    return [*ALWAYS, *sample("classes that tie weights", others, 6)]
 
 
 def _judge(names: list[str], *, most_pairs: int | None) -> Iterator[ClassResult]:
     for name in names:
-        result = tie_matrix.judge_class(name, most_pairs=most_pairs, seed=SEED)
+        result = tie_matrix.judge_class(name, most_pairs=most_pairs, seed=SAMPLING.seed)
         print(tie_matrix.describe(result))
         yield result
 

@@ -1,6 +1,6 @@
 """Runs hostile inputs through the command line, in a process of their own, and tells what happened.
 
-    python -m tests.support.hostile_batch FOLDER FIRST STOP
+    python -m tests.support.hostile_batch FOLDER NUMBER...
 
 One line of JSON a run. A run that hangs is ended by an alarm, and so told from one that fails.
 """
@@ -54,15 +54,15 @@ def listing(folder: Path) -> list[str]:
 
 
 def main() -> None:
-    """Run a range of the cases, each for people and for machines, and look at its model."""
-    folder, first, stop = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    """Run some of the cases, each for people and for machines, and look at its model."""
+    folder, numbers = Path(sys.argv[1]), map(int, sys.argv[2:])
 
     def hangs(*_: object) -> None:
         raise TimeoutError("the command hangs")
 
     signal.signal(signal.SIGALRM, hangs)
-    for case in CASES[first:stop]:
-        place = folder / f"{CASES.index(case)}"
+    for number in numbers:
+        case, place = CASES[number], folder / f"{number}"
         place.mkdir()
         words = case.build(place)
         before = listing(place)

@@ -1,6 +1,6 @@
 """Merges of every way to store a model with tied weights with every other, judged by transformers.
 
-    python tests/tie_matrix.py [--classes REGEX] [--sample N] [--pairs N] [--seed S] [--json FILE]
+    python -m tests.support.tie_matrix [--classes REGEX] [--sample N] [--pairs N] ...
 
 The output of a merge must load whole, hold the mean of what both models hold, name by name, and
 compute what that mean computes.
