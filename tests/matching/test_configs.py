@@ -596,7 +596,8 @@ def test_table_is_what_transformers_declares():
 
 def test_equal_configs_load_no_table():
     code = (
-        "from shardmix import class_defaults, config_differences as c\n"
+        "from shardmix.conventions import class_defaults\n"
+        "from shardmix.matching import configs as c\n"
         f"config = {json.dumps(json.dumps(LLAMA))}\n"
         "import json\n"
         "named = [c.NamedConfig(name, json.loads(config)) for name in 'ab']\n"
