@@ -5,19 +5,19 @@
     report = score(["./base", "./tuned"], "decoder", "examples.jsonl", max_memory="2GiB")
     report.weights, report.losses, report.per_example
 
-A package by itself: it reads checkpoints and knows nothing of merging. Its parts, in the order in
-which they are used:
+A package by itself: it reads checkpoints and knows nothing of merging. Its parts, in the order of
+their use:
 
-    options, examples      what is asked, checked before any model is opened
+    options, examples      the request, checked before any model is opened
     reading, encoding      texts to tokens, by each model's tokenizer
     batches                tokens to padded batches
     embedding              an encoder's states to one vector, by its modules
     empty_model            a model without its weights
-    model_weights          how its parameters are stored, and their values
+    model_weights          parameters from stored tensors, read on demand
     units, fit             the model cut to fit into memory
     lockstep               forward passes side by side
     streamed_model         weights to units to passes
-    objectives             what each type of model is asked, and its loss
+    objectives             the task of each type of model, and its loss
     model_scoring, scoring  one model, all models
     weights, report        the result
 

@@ -1,8 +1,7 @@
-"""Sequences to padded batches: as long as the longest in each, and no longer.
+"""Sequences to padded batches, each as long as its longest sequence.
 
-How sequences are batched for a forward pass has no influence on the result, where a model heeds its
-attention mask (FNet and ConvBERT don't): losses are put together per example and per batch of the
-reference afterwards.
+Batches do not change the result if a model respects its attention mask (FNet and ConvBERT don't):
+losses are combined afterwards, per example and per batch of the reference.
 """
 
 from collections.abc import Sequence
@@ -12,23 +11,24 @@ import torch
 
 from shardmix.scoring.encoding import EncodedExamples, TokenSequence
 
-# A batch of this many tokens keeps a processor busy; beyond it, this share must not be padding.
+# A batch of this many tokens keeps a processor busy; in a larger one, this share must be real
+# tokens.
 _ENOUGH_TOKENS = 256
 _LEAST_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """Sizes of one forward pass, which its memory depends on."""
+    """The sizes of one forward pass, which decide its memory."""
 
     members: tuple[int, ...]
     """Numbers of its sequences."""
     length: int
-    """Tokens of the longest, which all are padded to."""
+    """Tokens of the longest sequence; all are padded to it."""
     target_length: int
-    """Labels of the longest: what an encoder-decoder's decoder reads."""
+    """Labels of the longest sequence: the input of an encoder-decoder's decoder."""
     num_labels: int
-    """Labels of all of them: rows of logits."""
+    """Labels of all sequences: rows of logits."""
 
     @property
     def num_tokens(self) -> int:
@@ -44,9 +44,9 @@ class BatchShape:
 def shape_batches(
     encoded: EncodedExamples, *, max_tokens: int, max_labels: int
 ) -> tuple[BatchShape, ...]:
-    """Group sequences of like length, so that each batch holds at most so many tokens and labels.
+    """Group sequences of similar length into batches of at most so many tokens and labels.
 
-    A sequence that is alone above a limit is a batch by itself.
+    A single sequence above a limit is a batch by itself.
     """
     lengths = [(seq.num_tokens, len(seq.labels)) for seq in encoded.sequences]
     shapes: list[BatchShape] = []
@@ -62,7 +62,7 @@ def shape_batches(
 
 
 def _is_wasteful(shape: BatchShape, lengths: Sequence[tuple[int, int]]) -> bool:
-    """Tell whether too much of a batch is padding, unless it is too small for that to matter."""
+    """Return True if too much of a batch is padding, unless it is too small for that to matter."""
     num_real = sum(max(lengths[number]) for number in shape.members)
     return num_real >= _ENOUGH_TOKENS and num_real < shape.num_tokens * _LEAST_SHARE
 
@@ -91,7 +91,7 @@ def padded_inputs(
 
 
 def padded(rows: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
-    """Return rows of integers as one int64 tensor [rows, longest], filled up on the right."""
+    """Return rows of integers as one int64 tensor [rows, longest], padded on the right."""
     length = max(map(len, rows))
     filled = [[*row, *[filler] * (length - len(row))] for row in rows]
     return torch.tensor(filled, dtype=torch.long)

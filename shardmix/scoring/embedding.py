@@ -1,6 +1,6 @@
-"""An encoder's way from states to one vector: by its sentence-transformers modules, or its user.
+"""An encoder's steps from states to one vector, by its sentence-transformers modules or its user.
 
-Reads the weights of small modules; knows nothing of how the encoder itself is run.
+Reads the weights of small modules; knows nothing of how the encoder itself runs.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from shardmix.scoring.empty_model import TORCH_DTYPES
 from shardmix.sources.checkpoint import Checkpoint, read_config
 from shardmix.sources.readers import PreadReader
 
-# What a vector goes through that says nothing of cosines, or only in training.
+# Steps without effect on cosines, or only in training.
 _WITHOUT_EFFECT = ("Normalize", "Dropout")
 _ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "Sigmoid", "SiLU", "ELU", "LeakyReLU")
 
@@ -28,20 +28,20 @@ Step = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """The steps that make one vector of a text's states."""
+    """The steps that turn a text's states into one vector."""
 
     pooling: tuple[str, ...]
-    """How states are pooled; the vectors of several ways are joined."""
+    """Ways to pool states; the vectors of several ways are joined."""
     steps: tuple[tuple[str, Step], ...] = ()
-    """Modules after that, by kind: from float32 [texts, width] to [texts, width]."""
+    """Modules after pooling, by kind: from float32 [texts, width] to [texts, width]."""
     nbytes: int = 0
-    """What their weights take."""
+    """Bytes of their weights."""
     note: str = ""
-    """What is to be told of it."""
+    """Note for the user, or ""."""
 
     @property
     def name(self) -> str:
-        """What it is called in reports: `mean`, or `mean, Dense`."""
+        """Its name in reports: `mean`, or `mean, Dense`."""
         return ", ".join((" and ".join(self.pooling), *(kind for kind, _ in self.steps)))
 
     def vectors(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -53,10 +53,10 @@ class Embedding:
 
 
 def embedding_of(checkpoint: Checkpoint, asked: str | None) -> Embedding:
-    """Return how a model embeds: as its modules say; pooled as was asked for, if it was.
+    """Return a model's embedding, by its modules; `asked` overrides its pooling.
 
-    A model without modules pools by the first token. Raises `SourceError` if its modules cannot be
-    followed and nothing was asked for.
+    A model without modules pools by the first token. Raises `SourceError` if its modules are not
+    supported and nothing was asked for.
     """
     modules = [module for module in checkpoint.modules if module.place != checkpoint.place]
     if not checkpoint.modules:
@@ -102,7 +102,7 @@ def _joined(modes: tuple[str, ...]) -> str:
 
 
 def _cannot_be_followed(modules: list[Module]) -> str | None:
-    """Say why modules are not the pooling and projections that are known; None if they are."""
+    """Return why modules are not supported, or None if they are."""
     kinds = [module.kind for module in modules]
     known = ("Pooling", "Dense", "LayerNorm", *_WITHOUT_EFFECT)
     others = [kind or "a module without a class" for kind in kinds if kind not in known]
@@ -115,7 +115,7 @@ def _cannot_be_followed(modules: list[Module]) -> str | None:
 
 
 def _step(checkpoint: Checkpoint, module: Module) -> tuple[Step, int]:
-    """Return what a module does to vectors, and what its weights take."""
+    """Return a module's function on vectors, and the bytes of its weights."""
     part = next((part for part in checkpoint.others if part.place == module.place), None)
     if part is None:
         raise SourceError(

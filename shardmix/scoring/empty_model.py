@@ -30,7 +30,7 @@ def build_empty_model(
 ) -> Any:
     """Return the model in evaluation mode, parameters on the meta device, computed buffers real.
 
-    Raises `SourceError` where transformers cannot build it from the folder's config.
+    Raises `SourceError` if transformers cannot build it from the folder's config.
     """
     import transformers
 
@@ -56,7 +56,7 @@ def build_empty_model(
                 model = getattr(transformers, auto_class).from_config(
                     config, dtype=dtype, trust_remote_code=trust_remote_code
                 )
-    except Exception as error:  # configs of strangers fail in every way there is
+    except Exception as error:  # configs of strangers fail in every possible way
         raise SourceError(f"{checkpoint.source}: {_build_finding(error, auto_class)}") from None
     _keep_float32(model, dtype)
     _compute_sinusoids(model)
@@ -67,34 +67,36 @@ def build_empty_model(
 
 
 def import_model_code(checkpoint: Checkpoint, auto_class: str) -> None:
-    """Load what transformers needs for such a model, where it has the code for it.
+    """Load transformers' code for such a model, if it has any.
 
-    That takes seconds, once, and is no part of what a model costs.
+    That takes seconds, once, and should not count as the first model's time.
     """
     import transformers
 
-    with suppress(Exception):  # what is wrong with the model is said when it is built
+    with suppress(Exception):  # an error of the model is raised when it is built
         config = transformers.AutoConfig.from_pretrained(str(checkpoint.folder))
         _ = getattr(transformers, auto_class)._model_mapping[type(config)]
 
 
 def _keep_float32(model: Any, dtype: torch.dtype) -> None:
-    """Let those parameters be float32 that transformers keeps so in a model of 16 bits."""
+    """Make those parameters float32 that transformers leaves so in a model of 16 bits."""
     patterns = list(model._get_dtype_plan(dtype))
     if not patterns:
         return
-    kept = re.compile("|".join(rf"(^|\.){re.escape(pattern)}($|\.)" for pattern in patterns))
+    stays_float32 = re.compile(
+        "|".join(rf"(^|\.){re.escape(pattern)}($|\.)" for pattern in patterns)
+    )
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if kept.search(f"{path}.{name}"):
+            if stays_float32.search(f"{path}.{name}"):
                 setattr(module, name, torch.nn.Parameter(parameter.float(), requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
-            if kept.search(f"{path}.{name}") and buffer.is_floating_point():
+            if stays_float32.search(f"{path}.{name}") and buffer.is_floating_point():
                 setattr(module, name, buffer.float())
 
 
 def _compute_sinusoids(model: Any) -> None:
-    """Fill tables of positions that are never stored, since they follow from a formula."""
+    """Fill position tables that are never stored, since a formula defines them."""
     for module in model.modules():
         if "Sinusoidal" in type(module).__name__ and isinstance(module, torch.nn.Embedding):
             empty = torch.empty(module.weight.shape, dtype=module.weight.dtype)
@@ -104,7 +106,7 @@ def _compute_sinusoids(model: Any) -> None:
 
 
 def compute_dtype(checkpoint: Checkpoint, asked: str) -> torch.dtype:
-    """Return what a model computes in: as asked, or else its own, the dtype of most weights."""
+    """Return the dtype that a model computes in: as asked, or the dtype of most of its weights."""
     if asked != "auto":
         return getattr(torch, asked)  # type: ignore[no-any-return]
     nbytes: Counter[str] = Counter()
@@ -129,7 +131,7 @@ def _build_finding(error: Exception, auto_class: str) -> str:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Keep advice about training and generation from the user's terminal."""
+    """Hide advice about training and generation from the user's terminal."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

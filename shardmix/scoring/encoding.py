@@ -1,4 +1,4 @@
-"""Texts to tokens: what each example makes a model read, and which of its tokens count.
+"""Texts to tokens: the input of each example, and its tokens that count.
 
 Knows the tokenizer, and lists of token ids; no tensors and no model.
 """
@@ -14,7 +14,7 @@ from shardmix.scoring.examples import Example, QueryExample, TextExample
 from shardmix.scoring.options import ScoreSettings
 
 _NO_LIMIT = 1_000_000
-"""A tokenizer without a limit of its own says a number larger than this."""
+"""Any larger limit of a tokenizer means none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +22,9 @@ class TokenSequence:
     """One text, or pair of texts, as a model reads it."""
 
     inputs: Mapping[str, Sequence[int]]
-    """Token ids and whatever else the tokenizer makes for each token (`token_type_ids`)."""
+    """Token ids and the tokenizer's other values for each token (`token_type_ids`)."""
     labels: tuple[int, ...] = ()
-    """The tokens that the loss is taken of; none for encoders and rerankers."""
+    """The tokens of the loss; none for encoders and rerankers."""
     label_start: int = 0
     """For a decoder: index of the first label among the input ids, 1 or more."""
 
@@ -36,30 +36,30 @@ class TokenSequence:
 
 @dataclass(frozen=True, slots=True)
 class EncodedExamples:
-    """All sequences to run a model on, and which of them belong to which example."""
+    """All sequences to run a model on, grouped by example."""
 
     sequences: tuple[TokenSequence, ...]
-    """In order of the examples."""
+    """Sequences in order of the examples."""
     counts: tuple[int, ...]
-    """Sequences of each example: 1 for texts; for queries the candidates, and for an encoder the
-    query before them."""
+    """Number of sequences of each example: 1 for texts; for queries the candidates, and for an
+    encoder the query before them."""
     pad_token_id: int
-    """What fills a batch up where a model's config names nothing; it is masked."""
+    """Padding of a batch if a model's config names none; it is masked."""
     num_cut: int
-    """How many sequences were cut off at the limit."""
+    """Number of sequences that were cut off at the limit."""
     max_length: int
-    """The limit in force, in tokens."""
+    """The limit in use, in tokens."""
     is_clamped: bool
-    """The limit is the model's own, below the one that was asked for."""
+    """True if the limit is the model's own, below the one that was asked for."""
     silent: tuple[str, ...]
     """Names of examples whose output is cut off entirely: they say nothing of a model."""
 
 
 def load_tokenizer(source: str, folder: Path, *, trust_remote_code: bool) -> Any:
-    """Load a model folder's tokenizer; raise `SourceError` where there is none that works."""
+    """Load a model folder's tokenizer; raise `SourceError` if there is none that works."""
     from transformers import AutoTokenizer
 
-    # Every `except Exception`: tokenizers of strangers fail in every way there is.
+    # Every `except Exception`: tokenizers of strangers fail in every possible way.
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -72,11 +72,11 @@ def load_tokenizer(source: str, folder: Path, *, trust_remote_code: bool) -> Any
 def encode_examples(
     examples: Sequence[Example], tokenizer: Any, settings: ScoreSettings, config: Mapping[str, Any]
 ) -> EncodedExamples:
-    """Return what a model's tokenizer makes of the examples.
+    """Return the examples as a model's tokenizer encodes them.
 
-    `config` is the model's config.json; it tells how many positions the model has. Raises
-    `RecipeError` where the output of every example of a batch is cut off entirely, naming them:
-    such a batch has no loss. (Beside others in its batch, such an example counts for nothing.)
+    `config` is the model's config.json, with its number of positions. Raises `RecipeError` if the
+    output of every example of a batch is cut off entirely, naming them: such a batch has no loss.
+    (Beside others in its batch, such an example counts for nothing.)
     """
     max_length = _max_length(tokenizer, settings, config)
     encoder = _Encoder(tokenizer, settings, max_length)
@@ -118,13 +118,13 @@ def _silent(
 
 
 def position_limit(config: Mapping[str, Any]) -> int | None:
-    """Return how many positions a model has by its config; None if it says nothing."""
+    """Return the number of positions in a model's config, or None if it names none."""
     text_config = config.get("text_config")
     parts = (config, text_config) if isinstance(text_config, Mapping) else (config,)
     limits = []
     for part in parts:
         limit = part.get("max_position_embeddings", part.get("n_positions"))
-        # T5 and its kin write `n_positions` and have relative positions, without a limit.
+        # T5 and its relatives write `n_positions` and have relative positions, without a limit.
         if "relative_attention_num_buckets" not in part and isinstance(limit, int) and limit > 0:
             limits.append(limit)
     return min(limits, default=None)
@@ -136,7 +136,7 @@ def _max_length(tokenizer: Any, settings: ScoreSettings, config: Mapping[str, An
     if positions is not None:
         limits.append(positions)
     own = tokenizer.model_max_length
-    # RoBERTa's positions start at 2: its tokenizer knows how many are left, not its config.
+    # RoBERTa's positions start at 2: its tokenizer knows how many are left, its config does not.
     if settings.model_type in (ENCODER, RERANKER) and 0 < own < _NO_LIMIT:
         limits.append(int(own))
     return min(limits)
@@ -170,7 +170,7 @@ class _Encoder:
         if not inputs["input_ids"]:
             raise RecipeError(f"{name}: {texts[0]!r} gives no tokens; write a text that says more")
         if len(inputs["input_ids"]) >= self._max_length:
-            # The tokenizer doesn't say whether it cut: at the limit, ask for the whole.
+            # The tokenizer doesn't say if it truncated: at the limit, encode the whole.
             whole = self._tokenizer(*texts, verbose=False)["input_ids"]
             self.num_cut += len(whole) > self._max_length
         return TokenSequence(inputs)
@@ -188,7 +188,7 @@ class _Encoder:
         if self._settings.chat_template:
             ids, num_prompt = self._templated(example)
         else:
-            # As the reference has it: the whole encoded at once, and the end of sequence added.
+            # Like the reference: the whole is encoded at once, and the end of sequence added.
             prompt = self._tokenizer.encode(example.input, verbose=False)
             ids = self._tokenizer.encode(f"{example.input} {example.output}", verbose=False)
             if self._tokenizer.eos_token_id is not None:
@@ -202,10 +202,10 @@ class _Encoder:
         return TokenSequence({"input_ids": ids}, labels=tuple(ids[start:]), label_start=start)
 
     def _templated(self, example: TextExample) -> tuple[list[int], int]:
-        """Return a user's turn and the answer as the chat template has them, and the turn's length.
+        """Return a user's turn and the answer in the chat template, and the turn's length.
 
-        The turn ends where the assistant is to begin; what the template puts behind the answer
-        (its end-of-turn token) counts as output.
+        The turn ends before the assistant's text. The template's end-of-turn token after the answer
+        counts as output.
         """
         turn = [{"role": "user", "content": example.input}]
         answer = [{"role": "assistant", "content": example.output}]
@@ -213,7 +213,7 @@ class _Encoder:
         try:
             prompt = render(turn, tokenize=False, add_generation_prompt=True)
             whole = render(turn + answer, tokenize=False)
-        except Exception as error:  # a template is a program of a stranger's
+        except Exception as error:  # a template is a stranger's program
             raise RecipeError(
                 f"{example.name}: the chat template cannot be applied ({one_line(error)}); score "
                 "without --chat-template"

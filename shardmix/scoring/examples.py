@@ -1,4 +1,4 @@
-"""Examples: read from JSON or JSON lines and checked, so that a mistake is named by line and field.
+"""Examples, read from JSON or JSON lines and checked; errors name line and field.
 
 Knows texts, not tokens; runs before any model is opened.
 """
@@ -20,22 +20,22 @@ _MAX_FILE_NBYTES = 8_000_000  # as Python objects, JSON may take 26 times as muc
 
 @dataclass(frozen=True, slots=True)
 class TextExample:
-    """A text and how it should go on: for decoders and encoder-decoders."""
+    """A text and its expected continuation, for decoders and encoder-decoders."""
 
     name: str
-    """What messages call it: its file and line, or its number."""
+    """Its name in messages: its file and line, or its number."""
     input: str
     """The prompt."""
     output: str
-    """What the loss is taken of."""
+    """The text whose loss is computed."""
 
 
 @dataclass(frozen=True, slots=True)
 class QueryExample:
-    """A query, a passage that answers it, and others that do not: for encoders and rerankers."""
+    """A query, a passage that answers it, and others that do not, for encoders and rerankers."""
 
     name: str
-    """What messages call it: its file and line, or its number."""
+    """Its name in messages: its file and line, or its number."""
     query: str
     positive: str
     negatives: tuple[str, ...]
@@ -49,9 +49,9 @@ def load_examples(examples: ExamplesArgument, settings: ScoreSettings) -> tuple[
     """Return the checked examples of a file or of a list of mappings.
 
     A file holds a JSON list, JSON lines, or a JSON object from task names to lists. Decoders and
-    encoder-decoders take `{"input": str, "output": str}`; encoders and rerankers take
-    `{"query": str, "pos": [str, ...], "neg": [str, ...]}`, of which the first positive counts.
-    Negatives are drawn here, once for all models. Raises `RecipeError`.
+    encoder-decoders take `{"input": str, "output": str}`; encoders and rerankers take `{"query":
+    str, "pos": [str, ...], "neg": [str, ...]}`, of which the first positive counts. Negatives are
+    drawn here, once for all models. Raises `RecipeError`.
     """
     if isinstance(examples, tuple) and examples and isinstance(examples[0], Example):
         return examples  # loaded already
@@ -148,7 +148,7 @@ def _query_example(
 
 
 def _check_comparable(examples: Sequence[QueryExample], settings: ScoreSettings) -> None:
-    """Refuse a query with nothing to tell its positive from: its loss would be 0 for any model."""
+    """Refuse a query without anything to compare: its loss would be 0 for any model."""
     alone = 1 if settings.model_type == RERANKER else settings.batch_size
     for start in range(0, len(examples), alone):
         batch = examples[start : start + alone]

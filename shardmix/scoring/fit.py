@@ -1,4 +1,4 @@
-"""How a model's forward passes are to fit into memory: what will be held, and how it is arranged.
+"""The arrangement of a model's forward passes in memory, and its projected size.
 
     peak = reserved + resident weights + largest unit + waiting passes + the pass that computes
 
@@ -22,58 +22,60 @@ _LOGIT_NBYTES = 32 << 10
 
 # Room for thread stacks, allocator slack and the tokenised examples.
 _RUN_NBYTES = 64 * MIB
-# Matrix libraries repack their inputs, and the allocator rounds up and keeps some of what is freed.
+# Matrix libraries repack their inputs, and the allocator rounds up and retains freed memory.
 _SLACK = 1.15
 
-# Copies of the hidden states that a pass holds between blocks: itself, a residual, a neighbour in
-# an encoder-decoder; and within a block, besides the outputs of its matrices.
+# Copies of the hidden states that a pass holds between blocks: itself, a residual, a neighbour
+# in an encoder-decoder; and within a block, besides the outputs of its matrices.
 _STATES_HELD = 4
 _OUTPUTS_HELD = 2
 _MATRICES_HELD = 5
 
-# The least memory for one reading first.
+# In order of memory for one reading, the least first.
 _GRAINS = (Grain.BLOCK, Grain.MODEL, Grain.LEAF)
 
 
-class NothingFits(Exception):  # noqa: N818 - it is a finding, which becomes an error elsewhere
-    """There is no arrangement within the bytes that are available."""
+class NothingFits(Exception):  # an outcome, which becomes an error elsewhere
+    """No arrangement fits into the available bytes."""
 
     def __init__(self, least_nbytes: int) -> None:
         super().__init__(f"{least_nbytes} bytes are needed")
         self.least_nbytes = least_nbytes
-        """What the smallest arrangement takes."""
+        """Bytes of the smallest arrangement."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """What a model's intermediate results scale with."""
+    """The sizes that a model's intermediate results scale with."""
 
     hidden_size: int
     """Width of its hidden states."""
     num_heads: int
     """Attention heads."""
     holds_attention: bool
-    """Attention matrices of all heads are computed in memory (the "eager" implementation)."""
+    """True if attention matrices of all heads are computed in memory (the "eager"
+    implementation)."""
     holds_position_bias: bool
-    """A matrix a head, of relative positions, goes along from the first block to the last."""
+    """True if a matrix a head, of relative positions, is passed from the first block to the
+    last."""
     element_nbytes: int
     """Bytes of one value of the dtype that it computes in."""
     vocabulary: int
-    """Columns of its logits; 0 where it has none."""
+    """Columns of its logits; 0 if it has none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """How a model is scored."""
+    """The way in which a model is scored."""
 
     grain: Grain
-    """How finely it is cut."""
+    """Size of its units."""
     partition: Partition
-    """The cut."""
+    """The units."""
     waves: tuple[tuple[BatchShape, ...], ...]
     """Passes that run side by side; the weights are read once a wave."""
     projected_nbytes: int
-    """What all of it takes at its peak, beyond what the process holds without it."""
+    """Peak memory of all of it, on top of what the process holds without it."""
 
 
 def arrange(
@@ -85,12 +87,13 @@ def arrange(
     best_tokens: int,
     grains: Sequence[Grain] | None = None,
 ) -> Arrangement:
-    """Choose how to score a model within `available` bytes, reading its weights once if it can be.
+    """Choose how to score a model within `available` bytes, with one reading of its weights if
+    possible.
 
-    `shape` gives the batches for so many tokens and labels a batch. Blocks come first: they take
-    the least memory for the same reading. Where the passes do not all fit beside a block, the whole
-    model is held if there is room for it, or else it is cut finer, or read more than once. `grains`
-    allows but some ways to cut.
+    `shape` returns the batches for so many tokens and labels a batch. Blocks come first: they take
+    the least memory for one reading. If the passes do not all fit beside a block, the whole model
+    is loaded if there is room for it. Otherwise it is cut finer, or read more than once. `grains`
+    limits the sizes of units.
 
     Raises `NothingFits`.
     """
@@ -164,10 +167,10 @@ def _unit_nbytes(unit: Unit) -> int:
 
 
 def _computing_nbytes(shape: BatchShape, sizes: ModelSizes, block_width: int) -> int:
-    """Return what one pass holds at most while it computes: in a block, or its logits."""
+    """Return the most bytes of one pass while it computes: in a block, or its logits."""
     size = sizes.element_nbytes
     states = shape.num_tokens * sizes.hidden_size * size * _STATES_HELD
-    # Scores, mask, softmax in float32 and what it is copied to; or a mask and its like.
+    # Scores, mask, softmax in float32 and its copy; or a mask and its like.
     matrices = sizes.num_heads * _MATRICES_HELD if sizes.holds_attention else 2
     attention = shape.num_cells * matrices * max(size, 4)
     outputs = shape.num_tokens * block_width * size * _OUTPUTS_HELD
@@ -177,10 +180,11 @@ def _computing_nbytes(shape: BatchShape, sizes: ModelSizes, block_width: int) ->
 
 
 def _waiting_nbytes(shape: BatchShape, sizes: ModelSizes, width: int) -> int:
-    """Return what a pass holds while it waits; within a block, also that block's outputs."""
+    """Return the bytes of a pass while it waits; within a block, with that block's outputs."""
     states = shape.num_tokens * (sizes.hidden_size * _STATES_HELD + width * _OUTPUTS_HELD)
     matrices = 1 + sizes.num_heads * 2 * sizes.holds_position_bias
     if sizes.holds_attention:
-        # Some models return a block's attention, and keep it until the next block returns its own.
+        # Some models return a block's attention, and hold it until the next block returns its
+        # own.
         matrices += sizes.num_heads * (_MATRICES_HELD if width else 1)
     return states * sizes.element_nbytes + shape.num_cells * matrices * max(sizes.element_nbytes, 4)

@@ -1,10 +1,10 @@
 """Many forward passes side by side, so that each unit's weights are read once for all of them.
 
-A pass runs as an ordinary call of the model until it comes to a unit whose weights are not there.
-There it waits (as a greenlet: one thread, no locks), and the next pass runs. When all wait, the
-unit that the hindmost wants is brought into memory, all passes that wait for it go on, and its
-memory is given back. No knowledge of any model's architecture is needed, and what a pass computes
-is what it would compute alone.
+A pass runs as an ordinary call of the model until it comes to a unit without weights. There it
+waits (as a greenlet: one thread, no locks), and the next pass runs. When all wait, the unit that
+the hindmost wants is loaded, all passes that wait for it go on, and its memory is given back. This
+needs no knowledge of any model's architecture, and each pass computes the same as it would without
+the others.
 
 Knows neither tensors nor files.
 """
@@ -20,7 +20,7 @@ class Stage(Protocol):
     """A unit as passes meet it."""
 
     def serve(self, payloads: Sequence[Any]) -> Sequence[Any]:
-        """Bring the weights; return what each of the waiting passes is to get."""
+        """Load the weights; return the reply for each of the waiting passes."""
 
     def release(self) -> None:
         """Give the weights' memory back."""
@@ -32,26 +32,26 @@ class _Pass:
 
     greenlet: greenlet
     stage: Stage | None = None
-    """What it waits for."""
+    """The stage that it waits for."""
     payload: Any = None
-    """What it brought along."""
+    """The value that it brought along."""
     num_stages: int = 0
-    """How far it has come."""
+    """Number of stages that it has reached."""
     result: Any = None
 
 
 class Lockstep:
-    """Runs passes to their ends, each stage served to all of them before the next."""
+    """Runs passes to their ends; each stage serves all of them before the next stage."""
 
     def __init__(self) -> None:
         self._served: Stage | None = None
 
     def arrive(self, stage: Stage, payload: Any) -> Any:
-        """Wait, within a pass, until the stage has been served; return what it gave."""
+        """Wait, within a pass, until the stage has been served; return its reply."""
         return getcurrent().parent.switch(stage, payload)
 
     def pass_through(self, stage: Stage) -> None:
-        """Wait, within a pass, until the stage's weights are there; they may be already."""
+        """Wait, within a pass, until the stage's weights are there, unless they are already."""
         if self._served is not stage:
             self.arrive(stage, None)
 
@@ -60,9 +60,9 @@ class Lockstep:
         passes: Sequence[Callable[[], Any]],
         on_stage: Callable[[Stage], None] = lambda _stage: None,
     ) -> list[Any]:
-        """Run all passes and return their results in order; `on_stage` is told what comes next.
+        """Run all passes and return their results in order; calls `on_stage` before each stage.
 
-        What a pass, a stage or `on_stage` raises ends them all.
+        An exception of a pass, a stage or `on_stage` ends them all.
         """
         running = [_Pass(greenlet(function)) for function in passes]
         try:
@@ -86,7 +86,7 @@ class Lockstep:
         finally:
             for each in running:
                 if not each.greenlet.dead:
-                    each.greenlet.throw()  # unwinds what is left after an error
+                    each.greenlet.throw()  # unwinds the remaining passes after an error
         return [each.result for each in running]
 
     def _advance(self, each: _Pass, *reply: Any) -> None:

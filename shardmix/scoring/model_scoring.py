@@ -23,10 +23,10 @@ from shardmix.sources.checkpoint import Checkpoint
 from shardmix.system.memory import available_nbytes, resident_nbytes
 from shardmix.system.units import MIB, format_mib
 
-# Of the available memory, and of a GPU's, what is taken at most where nobody set a bound.
+# The most of the available memory, and of a GPU's, that is taken without a bound.
 _MEMORY_SHARE = 0.8
 _VRAM_SHARE = 0.9
-# On a GPU, what the host holds beside its libraries: the chunk being read, and the examples.
+# With a GPU, the host holds besides its libraries: the chunk being read, and the examples.
 _HOST_NBYTES = CHUNK_NBYTES + 128 * MIB
 
 OnFraction = Callable[[float], None]
@@ -34,24 +34,24 @@ OnFraction = Callable[[float], None]
 
 @dataclass(frozen=True, slots=True)
 class ModelScore:
-    """What scoring one model gave and took. Sizes in bytes."""
+    """The result and cost of scoring one model. Sizes in bytes."""
 
     losses: Losses
     """Its losses."""
     dtype: str
-    """What it computed in."""
+    """Dtype that it computed in."""
     bytes_read: int
-    """Weights read."""
+    """Weight bytes read."""
     num_passes: int
-    """How often its weights were read."""
+    """Number of times that its weights were read."""
     reserved_nbytes: int
-    """What the process held before the first model's weights."""
+    """Memory of the process before the first model's weights."""
     projected_nbytes: int
-    """Resident memory of the process at its peak, at most."""
+    """Upper bound of the process's peak resident memory."""
     projected_vram_nbytes: int
-    """GPU memory at its peak, at most; 0 on the CPU."""
+    """Upper bound of peak GPU memory; 0 on the CPU."""
     notes: tuple[str, ...]
-    """What to know of it."""
+    """Notes for the user."""
 
 
 def score_model(
@@ -65,10 +65,10 @@ def score_model(
 ) -> ModelScore:
     """Return a model's losses on the objective's examples.
 
-    `reserved` is what the process held before the first model, None where this is the first. A
-    model that cannot be cut, since it uses weights of a part without calling it, is held whole if
-    there is room. Raises `SourceError` where the model cannot be run, `BudgetError` where it does
-    not fit.
+    `reserved` is the memory of the process before the first model, None for the first model itself.
+    A model that uses weights of a part without calling it cannot be cut; it is loaded whole if
+    there is room. Raises `SourceError` if the model cannot be run, `BudgetError` if it does not
+    fit.
     """
     score = partial(_score_cut, checkpoint, objective, settings, device, reserved, on_fraction)
     try:
@@ -88,20 +88,20 @@ def score_model(
 
 
 class _CarriedError(Exception):
-    """Brings an error out from under a model's forward pass, and tells whose it is."""
+    """Carries an error out of a model's forward pass, with its origin."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__(str(cause))
         self.cause = cause
-        """What was raised."""
+        """The original error."""
 
 
 class _NotRunError(_CarriedError):
-    """A model's own code failed."""
+    """An error of a model's own code."""
 
 
 class _ProgressError(_CarriedError):
-    """The caller's function for progress failed: that is no fault of the model."""
+    """An error of the caller's progress function: no fault of the model."""
 
 
 def _score_cut(
@@ -113,7 +113,7 @@ def _score_cut(
     on_fraction: OnFraction,
     grains: tuple[Grain, ...] | None,
 ) -> ModelScore:
-    """Score a model that is cut in one of these ways; raise `_NotRunError` where it fails."""
+    """Score a model cut in one of these ways; raise `_NotRunError` if it fails."""
     dtype = compute_dtype(checkpoint, settings.dtype)
     model = build_empty_model(
         checkpoint, objective.auto_class, dtype, trust_remote_code=settings.trust_remote_code
@@ -123,7 +123,7 @@ def _score_cut(
         objective.prepare(model)
         weights = ModelWeights(checkpoint, model)
         _check_complete(checkpoint, weights, settings)
-        # What an earlier model left on the heap is used again.
+        # Memory that an earlier model left on the heap is used again.
         held = resident_nbytes() if reserved is None else reserved + objective.nbytes
         arrangement, projected, projected_vram = _arrange(
             model, weights, objective, settings, device, held, grains
@@ -148,13 +148,13 @@ def _score_cut(
             f"{checkpoint.source}: out of GPU memory ({one_line(error, limit=300)}); set "
             "--max-vram to what is free, or use --device cpu"
         ) from None
-    except Exception as error:  # a model is a program of a stranger's
+    except Exception as error:  # a model is a stranger's program
         # Without its traceback, whose frames hold the passes' results.
         raise _NotRunError(error.with_traceback(None)) from None
     finally:
         if weights is not None:
             weights.close()
-        # Modules and hooks refer to one another, and so live on for a while: without weights.
+        # Modules and hooks refer to one another, so they live on for a while: without weights.
         for name, _ in model.named_parameters():
             set_module_tensor_to_device(model, name, "meta")
 
@@ -169,7 +169,7 @@ def _not_run(checkpoint: Checkpoint, objective: Objective, cause: Exception) -> 
 def _notes(
     checkpoint: Checkpoint, weights: ModelWeights, settings: ScoreSettings, *, num_readings: int
 ) -> tuple[str, ...]:
-    """Say what a user would want to know of how the model was read."""
+    """Return notes for the user on how the model was read."""
     notes = []
     unused = weights.unused()
     if unused and settings.model_type != ENCODER:  # an encoder is often stored with some head
@@ -224,7 +224,7 @@ def _arrange(
     held: int,
     grains: tuple[Grain, ...] | None,
 ) -> tuple[Arrangement, int, int]:
-    """Return how to score the model, and the peaks of memory and of GPU memory to expect."""
+    """Return the way to score the model, and the projected peaks of memory and of GPU memory."""
     encoded = objective.encoded
     num_labels = sum(len(sequence.labels) for sequence in encoded.sequences)
     cuts = {grain: cut(model, weights, grain, num_labels=num_labels) for grain in Grain}
@@ -281,7 +281,7 @@ def _sizes(model: Any, objective: Objective) -> ModelSizes:
 
 
 def _check_complete(checkpoint: Checkpoint, weights: ModelWeights, settings: ScoreSettings) -> None:
-    """Refuse a model of which parts would be random; an encoder's pooler is not used."""
+    """Refuse a model with parts that would be random; an encoder's pooler is not used."""
     missing = weights.missing()
     if settings.model_type == ENCODER:
         missing = [name for name in missing if "pooler." not in name]

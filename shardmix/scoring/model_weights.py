@@ -1,7 +1,7 @@
-"""A model's weights, by parameter: which stored tensors make each, and their values on demand.
+"""A model's weights, by parameter: the stored tensors that make each, and values on demand.
 
 The names in a checkpoint are not always those in the model (prefixes, renamed modules, experts
-stored one by one and computed as one): transformers knows how they map, and is asked. Nothing is
+stored one by one and computed as one). transformers knows the mapping, and is asked. Nothing is
 written to disk.
 """
 
@@ -22,13 +22,13 @@ from shardmix.scoring.empty_model import TORCH_DTYPES
 from shardmix.sources.checkpoint import Checkpoint
 from shardmix.sources.readers import PreadReader
 
-# Read at a time where what is stored is not what is computed with, or not where.
+# Read at a time if the stored dtype or device is not the computing one.
 CHUNK_NBYTES = 16 << 20
 
 
 @dataclass(slots=True)
 class _Recipe:
-    """How one parameter, or several that are stored as one, come from stored tensors."""
+    """The way in which one parameter, or several stored as one, come from stored tensors."""
 
     target: str
     """Name of the (first) parameter."""
@@ -37,11 +37,11 @@ class _Recipe:
     patterns: list[str] = field(default_factory=list)
     """For a conversion: the pattern that each row matched."""
     converter: Any = None
-    """transformers' conversion; None where the one tensor is the parameter."""
+    """transformers' conversion, or None if the one tensor is the parameter."""
 
 
 class ModelWeights:
-    """Reads parameters of one model from its shards, straight, and counts the bytes."""
+    """Reads parameters of one model directly from its shards, and counts the bytes."""
 
     def __init__(self, checkpoint: Checkpoint, model: Any) -> None:
         self._checkpoint = checkpoint
@@ -58,7 +58,7 @@ class ModelWeights:
         self._share_ties()
 
     def _share_ties(self) -> None:
-        """Let a name without stored tensors take those of the parameter that it is tied to."""
+        """Let a name without stored tensors use those of the parameter that it is tied to."""
         owners = {
             id(parameter): name
             for name, parameter in self._model.named_parameters(remove_duplicate=False)
@@ -70,7 +70,7 @@ class ModelWeights:
                 self._by_name[name] = self._by_name[owner]
 
     def missing(self) -> list[str]:
-        """Return the parameters that nothing is stored for."""
+        """Return the parameters without stored tensors."""
         return [
             name
             for name, target in self._targets.items()
@@ -87,16 +87,16 @@ class ModelWeights:
         ]
 
     def comes_and_goes(self, name: str) -> bool:
-        """Tell whether this is read from the shards; a buffer may be computed instead."""
+        """Return True if this is read from the shards; a buffer may be computed instead."""
         return name in self._by_name or self._targets[name].device.type == "meta"
 
     def is_plain(self, name: str) -> bool:
-        """Tell whether the parameter is one stored tensor, of the same shape."""
+        """Return True if the parameter is one stored tensor, of the same shape."""
         recipe = self._by_name.get(name)
         return recipe is not None and recipe.converter is None
 
     def converted_nbytes(self, names: Sequence[str]) -> int:
-        """Return the room that conversions among these need beside their result, at most."""
+        """Return the most room that conversions of these need beside their result."""
         return max(
             (
                 self._targets[name].nbytes
@@ -107,16 +107,17 @@ class ModelWeights:
         )
 
     def prefetch(self, names: Sequence[str]) -> None:
-        """Let the system read ahead what these parameters are stored as."""
+        """Let the system read ahead the stored tensors of these parameters."""
         for recipe in self._unique_recipes(names):
             for row in recipe.rows:
                 info = self._checkpoint.tensor(row)
                 self._reader.will_need(self._file(row), info.start, info.nbytes)
 
     def read(self, names: Sequence[str], device: torch.device) -> dict[str, torch.Tensor]:
-        """Return values of the parameters, in the model's dtype; zeros where nothing is stored.
+        """Return values of the parameters, in the model's dtype; zeros for those without stored
+        tensors.
 
-        Raises `SourceError` where stored shapes are not the model's.
+        Raises `SourceError` if stored shapes are not the model's.
         """
         values: dict[str, torch.Tensor] = {}
         for recipe in self._unique_recipes(names):
@@ -234,7 +235,7 @@ class ModelWeights:
 
 
 def _recipes(checkpoint: Checkpoint, model: Any, targets: dict[str, torch.Tensor]) -> list[_Recipe]:
-    """Return how the model's parameters are stored, by transformers' own rules for names."""
+    """Return the sources of the model's parameters, by transformers' own rules for names."""
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
@@ -248,10 +249,10 @@ def _recipes(checkpoint: Checkpoint, model: Any, targets: dict[str, torch.Tensor
         name = names[row]
         target, pattern = rename_source_key(name, renamings, converters, prefix, targets)
         if target not in targets and name in targets:
-            # A rule for another version of the model: the name is right as it is.
+            # The rule is for another version of the model: the name is right as it is.
             target, pattern = name, None
         if target not in targets:
-            continue  # of a part that this type of model does not have
+            continue  # belongs to a part that this type of model does not have
         recipe = recipes.setdefault(
             target, _Recipe(target, converter=by_pattern[pattern] if pattern else None)
         )

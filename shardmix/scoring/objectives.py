@@ -1,6 +1,6 @@
-"""What each type of model is asked, and what loss its answers have.
+"""The task of each type of model, and the loss of its answers.
 
-An objective runs a loaded model on one batch and gives one result a sequence; results become
+An objective runs a loaded model on one batch and returns one result a sequence. Results become
 losses by the reference's arithmetic: a mean over batches of `batch_size` examples, each the mean
 over the batch's tokens (decoders) or queries (encoders, rerankers).
 Source: LM-Cocktail (arXiv 2311.13534), section 3, and its implementation.
@@ -31,7 +31,7 @@ from shardmix.scoring.encoding import EncodedExamples, TokenSequence
 from shardmix.scoring.options import ScoreSettings
 
 CONTRASTIVE_TEMPERATURE = 0.05
-"""What cosines are divided by before the softmax over passages."""
+"""Divisor of cosines before the softmax over passages."""
 
 LOGIT_ROWS = 64
 """Rows of logits that are widened to float32 at a time."""
@@ -44,14 +44,14 @@ class Losses:
     """The losses of one model."""
 
     mean: float
-    """Over batches."""
+    """Mean over batches."""
     per_example: tuple[float | None, ...]
-    """Of each example by itself; for an encoder, among its batch. None where nothing of its output
-    is left."""
+    """Loss of each example by itself; for an encoder, among its batch. None if nothing of its
+    output is left."""
 
 
 class Objective(ABC):
-    """What all types of models have in common."""
+    """The behaviour that all types of models share."""
 
     def __init__(self, encoded: EncodedExamples, settings: ScoreSettings) -> None:
         self.encoded = encoded
@@ -59,13 +59,13 @@ class Objective(ABC):
         self._settings = settings
         self._filler = encoded.pad_token_id
         self.nbytes = 0
-        """What it holds of weights besides the model's."""
+        """Bytes of weights that it holds besides the model's."""
 
     def prepare(self, model: Any) -> None:
-        """Make ready for a model, whose weights need not be there yet.
+        """Prepare for a model, whose weights need not be loaded yet.
 
-        Some models look for the padding by their config's `pad_token_id`: batches are filled up
-        with it, and where there is none it is told to the config.
+        Some models look for the padding by their config's `pad_token_id`. So batches are padded
+        with it, or, if there is none, the config gets ours.
         """
         config = model.config.get_text_config()
         filler = getattr(config, "pad_token_id", None)
@@ -97,7 +97,7 @@ class _TokenObjective(Objective):
     """Loss of tokens: a result is the sum of a sequence's losses, and their number."""
 
     def prepare(self, model: Any) -> None:
-        """Have the output head compute rows of logits at labels alone, too."""
+        """Prepare as above, and make the output head compute only logits at labels."""
         super().prepare(model)
         head = model.get_output_embeddings()
         if head is not None:
@@ -117,8 +117,8 @@ class _TokenObjective(Objective):
     ) -> list[tuple[float, int]]:
         """Return sum and number of the losses of each sequence's labels.
 
-        `logits` is [1, labels, vocabulary], or [sequences, length, vocabulary] where the head could
-        not be told to compute less.
+        `logits` is [1, labels, vocabulary], or [sequences, length, vocabulary] if the head could
+        not be limited to labels.
         """
         flat = logits.reshape(-1, logits.shape[-1])
         if len(flat) != len(rows):
@@ -202,7 +202,7 @@ class EncoderObjective(Objective):
         for batch in self._batches(len(members)):
             queries = torch.stack([members[number][0] for number in batch])
             passages = torch.cat([torch.stack(members[number][1:]) for number in batch])
-            # Negatives may be fewer for one query than for another: count up to each positive.
+            # Queries may have different numbers of negatives: count up to each positive.
             sizes = torch.tensor([len(members[number]) - 1 for number in batch])
             own = torch.cumsum(sizes, 0) - sizes
             scores = queries @ passages.T / CONTRASTIVE_TEMPERATURE
@@ -218,7 +218,8 @@ class RerankerObjective(Objective):
     def run(self, model: Any, shape: BatchShape, device: torch.device) -> list[Any]:
         """Return one relevance score for each pair.
 
-        One label: its logit. Two: how much likelier the second, "relevant", is.
+        A model with one label gives its logit. With two, the score is how much likelier the second,
+        "relevant", is.
         """
         inputs = padded_inputs(self._sequences(shape), self._filler, device)
         logits = model(**inputs).logits.float()
@@ -244,7 +245,7 @@ class RerankerObjective(Objective):
 def objective_for(
     encoded: EncodedExamples, settings: ScoreSettings, embedding: Embedding | None = None
 ) -> Objective:
-    """Return the objective of the settings' type of model; an encoder's has its `embedding`."""
+    """Return the objective of the settings' model type; an encoder's uses `embedding`."""
     if settings.model_type == ENCODER:
         return EncoderObjective(encoded, settings, embedding or Embedding((CLS,)))
     kinds: dict[str, type[Objective]] = {
@@ -257,7 +258,7 @@ def objective_for(
 
 @contextmanager
 def _labels_at(rows: torch.Tensor) -> Iterator[None]:
-    # A context variable: passes that run side by side have each their own.
+    # A context variable: each of the passes that run side by side has its own.
     token = _LABEL_ROWS.set(rows)
     try:
         yield
@@ -266,7 +267,7 @@ def _labels_at(rows: torch.Tensor) -> Iterator[None]:
 
 
 def _keep_label_rows(_head: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Hand the output head those hidden states alone that a label is predicted from."""
+    """Pass only those hidden states to the output head that predict a label."""
     rows = _LABEL_ROWS.get()
     if rows is None:
         return arguments
@@ -275,7 +276,7 @@ def _keep_label_rows(_head: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[t
 
 
 def _label_rows(sequences: Sequence[TokenSequence], length: int, *, shift: int) -> torch.Tensor:
-    """Return where the logits of all labels are in a batch flattened to [sequences × length]."""
+    """Return the rows of all labels' logits in a batch flattened to [sequences × length]."""
     rows: list[int] = []
     for number, sequence in enumerate(sequences):
         first = number * length + sequence.label_start - shift
@@ -284,7 +285,7 @@ def _label_rows(sequences: Sequence[TokenSequence], length: int, *, shift: int) 
 
 
 def _shifted(model: Any, labels: Sequence[int]) -> list[int]:
-    """Return what the decoder reads: one sequence's labels, moved one to the right."""
+    """Return the decoder's input: one sequence's labels, moved one to the right."""
     if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return [model.config.decoder_start_token_id, *labels[:-1]]
     # One by one: some models count the labels that are not padding.

@@ -1,4 +1,4 @@
-"""What a scoring run depends on besides its models and examples: checked, and without torch."""
+"""The settings of scoring besides its models and examples: checked, and without torch."""
 
 import operator
 from dataclasses import dataclass, replace
@@ -15,33 +15,34 @@ _MOST = 1 << 31
 
 
 class ScoreOptions(TypedDict, total=False):
-    """What `score` and `compute_losses` take by keyword; all of it optional."""
+    """The keyword arguments of `score` and `compute_losses`, all optional."""
 
     temperature: float
-    """Of the softmax over losses (default 5.0)."""
+    """Temperature of the softmax over losses (default 5.0)."""
     batch_size: int
     """Examples whose token losses are averaged together, and which are one another's negatives."""
     max_input_length: int
-    """Tokens of a text beyond which it is cut off (default 2048)."""
+    """Longest text in tokens; the rest is cut off (default 2048)."""
     neg_number: int
-    """Negatives drawn for each query (default 7); where there are fewer, all are used."""
+    """Negatives drawn for each query (default 7); if there are fewer, all are used."""
     seed: int
-    """Of the draw of negatives."""
+    """Seed for drawing negatives."""
     device: str
     """auto (default), cpu, cuda or cuda:N."""
     dtype: str
-    """What a model computes in: auto (default, its own), float32, bfloat16 or float16."""
+    """Dtype that a model computes in: auto (default, its own), float32, bfloat16 or float16."""
     max_memory: int | str | None
-    """Bound on the whole process's peak resident memory ("2GiB"); default: what speed needs."""
+    """Bound on the whole process's peak resident memory ("2GiB"); default: only what speed
+    needs."""
     max_vram: int | str | None
     """Bound on GPU memory."""
     pooling: str | None
-    """How an encoder's text becomes one vector: cls, mean, max, mean_sqrt_len, weightedmean or
-    lasttoken; default: as the model's sentence-transformers modules say, or else cls."""
+    """Pooling of an encoder's text into one vector: cls, mean, max, mean_sqrt_len, weightedmean or
+    lasttoken; default: that of the model's sentence-transformers modules, else cls."""
     chat_template: bool
     """Put a decoder's examples into the tokenizer's chat template."""
     trust_remote_code: bool
-    """Run code that a model's folder brings along (default: no)."""
+    """Run code that comes in a model's folder (default: no)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class ScoreSettings:
 
 
 def check_options(model_type: str, options: ScoreOptions) -> ScoreSettings:
-    """Return the options as settings; raise `RecipeError` for what makes no sense."""
+    """Return the options as settings; raise `RecipeError` for values that make no sense."""
     unknown = set(options) - set(ScoreOptions.__annotations__)
     if unknown:
         raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")

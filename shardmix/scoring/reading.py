@@ -1,6 +1,6 @@
-"""Examples read for each model by its own tokenizer, and only once by the same.
+"""Examples read for each model by its own tokenizer, and only once by equal ones.
 
-Loads tokenizers one after the other, and keeps none.
+Loads tokenizers one after the other, and holds none.
 """
 
 from collections.abc import Sequence
@@ -34,9 +34,9 @@ _MOST_NAMED = 3
 def read_examples(
     examples: Sequence[Example], checkpoints: Sequence[Checkpoint], settings: ScoreSettings
 ) -> tuple[list[EncodedExamples], tuple[str, ...]]:
-    """Return what each model reads, in order, and what is to be told of it.
+    """Return each model's encoded examples, in order, and notes for the user.
 
-    Models that read the same share one object. A model without a tokenizer has the first one's.
+    Models that read the same share one object. A model without a tokenizer uses the first model's.
     Raises `SourceError` if a tokenizer cannot be loaded, `RecipeError` as `encode_examples`.
     """
     found: list[EncodedExamples] = []
@@ -81,7 +81,7 @@ def _encode(
 
 
 def _tokenizer_files(folder: Path) -> list[str]:
-    """Return the names of the files that make a tokenizer; none if there is none."""
+    """Return the names of a tokenizer's files; empty if there is none."""
     names = {path.name for path in folder.iterdir()}
     found = {
         name
@@ -97,7 +97,7 @@ def _tokenizer_files(folder: Path) -> list[str]:
 
 
 def _is_same(one: Checkpoint, other: Checkpoint) -> bool:
-    """Tell whether two models have the same tokenizer, byte for byte."""
+    """Return True if two models have the same tokenizer, byte for byte."""
     if one.folder == other.folder:
         return True
     names = _tokenizer_files(one.folder)

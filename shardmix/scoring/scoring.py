@@ -58,12 +58,12 @@ def score(
             decoders and encoder-decoders, `{"query", "pos": [...], "neg": [...]}` for encoders and
             rerankers.
         on_progress: called with a `ScoreProgress` now and then.
-        log: keeps scores; a model whose score it has is not run.
+        log: stores scores; a model with a stored score is not run.
         options: see `ScoreOptions`.
 
     Raises:
-        ShardmixError: of the kind that says what to mend; about options and examples before any
-            model is opened.
+        ShardmixError: the kind tells what to mend; about options and examples before any model is
+            opened.
 
     Example:
         >>> report = score(["./base", "./tuned"], "decoder", [{"input": "2 + 2 =", "output": "4"}])
@@ -96,9 +96,9 @@ def score(
                     ScoreProgress(source, number, len(names), fraction, seconds, resident_nbytes())
                 )
 
-        kept = None if log is None else _kept_score(log, number, num_examples=len(loaded))
-        if kept is not None:
-            scores.append(kept)
+        stored = None if log is None else _stored_score(log, number, num_examples=len(loaded))
+        if stored is not None:
+            scores.append(stored)
             tell(1.0)
             continue
         one = score_model(
@@ -159,7 +159,7 @@ def compute_losses(
 
 
 def _embeddings(checkpoints: Sequence[Checkpoint], settings: ScoreSettings) -> list[Embedding]:
-    """Return how each encoder embeds; empty for other types of models."""
+    """Return each encoder's embedding; empty for other types of models."""
     if settings.model_type != ENCODER:
         return []
     return [embedding_of(checkpoint, settings.pooling) for checkpoint in checkpoints]
@@ -168,7 +168,7 @@ def _embeddings(checkpoints: Sequence[Checkpoint], settings: ScoreSettings) -> l
 def _pooling_notes(
     embeddings: Sequence[Embedding], checkpoints: Sequence[Checkpoint]
 ) -> Iterator[str]:
-    """Say where modules decided on the pooling, or the user did against them."""
+    """Yield a note for each model whose modules, or user against them, chose the pooling."""
     yield from (embedding.note for embedding in embeddings if embedding.note)
     bare = [each.source for each in checkpoints if not each.modules]
     if bare and len({embedding.name for embedding in embeddings}) > 1:
@@ -178,17 +178,17 @@ def _pooling_notes(
         )
 
 
-def _kept_score(log: ScoreLog, number: int, *, num_examples: int) -> ModelScore | None:
-    """Return what an earlier run found of a model; None if it found nothing, or nothing of use."""
+def _stored_score(log: ScoreLog, number: int, *, num_examples: int) -> ModelScore | None:
+    """Return an earlier call's score of a model, or None if there is no valid one."""
     try:
-        kept = msgspec.json.decode(log.get(number) or b"", type=ModelScore)
+        stored = msgspec.json.decode(log.get(number) or b"", type=ModelScore)
     except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
         return None
-    return kept if len(kept.losses.per_example) == num_examples else None
+    return stored if len(stored.losses.per_example) == num_examples else None
 
 
 def _open_device(device: torch.device) -> None:
-    """Make the GPU ready, so that what that takes is there before memory is planned."""
+    """Initialise the GPU, so that its memory is taken before memory is planned."""
     if device.type != "cuda":
         return
     if (device.index or 0) >= torch.cuda.device_count():
@@ -212,7 +212,7 @@ def _cut_notes(
     checkpoints: Sequence[Checkpoint],
     settings: ScoreSettings,
 ) -> Iterator[str]:
-    """Say what was cut off, of each way in which the examples are read."""
+    """Yield notes on texts that were cut off, for each way of reading the examples."""
     distinct = {id(encoded): encoded for encoded in readings}
     for key, encoded in distinct.items():
         names = [

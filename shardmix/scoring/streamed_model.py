@@ -1,7 +1,7 @@
 """A model whose weights come from the shards unit by unit, through accelerate's hooks.
 
-Puts units, weights and lockstep together. Where a model fits as a whole it is one unit, loaded
-before the first pass, and nothing waits.
+Puts units, weights and lockstep together. A model that fits as a whole is one unit, loaded before
+the first pass, and nothing waits.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,13 +48,14 @@ class StreamedModel:
 
     @property
     def num_stages(self) -> int:
-        """Units that passes wait for; 0 where the whole model is in memory."""
+        """Number of units that passes wait for; 0 if the whole model is in memory."""
         return len(self._stages)
 
     def run(self, passes: Sequence[Callable[[], Any]], on_step: OnStep) -> list[Any]:
         """Run passes, each a function that calls the model; return their results in order.
 
-        `on_step` is told the number of each stage as it begins, or else of each pass.
+        Calls `on_step` with the number of each stage as it begins, or of each pass if there are no
+        stages.
         """
         if self._stages:
             return self._lockstep.run(passes, partial(self._stage_begins, on_step))
@@ -67,7 +68,7 @@ class StreamedModel:
     def _stage_begins(self, on_step: OnStep, stage: Stage) -> None:
         number = self._stages.index(stage)
         on_step(number)
-        # What comes next is read by the system while this unit computes.
+        # The system reads the next unit ahead while this one computes.
         if number + 1 < len(self._units) and self._units[number + 1].kind is not Kind.ROWS:
             self._weights.prefetch(self._units[number + 1].tensors)
 
@@ -86,7 +87,7 @@ class StreamedModel:
 
 
 class _ModuleStage(Stage):
-    """What all stages have: the unit, its module, and where its weights come from and go to."""
+    """The attributes of all stages: the unit, its module, source and target of its weights."""
 
     def __init__(
         self,
@@ -102,7 +103,7 @@ class _ModuleStage(Stage):
 
 
 class WholeStage(_ModuleStage, ModelHook):  # type: ignore[misc]
-    """A unit whose weights are all there while passes go through it."""
+    """A unit with all its weights loaded while passes go through it."""
 
     def __init__(self, unit: Unit, model: nn.Module, *others: Any) -> None:
         super().__init__(unit, model, *others)
@@ -128,7 +129,7 @@ class WholeStage(_ModuleStage, ModelHook):  # type: ignore[misc]
 
 
 class EmbeddingStage(_ModuleStage, ModelHook):  # type: ignore[misc]
-    """An embedding, of which those rows are read that the waiting passes look up."""
+    """An embedding; only the rows that waiting passes look up are read."""
 
     def __init__(self, unit: Unit, model: nn.Module, *others: Any) -> None:
         super().__init__(unit, model, *others)
@@ -136,14 +137,14 @@ class EmbeddingStage(_ModuleStage, ModelHook):  # type: ignore[misc]
         assert isinstance(module, nn.Embedding)
         self._module = module
         self._padding_idx = module.padding_idx
-        # Of the right shape and on the right device, for models that ask; one element in memory.
+        # Right shape and device, for models that ask; one element in memory.
         one = torch.empty(1, dtype=module.weight.dtype, device=self._device)
         self._placeholder = nn.Parameter(one.expand(module.weight.shape), requires_grad=False)
         self.release()
         add_hook_to_module(module, self)
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Wait for the rows, and look up by their places among those that are there."""
+        """Wait for the rows, and replace each token id by its row among the loaded ones."""
         if args:
             return (self._lockstep.arrive(self, args[0]), *args[1:]), kwargs
         (key,) = kwargs
@@ -157,7 +158,7 @@ class EmbeddingStage(_ModuleStage, ModelHook):  # type: ignore[misc]
             raise IndexError(f"token {int(rows[-1])} of a vocabulary of {num_rows}")
         values = self._weights.read_rows(self._weight_name, rows.cpu())
         self._module.weight = nn.Parameter(values.to(self._device), requires_grad=False)
-        self._module.padding_idx = None  # it counts rows of the whole, and matters to training
+        self._module.padding_idx = None  # it counts rows of the whole, and matters only to training
         return [torch.searchsorted(rows, payload.contiguous()) for payload in payloads]
 
     def release(self) -> None:
@@ -199,4 +200,4 @@ class LinearStage(_ModuleStage):
         return outputs
 
     def release(self) -> None:
-        """Do nothing: no weights are left behind."""
+        """Do nothing: no weights are left."""

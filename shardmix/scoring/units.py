@@ -1,6 +1,7 @@
 """A model cut into units, each of which can be in memory by itself.
 
-Knows the structure of modules and the sizes of their parameters; reads no weights.
+A unit is what FSDP calls one: modules whose weights come and go together. Knows the structure of
+modules and the sizes of their parameters; reads no weights.
 """
 
 import math
@@ -13,35 +14,35 @@ from torch import nn
 
 from shardmix.scoring.model_weights import ModelWeights
 
-# A head larger than this is worth computing in slices of its rows.
+# A larger head is worth computing in slices of its rows.
 SLICE_NBYTES = 64 << 20
-# Embeddings smaller than this stay: some are used without being called, such as relative positions.
+# Smaller embeddings stay: some are used without being called, such as relative positions.
 _SMALL_EMBEDDING_NBYTES = 16 << 20
-# Other layers smaller than this stay when single layers are units: norms, and convolutions whose
-# weights a model hands to a kernel.
+# Other smaller layers stay if single layers are units: norms, and convolutions whose weights a
+# model hands to a kernel.
 _SMALL_LAYER_NBYTES = 1 << 20
 
 
 class Kind(Enum):
-    """How a unit's weights come into memory."""
+    """The way in which a unit's weights are loaded."""
 
     WHOLE = "whole"
     """All of them, while every pass goes through the unit."""
     ROWS = "rows"
-    """An embedding: those rows alone that the passes look up."""
+    """An embedding: only the rows that the passes look up."""
     SLICES = "slices"
     """A large linear layer: some rows at a time, applied to all passes' inputs."""
 
 
 class Grain(Enum):
-    """How finely a model is cut."""
+    """The size of a model's units."""
 
     MODEL = "model"
-    """Not at all."""
+    """The whole model."""
     BLOCK = "block"
-    """Into embeddings, the layers that transformers never splits, and what is left."""
+    """Embeddings, the layers that transformers never splits, and the rest."""
     LEAF = "leaf"
-    """Into single layers; what is small stays in memory."""
+    """Single layers; small ones stay in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +65,20 @@ class Partition:
     """All of a model's weights: those that stay, and the units."""
 
     resident: tuple[str, ...]
-    """Parameters of modules that enclose units; in memory all the time."""
+    """Parameters of modules that enclose units; always in memory."""
     resident_nbytes: int
     """Their size."""
     units: tuple[Unit, ...]
-    """In order of the modules."""
+    """Units in order of the modules."""
     width: int
-    """Outputs of all matrices of the widest unit for one token, embeddings and head left out: what
-    intermediate results scale with."""
+    """Outputs of all matrices of the widest unit for one token, without embeddings and head:
+    intermediate results scale with it."""
 
 
 def cut(model: Any, weights: ModelWeights, grain: Grain, *, num_labels: int) -> Partition:
     """Cut a model into units.
 
-    `num_labels` is how many rows of logits all passes have: a head is sliced where that saves
+    `num_labels` is the number of rows of logits over all passes. A head is sliced if that saves
     memory, since the outputs of all passes are then held together.
     """
     if grain is Grain.MODEL:
@@ -145,7 +146,7 @@ def _walk(
 
 
 def _stays(module: nn.Module, grain: Grain) -> bool:
-    """Tell whether a layer is so small that it need not come and go."""
+    """Return True if a layer is so small that it need not come and go."""
     nbytes = sum(parameter.nbytes for parameter in module.parameters())
     if isinstance(module, nn.Embedding):
         return nbytes < _SMALL_EMBEDDING_NBYTES
@@ -154,7 +155,7 @@ def _stays(module: nn.Module, grain: Grain) -> bool:
 
 
 def _is_small(block: nn.Module) -> bool:
-    """Tell whether a block's embeddings are few rows, such as a table of relative positions."""
+    """Return True if a block's embeddings are few rows, such as a table of relative positions."""
     embeddings = [inner for inner in block.modules() if isinstance(inner, nn.Embedding)]
     whole = sum(parameter.nbytes for parameter in block.parameters())
     return sum(inner.weight.nbytes for inner in embeddings) < whole / 8
@@ -173,7 +174,7 @@ def _kind(module: nn.Module, name: str, weights: ModelWeights, *, num_labels: in
 
 
 def _looks_up_rows(module: nn.Embedding) -> bool:
-    """Tell whether all that it does with its argument is to look up rows by it.
+    """Return True if it uses its argument only to look up rows.
 
     Embeddings of positions often compute the rows from something else.
     """
@@ -203,7 +204,7 @@ def _width(module: nn.Module) -> int:
             continue
         for parameter in inner.parameters(recurse=False):
             if parameter.ndim >= 2:
-                # Which axis is the output's differs; of many experts a token meets a few.
+                # The axis of the output differs; a token meets only a few of many experts.
                 width += max(parameter.shape[-2:]) * min(math.prod(parameter.shape[:-2]), 8)
     return width
 

@@ -1,4 +1,4 @@
-"""From losses to merging weights: a softmax. Knows numbers alone."""
+"""Losses to merging weights: a softmax. Knows only numbers."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from shardmix.errors import RecipeError
 
 
 def check_temperature(temperature: float) -> None:
-    """Raise `RecipeError` where no softmax has this temperature."""
+    """Raise `RecipeError` if no softmax has this temperature."""
     is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
     if not (is_number and temperature > 0 and math.isfinite(temperature)):
         raise RecipeError(f"temperature {temperature!r}: must be a positive number")
@@ -16,10 +16,10 @@ def check_temperature(temperature: float) -> None:
 def compute_weights(losses: Sequence[float], temperature: float = 5.0) -> list[float]:
     """Return w_i = softmax_i(-L_i / temperature): the lower a model's loss, the more it counts.
 
-    Source: LM-Cocktail (arXiv 2311.13534), section 3. A high temperature brings the weights
-    together, a low one gives all to the best model. They sum to 1.
+    Source: LM-Cocktail (arXiv 2311.13534), section 3. A high temperature makes the weights similar,
+    a low one gives all to the best model. They sum to 1.
 
-    Raises `RecipeError` where a loss is not finite or the temperature is not positive.
+    Raises `RecipeError` if a loss is not finite or the temperature is not positive.
 
     Example:
         >>> compute_weights([1.0, 1.0])
