@@ -35,7 +35,7 @@ _MATRICES_HELD = 5
 _GRAINS = (Grain.BLOCK, Grain.MODEL, Grain.LEAF)
 
 
-class NothingFits(Exception):  # an outcome, which becomes an error elsewhere
+class NothingFits(Exception):  # noqa: N818 - an outcome, which becomes an error elsewhere
     """No arrangement fits into the available bytes."""
 
     def __init__(self, least_nbytes: int) -> None:
