@@ -10,6 +10,7 @@ import pytest
 from shardmix.profiling import profile
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 PACKAGES = sorted(path.parent for path in (ROOT / "shardmix").glob("*/__init__.py"))
 
 
@@ -50,6 +51,31 @@ def test_design_shows_the_layers():
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     shown = re.findall(r"^\| ((?:`\w+`,? ?)+) \|", text, flags=re.MULTILINE)
     assert [sorted(re.findall(r"\w+", row)) for row in shown] == [sorted(row) for row in held]
+
+
+def test_the_readme_is_short():
+    """It has at most 500 words, as `wc -w` counts them."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 500
+
+
+def test_the_readme_has_no_figure_of_its_own():
+    """Each row of its table is one of docs/benchmarks: the same seconds, the same peak."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w.*?) \| ([\d.]+) \| (\d+) MiB \|$", text, flags=re.MULTILINE)
+    assert len(rows) == 3
+    report = (ROOT / "docs" / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    table = report.split("## Every tool\n")[1].split("\n## ")[0]
+    for name, seconds, peak in rows:
+        tool = re.findall(r"`(\w+)`", name) or [name.split()[0]]
+        assert re.search(rf"^\| {tool[0]} \| 5 \| {seconds} \(.* {peak} \|$", table, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["README.md", *(f"docs/{path.name}" for path in DOCS)])
+def test_links_of_the_docs_lead_somewhere(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if not target.startswith("http"):
+            assert (ROOT / name).parent.joinpath(target).exists(), target
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
