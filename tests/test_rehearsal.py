@@ -27,7 +27,7 @@ def sparse_models(tmp_path_factory):
     """Three models of 230 MB in three files, of which four places of each file hold data."""
     models = [tmp_path_factory.mktemp("sparse") / name for name in "abc"]
     for seed, model in enumerate(models):
-        words = ("llama", model, "--preset", "llama-100m", "--sparse", "--regions=4")
+        words = ("llama-100m", model, "--sparse", "--regions=4")
         run_module("lib.checkpoints", *words, f"--seed={seed}")
     return models
 

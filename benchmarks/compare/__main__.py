@@ -16,11 +16,11 @@ from pathlib import Path
 
 from benchmarks.compare import report
 from benchmarks.compare.measurement import Bench, CaseFailedError
-from benchmarks.compare.parts import PARTS, Case, Part, llamas
-from benchmarks.compare.samples import Look, Sample, Table
+from benchmarks.compare.parts import FOR_A_GPU, PARTS, Case, Part, llamas
+from benchmarks.compare.samples import IDENTITY, Row, append, read
 from benchmarks.lib.machine import can_drop_caches, facts
 from benchmarks.lib.programs import MERGES, REQUIREMENTS, Pythons
-from benchmarks.lib.shapes import LLAMAS
+from benchmarks.lib.shapes import PRESETS
 from benchmarks.lib.tables import Size
 from benchmarks.lib.workspace import Workspace, parser, remove
 
@@ -30,8 +30,8 @@ PART_NAMES = [part.name for part in PARTS]
 
 def schedule(
     part: Part, cases: Sequence[Case], args: argparse.Namespace
-) -> Iterator[tuple[Case, str, bool, int]]:
-    """Yield case, cache, synced and round of each measurement of a part, in order.
+) -> Iterator[tuple[Case, Row]]:
+    """Yield each measurement of a part, in order: a case, and what its row tells beforehand.
 
     Shuffled, not rotated: in a rotation each tool would have the same one before it every time.
     """
@@ -41,44 +41,42 @@ def schedule(
             for synced in part.synced:
                 for case in shuffler.sample(cases, len(cases)):
                     is_too_much = number > args.slow_rounds or cache == "cold"
-                    if cache in args.cache and not (case.program.is_slow and is_too_much):
-                        yield case, cache, synced, number
+                    if cache in args.cache and not (MERGES[case.tool].is_slow and is_too_much):
+                        which = {"part": part.name, "model_set": case.model_set.name}
+                        how = {"tool": case.tool, "cache": cache, "synced": synced}
+                        how |= {"round": number, **case.model_set.figures()}
+                        yield case, which | how | {"budget_bytes": case.budget_bytes}
 
 
 def measure_part(
-    part: Part,
-    cases: Sequence[Case],
-    args: argparse.Namespace,
-    bench: Bench,
-    *,
-    figures: Table,
-    looks: Table,
+    part: Part, cases: Sequence[Case], args: argparse.Namespace, bench: Bench
 ) -> list[str]:
-    """Add to the table what it lacks of a part; return what failed, which is not tried again."""
-    failures: dict[Case, str] = {}
-    done = {sample.identity for sample in figures.read()}
+    """Add to the files what they lack of a part; return what failed, which is not tried again."""
+    failures: dict[str, str] = {}
+    done = {tuple(row[name] for name in IDENTITY) for row in read(args.output / "bench.csv")}
     missing = [
-        (case, cache, synced, number)
-        for case, cache, synced, number in schedule(part, cases, args)
-        if (*case.identity, part.name, cache, synced, number) not in done
+        (case, row)
+        for case, row in schedule(part, cases, args)
+        if tuple(row[name] for name in IDENTITY) not in done
     ]
-    for tool in dict.fromkeys(case.tool for case, *_ in missing):
+    for tool in dict.fromkeys(case.tool for case, _ in missing):
         bench.warm_up(tool)
-    for case, cache, synced, number in missing:
-        if case in failures:
+    for case, row in missing:
+        if str(case) in failures:
             continue
-        is_watched = (part.name, cache, synced, number) == ("tools", "warm", False, 1)
-        how = {"cache": cache, "synced": synced, "number": number, "is_watched": is_watched}
+        how = {"cache": row["cache"], "synced": row["synced"]}
+        is_watched = part.name == "tools" and row["round"] == 1 and how == report.MODES["warm"]
         try:
-            sample, seen = bench.measure(case, part=part.name, **how)
+            measured, looks = bench.measure(row, case, **how, is_watched=is_watched)
         except CaseFailedError as error:
-            failures[case] = f"{part.name}: {error}"
-            print(f"FAILED {failures[case]}", flush=True)
+            failures[str(case)] = f"{part.name}: {error}"
+            print(f"FAILED {failures[str(case)]}", flush=True)
             continue
-        figures.append([sample])
-        looks.append(seen)
-        mode = report.mode_name(cache, synced)
-        print(f"{part.name}, {mode}, round {number}: {sample.total_s:7.2f} s  {case}", flush=True)
+        append(args.output / "bench.csv", [measured])
+        append(args.output / "bench-memory.csv", looks)
+        mode = next(name for name, mode in report.MODES.items() if mode == how)
+        seconds = measured["wall_s"] + measured["sync_s"]
+        print(f"{part.name}, {mode}, round {row['round']}: {seconds:7.2f} s  {case}", flush=True)
     return list(failures.values())
 
 
@@ -99,10 +97,10 @@ def main() -> None:
         slow_rounds=(1, "of what takes minutes"),
         cache=(["warm", "cold"], "state of the page cache", ("warm", "cold")),
         resume=(False, "measure what the CSV lacks"),
-        preset=("llama-1b", "of the checkpoints", LLAMAS),
+        preset=("llama-1b", "of the checkpoints", PRESETS),
         num_tensors=(30_000, "of the MoE"),
         tensor_size=(Size("1GiB"), "of the giant one"),
-        tools=(list(MERGES), "who takes part", MERGES),
+        tools=([tool for tool in MERGES if tool not in FOR_A_GPU], "who takes part", MERGES),
         shardmix_options=("", "as one string"),
         floor_options=("", "as one string"),
         mergekit_options=("", "as one string"),
@@ -113,18 +111,14 @@ def main() -> None:
         print("cold cache: skipped, only root may write /proc/sys/vm/drop_caches\n")
         args.cache.remove("cold")
     args.output.mkdir(parents=True, exist_ok=True)
-    figures = Table(args.output / "bench.csv", Sample)
-    looks = Table(args.output / "bench-memory.csv", Look)
     if not args.resume:
-        remove(figures.path)
-        remove(looks.path)
+        remove(args.output / "bench.csv")
+        remove(args.output / "bench-memory.csv")
     failures: list[str] = []
     chosen = [part for part in PARTS if part.name in args.parts]
     with Workspace(args) as workspace:
         pythons = Pythons(args, workspace)
-        environments = dict.fromkeys(
-            MERGES[tool].environment for tool in MERGES if tool in args.tools
-        )
+        environments = (MERGES[tool].environment for tool in MERGES if tool in args.tools)
         if any(part.merges_preset for part in chosen):
             llamas(workspace, args.preset)
         lines = facts(args.work_dir, [args.python, *(pythons[name] for name in environments)])
@@ -134,8 +128,7 @@ def main() -> None:
         for part in chosen:
             # A part's own checkpoints go with the part.
             with Workspace(args) as own:
-                cases = part.cases(args, own)
-                failures += measure_part(part, cases, args, bench, figures=figures, looks=looks)
+                failures += measure_part(part, part.cases(args, own), args, bench)
     if importlib.util.find_spec("matplotlib"):
         # In a process of its own: this one must stay small.
         plots = [sys.executable, "-m", "benchmarks.compare.plots", args.output]

@@ -3,21 +3,16 @@
 import argparse
 import itertools
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
-from benchmarks.compare.parts import Case, tiny
-from benchmarks.compare.samples import Look, Sample
+from benchmarks.compare.parts import Case
+from benchmarks.compare.samples import Row, Rows
 from benchmarks.lib.machine import Filler, drop_caches, read_into_cache, wait_until_idle
 from benchmarks.lib.processes import run, run_or_exit, tree_resident_bytes
-from benchmarks.lib.programs import (
-    MERGES,
-    Pythons,
-    budget_option,
-    merge_command,
-    split_options,
-)
+from benchmarks.lib.programs import MERGES, Pythons, budget_option, merge_command
 from benchmarks.lib.workspace import Workspace, remove
 
 HEADERS_MARGIN_BYTES = 16 * 1024**2
@@ -41,7 +36,7 @@ class Bench:
         self._temporary = workspace.scratch("temporary")
         self._recipe = workspace.scratch("mergekit.yaml")
         self._filler = Filler(workspace.scratch("filler"))
-        self._tiny = tiny(workspace).models
+        self._tiny = workspace.checkpoints("tiny", "ab", "tiny")
 
     def warm_up(self, tool: str) -> None:
         """Merge next to nothing: brings a tool's libraries into the page cache, compiles sums.
@@ -53,23 +48,23 @@ class Bench:
         self._clear()
 
     def measure(
-        self, case: Case, *, part: str, cache: str, synced: bool, number: int, is_watched: bool
-    ) -> tuple[Sample, list[Look]]:
-        """Run one case once, and look at its memory meanwhile if it is watched.
+        self, row: Row, case: Case, *, cache: str, synced: bool, is_watched: bool
+    ) -> tuple[Row, Rows]:
+        """Run one case once; return the row with its figures, and looks at memory if watched.
 
         Raises `CaseFailedError` if it did not write as many bytes as a model has.
         """
         busy = self._prepare(case, cache)
-        looks: list[Look] = []
+        looks: list[Row] = []
         started = perf_counter()
 
         def look(pid: int) -> None:
             if nbytes := tree_resident_bytes(pid):
-                looks.append(Look(case.tool, round(perf_counter() - started, 3), nbytes))
+                seconds = round(perf_counter() - started, 3)
+                looks.append({"tool": case.tool, "seconds": seconds, "resident_bytes": nbytes})
 
-        models = case.model_set
         options = budget_option(case.budget_bytes)
-        command = self._command(case.tool, models.models, fsync=synced, options=options)
+        command = self._command(case.tool, case.model_set.models, synced, options)
         watch = look if is_watched else None
         finished = run(command, environment=self._environment(), watch=watch)
         ended = perf_counter()
@@ -80,53 +75,31 @@ class Bench:
         self._clear()
         if finished.returncode:
             raise CaseFailedError(f"{case}: {finished.last_words()}")
-        if abs(written - models.model_bytes) > HEADERS_MARGIN_BYTES:
-            wrote = f"wrote {written} bytes of about {models.model_bytes}"
-            raise CaseFailedError(f"{case}: {wrote}")
-        sample = Sample(
-            part=part,
-            model_set=models.name,
-            tool=case.tool,
-            cache=cache,
-            synced=synced,
-            round=number,
-            num_models=len(models.models),
-            model_bytes=models.model_bytes,
-            num_tensors=models.num_tensors,
-            largest_tensor_bytes=models.largest_tensor_bytes,
-            budget_bytes=case.budget_bytes,
-            wall_s=round(finished.wall_s, 3),
-            sync_s=round(sync_s, 3),
-            reported_s=(
-                round(float(finished.report()["seconds"]), 3) if case.program.reports else None
-            ),
-            user_s=round(finished.user_s, 3),
-            system_s=round(finished.system_s, 3),
-            peak_bytes=finished.peak_bytes,
-            written_bytes=written,
-            busy_before=busy,
-        )
-        return sample, without_repetition(looks)
+        if abs(written - row["model_bytes"]) > HEADERS_MARGIN_BYTES:
+            raise CaseFailedError(f"{case}: wrote {written} bytes of about {row['model_bytes']}")
+        figures = {
+            "wall_s": round(finished.wall_s, 3),
+            "sync_s": round(sync_s, 3),
+            "reported_s": finished.report()["seconds"] if MERGES[case.tool].reports else None,
+            "user_s": finished.user_s,
+            "system_s": finished.system_s,
+            "peak_bytes": finished.peak_bytes,
+            "written_bytes": written,
+            "busy_before": busy,
+        }
+        return row | figures, without_repetition(looks)
 
     def _command(
-        self,
-        tool: str,
-        models: Sequence[Path],
-        *,
-        fsync: bool = False,
-        options: Sequence[str] = (),
+        self, tool: str, models: Sequence[Path], fsync: bool = False, options: Sequence[str] = ()
     ) -> list[str]:
-        own = tool.partition("-")[0] if tool.startswith("shardmix") else tool
-        extra = (
-            [*split_options(self._args, own)] if own in ("shardmix", "floor", "mergekit") else []
-        )
+        given = vars(self._args).get(f"{tool.partition('-')[0]}_options", "")
         return merge_command(
             tool,
             self._pythons[MERGES[tool].environment],
             models,
             self._output,
             fsync=fsync,
-            options=[*extra, *options],
+            options=[*shlex.split(given), *options],
             recipe=self._recipe,
         )
 
@@ -152,12 +125,12 @@ class Bench:
         return {"TMPDIR": str(self._temporary)}
 
 
-def without_repetition(looks: Sequence[Look]) -> list[Look]:
+def without_repetition(looks: Rows) -> Rows:
     """Return the looks that differ from the last one kept by `NOTICEABLE`, the first and last."""
     kept = list(looks[:1])
     for look, following in itertools.pairwise(looks[1:]):
         # The one before a jump is kept too: what was level until then is drawn level.
-        last = kept[-1].resident_bytes
-        if abs(following.resident_bytes - last) > NOTICEABLE * last:
+        last = kept[-1]["resident_bytes"]
+        if abs(following["resident_bytes"] - last) > NOTICEABLE * last:
             kept.append(look)
     return kept + list(looks[1:][-1:])

@@ -10,6 +10,7 @@ not count. What fsync costs beside a program that forces the same bytes is in `b
 """
 
 import contextlib
+import functools
 import random
 import shutil
 import statistics
@@ -17,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import shardmix
@@ -29,8 +29,6 @@ from shardmix.output import journal
 from shardmix.profiling.sampler import INTERVAL_SECONDS, memory_probe
 from shardmix.system import digests
 from shardmix.system.timer import NO_CLOCK, READ, StageClock
-
-UNITS = ("seconds", "cpu_s")
 
 
 class NoHasher:
@@ -93,19 +91,15 @@ def rounds(
     shutil.rmtree(output)
 
 
-def compare(title: str, measured: list[tuple[bool, dict[str, float]]]) -> list[list[str]]:
-    """Return a row for each unit: with, without, and ratios."""
-    table = []
-    for unit in UNITS:
-        with_it, without = (
-            [times[unit] for is_with, times in measured if is_with is kind]
-            for kind in (True, False)
-        )
-        medians = statistics.median(with_it) / statistics.median(without)
-        lowest = min(with_it) / min(without)
-        row = [f"{title}, {unit}", spread(with_it), spread(without)]
-        table.append([*row, f"{medians:.3f}", f"{lowest:.3f}"])
-    return table
+def compare(title: str, measured: list[tuple[bool, dict[str, float]]]) -> Iterator[list[str]]:
+    """Yield a row for each unit: with, without, and ratios."""
+    for unit in ("seconds", "cpu_s"):
+        times = {True: [], False: []}
+        for with_it, taken in measured:
+            times[with_it].append(taken[unit])
+        ratios = [f(times[True]) / f(times[False]) for f in (statistics.median, min)]
+        spreads = [spread(times[True]), spread(times[False])]
+        yield [f"{title}, {unit}", *spreads, *(f"{ratio:.3f}" for ratio in ratios)]
 
 
 def microseconds(call: Callable[[], object], *, count: int) -> str:
@@ -139,45 +133,45 @@ def main() -> None:
         "What shardmix's work beyond merging costs.",
         has_python=False,
         rounds=(15, "measurements of each"),
-        backends=(["llvm", "torch"], "of safety"),
         preset=("llama-1b", "shape of the checkpoints"),
         output=(Path, "where to write to; default: in WORK"),
-        csv=(Path, "raw figures; default: safety.csv, profiling.csv"),
+        csv=(Path, "raw figures; default: safety.csv, profile.csv"),
     )
     options.add_argument("work", choices=["safety", "profile"])
     args = options.parse_args()
-    is_safety = args.work == "safety"
     rows: list[dict[str, object]] = []
     table = []
     with Workspace(args) as workspace:
         print_facts(args.work_dir, sys.executable)
-        folders = workspace.checkpoints(args.preset, "abc", "llama", "--preset", args.preset)
+        folders = workspace.checkpoints(args.preset, "abc", args.preset)
+        models = {str(folder): 1 / len(folders) for folder in folders}
         output = args.output or workspace.scratch("merged")
         profile = workspace.scratch("profile.json")
-        for backend in args.backends if is_safety else ["auto"]:
-            models = {str(folder): 1 / len(folders) for folder in folders}
-            how: dict[str, Any] = {"fsync": False, "backend": backend}
 
-            def merge(with_it: bool, models=models, how=how) -> shardmix.MergeReport:
-                if is_safety:
-                    with contextlib.nullcontext() if with_it else nothing_safe():
-                        return shardmix.merge(models, output, **how)
-                return shardmix.merge(models, output, **how, profile=profile if with_it else None)
+        def without_safety(with_it: bool, backend: str) -> shardmix.MergeReport:
+            with contextlib.nullcontext() if with_it else nothing_safe():
+                return shardmix.merge(models, output, fsync=False, backend=backend)
 
+        def without_profile(with_it: bool, backend: str) -> shardmix.MergeReport:
+            path = profile if with_it else None
+            return shardmix.merge(models, output, fsync=False, backend=backend, profile=path)
+
+        if args.work == "safety":
+            merge, column, backends = without_safety, "safe", ("llvm", "torch")
+        else:
+            merge, column, backends = without_profile, "recorded", ("auto",)
+        for backend in backends:
             read_into_cache(folders)
             wait_until_idle()
-            measured = list(rounds(merge, output, args.rounds))
-            table += compare(backend if is_safety else "merge", measured)
-            for with_it, times in measured:
-                which = (
-                    {"backend": backend, "safe": with_it} if is_safety else {"recorded": with_it}
-                )
-                rows.append(which | times)
+            call = functools.partial(merge, backend=backend)
+            measured = list(rounds(call, output, args.rounds))
+            table += compare(backend, measured)
+            rows += [{"backend": backend, column: is_with} | took for is_with, took in measured]
         print()
-        if not is_safety:
+        if args.work == "profile":
             print_parts_of_a_recording()
     print_table(["", "with", "without", "ratio of medians", "of the lowest"], table)
-    write_csv(args.csv or Path("safety.csv" if is_safety else "profiling.csv"), rows)
+    write_csv(args.csv or Path(f"{args.work}.csv"), rows)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ Each part makes its checkpoints itself, so that only one part's need room at a t
 import argparse
 import re
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from benchmarks.lib.programs import MERGES, Program, least_budget, merge_command, split_options
-from benchmarks.lib.shapes import LLAMAS
+from benchmarks.lib.programs import MERGES, least_budget, merge_command, split_options
+from benchmarks.lib.shapes import PRESETS
 from benchmarks.lib.workspace import Workspace
 
 MIB = 1024**2
@@ -28,23 +29,21 @@ class ModelSet:
     """Checkpoints of one layout."""
 
     name: str
-    models: tuple[Path, ...]
-    model_bytes: int
-    """Size of one model's weight files."""
-    num_tensors: int
-    """Of one model."""
-    largest_tensor_bytes: int
+    models: Sequence[Path]
 
-    @staticmethod
-    def of(name: str, models: Sequence[Path]) -> "ModelSet":
-        """Return a set, with the figures of its first model's headers."""
-        files = sorted(models[0].glob("*.safetensors"))
+    def figures(self) -> dict[str, Any]:
+        """Return what a row of bench.csv tells of them, by the first one's headers."""
+        files = sorted(self.models[0].glob("*.safetensors"))
         sizes = [size for path in files for size in _tensor_sizes(path)]
-        nbytes = sum(path.stat().st_size for path in files)
-        return ModelSet(name, tuple(models), nbytes, len(sizes), max(sizes))
+        return {
+            "num_models": len(self.models),
+            "model_bytes": sum(path.stat().st_size for path in files),
+            "num_tensors": len(sizes),
+            "largest_tensor_bytes": max(sizes),
+        }
 
 
-def _tensor_sizes(path: Path) -> Iterable[int]:
+def _tensor_sizes(path: Path) -> Iterator[int]:
     """Yield the bytes of each tensor in a file that `lib.checkpoints` wrote.
 
     Not by `json`: as objects a long header takes memory, which would count for what is measured.
@@ -56,29 +55,6 @@ def _tensor_sizes(path: Path) -> Iterable[int]:
         yield int(entry[2]) - int(entry[1])
 
 
-def tiny(workspace: Workspace) -> ModelSet:
-    """Return two of some hundred KB, to bring tools into the page cache."""
-    return ModelSet.of("tiny", workspace.checkpoints("tiny", "ab", "llama", "--preset", "tiny"))
-
-
-def llamas(workspace: Workspace, preset: str, *, share_of_layers: float = 1.0) -> ModelSet:
-    """Return three sharded Llamas, or such of fewer layers."""
-    options: list[object] = ["--preset", preset]
-    name = preset
-    if share_of_layers < 1:
-        layers = max(1, round(share_of_layers * LLAMAS[preset][0]["num_hidden_layers"]))
-        name = f"{preset}-{layers}-layers"
-        options += ["--num-hidden-layers", layers]
-    return ModelSet.of(name, workspace.checkpoints(name, "abc", "llama", *options))
-
-
-def giants(workspace: Workspace, tensor_bytes: int) -> ModelSet:
-    """Return two one-layer Llamas whose embedding alone has `tensor_bytes` or a little more."""
-    name = f"giant-{tensor_bytes // MIB}MiB"
-    options = ("--tensor-size", tensor_bytes)
-    return ModelSet.of(name, workspace.checkpoints(name, "ab", "giant", *options))
-
-
 @dataclass(frozen=True, slots=True)
 class Case:
     """A tool merges a set within a budget."""
@@ -87,17 +63,6 @@ class Case:
     model_set: ModelSet
     budget_bytes: int = 0
     """`--max-memory`; 0 for none."""
-
-    @property
-    def program(self) -> Program:
-        """The tool itself."""
-        return MERGES[self.tool]
-
-    @property
-    def identity(self) -> tuple[object, ...]:
-        """What tells this case from others, as `Sample.identity` begins."""
-        models = self.model_set
-        return (self.tool, models.name, len(models.models), self.budget_bytes)
 
     def __str__(self) -> str:
         budget = f", {self.budget_bytes // MIB} MiB" if self.budget_bytes else ""
@@ -125,21 +90,37 @@ class Part:
 
     def cases(self, args: argparse.Namespace, workspace: Workspace) -> list[Case]:
         """Return what is measured; writes the checkpoints."""
-        asked = [tool for tool in self.tools.split() if tool in args.tools]
-        cases = [Case(tool, one) for one in self.sets(args, workspace) for tool in asked]
-        # mergekit must know the architecture of a model.
-        cases = [one for one in cases if (one.tool, one.model_set.name[:3]) != ("mergekit", "moe")]
-        return [more for one in cases for more in self._budgets(one, args, workspace)]
-
-    def _budgets(self, case: Case, args: argparse.Namespace, workspace: Workspace) -> list[Case]:
-        if self.name != "budgets":
-            return [case]
-        models, output = case.model_set.models, workspace.scratch("trial")
+        cases = [
+            Case(tool, one)
+            for one in self.sets(args, workspace)
+            for tool in self.tools.split()
+            # mergekit must know the architecture of a model.
+            if tool in args.tools and (tool, one.name[:3]) != ("mergekit", "moe")
+        ]
+        if self.name != "budgets" or not cases:
+            return cases
+        models, output = cases[0].model_set.models, workspace.scratch("trial")
         options = split_options(args, "shardmix")
         command = merge_command("shardmix", args.python, models, output, options=options)
         least = least_budget(command, output)
         budgets = [least, *(least + beyond for beyond in BUDGETS_BEYOND_LEAST), 0]
-        return [replace(case, budget_bytes=budget) for budget in budgets]
+        return [replace(cases[0], budget_bytes=budget) for budget in budgets]
+
+
+def llamas(workspace: Workspace, preset: str, *, share_of_layers: float = 1.0) -> ModelSet:
+    """Return three sharded Llamas, or such of fewer layers."""
+    if share_of_layers == 1:
+        return ModelSet(preset, workspace.checkpoints(preset, "abc", preset))
+    layers = max(1, round(share_of_layers * PRESETS[preset]["sizes"]["num_hidden_layers"]))
+    name = f"{preset}-{layers}-layers"
+    made = workspace.checkpoints(name, "abc", preset, "--num-hidden-layers", layers)
+    return ModelSet(name, made)
+
+
+def giants(workspace: Workspace, tensor_bytes: int) -> ModelSet:
+    """Return two one-layer Llamas whose embedding alone has `tensor_bytes` or a little more."""
+    name = f"giant-{tensor_bytes // MIB}MiB"
+    return ModelSet(name, workspace.checkpoints(name, "ab", "giant", "--tensor-size", tensor_bytes))
 
 
 def _preset(args: argparse.Namespace, workspace: Workspace) -> Sets:
@@ -147,9 +128,8 @@ def _preset(args: argparse.Namespace, workspace: Workspace) -> Sets:
 
 
 def _pairs(args: argparse.Namespace, workspace: Workspace) -> Sets:
-    name = f"{args.preset}-single-file"
-    options = ("--preset", args.preset, "--max-shard-size", "100GB")
-    yield ModelSet.of(name, workspace.checkpoints(name, "ab", "llama", *options))
+    name, one_file = f"{args.preset}-single-file", ("--max-shard-size", "100GB")
+    yield ModelSet(name, workspace.checkpoints(name, "ab", args.preset, *one_file))
 
 
 def _shapes(args: argparse.Namespace, workspace: Workspace) -> Sets:
@@ -157,10 +137,10 @@ def _shapes(args: argparse.Namespace, workspace: Workspace) -> Sets:
     yield large
     yield giants(workspace, args.tensor_size)
     # As many bytes as the Llamas have, in shards as large, as experts of 64 KiB to 4 MiB.
-    name = f"moe-{args.num_tensors}"
-    options = ["--num-tensors", args.num_tensors, "--total-size", large.model_bytes]
-    options += ["--max-shard-size", LLAMAS[args.preset][1]]
-    yield ModelSet.of(name, workspace.checkpoints(name, "abc", "mixed-moe", *options))
+    name, nbytes = f"moe-{args.num_tensors}", large.figures()["model_bytes"]
+    options = ["--num-tensors", args.num_tensors, "--total-size", nbytes]
+    options += ["--max-shard-size", PRESETS[args.preset]["shard_bytes"]]
+    yield ModelSet(name, workspace.checkpoints(name, "abc", "mixed-moe", *options))
 
 
 def _sizes(args: argparse.Namespace, workspace: Workspace) -> Sets:
@@ -176,7 +156,7 @@ def _by_models(args: argparse.Namespace, workspace: Workspace) -> Sets:
         source = originals.models[number % len(originals.models)]
         models.append(workspace.linked_copy(source, f"{originals.name}-copy-{number}"))
     for number in NUM_MODELS:
-        yield replace(originals, models=tuple(models[:number]))
+        yield ModelSet(originals.name, models[:number])
 
 
 def _by_tensor(args: argparse.Namespace, workspace: Workspace) -> Sets:
@@ -185,15 +165,12 @@ def _by_tensor(args: argparse.Namespace, workspace: Workspace) -> Sets:
 
 
 BOTH = (False, True)
+FOR_A_GPU = ("shardmix-cpu", "shardmix-gpu")
+"""Who takes part only if asked for by name: elsewhere shardmix chooses the device."""
+ALL = " ".join(tool for tool in MERGES if tool != "sd-mecha")
 FOR_PEAKS = "shardmix shardmix-mmap shardmix-torch naive mergekit mix_models"
 PARTS = (
-    Part(
-        "tools",
-        " ".join(tool for tool in MERGES if tool != "sd-mecha"),
-        _preset,
-        caches=("warm", "cold"),
-        synced=BOTH,
-    ),
+    Part("tools", ALL, _preset, caches=("warm", "cold"), synced=BOTH),
     Part("pairs", "cp floor shardmix naive sd-mecha", _pairs, synced=BOTH, merges_preset=False),
     Part("shapes", "floor shardmix naive mergekit", _shapes),
     Part("sizes", "cp floor shardmix naive mergekit mix_models", _sizes),

@@ -16,13 +16,16 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from benchmarks.compare.parts import FOR_A_GPU
 from benchmarks.compare.report import PLOTS, tools_of
-from benchmarks.compare.samples import Look, Sample, Table, peak_bytes, total_s, where
+from benchmarks.compare.samples import Row, Rows, peak_bytes, read, total_s, where
 from benchmarks.lib.programs import MERGES
 
 MIB, GB = 1024**2, 1e9
 PANELS_IN_A_ROW = 5
-COLORS = dict(zip(MERGES, mpl.colormaps["tab10"].colors, strict=False))
+NAMES = [tool for tool in MERGES if tool not in FOR_A_GPU]
+COLORS = dict(zip(NAMES, mpl.colormaps["tab10"].colors, strict=True))
+COLORS |= dict.fromkeys(FOR_A_GPU, "black")
 STYLE = {
     "figure.figsize": (7, 4),
     "axes.spines.top": False,
@@ -33,13 +36,12 @@ STYLE = {
     # The same figures give the same file.
     "svg.hashsalt": "shardmix",
 }
-Samples = Sequence[Sample]
 
 
-def memory_over_time(path: Path, looks: Sequence[Look]) -> None:
+def memory_over_time(path: Path, looks: Rows) -> None:
     """Side by side, a panel for each tool: its own seconds, and one scale of memory for all."""
     names = tools_of(looks)
-    top = 1.5 * max(look.resident_bytes for look in looks) / MIB
+    top = 1.5 * max(look["resident_bytes"] for look in looks) / MIB
     columns = min(len(names), PANELS_IN_A_ROW)
     rows = math.ceil(len(names) / columns)
     size = (2 * columns + 0.5, 2 * rows + 0.5)
@@ -49,9 +51,9 @@ def memory_over_time(path: Path, looks: Sequence[Look]) -> None:
     for axes in grid.flat[len(names) :]:
         axes.set_visible(False)
     for axes, tool in zip(grid.flat, names, strict=False):
-        mine = [look for look in looks if look.tool == tool]
-        seconds = [look.seconds for look in mine]
-        resident = [look.resident_bytes / MIB for look in mine]
+        mine = [look for look in looks if look["tool"] == tool]
+        seconds = [look["seconds"] for look in mine]
+        resident = [look["resident_bytes"] / MIB for look in mine]
         axes.fill_between(seconds, resident, 1, color=COLORS[tool], alpha=0.6, linewidth=0)
         # From MiB to GiB: on a linear scale most would lie on the axis.
         axes.set(yscale="log", ylim=(1, top), xlim=(0, None))
@@ -63,7 +65,7 @@ def memory_over_time(path: Path, looks: Sequence[Look]) -> None:
     _save(figure, path)
 
 
-def peak_mib(samples: Samples) -> float:
+def peak_mib(samples: Rows) -> float:
     """Return the highest peak."""
     return (peak_bytes(samples) or 0) / MIB
 
@@ -73,17 +75,17 @@ class Plot:
     """A line for each tool: a figure of all its samples of one value."""
 
     part: str
-    across: Callable[[Sample], float]
-    up: Callable[[Samples], float | None]
+    across: Callable[[Row], float]
+    up: Callable[[Rows], float | None]
     labels: tuple[str, str]
     """Of both axes."""
     log: str = "y"
     """Which axes are logarithmic."""
 
-    def draw(self, axes: Axes, samples: Samples) -> None:
+    def draw(self, axes: Axes, samples: Rows) -> None:
         """Draw the lines; a budget of none is a line across."""
         is_budget = self.part == "budgets"
-        given = [sample for sample in samples if sample.budget_bytes or not is_budget]
+        given = [sample for sample in samples if sample["budget_bytes"] or not is_budget]
         values = sorted({self.across(sample) for sample in given})
         for tool in tools_of(given):
             mine = where(given, tool=tool)
@@ -106,8 +108,8 @@ class Plot:
             axes.set(ylim=(0, None))
 
 
-def _budget_mib(sample: Sample) -> float:
-    return sample.budget_bytes / MIB
+def _budget_mib(sample: Row) -> float:
+    return sample["budget_bytes"] / MIB
 
 
 BUDGET = "--max-memory, MiB"
@@ -115,14 +117,14 @@ PEAK = "peak, MiB"
 PARTS = {
     "time-by-size.svg": Plot(
         "sizes",
-        lambda one: one.num_models * one.model_bytes / GB,
+        lambda one: one["num_models"] * one["model_bytes"] / GB,
         total_s,
         ("GB of all models together", "seconds"),
     ),
-    "peak-by-models.svg": Plot("models", lambda one: one.num_models, peak_mib, ("models", PEAK)),
+    "peak-by-models.svg": Plot("models", lambda one: one["num_models"], peak_mib, ("models", PEAK)),
     "peak-by-tensor.svg": Plot(
         "tensors",
-        lambda one: one.largest_tensor_bytes / MIB,
+        lambda one: one["largest_tensor_bytes"] / MIB,
         peak_mib,
         ("largest tensor, MiB", PEAK),
         log="xy",
@@ -147,8 +149,8 @@ def _save(figure: Figure, path: Path) -> None:
 
 def main(folder: Path) -> None:
     """Draw all plots that there are figures for."""
-    samples = Table(folder / "bench.csv", Sample).read()
-    looks = Table(folder / "bench-memory.csv", Look).read()
+    samples = read(folder / "bench.csv")
+    looks = read(folder / "bench-memory.csv")
     mpl.use("svg")
     mpl.rcParams.update(STYLE)
     if looks:

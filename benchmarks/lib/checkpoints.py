@@ -3,11 +3,11 @@
 The values are ordinary finite numbers, about N(0, 0.02): one random block, repeated from varying
 offsets, so that writing is as fast as the disk.
 
-    python -m benchmarks.lib.checkpoints llama OUT --preset llama-1b --seed 1
+    python -m benchmarks.lib.checkpoints llama-1b OUT --seed 1
     python -m benchmarks.lib.checkpoints giant OUT --tensor-size 3GiB
     python -m benchmarks.lib.checkpoints moe OUT --num-tensors 90000 --sparse
     python -m benchmarks.lib.checkpoints mixed-moe OUT --num-tensors 30000 --total-size 2.2GB
-    python -m benchmarks.lib.checkpoints deepseek OUT --preset deepseek-v3 --sparse --regions 4
+    python -m benchmarks.lib.checkpoints deepseek-v3 OUT --sparse --regions 4
 """
 
 import argparse
@@ -23,7 +23,7 @@ import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from benchmarks.lib import shapes
-from benchmarks.lib.shapes import DEEPSEEKS, DTYPE_SIZES, LLAMAS, Spec
+from benchmarks.lib.shapes import DTYPE_SIZES, PRESETS, Spec
 from benchmarks.lib.tables import Size
 
 BLOCK_BYTES = 2 * 1024**2
@@ -126,40 +126,34 @@ def write_json(path: Path, value: object) -> None:
 
 def chosen(args: argparse.Namespace) -> tuple[shapes.Made, int]:
     """Return the checkpoint that the command line asks for, and its usual bytes per shard."""
-    if args.kind == "llama":
-        sizes, shard_bytes = LLAMAS[args.preset]
-        layers = args.num_hidden_layers or sizes["num_hidden_layers"]
-        return shapes.llama(sizes | {"num_hidden_layers": layers}), shard_bytes
-    if args.kind == "deepseek":
-        sizes, shard_bytes = DEEPSEEKS[args.preset]
-        return shapes.deepseek(sizes), shard_bytes
+    sizes = {name: getattr(args, name) for name in ("hidden_size", "num_hidden_layers")}
     if args.kind == "giant":
-        made = shapes.giant(args.tensor_size)
-    elif args.kind == "mixed-moe":
-        made = shapes.mixed_moe(args.num_tensors, args.total_size)
-    else:
-        layers = args.num_hidden_layers or 60
-        made = shapes.moe(args.num_tensors, args.hidden_size, args.intermediate_size, layers)
-    return made, 5_000_000_000
+        return shapes.giant(args.tensor_size), 5_000_000_000
+    if args.kind == "mixed-moe":
+        return shapes.mixed_moe(args.num_tensors, args.total_size), 5_000_000_000
+    if args.kind == "moe":
+        width = args.intermediate_size
+        made = shapes.moe(args.num_tensors, moe_intermediate_size=width, **sizes)
+        return made, 5_000_000_000
+    return shapes.preset(args.kind, **sizes), PRESETS[args.kind]["shard_bytes"]
 
 
 def main() -> None:
     """Write the checkpoint and say what was written."""
     parser = argparse.ArgumentParser(description="Write a synthetic checkpoint.")
     add = parser.add_argument
-    add("kind", choices=("llama", "deepseek", "giant", "moe", "mixed-moe"))
+    add("kind", choices=[*PRESETS, "giant", "mixed-moe"])
     add("out", type=Path, help="folder to write")
     add("--seed", type=int, default=0, help="other seeds give other values")
     add("--max-shard-size", type=Size, help="tensor bytes in a shard")
     add("--dtype", choices=DTYPE_SIZES, help="of all tensors; default: the kind's")
     add("--sparse", action="store_true", help="true headers, no data")
     add("--regions", type=int, default=0, help="with --sparse: data in so many places of a shard")
-    add("--preset", choices=[*LLAMAS, *DEEPSEEKS], help="llama and deepseek: sizes")
-    add("--num-hidden-layers", type=int, help="llama and moe")
+    add("--num-hidden-layers", type=int, help="in place of the kind's")
+    add("--hidden-size", type=int, help="in place of the kind's")
+    add("--intermediate-size", type=int, help="moe")
     add("--tensor-size", type=Size, default=Size("1GiB"), help="giant")
     add("--num-tensors", type=int, default=20_000, help="moe and mixed-moe")
-    add("--hidden-size", type=int, default=128, help="moe")
-    add("--intermediate-size", type=int, default=64, help="moe")
     add("--total-size", type=Size, default=Size("2.2GB"), help="mixed-moe")
     args = parser.parse_args()
     try:

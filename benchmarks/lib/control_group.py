@@ -11,6 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.lib.processes import Finished, run
+from benchmarks.lib.tables import mib
+
 ROOT = Path("/sys/fs/cgroup")
 
 
@@ -59,6 +62,21 @@ def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:
         except OSError as error:
             raise NoMemoryGroupError(f"no memory control group: {error}") from error
         yield MemoryGroup(folder, is_v2)
+
+
+def run_within(
+    group_bytes: int, command: Sequence[str | Path]
+) -> tuple[Finished, tuple[object, object]]:
+    """Run a command in a group of that size; 0 for none. Return what came of it, and its charge.
+
+    The charge is in MiB, with the OOM kills, for a table's cells. Raises NoMemoryGroupError.
+    """
+    if not group_bytes:
+        return run(command), ("-", "-")
+    with memory_group(group_bytes) as group:
+        finished = run(group.wrap(command))
+        peak_bytes, kills = group.charged()
+    return finished, (mib(peak_bytes), kills)
 
 
 def _remove(folder: Path) -> None:

@@ -49,6 +49,8 @@ MERGES = {
     "shardmix": Program(f"{_SHARDMIX} --quiet --json"),
     "shardmix-mmap": Program(f"{_SHARDMIX} --io mmap --quiet --json"),
     "shardmix-torch": Program(f"{_SHARDMIX} --backend torch --quiet --json"),
+    "shardmix-cpu": Program(f"{_SHARDMIX} --device cpu --quiet --json"),
+    "shardmix-gpu": Program(f"{_SHARDMIX} --device cuda:0 --quiet --json"),
     "naive": Program(f"{_OTHERS} naive {{models}} -o {{output}}"),
     # The fastest of its plain options on two cores: threads and asynchronous writes gained nothing,
     # shards of the sources' size gained much over the default of one shard for everything.

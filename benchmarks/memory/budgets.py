@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.lib import promises
-from benchmarks.lib.control_group import NoMemoryGroupError, memory_group
+from benchmarks.lib.control_group import NoMemoryGroupError, run_within
 from benchmarks.lib.machine import can_drop_caches, drop_caches, print_facts
-from benchmarks.lib.processes import Finished, run
 from benchmarks.lib.programs import budget_option, merge_command, split_options
+from benchmarks.lib.promises import Row
 from benchmarks.lib.tables import Size, mib, print_table, write_csv
 from benchmarks.lib.workspace import Workspace, parser, remove
 
@@ -26,7 +26,6 @@ IO_MODES = ("mmap", "pread")
 TOO_SMALL = Size("32MiB")
 """Less than python with torch takes for itself."""
 HEADER = ("case", "models", "io", *promises.HEADER, "chunks", "s", "promise")
-Row = dict[str, object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,28 +39,23 @@ class Case:
     """`--max-memory`; 0 leaves it to shardmix."""
     is_refused: bool = False
     """Whether the budget is too small for any merge."""
-
-    def row(self, finished: Finished) -> Row:
-        """Return the row of the CSV."""
-        judged = promises.judged(finished, self.budget_bytes, is_refused=self.is_refused)
-        return {"case": self.title, "models": len(self.models), "io": self.io, **judged}
+    group_bytes: int = 0
+    """Size of the memory control group that it runs in; 0 for none."""
 
 
-def cells(row: Row) -> list[object]:
+def cells(row: Row, charged: tuple[object, object]) -> list[object]:
     """Return the cells of the table."""
     seconds = "" if row["failure"] else f"{row['seconds']:.2f}"
     start = (row["case"], row["models"], row["io"], *promises.cells(row))
-    return [*start, promises.chunks(row), seconds, row["promise"]]
+    return [*start, promises.chunks(row), seconds, row["promise"], *charged]
 
 
 def main() -> None:
     """Measure everything; exit with 1 if a peak was above what was promised."""
+    budgets = [Size(size) for size in ("350MiB", "400MiB", "600MiB", "1GiB")]
     args = parser(
         "Hold shardmix's peak memory against what it promised.",
-        budgets=(
-            [Size(size) for size in ("350MiB", "400MiB", "600MiB", "1GiB")],
-            "of --max-memory",
-        ),
+        budgets=(budgets, "values of --max-memory"),
         preset=("llama-1b", "shape of the checkpoints"),
         tensor_size=(Size("1GiB"), "of the giant tensor"),
         num_tensors=(20_000, "of the small ones"),
@@ -73,61 +67,27 @@ def main() -> None:
         print_facts(args.work_dir, args.python)
         output = workspace.scratch("merged")
 
-        def command(case: Case) -> list[str]:
-            options = [*budget_option(case.budget_bytes), "--io", case.io]
-            options += split_options(args, "shardmix")
-            python = args.python
-            return merge_command(
-                "shardmix", python, case.models, output, fsync=True, options=options
-            )
-
-        def measure(title: str, cases: Sequence[Case]) -> list[Row]:
-            rows = []
-            for case in cases:
-                os.sync()
-                remove(output)
-                rows.append(case.row(run(command(case))))
-            remove(output)
+        def measure(title: str, cases: Sequence[Case], *, is_cold: bool = False) -> list[Row]:
             print(f"{title}\n")
-            print_table(HEADER, map(cells, rows))
-            promises.print_failures(rows)
-            return rows
-
-        def measure_in_group(case: Case) -> list[Row]:
-            """The merge inside a group, which is charged for its page cache too, and outside."""
-            size = args.group_size
-            print(
-                f"Inside a memory control group of {mib(size)} MiB, sources not in the page cache\n"
-            )
-            if not can_drop_caches():
-                print("skipped: only root may empty the page cache and make control groups\n")
-                return []
             rows, table = [], []
-            try:
-                with memory_group(size) as group:
-                    for where in ("outside", "inside"):
-                        remove(output)
-                        drop_caches()
-                        words = command(case)
-                        rows.append(
-                            case.row(run(group.wrap(words) if where == "inside" else words))
-                        )
-                        charged = [mib(group.peak_bytes()), str(group.oom_kills())]
-                        charged = charged if where == "inside" else ["-", "-"]
-                        table.append([where, *cells(rows[-1])[1:], *charged])
-            except NoMemoryGroupError as error:
-                print(f"skipped: {error}\n")
-                return []
-            finally:
+            for case in cases:
+                options = [*budget_option(case.budget_bytes), "--io", case.io]
+                options += split_options(args, "shardmix")
+                where = args.python, case.models, output
+                command = merge_command("shardmix", *where, fsync=True, options=options)
                 remove(output)
+                drop_caches() if is_cold else os.sync()
+                finished, charged = run_within(case.group_bytes, command)
+                judged = promises.judged(finished, case.budget_bytes, is_refused=case.is_refused)
+                named = {"case": case.title, "models": len(case.models), "io": case.io}
+                rows.append(named | judged)
+                table.append(cells(rows[-1], charged))
+            remove(output)
             print_table((*HEADER, "charged MiB", "OOM kills"), table)
             promises.print_failures(rows)
-            if not any(row["failure"] for row in rows):
-                outside, inside = (float(str(row["seconds"])) for row in rows)
-                print(f"inside / outside: {inside / outside:.2f} of the time")
             return rows
 
-        originals = workspace.checkpoints(args.preset, "ab", "llama", "--preset", args.preset)
+        originals = workspace.checkpoints(args.preset, "ab", args.preset)
         copies = [
             workspace.linked_copy(originals[number % 2], f"{args.preset}-copy-{number}")
             for number in range(max(NUM_MODELS) - 2)
@@ -147,7 +107,20 @@ def main() -> None:
         budget = Size("400MiB")
         cases = [Case(title, shapes[title], io, budget) for title in shapes for io in IO_MODES]
         rows += measure(f"One tensor of {mib(size)} MiB; {count} small tensors", cases)
-        rows += measure_in_group(Case(args.preset, llamas[:2], "mmap", budget))
+        title = f"Inside a memory control group of {mib(args.group_size)} MiB, beside outside, cold"
+        cases = [
+            Case(where, llamas[:2], "mmap", budget, group_bytes=nbytes)
+            for where, nbytes in (("outside", 0), ("inside", args.group_size))
+        ]
+        try:
+            if not can_drop_caches():
+                raise NoMemoryGroupError("only root may empty the page cache and make groups")
+            outside, inside = measure(title, cases, is_cold=True)
+            rows += [outside, inside]
+            if not inside["failure"]:
+                print(f"inside / outside: {inside['seconds'] / outside['seconds']:.2f} of the time")
+        except NoMemoryGroupError as error:
+            print(f"skipped: {error}\n")
     write_csv(args.csv, rows)
     raise SystemExit(promises.exit_status(rows))
 

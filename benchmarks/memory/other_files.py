@@ -68,7 +68,7 @@ def main() -> None:
     group_bytes = args.group_size * 1024**3
     with Workspace(args) as workspace:
         print_facts(args.work_dir, args.python)
-        models = workspace.checkpoints(args.preset, "abc", "llama", "--preset", args.preset)
+        models = workspace.checkpoints(args.preset, "abc", args.preset)
         other, output = workspace.scratch("other-file"), workspace.scratch("merged")
         block = random.Random(1).randbytes(BLOCK_BYTES)
         with other.open("wb") as file:

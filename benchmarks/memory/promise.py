@@ -23,7 +23,7 @@ from benchmarks.lib.tables import Size, print_table, write_csv
 from benchmarks.lib.workspace import Workspace, parser, remove
 
 SHAPES = {
-    "llama": ("llama", "--preset", "llama-100m"),
+    "llama": ("llama-100m",),
     "giant tensor": ("giant", "--tensor-size", "160MiB"),
     "12000 tensors": ("moe", "--num-tensors", "12000"),
 }

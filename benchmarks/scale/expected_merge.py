@@ -5,14 +5,14 @@
 Knows nothing of shardmix: the format is read with json, the sum is numpy's, in float32, rounded to
 nearest even. If a tensor is a hole in the output and in all sources, nothing is read there: zeros
 are the sum of zeros. bf16 and float32, and no negative weights (which make -0 of 0). Prints a JSON
-object; ends with status 1 where a byte differs.
+object; ends with status 1 if a byte differs.
 """
 
-import argparse
 import json
 import os
 import struct
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,53 +26,44 @@ WIDEST = 4
 MOST_NAMED = 10
 
 
-class Shard:
-    """An open safetensors file, its header and where it holds data."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
-        (length,) = struct.unpack("<Q", os.pread(self.descriptor, 8, 0))
-        self.data_start = 8 + length
-        header = json.loads(os.pread(self.descriptor, length, 8)) if length else {}
-        header.pop("__metadata__", None)
-        self.header: dict[str, dict] = header
-        self.data = list(data_ranges(self.descriptor))
-
-
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """Where one tensor lies."""
 
-    shard: Shard
+    descriptor: int
     dtype: str
     shape: list[int]
     start: int
     nbytes: int
+    in_file: Sequence[Range]
+    """What of the file is no hole."""
 
     def read(self, start: int, stop: int) -> bytes:
         """Return some of its bytes, counted from its own start."""
-        return os.pread(self.shard.descriptor, stop - start, self.start + start)
+        return os.pread(self.descriptor, stop - start, self.start + start)
 
     def data_ranges(self) -> Iterator[Range]:
         """Yield what of it is no hole, counted from its own start, in whole elements."""
-        for start, stop in self.shard.data:
+        for start, stop in self.in_file:
             first, last = start - self.start, stop - self.start
             if first < self.nbytes and last > 0:
                 first, last = first // WIDEST * WIDEST, -(-last // WIDEST) * WIDEST
                 yield max(first, 0), min(last, self.nbytes)
 
 
-def tensors_of(folder: Path, *, finished_only: bool = False) -> dict[str, Tensor]:
-    """Return every tensor of a model; of a staged one those of files that have a header."""
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """Return every tensor of a model."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
-        shard = Shard(path)
-        if finished_only and not shard.header:
-            continue
-        for name, entry in shard.header.items():
-            first, last = entry["data_offsets"]
-            start = shard.data_start + first
-            found[name] = Tensor(shard, entry["dtype"], entry["shape"], start, last - first)
+        descriptor = os.open(path, os.O_RDONLY)
+        (length,) = struct.unpack("<Q", os.pread(descriptor, 8, 0))
+        header = json.loads(os.pread(descriptor, length, 8))
+        ranges = list(data_ranges(descriptor))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                first, last = (8 + length + offset for offset in entry["data_offsets"])
+                kind = entry["dtype"], entry["shape"]
+                found[name] = Tensor(descriptor, *kind, first, last - first, ranges)
     return found
 
 
@@ -91,28 +82,14 @@ def stored(values: np.ndarray, dtype: str) -> bytes:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16).tobytes()
 
 
-def expected(sources: list[Tensor], weights: list[np.float32], start: int, stop: int) -> bytes:
-    """Return what a range of the merged tensor must be."""
-    dtype = sources[0].dtype
-    total = weights[0] * widened(sources[0].read(start, stop), dtype)
-    for tensor, weight in zip(sources[1:], weights[1:], strict=True):
-        total += weight * widened(tensor.read(start, stop), dtype)
-    return stored(total, dtype)
-
-
-def main() -> None:
+def main(output: str, *words: str) -> None:
     """Compare and report."""
-    parser = argparse.ArgumentParser(description="Compare a merged model with numpy's sum.")
-    parser.add_argument("output", type=Path, help="the merged model")
-    parser.add_argument("sources", nargs="+", help="FOLDER=WEIGHT, in the merge's order")
-    parser.add_argument("--finished-files", action="store_true", help="of an unfinished merge")
-    args = parser.parse_args()
-    words = [word.rpartition("=") for word in args.sources]
-    weights = [np.float32(weight) for _, _, weight in words]
-    models = [tensors_of(Path(folder)) for folder, _, _ in words]
-    merged = tensors_of(args.output, finished_only=args.finished_files)
+    parts = [word.rpartition("=") for word in words]
+    weights = [np.float32(weight) for _, _, weight in parts]
+    models = [tensors_of(Path(folder)) for folder, _, _ in parts]
+    merged = tensors_of(Path(output))
     problems = []
-    if not args.finished_files and merged.keys() != models[0].keys():
+    if merged.keys() != models[0].keys():
         problems.append("its tensors are not the first model's")
     num_bytes = num_nonzero = 0
     for name, tensor in merged.items():
@@ -125,14 +102,18 @@ def main() -> None:
                 stop = min(start + CHUNK_BYTES, last)
                 data = tensor.read(start, stop)
                 num_bytes += len(data)
-                num_nonzero += np.count_nonzero(np.frombuffer(data, np.uint8))
-                if data != expected(sources, weights, start, stop):
+                num_nonzero += int(np.count_nonzero(np.frombuffer(data, np.uint8)))
+                values = [widened(each.read(start, stop), tensor.dtype) for each in sources]
+                total = weights[0] * values[0]
+                for weight, value in zip(weights[1:], values[1:], strict=True):
+                    total += weight * value
+                if data != stored(total, tensor.dtype):
                     problems.append(f"{name}: differs from numpy's sum in {start}-{stop}")
     found = {
         "num_tensors": len(merged),
         "num_bytes": sum(tensor.nbytes for tensor in merged.values()),
         "num_bytes_compared": num_bytes,
-        "num_bytes_nonzero": int(num_nonzero),
+        "num_bytes_nonzero": num_nonzero,
         "num_problems": len(problems),
         "problems": problems[:MOST_NAMED],
     }
@@ -141,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -36,7 +36,7 @@ def main() -> None:
     with Workspace(args) as workspace:
         print_facts(args.work_dir, args.python)
         output = workspace.scratch("merged")
-        large = ("llama", "--preset", "llama-3-70b", "--sparse")
+        large = ("llama-3-70b", "--sparse")
         many = ("moe", "--num-tensors", 90000, "--hidden-size", 2048, "--intermediate-size", 768)
         jobs = {}
         for title, count, name, kind in (

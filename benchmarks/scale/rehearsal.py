@@ -1,7 +1,7 @@
 """Rehearses a merge of three 70B (or 671B) models on a small disk: whole, killed and gone on with.
 
     python -m benchmarks.scale.rehearsal --work-dir WORK
-    python -m benchmarks.scale.rehearsal --work-dir WORK --model deepseek-v3-fine --stop-after 120
+    python -m benchmarks.scale.rehearsal --work-dir WORK --model deepseek-v3-fine --kills 2
 
 The sources are sparse files with the true names and shapes, true headers, and random values in
 some places of each shard. While shardmix merges them, holes are made where it writes zeros, so that
@@ -11,20 +11,20 @@ the output takes no more disk than those places. Ends with status 1 if anything 
 import argparse
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
 import signal
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.lib.machine import print_facts, wait_until_idle
-from benchmarks.lib.processes import run, run_or_exit
+from benchmarks.lib.processes import Finished, run, run_or_exit
 from benchmarks.lib.programs import budget_option, merge_command, plan_command
-from benchmarks.lib.shapes import DEEPSEEKS, LLAMAS
+from benchmarks.lib.shapes import PRESETS
 from benchmarks.lib.tables import Size, mib, print_table, write_csv
 from benchmarks.lib.workspace import Workspace, parser, remove
 from benchmarks.scale.holes import Range, sweep, zero_ranges
@@ -38,65 +38,55 @@ LEAST_FREE_BYTES = 10 * 10**9
 """Of the disk; with less the rehearsal ends."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """One process of the rehearsal: a row of the CSV."""
-
-    step: str
-    outcome: str
-    is_as_promised: bool
-    wall_s: float
-    moved_bytes: int = 0
-    """Read of sources and written, or read again; of a killed merge, for the leaves claimed."""
-    kept_bytes: int = 0
-    """Source bytes that were not read again, since an earlier run had done their part."""
-    claimed_bytes: int = 0
-    """Output that the journal claims at the end of the process."""
-    first_claim_s: float = 0.0
-    """From the process's start until it claimed anything new: start, plan, and check of the old."""
-    peak_bytes: int
-    """ru_maxrss of the ended process, which is its VmHWM."""
-    projected_bytes: int = 0
-    """Promised by the merge's report, or if it was killed by the plan's."""
-    budget_bytes: int = 0
-    staged_bytes: int = 0
-    """The most that the growing output took of the disk, or of what waits to be written to it."""
-    output_digest: str = ""
-    """Of all digests in shardmix.json, so that outputs can be compared."""
-
-    def row(self) -> tuple[str, ...]:
-        """Return the cells of the table."""
-        return (
-            self.step,
-            f"{self.wall_s:.1f}",
-            f"{self.moved_bytes / 1e9:.1f}",
-            f"{self.moved_bytes / self.wall_s / 1e9:.2f}",
-            f"{self.kept_bytes / 1e9:.1f}",
-            f"{self.claimed_bytes / 1e9:.1f}",
-            f"{self.first_claim_s:.1f}" if self.first_claim_s else "",
-            mib(self.peak_bytes),
-            mib(self.projected_bytes) if self.projected_bytes else "",
-            mib(self.budget_bytes) if self.budget_bytes else "",
-            f"{self.staged_bytes / 1e9:.1f}" if self.staged_bytes else "",
-            self.outcome,
-        )
+Step = dict[str, Any]
+"""One process of the rehearsal: a row of the CSV."""
+FIGURES: dict[str, tuple[str, Callable[[Step], str]]] = {
+    # Read of sources and written, or read again; of a killed merge, for the leaves claimed.
+    "moved_bytes": ("GB moved", lambda step: f"{step['moved_bytes'] / 1e9:.1f}"),
+    # Source bytes that were not read again, since an earlier run had done their part.
+    "kept_bytes": ("GB kept", lambda step: f"{step['kept_bytes'] / 1e9:.1f}"),
+    # Output that the journal claims at the end of the process.
+    "claimed_bytes": ("GB claimed", lambda step: f"{step['claimed_bytes'] / 1e9:.1f}"),
+    # Until it claimed anything new: start, plan, and check of the old.
+    "first_claim_s": ("1st claim s", lambda step: f"{step['first_claim_s']:.1f}"),
+    "peak_bytes": ("peak MiB", lambda step: mib(step["peak_bytes"])),
+    # Promised by the merge's report, or if it was killed by the plan's.
+    "projected_bytes": ("projected", lambda step: mib(step["projected_bytes"])),
+    "budget_bytes": ("budget", lambda step: mib(step["budget_bytes"])),
+    # The most that the growing output took of the disk, or of what waits to be written to it.
+    "staged_bytes": ("staged GB", lambda step: f"{step['staged_bytes'] / 1e9:.1f}"),
+}
+"""Columns of figures that a step may have: each with its title and its cell."""
 
 
-HEADER = (
-    *("step", "wall s", "GB moved", "GB/s", "GB kept", "GB claimed", "1st claim s", "peak MiB"),
-    *("projected", "budget", "staged GB", "outcome"),
-)
+def step_of(step: str, finished: Finished, outcome: str, **figures: Any) -> Step:
+    """Return a step; an outcome in capitals is not as promised."""
+    known = {"peak_bytes": finished.peak_bytes, "output_digest": ""} | figures
+    first = {"step": step, "outcome": outcome, "is_as_promised": outcome.islower()}
+    first["wall_s"] = round(finished.wall_s, 3)
+    return first | dict.fromkeys(FIGURES, 0) | known
+
+
+def print_steps(steps: Sequence[Step]) -> None:
+    """Print a table of the steps."""
+    header = ["step", "wall s", "GB/s", *(title for title, _ in FIGURES.values()), "outcome"]
+    rows = []
+    for step in steps:
+        rate = step["moved_bytes"] / step["wall_s"] / 1e9
+        cells = [cell(step) if step[name] else "" for name, (_, cell) in FIGURES.items()]
+        rows.append([step["step"], f"{step['wall_s']:.1f}", f"{rate:.2f}", *cells, step["outcome"]])
+    print_table(header, rows)
 
 
 class Watch:
     """Looks at a merge from outside, again and again; sweeps its output, and may kill it."""
 
     def __init__(
-        self, staging: Path, zeros: Mapping[str, Sequence[Range]], kill: Mapping[str, float]
+        self, staging: Path, zeros: Mapping[str, Sequence[Range]], kill_at_bytes: float
     ) -> None:
         self._staging = staging
         self._zeros = zeros
-        self._kill = kill
+        self._kill_at_bytes = kill_at_bytes
         self._position = self._num_lines = 0
         self._started = time.perf_counter()
         self._look_at_journal()
@@ -124,8 +114,7 @@ class Watch:
                 f"{disk}: less than {LEAST_FREE_BYTES // 10**9} GB are left on this disk; "
                 "free some space, or give another --work-dir"
             )
-        is_far = self.claimed_bytes >= self._kill.get("kill_at_bytes", float("inf"))
-        if is_far or seconds >= self._kill.get("kill_after_s", float("inf")):
+        if self.claimed_bytes >= self._kill_at_bytes:
             os.kill(pid, signal.SIGKILL)
         sweep(self._staging / "model", self._zeros)
 
@@ -152,195 +141,131 @@ def disk_bytes(folder: Path) -> int:
         return 0
 
 
-@dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """What all steps have in common."""
+    """Three models, where they are merged to, and the steps that were taken."""
 
-    python: str
-    sources: Sequence[Path]
-    output: Path
-    fsync: bool
-    budget_bytes: int
-    plan: Mapping[str, Any]
-    """What `shardmix plan` said."""
-    zeros: Mapping[str, Sequence[Range]]
-    """Name of a shard → where the output will be zero."""
-
-    @property
-    def staging(self) -> Path:
-        """Where the output grows."""
-        return self.output.with_name(f".{self.output.name}.shardmix")
-
-    def merge(self, step: str, **kill: float) -> Step:
-        """Merge to the end, or until it is killed at `kill_at_bytes` or `kill_after_s`."""
-        command = merge_command(
-            "shardmix",
-            self.python,
-            self.sources,
-            self.output,
-            weights=WEIGHTS,
-            fsync=self.fsync,
-            options=budget_option(self.budget_bytes),
+    def __init__(self, args: argparse.Namespace, workspace: Workspace) -> None:
+        """Make the sources, and plan; raises SystemExit if a shard is not as the sources' are."""
+        self._args = args
+        self._output = workspace.scratch("merged")
+        self._staging = workspace.scratch(".merged.shardmix")
+        options = ("--sparse", "--regions", args.regions)
+        self._sources = workspace.checkpoints(f"{args.model}-sparse", "abc", args.model, *options)
+        self._budget = budget_option(args.max_memory)
+        where = (args.python, self._sources, self._output)
+        command = plan_command(*where, weights=WEIGHTS, options=self._budget)
+        run_or_exit(command)  # brings files into the cache
+        planned = run_or_exit(command)
+        self._plan = plan = planned.report()
+        print(
+            f"3 x {args.model}: {plan['num_tensors']} tensors, {len(plan['shards'])} shards, "
+            f"{plan['bytes_written'] / 1e9:.1f} GB each, {args.regions} x 2 MiB of data a shard; "
+            f"{'with fsync' if args.fsync else '--no-fsync'}\n"
         )
+        # Name of a shard → where the output will be zero.
+        self._zeros = {}
+        for shard in plan["shards"]:
+            paths = [source / shard["name"] for source in self._sources]
+            if any(not path.exists() or path.stat().st_size != shard["bytes"] for path in paths):
+                raise SystemExit(f"{shard['name']}: is not laid out as the sources' files are")
+            self._zeros[shard["name"]] = zero_ranges(paths)
+        outcome = "planned" if planned.peak_bytes <= args.max_memory else "PEAK TOO HIGH"
+        promised = {"projected_bytes": plan["projected_peak_bytes"]}
+        promised["budget_bytes"] = args.max_memory
+        self.steps = [step_of("plan", planned, outcome, **promised)]
+
+    def merge(self, step: str, *, kill_at_bytes: float = math.inf) -> None:
+        """Merge to the end, or until it is killed when so much is claimed."""
+        is_killed, args, plan = kill_at_bytes < math.inf, self._args, self._plan
+        where = (args.python, self._sources, self._output)
+        how = {"weights": WEIGHTS, "fsync": args.fsync, "options": self._budget}
+        command = merge_command("shardmix", *where, **how)
         command[command.index("shardmix")] = "benchmarks.scale.merge_on_small_disk"
         wait_until_idle()
-        watch = Watch(self.staging, self.zeros, kill)
+        watch = Watch(self._staging, self._zeros, kill_at_bytes)
         finished = run(command, watch=watch)
-        for folder in (self.staging / "model", self.output):
-            sweep(folder, self.zeros, slack_bytes=0)
-        if finished.returncode == 0 and kill:
+        for folder in (self._staging / "model", self._output):
+            sweep(folder, self._zeros, slack_bytes=0)
+        if finished.returncode == 0 and is_killed:
             raise SystemExit(f"{step}: it was done before it could be killed")
-        if finished.returncode != (-signal.SIGKILL if kill else 0):
+        if finished.returncode != (-signal.SIGKILL if is_killed else 0):
             raise SystemExit(f"{finished.stderr}\n{step}: failed ({finished.returncode})")
-        report = {} if kill else finished.report()
-        projected = report.get("projected_peak_bytes", self.plan["projected_peak_bytes"])
-        read_bytes, total_bytes = self.plan["bytes_read"], self.plan["bytes_written"]
-        claimed_bytes = watch.claimed_bytes if kill else total_bytes
+        report, digest = {}, ""
+        if not is_killed:
+            report = finished.report()
+            # One digest of all that shardmix.json tells of the files.
+            files = json.loads((self._output / "shardmix.json").read_text())["digests"]["files"]
+            digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+        projected = report.get("projected_peak_bytes", plan["projected_peak_bytes"])
+        read_bytes, total_bytes = plan["bytes_read"], plan["bytes_written"]
+        claimed_bytes = watch.claimed_bytes if is_killed else total_bytes
         kept_bytes = report.get("bytes_kept", 0)
-        outcome = "killed" if kill else "whole"
-        if finished.peak_bytes > min(projected, self.budget_bytes):
+        outcome = "killed" if is_killed else "whole"
+        if finished.peak_bytes > min(projected, args.max_memory):
             outcome = "PEAK TOO HIGH"
         elif report and kept_bytes < NEARLY_ALL * watch.claimed_before * read_bytes / total_bytes:
             outcome = "WORK LOST"
         new_share = (claimed_bytes - watch.claimed_before) / total_bytes
-        return Step(
-            step=step,
-            outcome=outcome,
-            is_as_promised=outcome.islower(),
-            wall_s=round(finished.wall_s, 3),
-            moved_bytes=round(new_share * (read_bytes + total_bytes)),
-            kept_bytes=kept_bytes,
-            claimed_bytes=claimed_bytes,
-            first_claim_s=round(watch.first_claim_s, 3),
-            peak_bytes=finished.peak_bytes,
-            projected_bytes=projected,
-            budget_bytes=self.budget_bytes,
-            staged_bytes=watch.staged_bytes,
-            output_digest="" if kill else output_digest(self.output),
-        )
+        figures = {
+            "moved_bytes": round(new_share * (read_bytes + total_bytes)),
+            "kept_bytes": kept_bytes,
+            "claimed_bytes": claimed_bytes,
+            "first_claim_s": round(watch.first_claim_s, 3),
+            "projected_bytes": projected,
+            "budget_bytes": args.max_memory,
+            "staged_bytes": watch.staged_bytes,
+            "output_digest": digest,
+        }
+        self.steps.append(step_of(step, finished, outcome, **figures))
 
-    def verify(self) -> Step:
-        """Hold the output's bytes against the digests made while merging."""
-        command = [self.python, "-m", "shardmix", "verify", self.output]
-        return self._look("shardmix verify", command, self.plan["bytes_written"])
-
-    def compare(self, folder: Path, *options: str) -> Step:
-        """Hold the bytes in a folder against numpy's sum of the sources."""
-        words = [f"{path}={weight}" for path, weight in zip(self.sources, WEIGHTS, strict=True)]
-        script = [self.python, "-m", "benchmarks.scale.expected_merge"]
-        return self._look("numpy's sum", [*script, folder, *words, *options])
-
-    def _look(self, step: str, command: Sequence[str | Path], moved_bytes: int = 0) -> Step:
-        """Run a process that reads and changes nothing, and fails if anything is wrong."""
-        finished = run(command)
-        is_equal = finished.returncode == 0
-        print(f"{step}: {finished.stdout if is_equal else finished.stdout + finished.stderr}")
-        return Step(
-            step=step,
-            outcome="equal" if is_equal else "DIFFERENT",
-            is_as_promised=is_equal,
-            wall_s=round(finished.wall_s, 3),
-            moved_bytes=moved_bytes,
-            peak_bytes=finished.peak_bytes,
-        )
-
-    def whole(self, *, num_kills: int, seed: int, undisturbed: bool) -> list[Step]:
+    def take_steps(self) -> None:
         """Merge undisturbed, then killed and gone on with, and look at what was written."""
-        steps = [self.merge("undisturbed")] if undisturbed else []
-        if num_kills:
-            remove(self.output)
-            chance = random.Random(seed)
-            for share in sorted(chance.uniform(0.05, 0.95) for _ in range(num_kills)):
-                kill_at_bytes = share * self.plan["bytes_written"]
-                steps.append(self.merge(f"killed at {share:.0%}", kill_at_bytes=kill_at_bytes))
-            steps.append(self.merge("gone on to the end"))
-        return [*steps, self.verify(), self.compare(self.output)]
-
-    def part(self, *, seconds: float) -> list[Step]:
-        """Merge the beginning, killed after a time, gone on with as long, and killed."""
-        steps = [self.merge(title, kill_after_s=seconds) for title in ("begun", "gone on")]
-        return [*steps, self.compare(self.staging / "model", "--finished-files")]
-
-
-def zeros_of(sources: Sequence[Path], plan: Mapping[str, Any]) -> dict[str, list[Range]]:
-    """Return where each shard of the output will be zero; raises SystemExit if that isn't known."""
-    zeros = {}
-    for shard in plan["shards"]:
-        paths = [source / shard["name"] for source in sources]
-        if any(not path.exists() or path.stat().st_size != shard["bytes"] for path in paths):
-            raise SystemExit(f"{shard['name']}: is not laid out as the sources' files are")
-        zeros[shard["name"]] = zero_ranges(paths)
-    return zeros
-
-
-def output_digest(output: Path) -> str:
-    """Return one digest of all that an output's shardmix.json tells of its files."""
-    files = json.loads((output / "shardmix.json").read_text())["digests"]["files"]
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def rehearse(args: argparse.Namespace, workspace: Workspace) -> list[Step]:
-    """Make the sources, and take every step."""
-    output = workspace.scratch("merged")
-    workspace.scratch(".merged.shardmix")
-    kind = "llama" if args.model in LLAMAS else "deepseek"
-    options = ("--preset", args.model, "--sparse", "--regions", args.regions)
-    sources = workspace.checkpoints(f"{args.model}-sparse", "abc", kind, *options)
-    budget = args.max_memory
-    command = plan_command(
-        args.python, sources, output, weights=WEIGHTS, options=budget_option(budget)
-    )
-    run_or_exit(command)  # brings files into the cache
-    planned = run_or_exit(command)
-    plan = planned.report()
-    print(
-        f"3 x {args.model}: {plan['num_tensors']} tensors, {len(plan['shards'])} shards, "
-        f"{plan['bytes_written'] / 1e9:.1f} GB each, {args.regions} x 2 MiB of data a shard; "
-        f"{'with fsync' if args.fsync else '--no-fsync'}\n"
-    )
-    zeros = zeros_of(sources, plan)
-    rehearsal = Rehearsal(args.python, sources, output, args.fsync, budget, plan, zeros)
-    first = Step(
-        step="plan",
-        outcome="planned",
-        is_as_promised=planned.peak_bytes <= budget,
-        wall_s=round(planned.wall_s, 3),
-        peak_bytes=planned.peak_bytes,
-        projected_bytes=plan["projected_peak_bytes"],
-        budget_bytes=budget,
-    )
-    if args.stop_after:
-        return [first, *rehearsal.part(seconds=args.stop_after)]
-    undisturbed = args.undisturbed
-    return [
-        first,
-        *rehearsal.whole(num_kills=args.kills, seed=args.seed, undisturbed=undisturbed),
-    ]
+        args, total_bytes = self._args, self._plan["bytes_written"]
+        if args.undisturbed:
+            self.merge("undisturbed")
+        if args.kills:
+            remove(self._output)
+            chance = random.Random(args.seed)
+            for share in sorted(chance.uniform(0.05, 0.95) for _ in range(args.kills)):
+                self.merge(f"killed at {share:.0%}", kill_at_bytes=share * total_bytes)
+            self.merge("gone on to the end")
+        # The digests made while merging, then numpy's sum of the sources.
+        words = [f"{path}={weight}" for path, weight in zip(self._sources, WEIGHTS, strict=True)]
+        looks = {
+            "shardmix verify": (["shardmix", "verify", self._output], total_bytes),
+            "numpy's sum": (["benchmarks.scale.expected_merge", self._output, *words], 0),
+        }
+        for step, (command, moved_bytes) in looks.items():
+            finished = run([args.python, "-m", *command])
+            print(f"{step}: {finished.stdout}{finished.stderr if finished.returncode else ''}")
+            outcome = "DIFFERENT" if finished.returncode else "equal"
+            self.steps.append(step_of(step, finished, outcome, moved_bytes=moved_bytes))
 
 
 def main() -> None:
     """Rehearse and report; exit with 1 if something is not as promised."""
     args = parser(
         "Rehearse the merge of three huge models on a small disk.",
-        model=("llama-3-70b", "its shape", [*LLAMAS, *DEEPSEEKS]),
+        model=("llama-3-70b", "its shape", PRESETS),
         max_memory=(Size("1GiB"), "the budget"),
         regions=(6, "of data in each shard, 2 MiB each"),
         kills=(3, "by SIGKILL, at random moments"),
         seed=(70, "of the moments"),
         undisturbed=(True, "a merge that is not killed, too"),
-        stop_after=(float, "merge for so many seconds only, and once more so many"),
         fsync=(False, "merge with fsync"),
         csv=(Path("rehearsal.csv"), "raw figures"),
     ).parse_args()
     with Workspace(args) as workspace:
         print_facts(args.work_dir, args.python)
-        steps = rehearse(args, workspace)
-    print_table(HEADER, [step.row() for step in steps])
-    digests = {step.output_digest for step in steps if step.output_digest}
+        rehearsal = Rehearsal(args, workspace)
+        rehearsal.take_steps()
+    steps = rehearsal.steps
+    print_steps(steps)
+    digests = {step["output_digest"] for step in steps} - {""}
     for digest in digests:
         print(f"\ndigest of the output's digests: {digest}")
-    write_csv(args.csv, [{"model": args.model, **asdict(step)} for step in steps])
-    is_as_promised = all(step.is_as_promised for step in steps) and len(digests) <= 1
+    write_csv(args.csv, [{"model": args.model, **step} for step in steps])
+    is_as_promised = all(step["is_as_promised"] for step in steps) and len(digests) <= 1
     raise SystemExit(0 if is_as_promised else 1)
 
 

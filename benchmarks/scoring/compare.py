@@ -9,8 +9,8 @@ their weights differ by more than 1e-4.
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.lib.machine import print_facts, read_into_cache, wait_until_idle
 from benchmarks.lib.processes import run_or_exit
@@ -25,24 +25,8 @@ WARM_UPS = {"shardmix": "import torch, transformers", "LM-Cocktail": "import LM_
 """What brings each tool into the page cache; shardmix first: its rounds are short."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One measurement: a row of the CSV."""
-
-    tool: str
-    round: int
-    wall_s: float
-    loading_s: float | None
-    """Reading the models before scoring; None if reading is a part of scoring."""
-    seconds: float
-    """Scoring only, as the tool's process reports it."""
-    user_s: float
-    system_s: float
-    peak_bytes: int
-    busy_before: float
-    """Share of the cores that other processes kept busy just before."""
-    losses: list[float]
-    weights: list[float]
+Sample = dict[str, Any]
+"""One measurement: a row of the CSV."""
 
 
 def measure(tool: str, number: int, python: str, models: Sequence[Path], data: Path) -> Sample:
@@ -53,24 +37,27 @@ def measure(tool: str, number: int, python: str, models: Sequence[Path], data: P
     busy = wait_until_idle()
     finished = run_or_exit(score_command(tool, python, models, data))
     report = finished.report()
-    return Sample(
-        tool=tool,
-        round=number,
-        wall_s=round(finished.wall_s, 3),
-        loading_s=report.get("loading_seconds"),
-        seconds=report["seconds"],
-        user_s=round(finished.user_s, 3),
-        system_s=round(finished.system_s, 3),
-        peak_bytes=finished.peak_bytes,
-        busy_before=busy,
-        losses=report["losses"],
-        weights=report["weights"],
-    )
+    return {
+        "tool": tool,
+        "round": number,
+        "wall_s": finished.wall_s,
+        # Reading the models before scoring; None if reading is a part of scoring.
+        "loading_s": report.get("loading_seconds"),
+        # Scoring only, as the tool's process reports it.
+        "seconds": report["seconds"],
+        "user_s": finished.user_s,
+        "system_s": finished.system_s,
+        "peak_bytes": finished.peak_bytes,
+        # Share of the cores that other processes kept busy just before.
+        "busy_before": busy,
+        "losses": report["losses"],
+        "weights": report["weights"],
+    }
 
 
 def largest_difference(samples: Sequence[Sample], figures: str) -> float:
     """Return the most by which two runs, of one tool or of both, differ for one model."""
-    by_model = zip(*(getattr(sample, figures) for sample in samples), strict=True)
+    by_model = zip(*(sample[figures] for sample in samples), strict=True)
     return max(max(values) - min(values) for values in by_model)
 
 
@@ -79,9 +66,11 @@ def print_report(by_tool: dict[str, list[Sample]]) -> None:
     rows: list[Sequence[object]] = []
     medians = {}
     for tool, samples in by_tool.items():
-        loading = [sample.loading_s for sample in samples if sample.loading_s is not None]
-        wall, seconds = [one.wall_s for one in samples], [one.seconds for one in samples]
-        peak = max(one.peak_bytes for one in samples)
+        loading, wall, seconds, peaks = (
+            [one[name] for one in samples if one[name] is not None]
+            for name in ("loading_s", "wall_s", "seconds", "peak_bytes")
+        )
+        peak = max(peaks)
         medians[tool] = statistics.median(wall), statistics.median(seconds), peak
         told = spread(loading) if loading else ""
         name = f"{tool}, {len(samples)} rounds"
@@ -95,7 +84,7 @@ def print_report(by_tool: dict[str, list[Sample]]) -> None:
     firsts = [samples[0] for samples in by_tool.values()]
     header = ("", *(f"{tool}: {figure}" for tool in by_tool for figure in ("loss", "weight")))
     figures = [
-        [values[number] for first in firsts for values in (first.losses, first.weights)]
+        [values[number] for first in firsts for values in (first["losses"], first["weights"])]
         for number in range(NUM_MODELS)
     ]
     print_table(
@@ -124,21 +113,21 @@ def main() -> None:
         data = copy_examples(args.data, workspace.scratch("examples.json"))
         models = [workspace.lasting(f"decoder-{seed}") for seed in range(NUM_MODELS)]
         for seed, model in enumerate(models):
-            if not model.exists():
-                words = ["decoder", model, "--seed", str(seed), "--texts", data]
+            if not (model / "config.json").exists():
+                words = [model, "--decoder-seed", str(seed), "--texts", data]
                 run_or_exit([args.python, "-m", "benchmarks.scoring.decoders", *words])
         for tool, samples in by_tool.items():
             for number in range(1, rounds[tool] + 1):
                 samples.append(measure(tool, number, pythons[tool], models, data))
-                print(f"round {number}: {tool:12}{samples[-1].wall_s:8.2f} s wall")
+                print(f"round {number}: {tool:12}{samples[-1]['wall_s']:8.2f} s wall")
     everything = [sample for samples in by_tool.values() for sample in samples]
     print_report(by_tool)
     losses = largest_difference(everything, "losses")
     weights = largest_difference(everything, "weights")
-    noisy = sum(sample.busy_before > 0.2 for sample in everything)
+    noisy = sum(sample["busy_before"] > 0.2 for sample in everything)
     print(f"\n{noisy} of {len(everything)} measurements began with other processes on the cores")
     print(f"largest difference: {losses:.2e} in a loss, {weights:.2e} in a weight")
-    write_csv(args.csv, [asdict(sample) for sample in everything])
+    write_csv(args.csv, everything)
     raise SystemExit(0 if weights <= MAX_WEIGHT_DIFFERENCE else 1)
 
 

@@ -2,13 +2,17 @@
 
 Runs in an environment with transformers, in a process of its own.
 
-    python -m benchmarks.scoring.decoders decoder OUT --seed 1
-    python -m benchmarks.scoring.decoders tokenizer CHECKPOINT
+    python -m benchmarks.scoring.decoders OUT --decoder-seed 1
+    python -m benchmarks.scoring.decoders CHECKPOINT
 """
 
 import argparse
 import pydoc_data.topics
 from pathlib import Path
+
+import torch
+from tokenizers import ByteLevelBPETokenizer, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 32000
 
@@ -18,24 +22,19 @@ INITIALIZER_RANGES = (0.02, 0.05, 0.08)
 
 
 def write_tokenizer(folder: Path, texts: Path | None) -> None:
-    """A byte-level BPE with bos, eos and pad, trained on the English text that python ships.
+    """Write a byte-level BPE with bos, eos and pad, trained on the English text that python ships.
 
     That text is small: with `texts`, what is to be scored is trained on as well, so that it takes
     about as few tokens as a real tokenizer, which has seen all of English, would make of it.
     """
-    from tokenizers import ByteLevelBPETokenizer, processors
-    from transformers import PreTrainedTokenizerFast
-
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     tokenizer = ByteLevelBPETokenizer()
     corpus = [*pydoc_data.topics.topics.values()]
     if texts is not None:
         corpus += [texts.read_text()] * 2  # a pair that occurs once is never joined
+    names = ["<unk>", *special.values()]
     tokenizer.train_from_iterator(
-        corpus,
-        vocab_size=VOCAB_SIZE,
-        show_progress=False,
-        special_tokens=["<unk>", *special.values()],
+        corpus, vocab_size=VOCAB_SIZE, show_progress=False, special_tokens=names
     )
     # As Llama's: a bos in front, no eos behind.
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -49,14 +48,8 @@ def write_tokenizer(folder: Path, texts: Path | None) -> None:
     wrapped.save_pretrained(folder)
 
 
-def write_decoder(folder: Path, seed: int, texts: Path | None) -> None:
-    """A Llama of 58 million random float32 values in shards, with its tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    # In another folder first: the one that has the final name is complete.
-    partial = folder.with_name(f"{folder.name}.part")
-    write_tokenizer(partial, texts)
+def write_decoder(folder: Path, seed: int) -> None:
+    """Write a Llama of 58 million random float32 values in shards."""
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=512,
@@ -73,23 +66,15 @@ def write_decoder(folder: Path, seed: int, texts: Path | None) -> None:
         dtype="float32",
     )
     torch.manual_seed(seed)
-    LlamaForCausalLM(config).save_pretrained(partial, max_shard_size="80MB")
-    partial.rename(folder)
-
-
-def main() -> None:
-    """Write what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=("decoder", "tokenizer"))
-    parser.add_argument("out", type=Path, help="folder to write, or to add the tokenizer to")
-    parser.add_argument("--seed", type=int, default=0, help="other seeds give other values")
-    parser.add_argument("--texts", type=Path, help="file that the tokenizer learns from as well")
-    args = parser.parse_args()
-    if args.kind == "decoder":
-        write_decoder(args.out, args.seed, args.texts)
-    else:
-        write_tokenizer(args.out, args.texts)
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="80MB")
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="folder to write, or to add the tokenizer to")
+    parser.add_argument("--decoder-seed", type=int, help="write a decoder, too")
+    parser.add_argument("--texts", type=Path, help="file that the tokenizer learns from as well")
+    args = parser.parse_args()
+    write_tokenizer(args.out, args.texts)
+    if args.decoder_seed is not None:
+        write_decoder(args.out, args.decoder_seed)

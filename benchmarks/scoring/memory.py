@@ -8,19 +8,18 @@ disk offload. Ends with status 1 if a promise was broken.
 """
 
 import argparse
-import contextlib
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.lib import promises
-from benchmarks.lib.control_group import NoMemoryGroupError, memory_group
+from benchmarks.lib.control_group import NoMemoryGroupError, memory_group, run_within
 from benchmarks.lib.machine import can_drop_caches, drop_caches, print_facts, wait_until_idle
-from benchmarks.lib.processes import run, run_or_exit
+from benchmarks.lib.processes import run_or_exit
 from benchmarks.lib.programs import budget_option, score_command
+from benchmarks.lib.promises import Row
 from benchmarks.lib.tables import Size, mib, over, print_table, write_csv
 from benchmarks.lib.workspace import Workspace, parser
 from benchmarks.scoring.task import copy_examples
@@ -36,8 +35,7 @@ READS = {
     "read_calls_bytes": "read calls",
     "disk_bytes": "from disk",
 }
-HEADER = ("case", *promises.HEADER, *READS.values(), "s", "promise")
-Row = dict[str, Any]
+HEADER = ("case", *promises.HEADER, *READS.values(), "s", "promise", "charged MiB", "OOM kills")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +61,7 @@ def measure(case: Case, python: str, models: Sequence[Path], data: Path) -> Row:
     wait_until_idle()
     options = budget_option(case.budget_bytes)
     command = score_command(case.tool, python, models, data, options=options)
-    with contextlib.ExitStack() as stack:
-        charged_bytes = oom_kills = 0
-        if case.group_bytes:
-            group = stack.enter_context(memory_group(case.group_bytes))
-            finished = run(group.wrap(command))
-            charged_bytes, oom_kills = group.peak_bytes(), group.oom_kills()
-        else:
-            finished = run(command)
+    finished, charged = run_within(case.group_bytes, command)
     row = promises.judged(finished, case.budget_bytes, is_refused=case.is_refused)
     shards = [path for model in models for path in model.glob("*.safetensors")]
     checkpoint_bytes = sum(path.stat().st_size for path in shards)
@@ -82,22 +73,19 @@ def measure(case: Case, python: str, models: Sequence[Path], data: Path) -> Row:
     return {
         "case": case.title,
         "tool": case.tool,
-        "budget_bytes": case.budget_bytes,
         "group_bytes": case.group_bytes,
-        **{name: row[f"{name}"] for name in ("projected_bytes", "reported_bytes")},
-        "measured_bytes": finished.peak_bytes,
-        "charged_bytes": charged_bytes,
-        "oom_kills": oom_kills,
+        **row,
+        "charged_mib": charged[0],
+        "oom_kills": charged[1],
         "checkpoint_bytes": checkpoint_bytes,
         "bytes_read": bytes_read,
         "read_calls_bytes": finished.read_calls_bytes,
         "disk_bytes": finished.disk_bytes,
-        "wall_s": round(finished.wall_s, 3),
-        **{name: row[name] for name in ("seconds", "failure", "promise")},
+        "wall_s": finished.wall_s,
     }
 
 
-def print_rows(rows: Sequence[Row], *, with_group: bool) -> None:
+def print_rows(rows: Sequence[Row]) -> None:
     """Print the scorings side by side and, below, what those without figures said."""
     table = []
     for row in rows:
@@ -105,20 +93,17 @@ def print_rows(rows: Sequence[Row], *, with_group: bool) -> None:
         if not row["failure"]:
             figures = [over(row[name], row["checkpoint_bytes"]) for name in READS]
             figures.append(f"{row['seconds']:.1f}")
-        cells = [row["case"], *promises.cells(row), *figures, row["promise"]]
-        if with_group:
-            charged = (mib(row["charged_bytes"]), row["oom_kills"])
-            cells += charged if row["group_bytes"] else ("-", "-")
-        table.append(cells)
-    print_table((*HEADER, "charged MiB", "OOM kills") if with_group else HEADER, table)
+        last = (row[name] for name in ("promise", "charged_mib", "oom_kills"))
+        table.append([row["case"], *promises.cells(row), *figures, *last])
+    print_table(HEADER, table)
     promises.print_failures(rows)
 
 
 def two_models(workspace: Workspace, args: argparse.Namespace) -> list[Path]:
     """Return the checkpoint with a tokenizer, and its double."""
-    model = workspace.checkpoint(args.preset, "llama", "--preset", args.preset)
+    model = workspace.checkpoint(args.preset, args.preset)
     if not (model / "tokenizer.json").exists():
-        run_or_exit([args.python, "-m", "benchmarks.scoring.decoders", "tokenizer", model])
+        run_or_exit([args.python, "-m", "benchmarks.scoring.decoders", model])
     return [model, workspace.linked_copy(model, f"{args.preset}-copy")]
 
 
@@ -162,10 +147,10 @@ def main() -> None:
         cases = [Case(args.preset, "shardmix", budget) for budget in (*args.budgets, 0)]
         cases.append(Case("too small a budget", "shardmix", TOO_SMALL, is_refused=True))
         rows = [measure(case, args.python, models, data) for case in cases]
-        print_rows(rows, with_group=False)
+        print_rows(rows)
         print(f"Beside accelerate, and inside a control group of {mib(args.group_size)} MiB\n")
         compared = [measure(case, args.python, models, data) for case in group_cases(args)]
-        print_rows(compared, with_group=True)
+        print_rows(compared)
     rows += compared
     write_csv(args.csv, rows)
     raise SystemExit(promises.exit_status([row for row in rows if row["tool"] == "shardmix"]))

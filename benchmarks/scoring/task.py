@@ -1,6 +1,7 @@
 """The examples that are scored: those of a file, or 45 made-up ones. Standard library only."""
 
 import json
+import pydoc_data.topics
 import random
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,6 @@ from typing import Any
 TASK_LENGTHS = (240, 260, 80, 910, 140, 110, 330, 130, 160)
 EXAMPLES_PER_TASK = 5
 
-COMMON_WORDS = (
-    "the of and to a in is that it was for on are as with his they at be this from have or by one "
-    "had not but what all were when we there can an your which their said if do will each about "
-    "how up out them then she many some so these would other into has more her two like him see "
-    "time could no make than first been its who now people my made over did down only way find "
-    "use may water long little very after words called just where most know"
-)
-
 
 def read_examples(path: Path) -> list[dict[str, str]]:
     """Return the examples of a JSON list, of a JSON object of lists (all of them), or of lines."""
@@ -26,9 +19,8 @@ def read_examples(path: Path) -> list[dict[str, str]]:
         value: Any = json.loads(text)
     except json.JSONDecodeError:
         return [json.loads(line) for line in text.splitlines() if line.strip()]
-    if isinstance(value, list):
-        return value
-    return [example for examples in value.values() for example in examples]
+    of_tasks = [value] if isinstance(value, list) else value.values()
+    return [example for examples in of_tasks for example in examples]
 
 
 def copy_examples(data: Path | None, path: Path, count: int | None = None) -> Path:
@@ -40,15 +32,14 @@ def copy_examples(data: Path | None, path: Path, count: int | None = None) -> Pa
 
 
 def made_up_examples() -> list[dict[str, str]]:
-    """Return 45 examples of common words, the same ones every time."""
+    """Return 45 examples of words that python's manual has, the same ones every time."""
     generator = random.Random(45)
-    vocabulary = COMMON_WORDS.split()
+    words = [
+        word for word in pydoc_data.topics.topics["dynamic-features"].split() if word.isalpha()
+    ]
 
     def sentence(num_characters: float) -> str:
-        words: list[str] = []
-        while sum(map(len, words)) + len(words) < num_characters:
-            words.append(generator.choice(vocabulary))
-        return " ".join(words).capitalize()
+        return " ".join(generator.choices(words, k=max(1, round(num_characters / 6))))
 
     return [
         {

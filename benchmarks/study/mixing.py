@@ -172,7 +172,11 @@ def _measure(
     sources = {str(family.folders[name]): share for name, share in weights.items() if share > 0}
     # The mix is read once and replaced: nothing is lost if the machine stops before it is on disk.
     shardmix.merge(
-        sources, family.mix_folder, base=str(family.folders["base"]), overwrite=True, fsync=False
+        sources,
+        family.mix_folder,
+        config_from=str(family.folders["base"]),
+        overwrite=True,
+        fsync=False,
     )
     mix = " ".join(f"{name}={share:.4f}" for name, share in weights.items())
     for test in tests:

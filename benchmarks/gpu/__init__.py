@@ -1,1 +1,0 @@
-"""Merges on a GPU beside the CPU, the floor and the GPU's own link."""
