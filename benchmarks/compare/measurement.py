@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import os
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
@@ -12,7 +11,7 @@ from benchmarks.compare.parts import Case
 from benchmarks.compare.samples import Row, Rows
 from benchmarks.lib.machine import Filler, drop_caches, read_into_cache, wait_until_idle
 from benchmarks.lib.processes import run, run_or_exit, tree_resident_bytes
-from benchmarks.lib.programs import MERGES, Pythons, budget_option, merge_command
+from benchmarks.lib.programs import MERGES, Pythons, budget_option, merge_command, split_options
 from benchmarks.lib.workspace import Workspace, remove
 
 HEADERS_MARGIN_BYTES = 16 * 1024**2
@@ -92,16 +91,10 @@ class Bench:
     def _command(
         self, tool: str, models: Sequence[Path], fsync: bool = False, options: Sequence[str] = ()
     ) -> list[str]:
-        given = vars(self._args).get(f"{tool.partition('-')[0]}_options", "")
-        return merge_command(
-            tool,
-            self._pythons[MERGES[tool].environment],
-            models,
-            self._output,
-            fsync=fsync,
-            options=[*shlex.split(given), *options],
-            recipe=self._recipe,
-        )
+        given = split_options(self._args, tool.partition("-")[0])
+        how = {"fsync": fsync, "options": [*given, *options], "recipe": self._recipe}
+        python = self._pythons[MERGES[tool].environment]
+        return merge_command(tool, python, models, self._output, **how)
 
     def _prepare(self, case: Case, cache: str) -> float:
         """Bring caches and disk to the same state; return how busy others keep the cores."""

@@ -10,14 +10,15 @@ not count. What fsync costs beside a program that forces the same bytes is in `b
 """
 
 import contextlib
-import functools
 import random
 import shutil
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+import timeit
+from collections.abc import Iterator
 from pathlib import Path
+from time import process_time
+from types import SimpleNamespace
 from unittest import mock
 
 import shardmix
@@ -30,16 +31,13 @@ from shardmix.profiling.sampler import INTERVAL_SECONDS, memory_probe
 from shardmix.system import digests
 from shardmix.system.timer import NO_CLOCK, READ, StageClock
 
-
-class NoHasher:
-    """Takes in bytes and forgets them."""
-
-    def update(self, data: memoryview) -> None:
-        """Do nothing."""
-
-    def digest(self) -> bytes:
-        """Return no digest."""
-        return bytes(16)
+NO_HASHER = SimpleNamespace(update=lambda data: None, digest=lambda: bytes(16))
+"""Takes in bytes and forgets them."""
+# The kernels' loop for bfloat16 as it would be if nobody asked for NaN and Inf.
+GUARDS = {
+    "%largest, <{lanes} x i32> %magnitude_low)": "%largest, <{lanes} x i32> %largest)",
+    "%larger_low, <{lanes} x i32> %magnitude_high)": "%larger_low, <{lanes} x i32> %larger_low)",
+}
 
 
 def claim_nothing(
@@ -49,65 +47,19 @@ def claim_nothing(
     self.leaves[shard].put(leaf, digest)
 
 
-def unguarded_loop() -> str:
-    """Return the kernels' loop for bfloat16 as it would be if nobody asked for NaN and Inf."""
-    loop = llvm_loops._LOOP_OF_PAIRS
-    for guarded, unguarded in (
-        ("%largest, <{lanes} x i32> %magnitude_low)", "%largest, <{lanes} x i32> %largest)"),
-        (
-            "%larger_low, <{lanes} x i32> %magnitude_high)",
-            "%larger_low, <{lanes} x i32> %larger_low)",
-        ),
-    ):
-        assert guarded in loop
-        loop = loop.replace(guarded, unguarded)
-    return loop
-
-
 @contextlib.contextmanager
 def nothing_safe() -> Iterator[None]:
     """Leave out what `safety` measures, by patching shardmix: it has no switch for that."""
+    loop = llvm_loops._LOOP_OF_PAIRS
+    for guarded, unguarded in GUARDS.items():
+        assert guarded in loop
+        loop = loop.replace(guarded, unguarded)
     with (
-        mock.patch.object(digests, "_leaf_hasher", return_value=NoHasher()),
+        mock.patch.object(digests, "_leaf_hasher", return_value=NO_HASHER),
         mock.patch.object(journal.Journal, "add", claim_nothing),
-        mock.patch.object(llvm_loops, "_LOOP_OF_PAIRS", unguarded_loop()),
+        mock.patch.object(llvm_loops, "_LOOP_OF_PAIRS", loop),
     ):
         yield
-
-
-def rounds(
-    merge: Callable[[bool], shardmix.MergeReport], output: Path, count: int
-) -> Iterator[tuple[bool, dict[str, float]]]:
-    """Merge with and without, `count` times each; yield which it was, and what it took."""
-    order = random.Random(7)
-    for number in range(count + 1):
-        for with_it in order.sample([True, False], 2):
-            shutil.rmtree(output, ignore_errors=True)
-            cpu_before = time.process_time()
-            report = merge(with_it)
-            cpu_s = round(time.process_time() - cpu_before, 4)
-            if number:
-                yield with_it, {"seconds": round(report.seconds, 4), "cpu_s": cpu_s}
-    shutil.rmtree(output)
-
-
-def compare(title: str, measured: list[tuple[bool, dict[str, float]]]) -> Iterator[list[str]]:
-    """Yield a row for each unit: with, without, and ratios."""
-    for unit in ("seconds", "cpu_s"):
-        times = {True: [], False: []}
-        for with_it, taken in measured:
-            times[with_it].append(taken[unit])
-        ratios = [f(times[True]) / f(times[False]) for f in (statistics.median, min)]
-        spreads = [spread(times[True]), spread(times[False])]
-        yield [f"{title}, {unit}", *spreads, *(f"{ratio:.3f}" for ratio in ratios)]
-
-
-def microseconds(call: Callable[[], object], *, count: int) -> str:
-    """Return the mean time of a call."""
-    started = time.perf_counter()
-    for _ in range(count):
-        call()
-    return f"{(time.perf_counter() - started) / count * 1e6:.2f}"
 
 
 def print_parts_of_a_recording() -> None:
@@ -115,15 +67,15 @@ def print_parts_of_a_recording() -> None:
     clock = StageClock()
     clock.start()
     rollup = Path("/proc/self/smaps_rollup")
-    sample = f"a sample of memory, every {INTERVAL_SECONDS * 1000:.0f} ms"
     with memory_probe() as probe:
-        rows = [
-            ("a lap, recorded", microseconds(lambda: clock.lap(READ, 1), count=500_000)),
-            ("a lap, not recorded", microseconds(lambda: NO_CLOCK.lap(READ, 1), count=500_000)),
-            (sample, microseconds(probe, count=5_000)),
-            ("/proc/self/smaps_rollup instead", microseconds(rollup.read_bytes, count=50)),
-        ]
-    print_table(["", "µs"], rows)
+        calls = {
+            "a lap, recorded": (lambda: clock.lap(READ, 1), 500_000),
+            "a lap, not recorded": (lambda: NO_CLOCK.lap(READ, 1), 500_000),
+            f"a sample of memory, every {INTERVAL_SECONDS * 1000:.0f} ms": (probe, 5_000),
+            "/proc/self/smaps_rollup instead": (rollup.read_bytes, 50),
+        }
+        times = {what: timeit.timeit(call, number=n) / n for what, (call, n) in calls.items()}
+    print_table(["", "µs"], [(what, f"{seconds * 1e6:.2f}") for what, seconds in times.items()])
     print()
 
 
@@ -139,37 +91,44 @@ def main() -> None:
     )
     options.add_argument("work", choices=["safety", "profile"])
     args = options.parse_args()
+    is_safety = args.work == "safety"
     rows: list[dict[str, object]] = []
     table = []
+    order = random.Random(7)
     with Workspace(args) as workspace:
         print_facts(args.work_dir, sys.executable)
         folders = workspace.checkpoints(args.preset, "abc", args.preset)
         models = {str(folder): 1 / len(folders) for folder in folders}
         output = args.output or workspace.scratch("merged")
         profile = workspace.scratch("profile.json")
-
-        def without_safety(with_it: bool, backend: str) -> shardmix.MergeReport:
-            with contextlib.nullcontext() if with_it else nothing_safe():
-                return shardmix.merge(models, output, fsync=False, backend=backend)
-
-        def without_profile(with_it: bool, backend: str) -> shardmix.MergeReport:
-            path = profile if with_it else None
-            return shardmix.merge(models, output, fsync=False, backend=backend, profile=path)
-
-        if args.work == "safety":
-            merge, column, backends = without_safety, "safe", ("llvm", "torch")
-        else:
-            merge, column, backends = without_profile, "recorded", ("auto",)
-        for backend in backends:
+        for backend in ("llvm", "torch") if is_safety else ("auto",):
             read_into_cache(folders)
             wait_until_idle()
-            call = functools.partial(merge, backend=backend)
-            measured = list(rounds(call, output, args.rounds))
-            table += compare(backend, measured)
-            rows += [{"backend": backend, column: is_with} | took for is_with, took in measured]
-        print()
-        if args.work == "profile":
-            print_parts_of_a_recording()
+            times: dict[tuple[str, bool], list[float]] = {}
+            for number in range(args.rounds + 1):
+                for with_it in order.sample([True, False], 2):
+                    shutil.rmtree(output, ignore_errors=True)
+                    path = profile if with_it and not is_safety else None
+                    how = {"fsync": False, "backend": backend, "profile": path}
+                    cpu_before = process_time()
+                    with nothing_safe() if is_safety and not with_it else contextlib.nullcontext():
+                        seconds = shardmix.merge(models, output, **how).seconds
+                    took = {"seconds": round(seconds, 4)}
+                    took["cpu_s"] = round(process_time() - cpu_before, 4)
+                    if number:
+                        column = "safe" if is_safety else "recorded"
+                        rows.append({"backend": backend, column: with_it, **took})
+                        for unit, value in took.items():
+                            times.setdefault((unit, with_it), []).append(value)
+            for unit in took:
+                both = times[unit, True], times[unit, False]
+                ratios = [f(both[0]) / f(both[1]) for f in (statistics.median, min)]
+                cells = [*map(spread, both), *(f"{ratio:.3f}" for ratio in ratios)]
+                table.append([f"{backend}, {unit}", *cells])
+        shutil.rmtree(output)
+    print()
+    if not is_safety:
+        print_parts_of_a_recording()
     print_table(["", "with", "without", "ratio of medians", "of the lowest"], table)
     write_csv(args.csv or Path(f"{args.work}.csv"), rows)
 

@@ -5,7 +5,7 @@ python -m benchmarks.compare.plots docs/benchmarks
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,19 +39,17 @@ STYLE = {
 
 
 def memory_over_time(path: Path, looks: Rows) -> None:
-    """Side by side, a panel for each tool: its own seconds, and one scale of memory for all."""
+    """Draw a panel for each tool, side by side: its own seconds, and one scale of memory."""
     names = tools_of(looks)
     top = 1.5 * max(look["resident_bytes"] for look in looks) / MIB
     columns = min(len(names), PANELS_IN_A_ROW)
     rows = math.ceil(len(names) / columns)
-    size = (2 * columns + 0.5, 2 * rows + 0.5)
-    figure, grid = plt.subplots(
-        rows, columns, sharey=True, squeeze=False, figsize=size, layout="constrained"
-    )
+    size = {"figsize": (2 * columns + 0.5, 2 * rows + 0.5), "layout": "constrained"}
+    figure, grid = plt.subplots(rows, columns, sharey=True, squeeze=False, **size)
     for axes in grid.flat[len(names) :]:
         axes.set_visible(False)
     for axes, tool in zip(grid.flat, names, strict=False):
-        mine = [look for look in looks if look["tool"] == tool]
+        mine = where(looks, tool=tool)
         seconds = [look["seconds"] for look in mine]
         resident = [look["resident_bytes"] / MIB for look in mine]
         axes.fill_between(seconds, resident, 1, color=COLORS[tool], alpha=0.6, linewidth=0)
@@ -65,39 +63,37 @@ def memory_over_time(path: Path, looks: Rows) -> None:
     _save(figure, path)
 
 
-def peak_mib(samples: Rows) -> float:
+def peak_mib(rows: Rows) -> float:
     """Return the highest peak."""
-    return (peak_bytes(samples) or 0) / MIB
+    return (peak_bytes(rows) or 0) / MIB
 
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A line for each tool: a figure of all its samples of one value."""
+    """A line for each tool: a figure of all its rows of one value."""
 
     part: str
     across: Callable[[Row], float]
+    xlabel: str
     up: Callable[[Rows], float | None]
-    labels: tuple[str, str]
-    """Of both axes."""
     log: str = "y"
     """Which axes are logarithmic."""
 
-    def draw(self, axes: Axes, samples: Rows) -> None:
-        """Draw the lines; a budget of none is a line across."""
+    def draw(self, axes: Axes, rows: Rows) -> None:
+        """Draw the lines; without a budget it is a line across."""
         is_budget = self.part == "budgets"
-        given = [sample for sample in samples if sample["budget_bytes"] or not is_budget]
-        values = sorted({self.across(sample) for sample in given})
+        given = [row for row in rows if row["budget_bytes"] or not is_budget]
         for tool in tools_of(given):
             mine = where(given, tool=tool)
-            own = sorted({self.across(sample) for sample in mine})
-            heights = [self.up([one for one in mine if self.across(one) == x]) for x in own]
+            values = sorted({self.across(row) for row in mine})
+            heights = [self.up([one for one in mine if self.across(one) == x]) for x in values]
             width = 2.5 if tool == "shardmix" else 1.3
-            axes.plot(own, heights, marker="o", label=tool, color=COLORS[tool], linewidth=width)
-        if is_budget and (free := where(samples, budget_bytes=0)):
+            axes.plot(values, heights, marker="o", label=tool, color=COLORS[tool], linewidth=width)
+        if is_budget and (free := where(rows, budget_bytes=0)):
             axes.axhline(self.up(free), linestyle=":", color="gray", label="without a budget")
         if is_budget and self.up is peak_mib:
             axes.plot(values, values, color="black", linewidth=1, label="the budget")
-        axes.set(xlabel=self.labels[0], ylabel=self.labels[1])
+        axes.set(xlabel=self.xlabel, ylabel="peak, MiB" if self.up is peak_mib else "seconds")
         for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
             if name in self.log:
                 axes.set(**{f"{name}scale": "log"})
@@ -108,34 +104,29 @@ class Plot:
             axes.set(ylim=(0, None))
 
 
-def _budget_mib(sample: Row) -> float:
-    return sample["budget_bytes"] / MIB
+def _in_mib(column: str) -> Callable[[Row], float]:
+    return lambda row: row[column] / MIB
 
 
-BUDGET = "--max-memory, MiB"
-PEAK = "peak, MiB"
+BUDGET = _in_mib("budget_bytes")
 PARTS = {
     "time-by-size.svg": Plot(
         "sizes",
-        lambda one: one["num_models"] * one["model_bytes"] / GB,
+        lambda row: row["num_models"] * row["model_bytes"] / GB,
+        "GB of all models together",
         total_s,
-        ("GB of all models together", "seconds"),
     ),
-    "peak-by-models.svg": Plot("models", lambda one: one["num_models"], peak_mib, ("models", PEAK)),
+    "peak-by-models.svg": Plot("models", lambda row: row["num_models"], "models", peak_mib),
     "peak-by-tensor.svg": Plot(
-        "tensors",
-        lambda one: one["largest_tensor_bytes"] / MIB,
-        peak_mib,
-        ("largest tensor, MiB", PEAK),
-        log="xy",
+        "tensors", _in_mib("largest_tensor_bytes"), "largest tensor, MiB", peak_mib, log="xy"
     ),
-    "peak-by-budget.svg": Plot("budgets", _budget_mib, peak_mib, (BUDGET, PEAK), log=""),
-    "time-by-budget.svg": Plot("budgets", _budget_mib, total_s, (BUDGET, "seconds"), log=""),
+    "peak-by-budget.svg": Plot("budgets", BUDGET, "--max-memory, MiB", peak_mib, log=""),
+    "time-by-budget.svg": Plot("budgets", BUDGET, "--max-memory, MiB", total_s, log=""),
 }
 
 
-def _readable(axis: Axis, *, marks: Sequence[int] = (1, 2, 5)) -> None:
-    """Ticks of a logarithmic axis at these digits, written out."""
+def _readable(axis: Axis, *, marks: tuple[int, ...] = (1, 2, 5)) -> None:
+    """Mark a logarithmic axis at these digits, written out."""
     axis.set_major_locator(LogLocator(subs=marks))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
@@ -149,14 +140,13 @@ def _save(figure: Figure, path: Path) -> None:
 
 def main(folder: Path) -> None:
     """Draw all plots that there are figures for."""
-    samples = read(folder / "bench.csv")
-    looks = read(folder / "bench-memory.csv")
+    rows, looks = read(folder / "bench.csv"), read(folder / "bench-memory.csv")
     mpl.use("svg")
     mpl.rcParams.update(STYLE)
     if looks:
         memory_over_time(folder / "memory-over-time.svg", looks)
     for name, plot in PARTS.items():
-        if found := where(samples, part=plot.part):
+        if found := where(rows, part=plot.part):
             figure, axes = plt.subplots(layout="constrained")
             plot.draw(axes, found)
             axes.set_title(PLOTS[name])

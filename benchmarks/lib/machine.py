@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import psutil
+
 from benchmarks.lib.processes import run
 
 PACKAGES = (
@@ -38,13 +40,16 @@ FREE_SHARE = 0.02
 
 def facts(work_dir: Path, pythons: Sequence[str]) -> list[str]:
     """Return the machine's facts and the versions in each python, one line each."""
-    free = os.statvfs(work_dir)
+    told = Path("/proc/cpuinfo").read_text().partition("model name")[2].partition("\n")[0]
+    cpu = told.strip(": \t") or platform.machine()
+    mounts = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
+    mount = max(filter(work_dir.resolve().is_relative_to, mounts), key=len)
     lines = [
-        f"cpu      {field('/proc/cpuinfo', 'model name') or platform.machine()}",
+        f"cpu      {cpu}",
         f"cores    {len(os.sched_getaffinity(0))}, load {os.getloadavg()[0]:.2f}",
-        f"memory   {memory_bytes('MemTotal') / 1024**3:.1f} GiB",
+        f"memory   {psutil.virtual_memory().total / 1024**3:.1f} GiB",
         f"kernel   {platform.system()} {platform.release()}",
-        f"disk     {_file_system(work_dir)}, {free.f_bavail * free.f_frsize / 1e9:.0f} GB free",
+        f"disk     {mounts[mount]}, {psutil.disk_usage(str(work_dir)).free / 1e9:.0f} GB free",
     ]
     for python in dict.fromkeys(pythons):
         answer = run([python, "-c", VERSIONS_PROGRAM, *PACKAGES])
@@ -58,39 +63,14 @@ def print_facts(work_dir: Path, *pythons: str) -> None:
     print("\n".join(facts(work_dir, pythons)), end="\n\n")
 
 
-def field(path: str, key: str) -> str:
-    """Return the value of the first `key : value` line of a file in /proc; empty without one."""
-    lines = Path(path).read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
-
-
-def memory_bytes(name: str) -> int:
-    """Return a figure of the kernel's about memory."""
-    return int(field("/proc/meminfo", f"{name}:").split()[0]) * 1024
-
-
-def _file_system(folder: Path) -> str:
-    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
-    holding = [words for words in mounts if folder.resolve().is_relative_to(words[1])]
-    return max(holding, key=lambda words: len(words[1]))[2]
-
-
 def wait_until_idle(*, limit_s: float = 20.0, busy_share: float = 0.2) -> float:
     """Wait for other processes to calm down; return the share of cores busy at the end."""
     deadline = time.monotonic() + limit_s
     while True:
-        before = _cpu_ticks()
-        time.sleep(0.3)
-        after = _cpu_ticks()
-        busy = 1 - (after[0] - before[0]) / max(1, after[1] - before[1])
+        # What waits for the disk counts as idle.
+        busy = psutil.cpu_percent(interval=0.3) / 100
         if busy <= busy_share or time.monotonic() >= deadline:
             return round(busy, 3)
-
-
-def _cpu_ticks() -> tuple[int, int]:
-    """(idle, all) ticks since the machine started; what waits for the disk counts as idle."""
-    ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
-    return ticks[3] + ticks[4], sum(ticks)
 
 
 def can_drop_caches() -> bool:
@@ -121,17 +101,17 @@ class Filler:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._size = 2 * memory_bytes("MemTotal") // BLOCK_BYTES * BLOCK_BYTES
+        self._memory_bytes = psutil.virtual_memory().total // BLOCK_BYTES * BLOCK_BYTES
         self._position = 0
         with path.open("wb") as file:
-            file.truncate(self._size)
+            file.truncate(2 * self._memory_bytes)
 
     def fill(self) -> None:
-        """Read until next to nothing is free, or as much as the memory holds was read."""
-        buffer = bytearray(BLOCK_BYTES)
-        read = 0
+        """Read until next to nothing is free, or as much as the memory holds was read, twice."""
+        buffer, read = bytearray(BLOCK_BYTES), 0
+        least, size = FREE_SHARE * self._memory_bytes, 2 * self._memory_bytes
         with self._path.open("rb", buffering=0) as file:
-            while memory_bytes("MemFree") > FREE_SHARE * self._size / 2 and read < self._size:
+            while psutil.virtual_memory().free > least and read < size:
                 for _ in range(64):
                     read += os.preadv(file.fileno(), [buffer], self._position)
-                    self._position = (self._position + BLOCK_BYTES) % self._size
+                    self._position = (self._position + BLOCK_BYTES) % size

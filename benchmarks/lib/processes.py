@@ -1,7 +1,7 @@
 """Runs processes one at a time and measures them: time, CPU, peak resident memory, reads.
 
-Imports nothing outside the standard library: what a child's `ru_maxrss` counts from includes the
-resident set of the process that started it, so this one must stay small.
+Imports next to nothing: what a child's `ru_maxrss` counts from includes the resident set of the
+process that started it, so this one must stay small.
 """
 
 import json
@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 # Nothing to look up: the models are folders.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 SECONDS_BETWEEN_LOOKS = 0.05
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,16 +134,11 @@ def tree_resident_bytes(pid: int) -> int:
     """Return the resident memory of a process, its children and theirs; 0 once it is gone.
 
     What a page shared with another process is counts for each, as in `ru_maxrss`; so do mapped
-    files. Reads `statm`: `smaps_rollup` walks the page tables and holds the process up.
+    files.
     """
-    folder = Path("/proc", str(pid))
     try:
-        own = int((folder / "statm").read_text().split()[1]) * PAGE_BYTES
-        children = [
-            int(child)
-            for thread in (folder / "task").iterdir()
-            for child in (thread / "children").read_text().split()
-        ]
-    except (FileNotFoundError, ProcessLookupError):
+        process = psutil.Process(pid)
+        family = [process, *process.children(recursive=True)]
+        return sum(each.memory_info().rss for each in family)
+    except psutil.NoSuchProcess:
         return 0
-    return own + sum(map(tree_resident_bytes, children))

@@ -1,29 +1,24 @@
-"""The command lines of all programs that are measured, and what they need installed.
+"""The command lines of all programs that are measured, by `programs.json`, and their pythons.
 
-`{models}` and such stand for what a run is about; see `merge_command` and `score_command`.
+There, `{models}` and such stand for what a run is about (see `merge_command`), and merges are in
+the order of the tables. mergekit runs with the fastest of its plain options on two cores: threads
+and asynchronous writes gained nothing, shards of the sources' size gained much over the default of
+one shard for everything. LM-Cocktail names no versions and leaves out sentence-transformers, which
+it imports. Scorings have LM-Cocktail's defaults. A copy by reflink would move no bytes.
 """
 
 import argparse
+import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.lib.processes import Finished, run
 from benchmarks.lib.workspace import Workspace, remove
-
-REQUIREMENTS = {
-    "mergekit": ("torch==2.13.0", "mergekit==0.1.5"),
-    # It names no versions and leaves out sentence-transformers, which it imports.
-    "lm-cocktail": (
-        *("torch==2.13.0", "transformers==5.23.0"),
-        *("sentence-transformers==6.2.0", "lm-cocktail==0.0.4"),
-    ),
-    "sd-mecha": ("torch==2.13.0", "sd-mecha==1.1.8"),
-}
-"""Of programs with an environment of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,52 +28,18 @@ class Program:
     words: str
     """Its command line."""
     environment: str = "shardmix"
-    """Whose python it runs with; a key of `REQUIREMENTS`, or shardmix's."""
+    """Whose python it runs with; one that needs an environment of its own, or shardmix's."""
     reports: bool = True
     """Whether it prints one JSON object with its `seconds` beyond start-up."""
     is_slow: bool = False
     """Takes minutes: fewer rounds."""
 
 
-_SHARDMIX = "{python} -m shardmix merge {weighted} -o {output} {fsync}"
-_OTHERS = "{python} -m benchmarks.compare.others"
-MERGES = {
-    # A reflink would move no bytes.
-    "cp": Program("cp -r --reflink=never {first} {output}", reports=False),
-    "floor": Program("{python} -m benchmarks.compare.floor {models} -o {output} {fsync}"),
-    "shardmix": Program(f"{_SHARDMIX} --quiet --json"),
-    "shardmix-mmap": Program(f"{_SHARDMIX} --io mmap --quiet --json"),
-    "shardmix-torch": Program(f"{_SHARDMIX} --backend torch --quiet --json"),
-    "shardmix-cpu": Program(f"{_SHARDMIX} --device cpu --quiet --json"),
-    "shardmix-gpu": Program(f"{_SHARDMIX} --device cuda:0 --quiet --json"),
-    "naive": Program(f"{_OTHERS} naive {{models}} -o {{output}}"),
-    # The fastest of its plain options on two cores: threads and asynchronous writes gained nothing,
-    # shards of the sources' size gained much over the default of one shard for everything.
-    "mergekit": Program(
-        "{bin}/mergekit-yaml {recipe} {output} --quiet --no-copy-tokenizer --no-write-model-card"
-        " --out-shard-size 500M",
-        "mergekit",
-        reports=False,
-    ),
-    "mix_models": Program(f"{_OTHERS} mix_models {{models}} -o {{output}}", "lm-cocktail"),
-    "mix_models_by_layers": Program(
-        f"{_OTHERS} mix_models_by_layers {{models}} -o {{output}}", "lm-cocktail", is_slow=True
-    ),
-    "sd-mecha": Program(f"{_OTHERS} sd-mecha {{models}} -o {{output}}", "sd-mecha"),
-}
-"""In the order of the tables."""
-
-_TASK = "--data {data} --temperature 5.0 --batch-size 2 --max-input-length 2048"
-SCORINGS = {
-    "shardmix": Program(
-        "{python} -m shardmix score {models} --model-type decoder --device cpu --json " + _TASK
-    ),
-    "LM-Cocktail": Program(
-        "{python} -m benchmarks.scoring.others lm-cocktail {models} " + _TASK, "lm-cocktail"
-    ),
-    "accelerate": Program("{python} -m benchmarks.scoring.others accelerate {models} " + _TASK),
-}
-"""With LM-Cocktail's defaults."""
+_TABLE = json.loads(Path(__file__).with_name("programs.json").read_text())
+MERGES = {name: Program(**entry) for name, entry in _TABLE["merges"].items()}
+SCORINGS = {name: Program(**entry) for name, entry in _TABLE["scorings"].items()}
+REQUIREMENTS: dict[str, list[str]] = _TABLE["requirements"]
+"""Of each environment."""
 
 
 class Pythons:
@@ -110,8 +71,8 @@ def fill_in(words: str, **values: object) -> list[str]:
     command: list[str] = []
     for word in words.split():
         value = values.get(word[1:-1])
-        many = [value] if not isinstance(value, list) else value
-        command += [str(item) for item in many] if value is not None else [word.format(**values)]
+        many = value if isinstance(value, list) else [value]
+        command += [word.format(**values)] if value is None else map(str, many)
     return command
 
 
@@ -128,8 +89,7 @@ def merge_command(
 ) -> list[str]:
     """Return a merge's command line, with equal weights if none are given.
 
-    `fsync` says whether a program that can is to put its output on the disk. A recipe is written
-    for the program that reads one.
+    `fsync`: whether a program that can is to put its output on the disk. A recipe is written.
     """
     weights = list(weights) or [1 / len(models)] * len(models)
     weighted = [f"{model}={weight}" for model, weight in zip(models, weights, strict=True)]
@@ -143,26 +103,20 @@ def merge_command(
     return [*fill_in(MERGES[name].words, **values), *options]
 
 
-def plan_command(
-    python: str,
-    models: Sequence[Path],
-    output: Path,
-    *,
-    weights: Iterable[float] = (),
-    options: Iterable[str] = (),
-) -> list[str]:
-    """Return the command line of a plan, in JSON."""
-    words = merge_command("shardmix", python, models, output, weights=weights)
+def plan_command(*where: Any, **how: Any) -> list[str]:
+    """Return the command line of a plan, in JSON; as `merge_command`, for shardmix."""
+    words = merge_command("shardmix", *where, **how, fsync=True)
     words[words.index("merge")] = "plan"
-    return [word for word in words if word not in ("--no-fsync", "--quiet")] + list(options)
+    words.remove("--quiet")
+    return words
 
 
 def score_command(
     name: str, python: str, models: Sequence[Path], data: Path, options: Iterable[str] = ()
 ) -> list[str]:
     """Return the command line of a scoring by a file of examples, which reports in JSON."""
-    words = SCORINGS[name].words
-    return [*fill_in(words, python=python, models=list(models), data=data), *options]
+    values = {"python": python, "models": list(models), "data": data}
+    return [*fill_in(SCORINGS[name].words, **values), *options]
 
 
 def budget_option(nbytes: int) -> list[str]:
@@ -203,5 +157,4 @@ def named_budget(finished: Finished) -> tuple[int, bool]:
 
 def split_options(args: argparse.Namespace, name: str) -> list[str]:
     """Return the options of a program that were given as one string, `--NAME-options`."""
-    given: Mapping[str, str] = vars(args)
-    return shlex.split(given[f"{name}_options"])
+    return shlex.split(vars(args).get(f"{name}_options", ""))

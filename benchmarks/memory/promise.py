@@ -82,14 +82,20 @@ class Merges:
         self._workspace = workspace
         self._python = python
         self._output = workspace.scratch("merged")
-        self._links: dict[tuple[str, str, int], Path] = {}
+        self._links: dict[str, Path] = {}
 
     def measure(self, combination: Combination) -> dict[str, Any]:
         """Merge once, and return the row; a broken promise is printed with its command."""
-        budget = combination["budget"]
+        budget, dtypes = combination["budget"], combination["dtypes"].split("+")
+        models = [
+            self._model(combination["shape"], dtypes[number % len(dtypes)], number)
+            for number in range(combination["models"])
+        ]
+        options = [f"--{name}={combination[name]}" for name in OPTIONS]
+        where = self._python, models, self._output
+        command = merge_command("shardmix", *where, options=options)
         os.sync()
         remove(self._output)
-        command = self._command(combination)
         if budget == LEAST:
             nbytes = least_budget(command, self._output, is_tried=False)
         else:
@@ -102,37 +108,22 @@ class Merges:
             print(f"{judged['promise']}: {shlex.join(command)}\n  {finished.last_words()}")
         return judged | dict(combination)
 
-    def _command(self, combination: Combination) -> list[str]:
-        dtypes = combination["dtypes"].upper().split("+")
-        models = [
-            self._model(combination["shape"], dtypes[number % len(dtypes)], number)
-            for number in range(combination["models"])
-        ]
-        options = [f"--{name}={combination[name]}" for name in OPTIONS]
-        return merge_command("shardmix", self._python, models, self._output, options=options)
-
     def _model(self, shape: str, dtype: str, number: int) -> Path:
         """Return a folder of hard links, the same for every merge that has it at this place."""
-        key = shape, dtype, number
-        if key not in self._links:
-            name = f"{shape}-{dtype}".replace(" ", "-").lower()
-            original = self._workspace.checkpoint(name, *SHAPES[shape], "--dtype", dtype)
-            self._links[key] = self._workspace.linked_copy(original, f"{name}-{number}")
-        return self._links[key]
+        original = f"{shape}-{dtype}".replace(" ", "-")
+        name = f"{original}-{number}"
+        if name not in self._links:
+            options = (*SHAPES[shape], "--dtype", dtype.upper())
+            folder = self._workspace.checkpoint(original, *options)
+            self._links[name] = self._workspace.linked_copy(folder, name)
+        return self._links[name]
 
 
 def cells(row: Mapping[str, Any]) -> list[object]:
     """Return the cells of the table."""
     chosen = (row[name] for name in OPTIONS[1:])
-    first = f"{row['shape']}, {row['dtypes']}"
-    return [
-        first,
-        row["models"],
-        promises.chunks(row),
-        *chosen,
-        *promises.cells(row),
-        row["promise"],
-    ]
+    first = [f"{row['shape']}, {row['dtypes']}", row["models"], promises.chunks(row)]
+    return [*first, *chosen, *promises.cells(row), row["promise"]]
 
 
 def main() -> None:

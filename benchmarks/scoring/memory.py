@@ -99,14 +99,6 @@ def print_rows(rows: Sequence[Row]) -> None:
     promises.print_failures(rows)
 
 
-def two_models(workspace: Workspace, args: argparse.Namespace) -> list[Path]:
-    """Return the checkpoint with a tokenizer, and its double."""
-    model = workspace.checkpoint(args.preset, args.preset)
-    if not (model / "tokenizer.json").exists():
-        run_or_exit([args.python, "-m", "benchmarks.scoring.decoders", model])
-    return [model, workspace.linked_copy(model, f"{args.preset}-copy")]
-
-
 def group_cases(args: argparse.Namespace) -> list[Case]:
     """Return both tools outside and inside a control group; without the right to one, outside."""
     budgets = {"shardmix": min(args.budgets), "accelerate": 0}
@@ -138,7 +130,10 @@ def main() -> None:
     ).parse_args()
     with Workspace(args) as workspace:
         print_facts(args.work_dir, args.python)
-        models = two_models(workspace, args)
+        model = workspace.checkpoint(args.preset, args.preset)
+        if not (model / "tokenizer.json").exists():
+            run_or_exit([args.python, "-m", "benchmarks.scoring.decoders", model])
+        models = [model, workspace.linked_copy(model, f"{args.preset}-copy")]
         data = copy_examples(args.data, workspace.scratch("examples.json"), args.num_examples)
         if not can_drop_caches():
             print("page cache: as it is, only root may empty it")

@@ -11,9 +11,9 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from benchmarks.scoring.task import read_examples
 
@@ -29,12 +29,7 @@ def lm_cocktail(args: argparse.Namespace, examples: Examples) -> dict[str, Any]:
     # `compute_weights` returns no losses, so the function that it calls writes them down.
     losses: list[float] = []
     whole_loss = utils.llm_loss
-
-    def noted_loss(**arguments: object) -> float:
-        losses.append(whole_loss(**arguments))
-        return losses[-1]
-
-    utils.llm_loss = noted_loss
+    utils.llm_loss = lambda **arguments: losses.append(whole_loss(**arguments)) or losses[-1]
     start = time.perf_counter()
     base_model = utils.load_model(args.models[0], model_type="decoder")
     tokenizer = AutoTokenizer.from_pretrained(args.models[0])
@@ -62,71 +57,53 @@ def accelerate(args: argparse.Namespace, examples: Examples) -> dict[str, Any]:
     """
     import torch
     import transformers
+    from accelerate.utils import OffloadedWeightsLoader
+    from torch.nn.utils.rnn import pad_sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     transformers.utils.logging.disable_progress_bar()
-    reads = CountedReads()
-    start = time.perf_counter()
-    losses = []
-    for folder in args.models:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        with tempfile.TemporaryDirectory() as offload_folder, torch.no_grad():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, device_map="auto", max_memory=MAX_MEMORY, offload_folder=offload_folder
-            )
-            of_batches = [
-                model(**batch, use_cache=False).loss.item()
-                for batch in batches(examples, tokenizer, args)
-            ]
-        losses.append(sum(of_batches) / len(of_batches))
-    seconds = time.perf_counter() - start
-    weights = torch.softmax(-torch.tensor(losses) / args.temperature, 0).tolist()
-    return {"weights": weights, "losses": losses, "seconds": seconds, "bytes_read": reads.nbytes}
+    fetch = OffloadedWeightsLoader.__getitem__
+    nbytes_read: list[int] = []
 
+    def counted(loader: Any, key: str) -> Any:
+        tensor = fetch(loader, key)
+        nbytes_read.append(0 if key in loader.state_dict else tensor.nbytes)
+        return tensor
 
-class CountedReads:
-    """The bytes that accelerate fetches from disk, from when this is made."""
-
-    def __init__(self) -> None:
-        from accelerate.utils import OffloadedWeightsLoader
-
-        self.nbytes = 0
-        fetch = OffloadedWeightsLoader.__getitem__
-
-        def counted(loader: Any, key: str) -> Any:
-            tensor = fetch(loader, key)
-            if key not in loader.state_dict:
-                self.nbytes += tensor.nbytes
-            return tensor
-
-        OffloadedWeightsLoader.__getitem__ = counted
-
-
-def batches(
-    examples: Examples, tokenizer: Any, args: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    """Yield each forward pass's arguments: LM-Cocktail's tokens and labels, not its padding."""
-    import torch
-
-    def tokens_and_labels(example: dict[str, str]) -> tuple[list[int], list[int]]:
+    def encoded(example: dict[str, str], tokenizer: Any) -> tuple[Any, Any]:
+        """LM-Cocktail's tokens and labels."""
         prompt = tokenizer.encode(example["input"])
         tokens = tokenizer.encode(f"{example['input']} {example['output']}")
         tokens.append(tokenizer.eos_token_id)
         labels = [-100] * len(prompt) + tokens[len(prompt) :]
-        return tokens[: args.max_input_length], labels[: args.max_input_length]
+        longest = args.max_input_length
+        return torch.tensor(tokens[:longest]), torch.tensor(labels[:longest])
 
-    def padded(rows: list[list[int]], value: int) -> Any:
-        longest = max(map(len, rows))
-        return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+    def loss_of(folder: str) -> float:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        pairs = [encoded(example, tokenizer) for example in examples]
+        with tempfile.TemporaryDirectory() as offload_folder, torch.no_grad():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, device_map="auto", max_memory=MAX_MEMORY, offload_folder=offload_folder
+            )
+            of_batches = []
+            for start in range(0, len(pairs), args.batch_size):
+                tokens, labels = zip(*pairs[start : start + args.batch_size], strict=True)
+                batch = {
+                    "input_ids": pad_sequence(tokens, True, tokenizer.pad_token_id),
+                    "attention_mask": pad_sequence([torch.ones_like(row) for row in tokens], True),
+                    "labels": pad_sequence(labels, True, -100),
+                }
+                of_batches.append(model(**batch, use_cache=False).loss.item())
+        return sum(of_batches) / len(of_batches)
 
-    for start in range(0, len(examples), args.batch_size):
-        pairs = [tokens_and_labels(example) for example in examples[start:][: args.batch_size]]
-        tokens, labels = map(list, zip(*pairs, strict=True))
-        yield {
-            "input_ids": padded(tokens, tokenizer.pad_token_id),
-            "attention_mask": padded([[1] * len(row) for row in tokens], 0),
-            "labels": padded(labels, -100),
-        }
+    start = time.perf_counter()
+    with mock.patch.object(OffloadedWeightsLoader, "__getitem__", counted):
+        losses = [loss_of(folder) for folder in args.models]
+    seconds = time.perf_counter() - start
+    weights = torch.softmax(-torch.tensor(losses) / args.temperature, 0).tolist()
+    bytes_read = sum(nbytes_read)
+    return {"weights": weights, "losses": losses, "seconds": seconds, "bytes_read": bytes_read}
 
 
 PROGRAMS = {"lm-cocktail": lm_cocktail, "accelerate": accelerate}
