@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shardmix
@@ -112,6 +112,7 @@ def test_the_comparison_finds_one_wrong_byte(sparse_models, tmp_path, where):
 ranges = st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200)), max_size=8)
 
 
+@settings(deadline=None)
 @given(ranges, st.integers(0, 200))
 def test_gaps_are_untouched_pages(found, size):
     """Gaps are the whole pages that no range touches."""
