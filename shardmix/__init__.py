@@ -4,9 +4,10 @@
 
     report = shardmix.merge({"org/base": 0.6, "./tuned": 0.4}, "merged", max_memory="2GiB")
 
-`merge` does it, `plan_merge` says what it would do, `inspect` shows one checkpoint. `mix_models`,
-`mix_models_with_data` and `mix_models_by_layers` are LM-Cocktail's; `shardmix.scoring` computes
-weights from examples. Names are loaded on first use, so that importing shardmix costs nothing.
+`merge` merges, `plan_merge` shows beforehand what a merge would do, `inspect` shows one checkpoint.
+`mix_models`, `mix_models_with_data` and `mix_models_by_layers` are LM-Cocktail's;
+`shardmix.scoring` computes weights from examples. Names are loaded on first use, so that importing
+shardmix costs nothing.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The dtypes of safetensors: one table of what every part of shardmix has to know of them.
+"""The dtypes of safetensors: the one table of all that shardmix knows of them.
 
 Names, widths and ranks are those of the safetensors library (0.8):
 https://github.com/huggingface/safetensors/blob/main/safetensors/src/tensor.rs
@@ -11,9 +11,9 @@ from functools import lru_cache
 FLOAT = "float"
 """Kind: floats that are averaged."""
 INTEGER = "integer"
-"""Kind: integers and booleans; the first model's are kept."""
+"""Kind: integers and booleans; the output has the first model's."""
 CODE = "code"
-"""Kind: floats of 4 to 8 bits, which mean something only with their scales; not merged."""
+"""Kind: floats of 4 to 8 bits, meaningless without their scales; not merged."""
 COMPLEX = "complex"
 """Kind: complex numbers; not merged."""
 
@@ -25,20 +25,20 @@ class Dtype:
     name: str
     """Its name in a safetensors header."""
     bits: int
-    """Width of one element; of some less than a byte."""
+    """Width of one element; less than a byte for some."""
     kind: str
     """FLOAT, INTEGER, CODE or COMPLEX."""
     torch_name: str | None
     """Its attribute of the module torch; None if torch (2.2) has none."""
     numpy_name: str | None = None
-    """The numpy dtype that holds its elements, or their bits; None if nobody needs it."""
+    """The numpy dtype of its elements, or of their bits; None if nobody needs it."""
     infinity: int | None = None
     """The bits of positive infinity; None if it has none. Larger magnitudes are NaN."""
     llvm_name: str | None = None
     """The LLVM type that kernels load and store; None if there are no kernels for it."""
 
 
-# In the order in which safetensors ranks them: its writer lays tensors out by it, highest first.
+# In safetensors' order of rank: its writer lays tensors out by rank, highest first.
 _TABLE = (
     Dtype("BOOL", 8, INTEGER, "bool", "uint8"),
     Dtype("F4", 4, CODE, None),
@@ -71,9 +71,9 @@ DTYPE_RANK = {name: rank for rank, name in enumerate(DTYPES)}
 FLOAT_DTYPES = frozenset(dtype.name for dtype in _TABLE if dtype.kind == FLOAT)
 INTEGER_DTYPES = frozenset(dtype.name for dtype in _TABLE if dtype.kind == INTEGER)
 LLVM_DTYPES = frozenset(dtype.name for dtype in _TABLE if dtype.llvm_name is not None)
-"""Those that compiled kernels read and write."""
+"""Names of the dtypes that compiled kernels read and write."""
 OUT_DTYPES = {BY_NAME[name].torch_name or "": name for name in ("F32", "F16", "BF16")}
-"""What an output can be asked for, by torch name."""
+"""Possible dtypes of an output: torch name → name."""
 
 
 def torch_name(dtype: str) -> str:

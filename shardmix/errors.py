@@ -1,9 +1,9 @@
 """One family of exceptions: whatever a user's input can cause is a `ShardmixError`.
 
     ShardmixError
-    ├─ RecipeError            what was asked for makes no sense (exit status 2; all others 1)
+    ├─ RecipeError            a request that makes no sense (exit status 2; all others 1)
     ├─ SourceError            a checkpoint is missing, damaged, or cannot be merged
-    │  └─ SourceChangedError  a checkpoint is not what it was when the merge began
+    │  └─ SourceChangedError  a checkpoint that changed since the merge began
     ├─ MismatchError          the checkpoints do not fit one another
     ├─ BudgetError            the memory budget is too small
     ├─ DeviceError            a GPU failed
@@ -27,8 +27,9 @@ from shardmix.redaction import without_environment, without_secrets
 class ShardmixError(Exception):
     """An error that the user can mend; its text is "subject: finding; remedy; hint", on one line.
 
-    Every part is printable and holds no secrets. Who raises an error and does not know its subject
-    leaves it out; a caller names it with `of`. What only a caller knows, it adds with `add_hint`.
+    Every part is printable and has no secrets. Code that raises an error without knowing its
+    subject leaves it out; a caller names it with `of`. A caller adds its own knowledge with
+    `add_hint`.
 
     Example:
         >>> error = ShardmixError("is empty", subject="model.safetensors", remedy="fetch it again")
@@ -41,11 +42,11 @@ class ShardmixError(Exception):
     subject: str
     """The object: a file, a tensor, an option or a key of a recipe; "" if the finding names it."""
     finding: str
-    """What is wrong with it, and the rule that it breaks."""
+    """The fault, and the rule that it breaks."""
     remedy: str
-    """What to do about it; "" if there is nothing that a user could do."""
+    """The way to mend it; "" if a user can do nothing."""
     hints: tuple[str, ...]
-    """What callers know besides, the innermost first: what is kept, and how to go on from there."""
+    """Callers' additions, the innermost first: saved work, and the way to go on from it."""
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class ShardmixError(Exception):
         return self
 
     def add_hint(self, hint: str) -> None:
-        """Add what only a caller knows, such as what is kept of the work."""
+        """Add a fact that only a caller knows, such as the work that is saved."""
         self.hints += (printable(hint),)
 
 

@@ -2,8 +2,8 @@
 
     from shardmix import mix_models, mix_models_with_data, mix_models_by_layers
 
-Thin: `api` merges, `scorer` scores, transformers loads the result. Names, arguments and their order
-are those of LM_Cocktail (arXiv 2311.13534), so that a program changes its import alone.
+Thin: `api` merges, `scoring` scores, transformers loads the result. Names, arguments and their
+order are those of LM_Cocktail (arXiv 2311.13534), so that a program changes only its import.
 """
 
 import sys
@@ -49,9 +49,9 @@ def mix_models(
         model_names_or_paths: model folders or Hub ids; the first gives config and tokenizer.
         model_type: decoder, encoder, reranker or encoder-decoder.
         weights: one a model; their sum must be 1 (see `normalize`, `allow_weight_sum`).
-        output_path: where to save the new model; an existing model there is replaced, as
-            LM-Cocktail does (`overwrite=False` refuses). None: it is not kept on disk.
-        trust_remote_code: run code that a model's folder brings along (LM-Cocktail does).
+        output_path: path of the new model; replaces an existing model, as LM-Cocktail does
+            (`overwrite=False` refuses). None: the model does not stay on disk.
+        trust_remote_code: run code that comes in a model's folder (LM-Cocktail does).
         quiet: don't print the weights, as LM-Cocktail does.
         options: see `MergeOptions` (`max_memory`, `device`, `dtype`, ...).
 
@@ -68,7 +68,7 @@ def mix_models(
         )
     names = list(map(str, model_names_or_paths))
     pairs = list(zip(names, weights, strict=True))
-    # Before the model's config is asked for, which may be a download.
+    # Before the model's config is needed, which may be a download.
     build_recipe(
         pairs,
         normalize=options.get("normalize"),
@@ -94,7 +94,7 @@ def mix_models_by_layers(
     quiet: bool = False,
     **options: Unpack[MergeOptions],
 ) -> Any:
-    """Mix models as `mix_models` does, which always streams: the two are the same here.
+    """Mix models as `mix_models` does; here both stream.
 
     LM-Cocktail has this function for models that do not fit into memory together.
     """
@@ -138,18 +138,18 @@ def mix_models_with_data(
         example_data: five or so of `{"input": str, "output": str}` for decoders and
             encoder-decoders, of `{"query": str, "pos": [str], "neg": [str]}` for the others; or the
             path of a JSON or JSON lines file of them.
-        temperature: high brings the weights together, low gives all to the best model.
+        temperature: a high one makes the weights similar, a low one gives all to the best model.
         batch_size: examples whose token losses are averaged together, and which are one another's
             negatives.
-        max_input_length: tokens beyond which a text is cut off.
-        neg_number: negatives drawn for each query; where there are fewer, all are used.
+        max_input_length: longest text in tokens; the rest is cut off.
+        neg_number: negatives drawn for each query; if there are fewer, all are used.
         output_path: as for `mix_models`.
-        example_ata: `example_data` under the name that LM-Cocktail 0.0.4 has for it.
-        seed: of the draw of negatives.
+        example_ata: `example_data` under its name in LM-Cocktail 0.0.4.
+        seed: seed for drawing negatives.
         chat_template: put a decoder's examples into the tokenizer's chat template.
-        score_dtype: what models compute in for scoring: auto (their own dtype), float32, bfloat16
-            or float16.
-        trust_remote_code: run code that a model's folder brings along (LM-Cocktail does).
+        score_dtype: dtype that models compute in for scoring: auto (their own dtype), float32,
+            bfloat16 or float16.
+        trust_remote_code: run code that comes in a model's folder (LM-Cocktail does).
         quiet: don't print the weights, as LM-Cocktail does.
         options: see `MergeOptions`; `max_memory`, `max_vram`, `device` and `pooling` hold for
             scoring, too.
@@ -195,9 +195,9 @@ def mix_models_with_data(
 
 
 def _mixing(options: MergeOptions, output_path: Source | None) -> MergeOptions:
-    """Return the options of a merge as LM-Cocktail does it: what is there is replaced.
+    """Return the options of LM-Cocktail's way to merge: an existing output is replaced.
 
-    What is deleted once it is loaded need not reach the disk.
+    A model that is deleted once it is loaded need not reach the disk.
     """
     return {"overwrite": True, "fsync": output_path is not None, **options}
 
@@ -211,14 +211,14 @@ def _mixed(
     trust_remote_code: bool,
     quiet: bool,
 ) -> Any:
-    """Merge into the output path, or into a folder for the time being, and load the result."""
+    """Merge into the output path, or into a temporary folder, and load the result."""
     _check_loadable(names[0], model_type, trust_remote_code=trust_remote_code)
-    place = (
+    workspace = (
         nullcontext(None)
         if output_path is not None
         else tempfile.TemporaryDirectory(prefix="shardmix-")
     )
-    with place as folder:
+    with workspace as folder:
         output = Path(output_path) if output_path is not None else Path(folder or "") / "mixed"
         report = merge(output)
         if not quiet:
@@ -232,7 +232,7 @@ def _mixed(
 
 
 def _check_loadable(source: str, model_type: str, *, trust_remote_code: bool) -> None:
-    """Refuse, before anything is merged, what could not be loaded as this type afterwards."""
+    """Refuse, before the merge, a model that could not be loaded as this type afterwards."""
     check_model_type(model_type)
     transformers = _transformers()
     folder = locate(source, with_weights=False).path
@@ -240,7 +240,7 @@ def _check_loadable(source: str, model_type: str, *, trust_remote_code: bool) ->
         config = transformers.AutoConfig.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # configs of strangers fail in every way there is
+    except Exception as error:  # configs of strangers fail in every possible way
         raise SourceError(f"{source}: its config cannot be loaded ({one_line(error)})") from None
     auto_class = AUTO_CLASSES[model_type]
     known = type(config) in getattr(transformers, auto_class)._model_mapping

@@ -1,7 +1,7 @@
-"""Secrets left out of what is told: credentials in URLs, signed queries and tokens.
+"""Redaction of secrets in messages: credentials in URLs, signed queries and tokens.
 
-Texts that end up in errors, logs and reports name what users typed, what the environment holds, and
-what HTTP clients say of both. Knows texts, not where they come from.
+Errors, logs and reports quote users' words, the environment, and HTTP clients' messages about both.
+Knows only texts, not their origin.
 """
 
 import base64
@@ -15,9 +15,9 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 HIDDEN = "***"
-"""Stands where something is left out."""
+"""Replacement of a secret."""
 
-# `https:/host` is what a path makes of a URL. Of bounded length, since a stranger's text is long.
+# A path turns a URL into `https:/host`. Of bounded length, since a stranger's text is long.
 _SCHEME = re.compile(
     r"(?<![a-z0-9+.-])[a-z][a-z0-9+.-]{1,20}://+|"
     r"\b(?:https?|ftps?|sftp|ssh|git|s3|gs|gcs|az|abfss?|hdfs|hf|webdavs?|smb|wss?|socks[45]h?):/",
@@ -25,7 +25,7 @@ _SCHEME = re.compile(
 )
 _END = re.compile(r'[\s"<>]')
 _CLOSING = ")]}.,;:'"
-# Behind this colon comes a password and no port; so a `/` behind it does not end the host.
+# After this colon comes a password, not a port; so a `/` after it does not end the host.
 _PASSWORD = re.compile(r"[^:\[]*:(?!\d*$)")
 _QUERY_SECRET = re.compile(
     r"([?&][\w.-]*(?:token|signature|secret|password|passwd|api_?key|credential|sig)=)[^\s&\"'<>]+",
@@ -41,7 +41,7 @@ _TOKEN_VARIABLES = (
     *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN"),
     *("HUGGINGFACE_TOKEN", "HUGGINGFACEHUB_API_TOKEN"),
 )
-_LEAST_TOKEN = 8  # shorter ones are words that a path may hold
+_LEAST_TOKEN = 8  # shorter ones are words that a path may have
 
 
 def without_secrets(text: str) -> str:
@@ -64,9 +64,9 @@ def without_secrets(text: str) -> str:
 
 
 def without_environment(text: str) -> str:
-    """Return what others say without any part of the credentials in the environment's URLs.
+    """Return another library's text without any part of the credentials in the environment's URLs.
 
-    They may name a password outside of its URL: "Invalid port: 'secret'".
+    It may quote a password without its URL: "Invalid port: 'secret'".
     """
     text = without_secrets(text)
     for secret in _environment_secrets():
@@ -75,9 +75,9 @@ def without_environment(text: str) -> str:
 
 
 def without_user(address: str) -> str:
-    """Return what was meant for a place without its user, also if it has no scheme.
+    """Return an address without its user, even if it has no scheme.
 
-    Only for what is known to be no path: `a:b@c` may be the name of a file.
+    Only for texts that cannot be paths: `a:b@c` may be the name of a file.
     """
     if not is_url(address) and re.match(r"[^/@:\s]*:[^@]*@", address):
         return f"{HIDDEN}@{address.rpartition('@')[2]}"
@@ -85,12 +85,12 @@ def without_user(address: str) -> str:
 
 
 def is_url(address: str) -> bool:
-    """Tell whether this is a URL, or what a path makes of one (`https:/host`)."""
+    """Return True for a URL, and for a path made of one (`https:/host`)."""
     return _SCHEME.match(address) is not None
 
 
 def _bare_urls(text: str) -> Iterator[str]:
-    """Yield a text in pieces. A URL ends where the next one begins, if nothing else ends it."""
+    """Yield a text in pieces. A URL ends at the next one, if nothing else ends it."""
     schemes = list(_SCHEME.finditer(text))
     position = 0
     for number, scheme in enumerate(schemes, start=1):
@@ -103,7 +103,7 @@ def _bare_urls(text: str) -> Iterator[str]:
 
 
 def _bare_rest(rest: str) -> str:
-    """Return what is behind a URL's scheme without user information and query."""
+    """Return the part after a URL's scheme without user information and query."""
     host = re.split(r"[/?#]", rest, maxsplit=1)[0]
     if "@" in host:
         rest = f"{HIDDEN}@{rest[host.rindex('@') + 1 :]}"
@@ -118,7 +118,7 @@ def _bare_rest(rest: str) -> str:
 
 
 def _environment_secrets() -> list[str]:
-    """Return what URLs of the environment hold as user information, the longest part first."""
+    """Return the user information in URLs of the environment, the longest part first."""
     found: set[str] = set()
     for name, value in os.environ.items():
         if "@" in value and name.upper().endswith(("ENDPOINT", "PROXY", "URL", "URI", "MIRROR")):
@@ -132,7 +132,7 @@ def _environment_secrets() -> list[str]:
 
 
 def _spellings(secret: str) -> set[str]:
-    """Return a secret as it may be told: whole, decoded, encoded, or cut where a URL is cut."""
+    """Return the forms of a secret: whole, decoded, encoded, or cut at a URL's separators."""
     whole = {secret, unquote(secret), quote(unquote(secret), safe="")}
     parts = {part for spelling in whole for part in re.split(r"[/?#@:]", spelling)}
     return whole | {part for part in parts if len(part) > 1}
@@ -145,7 +145,7 @@ _factory_before: Any = None
 
 @contextmanager
 def logs_redacted() -> Iterator[None]:
-    """Keep secrets out of what anybody logs meanwhile: HTTP clients log the URLs they ask."""
+    """Keep secrets out of all log records meanwhile: HTTP clients log the URLs they request."""
     global _num_redacting, _factory_before
     with _lock:
         if _num_redacting == 0:
@@ -157,7 +157,7 @@ def logs_redacted() -> Iterator[None]:
     finally:
         with _lock:
             _num_redacting -= 1
-            # Somebody else's may have come on top: that one calls ours.
+            # Another factory may have come on top: it calls ours.
             if _num_redacting == 0 and logging.getLogRecordFactory() is _redacted_record:
                 logging.setLogRecordFactory(_factory_before)
 
@@ -166,7 +166,7 @@ def _redacted_record(*arguments: Any, **keywords: Any) -> logging.LogRecord:
     record: logging.LogRecord = _factory_before(*arguments, **keywords)
     try:
         message = record.getMessage()
-    except (TypeError, ValueError):  # its arguments do not fit: for logging to say
+    except (TypeError, ValueError):  # its arguments do not fit: logging reports that
         return record
     bare = without_environment(message)
     if bare != message:

@@ -1,4 +1,4 @@
-"""What is told of a plan, of a finished merge and of a model: flat, typed, ready for JSON.
+"""Reports of a plan, of a finished merge and of a model: flat, typed, ready for JSON.
 
 The field names are those of the `--json` output. Reads no files.
 """
@@ -31,23 +31,23 @@ class ShardReport:
     bytes: int
     """Its size."""
     num_tensors: int
-    """How many tensors it stores."""
+    """Number of tensors that it stores."""
     bytes_read: int
     """Source bytes that go into it."""
     sources: tuple[str, ...]
-    """The files that those bytes are read from."""
+    """Source files of those bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelReport:
-    """What a checkpoint holds."""
+    """The tensors and shards of a checkpoint."""
 
     source: str
-    """As named by the user."""
+    """The user's name for it."""
     path: str
-    """Where it lies."""
+    """Its path."""
     num_tensors: int
-    """Tensors stored."""
+    """Number of tensors stored."""
     num_parameters: int
     """Elements of all tensors stored; a tied one counts once."""
     bytes: int
@@ -57,7 +57,7 @@ class ModelReport:
     shards: tuple[ShardReport, ...]
     """The weight files."""
     tie_word_embeddings: bool | None
-    """What the config says; None where it says nothing."""
+    """The config's value, or None if it has none."""
     tied: dict[str, str]
     """Parameter that is not stored → the stored one that it shares."""
     tensors: tuple[TensorInfo, ...]
@@ -65,7 +65,7 @@ class ModelReport:
 
 
 def describe_model(checkpoint: Checkpoint) -> ModelReport:
-    """Return what a checkpoint holds."""
+    """Return the report of a checkpoint."""
     parts = checkpoint.parts
     tensors = tuple(
         replace(tensor, name=f"{part.place}/{tensor.name}") if part.place else tensor
@@ -112,78 +112,79 @@ def _tied(part: Checkpoint) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class PlanReport:
-    """What a merge would do. Sizes in bytes."""
+    """The plan of a merge. Sizes in bytes."""
 
     output: str
-    """The output folder; empty where none was named."""
+    """The output folder, or "" if none was named."""
     num_tensors: int
     """Tensors in the output."""
     num_models: int
     """Models merged."""
     bytes_read: int
-    """Weights to read."""
+    """Weight bytes to read."""
     bytes_written: int
-    """Weight files to write."""
+    """Bytes of weight files to write."""
     device: str
-    """cpu, cuda (all GPUs) or cuda:N; a warning says so where it may still become cpu."""
+    """cpu, cuda (all GPUs) or cuda:N; a warning says so if it may still become cpu."""
     io: str
-    """How sources are read: mmap or pread."""
+    """Way to read sources: mmap or pread."""
     backend: str
-    """What does the sums: torch or llvm."""
+    """Backend of the arithmetic: torch or llvm."""
     strip_bytes: int
     """Size of one chunk's accumulator; no buffer of a chunk is larger."""
     workers: int
     """Threads, each with a chunk of its own."""
     reserved_bytes: int
-    """Of the projected peak, what Python, torch and the process itself take."""
+    """The part of the projected peak that Python, torch and the process itself take."""
     projected_peak_bytes: int
-    """Resident memory of the process at its peak, at most."""
+    """Upper bound of the process's peak resident memory."""
     projected_vram_bytes: int
-    """GPU memory that torch will have reserved at its peak, at most, on one GPU."""
+    """Upper bound of the GPU memory that torch reserves, on one GPU."""
     keeps_sources_cached: bool
-    """What is read may stay in the page cache; where all that is read and written is more than half
-    of the available memory, it is dropped from there behind the merge."""
+    """True if sources may stay in the page cache. If all that is read and written is more than half
+    of the available memory, they are dropped from it behind the merge."""
     keeps_output_cached: bool
-    """What is written may stay; likewise, where that alone is more and is forced to disk."""
+    """True if the output may stay in the page cache. It is dropped if it is larger than that half
+    and forced to disk."""
     weights: tuple[float, ...]
-    """In source order."""
+    """Weights in source order."""
     sources: tuple[str, ...]
-    """As named by the user."""
+    """The user's names of the models."""
     shards: tuple[ShardReport, ...]
     """The files to write."""
     auxiliary_files: tuple[str, ...]
     """Files that go along with the weights."""
     left_out: tuple[LeftOut, ...]
-    """Files and folders that do not, and why."""
+    """Files and folders that do not, with the reasons."""
     plan_digest: str
-    """Plans of one digest write the same bytes from the same sources."""
+    """Digest of the plan; plans with the same digest write the same bytes from the same sources."""
     warnings: tuple[str, ...]
-    """What to know beforehand."""
+    """Warnings to read beforehand."""
     digest: str
-    """What the output's files are to be hashed with: xxh3, blake3 or sha256."""
+    """Digest of the output's files: xxh3, blake3 or sha256."""
     disk_needed_bytes: int
-    """What the output takes."""
+    """Disk space of the output."""
     disk_free_bytes: int | None
-    """Room on the output's disk, staged files included; None where no output was named."""
+    """Free space of the output's disk, staged files included; None if no output was named."""
 
 
 @dataclass(frozen=True, slots=True)
 class NonfiniteReport:
-    """What a tensor of an output holds that is not finite."""
+    """The values of an output's tensor that are not finite."""
 
     name: str
-    """The tensor."""
+    """Name of the tensor."""
     num_nan: int
-    """Values that are not a number."""
+    """Number of NaNs."""
     num_inf: int
-    """Values that are infinite."""
+    """Number of infinities."""
     num_overflowed: int
-    """Of these, the values that rounding to the output's dtype made so."""
+    """Number of infinities that rounding to the output's dtype made."""
 
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What a merge did. Sizes in bytes."""
+    """The result of a merge. Sizes in bytes."""
 
     output: str
     """The output folder."""
@@ -192,47 +193,47 @@ class MergeReport:
     num_models: int
     """Models merged."""
     bytes_read: int
-    """Weights read."""
+    """Weight bytes read."""
     bytes_kept: int
-    """Weights not read, since an earlier run had done their part of the output."""
+    """Weight bytes not read, since an earlier merge had written their part of the output."""
     bytes_written: int
-    """Weight files of the output."""
+    """Bytes of the output's weight files."""
     seconds: float
-    """From the first read until the output was in place."""
+    """Time from the first read until the output was complete."""
     device: str
     """cpu, cuda or cuda:N."""
     io: str
-    """How sources were read: mmap or pread."""
+    """Way to read sources: mmap or pread."""
     backend: str
-    """What does the sums: torch or llvm."""
+    """Backend of the arithmetic: torch or llvm."""
     strip_bytes: int
     """Size of one chunk's accumulator; no buffer of a chunk is larger."""
     workers: int
     """Threads, each with a chunk of its own."""
     projected_peak_bytes: int
-    """What the peak was promised to stay within."""
+    """Upper bound that the plan promised for the peak."""
     peak_rss_bytes: int
     """Largest resident set of the process so far (VmHWM)."""
     peak_vram_bytes: int
-    """GPU memory that torch had reserved at most, on one GPU; 0 on the CPU."""
+    """Peak GPU memory that torch had reserved, on one GPU; 0 on the CPU."""
     weights: tuple[float, ...]
-    """In source order, as used."""
+    """Weights in source order, as used."""
     shards: tuple[ShardReport, ...]
     """The files written."""
     digest: str
-    """What the output's files are hashed with: xxh3, blake3 or sha256."""
+    """Digest of the output's files: xxh3, blake3 or sha256."""
     provenance_sha256: str
-    """SHA-256 (hex) of the output's shardmix.json: noted elsewhere, it finds all later edits."""
+    """SHA-256 (hex) of the output's shardmix.json: noted elsewhere, it reveals all later edits."""
     nonfinite: tuple[NonfiniteReport, ...]
-    """Tensors of the output that hold NaN or Inf."""
+    """Tensors of the output with NaN or Inf."""
     left_out: tuple[LeftOut, ...]
-    """Files and folders of the model that gives the config that stay behind, and why."""
+    """Files and folders of the config source that were left out, with the reasons."""
     warnings: tuple[str, ...]
-    """What to know about the output."""
+    """Warnings about the output."""
     notes: tuple[str, ...] = ()
-    """What else there is to know, though nothing is amiss: who may read the output."""
+    """Notes on the output that are no warnings, such as its permissions."""
     scores: ScoreReport | None = None
-    """Where the weights come from examples: the losses that they follow from."""
+    """Losses behind the weights, if these come from examples."""
 
 
 _OPEN = (
@@ -242,7 +243,7 @@ _OPEN = (
 
 
 def describe_plan(plan: MergePlan, *, disk_free: int | None) -> PlanReport:
-    """Return what a plan means to people."""
+    """Return the report of a plan."""
     return PlanReport(
         output=plan.output,
         num_tensors=plan.num_tensors,
@@ -279,7 +280,7 @@ def describe_merge(
     warnings: tuple[str, ...],
     notes: tuple[str, ...],
 ) -> MergeReport:
-    """Return what carrying out a plan came to; `warnings` come after the plan's own."""
+    """Return the report of a finished merge; `warnings` come after the plan's own."""
     return MergeReport(
         output=plan.output,
         num_tensors=plan.num_tensors,
@@ -316,7 +317,7 @@ def describe_merge(
 
 
 def _nonfinite_warnings(plan: MergePlan, findings: LeafAnomalies) -> Iterator[str]:
-    """Name the tensors that hold NaN or Inf: the first ones, since it may be all of a model."""
+    """Yield a warning for the first tensors with NaN or Inf: all of a model may have some."""
     found = findings.nonfinite
     for name in heapq.nsmallest(_MOST_NAMED, found):
         yield f"{name}: {nonfinite_finding(name, found[name], plan)}"
@@ -325,7 +326,7 @@ def _nonfinite_warnings(plan: MergePlan, findings: LeafAnomalies) -> Iterator[st
 
 
 def _disagreements(plan: MergePlan, findings: LeafAnomalies) -> Iterator[str]:
-    """Say which integer tensors differ between models: the first ones, as above."""
+    """Yield a warning for the first integer tensors that differ between models."""
     sources, found = plan.sources, findings.disagreeing
     for name in heapq.nsmallest(_MOST_NAMED, found):
         models = found[name]

@@ -1,6 +1,6 @@
-"""A merge whose weights come from examples: the models scored, then merged.
+"""A merge whose weights come from examples: the models are scored, then merged.
 
-Puts `scorer` and `api` together, and holds no more than the order in which things are checked.
+Puts `scoring` and `api` together; its own part is the order of the checks.
 """
 
 import hashlib
@@ -54,8 +54,8 @@ def merge_by_examples(
 ) -> MergeReport:
     """Score models on examples and merge them by the weights that follow.
 
-    Whatever headers, examples and the output's place can tell is checked before the first model is
-    run. `max_memory`, `max_vram` and `device` hold for scoring as well. The report's `scores` holds
+    All errors that headers, examples and the output's path can reveal come before the first model
+    runs. `max_memory`, `max_vram` and `device` hold for scoring as well. The report's `scores` has
     losses and weights. Raises `ShardmixError`.
 
     Example:
@@ -93,11 +93,11 @@ def merge_by_examples(
                 try:
                     scores = _score(names, model_type, loaded, scoring, on_score, log, plan)
                 except BaseException as error:
-                    kept = _kept(staging, log, names)
+                    hint = _save_scores(staging, log, names)
                     if isinstance(error, KeyboardInterrupt):
-                        error.args = (kept,)
-                    elif isinstance(error, ShardmixError) and kept:
-                        error.add_hint(kept)
+                        error.args = (hint,)
+                    elif isinstance(error, ShardmixError) and hint:
+                        error.add_hint(hint)
                     raise
             staging.is_worth_keeping = True
             difference = log.difference
@@ -128,7 +128,7 @@ def merge_by_examples(
 def _identity(
     plan: MergePlan, names: Sequence[str], examples: Sequence[Example], settings: ScoreSettings
 ) -> ScoringIdentity:
-    """Return what decides the losses; not the budget, nor the device."""
+    """Return all that decides the losses; neither the budget nor the device does."""
     content = [replace(example, name="") for example in examples]
     options = {field.name: getattr(settings, field.name) for field in fields(settings)}
     others = [
@@ -147,9 +147,9 @@ def _identity(
 
 
 def _files_beside(source: str) -> Iterator[tuple[str, str]]:
-    """Yield config, tokenizer and the like of a local model: name and digest."""
-    place = Path(source).expanduser()
-    folder = place if place.is_dir() else place.parent
+    """Yield (name, digest) of config, tokenizer and the like of a local model."""
+    path = Path(source).expanduser()
+    folder = path if path.is_dir() else path.parent
     entries = sorted(folder.iterdir())
     below = [path for entry in entries if is_module_folder(entry.name) for path in _files(entry)]
     for path in (*entries, *below):
@@ -164,7 +164,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _known(log: ScoreLog, names: Sequence[str]) -> ScoreReport | None:
-    """Return what an earlier run found from the same examples, all of it; None if it did not."""
+    """Return the complete scores of an earlier call with the same examples, or None."""
     if log.report is None:
         return None
     try:
@@ -197,8 +197,8 @@ def _score(
     log: ScoreLog,
     plan: Callable[[], MergePlan],
 ) -> ScoreReport:
-    """Score the models that the log does not know."""
-    # First, since it stays in memory: what is left for the merge must be known before it is scored.
+    """Score the models that the log has no score of."""
+    # First, since it stays in memory: the merge's share must be known before the scoring.
     from shardmix.scoring import score
 
     planned = plan()
@@ -213,8 +213,8 @@ def _score(
     return scores
 
 
-def _kept(staging: Staging, log: ScoreLog, names: Sequence[str]) -> str:
-    """Say what is kept of a scoring that was cut off, and keep it."""
+def _save_scores(staging: Staging, log: ScoreLog, names: Sequence[str]) -> str:
+    """Save the scores of a scoring that was cut off, and return a hint that says so."""
     staging.is_worth_keeping = staging.has_journal or log.num_models > 0
     if log.num_models == 0:
         return ""

@@ -1,11 +1,11 @@
-"""The arithmetic of merging, and what it needs. Imports no torch: arrays' operations are handed in.
+"""The arithmetic of merging, and what it needs. Imports no torch: arrays' operations are passed in.
 
 base                   the seam: `MergeMethod`, its `Parameter`s and `Needs`; `Params`, their values
-ops                    the operations that methods are written with, and how to count them
+ops                    the operations that methods are written with, and a counter of them
 statistics             sums over whole tensors, in float64
 linear                 the weighted sum
 keep_first             the first model's values, for integers
-task_arithmetic        the base model plus a weighted sum of what models changed in it
+task_arithmetic        the base model plus a weighted sum of models' changes to it
 slerp                  spherical interpolation between the base model and another
 registry               every method by name
 """

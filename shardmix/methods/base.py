@@ -1,4 +1,4 @@
-"""The seam of methods: what a method declares, and the values that it is computed with.
+"""The seam of methods: their declarations, and the values that they compute with.
 
 A new element-wise method is one file here and a line in `registry`. Its parameters become recipe
 keys, options, help and error texts; its needs become the memory budget.
@@ -14,7 +14,7 @@ from shardmix.methods.ops import A, Ops
 from shardmix.methods.statistics import Statistic
 
 Value = float | bool | str
-"""What a parameter can be."""
+"""The possible types of a parameter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +28,13 @@ class Parameter:
     description: str
     """One sentence for `--help` and error texts."""
     default: Value | None = None
-    """None: it must be given."""
+    """Default value; None if it must be given."""
     by_model: bool = False
-    """Each model has its own value."""
+    """True if each model has its own value."""
     least: float | None = None
-    """The least value allowed; None: no bound."""
+    """The least value allowed; None if there is no bound."""
     most: float | None = None
-    """The largest value allowed; None: no bound."""
+    """The largest value allowed; None if there is no bound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,35 +42,35 @@ class Params:
     """The parameters of a tensor, each with its value."""
 
     shared: Mapping[str, Value] = field(default_factory=dict)
-    """Those of the whole, by name."""
+    """Values for all models, by name."""
     by_model: tuple[Mapping[str, Value], ...] = ()
-    """Those of each model, in the recipe's order, without the base model."""
+    """Values of each model, in the recipe's order, without the base model."""
 
     def number(self, name: str) -> float:
-        """Return a number of the whole."""
+        """Return a number that holds for all models."""
         return float(self.shared[name])
 
     def numbers(self, name: str) -> tuple[float, ...]:
-        """Return a number of every model, in order."""
+        """Return each model's number, in order."""
         return tuple(float(values[name]) for values in self.by_model)
 
     def of_models(self, models: Sequence[int]) -> "Params":
-        """Return the parameters of some models only; indexes into `by_model`."""
+        """Return the parameters of only some models; indexes into `by_model`."""
         return Params(self.shared, tuple(self.by_model[model] for model in models))
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a method needs besides the models' chunks. The memory budget asks for it."""
+    """The needs of a method besides the models' chunks. The memory budget asks for them."""
 
     base_model: bool = False
-    """Whether it takes a base model; its values come first then."""
+    """True if it takes a base model; its values then come first."""
     statistics: tuple[Statistic, ...] = ()
     """Statistics of whole tensors, gathered before any of the tensor is combined."""
     least_models: int = 1
     """Fewest models besides the base model."""
     most_models: int | None = None
-    """Most models besides the base model; None: any number."""
+    """Most models besides the base model; None for any number."""
 
 
 class MergeMethod(Protocol):
@@ -81,15 +81,15 @@ class MergeMethod(Protocol):
     summary: ClassVar[str]
     """One sentence for people."""
     reference: ClassVar[str]
-    """Address of the paper that it comes from; empty: common knowledge."""
+    """Address of the paper that it comes from; "" for common knowledge."""
     parameters: ClassVar[tuple[Parameter, ...]]
-    """What can be set."""
+    """Its parameters."""
 
     def check(self, params: Params) -> None:
         """Raise `RecipeError` if the values do not go together."""
 
     def needs(self, params: Params) -> Needs:
-        """Return what it needs for these values."""
+        """Return the needs for these values."""
 
     def contributors(self, params: Params, *, is_wide: bool) -> tuple[int, ...]:
         """Return the models (indexes into `by_model`) whose values count; others are not read.
@@ -112,7 +112,7 @@ class MergeMethod(Protocol):
 
 
 def vanishes_in_float32(weight: float) -> bool:
-    """Tell whether a weight is 0 in float32: 0 or -0.0, or less than half of the least value."""
+    """Return True if a weight is 0 in float32: 0 or -0.0, or less than half of the least value."""
     rounded: float = struct.unpack("<f", struct.pack("<f", weight))[0]
     return rounded == 0
 

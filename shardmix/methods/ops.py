@@ -1,14 +1,14 @@
-"""The operations that methods are written with: each is rounded by itself, so that bits agree.
+"""The operations that methods are written with: each one is rounded separately, so bits agree.
 
-A method's `combine` is one function of arrays. Backends hand in what runs it: torch on the CPU or a
-GPU, or a tracer that turns it into a compiled loop. Every operation is one IEEE rounding in all of
-them, so all give the same bits.
+A method's `combine` is one function of arrays. Backends pass in the operations: torch on the CPU or
+a GPU, or a tracer that turns it into a compiled loop. Every operation is one IEEE rounding in all
+of them, so all give the same bits.
 """
 
 from typing import Protocol, TypeVar
 
 A = TypeVar("A")
-"""An array of elements, or a mask of them; what it is belongs to the backend."""
+"""An array of elements, or a mask of them; its type belongs to the backend."""
 
 
 class Ops(Protocol[A]):
@@ -37,7 +37,7 @@ class Ops(Protocol[A]):
 
 
 class CountingOps:
-    """Counts what a method does with an element: how many results it makes, of them masks."""
+    """Counts a method's operations on an element: its results, and the masks among them."""
 
     def __init__(self) -> None:
         self.num_results = 0

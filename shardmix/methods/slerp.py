@@ -11,7 +11,7 @@ from shardmix.methods.statistics import Gram
 _NEARLY_PARALLEL = 0.9995
 """|cos| from which on interpolation is linear, as in mergekit."""
 _NO_DIRECTION = 1e-8
-"""A norm up to which a tensor has no direction, and is taken as it is."""
+"""The largest norm of a tensor that has no direction, and is used as it is."""
 
 
 class Slerp:
@@ -31,7 +31,7 @@ class Slerp:
         """Accept any t within its bounds."""
 
     def needs(self, params: Params) -> Needs:
-        """Return that it needs a base model, one other, and their scalar products."""
+        """Return the needs: a base model, one other, and their scalar products."""
         return Needs(base_model=True, statistics=(Gram(),), most_models=1)
 
     def contributors(self, params: Params, *, is_wide: bool) -> tuple[int, ...]:
@@ -45,7 +45,7 @@ class Slerp:
         norms = [math.sqrt(square) for square in (base_base, model_model)]
         lengths = [norm if norm > _NO_DIRECTION else 1.0 for norm in norms]
         cosine = base_model / (lengths[0] * lengths[1])
-        # Also if it is not a number, since a tensor isn't: the output says so itself.
+        # Also if it is NaN, since a tensor has NaN: the output shows it.
         if not abs(cosine) <= _NEARLY_PARALLEL:
             return 1.0, t
         angle = math.acos(cosine)

@@ -1,8 +1,8 @@
-"""Statistics of whole tensors, such as norms: in float64, and the same whoever computes them.
+"""Statistics of whole tensors, such as norms: in float64, and independent of who computes them.
 
 A tensor is cut into pieces of a fixed number of elements, counted from its first. Each piece is
-added up in one fixed order, and pieces are totalled exactly rounded, whatever their order: so the
-result depends on the values only, not on chunks, workers or a resume.
+added up in one fixed order, and the total of pieces is exactly rounded, whatever their order. So
+the result depends only on the values, not on chunks, workers or a resume.
 """
 
 import math
@@ -14,7 +14,7 @@ PIECE_NUM_ELEMENTS = 1 << 15
 """Elements of a piece: their products in float64 stay in the caches."""
 
 Partial = tuple[float, ...]
-"""What a piece contributes, one number for each entry of a statistic."""
+"""The contribution of a piece, one number for each entry of a statistic."""
 
 
 class Statistic(Protocol):

@@ -1,4 +1,4 @@
-"""Task arithmetic: what models changed in a base model, added up and put on the base."""
+"""Task arithmetic: the changes of models to a base model, added up and put on the base."""
 
 import math
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ class TaskArithmetic:
             refuse_zero_sum(math.fsum(params.numbers("weight")), "weights")
 
     def needs(self, params: Params) -> Needs:
-        """Return that it needs a base model."""
+        """Return the need for a base model."""
         return Needs(base_model=True)
 
     def contributors(self, params: Params, *, is_wide: bool) -> tuple[int, ...]:
@@ -41,7 +41,7 @@ class TaskArithmetic:
         return nonzero(self.factors(params, ()), is_wide=is_wide)
 
     def factors(self, params: Params, statistics: Sequence[Sequence[float]]) -> tuple[float, ...]:
-        """Return what each model's changes are multiplied with."""
+        """Return the factor of each model's changes."""
         weights, scale = params.numbers("weight"), params.number("lambda")
         if params.shared["normalize"]:
             total = math.fsum(weights)
