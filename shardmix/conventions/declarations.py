@@ -1,8 +1,13 @@
 """Declarations of transformers' model classes: shared parameters, and other names for them.
 
-Reads a table that `tests/generators/transformers_declarations.py` writes from transformers itself,
-so that no merge has to import it. For a class that is not in the table, a separate process asks the
-installed transformers.
+transformers leaves tied parameters out of a checkpoint. Their number, their names and the key of
+the config that decides depend on the class. So a table has the declarations of all 2,000 classes:
+pairs of parameters, the configs that tie them, and the names of a checkpoint that mean each
+parameter. `tests/generators/transformers_declarations.py` writes it from transformers itself, a
+test compares it with the installed version, and no merge has to import transformers.
+
+For a class that is not in the table, a separate process asks the installed transformers. Without
+one, models of such a class merge if they store the same names.
 """
 
 import functools

@@ -1,7 +1,14 @@
 """Kinds of files in a model's folder, by their names: those that go along with merged weights.
 
-All files go along except known kinds of other things: weights in other formats, a trainer's files,
-caches. The same rules decide what is fetched from the Hub. Opens no file.
+All files of the config source are copied except known kinds of other things: weights in another
+format or precision, a trainer's files and checkpoints, caches, version control, hidden files, and
+files that every merge writes itself. Other files may have 1 GB each and 4 GB together, a folder
+1,000 files: a data set is no part of a model. Files left out are reported with the reason,
+shortened in a warning and whole in `--json`. The same rules decide what is fetched from the Hub.
+
+Beside a model given as a single file lies anybody's work, so only names that surely belong to a
+model go along. `verify` uses that stricter list, too. `--overwrite` deletes of a model from
+elsewhere only files with names that programs give. Opens no file.
 """
 
 import re

@@ -1,7 +1,35 @@
-"""Bytes of files ⇄ values, strictly read: what strangers wrote is judged before it is used.
+"""Bytes of files ⇄ values, strictly read: strangers' files are judged before they are used.
 
-safetensors_layout     dtypes, and headers encoded; pure bytes
+safetensors_layout     headers encoded, and the length of a header; pure bytes
 safetensors_header     headers decoded, in pieces, and judged
-file_metadata          what an output file's `__metadata__` says
+file_metadata          the `__metadata__` of output files
 strict_json            config, modules and index: JSON of strangers
+
+Every input may come from somebody who means harm. It is refused in one line that names the file,
+the finding and the remedy; `tests/hostile` has hundreds of such inputs, and a fuzzer. The rules,
+here and in other packages:
+
+- Nothing is allocated because a file says so. Headers have at most 100 MB (safetensors' limit), an
+  index as much, config and modules 4 MB, examples 8 MB, a recipe 128 KiB. As Python objects JSON
+  may take 26 times its length, so what is decoded whole is small.
+- A header may take 12 bytes of memory for each of its own, an index 4 and 250 for each pair, and
+  planning 1,600 for each tensor. This is compared with `--max-memory` before anything is decoded;
+  without a budget, with four fifths of the available memory. Measured for a million tensors in one
+  file (70 MB of header): 3 to 5 bytes; 11 if each has the shortest of names and a shape of its own.
+  The planner's own check is enough for headers below 1 MB.
+- A header is decoded in pieces of 1 MiB, directly into columns, and judged before names are
+  interned: an error behind a million tensors is found below 300 MB. Headers up to 1 MB are judged
+  by safetensors' own parser as well (it takes 8 to 13 bytes of memory a byte); fuzzing holds both
+  to the same verdict.
+- JSON and YAML mean one thing. A key given twice, half a surrogate pair, or more than 64 levels are
+  refused. So are YAML aliases, since nine lines of them stand for more text than any memory holds,
+  and a name such as `010` that YAML takes for a number.
+- Files are files, in the model's folder. Pipes, sockets and devices are never opened. Links are
+  followed only in the Hub's cache: a link out of a folder from elsewhere could put a file of this
+  machine into a model that is then published. The source itself may be a link, and so may a whole
+  folder of shards on another disk.
+- Nothing is run: no pickle is opened, no chat template rendered, no code of a model imported by
+  merging.
+- Nothing printed is obeyed by a terminal (`errors.printable`), and nothing printed is a secret
+  (`redaction`).
 """

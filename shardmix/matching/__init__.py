@@ -14,4 +14,16 @@ config_fit             statements of a config that tensors contradict
 tokenizers             differences of tokenizers: ids, splitting of text, settings
 preprocessors          differences in the preparation of pictures and sounds
 modules                differences of sentence-transformers modules
+
+A sentence-transformers model is a chain of modules, and each may store weights in its own
+folder: a projection (`2_Dense/`), the encoder itself (`0_Transformer/`), the two sides of a Router.
+Each folder with safetensors weights is a part: a `Checkpoint` of its own, with its own config,
+ties, dtypes and shards, so that names in one are never taken for names in another. Parts correspond
+by their position in the chain (`Dense 1`, `query/Transformer 1`), whatever their folders are
+called; the output's folders are the config source's. In messages a tensor's name follows its folder
+(`2_Dense/linear.weight`). The output's modules are the config source's, or if it has none those of
+the first model that has some.
+
+Buffers that transformers computes itself (`position_ids`, `rotary_emb.inv_freq`, ...) are left out
+if not every model has them, with a warning. Any other difference between tensor sets is an error.
 """

@@ -1,8 +1,17 @@
 """Tied parameters: the tensors that hold them, and those that an output must store.
 
 Models share one tensor between parameters ("tie" them): an output head and the input embedding,
-copies of it in encoder and decoder, biases of heads. A checkpoint stores one of them, or several.
-The output stores as many as it takes to hold the mean of every parameter, whichever model is first.
+copies of it in encoder and decoder, biases of heads. A checkpoint stores one of them, or several. A
+name that some model stores is left out of the output only if loading the output gives it, in every
+model, the same tensor. So the output does not depend on the order of models, and it computes what
+the weighted sum of all parameters computes. Stored values count as stored: a copy of a tied head
+may differ from it.
+
+transformers from version 5 on reads both parameters if a file has both; older versions and other
+programs follow only the config. So the output's config says `tie_word_embeddings: false` if some
+model's does, all parameters that it then reads by their own names are stored, and the key means no
+more than the tie. For T5 and its relatives it also decides a scale, and stays.
+
 Knows names and configs; reads no tensor.
 """
 

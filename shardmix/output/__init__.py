@@ -11,4 +11,11 @@ shard_writer           a growing weight file: written, hashed, claimed leaf by l
 model_folder           config, index, model card
 provenance             shardmix.json, written and read back
 permissions            readers of an output: only those who could read every source
+
+Files are written in this order: the data; then each file's header, without which it is not a
+safetensors file; then comes fsync of the file. Auxiliary files, card, index and `shardmix.json`
+follow, and fsync of them and of the folders. Then comes the rename, and fsync of both folders that
+it changed; only then is success reported. (`--no-fsync` leaves the fsyncs out.) Each leaf starts
+its own way to the disk (`sync_file_range`), so that the last fsync, which no signal interrupts, has
+little left to wait for.
 """

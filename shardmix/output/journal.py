@@ -1,8 +1,17 @@
 """The journal of a merge: the finished leaves of its output files, for the next call to go on.
 
-One JSON value a line: first the merge's description, then a line for each leaf. A line is only a
-claim: before it is used, the leaf's bytes are hashed again. So neither a torn line nor data lost in
-a power cut can do harm, and nothing here needs to be forced to disk.
+One JSON value a line: first the merge's description, then a line for each leaf, 4 MiB of an output
+file. A line is only a claim: before it is used, the leaf is read from the disk and hashed, and
+merged again if that is not the claimed digest. So torn lines, lost writes and claims that a power
+cut made false cost work, not bytes, and the journal needs no fsync. To read a finished leaf costs a
+fraction of merging it; workers do both side by side. The anomalies of a leaf (NaN, Inf, integers
+that differ) are in its line, so that a merge in ten pieces reports the same as a merge in one.
+
+The first line has the plan's digest, and the words that a user would describe the merge by. Sources
+are known by their weight files' path, size, times of modification and of status change (`ctime`,
+which nobody can set back; the inode if a file system has none) and SHA-256 of the header; those of
+the Hub by their commit. Any other merge is refused, naming the difference; `--restart` discards the
+journal. Budget, workers, device, backend and the way to read may differ.
 """
 
 import os

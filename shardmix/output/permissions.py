@@ -1,5 +1,10 @@
 """Permissions of an output: only those who could read every model in it may read it.
 
+New files and folders have the permissions of the umask. But an output is no more readable than its
+most private source: group and others lose the permissions that they lack at any file that is read
+or copied. `--share` leaves everything to the umask. (safetensors itself saves with mode 0600, and
+so do most trainers.) Permissions decide no byte: a merge with `--share` goes on from one without.
+
 Reads the permissions of files, and opens none.
 """
 

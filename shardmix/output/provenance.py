@@ -1,8 +1,13 @@
 """`shardmix.json`: the models that an output was made from, and the digests of its files.
 
-Written into the output, and read back to verify it. Says nothing of the machine, unless that was
-asked for. A file read back may come from anyone. Its last field is a digest of all bytes before it:
-it reveals later edits, unless that digest was made again.
+It names the models (by Hub id and commit, or by name and their files' sizes and header hashes), the
+weights in full precision, versions, the plan's digest, and each file's own. It has no time, no
+host, and no path of the machine unless `--record-paths` asks for it: the same merge writes the same
+bytes. The model card has no digest, since people edit it. The last field is the SHA-256 of all
+bytes before it: it reveals later edits. Whoever makes that digest again changes the SHA-256 of the
+file, which merge, `verify` and `status` print.
+
+A file read back may come from anyone.
 """
 
 import hashlib

@@ -1,16 +1,32 @@
 """The output folder: filled in a hidden folder, put in place by one rename.
 
-Until the rename the output path does not exist, or still is the old model. The output grows in a
-hidden folder beside it, `.NAME.shardmix`, which a failed or killed merge leaves for the next call:
+At every instant the output path is absent, or the old model, or the new one, complete. The output
+grows in a hidden folder beside it, on the same file system, `.NAME.shardmix`, which a failed or
+killed merge leaves for the next call:
 
-    lock        its owner
+    lock        its owner: one merge at a time to one output
     scores      scores so far, if the weights come from examples
     journal     finished leaves
     model/      the future output
-    placing     only during the rename
+    placing     only during the rename: the inode of model/
 
-Its name is predictable, and others may be able to write to its parent. So both folders are held by
-their descriptors, and all entries must belong to this user. Knows folders, not their content.
+With `--overwrite` old and new are exchanged in one step (`renameat2`), and then the old one is
+removed. `placing` tells a later call on which side of the exchange a merge was killed: the
+remaining folder is either the old model, to be removed, or the new one, to go on with. If a file
+system cannot exchange (NFS, some FUSE), two renames do it, and a later call completes them.
+
+The hidden folder's name is predictable, and in `/tmp` or a group's folder anybody may put a link
+there, before the merge or during it. So the folders are held by their descriptors (`held_folder`):
+names in them are opened with `O_NOFOLLOW`, new ones with `O_EXCL`. The hidden folder has mode 0700;
+one of another user, or one that others may write to, is refused, naming its owner. An earlier
+merge's file is reused if it is regular, this user's, and has one name. Otherwise it is refused
+(`lock`, `journal`, `model/`) or merged again (files in `model/`). Before the rename everything is
+checked once more, by inode; if the exchange brings out another folder than the checked one, it is
+put back. Links above the output are the user's own and are resolved once, at the start. The output
+itself, a profile and its picture are never written through a link. On disks that give all files to
+one user (FAT, some network disks) that user is found by a file that is made and removed at once.
+
+Knows folders, not their content.
 """
 
 import errno

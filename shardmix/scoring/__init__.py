@@ -22,6 +22,33 @@ their use:
     weights, report        the result
 
 Names are loaded on first use; torch and transformers come with `score`.
+
+Weights are read once. accelerate's disk offload puts a hook on every module that reads its
+weights for every forward pass, so that 23 batches read a model 23 times. Here the forward passes of
+all batches run side by side (`lockstep`). Each pass runs the model's own `forward` and waits at a
+unit without weights; when all wait, the unit is read from its shards, directly into the parameters,
+all passes go through it, and its memory is given back. The cost: between units a pass holds its
+hidden states (tokens × width, about four times), and a greenlet. Threads would do the same, but
+each would have its own pool of OpenMP workers.
+
+A unit is as large as it must be: a block, the layer that transformers never splits; an embedding,
+of which only the rows that some pass looks up are read; a large linear layer, such as the head, in
+slices of 64 MiB; the whole model, if all passes' states do not fit beside a block but the model
+does; or single layers, if not even a block fits. Some models (Mamba) use a layer's weights without
+calling it; they are run again as a whole, if there is room, with a warning.
+
+`fit` projects the peak, with 15 % for what matrix libraries and the allocator add. If not all
+passes fit at once they go in waves, and the weights are read once a wave; the report says so
+(`num_passes`). Without a budget, four fifths of the available memory is one.
+
+The numbers are the reference's. Models compute in their own dtype, also on the CPU: in bfloat16 the
+losses differ from those in float32 by up to 2e-3. Parameters that transformers leaves in float32 (a
+router's bias) stay so. Only padding is masked; the reference masks every token that equals it, also
+within a text. Token losses are float32, their sums float64. Encoders are scored by their CLS state
+as in the reference, unless their sentence-transformers modules pool otherwise. Rerankers, which the
+reference cannot score, have the cross-entropy of the positive among its own candidates. Losses
+differ in the last digits by how examples were put into batches, so by budget, threads and device;
+therefore `merge --weights-from` stores them beside its journal.
 """
 
 import importlib

@@ -1,8 +1,18 @@
 """The pages of a merge's files in the system's page cache.
 
-Reading and writing push other programs' files out of the cache. In a merge larger than the cache
-that is for nothing: its first pages are gone before they could be used again. Such a merge drops
-its pages behind itself. All calls are hints, on Linux only.
+Linux keeps pages that were read and written, and drops those of others. A merge larger than the
+cache leaves nothing in it that could be used again, and nothing of the user's other files either.
+So output, then sources, stay cached if they fit into half of the available memory (in a container,
+of its limit). Otherwise their pages are dropped behind the merge (`POSIX_FADV_DONTNEED`). Ranges of
+sources that all workers have read are joined, and dropped once they come to 32 MiB of whole huge
+pages, since a page that lies only partly in a range stays; and everything once more at the end. Of
+an output file, pages already on the disk are dropped whenever another 32 MiB is being written back,
+and all of them after fsync. Without fsync output is dirty, and stays. Dropping costs no time: the
+kernel need not look for pages to give up. Pages that were cached before the merge go, too, if they
+are the merge's own.
+
+`verify` does the same with its files; scoring does not. All calls are hints, on Linux only.
+`O_DIRECT` and `RWF_DONTCACHE` are slower for a merge that fits: see docs/performance.md.
 """
 
 import os
