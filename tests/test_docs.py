@@ -78,6 +78,13 @@ def test_links_of_the_docs_lead_somewhere(name):
             assert (ROOT / name).parent.joinpath(target).exists(), target
 
 
+def test_paths_in_contributing_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:shardmix|tests|benchmarks|docs)/[\w./]*)`", text)
+    assert len(paths) > 15
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
 def test_make_targets_of_the_docs_exist(name):
     """Make targets that the docs name exist."""
