@@ -14,8 +14,8 @@ CAMPAIGN_STAMP := $(VENV)/.installed-campaign
 BENCH_STAMP := $(VENV)/.installed-bench
 BENCH_WORK_DIR ?= bench-output
 BENCH_OPTIONS ?=
-# A process for each core; the tests of a file stay together.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+# A process for each core; tests/conftest.py says which tests stay together, and which come first.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadgroup --no-loadscope-reorder
 PYTEST_OPTIONS ?=
 FUZZ_TARGETS := header tensors file index recipe config modules tokenizer examples
 FUZZ_SECONDS ?= 600

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
+TESTS = Path(__file__).resolve().parent
+REFERENCE = TESTS.parents[1] / "shared" / "reference"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -68,11 +69,17 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give a file's tests to one process, for the sake of its fixtures.
 
-    Tests that watch what all processes share, such as the page cache, go to one process as well.
+    Tests that watch what all processes share, such as memory and page cache, go to one process as
+    well, before others: they take longest.
     """
+
+    def is_of_machine(item: pytest.Item) -> bool:
+        return item.get_closest_marker("machine") is not None
+
+    items.sort(key=is_of_machine, reverse=True)
     for item in items:
-        is_shared = item.get_closest_marker("machine") is not None
-        item.add_marker(pytest.mark.xdist_group("machine" if is_shared else item.path.name))
+        group = "machine" if is_of_machine(item) else item.path.relative_to(TESTS).as_posix()
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

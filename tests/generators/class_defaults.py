@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ _LONGEST_LIST = 8
 _COMPACT = {"allow_nan": False, "sort_keys": True, "separators": (",", ":")}
 
 
-def class_defaults() -> dict[str, dict[str, Any]]:
+def class_defaults(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Return model type → its fields' defaults, their other names, and its parts' model types."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    return {name: _described(CONFIG_MAPPING[name]) for name in sorted(CONFIG_MAPPING.keys())}
+    return {name: _described(CONFIG_MAPPING[name]) for name in names}
 
 
 def _described(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
@@ -80,5 +81,5 @@ def written(defaults: dict[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    TARGET.write_text(written(class_defaults()))
+    TARGET.write_text(written(class_defaults(sorted(CONFIG_MAPPING.keys()))))
     sys.stdout.write(f"{TARGET}: of transformers {transformers.__version__}\n")

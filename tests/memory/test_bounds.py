@@ -10,6 +10,8 @@ from shardmix.system.units import MIB
 from tests.support.fresh_process import merge_report, python, refused_merge
 from tests.support.models import save_model
 
+pytestmark = pytest.mark.machine
+
 
 @pytest.fixture(scope="module")
 def large_models(tmp_path_factory):

@@ -12,6 +12,8 @@ import torch
 from shardmix.system.units import MIB
 from tests.support.models import load_model, save_model
 
+pytestmark = pytest.mark.machine
+
 LIMIT = 512 * MIB
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from tests.support.fresh_process import python
 
+pytestmark = pytest.mark.machine
+
 COUNT = 50_000
 NAMES = [f"model.layers.{i}.mlp.experts.{j}.weight" for i, j in product(range(100), range(500))]
 

@@ -12,6 +12,8 @@ from transformers import LlamaConfig
 from shardmix.system.units import MIB
 from tests.support.language_models import TEXTS, save_tokenizer, write_examples
 
+pytestmark = pytest.mark.machine
+
 HIDDEN, INNER, LAYERS, VOCABULARY = 1024, 2816, 14, 32000
 
 

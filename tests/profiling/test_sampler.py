@@ -22,6 +22,7 @@ def values_of(probe):
     return dict(zip(MEMORY_COLUMNS, probe(), strict=True))
 
 
+@pytest.mark.machine
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
 def test_memory_is_told_in_bytes_and_by_kind():
     with memory_probe() as probe:

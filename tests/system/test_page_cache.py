@@ -254,6 +254,7 @@ def shares_cached(*folders):
     return [share_cached(path) for folder in folders for path in Path(folder).glob("*.safetensors")]
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize("io", ["pread", "mmap"])
 @pytest.mark.parametrize("backend", ["torch", "llvm"])
 def test_large_merge_leaves_others_cache(tmp_path, models, monkeypatch, io, backend):
