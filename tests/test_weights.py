@@ -143,7 +143,7 @@ def test_omitted_float64_widens_nothing(tmp_path):
     (segment,) = (
         segment for shard in shardmix.plan_merge(models).shards for segment in shard.segments
     )
-    assert (segment.models, segment.dtypes, segment.weights) == ((0,), ("F32",), (1.0,))
+    assert ([source[:2] for source in segment.sources], segment.factors) == ([(0, "F32")], (1.0,))
 
 
 @pytest.mark.parametrize("weights", [(0, 0), (-0.0, 0.0), (1e-50, -1e-60)])

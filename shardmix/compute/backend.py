@@ -19,9 +19,10 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from shardmix.anomalies import NonfiniteCounts
-from shardmix.compute.chunk_size import AGREE_CHUNK_NBYTES
+from shardmix.compute.chunk_size import KEEP_FIRST_CHUNK_NBYTES
+from shardmix.methods import keep_first
 from shardmix.options import LLVM
-from shardmix.plan.merge_plan import LINEAR, MergePlan, Segment
+from shardmix.plan.merge_plan import MergePlan, Segment
 
 
 class Reducer(Protocol):
@@ -72,7 +73,7 @@ class Backend(Protocol):
     """What computes weighted sums; made once for a merge."""
 
     def make_reducers(self, *, chunk_nbytes: int) -> Sequence[Reducer]:
-        """Return reducers for LINEAR segments, with all buffers allocated; called by each worker.
+        """Return reducers for segments of floats, with all buffers; called by each worker.
 
         They are one for each chunk that a worker may have in flight; to be used by turns.
         """
@@ -89,7 +90,7 @@ class Backend(Protocol):
 
 def load_backend(plan: MergePlan) -> Backend:
     """Import and ready a plan's backend, so that what it takes in memory can be measured."""
-    summed = (segment for segment in plan.segments() if segment.reduction == LINEAR)
+    summed = (segment for segment in plan.segments() if segment.method != keep_first.NAME)
     if plan.settings.backend == LLVM:
         from shardmix.compute.llvm_cpu import LlvmBackend
 
@@ -102,16 +103,19 @@ def load_backend(plan: MergePlan) -> Backend:
 class Reducers:
     """The reducer for each kind of segment, for one of the chunks that a worker has in flight."""
 
-    def __init__(self, linear: Reducer, *, chunk_nbytes: int) -> None:
+    def __init__(self, of_floats: Reducer, *, chunk_nbytes: int) -> None:
         self._chunk_nbytes = chunk_nbytes
-        self._reducers: dict[str, Reducer] = {LINEAR: linear}
+        self._of_floats = of_floats
+        self._keep_first: Reducer | None = None
 
-    def __getitem__(self, reduction: str) -> Reducer:
-        """Return the reducer for LINEAR or AGREE."""
-        if reduction not in self._reducers:
+    def __getitem__(self, method: str) -> Reducer:
+        """Return the reducer for segments of a method."""
+        if method != keep_first.NAME:
+            return self._of_floats
+        if self._keep_first is None:
             # Most models hold no integers.
-            from shardmix.compute.keep_first import AgreeReducer
+            from shardmix.compute.keep_first import KeepFirst
 
-            chunk_nbytes = min(self._chunk_nbytes, AGREE_CHUNK_NBYTES)
-            self._reducers[reduction] = AgreeReducer(chunk_nbytes=chunk_nbytes)
-        return self._reducers[reduction]
+            chunk_nbytes = min(self._chunk_nbytes, KEEP_FIRST_CHUNK_NBYTES)
+            self._keep_first = KeepFirst(chunk_nbytes=chunk_nbytes)
+        return self._keep_first

@@ -12,7 +12,7 @@ from shardmix.plan.merge_plan import Segment
 _WIDEST_NBYTES = 8
 
 
-class AgreeReducer:
+class KeepFirst:
     """Integers and booleans: the first source's values; the others are compared with them."""
 
     is_finite = True

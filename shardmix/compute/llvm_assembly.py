@@ -1,4 +1,4 @@
-"""A weighted sum as a module of LLVM IR, for one combination of dtypes, and the reading before it.
+"""A kernel as a module of LLVM IR, and the reading before it.
 
 What is left of a chunk after whole vectors goes through the same loop one by one. Reading is part
 of it so that the interpreter is asked for once a chunk, not once a source: threads wait for one
@@ -8,32 +8,32 @@ For bfloat16, float16 and float32 on little-endian machines.
 """
 
 import time
-from collections.abc import Sequence
 
 from shardmix.compute.chunk_size import VECTOR
+from shardmix.compute.llvm_kind import KernelKind
 from shardmix.compute.llvm_loops import INFINITY, STORED, loop, loop_of_pairs
 from shardmix.dtypes import element_nbytes
 
 FAILED = 0xFFFFFFFF
-"""What `read_and_sum` answers where it could not read all; no magnitude is as large."""
+"""What `read_and_merge` answers where it could not read all; no magnitude is as large."""
 
 _FAST_VECTORS = """\
-  %fast = call i32 @weighted_sum_of_pairs(ptr %sources, ptr %weights, ptr %out, i64 %whole)
+  %fast = call i32 @merge_pairs(ptr %sources, ptr %factors, ptr %out, i64 %whole)
   %has_nan = icmp ugt i32 %fast, {infinity}
   br i1 %has_nan, label %careful, label %then
 careful:
 """
 
 _WHOLE_AND_REST = """
-define i32 @weighted_sum(ptr %sources, ptr %weights, ptr %out, i64 %count) nounwind {{
+define i32 @merge(ptr %sources, ptr %factors, ptr %out, i64 %count) nounwind {{
 start:
   %rests = alloca ptr, i64 {num_sources}
   %whole = and i64 %count, -{vector}
   %has_whole = icmp ne i64 %whole, 0
   br i1 %has_whole, label %vectors, label %then
 vectors:
-{fast}  %of_whole = call i32 @weighted_sum_{vector}\
-(ptr %sources, ptr %weights, ptr %out, i64 %whole)
+{fast}  %of_whole = call i32 @merge_{vector}\
+(ptr %sources, ptr %factors, ptr %out, i64 %whole)
   br label %then
 then:
   %with_whole = phi i32 [0, %start], {whole_answers}
@@ -43,7 +43,7 @@ then:
 singles:
 {shifts}
   %rest_out = getelementptr {out_type}, ptr %out, i64 %whole
-  %of_rest = call i32 @weighted_sum_1(ptr %rests, ptr %weights, ptr %rest_out, i64 %rest)
+  %of_rest = call i32 @merge_1(ptr %rests, ptr %factors, ptr %rest_out, i64 %rest)
   br label %end
 end:
   %with_rest = phi i32 [0, %then], [%of_rest, %singles]
@@ -60,9 +60,9 @@ _SHIFT = """\
   %rest{n}_at = getelementptr ptr, ptr %rests, i64 {n}
   store ptr %rest{n}, ptr %rest{n}_at"""
 
-_READ_AND_SUM = """
-define i32 @read_and_sum(ptr %pread, ptr %clock, ptr %descriptors, ptr %positions, ptr %sources, \
-ptr %weights, ptr %out, i64 %count, ptr %nanoseconds) nounwind {{
+_READ_AND_MERGE = """
+define i32 @read_and_merge(ptr %pread, ptr %clock, ptr %descriptors, ptr %positions, ptr %sources, \
+ptr %factors, ptr %out, i64 %count, ptr %nanoseconds) nounwind {{
 start:
   %time = alloca {{ i64, i64 }}
   %began = call i64 @now(ptr %clock, ptr %time)
@@ -72,7 +72,7 @@ read{num_sources}:
   %ended = call i64 @now(ptr %clock, ptr %time)
   %took = sub i64 %ended, %began
   store i64 %took, ptr %nanoseconds
-  %answer = call i32 @weighted_sum(ptr %sources, ptr %weights, ptr %out, i64 %count)
+  %answer = call i32 @merge(ptr %sources, ptr %factors, ptr %out, i64 %count)
   ret i32 %answer
 failed:
   ret i32 {failed}
@@ -104,8 +104,9 @@ read{n}:
   br i1 %is_all{n}, label %read{following}, label %failed"""
 
 
-def assembly(dtypes: Sequence[str], out_dtype: str) -> str:
-    """Return a module with `weighted_sum` and `read_and_sum` for sources of these dtypes."""
+def assembly(kind: KernelKind) -> str:
+    """Return a module with `merge` and `read_and_merge` for a kind of chunk."""
+    dtypes, out_dtype = kind.dtypes, kind.out_dtype
     words = {
         "num_sources": len(dtypes),
         "vector": VECTOR,
@@ -122,9 +123,9 @@ def assembly(dtypes: Sequence[str], out_dtype: str) -> str:
         return "\n".join(part.format_map(source) for source in sources)
 
     reads, shifts = map(of_each, (_READ, _SHIFT))
-    loops = [loop(dtypes, out_dtype, width) for width in (VECTOR, 1)]
+    loops = [loop(kind, width) for width in (VECTOR, 1)]
     fast, whole_answers = "", "[%of_whole, %vectors]"
-    if set(dtypes) | {out_dtype} == {"BF16"}:
+    if kind.is_weighted_sum and set(dtypes) | {out_dtype} == {"BF16"}:
         loops.append(loop_of_pairs(len(dtypes)))
         fast = _FAST_VECTORS.format(infinity=INFINITY)
         whole_answers = "[%fast, %vectors], [%of_whole, %careful]"
@@ -133,6 +134,6 @@ def assembly(dtypes: Sequence[str], out_dtype: str) -> str:
         [
             *loops,
             _WHOLE_AND_REST.format_map(words | {"shifts": shifts}),
-            _READ_AND_SUM.format_map(words | {"reads": reads}),
+            _READ_AND_MERGE.format_map(words | {"reads": reads}),
         ]
     )

@@ -1,20 +1,20 @@
-"""Compiles weighted sums for this processor. Knows addresses, not buffers or files."""
+"""Compiles methods for this processor. Knows addresses, not buffers or files."""
 
 import ctypes
 import platform
-from collections.abc import Sequence
 
 import llvmlite.binding as llvm
 
 from shardmix.compute.llvm_assembly import assembly
+from shardmix.compute.llvm_kind import KernelKind
 
 LEAST_INFINITE = {"BF16": 0x7F7F8000, "F16": 0x477FF000, "F32": 0x7F800000}
 """The least float32, as bits, that rounding makes infinite; all above are infinite, too, or NaN."""
 
 Addresses = ctypes.Array[ctypes.c_void_p]
 """Where each source's elements are, or are to be read to."""
-Weights = ctypes.Array[ctypes.c_float]
-"""Each source's weight, in float32."""
+Factors = ctypes.Array[ctypes.c_float]
+"""The method's factors, in float32."""
 Descriptors = ctypes.Array[ctypes.c_int32]
 """Each source's open file."""
 Positions = ctypes.Array[ctypes.c_int64]
@@ -25,48 +25,48 @@ _PREAD, _CLOCK = (
     ctypes.cast(function, ctypes.c_void_p)
     for function in (_C_LIBRARY.pread, _C_LIBRARY.clock_gettime)
 )
-_SUMMING = (
+_MERGING = (
     *(ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_float)),
     *(ctypes.c_void_p, ctypes.c_int64),
 )
-_SUM_SIGNATURE = ctypes.CFUNCTYPE(ctypes.c_uint32, *_SUMMING)
+_MERGING_SIGNATURE = ctypes.CFUNCTYPE(ctypes.c_uint32, *_MERGING)
 _READING_SIGNATURE = ctypes.CFUNCTYPE(
     ctypes.c_uint32,
     *(ctypes.c_void_p, ctypes.c_void_p),
     *(ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_int64)),
-    *_SUMMING,
+    *_MERGING,
     ctypes.POINTER(ctypes.c_int64),
 )
 
 
 class Kernel:
-    """The machine code for one combination of dtypes. Releases the GIL.
+    """The machine code of one kind. Releases the GIL.
 
-    Both functions return the sum's largest magnitude as a float32's bits, where a NaN is the
-    largest of all.
+    Both functions return the result's largest magnitude as a float32's bits, of which a NaN's are
+    the largest.
     """
 
     def __init__(self, engine: llvm.ExecutionEngine) -> None:
         self._engine = engine  # whose the code is
-        self._sum = _SUM_SIGNATURE(engine.get_function_address("weighted_sum"))
-        self._read = _READING_SIGNATURE(engine.get_function_address("read_and_sum"))
+        self._merge = _MERGING_SIGNATURE(engine.get_function_address("merge"))
+        self._read = _READING_SIGNATURE(engine.get_function_address("read_and_merge"))
 
-    def weighted_sum(self, sources: Addresses, weights: Weights, out: int, count: int) -> int:
-        """Sum `count` elements of every source into the address `out`."""
-        largest: int = self._sum(sources, weights, out, count)
+    def merge(self, sources: Addresses, factors: Factors, out: int, count: int) -> int:
+        """Merge `count` elements of every source into the address `out`."""
+        largest: int = self._merge(sources, factors, out, count)
         return largest
 
-    def read_and_sum(
+    def read_and_merge(
         self,
         descriptors: Descriptors,
         positions: Positions,
         sources: Addresses,
-        weights: Weights,
+        factors: Factors,
         out: int,
         count: int,
         nanoseconds: ctypes.c_int64,
     ) -> int:
-        """Read the sources from files, then sum them; `nanoseconds` becomes what reading took.
+        """Read the sources from files, then merge them; `nanoseconds` becomes what reading took.
 
         Returns `FAILED` where one could not be read.
         """
@@ -76,7 +76,7 @@ class Kernel:
             descriptors,
             positions,
             sources,
-            weights,
+            factors,
             out,
             count,
             ctypes.byref(nanoseconds),
@@ -102,17 +102,16 @@ class Kernels:
     def __init__(self) -> None:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
-        self._kernels: dict[tuple[tuple[str, ...], str], Kernel] = {}
+        self._kernels: dict[KernelKind, Kernel] = {}
 
-    def kernel(self, dtypes: Sequence[str], out_dtype: str) -> Kernel:
-        """Return the kernel for sources of these dtypes (names as in safetensors)."""
-        key = tuple(dtypes), out_dtype
-        if key not in self._kernels:
-            self._kernels[key] = self._compiled(*key)
-        return self._kernels[key]
+    def kernel(self, kind: KernelKind) -> Kernel:
+        """Return the kernel of a kind."""
+        if kind not in self._kernels:
+            self._kernels[kind] = self._compiled(kind)
+        return self._kernels[kind]
 
-    def _compiled(self, dtypes: tuple[str, ...], out_dtype: str) -> Kernel:
-        module = llvm.parse_assembly(assembly(dtypes, out_dtype))
+    def _compiled(self, kind: KernelKind) -> Kernel:
+        module = llvm.parse_assembly(assembly(kind))
         module.verify()
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=2

@@ -1,7 +1,7 @@
-"""The weighted sum as kernels compiled by LLVM: bfloat16, float16 and float32, on the CPU.
+"""Methods as kernels compiled by LLVM: bfloat16, float16 and float32, on the CPU.
 
-One pass over all sources at once, and no torch in the process. The bits are torch's. Where sources
-are read, not mapped, a kernel does it.
+One pass over all sources at once, and no torch in the process. The bits are torch's. If sources are
+read, not mapped, a kernel does that too.
 """
 
 import ctypes
@@ -11,14 +11,13 @@ from contextlib import contextmanager
 from shardmix.anomalies import NonfiniteCounts
 from shardmix.compute.llvm_assembly import FAILED
 from shardmix.compute.llvm_compile import LEAST_INFINITE, Kernels, finding
+from shardmix.compute.llvm_kind import KernelKind
+from shardmix.compute.staged_chunk import StagedChunk
 from shardmix.dtypes import element_nbytes
-from shardmix.plan.memory_budget import BUFFERS_PER_WORKER
 from shardmix.plan.merge_plan import Segment
-from shardmix.system.buffers import PAGE_NBYTES, address, buffer_of_pages, offset_in_page
+from shardmix.system.buffers import address
 
-# For its place within a page, each part of a buffer takes up to so many bytes more.
-_PLACING_NBYTES = 2 * PAGE_NBYTES
-_SUM_NBYTES = 4
+_FLOAT32_NBYTES = 4
 
 
 class LlvmBackend:
@@ -27,16 +26,15 @@ class LlvmBackend:
     def __init__(self, segments: Iterable[Segment]) -> None:
         self._kernels = Kernels()
         # Now: then no worker compiles, and what it takes is there when memory is measured.
-        combinations = {(segment.dtypes, segment.out_dtype) for segment in segments}
-        for dtypes, out_dtype in combinations:
-            self._kernels.kernel(dtypes, out_dtype)
-        self._most_sources = max((len(dtypes) for dtypes, _ in combinations), default=0)
+        kinds = {KernelKind.of(segment) for segment in segments}
+        for kind in kinds:
+            self._kernels.kernel(kind)
+        self._most_sources = max((len(kind.dtypes) for kind in kinds), default=0)
 
-    def make_reducers(self, *, chunk_nbytes: int) -> "tuple[CompiledSum]":
+    def make_reducers(self, *, chunk_nbytes: int) -> "tuple[CompiledMethod]":
         """Return one worker's reducer, with all its buffers allocated."""
-        num_parts = self._most_sources + 2
-        nbytes = BUFFERS_PER_WORKER * chunk_nbytes + num_parts * _PLACING_NBYTES
-        return (CompiledSum(self._kernels, buffer_nbytes=nbytes),)
+        staged = StagedChunk(chunk_nbytes=chunk_nbytes, most_sources=self._most_sources)
+        return (CompiledMethod(self._kernels, staged),)
 
     def finding(self) -> str | None:
         """Say why kernels cannot be had on this processor, or None if they can."""
@@ -52,55 +50,40 @@ class LlvmBackend:
         return 0
 
 
-class CompiledSum:
-    """The weighted sum of one worker: its sources' bytes wait until the last one is there."""
+class CompiledMethod:
+    """A method for one worker: its sources' bytes wait until the last one is there."""
 
     disagreeing: frozenset[int] = frozenset()
     is_finite = True
 
-    def __init__(self, kernels: Kernels, *, buffer_nbytes: int) -> None:
+    def __init__(self, kernels: Kernels, staged: StagedChunk) -> None:
         self._kernels = kernels
-        self._buffer = buffer_of_pages(buffer_nbytes)
-        self._laid_out: tuple[Segment | None, int, int] = None, 0, 0
+        self._staged = staged
 
     def begin(self, segment: Segment, start: int, num_elements: int) -> None:
         """Start a chunk of a segment."""
-        same_segment, same_place, same_number = self._laid_out
-        place = start % PAGE_NBYTES  # elements of any size: all positions are then alike, too
-        if segment is not same_segment or num_elements != same_number or place != same_place:
-            self._lay_out(segment, start, num_elements)
-            self._laid_out = segment, place, num_elements
+        if self._staged.divide(segment, start, num_elements, unrounded_nbytes=_FLOAT32_NBYTES):
+            self._prepare(segment, num_elements)
         self._start = start
 
-    def _lay_out(self, segment: Segment, start: int, num_elements: int) -> None:
-        """Give each source, the output and the unrounded sum their part of the buffer."""
-        widths = [
-            *map(element_nbytes, segment.dtypes),
-            element_nbytes(segment.out_dtype),
-            _SUM_NBYTES,
-        ]
-        files_parts = [*segment.offsets, segment.out_offset, 0]
-        begins, end = [], 0
-        for width, offset in zip(widths, files_parts, strict=True):
-            page = end + -end % PAGE_NBYTES
-            begins.append(page + offset_in_page(offset + start * width))
-            end = begins[-1] + num_elements * width
-        if end > len(self._buffer):  # a few elements of very many sources
-            self._buffer = buffer_of_pages(end)
-        views = [
-            self._buffer[begin : begin + num_elements * width]
-            for begin, width in zip(begins, widths, strict=True)
-        ]
-        *self._staging, self._out, self._sums = views
-        *staging, self._out_address, self._sums_address = map(address, views)
-        num_sources = len(segment.dtypes)
-        self._own_addresses = (ctypes.c_void_p * num_sources)(*staging)
+    def _prepare(self, segment: Segment, num_elements: int) -> None:
+        """Take the kernel for chunks of this kind, and the addresses that it is called with."""
+        num_sources = len(segment.sources)
+        own = map(address, self._staged.sources)
+        self._out_address, self._unrounded_address = (
+            address(self._staged.out),
+            address(self._staged.unrounded),
+        )
+        self._own_addresses = (ctypes.c_void_p * num_sources)(*own)
         self._given_addresses = (ctypes.c_void_p * num_sources)()
-        self._weights = (ctypes.c_float * num_sources)(*segment.weights)
+        # An array of none has no address.
+        self._factors = (ctypes.c_float * max(1, len(segment.factors)))(*segment.factors)
         self._descriptors = (ctypes.c_int32 * num_sources)()
         self._positions = (ctypes.c_int64 * num_sources)()
-        self._kernel = self._kernels.kernel(segment.dtypes, segment.out_dtype)
-        self._widths = tuple(widths[:num_sources])
+        self._kernel = self._kernels.kernel(KernelKind.of(segment))
+        self._steps = tuple(
+            (source.offset, element_nbytes(source.dtype)) for source in segment.sources
+        )
         self._segment, self._num_elements = segment, num_elements
 
     def read(self, descriptors: Sequence[int]) -> tuple[memoryview, float] | None:
@@ -111,16 +94,13 @@ class CompiledSum:
         """
         self._addresses = self._own_addresses
         self._descriptors[:] = list(descriptors)
-        self._positions[:] = [
-            offset + self._start * width
-            for offset, width in zip(self._segment.offsets, self._widths, strict=True)
-        ]
+        self._positions[:] = [offset + self._start * width for offset, width in self._steps]
         nanoseconds = ctypes.c_int64()
-        largest = self._kernel.read_and_sum(
+        largest = self._kernel.read_and_merge(
             self._descriptors,
             self._positions,
             self._addresses,
-            self._weights,
+            self._factors,
             self._out_address,
             self._num_elements,
             nanoseconds,
@@ -129,7 +109,7 @@ class CompiledSum:
 
     def staging(self, source: int) -> memoryview:
         """Return the buffer to read this source's part of the chunk into."""
-        return self._staging[source]
+        return self._staged.sources[source]
 
     def add(self, source: int, raw: memoryview) -> None:
         """Take a source's bytes, in source order; they must stay as they are until `finish`."""
@@ -139,8 +119,8 @@ class CompiledSum:
         """Return the chunk's output bytes, valid until the next `begin`."""
         self._addresses = self._given_addresses
         return self._end(
-            self._kernel.weighted_sum(
-                self._addresses, self._weights, self._out_address, self._num_elements
+            self._kernel.merge(
+                self._addresses, self._factors, self._out_address, self._num_elements
             )
         )
 
@@ -148,11 +128,11 @@ class CompiledSum:
         self.is_finite = largest < LEAST_INFINITE[self._segment.out_dtype]
         if not self.is_finite:
             # Also unrounded, and now, while the sources are there: to tell what rounding did.
-            kernel = self._kernels.kernel(self._segment.dtypes, "F32")
-            kernel.weighted_sum(
-                self._addresses, self._weights, self._sums_address, self._num_elements
+            kernel = self._kernels.kernel(KernelKind.of(self._segment, out_dtype="F32"))
+            kernel.merge(
+                self._addresses, self._factors, self._unrounded_address, self._num_elements
             )
-        return self._out
+        return self._staged.out
 
     def wait(self) -> None:
         """Return at once: `finish` has done it all."""
@@ -162,5 +142,7 @@ class CompiledSum:
         # numpy is imported for the rare chunk that is not finite.
         from shardmix.compute.nonfinite import as_float32, count_nonfinite
 
-        sums = as_float32(self._sums)
-        return count_nonfinite(self._out, self._segment.out_dtype, sums.__getitem__, start, stop)
+        unrounded = as_float32(self._staged.unrounded)
+        return count_nonfinite(
+            self._staged.out, self._segment.out_dtype, unrounded.__getitem__, start, stop
+        )

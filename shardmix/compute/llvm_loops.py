@@ -1,29 +1,29 @@
-"""The loops of weighted sums as LLVM IR: what is done with each element, and the bits it gives.
+"""The loops of kernels as LLVM IR: how elements are loaded, widened, rounded and stored.
 
 One pass over all sources, in vectors of elements, which LLVM maps to whatever registers there are.
-Nothing allows LLVM to contract a product and a sum into one rounding, so the bits are those of
-separate operations (https://llvm.org/docs/LangRef.html#fast-math-flags).
+What is done between loading and rounding is the method's (`llvm_trace`), save for weighted sums of
+bfloat16, whose loop is written by hand.
 """
 
-from collections.abc import Sequence
-
 from shardmix.compute.chunk_size import VECTOR
+from shardmix.compute.llvm_kind import KernelKind
+from shardmix.compute.llvm_trace import traced
 from shardmix.dtypes import BY_NAME, LLVM_DTYPES, element_nbytes
 
 INFINITY = BY_NAME["F32"].infinity or 0
 STORED = {name: BY_NAME[name].llvm_name for name in LLVM_DTYPES}
 
 _LOOP = """
-define internal i32 @weighted_sum_{width}\
-(ptr %sources, ptr %weights, ptr %out, i64 %count) nounwind {{
+define internal i32 @merge_{width}\
+(ptr %sources, ptr %factors, ptr %out, i64 %count) nounwind {{
 start:
 {arguments}
   br label %loop
 loop:
   %i = phi i64 [0, %start], [%next, %loop]
   %largest = phi <{width} x i32> [zeroinitializer, %start], [%larger, %loop]
-{sum}
-  %bits = bitcast <{width} x float> {total} to <{width} x i32>
+{merging}
+  %bits = bitcast <{width} x float> {merged} to <{width} x i32>
   %magnitude = and <{width} x i32> %bits, {magnitude_mask}
   %is_larger = icmp ugt <{width} x i32> %magnitude, %largest
   %larger = select <{width} x i1> %is_larger, <{width} x i32> %magnitude, <{width} x i32> %largest
@@ -39,15 +39,18 @@ end:
   ret i32 %answer
 }}
 declare i32 @llvm.vector.reduce.umax.v{width}i32(<{width} x i32>)
+declare <{width} x float> @llvm.fabs.v{width}f32(<{width} x float>)
 """
 
-_ARGUMENT = """\
+_SOURCE = """\
   %source{n}_at = getelementptr ptr, ptr %sources, i64 {n}
-  %source{n} = load ptr, ptr %source{n}_at
-  %weight{n}_at = getelementptr float, ptr %weights, i64 {n}
-  %weight{n} = load float, ptr %weight{n}_at
-  %single{n} = insertelement <{width} x float> poison, float %weight{n}, i64 0
-  %weights{n} = shufflevector <{width} x float> %single{n}, <{width} x float> poison, \
+  %source{n} = load ptr, ptr %source{n}_at"""
+
+_FACTOR = """\
+  %factor{n}_at = getelementptr float, ptr %factors, i64 {n}
+  %single{n} = load float, ptr %factor{n}_at
+  %first{n} = insertelement <{width} x float> poison, float %single{n}, i64 0
+  %factor{n} = shufflevector <{width} x float> %first{n}, <{width} x float> poison, \
 <{width} x i32> zeroinitializer"""
 
 _LOAD = """\
@@ -64,9 +67,6 @@ _WIDEN = {
     "F32": "  %value{n} = bitcast <{width} x float> %stored{n} to <{width} x float>",
 }
 
-_PRODUCT = "  %product{n} = fmul <{width} x float> %weights{n}, %value{n}"
-_SUM = "  %sum{n} = fadd <{width} x float> {total}, %product{n}"
-
 # To nearest even, and every NaN as one bit pattern (quiet, positive), whatever made it.
 _ROUND = {
     "BF16": """\
@@ -78,17 +78,17 @@ _ROUND = {
   %finite = trunc <{width} x i32> %high to <{width} x i16>
   %rounded = select <{width} x i1> %is_nan, <{width} x i16> {nan}, <{width} x i16> %finite""",
     "F16": """\
-  %half = fptrunc <{width} x float> {total} to <{width} x half>
+  %half = fptrunc <{width} x float> {merged} to <{width} x half>
   %rounded = select <{width} x i1> %is_nan, <{width} x half> {nan}, <{width} x half> %half""",
     "F32": """\
-  %rounded = select <{width} x i1> %is_nan, <{width} x float> {nan}, <{width} x float> {total}""",
+  %rounded = select <{width} x i1> %is_nan, <{width} x float> {nan}, <{width} x float> {merged}""",
 }
 _NAN = {"BF16": "i16 32704", "F16": "half 0xH7E00", "F32": "float 0x7FF8000000000000"}
 
 # Where all is bfloat16: two of them as one 32-bit lane, the first in its lower half. That saves the
 # shuffles and half of the shifts. A NaN comes out as anything; the answer tells that there is one.
 _LOOP_OF_PAIRS = """
-define internal i32 @weighted_sum_of_pairs(ptr %sources, ptr %weights, ptr %out, i64 %count) \
+define internal i32 @merge_pairs(ptr %sources, ptr %factors, ptr %out, i64 %count) \
 nounwind {{
 start:
 {arguments}
@@ -127,7 +127,7 @@ _LOAD_PAIR = """\
 
 _PRODUCT_OF_HALF = """\
   %value{n}_{half} = bitcast <{lanes} x i32> %bits{n}_{half} to <{lanes} x float>
-  %product{n}_{half} = fmul <{lanes} x float> %weights{n}, %value{n}_{half}"""
+  %product{n}_{half} = fmul <{lanes} x float> %factor{n}, %value{n}_{half}"""
 
 _SUM_OF_HALF = "  %sum{n}_{half} = fadd <{lanes} x float> {total}_{half}, %product{n}_{half}"
 
@@ -158,7 +158,7 @@ def loop_of_pairs(num_sources: int) -> str:
         "almost_half": _splat(0x7FFF, lanes),
         "magnitude_mask": _splat(0x7FFFFFFF, lanes),
     }
-    arguments = [_ARGUMENT.format(n=n, width=lanes) for n in range(num_sources)]
+    arguments = _arguments(num_sources, num_sources, lanes)
     halves = [words | {"half": half} for half in ("low", "high")]
     lines, total = [], ""
     for n in range(num_sources):
@@ -170,14 +170,12 @@ def loop_of_pairs(num_sources: int) -> str:
         total = f"%sum{n}" if n else "%product0"
     low, high = (_ROUND_HALF.format_map(half | {"total": total}) for half in halves)
     return _LOOP_OF_PAIRS.format_map(
-        words
-        | {"arguments": "\n".join(arguments), "sums": "\n".join(lines), "low": low, "high": high}
+        words | {"arguments": arguments, "sums": "\n".join(lines), "low": low, "high": high}
     )
 
 
-def loop(dtypes: Sequence[str], out_dtype: str, width: int) -> str:
+def loop(kind: KernelKind, width: int) -> str:
     """Return the IR of the loop that takes `width` elements at once; at least that many."""
-
     words = {
         "width": width,
         "sixteen": _splat(16, width),
@@ -185,28 +183,33 @@ def loop(dtypes: Sequence[str], out_dtype: str, width: int) -> str:
         "almost_half": _splat(0x7FFF, width),
         "magnitude_mask": _splat(0x7FFFFFFF, width),
         "infinity": _splat(INFINITY, width),
-        "nan": f"<{', '.join([_NAN[out_dtype]] * width)}>",
+        "nan": f"<{', '.join([_NAN[kind.out_dtype]] * width)}>",
     }
-    lines, total = [], ""
-    for n, dtype in enumerate(dtypes):
-        words |= {
-            "n": n,
-            "type": STORED[dtype],
-            "alignment": element_nbytes(dtype),
-            "total": total,
-        }
-        lines += [part.format_map(words) for part in (_LOAD, _WIDEN[dtype], _PRODUCT)]
-        if n:
-            lines.append(_SUM.format_map(words))
-        total = f"%sum{n}" if n else "%product0"
-    words["total"] = total
+    lines = [
+        part.format_map(words | {"n": n, "type": STORED[dtype], "alignment": element_nbytes(dtype)})
+        for n, dtype in enumerate(kind.dtypes)
+        for part in (_LOAD, _WIDEN[dtype])
+    ]
+    merging, words["merged"] = traced(
+        kind.method,
+        [f"%value{n}" for n in range(len(kind.dtypes))],
+        [f"%factor{n}" for n in range(kind.num_factors)],
+        width,
+    )
     return _LOOP.format_map(
         words
         | {
-            "arguments": "\n".join(_ARGUMENT.format(n=n, width=width) for n in range(len(dtypes))),
-            "sum": "\n".join(lines),
-            "rounding": _ROUND[out_dtype].format_map(words),
-            "out_type": STORED[out_dtype],
-            "out_alignment": element_nbytes(out_dtype),
+            "arguments": _arguments(len(kind.dtypes), kind.num_factors, width),
+            "merging": "\n".join([*lines, merging]),
+            "rounding": _ROUND[kind.out_dtype].format_map(words),
+            "out_type": STORED[kind.out_dtype],
+            "out_alignment": element_nbytes(kind.out_dtype),
         }
     )
+
+
+def _arguments(num_sources: int, num_factors: int, width: int) -> str:
+    """Return the IR that loads the addresses of sources, and factors into vectors."""
+    sources = [_SOURCE.format(n=n) for n in range(num_sources)]
+    factors = [_FACTOR.format(n=n, width=width) for n in range(num_factors)]
+    return "\n".join([*sources, *factors])

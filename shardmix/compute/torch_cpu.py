@@ -2,24 +2,33 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import torch
 
+from shardmix.anomalies import NonfiniteCounts
 from shardmix.compute.chunk_size import VECTOR
-from shardmix.compute.torch_cuda import CudaSum, cuda_sums
+from shardmix.compute.nonfinite import count_nonfinite
+from shardmix.compute.staged_chunk import StagedChunk
+from shardmix.compute.torch_cuda import CudaMethod, CudaSum, cuda_methods, cuda_sums
 from shardmix.compute.torch_ops import (
     TORCH_DTYPES,
     WIDEST_NBYTES,
     ChunkSum,
+    PieceOps,
     accumulate,
     are_finite,
     canonicalise_nans,
+    factors_in,
     round_into,
+    sum_dtype,
 )
 from shardmix.dtypes import element_nbytes
 from shardmix.errors import DeviceError, one_line
+from shardmix.methods.registry import merge_method
+from shardmix.plan.memory_budget import BUFFERS_PER_WORKER
 from shardmix.plan.merge_plan import Segment
 from shardmix.system.buffers import PAGE_NBYTES, buffer_of_pages, offset_in_page
 
@@ -30,13 +39,15 @@ class TorchBackend:
     def __init__(
         self, device: str, segments: Iterable[Segment] = (), *, num_visible: int | None = None
     ) -> None:
-        """`segments` are to be summed; `num_visible` GPUs, or None: as many as torch finds."""
+        """`segments` are to be merged; `num_visible` GPUs, or None: as many as torch finds."""
         self._device = device
-        self._kinds = (
-            {}
-            if device == "cpu"
-            else {(segment.dtypes, segment.out_dtype): segment for segment in segments}
-        )
+        self._kinds = {
+            (segment.method, len(segment.factors), segment.dtypes, segment.out_dtype): segment
+            for segment in segments
+        }
+        methods = {segment.method for segment in self._kinds.values()}
+        self._is_weighted_sum = all(merge_method(name).is_weighted_sum for name in methods)
+        self._most_sources = max(map(len, (s.sources for s in self._kinds.values())), default=0)
         if num_visible is None:
             num_visible = 0 if device == "cpu" else torch.cuda.device_count()
         self._num_visible = num_visible
@@ -56,15 +67,26 @@ class TorchBackend:
         # A worker stays with its file, so GPUs share the files; `next` is one step for all threads.
         return self.devices[next(self._turns) % len(self.devices)]
 
-    def make_reducers(self, *, chunk_nbytes: int) -> "tuple[CpuSum | CudaSum, ...]":
+    def make_reducers(
+        self, *, chunk_nbytes: int
+    ) -> "tuple[CpuSum | CpuMethod | CudaSum | CudaMethod, ...]":
         """Return one worker's reducers, with all their buffers: on a GPU, two."""
         # Workers are the parallelism; torch's own threads would only get in their way.
         torch.set_num_threads(1)
         if self._device == "cpu":
-            return (CpuSum(chunk_nbytes=chunk_nbytes),)
+            if self._is_weighted_sum:
+                return (CpuSum(chunk_nbytes=chunk_nbytes),)
+            return (CpuMethod(chunk_nbytes=chunk_nbytes, most_sources=self._most_sources),)
         device = self.next_device()
         torch.cuda.set_device(device)  # of this thread, also for pinned memory
-        return cuda_sums(device, chunk_nbytes=chunk_nbytes)
+        return self._on_gpu(device, chunk_nbytes=chunk_nbytes)
+
+    def _on_gpu(
+        self, device: torch.device, *, chunk_nbytes: int
+    ) -> "tuple[CudaSum | CudaMethod, ...]":
+        if self._is_weighted_sum:
+            return cuda_sums(device, chunk_nbytes=chunk_nbytes)
+        return cuda_methods(device, chunk_nbytes=chunk_nbytes)
 
     def finding(self) -> str | None:
         """Say why the device cannot be used here, or None if it can."""
@@ -88,8 +110,12 @@ class TorchBackend:
         return None
 
     def _use_once(self, device: torch.device) -> None:
-        reducer, *_ = cuda_sums(device, chunk_nbytes=VECTOR * WIDEST_NBYTES)
+        chunk_nbytes = VECTOR * WIDEST_NBYTES * max(1, self._most_sources)
+        reducer, *_ = self._on_gpu(device, chunk_nbytes=chunk_nbytes)
         for segment in self._kinds.values():
+            num_factors = merge_method(segment.method).num_factors
+            if num_factors is not None and not segment.factors:  # they follow from statistics
+                segment = replace(segment, factors=(1.0,) * num_factors)
             reducer.begin(segment, 0, VECTOR)
             for source in range(len(segment.dtypes)):
                 staging = reducer.staging(source)
@@ -154,7 +180,7 @@ class CpuSum(ChunkSum):
     def staging(self, source: int) -> memoryview:
         """Return the buffer to read this source's part of the chunk into."""
         width = element_nbytes(self._segment.dtypes[source])
-        begin = offset_in_page(self._segment.offsets[source] + self._start * width)
+        begin = offset_in_page(self._segment.sources[source].offset + self._start * width)
         return self._staging[begin : begin + self._num_elements * width]
 
     def add(self, source: int, raw: memoryview) -> None:
@@ -164,7 +190,7 @@ class CpuSum(ChunkSum):
             self._accumulator,
             self._values,
             values,
-            self._segment.weights[source],
+            self._segment.factors[source],
             first=source == 0,
         )
 
@@ -184,3 +210,68 @@ class CpuSum(ChunkSum):
 
     def wait(self) -> None:
         """Return at once: `finish` has done it all."""
+
+
+class CpuMethod:
+    """Any method on the CPU: its sources' bytes wait until the last one is there."""
+
+    disagreeing: frozenset[int] = frozenset()
+    is_finite = True
+
+    def __init__(self, *, chunk_nbytes: int, most_sources: int) -> None:
+        # The scratch is one of the buffers that a worker has.
+        self._staged = StagedChunk(
+            chunk_nbytes=chunk_nbytes, num_buffers=BUFFERS_PER_WORKER - 1, most_sources=most_sources
+        )
+        self._scratch = torch.empty(
+            max(chunk_nbytes, WIDEST_NBYTES), dtype=torch.uint8, device="cpu"
+        )
+
+    def begin(self, segment: Segment, start: int, num_elements: int) -> None:
+        """Start a chunk of a segment."""
+        dtype = sum_dtype(segment)
+        if self._staged.divide(segment, start, num_elements, unrounded_nbytes=dtype.itemsize):
+            self._factors = factors_in(dtype, segment.factors)
+            self._ops = PieceOps(
+                self._scratch,
+                dtype,
+                segment.method,
+                num_values=len(segment.sources),
+                num_factors=len(segment.factors),
+            )
+            self._dtypes = [TORCH_DTYPES[source.dtype] for source in segment.sources]
+            self._values = [torch.empty(0)] * len(segment.sources)
+            self._segment, self._dtype = segment, dtype
+
+    def read(self, descriptors: Sequence[int]) -> None:
+        """Do nothing: reading is for others."""
+
+    def staging(self, source: int) -> memoryview:
+        """Return the buffer to read this source's part of the chunk into."""
+        return self._staged.sources[source]
+
+    def add(self, source: int, raw: memoryview) -> None:
+        """Take a source's bytes; they must stay as they are until `finish`."""
+        self._values[source] = torch.frombuffer(raw, dtype=self._dtypes[source])
+
+    def finish(self) -> memoryview:
+        """Return the chunk's output bytes, valid until the next `begin`."""
+        out = torch.frombuffer(self._staged.out, dtype=TORCH_DTYPES[self._segment.out_dtype])
+        self._ops.combine(self._values, self._factors, out)
+        self.is_finite = math.isfinite(out.sum().item()) or are_finite(torch.aminmax(out))
+        if not self.is_finite:
+            # Also unrounded, and now, while the sources are there: to tell what rounding did.
+            unrounded = torch.frombuffer(self._staged.unrounded, dtype=self._dtype)
+            self._ops.combine(self._values, self._factors, unrounded)
+            canonicalise_nans(out)
+        self._values = [torch.empty(0)] * len(self._values)  # mapped ones may go now
+        return self._staged.out
+
+    def wait(self) -> None:
+        """Return at once: `finish` has done it all."""
+
+    def count_nonfinite(self, start: int, stop: int) -> NonfiniteCounts:
+        """Count in a range of elements of the chunk last finished."""
+        unrounded = torch.frombuffer(self._staged.unrounded, dtype=self._dtype).numpy()
+        out_dtype = self._segment.out_dtype
+        return count_nonfinite(self._staged.out, out_dtype, unrounded.__getitem__, start, stop)

@@ -4,27 +4,36 @@ A worker has a stream for each of the three, and events that keep their order: s
 across sources and chunks, while the worker reads on. Knows one worker and one GPU.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from shardmix.anomalies import NonfiniteCounts
+from shardmix.compute.nonfinite import count_nonfinite
 from shardmix.compute.torch_ops import (
     TORCH_DTYPES,
     WIDEST_NBYTES,
     ChunkSum,
+    PieceOps,
     accumulate,
     are_finite,
     canonicalise_nans,
+    factors_in,
     round_into,
+    sum_dtype,
     typed,
 )
 from shardmix.dtypes import element_nbytes
 from shardmix.plan.memory_budget import BUFFERS_PER_WORKER, VRAM_BUFFERS_PER_WORKER
+from shardmix.plan.merge_plan import Segment
 
 NUM_IN_FLIGHT = 2
 _NUM_ARRIVALS = 2
 _ALIGNMENT = 512  # of every buffer on the GPU
+_WIDEST_ALIGNMENT = 8  # of parts of one
 
 
 def cuda_sums(
@@ -88,23 +97,34 @@ class _Arrivals:
         self._has_left[self._turn].synchronize()
         return self._pinned_bytes[self._turn][:nbytes].data
 
-    def send(self, raw: memoryview, dtype: torch.dtype, num_elements: int) -> torch.Tensor:
+    def send(
+        self,
+        raw: memoryview,
+        dtype: torch.dtype,
+        num_elements: int,
+        into: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Queue the copy of what `staging` was for; return the values on the GPU.
 
-        They are there for kernels that are queued from here until `used`. `raw` is free again.
+        They are there for kernels that are queued from here, until `used` if they are in a buffer
+        of the arrivals; `into` is another, which is free. `raw` is free again.
         """
         turn = self._turn
         staged, given = self._pinned_bytes[turn][: len(raw)], np.frombuffer(raw, np.uint8)
         if given.ctypes.data != staged.ctypes.data:
             # Mapped: the page may be given back before the copy has run. Frees the interpreter.
             np.copyto(staged, given)
-        values = typed(self._arrived[turn], dtype, num_elements)
+        values = self._arrived_values(dtype, num_elements) if into is None else into
         with self._cuda.stream(self.stream):
-            self.stream.wait_event(self._is_used[turn])
+            if into is None:
+                self.stream.wait_event(self._is_used[turn])
             values.copy_(typed(self._pinned[turn], dtype, num_elements), non_blocking=True)
             self._has_left[turn].record(self.stream)
         self._kernels.wait_event(self._has_left[turn])
         return values
+
+    def _arrived_values(self, dtype: torch.dtype, num_elements: int) -> torch.Tensor:
+        return typed(self._arrived[self._turn], dtype, num_elements)
 
     def used(self) -> None:
         """Say that all that uses the values last sent has been queued."""
@@ -156,7 +176,7 @@ class CudaSum(ChunkSum):
                 self._accumulator,
                 self._values,
                 values,
-                self._segment.weights[source],
+                self._segment.factors[source],
                 first=source == 0,
             )
             self._arrivals.used()
@@ -184,3 +204,139 @@ class CudaSum(ChunkSum):
         self._is_back.synchronize()
         dtype = TORCH_DTYPES[self._segment.out_dtype]
         self.is_finite = are_finite(typed(self._pinned_extremes, dtype, 2))
+
+
+def cuda_methods(
+    device: torch.device, *, chunk_nbytes: int, cuda: Any = torch.cuda
+) -> "tuple[CudaMethod, ...]":
+    """Return one worker's reducers for any method, one for each chunk in flight.
+
+    In as much memory as `cuda_sums`: three buffers hold a chunk's sources and its output, and one
+    is scratch, in which kernels work in order.
+    """
+    nbytes = -(-max(chunk_nbytes, WIDEST_NBYTES) // _ALIGNMENT) * _ALIGNMENT
+    is_pinned = device.type == "cuda"
+    *pinned, out_0, out_1 = (
+        torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=is_pinned)
+        for _ in range(BUFFERS_PER_WORKER)
+    )
+    kernels = cuda.Stream(device=device)
+    with cuda.stream(kernels):
+        arena = torch.empty(VRAM_BUFFERS_PER_WORKER * nbytes, dtype=torch.uint8, device=device)
+    chunk_0, chunk_1 = arena[: 3 * nbytes], arena[3 * nbytes : 6 * nbytes]
+    scratch = arena[6 * nbytes :]
+    arrivals = _Arrivals(pinned, [], kernels, cuda.Stream(device=device), cuda)
+    departures = cuda.Stream(device=device)
+    if arena.is_cuda:
+        for stream in (arrivals.stream, departures):
+            arena.record_stream(stream)
+    return tuple(
+        CudaMethod(chunk, scratch, pinned_out, arrivals, kernels, departures, cuda)
+        for chunk, pinned_out in ((chunk_0, out_0), (chunk_1, out_1))
+    )
+
+
+class CudaMethod:
+    """One of a worker's chunks in flight, of any method: kernels begin once all sources are there.
+
+    Kernels of all its chunks run in order on one stream and so can share `scratch`.
+    """
+
+    disagreeing: frozenset[int] = frozenset()
+    is_finite = True
+
+    def __init__(
+        self,
+        chunk: torch.Tensor,
+        scratch: torch.Tensor,
+        pinned_out: torch.Tensor,
+        arrivals: _Arrivals,
+        kernels: Any,
+        departures: Any,
+        cuda: Any,
+    ) -> None:
+        self._chunk, self._scratch, self._pinned_out = chunk, scratch, pinned_out
+        self._arrivals, self._kernels, self._departures = arrivals, kernels, departures
+        self._cuda = cuda
+        self._is_merged = cuda.Event()
+        self._is_back = cuda.Event(blocking=True)
+        self._kind: tuple[Segment | None, int] = None, 0
+        with cuda.stream(kernels):
+            self._extremes = torch.empty(2 * WIDEST_NBYTES, dtype=torch.uint8, device=chunk.device)
+        self._pinned_extremes = torch.empty(
+            2 * WIDEST_NBYTES, dtype=torch.uint8, device="cpu", pin_memory=chunk.is_cuda
+        )
+
+    def begin(self, segment: Segment, start: int, num_elements: int) -> None:
+        """Start a chunk of a segment."""
+        if self._kind[0] is segment and self._kind[1] == num_elements:
+            return
+        self._kind = segment, num_elements
+        self._segment = segment
+        dtype = sum_dtype(segment)
+        self._factors = factors_in(dtype, segment.factors)
+        self._ops = PieceOps(
+            self._scratch,
+            dtype,
+            segment.method,
+            num_values=len(segment.sources),
+            num_factors=len(segment.factors),
+        )
+        self._values, end = [], 0
+        for name in (*segment.dtypes, segment.out_dtype):
+            part = TORCH_DTYPES[name]
+            stop = end + num_elements * part.itemsize
+            self._values.append(self._chunk[end:stop].view(part))
+            end = stop + -stop % _WIDEST_ALIGNMENT
+        self._out = self._values.pop()
+
+    def read(self, descriptors: Sequence[int]) -> None:
+        """Do nothing: reading is for others."""
+
+    def staging(self, source: int) -> memoryview:
+        """Return the buffer to read this source's part into, once its last copy has left."""
+        return self._arrivals.staging(self._values[source].nbytes)
+
+    def add(self, source: int, raw: memoryview) -> None:
+        """Queue a source's copy; `raw` may be reused afterwards."""
+        values = self._values[source]
+        self._arrivals.send(raw, values.dtype, values.numel(), into=values)
+        self._arrivals.used()
+
+    def finish(self) -> memoryview:
+        """Queue the rest; return where the output bytes will be once `wait` has returned."""
+        dtype, num_elements = self._out.dtype, self._out.numel()
+        extremes = typed(self._extremes, dtype, 2)
+        with self._cuda.stream(self._kernels):
+            self._ops.combine(self._values, self._factors, self._out)
+            canonicalise_nans(self._out)
+            torch.aminmax(self._out, out=(extremes[0], extremes[1]))
+            self._is_merged.record(self._kernels)
+        with self._cuda.stream(self._departures):
+            self._departures.wait_event(self._is_merged)
+            typed(self._pinned_out, dtype, num_elements).copy_(self._out, non_blocking=True)
+            typed(self._pinned_extremes, dtype, 2).copy_(extremes, non_blocking=True)
+            self._is_back.record(self._departures)
+        self._finished = self._pinned_out.numpy().data[: self._out.nbytes]
+        return self._finished
+
+    def wait(self) -> None:
+        """Wait until the chunk's output bytes are there."""
+        self._is_back.synchronize()
+        self.is_finite = are_finite(typed(self._pinned_extremes, self._out.dtype, 2))
+
+    def count_nonfinite(self, start: int, stop: int) -> NonfiniteCounts:
+        """Count in a range of elements of the chunk last finished."""
+        return count_nonfinite(
+            self._finished, self._segment.out_dtype, self._unrounded, start, stop
+        )
+
+    def _unrounded(self, piece: slice) -> npt.NDArray[np.floating]:
+        """Compute a piece again: its sources stay where they are until the next `begin`."""
+        parts = []
+        with self._cuda.stream(self._kernels):
+            for start in range(piece.start, piece.stop, self._ops.length):
+                part = slice(start, min(start + self._ops.length, piece.stop))
+                values = [value[part] for value in self._values]
+                parts.append(self._ops.piece(values, self._factors).cpu())
+        return torch.cat(parts).numpy()

@@ -1,4 +1,4 @@
-"""The weighted sum's arithmetic on torch's tensors, wherever they lie: multiply, add, round.
+"""The arithmetic on torch's tensors, wherever they lie: weighted sums, methods, rounding.
 
 Multiply, then add, as two operations: then CPU and GPU give the same bits. torch's `add(alpha=)`
 fuses them on some machines. Allocates next to nothing.
@@ -6,6 +6,7 @@ fuses them on some machines. Allocates next to nothing.
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,8 @@ import torch
 from shardmix.anomalies import NonfiniteCounts
 from shardmix.compute.nonfinite import count_nonfinite
 from shardmix.dtypes import FLOAT_DTYPES, torch_name
+from shardmix.methods.ops import CountingOps
+from shardmix.methods.registry import merge_method
 from shardmix.plan.merge_plan import Segment
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -129,3 +132,102 @@ def sum_dtype(segment: Segment) -> torch.dtype:
 def typed(buffer: torch.Tensor, dtype: torch.dtype, num_elements: int) -> torch.Tensor:
     """Return the first elements of a buffer of bytes."""
     return buffer[: num_elements * dtype.itemsize].view(dtype)
+
+
+class PieceOps:
+    """A method's operations on pieces of a chunk, into buffers that are there already.
+
+    Pieces are small, so that what a method makes on the way stays in the caches, takes no memory
+    that was not counted, and is the same for chunks of any length: elements don't know of others.
+    """
+
+    def __init__(
+        self,
+        scratch: torch.Tensor,
+        dtype: torch.dtype,
+        method: str,
+        *,
+        num_values: int,
+        num_factors: int,
+    ) -> None:
+        """`scratch` holds bytes. Elements are computed in `dtype`."""
+        self._method = merge_method(method)
+        counted = CountingOps()
+        self._method.combine(counted, [None] * num_values, [None] * num_factors)
+        # Besides results: each value widened, and room for rounding.
+        num_buffers = counted.num_results + num_values + 1
+        element_nbytes = num_buffers * dtype.itemsize + counted.num_masks
+        self.length = max(1, scratch.numel() // element_nbytes)
+        if self.length > _ALIGNED:
+            self.length -= self.length % _ALIGNED
+        if scratch.numel() < self.length * element_nbytes:  # of very many sources
+            scratch = scratch.new_empty(self.length * element_nbytes)
+        nbytes = num_buffers * dtype.itemsize * self.length
+        self._buffers = scratch[:nbytes].view(dtype).view(num_buffers, self.length)
+        masks = scratch[nbytes : nbytes + counted.num_masks * self.length]
+        self._masks = masks.view(torch.bool).view(counted.num_masks, self.length)
+
+    def combine(
+        self, values: Sequence[torch.Tensor], factors: Sequence[float], out: torch.Tensor
+    ) -> None:
+        """Merge whole chunks, piece by piece; round to `out`'s dtype."""
+        for start in range(0, out.numel(), self.length):
+            piece = slice(start, start + self.length)
+            result = self.piece([value[piece] for value in values], factors)
+            round_into(out[piece], result, self._free())
+
+    def piece(self, values: Sequence[torch.Tensor], factors: Sequence[float]) -> torch.Tensor:
+        """Return a piece's result, unrounded; valid until the next."""
+        self._num_elements = len(values[0])
+        self._num_used = self._num_masks_used = 0
+        widened = []
+        for value in values:
+            widened.append(self._free())
+            widened[-1].copy_(value)
+        # As a second argument, torch takes a number for a tensor.
+        return self._method.combine(self, widened, cast(Sequence[torch.Tensor], factors))
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return a + b."""
+        return torch.add(a, b, out=self._free())
+
+    def sub(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return a - b."""
+        return torch.sub(a, b, out=self._free())
+
+    def mul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return a · b."""
+        return torch.mul(a, b, out=self._free())
+
+    def div(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return a / b."""
+        return torch.div(a, b, out=self._free())
+
+    def abs(self, a: torch.Tensor) -> torch.Tensor:
+        """Return |a|."""
+        return torch.abs(a, out=self._free())
+
+    def less(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return the mask of a < b."""
+        mask = self._masks[self._num_masks_used, : self._num_elements]
+        self._num_masks_used += 1
+        return torch.lt(a, b, out=mask)
+
+    def select(self, mask: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return a where the mask is true, else b."""
+        return torch.where(mask, a, b, out=self._free())
+
+    def _free(self) -> torch.Tensor:
+        buffer = self._buffers[self._num_used, : self._num_elements]
+        self._num_used += 1
+        return buffer
+
+
+_ALIGNED = 64
+
+
+def factors_in(dtype: torch.dtype, factors: Sequence[float]) -> tuple[float, ...]:
+    """Return factors rounded to the dtype that a method is computed in."""
+    if dtype == torch.float32:
+        return tuple(float(np.float32(factor)) for factor in factors)
+    return tuple(factors)

@@ -24,7 +24,9 @@ def chunk_anomalies(
         stop_in_leaf = min(stop, (leaf + 1) * LEAF_NBYTES)
         found = AnomalySum()
         if reducer.disagreeing:
-            models = (chunk.segment.models[source] for source in sorted(reducer.disagreeing))
+            models = (
+                chunk.segment.sources[source].source for source in sorted(reducer.disagreeing)
+            )
             found.add(LeafAnomalies(disagreeing={chunk.segment.name: tuple(models)}))
         if not reducer.is_finite:
             for name, start, end in places.between(start_in_leaf, stop_in_leaf):

@@ -20,7 +20,14 @@ from shardmix.dtypes import element_nbytes
 from shardmix.errors import DeviceError, one_line
 from shardmix.execute.executor import run_tasks
 from shardmix.execute.task_queue import Work
-from shardmix.plan.merge_plan import LINEAR, MergePlan, OutputShard, Segment, SourceFile
+from shardmix.methods import keep_first
+from shardmix.plan.merge_plan import (
+    MergePlan,
+    OutputShard,
+    Segment,
+    SegmentSource,
+    SourceFile,
+)
 from shardmix.system.digests import XXH3
 from shardmix.system.units import MIB
 
@@ -75,25 +82,24 @@ def source_bytes_per_second(plan: MergePlan, backend: Backend) -> float:
 @contextmanager
 def _trial_plan(plan: MergePlan) -> Iterator[MergePlan]:
     """Give a plan of endless segments of the most common kind, all from a file in memory."""
-    dtypes, out_dtype, weights = _most_common_kind(plan)
+    common = _most_common(plan)
+    dtypes, out_dtype = common.dtypes, common.out_dtype
     widths, out_width = [element_nbytes(dtype) for dtype in dtypes], element_nbytes(out_dtype)
     num_elements = max(VECTOR, SOURCE_NBYTES // sum(widths) // VECTOR * VECTOR)
     offsets = [num_elements * sum(widths[:source]) for source in range(len(widths))]
     nbytes = num_elements * sum(widths)
     count = max(1, _PLANNED_NBYTES // nbytes)
     segments = tuple(
-        Segment(
+        replace(
+            common,
             name="trial",
             num_tensors=1,
             num_elements=num_elements,
-            reduction=LINEAR,
-            out_dtype=out_dtype,
             out_offset=number * num_elements * out_width,
-            models=tuple(range(len(dtypes))),
-            dtypes=dtypes,
-            files=(0,) * len(dtypes),
-            offsets=tuple(offsets),
-            weights=weights,
+            sources=tuple(
+                SegmentSource(source, dtype, 0, offset)
+                for source, (dtype, offset) in enumerate(zip(dtypes, offsets, strict=True))
+            ),
         )
         for number in range(count)
     )
@@ -117,13 +123,16 @@ def _trial_plan(plan: MergePlan) -> Iterator[MergePlan]:
         os.close(descriptor)
 
 
-def _most_common_kind(plan: MergePlan) -> tuple[tuple[str, ...], str, tuple[float, ...]]:
-    """Return the dtypes, output dtype and weights of most of what is summed."""
-    num_elements: Counter[tuple[tuple[str, ...], str, tuple[float, ...]]] = Counter()
+def _most_common(plan: MergePlan) -> Segment:
+    """Return a segment of the kind that most of what is merged is of."""
+    num_elements: Counter[tuple[object, ...]] = Counter()
+    examples: dict[tuple[object, ...], Segment] = {}
     for segment in plan.segments():
-        if segment.reduction == LINEAR:
-            num_elements[segment.dtypes, segment.out_dtype, segment.weights] += segment.num_elements
-    return num_elements.most_common(1)[0][0]
+        if segment.method != keep_first.NAME:
+            kind = segment.method, segment.dtypes, segment.out_dtype, segment.factors
+            num_elements[kind] += segment.num_elements
+            examples.setdefault(kind, segment)
+    return examples[num_elements.most_common(1)[0][0]]
 
 
 class _Meter:

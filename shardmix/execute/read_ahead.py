@@ -46,10 +46,10 @@ def _read_ahead(plan: MergePlan, stop: threading.Event) -> None:
 def _beginnings(plan: MergePlan) -> Iterator[tuple[int, int, int]]:
     """Yield file, offset and length of what the workers read first, a step of each by turns."""
     sources = [
-        (file, offset, segment.num_elements * element_nbytes(dtype))
+        (source.file, source.offset, segment.num_elements * element_nbytes(source.dtype))
         for shard in plan.shards[: plan.memory.workers]
         for segment in shard.segments[:1]
-        for file, offset, dtype in zip(segment.files, segment.offsets, segment.dtypes, strict=True)
+        for source in segment.sources
     ]
     longest = max((nbytes for *_, nbytes in sources), default=0)
     for start in range(0, longest, _STEP_NBYTES):

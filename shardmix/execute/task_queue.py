@@ -126,7 +126,7 @@ class Work:
         if self._passed is None:
             return
         segment, start, stop = chunk.segment, chunk.start, chunk.start + chunk.num_elements
-        for file, offset, dtype in zip(segment.files, segment.offsets, segment.dtypes, strict=True):
+        for _, dtype, file, offset in segment.sources:
             width = element_nbytes(dtype)
             self._passed.add(file, offset + start * width, offset + stop * width)
 

@@ -82,7 +82,7 @@ def _merge_task(
             if work.is_stopped:
                 return False
             clock.lap(OTHER)
-            reducer = reducers[chunk.segment.reduction]
+            reducer = reducers[chunk.segment.method]
             in_flight.append((chunk, reducer, _start_chunk(chunk, reader, reducer, clock)))
             if len(in_flight) == len(lanes):
                 _end_chunk(*in_flight.popleft(), work, shard, leaves, clock)
@@ -101,9 +101,7 @@ def _start_chunk(chunk: Chunk, reader: Reader, reducer: Reducer, clock: Clock) -
         clock.lap(READ, chunk.source_nbytes, seconds=seconds)
         clock.lap(REDUCE, chunk.source_nbytes)
         return data
-    for source, (file, offset, dtype) in enumerate(
-        zip(segment.files, segment.offsets, segment.dtypes, strict=True)
-    ):
+    for source, (_, dtype, file, offset) in enumerate(segment.sources):
         position = offset + start * element_nbytes(dtype)
         staging = reducer.staging(source)
         view = reader.view(file, position, staging)

@@ -54,10 +54,6 @@ class Params:
         """Return each model's number, in order."""
         return tuple(float(values[name]) for values in self.by_model)
 
-    def of_models(self, models: Sequence[int]) -> "Params":
-        """Return the parameters of only some models; indexes into `by_model`."""
-        return Params(self.shared, tuple(self.by_model[model] for model in models))
-
 
 @dataclass(frozen=True, slots=True)
 class Needs:
@@ -83,7 +79,11 @@ class MergeMethod(Protocol):
     reference: ClassVar[str]
     """Address of the paper that it comes from; "" for common knowledge."""
     parameters: ClassVar[tuple[Parameter, ...]]
-    """Its parameters."""
+    """What can be set."""
+    num_factors: ClassVar[int | None]
+    """How many factors `combine` takes; None: one for each contributor."""
+    is_weighted_sum: ClassVar[bool]
+    """Whether `combine` is Σ factorᵢ · valueᵢ, in order: backends have a faster way for that."""
 
     def check(self, params: Params) -> None:
         """Raise `RecipeError` if the values do not go together."""
@@ -97,10 +97,13 @@ class MergeMethod(Protocol):
         `is_wide`: the tensor is computed in float64, so no weight vanishes in float32.
         """
 
-    def factors(self, params: Params, statistics: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    def factors(
+        self, params: Params, models: Sequence[int], statistics: Sequence[Sequence[float]]
+    ) -> tuple[float, ...]:
         """Return the numbers that `combine` needs, in double precision.
 
-        `params` has the contributors only. `statistics` has a value for each of `needs`'.
+        `models` are the contributors; `statistics` has a value for each of `needs`', over the
+        base model and them.
         """
 
     def combine(self, ops: Ops[A], values: Sequence[A], factors: Sequence[A]) -> A:

@@ -21,13 +21,15 @@ class Linear:
         Parameter("weight", float, "the model's share in the sum", by_model=True),
         Parameter("normalize", bool, "divide by the sum of the weights", default=True),
     )
+    num_factors: ClassVar[int | None] = None
+    is_weighted_sum: ClassVar[bool] = True
 
     def check(self, params: Params) -> None:
         """Raise `RecipeError` if the weights leave nothing of any model or cannot be normalised."""
         weights = params.numbers("weight")
         if params.shared["normalize"]:
             refuse_zero_sum(math.fsum(weights), "weights")
-        if not nonzero(self.factors(params, ()), is_wide=False):
+        if not nonzero(_shares(params), is_wide=False):
             raise RecipeError(
                 "every weight is 0 (in float32), so the output would hold nothing of any model",
                 remedy="give at least one model a weight",
@@ -39,15 +41,14 @@ class Linear:
 
     def contributors(self, params: Params, *, is_wide: bool) -> tuple[int, ...]:
         """Return the models whose weight is not 0."""
-        return nonzero(self.factors(params, ()), is_wide=is_wide)
+        return nonzero(_shares(params), is_wide=is_wide)
 
-    def factors(self, params: Params, statistics: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    def factors(
+        self, params: Params, models: Sequence[int], statistics: Sequence[Sequence[float]]
+    ) -> tuple[float, ...]:
         """Return each model's weight, normalised if asked for."""
-        weights = params.numbers("weight")
-        if not params.shared["normalize"]:
-            return weights
-        total = math.fsum(weights)
-        return tuple(weight / total for weight in weights)
+        shares = _shares(params)
+        return tuple(shares[model] for model in models)
 
     def combine(self, ops: Ops[A], values: Sequence[A], factors: Sequence[A]) -> A:
         """Return the sum, in the models' order."""
@@ -55,3 +56,12 @@ class Linear:
         for value, factor in zip(values[1:], factors[1:], strict=True):
             total = ops.add(total, ops.mul(value, factor))
         return total
+
+
+def _shares(params: Params) -> tuple[float, ...]:
+    """Return the models' weights, divided by their sum if asked for."""
+    weights = params.numbers("weight")
+    if not params.shared["normalize"]:
+        return weights
+    total = math.fsum(weights)
+    return tuple(weight / total for weight in weights)

@@ -26,6 +26,8 @@ class Slerp:
     parameters: ClassVar[tuple[Parameter, ...]] = (
         Parameter("t", float, "0 gives the base model, 1 the other", least=0.0, most=1.0),
     )
+    num_factors: ClassVar[int | None] = 2
+    is_weighted_sum: ClassVar[bool] = False
 
     def check(self, params: Params) -> None:
         """Accept any t within its bounds."""
@@ -38,7 +40,9 @@ class Slerp:
         """Return the other model."""
         return (0,)
 
-    def factors(self, params: Params, statistics: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    def factors(
+        self, params: Params, models: Sequence[int], statistics: Sequence[Sequence[float]]
+    ) -> tuple[float, ...]:
         """Return the factor of the base, as the sum of both factors, and that of the model."""
         t = params.number("t")
         ((base_base, base_model, model_model),) = statistics

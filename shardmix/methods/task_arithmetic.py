@@ -26,6 +26,8 @@ class TaskArithmetic:
         Parameter("normalize", bool, "divide by the sum of the weights", default=False),
         Parameter("lambda", float, "scales the sum of all changes", default=1.0),
     )
+    num_factors: ClassVar[int | None] = None
+    is_weighted_sum: ClassVar[bool] = False
 
     def check(self, params: Params) -> None:
         """Raise `RecipeError` if the weights cannot be normalised."""
@@ -38,17 +40,25 @@ class TaskArithmetic:
 
     def contributors(self, params: Params, *, is_wide: bool) -> tuple[int, ...]:
         """Return the models whose changes count."""
-        return nonzero(self.factors(params, ()), is_wide=is_wide)
+        return nonzero(_scales(params), is_wide=is_wide)
 
-    def factors(self, params: Params, statistics: Sequence[Sequence[float]]) -> tuple[float, ...]:
-        """Return the factor of each model's changes."""
-        weights, scale = params.numbers("weight"), params.number("lambda")
-        if params.shared["normalize"]:
-            total = math.fsum(weights)
-            return tuple(scale * weight / total for weight in weights)
-        return tuple(scale * weight for weight in weights)
+    def factors(
+        self, params: Params, models: Sequence[int], statistics: Sequence[Sequence[float]]
+    ) -> tuple[float, ...]:
+        """Return what each model's changes are multiplied with."""
+        scales = _scales(params)
+        return tuple(scales[model] for model in models)
 
     def combine(self, ops: Ops[A], values: Sequence[A], factors: Sequence[A]) -> A:
         """Return the base plus the sum of changes, in the models' order."""
         changes = sum_of_deltas(ops, values, factors)
         return values[0] if changes is None else ops.add(values[0], changes)
+
+
+def _scales(params: Params) -> tuple[float, ...]:
+    """Return lambda · weight of each model, divided by the sum of weights if asked for."""
+    weights, scale = params.numbers("weight"), params.number("lambda")
+    if params.shared["normalize"]:
+        total = math.fsum(weights)
+        return tuple(scale * weight / total for weight in weights)
+    return tuple(scale * weight for weight in weights)

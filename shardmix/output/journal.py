@@ -27,8 +27,9 @@ from shardmix._version import __version__
 from shardmix.anomalies import NO_ANOMALIES, LeafAnomalies
 from shardmix.dtypes import element_nbytes
 from shardmix.errors import OutputError, writing_failed
+from shardmix.methods import keep_first
 from shardmix.plan.identity import MergeDescription, asked_otherwise, changed_files
-from shardmix.plan.merge_plan import AGREE, MergePlan
+from shardmix.plan.merge_plan import MergePlan
 from shardmix.system.digests import LEAF_NBYTES, LeafDigests, num_leaves
 from shardmix.system.held_folder import HeldFolder
 
@@ -157,10 +158,14 @@ def journal_nbytes(plan: MergePlan) -> int:
         line = _Line(number, len(leaves), "00" * leaves.digest_nbytes)
         lines += len(leaves) * (len(msgspec.json.encode(line)) + 1)
         for segment in shard.segments:
-            if segment.reduction == AGREE:
+            if segment.method == keep_first.NAME:
                 stop = segment.out_offset + segment.num_elements * element_nbytes(segment.out_dtype)
                 num_parts = num_leaves(stop) - segment.out_offset // LEAF_NBYTES
-                lines += num_parts * len(msgspec.json.encode({segment.name: segment.models}))
+                lines += num_parts * len(
+                    msgspec.json.encode(
+                        {segment.name: [source.source for source in segment.sources]}
+                    )
+                )
     return len(head) + 1 + lines
 
 

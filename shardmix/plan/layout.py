@@ -4,6 +4,7 @@ Lays out headers and offsets from opened checkpoints; decides nothing about memo
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -14,9 +15,25 @@ from shardmix.dtypes import DTYPE_RANK, DTYPES, FLOAT_DTYPES, element_nbytes, te
 from shardmix.formats.file_metadata import format_only, lost_metadata, merged_metadata
 from shardmix.formats.safetensors_layout import HEADER_LENGTH_NBYTES, encode_header
 from shardmix.matching.tensors import MatchedTensors
-from shardmix.plan.merge_plan import AGREE, LINEAR, OutputShard, Segment
-from shardmix.recipe import Recipe, vanishes_in_float32
+from shardmix.methods import keep_first
+from shardmix.methods.base import MergeMethod, Params
+from shardmix.plan.merge_plan import OutputShard, Segment, SegmentSource
+from shardmix.recipe import Recipe
 from shardmix.sources.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class TensorParameters:
+    """With which method and parameters each tensor of a part is merged."""
+
+    method: MergeMethod
+    """The method of float tensors."""
+    groups: Sequence[Params]
+    """The values that there are, each for the tensors that share it."""
+    rows: npt.NDArray[np.int32]
+    """For each matched tensor, an index into `groups`."""
+    num_groups_before: int = 0
+    """How many groups of other parts come before these in `MergePlan.parameters`."""
 
 
 def plan_shards(
@@ -24,6 +41,7 @@ def plan_shards(
     checkpoints: Sequence[Checkpoint],
     matched: MatchedTensors,
     out_dtypes: Sequence[str],
+    parameters: TensorParameters,
     *,
     place: str = "",
     stem: str = MODEL,
@@ -37,7 +55,7 @@ def plan_shards(
     before these in `MergePlan.files`.
     """
     prefix = f"{place}/" if place else ""
-    columns = _SourceColumns(recipe, checkpoints, matched, out_dtypes, prefix, num_files_before)
+    columns = _SourceColumns(checkpoints, matched, out_dtypes, parameters, prefix, num_files_before)
     groups = _shard_groups(recipe, checkpoints[0], matched, out_dtypes, shard_pattern(stem))
     notes = lost_metadata(
         checkpoints[0].source,
@@ -87,15 +105,39 @@ def _shard_groups(
     ]
 
 
+class _Group:
+    """Tensors with the same parameters: which sources count for them, and with what factors."""
+
+    def __init__(self, method: MergeMethod, params: Params) -> None:
+        needs = method.needs(params)
+        self.is_whole = bool(needs.statistics)
+        """Its tensors are not joined, since each has factors of its own."""
+        self.narrow, self.narrow_factors = _counted(method, params, is_wide=False)
+        """The sources that count, the base model among them, and their factors, in float32."""
+        self.wide, self.wide_factors = _counted(method, params, is_wide=True)
+        """The same for tensors that are computed in float64."""
+
+
+def _counted(
+    method: MergeMethod, params: Params, *, is_wide: bool
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    needs = method.needs(params)
+    models = method.contributors(params, is_wide=is_wide)
+    factors = () if needs.statistics else method.factors(params, models, ())
+    if needs.base_model:
+        return (0, *(model + 1 for model in models)), factors
+    return models, factors
+
+
 class _SourceColumns:
     """Where every output tensor lies in every source, in columns, to find segments quickly."""
 
     def __init__(
         self,
-        recipe: Recipe,
         checkpoints: Sequence[Checkpoint],
         matched: MatchedTensors,
         out_dtypes: Sequence[str],
+        parameters: TensorParameters,
         prefix: str,
         num_files_before: int,
     ) -> None:
@@ -105,12 +147,10 @@ class _SourceColumns:
         self._out_dtypes = out_dtypes
         self._out_ranks = np.array([DTYPE_RANK[dtype] for dtype in out_dtypes])
         self._is_float = np.array([dtype in FLOAT_DTYPES for dtype in out_dtypes])
-        self._weights = recipe.weights
-        # A weight of 0 leaves a model's values out: 0 · NaN would be NaN.
-        self._weighted = [model for model, weight in enumerate(recipe.weights) if weight]
-        self._in_float32 = tuple(
-            model for model in self._weighted if not vanishes_in_float32(recipe.weights[model])
-        )
+        self._method_name = parameters.method.name
+        self._first_group = parameters.num_groups_before
+        self._groups = [_Group(parameters.method, params) for params in parameters.groups]
+        self._group_of = parameters.rows
         self._files, self._starts, self._nbytes, self._ranks = [], [], [], []
         first_file = num_files_before
         for checkpoint, rows in zip(checkpoints, matched.rows, strict=True):
@@ -120,8 +160,16 @@ class _SourceColumns:
             self._nbytes.append(table.nbytes[rows])
             self._ranks.append(table.dtype_ranks[rows])
             first_file += len(checkpoint.shards)
+        # By source: whether a tensor's values there count.
+        self._counts = [
+            np.array([source in group.wide for group in self._groups])[self._group_of]
+            for source in range(len(checkpoints))
+        ]
         self._is_wide = np.logical_or.reduce(
-            [self._ranks[model] == DTYPE_RANK["F64"] for model in self._weighted]
+            [
+                counts & (ranks == DTYPE_RANK["F64"])
+                for counts, ranks in zip(self._counts, self._ranks, strict=True)
+            ]
         )
 
     def output_shard(
@@ -162,12 +210,19 @@ class _SourceColumns:
             return [0]
         before, after = order[:-1], order[1:]
         joined = self._is_float[before] & (self._out_ranks[before] == self._out_ranks[after])
-        for model in self._weighted:
-            files, ranks = self._files[model], self._ranks[model]
-            ends = self._starts[model] + self._nbytes[model]
-            joined &= files[before] == files[after]
-            joined &= ranks[before] == ranks[after]
-            joined &= ends[before] == self._starts[model][after]
+        joined &= self._group_of[before] == self._group_of[after]
+        if any(group.is_whole for group in self._groups):
+            is_whole = np.array([group.is_whole for group in self._groups])
+            joined &= ~is_whole[self._group_of[before]]
+        for source, counts in enumerate(self._counts):
+            if not counts.any():
+                continue
+            files, ranks = self._files[source], self._ranks[source]
+            ends = self._starts[source] + self._nbytes[source]
+            adjoin = files[before] == files[after]
+            adjoin &= ranks[before] == ranks[after]
+            adjoin &= ends[before] == self._starts[source][after]
+            joined &= adjoin | ~counts[before]
         return [0, *(np.flatnonzero(~joined) + 1).tolist(), int(order.size)]
 
     def _segment(self, members: npt.NDArray[np.int64], out_offset: int) -> Segment:
@@ -177,25 +232,31 @@ class _SourceColumns:
             DTYPES[self._ranks[0][first]]
         )
         is_float = out_dtype in FLOAT_DTYPES
-        models = self._summed(first) if is_float else self._compared()
+        number = int(self._group_of[first])
+        group = self._groups[number]
+        if not is_float:
+            # The first source's integers, and those that are compared with them.
+            sources, factors = tuple(sorted({0, *group.narrow})), group.narrow_factors[:0]
+        elif self._is_wide[first]:
+            sources, factors = group.wide, group.wide_factors
+        else:
+            sources, factors = group.narrow, group.narrow_factors
         return Segment(
             name=self._prefix + self._names[first],
             num_tensors=len(members),
             num_elements=num_elements,
-            reduction=LINEAR if is_float else AGREE,
+            method=self._method_name if is_float else keep_first.NAME,
+            parameters=self._first_group + number,
             out_dtype=out_dtype,
             out_offset=out_offset,
-            models=models,
-            dtypes=tuple(DTYPES[self._ranks[model][first]] for model in models),
-            files=tuple(int(self._files[model][first]) for model in models),
-            offsets=tuple(int(self._starts[model][first]) for model in models),
-            weights=tuple(self._weights[model] for model in models),
+            sources=tuple(
+                SegmentSource(
+                    source,
+                    DTYPES[self._ranks[source][first]],
+                    int(self._files[source][first]),
+                    int(self._starts[source][first]),
+                )
+                for source in sources
+            ),
+            factors=factors,
         )
-
-    def _summed(self, tensor: int) -> tuple[int, ...]:
-        """Return the models whose values of a tensor are summed."""
-        return tuple(self._weighted) if self._is_wide[tensor] else self._in_float32
-
-    def _compared(self) -> tuple[int, ...]:
-        """Return the models whose integers are compared with the first one's, and that one."""
-        return tuple(sorted({0, *self._in_float32}))

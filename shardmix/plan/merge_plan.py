@@ -8,22 +8,18 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import msgspec
 
 from shardmix.conventions.file_kinds import LeftOut
 from shardmix.conventions.module_tree import inner_path
 from shardmix.formats.safetensors_layout import HEADER_LENGTH_NBYTES
+from shardmix.methods.base import Params
 from shardmix.options import RunSettings
 from shardmix.plan.memory_budget import MemoryPlan
 from shardmix.sources.open_files import FileStamp
 from shardmix.system.page_cache import CacheUse
-
-LINEAR = "linear"
-"""Reduction: the weighted sum of floats."""
-AGREE = "agree"
-"""Reduction for integers and booleans: the first source's values; others are compared with it."""
-
 
 _PIECE_NBYTES = 1 << 20
 # A tensor's entry as `safetensors_layout.encode_header` writes it. No name can look like one, since
@@ -71,12 +67,26 @@ class FileIdentity:
     """What its file system tells besides; None from the Hub."""
 
 
+class SegmentSource(NamedTuple):
+    """Where a segment's elements lie in one source. A tuple, since plans hold very many."""
+
+    source: int
+    """Whose they are: an index into `MergePlan.sources`."""
+    dtype: str
+    """Safetensors dtype there."""
+    file: int
+    """Index into `MergePlan.files`."""
+    offset: int
+    """First byte in that file."""
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A range of elements that lies in one piece in the output and in every source.
 
-    One tensor, or several neighbours where they are neighbours everywhere. Any part of it (a
-    chunk) is one byte range per source, so a segment of any length streams in any memory.
+    One tensor, or several neighbours where they are neighbours everywhere and have the same
+    parameters. Any part of it (a chunk) is one byte range per source, so a segment of any length
+    streams in any memory.
     """
 
     name: str
@@ -85,22 +95,29 @@ class Segment:
     """How many tensors it spans."""
     num_elements: int
     """Its length."""
-    reduction: str
-    """LINEAR or AGREE."""
+    method: str
+    """Name of the method that merges it; `keep_first.NAME` for integers."""
+    parameters: int
+    """Index into `MergePlan.parameters`."""
     out_dtype: str
     """Safetensors dtype of the output."""
     out_offset: int
     """First byte in the output shard's file."""
-    models: tuple[int, ...]
-    """Its sources: indexes into `MergePlan.sources`, without models whose weight is 0."""
-    dtypes: tuple[str, ...]
-    """Safetensors dtype in each source."""
-    files: tuple[int, ...]
-    """For each source, an index into `MergePlan.files`."""
-    offsets: tuple[int, ...]
-    """For each source, the first byte in that file."""
-    weights: tuple[float, ...]
-    """The factor of each source, in double precision."""
+    sources: tuple[SegmentSource, ...]
+    """The sources that count, the base model first if there is one."""
+    factors: tuple[float, ...]
+    """The numbers that the method combines them with, in double precision; empty if they follow
+    from statistics of the whole tensor, which nobody knows yet."""
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The safetensors dtype in each source."""
+        return tuple(source.dtype for source in self.sources)
+
+    @property
+    def files(self) -> tuple[int, ...]:
+        """For each source, an index into `MergePlan.files`."""
+        return tuple(source.file for source in self.sources)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +221,8 @@ class MergePlan:
     """The commits that these are of."""
     weights: tuple[float, ...]
     """The factor of each source, in double precision."""
+    parameters: tuple[Params, ...]
+    """The method's parameters; segments name theirs by index."""
     dtype: str
     """What was asked for: keep, float32, float16 or bfloat16."""
     max_shard_size: int | None

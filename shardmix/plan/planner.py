@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
+
 from shardmix.conventions.file_kinds import LeftOut
 from shardmix.conventions.module_tree import inner_path, module_places
 from shardmix.conventions.weight_names import DIFFUSERS, MARKS, MODEL
@@ -32,10 +34,13 @@ from shardmix.matching.fused_tensors import split_alike
 from shardmix.matching.modules import ModularModel
 from shardmix.matching.parts import match_parts
 from shardmix.matching.tensors import MatchedTensors, match_tensors
+from shardmix.methods import keep_first
+from shardmix.methods.base import Params
+from shardmix.methods.registry import merge_method
 from shardmix.options import LLVM, TORCH, RunSettings
-from shardmix.plan.layout import plan_shards
+from shardmix.plan.layout import TensorParameters, plan_shards
 from shardmix.plan.memory_budget import plan_memory
-from shardmix.plan.merge_plan import LINEAR, MergePlan, ModuleConfig, OutputShard, SourceFile
+from shardmix.plan.merge_plan import MergePlan, ModuleConfig, OutputShard, SourceFile
 from shardmix.plan.opening import ConfigSource, OpenedModels, public_name
 from shardmix.plan.output_modules import PlannedModules, plan_modules
 from shardmix.plan.weight_warnings import weight_warnings
@@ -144,6 +149,7 @@ def _plan_merge(
         hub_ids=tuple(checkpoint.hub_id for checkpoint in checkpoints),
         commits=tuple(checkpoint.commit for checkpoint in checkpoints),
         weights=recipe.weights,
+        parameters=tuple(params for part in parts for params in part.parameters),
         dtype=recipe.dtype,
         max_shard_size=recipe.max_shard_size,
         model_type=recipe.model_type,
@@ -217,6 +223,8 @@ class _PlannedPart:
     """What is to be told of it."""
     config_dtypes: tuple[tuple[str, str], ...]
     """What its config must say of dtypes."""
+    parameters: tuple[Params, ...]
+    """Its tensors' parameters, one for each group that shares them."""
     shards: tuple[OutputShard, ...]
     """Its files."""
 
@@ -263,11 +271,20 @@ def _planned_parts(
         group, split_notes = split_alike(group)
         matched = match_tensors(group, config, folder / place)
         out_dtypes = _output_dtypes(recipe.dtype, group[0], matched)
+        parameters = TensorParameters(
+            method=merge_method("linear"),
+            groups=[
+                Params({"normalize": False}, tuple({"weight": weight} for weight in recipe.weights))
+            ],
+            rows=np.zeros(len(matched.names), np.int32),
+            num_groups_before=sum(len(part.parameters) for part in parts),
+        )
         shards, shard_notes = plan_shards(
             recipe,
             group,
             matched,
             out_dtypes,
+            parameters,
             place=place,
             stem=MODEL if place else _stem(group[0], config_source),
             num_files_before=num_files,
@@ -284,6 +301,7 @@ def _planned_parts(
                 untied=matched.untied,
                 notes=(*split_notes, *matched.notes, *shard_notes),
                 config_dtypes=_config_dtypes(config, matched, out_dtypes),
+                parameters=tuple(parameters.groups),
                 shards=shards,
             )
         )
@@ -379,7 +397,7 @@ def _summed_nbytes(shards: Sequence[OutputShard]) -> int:
         segment.num_elements * sum(map(element_nbytes, segment.dtypes))
         for shard in shards
         for segment in shard.segments
-        if segment.reduction == LINEAR
+        if segment.method != keep_first.NAME
     )
 
 
@@ -393,7 +411,7 @@ def _llvm_finding(settings: RunSettings, shards: Sequence[OutputShard]) -> str |
         dtype
         for shard in shards
         for segment in shard.segments
-        if segment.reduction == LINEAR
+        if segment.method != keep_first.NAME
         for dtype in (*segment.dtypes, segment.out_dtype)
     }
     others = sorted(dtypes - LLVM_DTYPES)

@@ -11,16 +11,17 @@ from hypothesis.extra import numpy as hnp
 
 from shardmix.compute.backend import Reducers
 from shardmix.compute.chunk_size import chunk_num_elements
-from shardmix.compute.keep_first import AgreeReducer
+from shardmix.compute.keep_first import KeepFirst
 from shardmix.compute.torch_cpu import TorchBackend
 from shardmix.compute.torch_ops import accumulate, round_into
-from shardmix.plan.merge_plan import AGREE
+from shardmix.methods import keep_first
 from shardmix.system.buffers import PAGE_NBYTES, address, offset_in_page
 from tests.support.models import random_tensor, round_once, weighted_sum
 from tests.support.reducing import (
     COMPILED,
     FLOATS,
     NAMES,
+    at_offsets,
     backend_of,
     raw_bytes,
     reduce,
@@ -211,7 +212,7 @@ def read_by_kernel(path, sources, weights, out_dtype, *, gap, cut=0):
         content += raw_bytes(source)
     path.write_bytes(content[: len(content) - cut])
     segment = segment_of([NAMES[s.dtype] for s in sources], NAMES[out_dtype], weights, num_elements)
-    segment = dataclasses.replace(segment, offsets=tuple(offsets), out_offset=gap)
+    segment = at_offsets(segment, offsets, out_offset=gap)
     nbytes = 8 * num_elements  # for a chunk of all
     (reducer,) = backend_of("llvm", segment).make_reducers(chunk_nbytes=nbytes)
     reducer.begin(segment, 0, num_elements)
@@ -244,8 +245,8 @@ def agree(first, *others):
     names = {torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL", torch.uint8: "U8"}
     tensors = [first, *others]
     dtypes = [names[t.dtype] for t in tensors]
-    segment = segment_of(dtypes, dtypes[0], [0.5] * len(tensors), first.numel(), AGREE)
-    reducer = AgreeReducer(chunk_nbytes=1 << 12)
+    segment = segment_of(dtypes, dtypes[0], [0.5] * len(tensors), first.numel(), keep_first.NAME)
+    reducer = KeepFirst(chunk_nbytes=1 << 12)
     reducer.begin(segment, 0, segment.num_elements)
     for source, tensor in enumerate(tensors):
         staging = reducer.staging(source)
@@ -352,7 +353,7 @@ def test_chunk_of_integers_fits_its_buffers(dtype):
     """A chunk of integers fits its buffers. They are smaller, and a chunk may be smaller still."""
     width = 1 if dtype == "BOOL" else int(dtype[1:]) // 8
     for other in (dtype, "I64"):
-        segment = segment_of([dtype, other], dtype, [0.5, 0.5], 10**9, AGREE)
+        segment = segment_of([dtype, other], dtype, [0.5, 0.5], 10**9, keep_first.NAME)
         widest = 8 if other == "I64" else width
         for chunk_nbytes, buffer_nbytes in [(1 << 20, 1 << 16), (1 << 12, 1 << 12), (4, 8)]:
             count = chunk_num_elements(segment, chunk_nbytes=chunk_nbytes)
@@ -383,7 +384,7 @@ def test_a_reducer_does_chunk_after_chunk(backend):
         parts = [source[: stop - start] for source in (first, second)]
         expected = weighted_sum(parts, [0.5, 0.5], torch.float32)
         assert begun(reducer, segment, start, parts) == raw_bytes(expected)
-    other = dataclasses.replace(segment, weights=(2.0, -1.0))
+    other = dataclasses.replace(segment, factors=(2.0, -1.0))
     expected = weighted_sum([first, second], [2.0, -1.0], torch.float32)
     assert begun(reducer, other, 0, [first, second]) == raw_bytes(expected)
 
@@ -396,13 +397,13 @@ def test_buffers_lie_half_a_page_off(backend):
     """
     sources = [torch.ones(100).bfloat16()] * 2
     segment = segment_of(["BF16"] * 2, "BF16", [0.5, 0.5], 10_000)
-    segment = dataclasses.replace(segment, offsets=(130, 1000), out_offset=264)
+    segment = at_offsets(segment, (130, 1000), out_offset=264)
     (reducer,) = backend_of(backend, segment).make_reducers(chunk_nbytes=1 << 16)
     for start in (0, 100, 1077, 4096):
         reducer.begin(segment, start, 100)
         for number, source in enumerate(sources):
             staging = reducer.staging(number)
-            expected = offset_in_page(segment.offsets[number] + 2 * start)
+            expected = offset_in_page(segment.sources[number].offset + 2 * start)
             assert address(staging) % PAGE_NBYTES == expected
             staging[:] = raw_bytes(source)
             reducer.add(number, staging)
@@ -422,8 +423,8 @@ def test_chunks_lie_alike_within_pages():
 
 def test_integers_agree_chunk_by_chunk():
     """What differed in one chunk is not said of the next."""
-    segment = segment_of(["I64"] * 2, "I64", [0.5, 0.5], 8, AGREE)
-    reducer = AgreeReducer(chunk_nbytes=1 << 12)
+    segment = segment_of(["I64"] * 2, "I64", [0.5, 0.5], 8, keep_first.NAME)
+    reducer = KeepFirst(chunk_nbytes=1 << 12)
     values = torch.arange(4)
     for other, differing in [(values + 1, {1}), (values, set())]:
         begun(reducer, segment, 0, [values, other])
@@ -435,11 +436,11 @@ def test_integers_take_small_buffers():
     (linear,) = TorchBackend("cpu").make_reducers(chunk_nbytes=1 << 12)
     tracemalloc.start()
     try:
-        reducer = Reducers(linear, chunk_nbytes=16 << 20)[AGREE]
+        reducer = Reducers(linear, chunk_nbytes=16 << 20)[keep_first.NAME]
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    segment = segment_of(["I64"], "I64", [1.0], 10**6, AGREE)
+    segment = segment_of(["I64"], "I64", [1.0], 10**6, keep_first.NAME)
     reducer.begin(segment, 0, chunk_num_elements(segment, chunk_nbytes=16 << 20))
     assert len(reducer.staging(0)) == 1 << 16
     assert 1 << 16 < peak < 1 << 18

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardmix.compute.backend import NonfiniteCounts
-from shardmix.compute.keep_first import AgreeReducer
+from shardmix.compute.keep_first import KeepFirst
 from shardmix.execute.task_queue import nonfinite_finding
+from shardmix.methods import keep_first
 from shardmix.plan.memory_budget import VRAM_BUFFERS_PER_WORKER
-from shardmix.plan.merge_plan import AGREE
 from shardmix.system.units import MIB
 from tests.support.models import random_tensor
 from tests.support.reducing import (
@@ -226,8 +226,8 @@ def test_counting_takes_less_than_a_mebibyte(backend, out_dtype):
 def test_integers_are_always_finite():
     """Integers are finite, whatever their bits."""
     infinity = memoryview(np.full(10, 0x7F800000, dtype=np.int32).tobytes())
-    reducer = AgreeReducer(chunk_nbytes=1 << 12)
-    reducer.begin(segment_of(["I32"] * 2, "I32", [0.5, 0.5], 10, AGREE), 0, 10)
+    reducer = KeepFirst(chunk_nbytes=1 << 12)
+    reducer.begin(segment_of(["I32"] * 2, "I32", [0.5, 0.5], 10, keep_first.NAME), 0, 10)
     for source in range(2):
         reducer.add(source, infinity)
     reducer.finish()

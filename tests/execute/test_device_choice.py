@@ -340,7 +340,7 @@ def test_a_trial_does_what_the_merge_will_do(tmp_path, monkeypatch, gpu, io, dty
     assert len(backend.chunks_nbytes) == 3
     out_dtype = "F16" if dtype == "keep" else "BF16"
     assert {(run.dtypes, run.out_dtype) for run in begun} == {(("F16",) * 3, out_dtype)}
-    assert {run.weights for run in begun} == {(0.5, 0.3, 0.2)}
+    assert {run.factors for run in begun} == {(0.5, 0.3, 0.2)}
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 

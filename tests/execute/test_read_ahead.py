@@ -38,7 +38,7 @@ def test_sources_are_asked_for_in_turn(tmp_path, monkeypatch):
     expected = [
         (file, offset + start, min(8 * MIB, nbytes - start))
         for start in range(0, nbytes, 8 * MIB)
-        for file, offset in zip(run.files, run.offsets, strict=True)
+        for _, _, file, offset in run.sources
     ]
     assert asked(plan, monkeypatch) == expected
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import shardmix
+from shardmix.methods import keep_first
 from shardmix.plan import memory_budget
-from shardmix.plan.merge_plan import AGREE, LINEAR, MergePlan
+from shardmix.plan.merge_plan import MergePlan
 from shardmix.system.units import MIB
 from tests.support.models import assert_same_bits, load_model, random_model, save_model
 
@@ -61,10 +62,12 @@ def test_digest_covers_segments_and_headers(tmp_path):
         {
             "segments": (
                 *shard.segments[:-1],
-                dataclasses.replace(last, offsets=(0, *last.offsets[1:])),
+                dataclasses.replace(
+                    last, sources=(last.sources[0]._replace(offset=0), *last.sources[1:])
+                ),
             )
         },
-        {"segments": (*shard.segments[:-1], dataclasses.replace(last, weights=(0.1, 0.9)))},
+        {"segments": (*shard.segments[:-1], dataclasses.replace(last, factors=(0.1, 0.9)))},
     ]
     plans = [
         dataclasses.replace(plan, shards=(dataclasses.replace(shard, **change),))
@@ -123,7 +126,7 @@ def test_neighbours_stream_as_one_segment(tmp_path):
     filled = [name for name in NAMES if name != "model.nothing"]
     assert segment.num_tensors == len(filled)
     assert segment.num_elements == sum(random_model(1)[name].numel() for name in filled)
-    assert segment.reduction == LINEAR
+    assert segment.method == "linear"
 
 
 def test_other_layout_only_cuts_segments(tmp_path):
@@ -188,10 +191,10 @@ def test_integers_keep_their_dtype(tmp_path):
         segment.name: segment
         for segment in all_segments(shardmix.plan_merge(models, dtype="float16"))
     }
-    assert {name: segment.reduction for name, segment in runs.items()} == {
-        "ids": AGREE,
-        "more": AGREE,
-        "w": LINEAR,
+    assert {name: segment.method for name, segment in runs.items()} == {
+        "ids": keep_first.NAME,
+        "more": keep_first.NAME,
+        "w": "linear",
     }
     assert (runs["ids"].out_dtype, runs["w"].out_dtype) == ("I64", "F16")
 
@@ -302,7 +305,7 @@ def test_neighbours_by_offset_in_two_files(tmp_path):
     second.write_bytes(padded.to_bytes(8, "little") + header + saved[8 + length :])
     models = [(save_model(tmp_path / "a", whole), 0.5), (apart, 0.5)]
     (a, b) = all_segments(shardmix.plan_merge(models))
-    assert a.offsets[1] + 8 == b.offsets[1]
+    assert a.sources[1].offset + 8 == b.sources[1].offset
     shardmix.merge(models, tmp_path / "out")
     assert_same_bits(load_model(tmp_path / "out"), whole)
 

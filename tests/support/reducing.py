@@ -1,32 +1,40 @@
 """Runs a reducer on whole tensors, without files or engine."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from shardmix.compute.chunk_size import chunk_num_elements
 from shardmix.compute.torch_cpu import TorchBackend
-from shardmix.plan.merge_plan import LINEAR, Segment
+from shardmix.plan.merge_plan import Segment, SegmentSource
 
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 FLOATS = list(NAMES)
 COMPILED = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def segment_of(dtypes, out_dtype, weights, num_elements, reduction=LINEAR):
-    num_sources = len(dtypes)
+def segment_of(dtypes, out_dtype, weights, num_elements, method="linear"):
     return Segment(
         name="t",
         num_tensors=1,
         num_elements=num_elements,
-        reduction=reduction,
+        method=method,
+        parameters=0,
         out_dtype=out_dtype,
         out_offset=0,
-        models=tuple(range(num_sources)),
-        dtypes=tuple(dtypes),
-        files=(0,) * num_sources,
-        offsets=(0,) * num_sources,
-        weights=tuple(weights),
+        sources=tuple(SegmentSource(source, dtype, 0, 0) for source, dtype in enumerate(dtypes)),
+        factors=tuple(weights),
     )
+
+
+def at_offsets(segment, offsets, *, out_offset):
+    """Return a segment whose sources lie elsewhere in their files."""
+    sources = [
+        source._replace(offset=offset)
+        for source, offset in zip(segment.sources, offsets, strict=True)
+    ]
+    return dataclasses.replace(segment, sources=tuple(sources), out_offset=out_offset)
 
 
 def raw_bytes(tensor):

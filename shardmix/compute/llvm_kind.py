@@ -1,0 +1,36 @@
+"""What kernels are compiled for."""
+
+from dataclasses import dataclass
+
+from shardmix.methods.registry import merge_method
+from shardmix.plan.merge_plan import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class KernelKind:
+    """What a kernel is compiled for."""
+
+    method: str
+    """Name of the method."""
+    num_factors: int
+    """How many factors it takes."""
+    dtypes: tuple[str, ...]
+    """Safetensors dtype of each source."""
+    out_dtype: str
+    """That of the output."""
+
+    @classmethod
+    def of(cls, segment: Segment, out_dtype: str | None = None) -> "KernelKind":
+        """Return the kind for a segment, or for that with another output dtype."""
+        declared = merge_method(segment.method).num_factors
+        return cls(
+            method=segment.method,
+            num_factors=len(segment.factors) if declared is None else declared,
+            dtypes=segment.dtypes,
+            out_dtype=out_dtype or segment.out_dtype,
+        )
+
+    @property
+    def is_weighted_sum(self) -> bool:
+        """Whether it is Σ factorᵢ · sourceᵢ."""
+        return merge_method(self.method).is_weighted_sum

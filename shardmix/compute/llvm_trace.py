@@ -1,0 +1,65 @@
+"""A method's `combine`, written down as LLVM IR on vectors of float32.
+
+Runs the method once, with names of IR values in the place of arrays, and keeps the instructions.
+Nothing allows LLVM to contract operations, so each of them is rounded by itself
+(https://llvm.org/docs/LangRef.html#fast-math-flags).
+"""
+
+from collections.abc import Sequence
+
+from shardmix.methods.registry import merge_method
+
+
+def traced(
+    method: str, values: Sequence[str], factors: Sequence[str], width: int
+) -> tuple[str, str]:
+    """Return the instructions that combine IR values, and the name of the result.
+
+    `values` and `factors` name vectors of `width` floats.
+    """
+    ops = _TracingOps(width)
+    result = merge_method(method).combine(ops, values, factors)
+    return "\n".join(ops.lines), result
+
+
+class _TracingOps:
+    """Writes an instruction for each operation; a mask is a vector of bits."""
+
+    def __init__(self, width: int) -> None:
+        self._floats = f"<{width} x float>"
+        self._masks = f"<{width} x i1>"
+        self._magnitudes = f"@llvm.fabs.v{width}f32"
+        self.lines: list[str] = []
+
+    def add(self, a: str, b: str) -> str:
+        """Write a + b."""
+        return self._written(f"fadd {self._floats} {a}, {b}")
+
+    def sub(self, a: str, b: str) -> str:
+        """Write a - b."""
+        return self._written(f"fsub {self._floats} {a}, {b}")
+
+    def mul(self, a: str, b: str) -> str:
+        """Write a · b."""
+        return self._written(f"fmul {self._floats} {a}, {b}")
+
+    def div(self, a: str, b: str) -> str:
+        """Write a / b."""
+        return self._written(f"fdiv {self._floats} {a}, {b}")
+
+    def abs(self, a: str) -> str:
+        """Write |a|."""
+        return self._written(f"call {self._floats} {self._magnitudes}({self._floats} {a})")
+
+    def less(self, a: str, b: str) -> str:
+        """Write the comparison a < b."""
+        return self._written(f"fcmp olt {self._floats} {a}, {b}")
+
+    def select(self, mask: str, a: str, b: str) -> str:
+        """Write the choice between a and b."""
+        return self._written(f"select {self._masks} {mask}, {self._floats} {a}, {self._floats} {b}")
+
+    def _written(self, instruction: str) -> str:
+        name = f"%merged{len(self.lines)}"
+        self.lines.append(f"  {name} = {instruction}")
+        return name
