@@ -153,7 +153,7 @@ class PieceOps:
         """`scratch` holds bytes. Elements are computed in `dtype`."""
         self._method = merge_method(method)
         counted = CountingOps()
-        self._method.combine(counted, [None] * num_values, [None] * num_factors)
+        self._method.combine(counted, [counted] * num_values, [counted] * num_factors)
         # Besides results: each value widened, and room for rounding.
         num_buffers = counted.num_results + num_values + 1
         element_nbytes = num_buffers * dtype.itemsize + counted.num_masks

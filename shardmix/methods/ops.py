@@ -37,17 +37,20 @@ class Ops(Protocol[A]):
 
 
 class CountingOps:
-    """Counts a method's operations on an element: its results, and the masks among them."""
+    """Counts what a method does with an element. It stands for every array itself."""
 
-    def __init__(self) -> None:
-        self.num_results = 0
-        self.num_masks = 0
+    num_results = 0
+    """How many arrays the method makes."""
+    num_masks = 0
+    """How many masks it makes."""
 
-    def _result(self, *_: None) -> None:
+    def _result(self, *_: "CountingOps") -> "CountingOps":
         self.num_results += 1
+        return self
 
     add = sub = mul = div = abs = select = _result
 
-    def less(self, a: None, b: None) -> None:
+    def less(self, a: "CountingOps", b: "CountingOps") -> "CountingOps":
         """Count a mask."""
         self.num_masks += 1
+        return self

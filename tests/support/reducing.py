@@ -7,7 +7,10 @@ import torch
 
 from shardmix.compute.chunk_size import chunk_num_elements
 from shardmix.compute.torch_cpu import TorchBackend
+from shardmix.compute.torch_cuda import cuda_methods, cuda_sums
+from shardmix.methods.registry import merge_method
 from shardmix.plan.merge_plan import Segment, SegmentSource
+from tests.support.simulated_cuda import SimulatedCuda
 
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 FLOATS = list(NAMES)
@@ -47,19 +50,25 @@ def backend_of(name, segment):
         from shardmix.compute.llvm_cpu import LlvmBackend
 
         return LlvmBackend([segment])
-    return TorchBackend(name)
+    return TorchBackend(name, [segment])
 
 
-def reduced_chunks(sources, weights, out_dtype, *, chunk_nbytes=1 << 16, backend="cpu"):
+def reduced_chunks(
+    sources, factors, out_dtype, *, method="linear", chunk_nbytes=1 << 16, backend="cpu"
+):
     """Reduce whole tensors chunk by chunk, as the engine does; yield each chunk's first element,
     its reducer and its bytes, before the next one takes their place.
 
-    `backend` is llvm, or torch's name of a device.
+    `backend` is llvm, torch's name of a device, or a `SimulatedCuda`.
     """
-    segment = segment_of(
-        [NAMES[s.dtype] for s in sources], NAMES[out_dtype], weights, sources[0].numel()
-    )
-    reducer, *_ = backend_of(backend, segment).make_reducers(chunk_nbytes=chunk_nbytes)
+    dtypes = [NAMES[s.dtype] for s in sources]
+    segment = segment_of(dtypes, NAMES[out_dtype], factors, sources[0].numel(), method)
+    if isinstance(backend, SimulatedCuda):
+        make = cuda_sums if merge_method(method).is_weighted_sum else cuda_methods
+        reducers = make(torch.device("cpu"), chunk_nbytes=chunk_nbytes, cuda=backend)
+    else:
+        reducers = backend_of(backend, segment).make_reducers(chunk_nbytes=chunk_nbytes)
+    reducer, *_ = reducers
     step = chunk_num_elements(segment, chunk_nbytes=chunk_nbytes)
     for start in range(0, segment.num_elements, step):
         num_elements = min(step, segment.num_elements - start)
@@ -73,9 +82,9 @@ def reduced_chunks(sources, weights, out_dtype, *, chunk_nbytes=1 << 16, backend
         yield start, reducer, data
 
 
-def reduce(sources, weights, out_dtype, **options):
+def reduce(sources, factors, out_dtype, **options):
     """Reduce whole tensors and return the result."""
     out = bytearray()
-    for _start, _reducer, chunk in reduced_chunks(sources, weights, out_dtype, **options):
+    for _start, _reducer, chunk in reduced_chunks(sources, factors, out_dtype, **options):
         out += chunk
     return torch.frombuffer(out, dtype=out_dtype).view(sources[0].shape)

@@ -108,7 +108,8 @@ class _Queueing(TorchDispatchMode):
         if func._schema.is_mutable:
             self.stream.queue.append((lambda: func(*args, **kwargs), 0, None))
             names = [argument.name for argument in func._schema.arguments if argument.is_out]
-            return tuple(kwargs[name] for name in names) if names else args[0]
+            changed = tuple(kwargs[name] for name in names) or args[:1]
+            return changed if len(changed) > 1 else changed[0]
         is_view = any(returned.alias_info is not None for returned in func._schema.returns)
         if not is_view and any(isinstance(arg, torch.Tensor) for arg in args):
             # Its result is needed now: the GPU has been quick.
