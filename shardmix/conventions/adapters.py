@@ -7,10 +7,13 @@ product of means. Pure rules on names.
 import re
 from collections.abc import Collection, Iterator
 
-ADAPTER_REMEDY = (
+ADAPTER_RULE = (
     "the mean of two adapters' matrices is not the mean of what they do to the model (mean B × "
-    "mean A is not mean B·A): merge each adapter into its base model first, with PEFT's "
-    "merge_and_unload() and save_pretrained(), and give the models that this makes"
+    "mean A is not mean B·A)"
+)
+ADAPTER_REMEDY = (
+    "merge each adapter into its base model first, with PEFT's merge_and_unload() and "
+    "save_pretrained(), and give the models that this makes"
 )
 
 # Cheap to search in all names at once; the pattern then judges.

@@ -22,7 +22,9 @@ AUTO_CLASSES = {
 def check_model_type(model_type: str) -> None:
     """Raise `RecipeError` if this is no model type."""
     if not isinstance(model_type, str) or model_type not in AUTO_CLASSES:
-        raise RecipeError(f"model type {model_type!r}: must be one of {', '.join(AUTO_CLASSES)}")
+        raise RecipeError(
+            f"must be one of {', '.join(AUTO_CLASSES)}", subject=f"model type {model_type!r}"
+        )
 
 
 _HEADS = (

@@ -63,7 +63,11 @@ def read_modules(folder: Path) -> tuple[Module, ...]:
     for module in content:
         place = module.get("path") if isinstance(module, dict) else None
         if not isinstance(place, str):
-            raise SourceError(f"{path}: has a module without a path; it must name a folder")
+            raise SourceError(
+                "has a module without a path; it must name a folder",
+                subject=path,
+                remedy="fetch it again",
+            )
         listed.append((_place(path, "", place), module.get("type")))
     walk = _Walk(folder)
     walk.add(listed, route="")
@@ -101,8 +105,10 @@ class _Walk:
             self._num_named += 1
             if self._num_named > _MOST_MODULES or route.count("/") > _MOST_NESTED:
                 raise SourceError(
-                    f"{self._folder / MODULES_NAME}: names more than {_MOST_MODULES} modules, or "
-                    "routes within routes; no model has so many: fetch it again"
+                    f"names more than {_MOST_MODULES} modules, or routes within routes; no model "
+                    "has so many",
+                    subject=self._folder / MODULES_NAME,
+                    remedy="fetch it again",
                 )
             name = str(class_name).rpartition(".")[2] if class_name else ""
             kind = _KINDS.get(name, name)
@@ -131,11 +137,17 @@ def _routes(folder: Path, place: str) -> tuple[Path, dict[str, list[str]], dict[
             continue
         for members in structure.values():
             if not isinstance(members, list) or not all(isinstance(name, str) for name in members):
-                raise SourceError(f"{path}: has a route that is no list of modules; fetch it again")
+                raise SourceError(
+                    "has a route that is no list of modules",
+                    subject=path,
+                    remedy="fetch it again",
+                )
         return path, structure, types
     raise SourceError(
-        f"{folder / place / ROUTER_CONFIGS[0]}: a Router needs it, since it names the modules of "
-        "each route, and it is missing or names none; fetch the model again"
+        "a Router needs it, since it names the modules of each route, and it is missing or names "
+        "none",
+        subject=folder / place / ROUTER_CONFIGS[0],
+        remedy="fetch the model again",
     )
 
 
@@ -144,5 +156,9 @@ def _place(path: Path, parent: str, name: str) -> str:
     relative = PurePosixPath(parent, name)
     finding = file_name_finding(name) if PurePosixPath(name).parts else None
     if finding is not None:
-        raise SourceError(f"{path}: names the folder {shown(name)}, which {finding}")
+        raise SourceError(
+            f"names the folder {shown(name)}, which {finding}",
+            subject=path,
+            remedy="fetch it again",
+        )
     return "" if not relative.parts else relative.as_posix()

@@ -40,7 +40,7 @@ _OLDEST_SWITCHES = tuple(_SWITCHES)[:4]
 def check_pooling(pooling: object) -> None:
     """Raise `RecipeError` if this is no way to pool."""
     if pooling not in POOLINGS:
-        raise RecipeError(f"pooling {pooling!r}: must be one of {', '.join(POOLINGS)}")
+        raise RecipeError(f"must be one of {', '.join(POOLINGS)}", subject=f"pooling {pooling!r}")
 
 
 def pooling_modes(config: Mapping[str, Any]) -> tuple[str, ...]:

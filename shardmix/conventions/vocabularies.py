@@ -20,6 +20,7 @@ import xxhash
 
 from shardmix.errors import SourceError, one_line
 from shardmix.system.files import (
+    LFS_FINDING,
     LFS_REMEDY,
     is_lfs_pointer,
     read_regular,
@@ -252,19 +253,25 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise SourceError(
+            f"cannot be read ({error.strerror or error})",
+            subject=path,
+            remedy="check its permissions and its disk",
+        ) from None
     except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, MemoryError) as error:
-        raise SourceError(f"{path}: is not a tokenizer's ({one_line(error)})") from None
+        raise SourceError(
+            f"is not a tokenizer's ({one_line(error)})", subject=path, remedy="fetch it again"
+        ) from None
 
 
 def _read(folder: Path, name: str, max_memory: int | None) -> bytes:
     path = folder / name
     refuse_link_outside(folder, path)
     nbytes = path.stat().st_size
-    check_room(_MEMORY_PER_BYTE * nbytes, max_memory=max_memory, purpose=f"{path}: to read it")
+    check_room(_MEMORY_PER_BYTE * nbytes, max_memory=max_memory, subject=path, purpose="to read it")
     content = read_regular(path, max_nbytes=_MAX_NBYTES)
     if is_lfs_pointer(content):
-        raise SourceError(f"{path}: {LFS_REMEDY}")
+        raise SourceError(LFS_FINDING, subject=path, remedy=LFS_REMEDY)
     return content
 
 

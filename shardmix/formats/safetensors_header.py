@@ -71,7 +71,7 @@ def decode_header(header: bytes, *, file_nbytes: int) -> HeaderTable:
             columns.add(piece)
     except (ValueError, RecursionError) as error:
         raise SourceError(
-            f"has a header that does not parse ({one_line(error)}); fetch it again"
+            f"has a header that does not parse ({one_line(error)})", remedy="fetch it again"
         ) from None
     _refuse_a_name_twice(columns.names)
     return columns.table(before_data=HEADER_LENGTH_NBYTES + len(header), file_nbytes=file_nbytes)
@@ -100,7 +100,8 @@ def _pieces(header: bytes) -> Iterator[bytes]:
         msgspec.json.decode(opening + header[start:], type=msgspec.Raw)
         raise SourceError(
             "has a header that cannot be read in parts, for an entry of more than a megabyte or "
-            'names with `},"` in them; no model has such: save it anew with other names'
+            'names with `},"` in them; no model has such',
+            remedy="save it anew with other names",
         )
     yield opening + header[start:]
 
@@ -151,16 +152,17 @@ class _Columns:
         if file_nbytes < expected_nbytes:
             raise SourceError(
                 f"has a header that describes {expected_nbytes} bytes but the file has "
-                f"{file_nbytes}, {expected_nbytes - file_nbytes} too few; a download may have been "
-                "cut off: fetch it again"
+                f"{file_nbytes}, {expected_nbytes - file_nbytes} too few; a download may have "
+                "been cut off",
+                remedy="fetch it again",
             )
         num_extra = file_nbytes - expected_nbytes
         if num_extra > 0:
             raise SourceError(
                 f"has {num_extra} byte{'s' * (num_extra > 1)} too many at its end: its header "
                 f"describes {expected_nbytes} bytes but the file has {file_nbytes}; something was "
-                "appended to it, or header and data are of two files: fetch it again, or save it "
-                "anew"
+                "appended to it, or header and data are of two files",
+                remedy="fetch it again, or save it anew",
             )
         names = self.names
         order = np.lexsort((stops, starts))
@@ -216,7 +218,9 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
     seen = set()
     for key, _ in pairs:
         if key in seen:
-            raise SourceError(f"has a header that names {shown(key)} twice; fetch it again")
+            raise SourceError(
+                f"has a header that names {shown(key)} twice", remedy="fetch it again"
+            )
         seen.add(key)
 
 
@@ -226,12 +230,14 @@ def _judged_kind(name: str, entry: _Entry) -> _Kind:
     if entry.dtype not in DTYPE_RANK:
         raise SourceError(
             f"has a tensor, {shown(name)}, of the dtype {shown(entry.dtype)}, which safetensors "
-            "does not know; fetch it again, or convert it"
+            "does not know",
+            remedy="fetch it again, or convert it",
         )
     if len(entry.shape) > _MOST_DIMENSIONS:
         raise SourceError(
             f"has a tensor, {shown(name)}, of {len(entry.shape)} dimensions; numpy and torch know "
-            f"{_MOST_DIMENSIONS} at most: fetch it again"
+            f"{_MOST_DIMENSIONS} at most",
+            remedy="fetch it again",
         )
     num_elements = 1
     for length in entry.shape:
@@ -242,20 +248,22 @@ def _judged_kind(name: str, entry: _Entry) -> _Kind:
     if bits > _LARGEST_PRODUCT:
         raise SourceError(
             f"has a tensor, {shown(name)}, of the shape {shown(list(entry.shape))}, which is more "
-            "than any file holds; fetch it again"
+            "than any file holds",
+            remedy="fetch it again",
         )
     if bits % 8:
         raise SourceError(
-            f"has a tensor, {shown(name)}, of {math.prod(entry.shape)} elements of "
-            f"{entry.dtype}, which end within a byte; fetch it again"
+            f"has a tensor, {shown(name)}, of {math.prod(entry.shape)} elements of {entry.dtype}, "
+            "which end within a byte",
+            remedy="fetch it again",
         )
     return _Kind(DTYPE_RANK[entry.dtype], entry.shape, bits // 8)
 
 
 def _without_a_field(name: str) -> SourceError:
     return SourceError(
-        f"has a header entry, {shown(name)}, without a dtype, shape and data_offsets; fetch it "
-        "again"
+        f"has a header entry, {shown(name)}, without a dtype, shape and data_offsets",
+        remedy="fetch it again",
     )
 
 
@@ -280,5 +288,6 @@ def _check_offsets(
             at = int(np.argmax(is_wrong))
             raise SourceError(
                 f"has a header in which {shown(names[at])}, bytes {starts[at]} to {stops[at]}, "
-                f"{rule}; fetch it again"
+                f"{rule}",
+                remedy="fetch it again",
             )

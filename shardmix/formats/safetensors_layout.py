@@ -64,23 +64,24 @@ def header_nbytes(prefix: bytes, *, file_nbytes: int) -> int:
         return length
     for opening, kind, remedy in _OTHER_KINDS:
         if prefix.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(opening):
-            raise SourceError(f"is {kind}, not a safetensors file; {remedy}")
+            raise SourceError(f"is {kind}, not a safetensors file", remedy=remedy)
     if len(prefix) < HEADER_LENGTH_NBYTES:
         size = f"is {file_nbytes} bytes long, too short for" if file_nbytes else "is empty, not"
         raise SourceError(
-            f"{size} a safetensors file; a download may have been cut off: fetch it again"
+            f"{size} a safetensors file; a download may have been cut off",
+            remedy="fetch it again",
         )
     if MAX_HEADER_NBYTES < length <= file_nbytes - HEADER_LENGTH_NBYTES:
         raise SourceError(
-            f"has a header of {length} bytes; safetensors allows {MAX_HEADER_NBYTES} at most: "
-            "save it in several files"
+            f"has a header of {length} bytes; safetensors allows {MAX_HEADER_NBYTES} at most",
+            remedy="save it in several files",
         )
     finding = "it is not a safetensors file"
     if length <= MAX_HEADER_NBYTES:
         finding = "a download may have been cut off"
     raise SourceError(
-        f"claims a header of {length} bytes but the file has {file_nbytes}; {finding}: fetch it "
-        "again"
+        f"claims a header of {length} bytes but the file has {file_nbytes}; {finding}",
+        remedy="fetch it again",
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from shardmix.errors import SourceError, one_line, shown
-from shardmix.system.files import LFS_REMEDY, is_lfs_pointer, read_regular
+from shardmix.system.files import LFS_FINDING, LFS_REMEDY, is_lfs_pointer, read_regular
 from shardmix.system.memory import check_room
 
 # As Python objects, JSON may take 26 times its length ("[[],[],..."), so whole files are small.
@@ -39,16 +39,21 @@ def read_json(path: Path, *, expected: type = dict) -> Any:
         if _ESCAPED_SURROGATE.search(content):
             json.dumps(decoded, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: not valid JSON ({one_line(error)}); fetch it again") from None
+        raise SourceError(
+            f"not valid JSON ({one_line(error)})", subject=path, remedy="fetch it again"
+        ) from None
     if not isinstance(decoded, expected):
         raise SourceError(
-            f"{path}: must hold a JSON {'list' if expected is list else 'object'}, "
-            f"not {type(decoded).__name__}"
+            f"must hold a JSON {'list' if expected is list else 'object'}, not "
+            f"{type(decoded).__name__}",
+            subject=path,
+            remedy="fetch it again",
         )
     if content.count(b"{") + content.count(b"[") > _MAX_JSON_DEPTH and _is_deep(decoded):
         raise SourceError(
-            f"{path}: nests deeper than {_MAX_JSON_DEPTH} levels; no model's JSON does: fetch it "
-            "again"
+            f"nests deeper than {_MAX_JSON_DEPTH} levels; no model's JSON does",
+            subject=path,
+            remedy="fetch it again",
         )
     return decoded
 
@@ -59,13 +64,13 @@ def read_index(path: Path, *, max_memory: int | None = None) -> dict[str, str]:
     Raises `SourceError` also if it names a file outside of that folder, and `BudgetError` if
     `max_memory` (bytes, for the whole process) might not suffice to decode it.
     """
-    purpose = f"{path}: to decode it"
+    purpose = "to decode it"
     if path.is_file() and path.stat().st_size > _SMALL_INDEX_NBYTES:
-        check_room(path.stat().st_size, max_memory=max_memory, purpose=purpose)
+        check_room(path.stat().st_size, max_memory=max_memory, subject=path, purpose=purpose)
     content = _read(path, _MAX_INDEX_NBYTES)
     if len(content) > _SMALL_INDEX_NBYTES:
         needed = 4 * len(content) + _PAIR_NBYTES * content.count(b":")
-        check_room(needed, max_memory=max_memory, purpose=purpose)
+        check_room(needed, max_memory=max_memory, subject=path, purpose=purpose)
     try:
         raw = msgspec.json.decode(content, type=_Index).weight_map
         weight_map = msgspec.json.decode(raw, type=dict[str, str])
@@ -75,22 +80,35 @@ def read_index(path: Path, *, max_memory: int | None = None) -> dict[str, str]:
             json.loads(content, object_pairs_hook=_without_duplicates)
     except msgspec.ValidationError as error:
         raise SourceError(
-            f"{path}: has no weight_map from tensor names to files ({one_line(error)}); fetch it "
-            "again"
+            f"has no weight_map from tensor names to files ({one_line(error)})",
+            subject=path,
+            remedy="fetch it again",
         ) from None
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: not valid JSON ({one_line(error)}); fetch it again") from None
+        raise SourceError(
+            f"not valid JSON ({one_line(error)})", subject=path, remedy="fetch it again"
+        ) from None
     if not weight_map:
-        raise SourceError(f"{path}: has no weight_map from tensor names to files; fetch it again")
+        raise SourceError(
+            "has no weight_map from tensor names to files",
+            subject=path,
+            remedy="fetch it again",
+        )
     for name in set(weight_map.values()):
         finding = file_name_finding(name)
         if finding is not None:
             raise SourceError(
-                f"{path}: names {shown(name)}, which {finding}; an index names files in its own "
-                "folder alone"
+                f"names {shown(name)}, which {finding}; an index names files in its own folder "
+                "alone",
+                subject=path,
+                remedy="fetch it again",
             )
         if not name.endswith(".safetensors"):
-            raise SourceError(f"{path}: names {shown(name)}, which is not a .safetensors file")
+            raise SourceError(
+                f"names {shown(name)}, which is not a .safetensors file",
+                subject=path,
+                remedy="fetch or save the model in safetensors",
+            )
     return weight_map
 
 
@@ -111,10 +129,12 @@ def _read(path: Path, max_nbytes: int) -> bytes:
         content = read_regular(path, max_nbytes=max_nbytes)
     except OSError as error:
         raise SourceError(
-            f"{path}: cannot be read ({error.strerror}); is it the model's own?"
+            f"cannot be read ({error.strerror})",
+            subject=path,
+            remedy="check its permissions, and that it is the model's own",
         ) from None
     if is_lfs_pointer(content):
-        raise SourceError(f"{path}: {LFS_REMEDY}")
+        raise SourceError(LFS_FINDING, subject=path, remedy=LFS_REMEDY)
     return content
 
 

@@ -85,7 +85,7 @@ def settle(differences: Sequence[Difference], allowed: Sequence[str]) -> tuple[s
         if key != EVERYTHING and not any(found.is_of(key) for found in differences)
     ]
     if refused:
-        raise MismatchError(_refusal(refused, unused))
+        raise _refusal(refused, unused)
     told = [
         f"{difference.finding}; {difference.consequence}"
         if difference.consequence
@@ -95,7 +95,7 @@ def settle(differences: Sequence[Difference], allowed: Sequence[str]) -> tuple[s
     return (*told, *(_unused(key, differences) for key in unused))
 
 
-def _refusal(refused: Sequence[Difference], unused: Sequence[str]) -> str:
+def _refusal(refused: Sequence[Difference], unused: Sequence[str]) -> MismatchError:
     findings = list(dict.fromkeys(difference.finding for difference in refused))
     if len(findings) > _MOST_TOLD:
         findings = [*findings[:_MOST_TOLD], f"and {len(findings) - _MOST_TOLD} more differences"]
@@ -105,7 +105,11 @@ def _refusal(refused: Sequence[Difference], unused: Sequence[str]) -> str:
         f", or use --allow-differences {keys} (allow_differences in a recipe or in Python) if it "
         "is meant"
     )
-    return "; ".join((*findings, *remedies, *(_unused(key, refused) for key in unused)))
+    return MismatchError(
+        "; ".join(findings),
+        remedy="; ".join(remedies),
+        hints=[_unused(key, refused) for key in unused],
+    )
 
 
 def _unused(key: str, differences: Iterable[Difference]) -> str:

@@ -33,8 +33,10 @@ def match_parts(checkpoints: Sequence[Checkpoint]) -> MatchedParts:
             matched |= {id(each) for each in found}
     if not groups:
         raise MismatchError(
-            f"{first.source} and {checkpoints[-1].source}: have no module with weights in common, "
-            "by their modules.json; models of a merge must have the same modules"
+            "have no module with weights in common, by their modules.json; models of a merge "
+            "must have the same modules",
+            subject=f"{first.source} and {checkpoints[-1].source}",
+            remedy="leave one of them out",
         )
     unmatched = (
         part for checkpoint in checkpoints for part in checkpoint.parts if id(part) not in matched

@@ -14,7 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from shardmix.conventions import naming
-from shardmix.conventions.adapters import ADAPTER_REMEDY, adapter_tensor, is_of_adapter
+from shardmix.conventions.adapters import (
+    ADAPTER_REMEDY,
+    ADAPTER_RULE,
+    adapter_tensor,
+    is_of_adapter,
+)
 from shardmix.dtypes import DTYPES, FLOAT_DTYPES, INTEGER_DTYPES
 from shardmix.errors import MismatchError, SourceError, listed
 from shardmix.matching.tensor_names import without_wrappers
@@ -65,31 +70,39 @@ def check_mergeable(checkpoint: Checkpoint, allow_differences: Collection[str] =
     """
     source, table = checkpoint.source, checkpoint.table
     if not table.names:
-        raise SourceError(f"{source}: holds no tensors")
+        raise SourceError("holds no tensors", subject=source, remedy="fetch it again")
     tensor = adapter_tensor(table.names)
     if tensor is not None or checkpoint.shards[0].path.name.startswith("adapter_model"):
         found = f" (it holds {tensor})" if tensor is not None else ""
-        raise SourceError(f"{source}: is an adapter, not a model{found}; {ADAPTER_REMEDY}")
+        raise SourceError(
+            f"is an adapter, not a model{found}; {ADAPTER_RULE}",
+            subject=source,
+            remedy=ADAPTER_REMEDY,
+        )
     finding = _unmergeable_tensor(checkpoint)
     declared = naming.declared_quantisation(checkpoint.config)
     if declared is not None and (finding is not None or declared[1] in _WHILE_RUNNING):
         raise SourceError(
-            f"{source}: is quantised ({declared[1]}, in config.json); a weighted sum of quantised "
-            "codes would be silently wrong: merge the unquantised checkpoints"
+            f"is quantised ({declared[1]}, in config.json); a weighted sum of quantised codes "
+            "would be silently wrong",
+            subject=source,
+            remedy="merge the unquantised checkpoints",
         )
     if declared is not None and QUANTISATION not in allow_differences:
         raise SourceError(
-            f"{source}: config.json says that the model is quantised ({declared[1]}, in "
-            f"{declared[0]}), but none of its weights is: the key is stale; remove it from "
-            f"config.json, or use --allow-differences {QUANTISATION} (allow_differences in a "
-            "recipe or in Python), which leaves it out of the output"
+            f"config.json says that the model is quantised ({declared[1]}, in {declared[0]}), but "
+            "none of its weights is: the key is stale",
+            subject=source,
+            remedy=f"remove it from config.json, or use --allow-differences {QUANTISATION} "
+            "(allow_differences in a recipe or in Python), which leaves it out of the "
+            "output",
         )
     if finding is not None:
-        raise SourceError(f"{source}: {finding}")
+        raise finding.of(source)
 
 
-def _unmergeable_tensor(checkpoint: Checkpoint) -> str | None:
-    """Return the tensor that cannot be averaged, the reason and the remedy, or None."""
+def _unmergeable_tensor(checkpoint: Checkpoint) -> SourceError | None:
+    """Return the error for a tensor that cannot be averaged, or None if all of them can be."""
     table = checkpoint.table
     # One tensor of each kind is enough: 90,000 experts have few kinds.
     endings = [name.rpartition(".")[2] for name in table.names]
@@ -98,17 +111,19 @@ def _unmergeable_tensor(checkpoint: Checkpoint) -> str | None:
     for (rank, ending, _), row in kinds.items():
         dtype, name = DTYPES[rank], table.names[row]
         if dtype not in FLOAT_DTYPES and dtype not in INTEGER_DTYPES:
-            return (
+            return SourceError(
                 f"{name} {list(table.shapes[row])} is {dtype}; a weighted sum of it would be "
-                "silently wrong: merge checkpoints in float16, bfloat16, float32 or float64"
+                "silently wrong",
+                remedy="merge checkpoints in float16, bfloat16, float32 or float64",
             )
         packed = dtype in _PACKING_DTYPES and len(table.shapes[row]) >= 2
         if naming.marks_quantisation(ending, dtype) or (
             packed and not naming.is_computed_buffer(name)
         ):
-            return (
+            return SourceError(
                 f"holds {name}, a mark of quantised weights; a weighted sum of quantised codes "
-                "would be silently wrong: merge the unquantised checkpoints"
+                "would be silently wrong",
+                remedy="merge the unquantised checkpoints",
             )
     return None
 
@@ -213,8 +228,10 @@ def _own_names(checkpoint: Checkpoint, notes: list[str]) -> Sequence[str]:
         return names
     if len(set(plain)) != len(plain):
         raise SourceError(
-            f"{checkpoint.source}: stores tensors both with a wrapper's name in theirs "
-            "(_orig_mod., module.) and without it; save the model anew, without the wrapper"
+            "stores tensors both with a wrapper's name in theirs (_orig_mod., module.) and "
+            "without it",
+            subject=checkpoint.source,
+            remedy="save the model anew, without the wrapper",
         )
     changed = next(name for name, own in zip(names, plain, strict=True) if name != own)
     notes.append(
@@ -304,11 +321,11 @@ def _refuse_missing(
         only_there = [name for name in missing if name in row_of[other]]
         only_here = [name for name in lacks(other) if name in row_of[model]]
         raise MismatchError(
-            f"tensor sets differ: only in {there}: {_listed(only_there)}; "
-            f"only in {here}: {_listed(only_here)}; models of a merge must have one architecture "
-            f"and the same tensor names{_hint(only_there, only_here)}"
-            f"{_unknown_class(checkpoints[model], declarations[model])}; "
-            f"{_way_on([*only_there, *only_here])}"
+            f"tensor sets differ: only in {there}: {_listed(only_there)}; only in {here}: "
+            f"{_listed(only_here)}; models of a merge must have one architecture and the same "
+            f"tensor names{_hint(only_there, only_here)}"
+            f"{_unknown_class(checkpoints[model], declarations[model])}",
+            remedy=_way_on([*only_there, *only_here]),
         )
 
 
@@ -363,15 +380,17 @@ def _common_shapes(
             for name, mine, other in zip(names, first, shapes, strict=True)
             if mine != other
         )
-        remedy = "the models have different architectures and cannot be merged"
+        remedy = "merge models of one architecture"
         if naming.has_vocabulary_axis(name) and mine[1:] == other[1:]:
             remedy = (
-                "this looks like a resized vocabulary: give both models the same tokens first "
-                "(model.resize_token_embeddings in transformers)"
+                "give both models the same tokens first, since this looks like a resized "
+                "vocabulary (model.resize_token_embeddings in transformers)"
             )
         raise MismatchError(
-            f"{name}: {list(mine)} in {checkpoints[0].source}, {list(other)} in "
-            f"{checkpoint.source}; shapes must match; {remedy}"
+            f"{list(mine)} in {checkpoints[0].source}, {list(other)} in {checkpoint.source}; "
+            "shapes must match",
+            subject=name,
+            remedy=remedy,
         )
     return tuple(first)
 
@@ -392,9 +411,10 @@ def _refuse_mixed_kinds(
         if differing.size:
             at = int(differing[0])
             raise MismatchError(
-                f"{names[at]}: {DTYPES[ranks[0][at]]} in {checkpoints[0].source}, "
-                f"{DTYPES[model_ranks[at]]} in {checkpoint.source}; integers and floats cannot be "
-                "averaged with one another; convert one of the models"
+                f"{DTYPES[ranks[0][at]]} in {checkpoints[0].source}, {DTYPES[model_ranks[at]]} in "
+                f"{checkpoint.source}; integers and floats cannot be averaged with one another",
+                subject=names[at],
+                remedy="convert one of the models",
             )
 
 

@@ -192,7 +192,11 @@ def _template(folder: Path, names: set[str]) -> str:
     try:
         return read_regular(folder / name, max_nbytes=4_000_000).decode(errors="replace")
     except OSError as error:
-        raise SourceError(f"{folder / name}: cannot be read ({error.strerror})") from None
+        raise SourceError(
+            f"cannot be read ({error.strerror})",
+            subject=folder / name,
+            remedy="check its permissions and its disk",
+        ) from None
 
 
 def _token_text(token: object) -> str | None:

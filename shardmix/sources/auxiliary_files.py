@@ -17,7 +17,13 @@ from shardmix.conventions.sentence_modules import MODULES_NAME
 from shardmix.conventions.weight_names import MARKS, stem_of
 from shardmix.errors import SourceError, listed, printable
 from shardmix.sources.checkpoint import CONFIG_NAME, Checkpoint
-from shardmix.system.files import LFS_REMEDY, is_lfs_pointer, open_regular, refuse_link_outside
+from shardmix.system.files import (
+    LFS_FINDING,
+    LFS_REMEDY,
+    is_lfs_pointer,
+    open_regular,
+    refuse_link_outside,
+)
 
 # What makes a folder a model's.
 _MARKS = (CONFIG_NAME, MODULES_NAME)
@@ -87,12 +93,15 @@ def find_auxiliary_files(
         refuse_link_outside(folder, folder / name)
         if not (folder / name).is_file():
             raise SourceError(
-                f"{folder / name}: is not a regular file, as it would have to be to go along with "
-                "the weights; put the file there, or remove it"
+                "is not a regular file, as it would have to be to go along with the weights",
+                subject=folder / name,
+                remedy="put the file there, or remove it",
             )
         if not name.isprintable():
             raise SourceError(
-                f"{folder / name}: has control characters in its name; rename it, or remove it"
+                "has control characters in its name",
+                subject=folder / name,
+                remedy="rename it, or remove it",
             )
         if found.sizes[name] <= _MOST_POINTER_NBYTES:
             _refuse_lfs_pointer(folder / name)
@@ -144,7 +153,7 @@ def adapter_warnings(checkpoints: Iterable[Checkpoint]) -> Iterator[str]:
 def _refuse_lfs_pointer(path: Path) -> None:
     with suppress(OSError), open_regular(path) as file:  # what cannot be read is told when copied
         if is_lfs_pointer(file.read(_MOST_POINTER_NBYTES)):
-            raise SourceError(f"{path}: {LFS_REMEDY}")
+            raise SourceError(LFS_FINDING, subject=path, remedy=LFS_REMEDY)
 
 
 def _is_a_models(folder: Path, weights: Collection[str]) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardmix.conventions.file_kinds import LeftOut
-from shardmix.conventions.folder_kinds import no_weights_file_finding, no_weights_finding
+from shardmix.conventions.folder_kinds import no_weights, no_weights_file
 from shardmix.conventions.module_tree import Module, module_places, read_modules
 from shardmix.conventions.weight_names import (
     DIFFUSERS,
@@ -204,8 +204,10 @@ def _refuse_ambiguous_names(parts: Sequence[Checkpoint]) -> None:
         for name in part.table.names:
             if "/" in name and name.startswith(inner):
                 raise SourceError(
-                    f"{part.source}: holds a tensor called {shown(name)}, which looks like one in "
-                    "a module's folder, so that reports could not tell them apart; rename it"
+                    f"holds a tensor called {shown(name)}, which looks like one in a module's "
+                    "folder, so that reports could not tell them apart",
+                    subject=part.source,
+                    remedy="rename it",
                 )
 
 
@@ -328,7 +330,7 @@ def _weight_files(source: str, root: Path, place: str, max_memory: int | None) -
     folder = root / place
     stem = _stem(folder)
     if stem is None:
-        raise SourceError(f"{source}: {no_weights_finding(_names_in(folder), source)}")
+        raise no_weights(_names_in(folder), source).of(source)
     # Both present: as in transformers, the single file counts.
     if os.path.lexists(folder / weights_name(stem)):
         refuse_link_outside(root, folder / weights_name(stem))
@@ -341,8 +343,9 @@ def _weight_files(source: str, root: Path, place: str, max_memory: int | None) -
         refuse_link_outside(root, path)
         if not path.exists():
             raise SourceError(
-                f"{index_path}: names {path.name}, which is not in the folder; "
-                "a download may be incomplete: fetch it again"
+                f"names {path.name}, which is not in the folder; a download may be incomplete",
+                subject=index_path,
+                remedy="fetch it again",
             )
     return _WeightFiles(paths, weight_map, stem)
 
@@ -350,13 +353,14 @@ def _weight_files(source: str, root: Path, place: str, max_memory: int | None) -
 def _refuse_partial_file(source: str, path: Path) -> None:
     """Raise `SourceError` if a file is no whole model: of another kind, or one of several."""
     if path.suffix != ".safetensors":
-        raise SourceError(f"{source}: {no_weights_file_finding(path.name)}")
+        raise no_weights_file(path.name).of(source)
     shard = shard_name(path.name)
     if shard is not None:
         raise SourceError(
-            f"{source}: is number {shard.number} of {shard.count} files that are a model together; "
-            f"give their folder, {path.parent}, with the index in it (or rename the file, if it is "
-            "a whole model)"
+            f"is number {shard.number} of {shard.count} files that are a model together",
+            subject=source,
+            remedy=f"give their folder, {path.parent}, with the index in it (or rename the "
+            "file, if it is a whole model)",
         )
     for index_path in (path.parent / index_name(stem) for stem in STEMS):
         if index_path.is_file():
@@ -364,8 +368,9 @@ def _refuse_partial_file(source: str, path: Path) -> None:
             files = set(read_index(index_path).values())
             if path.name in files and len(files) > 1:
                 raise SourceError(
-                    f"{source}: is one of {len(files)} files that are a model together, by "
-                    f"{index_path.name}; give their folder, {path.parent}"
+                    f"is one of {len(files)} files that are a model together, by {index_path.name}",
+                    subject=source,
+                    remedy=f"give their folder, {path.parent}",
                 )
 
 
@@ -387,9 +392,17 @@ def _regular_file(source: str, path: Path) -> ShardFile:
     try:
         status = path.stat()
     except OSError as error:
-        raise SourceError(f"{source}: {path.name} cannot be read ({error.strerror})") from None
+        raise SourceError(
+            f"{path.name} cannot be read ({error.strerror})",
+            subject=source,
+            remedy="check its permissions and its disk",
+        ) from None
     if not stat.S_ISREG(status.st_mode):
-        raise SourceError(f"{source}: {path.name} is not a regular file")
+        raise SourceError(
+            f"{path.name} is not a regular file",
+            subject=source,
+            remedy="put the file itself there",
+        )
     return ShardFile(path, status.st_size, status.st_mtime_ns, stamp=FileStamp.of(status))
 
 
@@ -431,15 +444,17 @@ def _read_table(
     if weight_map is not None and len(names) != len(weight_map):
         missing = sorted(set(weight_map) - set(names))[:3]
         raise SourceError(
-            f"{source}: {index} names tensors that their files do not hold: "
-            f"{', '.join(missing)}; fetch the checkpoint again"
+            f"{index} names tensors that their files do not hold: {', '.join(missing)}",
+            subject=source,
+            remedy="fetch the checkpoint again",
         )
     limits.num_tensors += len(names)
     if limits.num_header_bytes > SHORT_HEADER_NBYTES:
         check_room(
             _MEMORY_PER_TENSOR * limits.num_tensors,
             max_memory=limits.max_memory,
-            purpose=f"{source}: to plan with its {limits.num_tensors} tensors",
+            subject=source,
+            purpose=f"to plan with its {limits.num_tensors} tensors",
         )
     dtype_ranks, all_files, all_starts, nbytes = map(np.concatenate, zip(*columns, strict=True))
     table = TensorTable(tuple(names), tuple(shapes), dtype_ranks, all_files, all_starts, nbytes)
@@ -453,8 +468,10 @@ def _named_by_index(
     if not weight_map.keys() >= set(names):
         unnamed = next(name for name in names if name not in weight_map)
         raise SourceError(
-            f"{source}: {file} holds {unnamed}, which {index} does not name; index and "
-            "shards are from different checkpoints"
+            f"{file} holds {unnamed}, which {index} does not name; index and shards are from "
+            "different checkpoints",
+            subject=source,
+            remedy="fetch them again",
         )
     named = list(map(weight_map.__getitem__, names))
     if named.count(str(file)) == len(names):

@@ -48,7 +48,8 @@ class Headers:
                     check_room(
                         _MEMORY_PER_HEADER_BYTE * length,
                         max_memory=max_memory,
-                        purpose=f"{path}: to decode its header of {length} bytes",
+                        subject=path,
+                        purpose=f"to decode its header of {length} bytes",
                     )
                 header = file.read(length)
             sha256 = hashlib.sha256(header).hexdigest()
@@ -59,13 +60,19 @@ class Headers:
                     _let_safetensors_judge(path, header, file_nbytes)
                 self._known[sha256, file_nbytes] = table
         except SourceError as error:
-            raise SourceError(f"{path}: {error}") from None
+            raise error.of(path) from None
         except SafetensorError as error:
             raise SourceError(
-                f"{path}: not a valid safetensors file ({one_line(error)}); fetch it again"
+                f"not a valid safetensors file ({one_line(error)})",
+                subject=path,
+                remedy="fetch it again",
             ) from None
         except OSError as error:
-            raise SourceError(f"{path}: cannot be read ({error.strerror})") from None
+            raise SourceError(
+                f"cannot be read ({error.strerror})",
+                subject=path,
+                remedy="check its permissions and its disk",
+            ) from None
         return table, HEADER_LENGTH_NBYTES + length, sha256
 
 

@@ -23,7 +23,7 @@ from shardmix.conventions.file_kinds import (
     is_auxiliary_file,
     is_module_folder,
 )
-from shardmix.conventions.folder_kinds import no_weights_finding
+from shardmix.conventions.folder_kinds import no_weights
 from shardmix.conventions.module_tree import ROUTER_CONFIGS, inner_path, module_places, read_modules
 from shardmix.conventions.sentence_modules import MODULES_NAME
 from shardmix.conventions.weight_names import MARKS, STEMS, index_name, stored_stem, weights_name
@@ -69,17 +69,22 @@ def locate(source: str, *, with_weights: bool = True) -> LocalSource:
         path = Path(source).expanduser()
         is_local = path.exists()
     except (OSError, RuntimeError) as error:  # no such user's home, or a name that no disk takes
-        raise SourceError(f"{source}: cannot be a path ({one_line(error)}); check it") from None
+        raise SourceError(
+            f"cannot be a path ({one_line(error)})", subject=source, remedy="check it"
+        ) from None
     if is_local:
         if not (is_unicode(source) and is_unicode(os.path.realpath(path))):
             raise SourceError(
-                f"{source}: is not valid Unicode, so no report could name it; rename the folder"
+                "is not valid Unicode, so no report could name it",
+                subject=source,
+                remedy="rename the folder",
             )
         return LocalSource(_snapshot(path))
     if not _HUB_ID.fullmatch(source):
         raise SourceError(
-            f"{without_user(source)}: no such file or folder, and not a Hub id (org/name or "
-            "org/name@revision); check the path"
+            "no such file or folder, and not a Hub id (org/name or org/name@revision)",
+            subject=without_user(source),
+            remedy="check the path",
         )
     repo_id, _, revision = source.partition("@")
     with logs_redacted():
@@ -117,9 +122,10 @@ def check_endpoint() -> None:
     if endpoint and (not is_url or "@" in parts.path or re.search(r"\s", endpoint)):
         user, at, host = endpoint.rpartition("@")
         raise SourceError(
-            f"HF_ENDPOINT: {HIDDEN * bool(user)}{at}{host} is no URL of a Hub; it must be "
-            "https://host[:port], and in user information before the host / ? # @ and : must be "
-            "written as %2F %3F %23 %40 and %3A"
+            f"{HIDDEN * bool(user)}{at}{host} is no URL of a Hub",
+            subject="HF_ENDPOINT",
+            remedy="write https://host[:port], and in user information before the host / ? # @ "
+            "and : as %2F %3F %23 %40 and %3A",
         )
 
 
@@ -140,13 +146,14 @@ def _download(
     except Exception as error:
         refusal = _refusal(error)
         if refusal is not None:
-            raise SourceError(f"{named}: {refusal}") from None
+            raise refusal.of(named) from None
         cached = _cached(repo_id, revision, with_weights=with_weights)
         if cached is None:
             raise SourceError(
-                f"{named}: no such local path, not in the local cache, and the Hub cannot be asked "
-                f"({one_line(error)}); go online (unset HF_HUB_OFFLINE, check the network) or "
-                "give a local folder"
+                "no such local path, not in the local cache, and the Hub cannot be asked "
+                f"({one_line(error)})",
+                subject=named,
+                remedy="go online (unset HF_HUB_OFFLINE, check the network) or give a local folder",
             ) from None
         if not HF_HUB_OFFLINE:
             _LOGGER.warning(
@@ -161,15 +168,14 @@ def _download(
         with _progress_bars(shown=SHOW_DOWNLOADS.get()):
             return _fetch(repo_id, revision, sizes, commit=info.sha, with_weights=with_weights)
     except SourceError as error:
-        raise SourceError(f"{named}: {error}") from None
+        raise error.of(named) from None
     except Exception as error:
         # huggingface_hub wraps some refusals in a LocalEntryNotFoundError.
-        finding = (
-            _refusal(error)
-            or _refusal(error.__cause__)
-            or f"the download failed ({one_line(error)}); what has arrived is kept: try again"
+        refusal = _refusal(error) or _refusal(error.__cause__)
+        failure = SourceError(
+            f"the download failed ({one_line(error)}); what has arrived is kept", remedy="try again"
         )
-        raise SourceError(f"{named}: {finding}") from None
+        raise (refusal or failure).of(named) from None
 
 
 @contextmanager
@@ -206,7 +212,7 @@ def _fetch(
     places = _module_places(repo_id, files, commit)
     stems = {place: stem for place in ("", *places) if (stem := _stem(files, place)) is not None}
     if with_weights and not stems:
-        raise SourceError(no_weights_finding(files, repo_id))
+        raise no_weights(files, repo_id)
     weights: list[str] = []
     for place, stem in stems.items() if with_weights else ():
         # Both present: as in transformers, the single file counts.
@@ -226,7 +232,10 @@ def _fetch(
     for name in (*auxiliary_files, *weights):
         finding = file_name_finding(name)
         if finding is not None:
-            raise SourceError(f"has a file {shown(name)}, which {finding}; it cannot be fetched")
+            raise SourceError(
+                f"has a file {shown(name)}, which {finding}; it cannot be fetched",
+                remedy="download the model without it, and give the folder",
+            )
     # Weights last: where they are in the cache, the rest is, so that a copy can be trusted offline.
     if auxiliary_files:
         patterns = [glob.escape(name) for name in auxiliary_files]
@@ -293,7 +302,7 @@ def _cached(repo_id: str, revision: str | None, *, with_weights: bool) -> Path |
     return folder if any(path.exists() for path in weights) else None
 
 
-def _refusal(error: BaseException | None) -> str | None:
+def _refusal(error: BaseException | None) -> SourceError | None:
     """Return what is wrong where asking again would not help; None for troubles on the way."""
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -304,24 +313,29 @@ def _refusal(error: BaseException | None) -> str | None:
     )
 
     if isinstance(error, HFValidationError):
-        return f"no such file or folder, and not a Hub id ({one_line(error)}); check the path"
+        return SourceError(
+            f"no such file or folder, and not a Hub id ({one_line(error)})",
+            remedy="check the path",
+        )
     if isinstance(error, GatedRepoError):
-        return (
-            "the repository is gated; ask for access on its page, then log in with "
-            "`hf auth login` or set HF_TOKEN"
+        return SourceError(
+            "the repository is gated",
+            remedy="ask for access on its page, then log in with `hf auth login` or set HF_TOKEN",
         )
     if isinstance(error, RevisionNotFoundError):
-        return "the repository has no such revision; check the branch, tag or commit"
+        return SourceError(
+            "the repository has no such revision", remedy="check the branch, tag or commit"
+        )
     if isinstance(error, RepositoryNotFoundError):
-        return (
-            "no such local path and no such Hub repository (or it is private); check the "
-            "name, or log in with `hf auth login` or set HF_TOKEN"
+        return SourceError(
+            "no such local path and no such Hub repository (or it is private)",
+            remedy="check the name, or log in with `hf auth login` or set HF_TOKEN",
         )
     # Before huggingface_hub 1.0 an error without a response is an HfHubHTTPError too.
     response = error.response if isinstance(error, HfHubHTTPError) else None
     if response is not None and response.status_code in (401, 403):
-        return (
-            f"the Hub denies access ({one_line(error, limit=300)}); check HF_TOKEN, or log in "
-            "again with `hf auth login`"
+        return SourceError(
+            f"the Hub denies access ({one_line(error, limit=300)})",
+            remedy="check HF_TOKEN, or log in again with `hf auth login`",
         )
     return None

@@ -92,8 +92,9 @@ def check_unchanged(files: Sequence[SizedFile]) -> None:
             status = Path(source.path).stat()
         except OSError as error:
             raise SourceChangedError(
-                f"{source.path}: was there when its header was read and is not now "
-                f"({error.strerror}); leave sources alone while they are in use, then start again"
+                f"was there when its header was read and is not now ({error.strerror})",
+                subject=source.path,
+                remedy="leave sources alone while they are in use, then start again",
             ) from None
         _check_same(source, status)
 
@@ -125,22 +126,28 @@ def _check_same(source: SizedFile, status: os.stat_result) -> None:
 def has_changed(path: str | Path) -> SourceChangedError:
     """Return what is to be said of a file that is not what it was when planned."""
     return SourceChangedError(
-        f"{path}: has changed since its header was read; "
-        "leave sources alone while they are in use, then start again"
+        "has changed since its header was read",
+        subject=path,
+        remedy="leave sources alone while they are in use, then start again",
     )
 
 
 def cut_short(path: str | Path, end: int) -> SourceError:
     """Return what is to be said of a file that ends at this byte."""
     return SourceError(
-        f"{path}: ends at byte {end}, before its header says; "
-        "it was cut short while in use: fetch it again"
+        f"ends at byte {end}, before its header says; it was cut short while in use",
+        subject=path,
+        remedy="fetch it again",
     )
 
 
 def reading_failed(path: str | Path, number: int | None) -> SourceError:
     """Return what is to be said of a read that failed with this error number."""
-    return SourceError(f"{path}: reading failed ({os.strerror(number or errno.EIO)})")
+    return SourceError(
+        f"reading failed ({os.strerror(number or errno.EIO)})",
+        subject=path,
+        remedy="check its disk",
+    )
 
 
 def _close(descriptor: int) -> None:
@@ -164,7 +171,11 @@ class OpenFiles:
         try:
             descriptor = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise SourceError(f"{source.path}: cannot be opened ({error.strerror})") from None
+            raise SourceError(
+                f"cannot be opened ({error.strerror})",
+                subject=source.path,
+                remedy="check its permissions and its disk",
+            ) from None
         try:
             _check_same(source, os.fstat(descriptor))
         except OSError as error:

@@ -174,7 +174,9 @@ class MmapReader:
                 raise cut_short(self._open.path(file), self._open.nbytes_now(file)) from None
             except OSError as error:
                 raise SourceError(
-                    f"{self._open.path(file)}: cannot be mapped ({error.strerror}); use --io pread"
+                    f"cannot be mapped ({error.strerror})",
+                    subject=self._open.path(file),
+                    remedy="use --io pread",
                 ) from None
         return self._maps[file][0]
 

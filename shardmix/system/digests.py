@@ -52,11 +52,15 @@ def check_algorithm(algorithm: str, *, is_choice: bool = True) -> None:
     `is_choice`: the error names the other algorithms, since the user can choose one.
     """
     if algorithm not in ALGORITHMS:
-        raise RecipeError(f"digest {algorithm!r}: must be one of {', '.join(ALGORITHMS)}")
+        raise RecipeError(
+            f"must be one of {', '.join(ALGORITHMS)}", subject=f"digest {algorithm!r}"
+        )
     if algorithm == BLAKE3 and importlib.util.find_spec("blake3") is None:
         other = ", or use --digest sha256 or xxh3" if is_choice else ""
         raise RecipeError(
-            "digest blake3: is not installed (pip install 'shardmix[blake3]'); install it" + other
+            "is not installed (pip install 'shardmix[blake3]')",
+            subject="digest blake3",
+            remedy=f"install it{other}",
         )
 
 

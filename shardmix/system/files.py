@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from shardmix.errors import SourceError, printable
+from shardmix.errors import SourceError
 
 MAX_IO_NBYTES = 0x7FFFF000
 """The most bytes that one read or write call moves on Linux; more takes several calls."""
 
-LFS_REMEDY = "is a Git LFS pointer, not the file that it stands for; run `git lfs pull` there"
+LFS_FINDING = "is a Git LFS pointer, not the file that it stands for"
+LFS_REMEDY = "run `git lfs pull` there"
 """The second half of an error about such a pointer."""
 _CHUNK_NBYTES = 1 << 20
 _LFS_START = b"version https://git-lfs.github.com/spec/"
@@ -76,7 +77,11 @@ def _readable(path: Path) -> Iterator[BinaryIO]:
         with open_regular(path) as file:
             yield file
     except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise SourceError(
+            f"cannot be read ({error.strerror or error})",
+            subject=path,
+            remedy="check its permissions and its disk",
+        ) from None
 
 
 def is_lfs_pointer(start: bytes) -> bool:
@@ -115,9 +120,10 @@ def refuse_link_outside(folder: Path, path: Path) -> None:
                 return
             break
     raise SourceError(
-        f"{path}: is a link to {printable(str(target))}, outside the model's folder; links are "
-        "followed in the Hub's cache alone: put the file itself there, or name the folder that it "
-        "lies in"
+        f"is a link to {target}, outside the model's folder; links are followed in the Hub's "
+        "cache alone",
+        subject=path,
+        remedy="put the file itself there, or name the folder that it lies in",
     )
 
 

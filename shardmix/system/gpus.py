@@ -18,7 +18,7 @@ def resolve_device(asked: str) -> str:
     if asked == "auto":
         return "cuda" if cuda_device_count() and torch_has_cuda_build() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", asked):
-        raise RecipeError(f"device {asked!r}: must be auto, cpu, cuda or cuda:N")
+        raise RecipeError("must be auto, cpu, cuda or cuda:N", subject=f"device {asked!r}")
     return asked
 
 

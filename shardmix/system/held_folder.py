@@ -402,6 +402,7 @@ def _refuse_unless_regular(path: Path, there: os.stat_result) -> None:
 
 def _not_own(path: Path, finding: str, own: str) -> OutputError:
     return OutputError(
-        f"{path}: {finding}, and a merge has {own} of its own there; it was left as it is: see "
-        "who has put it there, then remove it"
+        f"{finding}, and a merge has {own} of its own there; it was left as it is",
+        subject=path,
+        remedy="see who has put it there, then remove it",
     )

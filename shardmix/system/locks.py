@@ -92,7 +92,9 @@ def _taken(folder: Path, owner: int) -> OutputError:
     if owner == os.getpid():
         who += " (this one)"
     return OutputError(
-        f"{folder}: {who} is at work on this output; wait for it, stop it, or choose another output"
+        f"{who} is at work on this output",
+        subject=folder,
+        remedy="wait for it, stop it, or choose another output",
     )
 
 

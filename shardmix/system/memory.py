@@ -3,6 +3,7 @@
 import ctypes
 import resource
 import sys
+from os import PathLike
 from pathlib import Path
 
 import psutil
@@ -44,10 +45,13 @@ def peak_resident_nbytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def check_room(needed: int, *, max_memory: int | None, purpose: str) -> None:
+def check_room(
+    needed: int, *, max_memory: int | None, subject: str | PathLike[str], purpose: str
+) -> None:
     """Raise `BudgetError` if taking `needed` more bytes could exceed the process's budget.
 
-    Without a budget, four fifths of the available memory is one. `purpose` opens the message.
+    Without a budget, four fifths of the available memory is one. The
+    message begins with `subject` and `purpose`.
     """
     if max_memory is None:
         if needed <= _LITTLE_NBYTES:
@@ -60,7 +64,9 @@ def check_room(needed: int, *, max_memory: int | None, purpose: str) -> None:
     if least > budget:
         raise BudgetError(
             f"{purpose} may take {format_mib(least)} in all but {whose} {format_mib(budget)}; "
-            "what comes after it may take more; raise the budget, or use a machine with more memory"
+            "what comes after it may take more",
+            subject=subject,
+            remedy="raise the budget, or use a machine with more memory",
         )
 
 

@@ -29,14 +29,19 @@ def parse_size(text: str | int) -> int:
         factor = _FACTORS.get(match[2].upper()) if match else None
         if match is None or factor is None:
             raise RecipeError(
-                f"size {shown(text)}: not a size; write a number and a unit, "
-                "such as 512MiB, 2GB or 1.5GiB"
+                "not a size",
+                subject=f"size {shown(text)}",
+                remedy="write a number and a unit, such as 512MiB, 2GB or 1.5GiB",
             )
         num_bytes = int(Fraction(match[1]) * factor)
     if num_bytes >= _TOO_MUCH:
-        raise RecipeError(f"size {shown(text)}: more bytes than any machine has")
+        raise RecipeError(
+            "more bytes than any machine has",
+            subject=f"size {shown(text)}",
+            remedy="write a smaller one",
+        )
     if num_bytes <= 0:
-        raise RecipeError(f"size {shown(text)}: must be more than zero")
+        raise RecipeError("must be more than zero", subject=f"size {shown(text)}")
     return num_bytes
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import shardmix
-from shardmix.conventions.folder_kinds import no_weights_file_finding, no_weights_finding
+from shardmix.conventions.folder_kinds import no_weights, no_weights_file
 from shardmix.errors import SourceError
 from shardmix.sources.checkpoint import open_checkpoint
 from tests.support.models import load_model, random_model, save_model
@@ -32,7 +32,7 @@ def fill(folder, *names):
 
 FOLDERS = [
     ([], "is empty"),
-    (["notes.txt"], "is it the model's folder?"),
+    (["notes.txt"], "name the model's folder"),
     (["config.json", "tokenizer.json"], "has config.json, tokenizer.json but no weights"),
     (
         ["model_index.json", "unet/diffusion_pytorch_model.safetensors", "vae/x.safetensors"],
@@ -63,7 +63,7 @@ FOLDERS = [
     (["iter_0001000/", "latest_checkpointed_iteration.txt"], "Megatron-LM"),
     (
         ["checkpoint-500/x", "checkpoint-1000/model.safetensors", "training_args.bin"],
-        "it holds checkpoint-500/, checkpoint-1000/: give one of them, such as "
+        "it holds checkpoint-500/, checkpoint-1000/; give one of them, such as "
         "SOURCE/checkpoint-1000",
     ),
     (["model.Q4_K_M.gguf"], "only as GGUF (model.Q4_K_M.gguf)"),
@@ -98,7 +98,7 @@ def test_other_kind_of_folder_is_recognised(tmp_path, names, finding):
     """
     message = refused(fill(tmp_path / "m", *names))
     assert finding.replace("SOURCE", str(tmp_path / "m")) in message
-    assert finding in no_weights_finding([n for n in names if not n.endswith("/")], "SOURCE") or (
+    assert finding in str(no_weights([n for n in names if not n.endswith("/")], "SOURCE")) or (
         any(name.endswith("/") for name in names)
     )
 
@@ -112,7 +112,7 @@ def test_other_kind_of_folder_is_recognised(tmp_path, names, finding):
         ("model.onnx", "another format"),
         ("model.zip", "an archive; unpack it"),
         ("model.tar.gz", "an archive; unpack it"),
-        ("recipe.yaml", "a recipe is given without a weight"),
+        ("recipe.yaml", "a recipe; give it without a weight"),
         ("config.json", "is JSON; give the model's folder"),
         ("model.txt", "give a model folder"),
     ],
@@ -122,7 +122,7 @@ def test_other_kind_of_file_is_recognised(tmp_path, name, finding):
     message = refused(tmp_path / name)
     assert "not a .safetensors file" in message
     assert finding in message
-    assert finding in no_weights_file_finding(name)
+    assert finding in str(no_weights_file(name))
 
 
 @pytest.mark.parametrize(

@@ -95,8 +95,8 @@ def test_scalar_has_one_element_empty_none():
         ((2**63).to_bytes(8, "little"), 5000, "claims a header"),
         ((MAX_HEADER_NBYTES + 1).to_bytes(8, "little"), 2**40, "allows 100000000 at most"),
         ((43).to_bytes(8, "little"), 50, "claims a header of 43 bytes but the file has 50"),
-        ((2**32).to_bytes(8, "little"), 50, "is not a safetensors file: fetch it again"),
-        ((2**20).to_bytes(8, "little"), 50, "may have been cut off: fetch it again"),
+        ((2**32).to_bytes(8, "little"), 50, "is not a safetensors file; fetch it again"),
+        ((2**20).to_bytes(8, "little"), 50, "may have been cut off; fetch it again"),
     ],
 )
 def test_impossible_length_is_refused_unread(prefix, file_nbytes, finding):

@@ -146,7 +146,7 @@ def test_source_cut_while_read_is_an_error(tmp_path, io, backend, kind):
     assert [line["cut to"] for line in found] == [*lengths] * 2
     for line in found:
         assert line["outcome"].startswith(f"{line['victim']}: ends at byte"), line
-        assert "it was cut short while in use: fetch it again" in line["outcome"]
+        assert "it was cut short while in use; fetch it again" in line["outcome"]
     assert not output.exists()
 
 

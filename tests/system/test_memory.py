@@ -26,23 +26,23 @@ def test_measured_memory_is_the_processs():
 def test_room_is_within_the_whole_budget(monkeypatch):
     """Room is asked for within the budget for the whole process."""
     monkeypatch.setattr(memory, "resident_nbytes", lambda: 100 * MIB)
-    memory.check_room(50 * MIB, max_memory=150 * MIB, purpose="x: to decode it")
+    memory.check_room(50 * MIB, max_memory=150 * MIB, subject="x", purpose="to decode it")
     with pytest.raises(
         BudgetError,
         match="x: to decode it may take 151MiB in all but --max-memory is 150MiB; "
         "what comes after it may take more; raise the budget",
     ):
-        memory.check_room(51 * MIB, max_memory=150 * MIB, purpose="x: to decode it")
+        memory.check_room(51 * MIB, max_memory=150 * MIB, subject="x", purpose="to decode it")
 
 
 def test_default_budget_is_four_fifths(monkeypatch):
     """Without a budget, four fifths of the free memory is one."""
     monkeypatch.setattr(memory, "resident_nbytes", lambda: 100 * MIB)
     monkeypatch.setattr(memory, "available_nbytes", lambda: 1000 * MIB)
-    memory.check_room(800 * MIB, max_memory=None, purpose="x: to decode it")
+    memory.check_room(800 * MIB, max_memory=None, subject="x", purpose="to decode it")
     with pytest.raises(
         BudgetError, match="may take 901MiB in all but there is to spare here only 900MiB"
     ):
-        memory.check_room(801 * MIB, max_memory=None, purpose="x: to decode it")
+        memory.check_room(801 * MIB, max_memory=None, subject="x", purpose="to decode it")
     monkeypatch.setattr(memory, "available_nbytes", lambda: 0)
     memory.check_room(64 * MIB, max_memory=None, purpose="what takes little is not asked about")
