@@ -90,7 +90,9 @@ def merge(
     settle(target)
     plan = plan_merge(models, output, model_type=model_type, **options)
     if Path(plan.output) != target:
-        raise OutputError(f"{target}: its path leads to {plan.output} by now; start again")
+        raise OutputError(
+            f"its path leads to {plan.output} by now", subject=target, remedy="start again"
+        )
     with open_staging(Path(plan.output), restart=plan.settings.restart) as staging:
         # Again: another process may have made it just before this one had the lock.
         check_output(staging.output, overwrite=plan.settings.overwrite, inputs=())
@@ -235,8 +237,11 @@ def _kept(staging: Staging, journal: Journal, plan: MergePlan, error: BaseExcept
         return ""
     done = min(journal.num_leaves_done * LEAF_NBYTES, plan.write_nbytes)
     if isinstance(error, SourceChangedError):
-        way = "that is of no use to other sources: begin anew with --restart"
-    elif isinstance(error, NonfiniteError):
+        return (
+            f"the sources changed, so the saved work in {staging.path} cannot be used: start over "
+            "with --restart"
+        )
+    if isinstance(error, NonfiniteError):
         way = "with --on-nonfinite warn it goes on from there"
     elif plan.settings.restart:
         way = "the same without --restart goes on from there"

@@ -64,7 +64,8 @@ def mix_models(
     _check_names(model_names_or_paths)
     if len(weights) != len(model_names_or_paths):
         raise RecipeError(
-            f"{len(weights)} weights given for {len(model_names_or_paths)} models; give one each"
+            f"{len(weights)} weights given for {len(model_names_or_paths)} models",
+            remedy="give one each",
         )
     names = list(map(str, model_names_or_paths))
     pairs = list(zip(names, weights, strict=True))
@@ -166,9 +167,10 @@ def mix_models_with_data(
     given = [each for each in (example_data, example_ata) if each is not None]
     if len(given) != 1:
         raise RecipeError(
-            "example_data and example_ata are one argument: give one of them"
+            "example_data and example_ata are one argument, and both are given"
             if given
-            else "no example_data given; a few examples, five or so, are needed"
+            else "no example_data given",
+            remedy="give one of them" if given else "give a few examples, five or so",
         )
     names = list(map(str, model_names_or_paths))
     scoring: ScoreOptions = {
@@ -241,13 +243,18 @@ def _check_loadable(source: str, model_type: str, *, trust_remote_code: bool) ->
             str(folder), trust_remote_code=trust_remote_code
         )
     except Exception as error:  # configs of strangers fail in every possible way
-        raise SourceError(f"{source}: its config cannot be loaded ({one_line(error)})") from None
+        raise SourceError(
+            f"its config cannot be loaded ({one_line(error)})",
+            subject=source,
+            remedy="check its config.json, or fetch it again",
+        ) from None
     auto_class = AUTO_CLASSES[model_type]
     known = type(config) in getattr(transformers, auto_class)._model_mapping
     if not known and auto_class not in getattr(config, "auto_map", {}):
         raise SourceError(
-            f"{source}: is a {config.model_type} model, which {auto_class} does not load; check "
-            f"the model type, {model_type!r}"
+            f"is a {config.model_type} model, which {auto_class} does not load",
+            subject=source,
+            remedy=f"check the model type, {model_type!r}",
         )
 
 
@@ -257,12 +264,12 @@ def _transformers() -> Any:
         import transformers
     except ModuleNotFoundError as error:
         raise RecipeError(
-            f"the new model is loaded by {error.name}, which is not installed; "
-            "pip install 'shardmix[models]'"
+            f"the new model is loaded by {error.name}, which is not installed",
+            remedy="pip install 'shardmix[models]'",
         ) from None
     return transformers
 
 
 def _check_names(model_names_or_paths: Sequence[Source]) -> None:
     if isinstance(model_names_or_paths, str | PathLike) or len(model_names_or_paths) < 2:
-        raise RecipeError("mixing takes a list of two models or more")
+        raise RecipeError("mixing takes a list of two models or more", remedy="give one")

@@ -117,16 +117,18 @@ def run_settings(options: MergeOptions) -> RunSettings:
     """Return the options that change no byte of the output, checked. Raises `RecipeError`."""
     io = options.get("io", "auto")
     if io not in IO_CHOICES:
-        raise RecipeError(f"io {io!r}: must be one of {', '.join(IO_CHOICES)}")
+        raise RecipeError(f"must be one of {', '.join(IO_CHOICES)}", subject=f"io {io!r}")
     backend = options.get("backend", "auto")
     if backend not in BACKEND_CHOICES:
-        raise RecipeError(f"backend {backend!r}: must be one of {', '.join(BACKEND_CHOICES)}")
+        raise RecipeError(
+            f"must be one of {', '.join(BACKEND_CHOICES)}", subject=f"backend {backend!r}"
+        )
     on_nonfinite = options.get("on_nonfinite", WARN)
     if on_nonfinite not in (WARN, ERROR):
-        raise RecipeError(f"on_nonfinite {on_nonfinite!r}: must be {WARN} or {ERROR}")
+        raise RecipeError(f"must be {WARN} or {ERROR}", subject=f"on_nonfinite {on_nonfinite!r}")
     workers = options.get("workers")
     if workers is not None and not 1 <= workers <= MOST_WORKERS:
-        raise RecipeError(f"workers {workers}: must be from 1 to {MOST_WORKERS}")
+        raise RecipeError(f"must be from 1 to {MOST_WORKERS}", subject=f"workers {workers}")
     max_memory, max_vram = options.get("max_memory"), options.get("max_vram")
     return RunSettings(
         device=_device(options.get("device", "auto")),
@@ -165,7 +167,11 @@ def _profile_path(profile: str | PathLike[str] | None) -> str | None:
         # Not the file itself: a profile is not written through a link.
         path = path.parent.resolve() / path.name
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, ~nobody
-        raise RecipeError(f"profile {str(profile)!r}: cannot be a path ({error})") from None
+        raise RecipeError(
+            f"cannot be a path ({error})",
+            subject=f"profile {str(profile)!r}",
+            remedy="choose another",
+        ) from None
     if path.suffix != ".json":
-        raise RecipeError(f"profile {str(profile)!r}: must end in .json")
+        raise RecipeError("must end in .json", subject=f"profile {str(profile)!r}")
     return str(path)

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from shardmix.conventions.mergekit_recipes import mergekit_finding
+from shardmix.conventions.mergekit_recipes import mergekit_error
 from shardmix.conventions.model_types import check_model_type
 from shardmix.conventions.sentence_modules import check_pooling
 from shardmix.dtypes import OUT_DTYPES
@@ -100,8 +100,10 @@ def build_recipe(models: ModelsArgument, **options: Any) -> Recipe:
             pairs = list(models.items() if isinstance(models, Mapping) else models)
         except TypeError:
             raise RecipeError(
-                f"models: {type(models).__name__} given; give a mapping source → weight, pairs "
-                "(source, weight), or the path of a recipe"
+                f"{type(models).__name__} given",
+                subject="models",
+                remedy="give a mapping source → weight, pairs (source, weight), or the path of "
+                "a recipe",
             ) from None
         recipe = Recipe(models=tuple(_weighted_source(pair) for pair in pairs))
     given = {key: value for key, value in options.items() if value is not None}
@@ -123,29 +125,40 @@ def load_recipe(path: Path) -> Recipe:
         text = read_regular(path, max_nbytes=_MAX_RECIPE_NBYTES)
         content = yaml.load(text, Loader=_StrictLoader)
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+        raise RecipeError(
+            f"cannot be read ({error.strerror})", subject=path, remedy="check the path"
+        ) from None
     except yaml.YAMLError as error:
         finding = one_line(error, limit=300)
-        raise RecipeError(f"{path}: not valid YAML: {finding}") from None
+        raise RecipeError(
+            f"not valid YAML: {finding}", subject=path, remedy="mend it there"
+        ) from None
     except RecursionError:
-        raise RecipeError(f"{path}: not valid YAML: nests too deeply for a recipe") from None
+        raise RecipeError(
+            "not valid YAML: nests too deeply for a recipe",
+            subject=path,
+            remedy="write it without such nesting",
+        ) from None
     except _YAML_STUMBLES as error:
         raise RecipeError(
-            f"{path}: not valid YAML: a value is not what its tag says ({one_line(error)})"
+            f"not valid YAML: a value is not what its tag says ({one_line(error)})",
+            subject=path,
+            remedy="mend the value, or leave the tag out",
         ) from None
     return recipe_from_dict(content, origin=str(path))
 
 
 def recipe_from_dict(content: object, *, origin: str = "recipe") -> Recipe:
     """Build a recipe, unchecked, from parsed YAML or JSON, refusing what it does not know."""
-    finding = mergekit_finding(content)
-    if finding is not None:
-        raise RecipeError(f"{origin}: {finding}")
+    error = mergekit_error(content)
+    if error is not None:
+        raise error.of(origin)
     top = _known_keys(content, _RECIPE_KEYS, origin)
     models = top.get("models")
     if not isinstance(models, list):
         raise RecipeError(
-            f"{origin}: `models` must be a list of {{source: ..., weight: ...}}, one a model"
+            "`models` must be a list of {source: ..., weight: ...}, one a model",
+            subject=origin,
         )
     pairs = []
     for number, model in enumerate(models, start=1):
@@ -153,13 +166,19 @@ def recipe_from_dict(content: object, *, origin: str = "recipe") -> Recipe:
         entry = _known_keys(model, _MODEL_KEYS, where)
         for key in _MODEL_KEYS:
             if entry.get(key) is None:
-                raise RecipeError(f"{where}: `{key}` is missing; a model has a source and a weight")
+                raise RecipeError(
+                    f"`{key}` is missing",
+                    subject=where,
+                    remedy="a model has a source and a weight",
+                )
         pairs.append((_text(entry["source"], key="source", where=where), entry["weight"]))
     options = {key: value for key, value in top.items() if key != "models" and value is not None}
     for key in ("normalize", "allow_weight_sum"):
         if not isinstance(options.get(key, False), bool):
             raise RecipeError(
-                f"{origin}: `{key}` is {shown(options[key])}; it must be true or false"
+                f"`{key}` is {shown(options[key])}",
+                subject=origin,
+                remedy="it must be true or false",
             )
     if "allow_differences" in options:
         options["allow_differences"] = difference_keys(options["allow_differences"], where=origin)
@@ -179,8 +198,9 @@ def difference_keys(value: object, *, where: str = "recipe") -> tuple[str, ...]:
     entries = [value] if isinstance(value, str) else value
     if not isinstance(entries, list | tuple | set | frozenset):
         raise RecipeError(
-            f"{where}: `allow_differences` is {shown(value)}; it must be a list of keys, such as "
-            "[num_attention_heads, tokenizer]"
+            f"`allow_differences` is {shown(value)}",
+            subject=where,
+            remedy="it must be a list of keys, such as [num_attention_heads, tokenizer]",
         )
     keys = set()
     for entry in entries:
@@ -188,8 +208,9 @@ def difference_keys(value: object, *, where: str = "recipe") -> tuple[str, ...]:
         for key in map(str.strip, text.split(",")):
             if not key or not is_unicode(key) or not key.isprintable():
                 raise RecipeError(
-                    f"{where}: `allow_differences` holds {shown(text)}, which names no key; "
-                    "name one such as num_attention_heads or tokenizer"
+                    f"`allow_differences` holds {shown(text)}, which names no key",
+                    subject=where,
+                    remedy="name one such as num_attention_heads or tokenizer",
                 )
             keys.add(key)
     return tuple(sorted(keys))
@@ -203,7 +224,9 @@ def parse_source_words(words: Sequence[str]) -> list[tuple[str, float]]:
         if not source:
             missing, example = ("source", "./model") if equals else ("weight", word)
             raise RecipeError(
-                f"{word!r}: no {missing} given; write SOURCE=WEIGHT, such as {example}=0.5"
+                f"no {missing} given",
+                subject=f"{word!r}",
+                remedy=f"write SOURCE=WEIGHT, such as {example}=0.5",
             )
         pairs.append((source, _number(weight, where=word)))
     return pairs
@@ -214,8 +237,8 @@ def checked(recipe: Recipe) -> Recipe:
     weights = recipe.weights
     if len(weights) < 2:
         raise RecipeError(
-            f"{len(weights)} model{'s' * (len(weights) != 1)} given: a merge needs at least two; "
-            "name each as SOURCE=WEIGHT"
+            f"{len(weights)} model{'s' * (len(weights) != 1)} given: a merge needs at least two",
+            remedy="name each as SOURCE=WEIGHT",
         )
     _refuse_non_finite(recipe)
     for source in (
@@ -223,16 +246,18 @@ def checked(recipe: Recipe) -> Recipe:
         *([recipe.config_from] if recipe.config_from is not None else []),
     ):
         if not source.strip():
-            raise RecipeError("a source is empty; name a model folder, a file or a Hub id")
+            raise RecipeError("a source is empty", remedy="name a model folder, a file or a Hub id")
         if not is_unicode(source):
             raise RecipeError(
-                f"{source}: is not valid Unicode, so no report could name it; rename the folder"
+                "is not valid Unicode, so no report could name it",
+                subject=source,
+                remedy="rename the folder",
             )
     if recipe.dtype != "keep" and recipe.dtype not in OUT_DTYPES:
         choices = ("keep", *OUT_DTYPES)
         raise RecipeError(
-            f"dtype {recipe.dtype!r}: must be one of {', '.join(choices)}"
-            + _suggestion(recipe.dtype, choices)
+            f"must be one of {', '.join(choices)}{_suggestion(recipe.dtype, choices)}",
+            subject=f"dtype {recipe.dtype!r}",
         )
     if recipe.model_type is not None:
         check_model_type(recipe.model_type)
@@ -241,20 +266,24 @@ def checked(recipe: Recipe) -> Recipe:
     total = math.fsum(weights)
     if all(map(vanishes_in_float32, weights)) and not (recipe.normalize and total):
         raise RecipeError(
-            "every weight is 0 (in float32), so the output would hold nothing of any model; give "
-            "at least one model a weight"
+            "every weight is 0 (in float32), so the output would hold nothing of any model",
+            remedy="give at least one model a weight",
         )
     if recipe.normalize:
         if total == 0:
-            raise RecipeError("weights sum to 0 and so cannot be normalised to sum to 1")
+            raise RecipeError(
+                "weights sum to 0 and so cannot be normalised to sum to 1",
+                remedy="change the weights, or leave --normalize out",
+            )
         models = tuple(replace(model, weight=model.weight / total) for model in recipe.models)
         normalized = replace(recipe, models=models, normalize=False)  # done, and once only
         _refuse_non_finite(normalized)
         return normalized
     if abs(total - 1) > WEIGHT_SUM_TOLERANCE and not recipe.allow_weight_sum:
         raise RecipeError(
-            f"weights sum to {total:.6g}, not 1; correct them, or use --normalize (normalize=True) "
-            "to rescale them, or --allow-weight-sum (allow_weight_sum=True) if this sum is meant"
+            f"weights sum to {total:.6g}, not 1",
+            remedy="correct them, or use --normalize (normalize=True) to rescale them, or "
+            "--allow-weight-sum (allow_weight_sum=True) if this sum is meant",
         )
     return recipe
 
@@ -263,7 +292,11 @@ def _refuse_non_finite(recipe: Recipe) -> None:
     for model in recipe.models:
         # Sums are in float32: a weight beyond its range is infinite there.
         if not abs(model.weight) <= _LARGEST_WEIGHT:
-            raise RecipeError(f"{model.source}: weight {model.weight} is not a finite number")
+            raise RecipeError(
+                f"weight {model.weight} is not a finite number",
+                subject=model.source,
+                remedy="write a number such as 0.5",
+            )
 
 
 def _weighted_source(pair: object) -> WeightedSource:
@@ -272,7 +305,7 @@ def _weighted_source(pair: object) -> WeightedSource:
     try:
         source, weight = pair  # type: ignore[misc]
     except (TypeError, ValueError):
-        raise RecipeError(f"{shown(pair)}: must be a pair (source, weight)") from None
+        raise RecipeError("must be a pair (source, weight)", subject=shown(pair)) from None
     return WeightedSource(str(source), _number(weight, where=str(source)))
 
 
@@ -283,14 +316,20 @@ def _number(value: object, *, where: str) -> float:
             raise TypeError
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
-        raise RecipeError(f"{where}: weight {shown(value)} is not a number") from None
+        raise RecipeError(
+            f"weight {shown(value)} is not a number",
+            subject=where,
+            remedy="write one such as 0.5",
+        ) from None
 
 
 def _text(value: object, *, key: str, where: str) -> str:
     # YAML reads a folder's name such as 010 or 2024-01-01 as something else than its letters.
     if not isinstance(value, str):
         raise RecipeError(
-            f"{where}: `{key}` is {shown(value)}, not text; if it is a name, put it into quotes"
+            f"`{key}` is {shown(value)}, not text",
+            subject=where,
+            remedy="if it is a name, put it into quotes",
         )
     return value
 
@@ -298,13 +337,16 @@ def _text(value: object, *, key: str, where: str) -> str:
 def _known_keys(content: object, known: tuple[str, ...], where: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RecipeError(
-            f"{where}: must be a mapping with {', '.join(known)}, not {type(content).__name__}"
+            f"must be a mapping with {', '.join(known)}, not {type(content).__name__}",
+            subject=where,
         )
     for key in content:
         if key not in known:
             suggestion = _suggestion(key, known) if isinstance(key, str) else ""
             raise RecipeError(
-                f"{where}: unknown key {shown(key)}{suggestion}; known keys: {', '.join(known)}"
+                f"unknown key {shown(key)}{suggestion}",
+                subject=where,
+                remedy=f"known keys: {', '.join(known)}",
             )
     return content
 

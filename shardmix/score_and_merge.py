@@ -71,7 +71,10 @@ def merge_by_examples(
     }
     for name in shared:
         if name in scoring:
-            raise RecipeError(f"{name} holds for scoring and merging alike: not in `scoring`")
+            raise RecipeError(
+                f"{name} holds for scoring and merging alike, so that it cannot be in `scoring`",
+                remedy="give it as an option of the merge",
+            )
     scoring = {**scoring, **shared}
     settings = check_options(model_type, scoring)
     loaded = load_examples(examples, settings)

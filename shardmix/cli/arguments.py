@@ -49,7 +49,8 @@ def required_model_type(model_type: str | None) -> str:
     """Return the model type; raise `RecipeError` if there is none."""
     if model_type is None:
         raise RecipeError(
-            "--weights-from needs --model-type: decoder, encoder, reranker or encoder-decoder"
+            "--weights-from needs --model-type",
+            remedy="name decoder, encoder, reranker or encoder-decoder",
         )
     return model_type
 
@@ -61,13 +62,15 @@ def equally_weighted(words: Sequence[str]) -> list[tuple[str, float]]:
     for word in words:
         if word.endswith(RECIPE_SUFFIXES):
             raise RecipeError(
-                f"{word}: is a recipe, which has weights; with --weights-from they come from the "
-                "examples: name the models alone"
+                "is a recipe, which has weights; with --weights-from they come from the examples",
+                subject=word,
+                remedy="name only the models",
             )
         if "=" in word and not Path(word).exists():
             raise RecipeError(
-                f"{word!r}: no such model; with --weights-from the weights come from the examples: "
-                "name the models alone"
+                "no such model; with --weights-from the weights come from the examples",
+                subject=f"{word!r}",
+                remedy="name only the models",
             )
     return [(word, 1 / len(words)) for word in words]
 
@@ -87,6 +90,8 @@ def source_paths(words: Sequence[str]) -> dict[str, str]:
     for word in words:
         name, _, path = word.partition("=")
         if not name or not path:
-            raise RecipeError(f"--source {word!r}: must be NAME=PATH, such as tuned=./tuned")
+            raise RecipeError(
+                "must be NAME=PATH, such as tuned=./tuned", subject=f"--source {word!r}"
+            )
         found[name] = path
     return found

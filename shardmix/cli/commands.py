@@ -107,7 +107,7 @@ def merge(
         scoring = arguments.score_options(others, dtype=score_dtype)
         if weights_from is None and scoring:
             word = arguments.first_word(scoring)
-            raise RecipeError(f"{word} is for --weights-from: name the examples, too")
+            raise RecipeError(f"{word} is for --weights-from", remedy="name the examples, too")
         examples: tuple[Example, ...] = ()
         if weights_from is not None:
             from shardmix.scoring.examples import load_examples

@@ -20,13 +20,15 @@ def profile_files(asked: Path | None) -> tuple[Path | None, Path | None]:
         return asked, None
     if asked.suffix not in _SUFFIXES:
         raise RecipeError(
-            f"--profile {str(asked)!r}: must end in .json (figures), or in "
-            f"{', '.join(_SUFFIXES)} (a picture, and the figures beside it)"
+            f"must end in .json (figures), or in {', '.join(_SUFFIXES)} (a picture, and the "
+            "figures beside it)",
+            subject=f"--profile {str(asked)!r}",
         )
     if importlib.util.find_spec("matplotlib") is None:
         raise RecipeError(
-            f"--profile {str(asked)!r}: a picture takes matplotlib, which is not installed; "
-            "pip install 'shardmix[profile]', or name a .json file for the figures alone"
+            "a picture takes matplotlib, which is not installed",
+            subject=f"--profile {str(asked)!r}",
+            remedy="pip install 'shardmix[profile]', or name a .json file for only the figures",
         )
     from shardmix.profiling.recorder import is_profile
 
@@ -35,8 +37,9 @@ def profile_files(asked: Path | None) -> tuple[Path | None, Path | None]:
     is_there = asked.is_symlink() or asked.exists()
     if is_there and not (asked.is_file() and not asked.is_symlink() and is_profile(figures)):
         raise OutputError(
-            f"{asked}: exists and is not the picture of a profile, which alone would be replaced; "
-            "choose another name"
+            "exists and is not the picture of a profile; nothing else would be replaced",
+            subject=asked,
+            remedy="choose another name",
         )
     return figures, asked
 

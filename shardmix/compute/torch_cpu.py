@@ -139,8 +139,9 @@ class TorchBackend:
             if "CUDA" not in str(error):
                 raise
             raise DeviceError(
-                f"device {self._device} failed ({one_line(error)}); if it has too little memory "
-                "left, lower --max-vram; or merge with --device cpu"
+                f"device {self._device} failed ({one_line(error)})",
+                remedy="if it has too little memory left, lower --max-vram, or merge with "
+                "--device cpu",
             ) from error
         finally:
             torch.set_num_threads(num_threads)

@@ -7,13 +7,18 @@ import math
 import shlex
 from typing import Any
 
+from shardmix.errors import RecipeError
+
 _MARKS = ("merge_method", "slices", "modules", "tokenizer_source")
 _DTYPES = ("float32", "float16", "bfloat16")
 _SUM_TOLERANCE = 1e-3
 
 
-def mergekit_finding(content: object) -> str | None:
-    """Say that parsed YAML is a recipe of mergekit, and what to do; None if it is none."""
+def mergekit_error(content: object) -> RecipeError | None:
+    """Return the error for parsed YAML that is a recipe of mergekit; None if it is none.
+
+    It says what to do; the caller names the recipe.
+    """
     if not isinstance(content, dict):
         return None
     models = content.get("models")
@@ -25,17 +30,21 @@ def mergekit_finding(content: object) -> str | None:
         return None
     method = content.get("merge_method", "linear")
     if not isinstance(method, str) or method.lower() != "linear":
-        return (
+        return RecipeError(
             f"is a recipe of mergekit for its method {str(method)[:60]!r}; shardmix merges by "
-            "weighted sums only (mergekit's linear): run that recipe with mergekit"
+            "weighted sums only (mergekit's linear)",
+            remedy="run that recipe with mergekit",
         )
     command = _command(content, entries) if has_models else None
     if command is None:
-        return (
+        return RecipeError(
             "is a recipe of mergekit that is no plain weighted sum of whole models (slices, "
-            "weights by layer, or adapters); run that recipe with mergekit"
+            "weights by layer, or adapters)",
+            remedy="run that recipe with mergekit",
         )
-    return f"is a recipe of mergekit; the same merge by shardmix is: {command}"
+    return RecipeError(
+        "is a recipe of mergekit", remedy=f"the same merge by shardmix is: {command}"
+    )
 
 
 def _command(content: dict[Any, Any], entries: list[dict[Any, Any]]) -> str | None:

@@ -38,7 +38,10 @@ def ready(
             else ({"backend": TORCH}, "backend")
         )
         if options.get(option, "auto") != "auto":
-            raise RecipeError(f"{finding}; use --{option} {fall_back[option]}, or leave it to auto")
+            raise RecipeError(
+                f"{finding}",
+                remedy=f"use --{option} {fall_back[option]}, or leave it to auto",
+            )
         options = {**options, **fall_back}  # type: ignore[typeddict-item]
         notes = (f"{finding}; merged with {option} {fall_back[option]} instead",)
         plan = replan(options)

@@ -148,8 +148,9 @@ class Work:
             name, counts = next(iter(findings.nonfinite.items()))
             finding = nonfinite_finding(name, counts, self._plan)
             raise NonfiniteError(
-                f"{name}: {finding}; mend the model that holds them, or allow them: "
-                "--on-nonfinite warn"
+                finding,
+                subject=name,
+                remedy="mend the model that holds them, or allow them: --on-nonfinite warn",
             )
 
     def task_done(self, shard: ShardInWork) -> None:

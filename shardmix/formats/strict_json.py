@@ -98,8 +98,8 @@ def read_index(path: Path, *, max_memory: int | None = None) -> dict[str, str]:
         finding = file_name_finding(name)
         if finding is not None:
             raise SourceError(
-                f"names {shown(name)}, which {finding}; an index names files in its own folder "
-                "alone",
+                f"names {shown(name)}, which {finding}; an index names files only in "
+                "its own folder",
                 subject=path,
                 remedy="fetch it again",
             )

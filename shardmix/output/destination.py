@@ -29,8 +29,9 @@ def resolve_output(output: str | os.PathLike[str]) -> Path:
     """
     if is_url(os.fspath(output)):
         raise OutputError(
-            f"{os.fspath(output)}: is a URL, and an output is a folder on this machine; name one, "
-            "and upload it afterwards"
+            "is a URL, and an output is a folder on this machine",
+            subject=os.fspath(output),
+            remedy="name one, and upload it afterwards",
         )
     try:
         path = Path(output).expanduser()
@@ -39,15 +40,20 @@ def resolve_output(output: str | os.PathLike[str]) -> Path:
         os.fsencode(resolved).decode()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, ~nobody, not UTF-8
         raise OutputError(
-            f"{output!r}: cannot be a path ({error}); choose another output"
+            f"cannot be a path ({error})",
+            subject=repr(output),
+            remedy="choose another output",
         ) from None
     if not resolved.name:
-        raise OutputError(f"{resolved}: is the root of the file system; name a folder in it")
+        raise OutputError(
+            "is the root of the file system", subject=resolved, remedy="name a folder in it"
+        )
     length = len(os.fsencode(resolved.name))
     if length > _MOST_NAME_NBYTES:
         raise OutputError(
-            f"{resolved}: has a name of {length} bytes; an output's have {_MOST_NAME_NBYTES} at "
-            "most: choose a shorter one"
+            f"has a name of {length} bytes; an output's have {_MOST_NAME_NBYTES} at most",
+            subject=resolved,
+            remedy="choose a shorter one",
         )
     return resolved
 
@@ -59,18 +65,23 @@ def check_output(output: Path, *, overwrite: bool, inputs: Sequence[Path]) -> No
     """
     if output.suffix == ".safetensors":
         raise OutputError(
-            f"{output}: names a file; the output is a model folder: leave .safetensors off"
+            "names a file; the output is a model folder",
+            subject=output,
+            remedy="leave .safetensors off",
         )
     for source in inputs:
         source_path = source.resolve()
         if output == source_path or source_path in output.parents:
             raise OutputError(
-                f"{output}: is the input {source} or lies inside it; choose a folder outside "
-                "all inputs"
+                f"is the input {source} or lies inside it",
+                subject=output,
+                remedy="choose a folder outside all inputs",
             )
         if output in source_path.parents and (source.is_dir() or overwrite):
             raise OutputError(
-                f"{output}: contains the input {source}; choose a folder that holds no input"
+                f"contains the input {source}",
+                subject=output,
+                remedy="choose a folder that holds no input",
             )
     try:
         parent = next(folder for folder in output.parents if folder.exists())
@@ -79,9 +90,13 @@ def check_output(output: Path, *, overwrite: bool, inputs: Sequence[Path]) -> No
                 if old := check_replaceable(held, output.name, overwrite=overwrite):
                     old.close()
         if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
-            raise OutputError(f"{parent}: cannot be written to; choose another output")
+            raise OutputError(
+                "cannot be written to", subject=parent, remedy="choose another output"
+            )
     except OSError as error:
-        raise OutputError(f"{output}: cannot be used ({error.strerror}); choose another") from None
+        raise OutputError(
+            f"cannot be used ({error.strerror})", subject=output, remedy="choose another"
+        ) from None
 
 
 def check_disk(output: Path, needed_nbytes: int, *, staged_nbytes: int = 0) -> None:
@@ -89,11 +104,17 @@ def check_disk(output: Path, needed_nbytes: int, *, staged_nbytes: int = 0) -> N
     try:
         free = free_nbytes(output) + staged_nbytes
     except OSError as error:
-        raise OutputError(f"{output}: its disk cannot be looked at ({error.strerror})") from None
+        raise OutputError(
+            f"its disk cannot be looked at ({error.strerror})",
+            subject=output,
+            remedy="check its permissions and its disk",
+        ) from None
     if free < needed_nbytes:
         raise OutputError(
-            f"{output}: needs {format_size(needed_nbytes)} ({needed_nbytes} bytes) but its disk "
-            f"has {format_size(free)} free; free some space or write elsewhere with -o"
+            f"needs {format_size(needed_nbytes)} ({needed_nbytes} bytes) but its disk has "
+            f"{format_size(free)} free",
+            subject=output,
+            remedy="free some space or write elsewhere with -o",
         )
 
 
@@ -108,18 +129,22 @@ def check_replaceable(parent: HeldFolder, name: str, *, overwrite: bool) -> Held
     output = parent.path / name
     if stat.S_ISLNK(there.st_mode):
         raise OutputError(
-            f"{output}: is a link, which an output never replaces or follows; name the folder that "
-            "it leads to, remove it, or choose another output"
+            "is a link, which an output never replaces or follows",
+            subject=output,
+            remedy="name the folder that it leads to, remove it, or choose another output",
         )
     if not overwrite:
         raise OutputError(
-            f"{output}: exists; choose another output, or replace it with --overwrite "
-            "(overwrite=True)"
+            "exists",
+            subject=output,
+            remedy="choose another output, or replace it with --overwrite (overwrite=True)",
         )
     if not stat.S_ISDIR(there.st_mode):
-        raise OutputError(f"{output}: exists and is not a folder; remove it or choose another")
+        raise OutputError(
+            "exists and is not a folder", subject=output, remedy="remove it or choose another"
+        )
     if there.st_dev != parent.status().st_dev:
-        raise OutputError(f"{output}: is a mount point; name a folder in it")
+        raise OutputError("is a mount point", subject=output, remedy="name a folder in it")
     folder = parent.subfolder(name)
     try:
         check_is_model(folder, output)
@@ -139,15 +164,17 @@ def check_is_model(folder: HeldFolder, output: Path) -> None:
     weights = (name for name, _ in folder.files() if name.endswith(".safetensors"))
     if names and not any("/" not in name or name.startswith(places) for name in weights):
         raise OutputError(
-            f"{output}: holds no safetensors weights, so it isn't a model that --overwrite "
-            "may replace; choose another output"
+            "holds no safetensors weights, so it isn't a model that --overwrite may replace",
+            subject=output,
+            remedy="choose another output",
         )
     others = list(itertools.islice(_not_the_models(folder), 4))
     if others:
         named = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
         raise OutputError(
-            f"{output}: holds {named} besides a model, which --overwrite would delete; move "
-            "that elsewhere, or choose another output"
+            f"holds {named} besides a model, which --overwrite would delete",
+            subject=output,
+            remedy="move that elsewhere, or choose another output",
         )
 
 

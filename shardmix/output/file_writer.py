@@ -49,7 +49,11 @@ class ShardWriter:
         try:
             yield from read_range(self._descriptor, start, stop, buffer)
         except OSError as error:
-            raise OutputError(f"{self._path}: cannot be read ({error.strerror})") from None
+            raise OutputError(
+                f"cannot be read ({error.strerror})",
+                subject=self._path,
+                remedy="check its permissions and its disk",
+            ) from None
 
     def start_writeback(self, offset: int, nbytes: int) -> None:
         """Start to write a range to disk, so that `finish` has little to wait for."""

@@ -265,8 +265,9 @@ def _read_lines(
 def _check_format(path: Path, then: _Format) -> None:
     if then.format != _FORMAT:
         raise OutputError(
-            f"{path.parent}: was left by shardmix {then.version}, whose journal this one cannot "
-            "read; go on with that version, or throw it away with --restart (restart=True)"
+            f"was left by shardmix {then.version}, whose journal this one cannot read",
+            subject=path.parent,
+            remedy="go on with that version, or throw it away with --restart (restart=True)",
         )
 
 
@@ -282,5 +283,7 @@ def _check_same(path: Path, then: _Head, now: _Head) -> None:
     if len(differences) > 3:
         found += f"; and {len(differences) - 3} more differences"
     raise OutputError(
-        f"{path.parent}: holds the beginning of another merge: {found}; {remedy} (restart=True)"
+        f"holds the beginning of another merge: {found}",
+        subject=path.parent,
+        remedy=f"{remedy} (restart=True)",
     )

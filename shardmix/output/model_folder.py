@@ -268,7 +268,11 @@ def _copy(source: Path, folder: OutputFolder, name: str) -> None:
 
 
 def _unreadable(source: Path, error: OSError) -> SourceError:
-    return SourceError(f"{source}: cannot be read ({error.strerror or error})")
+    return SourceError(
+        f"cannot be read ({error.strerror or error})",
+        subject=source,
+        remedy="check its permissions and its disk",
+    )
 
 
 def _write_json(folder: OutputFolder, name: str, content: dict[str, Any] | list[Any]) -> None:

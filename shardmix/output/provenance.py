@@ -210,11 +210,17 @@ def read_provenance(folder: Path) -> tuple[Provenance, Seal]:
             return parse_provenance(file, path)
     except FileNotFoundError:
         raise SourceError(
-            f"{folder}: has no {PROVENANCE_NAME}, which a merge by shardmix writes; there is "
-            "nothing to verify it against"
+            f"has no {PROVENANCE_NAME}, which a merge by shardmix writes; there is nothing to "
+            "verify it against",
+            subject=folder,
+            remedy="name the output of a merge",
         ) from None
     except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise SourceError(
+            f"cannot be read ({error.strerror or error})",
+            subject=path,
+            remedy="check its permissions and its disk",
+        ) from None
 
 
 def parse_provenance(file: BinaryIO, path: Path) -> tuple[Provenance, Seal]:
@@ -227,24 +233,38 @@ def parse_provenance(file: BinaryIO, path: Path) -> tuple[Provenance, Seal]:
         provenance = msgspec.json.decode(encoded, type=Provenance)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise SourceError(
-            f"{path}: is not a merge's {PROVENANCE_NAME} ({one_line(error)})"
+            f"is not a merge's {PROVENANCE_NAME} ({one_line(error)})",
+            subject=path,
+            remedy="merge again",
         ) from None
     digests = provenance.digests
     if provenance.format != _FORMAT or digests.leaf_bytes != LEAF_NBYTES:
         raise SourceError(
-            f"{path}: was written by shardmix {provenance.shardmix} in a format that "
-            f"{__version__} does not know; verify it with that version"
+            f"was written by shardmix {provenance.shardmix} in a format that {__version__} does "
+            "not know",
+            subject=path,
+            remedy="verify it with that version",
         )
     if digests.algorithm not in ALGORITHMS:
-        raise SourceError(f"{path}: names the digest {digests.algorithm!r}, which is unknown")
+        raise SourceError(
+            f"names the digest {digests.algorithm!r}, which is unknown",
+            subject=path,
+            remedy="verify it with the version that wrote it",
+        )
     for name in digests.files:
         relative = PurePosixPath(name)
         if relative.is_absolute() or ".." in relative.parts or "\0" in name or not relative.parts:
-            raise SourceError(f"{path}: names {name!r}, which lies outside the model's folder")
+            raise SourceError(
+                f"names {name!r}, which lies outside the model's folder",
+                subject=path,
+                remedy="merge again",
+            )
     if not any(name.endswith(".safetensors") for name in digests.files):
         raise SourceError(
-            f"{path}: names no weight file, which every merge writes; there is nothing to verify "
-            "the model against"
+            "names no weight file, which every merge writes; there is nothing to verify the "
+            "model against",
+            subject=path,
+            remedy="merge again",
         )
     return provenance, _seal(encoded)
 

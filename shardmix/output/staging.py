@@ -143,8 +143,10 @@ class Staging:
         except OSError as error:
             if self.is_placed:
                 raise OutputError(
-                    f"{self.output}: is complete and in place, but the disk does not confirm it "
-                    f"({error.strerror}); check the disk"
+                    "is complete and in place, but the disk does not confirm it "
+                    f"({error.strerror})",
+                    subject=self.output,
+                    remedy="check the disk",
                 ) from None
             raise writing_failed(self.output, error, "cannot be finished") from None
         self.is_worth_keeping = False
@@ -332,8 +334,9 @@ def _own_hidden(parent: HeldFolder, name: str) -> HeldFolder:
     if not stat.S_ISDIR(there.st_mode):
         what = "a link" if stat.S_ISLNK(there.st_mode) else "no folder"
         raise OutputError(
-            f"{path}: is {what}, where a merge has a folder of its own; it was left as it is: see "
-            "who has put it there, then remove it, or choose another output"
+            f"is {what}, where a merge has a folder of its own; it was left as it is",
+            subject=path,
+            remedy="see who has put it there, then remove it, or choose another output",
         )
     owner = _owner_if_private(path, parent, there)
     hidden = parent.subfolder(name)
@@ -359,13 +362,16 @@ def _owner_if_private(path: Path, parent: HeldFolder, there: os.stat_result) -> 
             owner, anybody = new.st_uid, new.st_mode & _OTHERS_WRITE
     if there.st_uid != owner:
         raise OutputError(
-            f"{path}: belongs to {user_name(there.st_uid)}, who may have put anything into it; "
-            "choose another output, or have it removed"
+            f"belongs to {user_name(there.st_uid)}, who may have put anything into it",
+            subject=path,
+            remedy="choose another output, or have it removed",
         )
     if there.st_mode & _OTHERS_WRITE & ~anybody:
         raise OutputError(
-            f"{path}: others may write to it (mode {there.st_mode & 0o777:04o}), and may have put "
-            "anything into it; see what is in it, then remove it, or chmod 700 it to go on from it"
+            f"others may write to it (mode {there.st_mode & 0o777:04o}), and may have put "
+            "anything into it",
+            subject=path,
+            remedy="see what is in it, then remove it, or chmod 700 it to go on from it",
         )
     return owner
 
@@ -459,8 +465,9 @@ def _clear(hidden: HeldFolder, *, but: Collection[str] = ()) -> None:
         there = hidden.entry(name)
         if name in (_MODEL, _ASIDE) and models and there and there.st_ino not in models:
             raise OutputError(
-                f"{hidden.path / name}: is not the model that was to be replaced, but got here in "
-                "its place; move it to where it belongs"
+                "is not the model that was to be replaced, but got here in its place",
+                subject=hidden.path / name,
+                remedy="move it to where it belongs",
             )
         if name != LOCK_NAME and name not in but:
             hidden.remove(name)
@@ -484,8 +491,10 @@ def _put_in_place(staging: Staging, *, overwrite: bool, fsync: bool) -> None:
         staging.folder.check_own()
         if not _is_in_its_place(staging):
             raise OutputError(
-                f"{staging.path}: has been moved or replaced while the merge was at work, so its "
-                "output was not put in place; see who has done that, then start again"
+                "has been moved or replaced while the merge was at work, so its output was not "
+                "put in place",
+                subject=staging.path,
+                remedy="see who has done that, then start again",
             )
         if old is None:
             hidden.move(_MODEL, parent, name)
@@ -493,8 +502,9 @@ def _put_in_place(staging: Staging, *, overwrite: bool, fsync: bool) -> None:
             _exchange(staging, old)
     if not parent.holds(name, staging.folder):
         raise OutputError(
-            f"{staging.output}: has been replaced in the moment when it was put in place; see who "
-            "has done that, then start again"
+            "has been replaced in the moment when it was put in place",
+            subject=staging.output,
+            remedy="see who has done that, then start again",
         )
     staging._is_placed = True  # for callers that know it; later processes read the marker
     if fsync:
@@ -541,6 +551,8 @@ def _exchange(staging: Staging, old: HeldFolder) -> None:
 def _refuse_unless(hidden: HeldFolder, name: str, old: HeldFolder) -> None:
     """Raise `OutputError` unless the entry is the old model, and still nothing else."""
     if not hidden.holds(name, old):
-        raise OutputError(f"{old.path}: was replaced while the merge was at work; start again")
+        raise OutputError(
+            "was replaced while the merge was at work", subject=old.path, remedy="start again"
+        )
     with hidden.subfolder(name) as there:
         check_is_model(there, old.path)

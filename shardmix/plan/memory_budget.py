@@ -186,8 +186,9 @@ def fit_memory(
         if max_vram is None:
             short, remedy = "memory of the GPU to be had:", "free some of it, or use --device cpu"
     raise BudgetError(
-        f"{short} {format_mib(given or 0)}: too small; the least that works here is "
-        f"{format_mib(least)}{share}; {remedy}"
+        f"too small; the least that works here is {format_mib(least)}{share}",
+        subject=f"{short} {format_mib(given or 0)}",
+        remedy=remedy,
     )
 
 

@@ -69,8 +69,9 @@ def disk_errors_named() -> Iterator[None]:
         yield
     except OSError as error:
         raise SourceError(
-            f"{error.filename or 'a file'}: cannot be read ({error.strerror or error}); check its "
-            "permissions and its disk"
+            f"cannot be read ({error.strerror or error})",
+            subject=error.filename or "a file",
+            remedy="check its permissions and its disk",
         ) from None
 
 
@@ -89,8 +90,9 @@ def _check_model_type(*, model_type: str | None, config_source: ConfigSource) ->
     if finding is not None:
         fitting = " or ".join(fitting_types(config_source.config))
         raise RecipeError(
-            f"model type {model_type!r}: the config of {config_source.name} says {finding}; "
-            f"leave --model-type out{f', or name what it is: {fitting}' if fitting else ''}"
+            f"the config of {config_source.name} says {finding}",
+            subject=f"model type {model_type!r}",
+            remedy=f"leave --model-type out{f', or name what it is: {fitting}' if fitting else ''}",
         )
 
 

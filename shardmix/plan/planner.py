@@ -385,7 +385,11 @@ def _decided(settings: RunSettings, shards: Sequence[OutputShard]) -> RunSetting
         io = "pread"
     finding = _llvm_finding(settings, shards)
     if backend == LLVM and finding is not None:
-        raise RecipeError(f"backend llvm: {finding}; use --backend torch (backend='torch')")
+        raise RecipeError(
+            finding,
+            subject="backend llvm",
+            remedy="use --backend torch (backend='torch')",
+        )
     if backend == "auto":
         backend = LLVM if finding is None else TORCH
     return replace(settings, io=io, backend=backend)

@@ -134,21 +134,34 @@ def check_profile_path(path: str | None, output: Path | None, inputs: Sequence[P
     kept_clean = [] if output is None else [output, staging_path(output)]
     for folder in (*kept_clean, *(source.resolve() for source in inputs)):
         if folder == file or folder in file.parents:
-            raise OutputError(f"{file}: a profile cannot be in {folder}; choose a place outside it")
+            raise OutputError(
+                f"a profile cannot be in {folder}",
+                subject=file,
+                remedy="choose a place outside it",
+            )
     if not file.parent.is_dir():
-        raise OutputError(f"{file}: there is no folder {file.parent}; make it first")
+        raise OutputError(f"there is no folder {file.parent}", subject=file, remedy="make it first")
     if not os.access(file.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{file}: cannot be written to; choose another place for the profile")
+        raise OutputError(
+            "cannot be written to",
+            subject=file,
+            remedy="choose another place for the profile",
+        )
     _check_replaceable(file)
 
 
 def _check_replaceable(file: Path) -> None:
     if file.is_symlink():
-        raise OutputError(f"{file}: is a link, which a profile does not follow; name another file")
+        raise OutputError(
+            "is a link, which a profile does not follow",
+            subject=file,
+            remedy="name another file",
+        )
     if file.exists() and not is_profile(file):
         raise OutputError(
-            f"{file}: exists and is not a profile, which alone would be replaced; choose another "
-            "name"
+            "exists and is not a profile; nothing else would be replaced",
+            subject=file,
+            remedy="choose another name",
         )
 
 
@@ -170,4 +183,8 @@ def _write(path: str, profile: Profile | None) -> None:
         with open_folder(file.parent) as folder:
             folder.replace(file.name, profile.to_json())
     except OSError as error:
-        raise OutputError(f"{path}: the profile cannot be written ({error.strerror})") from None
+        raise OutputError(
+            f"the profile cannot be written ({error.strerror})",
+            subject=path,
+            remedy="check its permissions and its disk",
+        ) from None

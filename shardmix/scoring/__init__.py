@@ -85,6 +85,7 @@ def __getattr__(name: str) -> object:
         module = importlib.import_module(f"shardmix.scoring.{_HOME[name]}")
     except ModuleNotFoundError as error:
         raise RecipeError(
-            f"scoring needs {error.name}, which is not installed; pip install 'shardmix[models]'"
+            f"scoring needs {error.name}, which is not installed",
+            remedy="pip install 'shardmix[models]'",
         ) from None
     return getattr(module, name)

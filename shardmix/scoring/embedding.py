@@ -66,8 +66,9 @@ def embedding_of(checkpoint: Checkpoint, asked: str | None) -> Embedding:
     if finding is not None:
         if asked is None:
             raise SourceError(
-                f"{source}: {finding}, so that it cannot be scored as it embeds; --pooling scores "
-                "its encoder by itself"
+                f"{finding}, so that it cannot be scored as it embeds",
+                subject=source,
+                remedy="--pooling scores its encoder by itself",
             )
         return Embedding((asked,), note=f"{source}: scored without its modules, since it {finding}")
     place = next(module.place for module in modules if module.kind == "Pooling")
@@ -75,8 +76,9 @@ def embedding_of(checkpoint: Checkpoint, asked: str | None) -> Embedding:
     unknown = [mode for mode in own if mode not in POOLINGS]
     if unknown and asked is None:
         raise SourceError(
-            f"{source}: {place}/config.json pools by {unknown[0]!r}, which is unknown; say how "
-            f"with --pooling: {', '.join(POOLINGS)}"
+            f"{place}/config.json pools by {unknown[0]!r}, which is unknown",
+            subject=source,
+            remedy=f"say how with --pooling: {', '.join(POOLINGS)}",
         )
     pooling = own if asked is None else (asked,)
     note = ""
@@ -119,8 +121,9 @@ def _step(checkpoint: Checkpoint, module: Module) -> tuple[Step, int]:
     part = next((part for part in checkpoint.others if part.place == module.place), None)
     if part is None:
         raise SourceError(
-            f"{checkpoint.source}: {module.place} has no model.safetensors to score it with; load "
-            "the model in sentence-transformers and save it: that writes one"
+            f"{module.place} has no model.safetensors to score it with",
+            subject=checkpoint.source,
+            remedy="load the model in sentence-transformers and save it: that writes one",
         )
     tensors = _read(part)
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
@@ -132,8 +135,9 @@ def _step(checkpoint: Checkpoint, module: Module) -> tuple[Step, int]:
         return _dense(part, tensors), nbytes
     except KeyError as error:
         raise SourceError(
-            f"{part.source}: stores no {error.args[0]}, which a {module.kind} module has; fetch it "
-            "again"
+            f"stores no {error.args[0]}, which a {module.kind} module has",
+            subject=part.source,
+            remedy="fetch it again",
         ) from None
 
 
@@ -141,8 +145,10 @@ def _dense(part: Checkpoint, tensors: dict[str, torch.Tensor]) -> Step:
     name = str(part.config.get("activation_function", "Tanh")).rpartition(".")[2]
     if name not in _ACTIVATIONS:
         raise SourceError(
-            f"{part.source}: has the activation {name}, which the scorer does not know; known are "
-            f"{', '.join(_ACTIVATIONS)}"
+            f"has the activation {name}, which the scorer does not know; known are "
+            f"{', '.join(_ACTIVATIONS)}",
+            subject=part.source,
+            remedy="leave the model out",
         )
     activation = getattr(nn, name)()
     weight, bias = tensors["linear.weight"], tensors.get("linear.bias")
@@ -151,8 +157,9 @@ def _dense(part: Checkpoint, tensors: dict[str, torch.Tensor]) -> Step:
     def project(vectors: torch.Tensor) -> torch.Tensor:
         if vectors.shape[-1] != weight.shape[-1]:
             raise SourceError(
-                f"{part.source}: takes vectors of {weight.shape[-1]} values, and is given "
-                f"{vectors.shape[-1]}; is it pooled in another way than it was trained?"
+                f"takes vectors of {weight.shape[-1]} values, and is given {vectors.shape[-1]}",
+                subject=part.source,
+                remedy="pool as it was trained (--pooling)",
             )
         projected: torch.Tensor = activation(functional.linear(vectors, weight, bias))
         if not is_residual:
@@ -171,7 +178,11 @@ def _read(part: Checkpoint) -> dict[str, torch.Tensor]:
         for row in range(part.num_tensors):
             info = part.tensor(row)
             if info.dtype not in TORCH_DTYPES:
-                raise SourceError(f"{part.source}: {info.name} is {info.dtype}; save it in float32")
+                raise SourceError(
+                    f"{info.name} is {info.dtype}",
+                    subject=part.source,
+                    remedy="save it in float32",
+                )
             stored = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
             if stored.numel():
                 room: Any = stored.view(-1).view(torch.uint8).numpy()

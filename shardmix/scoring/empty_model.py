@@ -37,14 +37,16 @@ def build_empty_model(
     folder = checkpoint.folder
     if not (folder / CONFIG_NAME).exists():
         raise SourceError(
-            f"{checkpoint.source}: has no {CONFIG_NAME}, so that it cannot be run; scoring needs a "
-            "whole model folder"
+            f"has no {CONFIG_NAME}, so that it cannot be run",
+            subject=checkpoint.source,
+            remedy="give a whole model folder, which scoring needs",
         )
     declared = declared_quantisation(checkpoint.config)
     if declared is not None:
         raise SourceError(
-            f"{checkpoint.source}: is quantised ({declared[1]}, in config.json); scoring needs the "
-            f"original weights: if these are floats, remove {declared[0]} from config.json"
+            f"is quantised ({declared[1]}, in config.json); scoring needs the original weights",
+            subject=checkpoint.source,
+            remedy=f"if these are floats, remove {declared[0]} from config.json",
         )
     try:
         with _quiet_transformers():
@@ -57,7 +59,7 @@ def build_empty_model(
                     config, dtype=dtype, trust_remote_code=trust_remote_code
                 )
     except Exception as error:  # configs of strangers fail in every possible way
-        raise SourceError(f"{checkpoint.source}: {_build_finding(error, auto_class)}") from None
+        raise _build_failed(error, auto_class).of(checkpoint.source) from None
     _keep_float32(model, dtype)
     _compute_sinusoids(model)
     model.requires_grad_(False)
@@ -115,18 +117,24 @@ def compute_dtype(checkpoint: Checkpoint, asked: str) -> torch.dtype:
         if info.dtype in FLOAT_DTYPES:
             nbytes[info.dtype] += info.nbytes
     if not nbytes:
-        raise SourceError(f"{checkpoint.source}: has no floating-point weights to compute with")
+        raise SourceError(
+            "has no floating-point weights to compute with",
+            subject=checkpoint.source,
+            remedy="score the original model",
+        )
     return TORCH_DTYPES[nbytes.most_common(1)[0][0]]
 
 
-def _build_finding(error: Exception, auto_class: str) -> str:
+def _build_failed(error: Exception, auto_class: str) -> SourceError:
     finding = one_line(error, limit=300)
     if "trust_remote_code" in str(error):
-        return (
-            "needs code from its own folder to run; if you trust it, read it and use "
-            "--trust-remote-code (trust_remote_code=True)"
+        return SourceError(
+            "needs code from its own folder to run",
+            remedy="if you trust it, read it and use --trust-remote-code (trust_remote_code=True)",
         )
-    return f"cannot be built as {auto_class} from its config ({finding}); check --model-type"
+    return SourceError(
+        f"cannot be built as {auto_class} from its config ({finding})", remedy="check --model-type"
+    )
 
 
 @contextmanager

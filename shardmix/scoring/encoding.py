@@ -64,8 +64,10 @@ def load_tokenizer(source: str, folder: Path, *, trust_remote_code: bool) -> Any
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:
         raise SourceError(
-            f"{source}: its config or tokenizer cannot be loaded ({one_line(error)}); it reads the "
-            "examples by it: put the tokenizer's files into the folder"
+            f"its config or tokenizer cannot be loaded ({one_line(error)}); the examples are "
+            "read with them",
+            subject=source,
+            remedy="put the tokenizer's files into the folder",
         ) from None
 
 
@@ -110,9 +112,11 @@ def _silent(
         batch = range(start, min(start + settings.batch_size, len(sequences)))
         if set(batch) <= set(silent):
             raise RecipeError(
-                f"{', '.join(examples[number].name for number in batch)}: `output` is cut off "
-                f"entirely: {max_length} tokens are kept, and the input alone takes them; shorten "
-                "the input, or raise the limit (--max-input-length) where the model takes more"
+                f"`output` is cut off entirely: {max_length} tokens are kept, and the input "
+                "takes all of them",
+                subject=", ".join(examples[number].name for number in batch),
+                remedy="shorten the input, or raise the limit (--max-input-length) if the "
+                "model takes more",
             )
     return tuple(examples[number].name for number in silent)
 
@@ -168,7 +172,11 @@ class _Encoder:
         encoded = self._tokenizer(*texts, truncation=True, max_length=self._max_length)
         inputs = {key: list(value) for key, value in encoded.items() if key != "attention_mask"}
         if not inputs["input_ids"]:
-            raise RecipeError(f"{name}: {texts[0]!r} gives no tokens; write a text that says more")
+            raise RecipeError(
+                f"{texts[0]!r} gives no tokens",
+                subject=name,
+                remedy="write a text that says more",
+            )
         if len(inputs["input_ids"]) >= self._max_length:
             # The tokenizer doesn't say if it truncated: at the limit, encode the whole.
             whole = self._tokenizer(*texts, verbose=False)["input_ids"]
@@ -215,13 +223,16 @@ class _Encoder:
             whole = render(turn + answer, tokenize=False)
         except Exception as error:  # a template is a stranger's program
             raise RecipeError(
-                f"{example.name}: the chat template cannot be applied ({one_line(error)}); score "
-                "without --chat-template"
+                f"the chat template cannot be applied ({one_line(error)})",
+                subject=example.name,
+                remedy="score without --chat-template",
             ) from None
         if not whole.startswith(prompt):
             raise RecipeError(
-                f"{example.name}: the chat template changes the prompt once there is an answer, so "
-                "that its end cannot be told; score without --chat-template"
+                "the chat template changes the prompt once there is an answer, so that its end "
+                "cannot be told",
+                subject=example.name,
+                remedy="score without --chat-template",
             )
         encode = self._tokenizer.encode
         prompt_ids = encode(prompt, add_special_tokens=False, verbose=False)
@@ -231,8 +242,9 @@ class _Encoder:
 
 def _says_nothing(example: TextExample) -> RecipeError:
     return RecipeError(
-        f"{example.name}: `output` gives no tokens after those of the prompt; the loss is taken of "
-        "them: write a longer output, or score without --chat-template"
+        "`output` gives no tokens after those of the prompt; the loss is taken of them",
+        subject=example.name,
+        remedy="write a longer output, or score without --chat-template",
     )
 
 

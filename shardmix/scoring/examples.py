@@ -62,10 +62,12 @@ def load_examples(examples: ExamplesArgument, settings: ScoreSettings) -> tuple[
             named = [(f"example {number}", item) for number, item in enumerate(examples, start=1)]
         except TypeError:
             raise RecipeError(
-                f"examples: {type(examples).__name__} given; give a list of examples or a file"
+                f"{type(examples).__name__} given",
+                subject="examples",
+                remedy="give a list of examples or a file",
             ) from None
     if not named:
-        raise RecipeError("no examples given; a few, five or so, are needed")
+        raise RecipeError("no examples given", remedy="give a few, five or so")
     draw = random.Random(settings.seed)
     if settings.model_type in (ENCODER, RERANKER):
         queries = [_query_example(name, item, settings, draw) for name, item in named]
@@ -78,20 +80,30 @@ def _read_file(path: Path) -> list[tuple[str, Any]]:
     try:
         mode = path.stat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
-            raise RecipeError(f"{path}: is neither a file nor a pipe; name a file of examples")
+            raise RecipeError(
+                "is neither a file nor a pipe", subject=path, remedy="name a file of examples"
+            )
         with path.open("rb") as file:
             content = file.read(_MAX_FILE_NBYTES + 1)
         if len(content) > _MAX_FILE_NBYTES:
             raise RecipeError(
-                f"{path}: has more than {_MAX_FILE_NBYTES} bytes; a few examples are enough"
+                f"has more than {_MAX_FILE_NBYTES} bytes",
+                subject=path,
+                remedy="leave a few examples in it, which are enough",
             )
         text = content.decode("utf-8-sig")
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+        raise RecipeError(
+            f"cannot be read ({error.strerror})", subject=path, remedy="check the path"
+        ) from None
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+        raise RecipeError(
+            f"is not UTF-8 text (byte {error.start})", subject=path, remedy="save it as UTF-8"
+        ) from None
     except ValueError as error:  # a path with a NUL
-        raise RecipeError(f"{str(path)!r}: cannot be a path ({error})") from None
+        raise RecipeError(
+            f"cannot be a path ({error})", subject=f"{str(path)!r}", remedy="check it"
+        ) from None
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError):
@@ -117,8 +129,9 @@ def _read_lines(path: Path, text: str) -> list[tuple[str, Any]]:
             named.append((f"{path}: line {number}", json.loads(line)))
         except (ValueError, RecursionError) as error:
             raise RecipeError(
-                f"{path}: line {number}: not valid JSON ({one_line(error)}); write a JSON "
-                "list of examples, or one example a line"
+                f"not valid JSON ({one_line(error)})",
+                subject=f"{path}: line {number}",
+                remedy="write a JSON list of examples, or one example a line",
             ) from None
     return named
 
@@ -128,7 +141,9 @@ def _text_example(name: str, item: object) -> TextExample:
     output = _text(name, fields, "output")
     if not output.strip():
         raise RecipeError(
-            f"{name}: `output` is empty; the loss is taken of it: write what is wanted"
+            "`output` is empty; the loss is taken of it",
+            subject=name,
+            remedy="write what is wanted",
         )
     return TextExample(name, _text(name, fields, "input"), output)
 
@@ -140,7 +155,9 @@ def _query_example(
     query = _text(name, fields, "query")
     positives = _texts(name, fields, "pos")
     if not positives:
-        raise RecipeError(f"{name}: `pos` is empty; give a passage that answers the query")
+        raise RecipeError(
+            "`pos` is empty", subject=name, remedy="give a passage that answers the query"
+        )
     negatives = _texts(name, fields, "neg")
     if len(negatives) > settings.neg_number:
         negatives = draw.sample(negatives, settings.neg_number)
@@ -154,26 +171,28 @@ def _check_comparable(examples: Sequence[QueryExample], settings: ScoreSettings)
         batch = examples[start : start + alone]
         if len(batch) == 1 and not batch[0].negatives:
             raise RecipeError(
-                f"{batch[0].name}: `neg` gives no negatives, and nothing else is in its batch; "
-                "give at least one passage that does not answer the query"
+                "`neg` gives no negatives, and nothing else is in its batch",
+                subject=batch[0].name,
+                remedy="give at least one passage that does not answer the query",
             )
 
 
 def _mapping(name: str, item: object, *, needed: str) -> Mapping[str, Any]:
     if not isinstance(item, Mapping):
-        raise RecipeError(f"{name}: must be an object with {needed}, not {shown(item)}")
+        raise RecipeError(f"must be an object with {needed}, not {shown(item)}", subject=name)
     return item
 
 
 def _text(name: str, fields: Mapping[str, Any], key: str) -> str:
     if key not in fields:
         raise RecipeError(
-            f"{name}: `{key}` is missing; it has "
-            f"{', '.join(map(shown, list(fields)[:9])) or 'nothing'}"
+            f"`{key}` is missing; it has {', '.join(map(shown, list(fields)[:9])) or 'nothing'}",
+            subject=name,
+            remedy="add it",
         )
     value = fields[key]
     if not isinstance(value, str):
-        raise RecipeError(f"{name}: `{key}` must be a text, not {shown(value)}")
+        raise RecipeError(f"`{key}` must be a text, not {shown(value)}", subject=name)
     _check_unicode(name, key, value)
     return value
 
@@ -182,10 +201,10 @@ def _texts(name: str, fields: Mapping[str, Any], key: str) -> list[str]:
     value = fields.get(key, [] if key == "neg" else None)
     if isinstance(value, str) or not isinstance(value, Sequence):
         finding = f"not {shown(value)}" if key in fields else "but is missing"
-        raise RecipeError(f"{name}: `{key}` must be a list of texts, {finding}")
+        raise RecipeError(f"`{key}` must be a list of texts, {finding}", subject=name)
     for text in value:
         if not isinstance(text, str):
-            raise RecipeError(f"{name}: `{key}` must hold texts alone, not {shown(text)}")
+            raise RecipeError(f"`{key}` must hold only texts, not {shown(text)}", subject=name)
         _check_unicode(name, key, text)
     return list(value)
 
@@ -196,5 +215,7 @@ def _check_unicode(name: str, key: str, text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RecipeError(
-            f"{name}: `{key}` is not valid Unicode (character {error.start}); write the text anew"
+            f"`{key}` is not valid Unicode (character {error.start})",
+            subject=name,
+            remedy="write the text anew",
         ) from None

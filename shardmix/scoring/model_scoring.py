@@ -145,8 +145,9 @@ def _score_cut(
         raise error.cause from None
     except torch.OutOfMemoryError as error:
         raise BudgetError(
-            f"{checkpoint.source}: out of GPU memory ({one_line(error, limit=300)}); set "
-            "--max-vram to what is free, or use --device cpu"
+            f"out of GPU memory ({one_line(error, limit=300)})",
+            subject=checkpoint.source,
+            remedy="set --max-vram to what is free, or use --device cpu",
         ) from None
     except Exception as error:  # a model is a stranger's program
         # Without its traceback, whose frames hold the passes' results.
@@ -161,8 +162,9 @@ def _score_cut(
 
 def _not_run(checkpoint: Checkpoint, objective: Objective, cause: Exception) -> SourceError:
     return SourceError(
-        f"{checkpoint.source}: cannot be run as {objective.auto_class} on these examples "
-        f"({one_line(cause, limit=300)}); check --model-type and the examples"
+        f"cannot be run as {objective.auto_class} on these examples ({one_line(cause, limit=300)})",
+        subject=checkpoint.source,
+        remedy="check --model-type and the examples",
     )
 
 
@@ -260,8 +262,9 @@ def _room(budget: int, held: int) -> int:
 
 def _too_small(option: str, given: int, least: int) -> BudgetError:
     return BudgetError(
-        f"{option} {format_mib(given)}: too small to score with; the least that works here "
-        f"is {format_mib(least)}; raise the budget, or shorten the examples"
+        f"too small to score with; the least that works here is {format_mib(least)}",
+        subject=f"{option} {format_mib(given)}",
+        remedy="raise the budget, or shorten the examples",
     )
 
 
@@ -287,6 +290,8 @@ def _check_complete(checkpoint: Checkpoint, weights: ModelWeights, settings: Sco
         missing = [name for name in missing if "pooler." not in name]
     if missing:
         raise SourceError(
-            f"{checkpoint.source}: stores nothing for {listed(missing, 3)}; it is not a whole "
-            f"model of type {settings.model_type}: check --model-type"
+            f"stores nothing for {listed(missing, 3)}; it is not a whole model of type "
+            f"{settings.model_type}",
+            subject=checkpoint.source,
+            remedy="check --model-type",
         )

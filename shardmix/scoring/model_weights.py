@@ -217,8 +217,9 @@ class ModelWeights:
     def _stored_dtype(self, info: TensorInfo) -> torch.dtype:
         if info.dtype not in TORCH_DTYPES:
             raise SourceError(
-                f"{self._checkpoint.source}: {info.name} is stored as {info.dtype}, which cannot "
-                "be computed with; score the original model"
+                f"{info.name} is stored as {info.dtype}, which cannot be computed with",
+                subject=self._checkpoint.source,
+                remedy="score the original model",
             )
         return TORCH_DTYPES[info.dtype]
 
@@ -229,8 +230,10 @@ class ModelWeights:
     def _check_shape(self, name: str, stored: Sequence[int], expected: Sequence[int]) -> None:
         if tuple(stored) != tuple(expected):
             raise SourceError(
-                f"{self._checkpoint.source}: {name} is stored as {list(stored)}, and its config "
-                f"says {list(expected)}; weights and config must be of one model"
+                f"{name} is stored as {list(stored)}, and its config says {list(expected)}; "
+                "weights and config must be of one model",
+                subject=self._checkpoint.source,
+                remedy="fetch both again",
             )
 
 

@@ -91,13 +91,16 @@ def check_options(model_type: str, options: ScoreOptions) -> ScoreSettings:
     )
     check_temperature(settings.temperature)
     if settings.chat_template and model_type != DECODER:
-        raise RecipeError(f"a chat template is for decoders, not for a model of type {model_type}")
+        raise RecipeError(
+            f"a chat template is for decoders, not for a model of type {model_type}",
+            remedy="leave it out",
+        )
     return settings
 
 
 def _one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise RecipeError(f"{what} {value!r}: must be one of {', '.join(choices)}")
+        raise RecipeError(f"must be one of {', '.join(choices)}", subject=f"{what} {value!r}")
 
 
 def _whole_number(what: str, value: object, *, least: int) -> int:
@@ -106,5 +109,5 @@ def _whole_number(what: str, value: object, *, least: int) -> int:
     except TypeError:
         number = -1
     if isinstance(value, bool) or not least <= number <= _MOST:
-        raise RecipeError(f"{what} {value!r}: must be a whole number, {least} or more")
+        raise RecipeError(f"must be a whole number, {least} or more", subject=f"{what} {value!r}")
     return number

@@ -75,7 +75,9 @@ def _encode(
     )
     if settings.chat_template and not getattr(tokenizer, "chat_template", None):
         raise RecipeError(
-            f"{owner.source}: its tokenizer has no chat template; score without --chat-template"
+            "its tokenizer has no chat template",
+            subject=owner.source,
+            remedy="score without --chat-template",
         )
     return encode_examples(examples, tokenizer, settings, model.config)
 

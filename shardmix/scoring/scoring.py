@@ -72,7 +72,7 @@ def score(
     """
     settings = check_options(model_type, options)
     if isinstance(sources, str | PathLike) or not sources:
-        raise RecipeError("no list of models given; name the models to score, one or more")
+        raise RecipeError("no list of models given", remedy="name the models to score, one or more")
     names = [str(source) for source in sources]
     loaded = load_examples(examples, settings)
     give_back_large_blocks()
@@ -192,7 +192,9 @@ def _open_device(device: torch.device) -> None:
     if device.type != "cuda":
         return
     if (device.index or 0) >= torch.cuda.device_count():
-        raise RecipeError(f"device {device}: torch finds no such GPU; use --device cpu")
+        raise RecipeError(
+            "torch finds no such GPU", subject=f"device {device}", remedy="use --device cpu"
+        )
     torch.empty(1, device=device)
     torch.cuda.reset_peak_memory_stats(device)
 
@@ -201,9 +203,10 @@ def _check_finite(checkpoint: Checkpoint, one: ModelScore, examples: tuple[Examp
     for example, loss in zip(examples, one.losses.per_example, strict=True):
         if loss is not None and not math.isfinite(loss):
             raise SourceError(
-                f"{checkpoint.source}: its loss on {example.name} is {loss}; its weights may hold "
-                f"NaN or Inf, or it overflows in {one.dtype}: try --dtype float32, or leave the "
-                "model out"
+                f"its loss on {example.name} is {loss}; its weights may hold NaN or Inf, or it "
+                f"overflows in {one.dtype}",
+                subject=checkpoint.source,
+                remedy="try --dtype float32, or leave the model out",
             )
 
 

@@ -10,7 +10,7 @@ def check_temperature(temperature: float) -> None:
     """Raise `RecipeError` if no softmax has this temperature."""
     is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
     if not (is_number and temperature > 0 and math.isfinite(temperature)):
-        raise RecipeError(f"temperature {temperature!r}: must be a positive number")
+        raise RecipeError("must be a positive number", subject=f"temperature {temperature!r}")
 
 
 def compute_weights(losses: Sequence[float], temperature: float = 5.0) -> list[float]:
@@ -27,10 +27,15 @@ def compute_weights(losses: Sequence[float], temperature: float = 5.0) -> list[f
     """
     check_temperature(temperature)
     if not losses:
-        raise RecipeError("no losses given; weights need at least one")
+        raise RecipeError(
+            "no losses given; weights need at least one", remedy="give the loss of each model"
+        )
     for number, loss in enumerate(losses, start=1):
         if not math.isfinite(loss):
-            raise RecipeError(f"loss {number} is {loss}; weights need finite losses")
+            raise RecipeError(
+                f"loss {number} is {loss}; weights need finite losses",
+                remedy="leave that model out",
+            )
     least = min(losses)  # subtracted, so that no exponential overflows
     shares = [math.exp((least - loss) / temperature) for loss in losses]
     total = math.fsum(shares)

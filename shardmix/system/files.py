@@ -120,8 +120,8 @@ def refuse_link_outside(folder: Path, path: Path) -> None:
                 return
             break
     raise SourceError(
-        f"is a link to {target}, outside the model's folder; links are followed in the Hub's "
-        "cache alone",
+        f"is a link to {target}, outside the model's folder; links are followed only in the "
+        "Hub's cache",
         subject=path,
         remedy="put the file itself there, or name the folder that it lies in",
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from shardmix.conventions.module_tree import module_places, read_modules
 from shardmix.conventions.sentence_modules import MODULES_NAME
-from shardmix.errors import RecipeError, SourceError
+from shardmix.errors import RecipeError, ShardmixError, SourceError
 from shardmix.execute import executor
 from shardmix.execute.comparison import ComparedShard, Differences
 from shardmix.execute.prepare import ready
@@ -42,10 +42,14 @@ def places_given(
         elif names.count(key) == 1:
             by_name[names.index(key) + 1] = str(path)
         elif key in names:
-            raise RecipeError(_ambiguous(key, names))
+            raise _ambiguous(RecipeError, key, names)
         else:
             known = ", ".join(f"{number} ({name})" for number, name in enumerate(names, start=1))
-            raise RecipeError(f"--source {key}: is none of this output's sources: {known}")
+            raise RecipeError(
+                f"is none of this output's sources: {known}",
+                subject=f"--source {key}",
+                remedy="name one of these",
+            )
     return by_name | by_number
 
 
@@ -129,18 +133,19 @@ def _place(folder: Path, number: int, source: SourceRecord, names: Sequence[str]
         if os.path.exists(place):  # noqa: PTH110 - False, too, for what can be no path
             return str(place)
     if not is_alone:
-        raise SourceError(f"{folder}: {_ambiguous(source.name, names)}")
+        raise _ambiguous(SourceError, source.name, names).of(folder)
     raise SourceError(
-        f"{source.name}: this source of {folder} cannot be found, since {PROVENANCE_NAME} names no "
-        f"paths; say where it is: --source {source.name}=PATH, or --source {number}=PATH"
+        f"this source of {folder} cannot be found, since {PROVENANCE_NAME} names no paths",
+        subject=source.name,
+        remedy=f"say where it is: --source {source.name}=PATH, or --source {number}=PATH",
     )
 
 
-def _ambiguous(name: str, names: Sequence[str]) -> str:
+def _ambiguous(kind: type[ShardmixError], name: str, names: Sequence[str]) -> ShardmixError:
     numbers = [number for number, other in enumerate(names, start=1) if other == name]
     count = "two" if len(numbers) == 2 else str(len(numbers))
     words = _and([f"--source {number}=PATH" for number in numbers])
-    return f"{count} sources are called {name}; give {words}"
+    return kind(f"{count} sources are called {name}", remedy=f"give {words}")
 
 
 def _and(words: Sequence[str]) -> str:
@@ -164,6 +169,7 @@ def _check_identity(plan: MergePlan, model: int, source: SourceRecord) -> None:
         )
         finding = f"{differing[0]} differs in name, size or header"
     raise SourceError(
-        f"{plan.sources[model]}: is not the {source.name} that was merged ({finding}); say where "
-        f"that is with --source {model + 1}=PATH"
+        f"is not the {source.name} that was merged ({finding})",
+        subject=plan.sources[model],
+        remedy=f"say where that is with --source {model + 1}=PATH",
     )

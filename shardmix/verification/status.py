@@ -102,7 +102,11 @@ def status(output: str | PathLike[str]) -> StatusReport:
             note = f"has no {PROVENANCE_NAME}: it is no merge by shardmix"
         return StatusReport(str(path), exists, complete, note, _unfinished(path))
     except OSError as error:
-        raise OutputError(f"{path}: cannot be read ({error.strerror})") from None
+        raise OutputError(
+            f"cannot be read ({error.strerror})",
+            subject=path,
+            remedy="check its permissions and its disk",
+        ) from None
 
 
 def _complete(path: Path) -> CompleteReport:

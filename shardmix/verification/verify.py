@@ -111,7 +111,9 @@ def verify(
     started = time.perf_counter()
     if not recompute and (sources or max_memory is not None):
         option = "--source" if sources else "--max-memory"
-        raise RecipeError(f"{option} is for recomputing: give --recompute (recompute=True), too")
+        raise RecipeError(
+            f"{option} is for recomputing", remedy="give --recompute (recompute=True), too"
+        )
     folder = Path(output).expanduser()
     provenance, seal = read_provenance(folder)
     check_algorithm(provenance.digests.algorithm, is_choice=False)

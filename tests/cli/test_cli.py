@@ -317,7 +317,7 @@ def test_dry_run_scores_no_examples(decoders, tmp_path):
         (
             ["merge", "{a}=0.5", "{b}", "--weights-from", "{x}", "--model-type", "decoder"],
             2,
-            "name the models alone",
+            "name only the models",
         ),
         (["merge", "{a}=0.5", "{b}=0.5", "--temperature", "1"], 2, "is for --weights-from"),
         (

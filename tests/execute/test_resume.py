@@ -150,7 +150,7 @@ def test_change_meanwhile_ends_the_resume(tmp_path, models):
             return
         os.utime(models[0][0] / "model-00001-of-00002.safetensors", ns=(1, 1))
 
-    with pytest.raises(SourceChangedError, match=r"has changed since.*begin anew with --restart"):
+    with pytest.raises(SourceChangedError, match=r"has changed since.*start over with --restart"):
         shardmix.merge(models, tmp_path / "out", on_progress=touch)
     assert not (tmp_path / "out").exists()
 

@@ -84,7 +84,7 @@ def test_batch_gives_a_query_its_negatives():
         ([{**QUERY, "pos": "x"}], "encoder", "example 1: `pos` must be a list of texts, not 'x'"),
         ([{**QUERY, "pos": []}], "reranker", "example 1: `pos` is empty"),
         ([{"query": "x"}], "encoder", "`pos` must be a list of texts, but is missing"),
-        ([{**QUERY, "neg": [1]}], "encoder", "`neg` must hold texts alone, not 1"),
+        ([{**QUERY, "neg": [1]}], "encoder", "`neg` must hold only texts, not 1"),
         ([QUERY, {**QUERY, "neg": []}], "reranker", "example 2: `neg` gives no negatives"),
         ([{**QUERY, "neg": []}], "encoder", "example 1: `neg` gives no negatives"),
         ([QUERY, QUERY, {**QUERY, "neg": []}], "encoder", "example 3: `neg` gives no negatives"),

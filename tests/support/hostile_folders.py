@@ -22,7 +22,7 @@ from tests.support.hostile_inputs import (
 
 _NO_MAP = "has no weight_map from tensor names to files"
 _OUTSIDE = "lies outside the model's folder"
-_LINKED = "outside the model's folder; links are followed in the Hub's cache alone"
+_LINKED = "outside the model's folder; links are followed only in the Hub's cache"
 _GOOD_MAP = f'"weight_map":{{"w":"{SHARD}"}}'
 
 _INDEXES: list[tuple[str, str | bytes, str]] = [
