@@ -57,13 +57,13 @@ def check_room(
         if needed <= _LITTLE_NBYTES:
             return
         budget = resident_nbytes() + available_nbytes() * 4 // 5
-        whose = "there is to spare here only"
+        limit = f"only {format_mib(budget)} can be had here"
     else:
-        budget, whose = max_memory, "--max-memory is"
+        budget, limit = max_memory, f"--max-memory is {format_mib(max_memory)}"
     least = resident_nbytes() + needed
     if least > budget:
         raise BudgetError(
-            f"{purpose} may take {format_mib(least)} in all but {whose} {format_mib(budget)}; "
+            f"{purpose} may take {format_mib(least)} in all but {limit}; "
             "what comes after it may take more",
             subject=subject,
             remedy="raise the budget, or use a machine with more memory",

@@ -176,7 +176,7 @@ def test_unloadable_page_is_an_error(tmp_path, backend):
             print(json.dumps(str(error)))
     """)
     [message] = results(code, *paths, tmp_path / "out", backend)
-    assert message == f"{paths[0]}: reading failed (Input/output error)"
+    assert message == f"{paths[0]}: reading failed (Input/output error); check its disk"
     assert not (tmp_path / "out").exists()
 
 

@@ -40,9 +40,9 @@ def test_default_budget_is_four_fifths(monkeypatch):
     monkeypatch.setattr(memory, "resident_nbytes", lambda: 100 * MIB)
     monkeypatch.setattr(memory, "available_nbytes", lambda: 1000 * MIB)
     memory.check_room(800 * MIB, max_memory=None, subject="x", purpose="to decode it")
-    with pytest.raises(
-        BudgetError, match="may take 901MiB in all but there is to spare here only 900MiB"
-    ):
+    with pytest.raises(BudgetError, match="may take 901MiB in all but only 900MiB can be had here"):
         memory.check_room(801 * MIB, max_memory=None, subject="x", purpose="to decode it")
     monkeypatch.setattr(memory, "available_nbytes", lambda: 0)
-    memory.check_room(64 * MIB, max_memory=None, purpose="what takes little is not asked about")
+    memory.check_room(
+        64 * MIB, max_memory=None, subject="x", purpose="what takes little is not asked about"
+    )
