@@ -115,7 +115,7 @@ def merge_by_examples(
             **options,
         )
     except ShardmixError as error:
-        anew = f" (scored anew, since {difference})" if difference else ""
+        anew = f" (scored again, since {difference})" if difference else ""
         error.add_hint(
             f"the examples gave the weights {words}{anew}: with these no model has to be scored "
             "again"
@@ -177,10 +177,7 @@ def _known(log: ScoreLog, names: Sequence[str]) -> ScoreReport | None:
         return None
     if len(weights) != len(names):
         return None
-    note = (
-        "the weights are those that an earlier run found from the same examples: no model was "
-        "scored again"
-    )
+    note = "the weights are an earlier call's, from the same examples: no model was scored again"
     return replace(
         report,
         sources=tuple(names),
@@ -211,7 +208,7 @@ def _score(
     scores = score(names, model_type, examples, on_progress=on_score, log=log, **scoring)
     log.put_report(msgspec.json.encode(scores))
     if num_known:
-        note = f"the losses of {num_known} models are those that an earlier run found"
+        note = f"the losses of {num_known} models are an earlier call's"
         scores = replace(scores, warnings=(*scores.warnings, note))
     return scores
 

@@ -50,7 +50,7 @@ def lost_metadata(
     if not lost:
         return []
     more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-    reason = "the output's files are laid out anew" if is_laid_out_anew else "not true of a merge"
+    reason = "the output's files have another layout" if is_laid_out_anew else "not true of a merge"
     return [
         f"{source}: of its files' metadata, {shown(lost[0])}{more} left out ({reason}); the "
         "source's own files still say so"

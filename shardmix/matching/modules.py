@@ -149,7 +149,7 @@ def _weights_of_config_source(
                 MODULES_NAME,
                 f"{module.place}/: has weights in {config_source.name}, and "
                 f"{checkpoints[0].source} has no "
-                "such module, or is a file alone (then name its folder)",
+                "such module, or is only a file (then name its folder)",
                 f"the output takes {config_source.name}'s",
                 is_refused=True,
             )

@@ -36,10 +36,10 @@ class Readers:
         lost = umask_mode & ~self.mode
         if not lost:
             return ()
-        who = "its owner alone" if lost & _GROUP else "its owner and group alone"
+        who = "only its owner" if lost & _GROUP else "only its owner and group"
         return (
             f"{output}: can be read by {who}, as {self.narrowest} can; with --share (share=True) "
-            "by whom the umask lets in",
+            "by all that the umask allows",
         )
 
 

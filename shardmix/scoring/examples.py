@@ -166,9 +166,9 @@ def _query_example(
 
 def _check_comparable(examples: Sequence[QueryExample], settings: ScoreSettings) -> None:
     """Refuse a query without anything to compare: its loss would be 0 for any model."""
-    alone = 1 if settings.model_type == RERANKER else settings.batch_size
-    for start in range(0, len(examples), alone):
-        batch = examples[start : start + alone]
+    num_compared = 1 if settings.model_type == RERANKER else settings.batch_size
+    for start in range(0, len(examples), num_compared):
+        batch = examples[start : start + num_compared]
         if len(batch) == 1 and not batch[0].negatives:
             raise RecipeError(
                 "`neg` gives no negatives, and nothing else is in its batch",

@@ -96,11 +96,11 @@ def test_resume_has_its_own_runs_umask(tmp_path, masks):
 @pytest.mark.parametrize(
     ("mode", "folders", "files", "who"),
     [
-        (0o600, 0o700, 0o600, "its owner alone"),
-        (0o400, 0o700, 0o600, "its owner alone"),
-        (0o640, 0o750, 0o640, "its owner and group alone"),
-        (0o660, 0o750, 0o640, "its owner and group alone"),
-        (0o604, 0o705, 0o604, "its owner alone"),
+        (0o600, 0o700, 0o600, "only its owner"),
+        (0o400, 0o700, 0o600, "only its owner"),
+        (0o640, 0o750, 0o640, "only its owner and group"),
+        (0o660, 0o750, 0o640, "only its owner and group"),
+        (0o604, 0o705, 0o604, "only its owner"),
         (0o444, 0o755, 0o644, None),
     ],
 )
@@ -115,7 +115,7 @@ def test_the_most_private_source_decides(models, tmp_path, number, mode, folders
     elif mode != 0o604:
         assert report.notes == (
             f"{tmp_path / 'out'}: can be read by {who}, as {private} can; with --share "
-            "(share=True) by whom the umask lets in",
+            "(share=True) by all that the umask allows",
         )
     assert report.warnings == ()
 

@@ -100,7 +100,7 @@ def test_a_scoring_that_is_cut_off_goes_on(models, tmp_path, monkeypatch):
     with scored(monkeypatch) as names:
         report = merge(models, tmp_path / "out", max_memory="4GiB")
     assert names == ["m2"]
-    assert any("losses of 2 models are those" in warning for warning in report.warnings)
+    assert any("losses of 2 models are an earlier" in warning for warning in report.warnings)
     whole = merge(models, tmp_path / "whole")
     assert report.scores.losses == whole.scores.losses
     assert report.scores.bytes_read < whole.scores.bytes_read
@@ -137,7 +137,7 @@ def test_other_examples_are_scored_anew(models, tmp_path, monkeypatch, change, f
     """The merge is then another one; what was begun goes on with what it was begun with."""
     cut_off(models, tmp_path / "out")
     with scored(monkeypatch) as names:
-        with pytest.raises(OutputError, match=rf"another merge: weights .*anew, since {finding}\)"):
+        with pytest.raises(OutputError, match=rf"another merge: weights .*again, since {finding}\)"):
             merge(models, tmp_path / "out", **change)
         assert names == ["m0", "m1", "m2"]
         assert merge(models, tmp_path / "out").bytes_kept > 0
@@ -147,7 +147,7 @@ def test_other_examples_are_scored_anew(models, tmp_path, monkeypatch, change, f
 def test_changed_weights_are_scored_anew(models, tmp_path, monkeypatch):
     cut_off(models, tmp_path / "out")
     edit_weights(models[1])
-    finding = r"scored anew, since a model's weight files are not what they were"
+    finding = r"scored again, since a model's weight files are not what they were"
     with scored(monkeypatch) as names, pytest.raises(OutputError, match=finding):
         merge(models, tmp_path / "out")
     assert names == ["m0", "m1", "m2"]
