@@ -137,7 +137,9 @@ def test_other_examples_are_scored_anew(models, tmp_path, monkeypatch, change, f
     """The merge is then another one; what was begun goes on with what it was begun with."""
     cut_off(models, tmp_path / "out")
     with scored(monkeypatch) as names:
-        with pytest.raises(OutputError, match=rf"another merge: weights .*again, since {finding}\)"):
+        with pytest.raises(
+            OutputError, match=rf"another merge: weights .*again, since {finding}\)"
+        ):
             merge(models, tmp_path / "out", **change)
         assert names == ["m0", "m1", "m2"]
         assert merge(models, tmp_path / "out").bytes_kept > 0
