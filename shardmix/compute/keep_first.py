@@ -1,4 +1,5 @@
-"""Integers and booleans are not averaged: the first source's are kept, the others compared."""
+"""Integers and booleans are not averaged: the output has the first source's, and compares
+others."""
 
 from collections.abc import Sequence
 
@@ -29,14 +30,14 @@ class KeepFirst:
         self._disagreeing.clear()
 
     def read(self, descriptors: Sequence[int]) -> None:
-        """Do nothing: reading is for others."""
+        """Do nothing: others read."""
 
     def staging(self, source: int) -> memoryview:
         """Return the buffer to read this source's part of the chunk into."""
         return self._staging[: self._num_elements * element_nbytes(self._segment.dtypes[source])]
 
     def add(self, source: int, raw: memoryview) -> None:
-        """Keep the first source's bytes; compare another source's values with them."""
+        """Copy the first source's bytes; compare another source's values with them."""
         if source == 0:
             self._kept = self._out[: len(raw)]
             self._kept[:] = raw
@@ -48,7 +49,7 @@ class KeepFirst:
         return self._kept
 
     def wait(self) -> None:
-        """Return at once: it is done."""
+        """Return at once: nothing is pending."""
 
     @property
     def disagreeing(self) -> frozenset[int]:

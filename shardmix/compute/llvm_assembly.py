@@ -1,8 +1,8 @@
 """A kernel as a module of LLVM IR, and the reading before it.
 
-What is left of a chunk after whole vectors goes through the same loop one by one. Reading is part
-of it so that the interpreter is asked for once a chunk, not once a source: threads wait for one
-another there.
+The rest of a chunk after whole vectors goes through the same loop one by one. The kernel also
+reads, so that a chunk needs the interpreter once, not once a source: threads wait for one another
+there.
 
 For bfloat16, float16 and float32 on little-endian machines.
 """
@@ -15,7 +15,7 @@ from shardmix.compute.llvm_loops import INFINITY, STORED, loop, loop_of_pairs
 from shardmix.dtypes import element_nbytes
 
 FAILED = 0xFFFFFFFF
-"""What `read_and_merge` answers where it could not read all; no magnitude is as large."""
+"""Result of `read_and_merge` if it could not read all; no magnitude is as large."""
 
 _FAST_VECTORS = """\
   %fast = call i32 @merge_pairs(ptr %sources, ptr %factors, ptr %out, i64 %whole)
@@ -89,7 +89,7 @@ define internal i64 @now(ptr %clock, ptr %time) nounwind {{
 }}
 """
 
-# Less than was asked for, or an error: who called reads once more, and finds out what is wrong.
+# Less than was asked for, or an error: the caller reads once more, and finds the reason.
 _READ = """\
 read{n}:
   %descriptor{n}_at = getelementptr i32, ptr %descriptors, i64 {n}

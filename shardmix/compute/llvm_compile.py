@@ -12,13 +12,13 @@ LEAST_INFINITE = {"BF16": 0x7F7F8000, "F16": 0x477FF000, "F32": 0x7F800000}
 """The least float32, as bits, that rounding makes infinite; all above are infinite, too, or NaN."""
 
 Addresses = ctypes.Array[ctypes.c_void_p]
-"""Where each source's elements are, or are to be read to."""
+"""Address of each source's elements, or of the buffer to read them into."""
 Factors = ctypes.Array[ctypes.c_float]
 """The method's factors, in float32."""
 Descriptors = ctypes.Array[ctypes.c_int32]
 """Each source's open file."""
 Positions = ctypes.Array[ctypes.c_int64]
-"""Where in its file each source's elements are, in bytes."""
+"""Byte offset of each source's elements in its file."""
 
 _C_LIBRARY = ctypes.CDLL(None)
 _PREAD, _CLOCK = (
@@ -42,12 +42,12 @@ _READING_SIGNATURE = ctypes.CFUNCTYPE(
 class Kernel:
     """The machine code of one kind. Releases the GIL.
 
-    Both functions return the result's largest magnitude as a float32's bits, of which a NaN's are
-    the largest.
+    Both functions return the result's largest magnitude as a float32's bits; a NaN's are the
+    largest.
     """
 
     def __init__(self, engine: llvm.ExecutionEngine) -> None:
-        self._engine = engine  # whose the code is
+        self._engine = engine  # owns the code
         self._merge = _MERGING_SIGNATURE(engine.get_function_address("merge"))
         self._read = _READING_SIGNATURE(engine.get_function_address("read_and_merge"))
 
@@ -66,9 +66,9 @@ class Kernel:
         count: int,
         nanoseconds: ctypes.c_int64,
     ) -> int:
-        """Read the sources from files, then merge them; `nanoseconds` becomes what reading took.
+        """Read the sources from files, then merge them; sets `nanoseconds` to the time of reading.
 
-        Returns `FAILED` where one could not be read.
+        Returns `FAILED` if one could not be read.
         """
         largest: int = self._read(
             _PREAD,
@@ -85,7 +85,7 @@ class Kernel:
 
 
 def finding() -> str | None:
-    """Say why kernels cannot be had on this processor, or None if they can."""
+    """Return why kernels do not work on this processor, or None if they do."""
     machine = platform.machine().lower()
     if machine in ("aarch64", "arm64"):
         return None
@@ -97,7 +97,7 @@ def finding() -> str | None:
 
 
 class Kernels:
-    """Compiles kernels, each once; what it compiled lives as long as it does."""
+    """Compiles kernels, each once; they live as long as this object."""
 
     def __init__(self) -> None:
         llvm.initialize_native_target()
@@ -116,6 +116,6 @@ class Kernels:
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=2
         )
-        engine = llvm.create_mcjit_compiler(module, machine)  # to which the machine now belongs
+        engine = llvm.create_mcjit_compiler(module, machine)  # the machine now belongs to it
         engine.finalize_object()
         return Kernel(engine)

@@ -1,4 +1,4 @@
-"""What kernels are compiled for."""
+"""The kinds of kernels."""
 
 from dataclasses import dataclass
 
@@ -8,20 +8,20 @@ from shardmix.plan.merge_plan import Segment
 
 @dataclass(frozen=True, slots=True)
 class KernelKind:
-    """What a kernel is compiled for."""
+    """The properties that a kernel is compiled for."""
 
     method: str
     """Name of the method."""
     num_factors: int
-    """How many factors it takes."""
+    """Number of its factors."""
     dtypes: tuple[str, ...]
     """Safetensors dtype of each source."""
     out_dtype: str
-    """That of the output."""
+    """Safetensors dtype of the output."""
 
     @classmethod
     def of(cls, segment: Segment, out_dtype: str | None = None) -> "KernelKind":
-        """Return the kind for a segment, or for that with another output dtype."""
+        """Return the kind for a segment, or for the segment with another output dtype."""
         declared = merge_method(segment.method).num_factors
         return cls(
             method=segment.method,
@@ -32,5 +32,5 @@ class KernelKind:
 
     @property
     def is_weighted_sum(self) -> bool:
-        """Whether it is Σ factorᵢ · sourceᵢ."""
+        """True if it is Σ factorᵢ · sourceᵢ."""
         return merge_method(self.method).is_weighted_sum

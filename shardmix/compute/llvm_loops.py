@@ -1,7 +1,7 @@
-"""The loops of kernels as LLVM IR: how elements are loaded, widened, rounded and stored.
+"""The loops of kernels as LLVM IR: elements are loaded, widened, merged, rounded and stored.
 
-One pass over all sources, in vectors of elements, which LLVM maps to whatever registers there are.
-What is done between loading and rounding is the method's (`llvm_trace`), save for weighted sums of
+One pass over all sources, in vectors of elements, which LLVM maps to the registers of the machine.
+The code between loading and rounding is the method's (`llvm_trace`), except for weighted sums of
 bfloat16, whose loop is written by hand.
 """
 
@@ -85,8 +85,8 @@ _ROUND = {
 }
 _NAN = {"BF16": "i16 32704", "F16": "half 0xH7E00", "F32": "float 0x7FF8000000000000"}
 
-# Where all is bfloat16: two of them as one 32-bit lane, the first in its lower half. That saves the
-# shuffles and half of the shifts. A NaN comes out as anything; the answer tells that there is one.
+# If all is bfloat16: two elements as one 32-bit lane, the first in its lower half. That saves
+# the shuffles and half of the shifts. A NaN becomes anything; the answer shows that there is one.
 _LOOP_OF_PAIRS = """
 define internal i32 @merge_pairs(ptr %sources, ptr %factors, ptr %out, i64 %count) \
 nounwind {{
@@ -146,7 +146,7 @@ def _splat(bits: int, width: int) -> str:
 
 
 def loop_of_pairs(num_sources: int) -> str:
-    """Return the IR of the loop for bfloat16 alone."""
+    """Return the IR of the loop for only bfloat16."""
     lanes = VECTOR // 2
     words = {
         "lanes": lanes,
@@ -175,7 +175,7 @@ def loop_of_pairs(num_sources: int) -> str:
 
 
 def loop(kind: KernelKind, width: int) -> str:
-    """Return the IR of the loop that takes `width` elements at once; at least that many."""
+    """Return the IR of the loop over `width` elements at once; needs at least that many."""
     words = {
         "width": width,
         "sixteen": _splat(16, width),

@@ -1,7 +1,7 @@
-"""A method's `combine`, written down as LLVM IR on vectors of float32.
+"""A method's `combine` as LLVM IR on vectors of float32.
 
-Runs the method once, with names of IR values in the place of arrays, and keeps the instructions.
-Nothing allows LLVM to contract operations, so each of them is rounded by itself
+Runs the method once, with names of IR values instead of arrays, and records the instructions. No
+flag allows LLVM to contract operations, so each one is rounded separately
 (https://llvm.org/docs/LangRef.html#fast-math-flags).
 """
 

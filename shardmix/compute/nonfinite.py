@@ -1,7 +1,7 @@
-"""NaNs and infinities of a chunk, counted where a backend has found that there are some.
+"""NaNs and infinities of a chunk, counted once a backend has found that there are some.
 
-In numpy and on bit patterns, for every backend and dtype alike; in pieces, since a chunk's memory
-is spoken for. Knows arrays, not how they were summed.
+In numpy and on bit patterns, alike for every backend and dtype; in pieces, since the chunk's own
+buffers take all planned memory. Knows arrays, not how they were merged.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from shardmix.anomalies import NonfiniteCounts
 from shardmix.dtypes import BY_NAME
 
-_PIECE = 1 << 15  # elements; their temporaries stay below 1 MiB, also where they are float64
+_PIECE = 1 << 15  # elements; their temporaries stay below 1 MiB, even in float64
 
 
 def count_nonfinite(
@@ -24,11 +24,11 @@ def count_nonfinite(
 ) -> NonfiniteCounts:
     """Count among the elements from `start` to `stop` of a chunk.
 
-    `out` has the whole chunk's bytes; `sums` gives a part of what was rounded to them, and is
-    asked only where there are infinities.
+    `out` has the whole chunk's bytes. `sums` returns a range of the unrounded values, and is called
+    only if there are infinities.
     """
     dtype = BY_NAME[out_dtype]
-    # Without the sign, which is shifted out. All that lies above is a NaN.
+    # Without the sign, which is shifted out. All larger values are NaN.
     infinity = np.dtype(dtype.numpy_name).type((dtype.infinity or 0) << 1)
     elements = np.frombuffer(out, dtype=infinity.dtype)
     num_nan = num_inf = num_overflowed = 0

@@ -7,12 +7,12 @@ from shardmix.plan.memory_budget import BUFFERS_PER_WORKER
 from shardmix.plan.merge_plan import Segment
 from shardmix.system.buffers import PAGE_NBYTES, buffer_of_pages, offset_in_page
 
-# For its position within a page, each part of a buffer takes up to so many bytes more.
+# Alignment within a page costs each part of a buffer up to this many more bytes.
 _ALIGNING_NBYTES = 2 * PAGE_NBYTES
 
 
 class StagedChunk:
-    """One buffer, divided anew for each kind of chunk; parts lie in pages as their files do."""
+    """One buffer, divided for each kind of chunk; parts have the alignment of their files."""
 
     def __init__(
         self, *, chunk_nbytes: int, num_buffers: int = BUFFERS_PER_WORKER, most_sources: int
@@ -22,15 +22,15 @@ class StagedChunk:
         self._buffer = buffer_of_pages(nbytes)
         self._kind: tuple[Segment | None, int, int] = None, 0, 0
         self.sources: Sequence[memoryview] = ()
-        """Where each source's bytes are read to."""
+        """Buffers that the sources' bytes are read into."""
         self.out = self.unrounded = memoryview(b"")
         """The output's bytes, and those of the result in the dtype that it is computed in."""
 
     def divide(
         self, segment: Segment, start: int, num_elements: int, *, unrounded_nbytes: int
     ) -> bool:
-        """Make room for a chunk; return whether its parts lie otherwise than the last one's."""
-        # In elements of any size: all positions are then alike, too.
+        """Divide the buffer for a chunk; return True if the parts differ from the last chunk's."""
+        # For elements of any size: equal offsets mean equal alignment of all parts.
         kind = segment, start % PAGE_NBYTES, num_elements
         if self._kind[0] is segment and self._kind[1:] == kind[1:]:
             return False

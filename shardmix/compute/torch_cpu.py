@@ -1,4 +1,4 @@
-"""The torch backend: weighted sums of every float dtype, on the CPU, one GPU or several."""
+"""The torch backend: every method and float dtype, on the CPU, one GPU or several."""
 
 import itertools
 import math
@@ -34,12 +34,12 @@ from shardmix.system.buffers import PAGE_NBYTES, buffer_of_pages, offset_in_page
 
 
 class TorchBackend:
-    """Makes reducers for cpu, cuda (all GPUs there are) or cuda:N."""
+    """Makes workers' objects for cpu, cuda (all GPUs) or cuda:N."""
 
     def __init__(
         self, device: str, segments: Iterable[Segment] = (), *, num_visible: int | None = None
     ) -> None:
-        """`segments` are to be merged; `num_visible` GPUs, or None: as many as torch finds."""
+        """Prepare for these segments, with `num_visible` GPUs (None: as many as torch finds)."""
         self._device = device
         self._kinds = {
             (segment.method, len(segment.factors), segment.dtypes, segment.out_dtype): segment
@@ -63,14 +63,15 @@ class TorchBackend:
         return tuple(torch.device("cuda", number) for number in indices)
 
     def next_device(self) -> torch.device:
-        """Return the GPU for the next worker: they are dealt out in turn."""
-        # A worker stays with its file, so GPUs share the files; `next` is one step for all threads.
+        """Return the GPU for the next worker, in turn."""
+        # A worker stays with its file, so GPUs share the files; `next` is one step for all
+        # threads.
         return self.devices[next(self._turns) % len(self.devices)]
 
     def make_reducers(
         self, *, chunk_nbytes: int
     ) -> "tuple[CpuSum | CpuMethod | CudaSum | CudaMethod, ...]":
-        """Return one worker's reducers, with all their buffers: on a GPU, two."""
+        """Return one worker's objects, with all their buffers: on a GPU, two."""
         # Workers are the parallelism; torch's own threads would only get in their way.
         torch.set_num_threads(1)
         if self._device == "cpu":
@@ -78,7 +79,7 @@ class TorchBackend:
                 return (CpuSum(chunk_nbytes=chunk_nbytes),)
             return (CpuMethod(chunk_nbytes=chunk_nbytes, most_sources=self._most_sources),)
         device = self.next_device()
-        torch.cuda.set_device(device)  # of this thread, also for pinned memory
+        torch.cuda.set_device(device)  # for this thread, also for pinned memory
         return self._on_gpu(device, chunk_nbytes=chunk_nbytes)
 
     def _on_gpu(
@@ -89,7 +90,7 @@ class TorchBackend:
         return cuda_methods(device, chunk_nbytes=chunk_nbytes)
 
     def finding(self) -> str | None:
-        """Say why the device cannot be used here, or None if it can."""
+        """Return why the device cannot be used here, or None if it can."""
         if self._device == "cpu":
             return None
         if not torch.cuda.is_available() or not self.devices:
@@ -97,14 +98,14 @@ class TorchBackend:
         if self.devices[-1].index >= self._num_visible:
             return f"device {self._device}: there are only {self._num_visible} CUDA devices"
         try:
-            # Make contexts and load kernels now, so that what they take of the host's memory is
+            # Make contexts and load kernels now, so that their share of the host's memory is
             # measured.
             torch.cuda.init()  # type: ignore[no-untyped-call]
             for device in self.devices:
                 with torch.cuda.device(device):
                     self._use_once(device)
             _give_back_caches()
-        # torch's, whatever is wrong: no memory left, in other hands, ...
+        # torch's, for whatever reason: no memory left, used by others, ...
         except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
             return f"device {self._device} cannot be used ({one_line(error)})"
         return None
@@ -126,9 +127,9 @@ class TorchBackend:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Leave torch's settings and caches as they were once the merge has ended.
+        """Run a merge, and restore torch's settings and caches afterwards.
 
-        Raises `DeviceError` in the place of what torch raises where a GPU fails.
+        Raises `DeviceError` instead of torch's error if a GPU fails.
         """
         num_threads = torch.get_num_threads()
         for device in self.devices:
@@ -146,22 +147,22 @@ class TorchBackend:
         finally:
             torch.set_num_threads(num_threads)
             if self.devices:
-                with suppress(RuntimeError):  # of a GPU that has failed, as it says again
+                with suppress(RuntimeError):  # a failed GPU raises again
                     _give_back_caches()
 
     def peak_vram_nbytes(self) -> int:
-        """Return what torch has reserved of a GPU's memory at most; 0 on the CPU."""
+        """Return the most memory that torch has reserved on a GPU; 0 on the CPU."""
         peaks = (int(torch.cuda.max_memory_reserved(device)) for device in self.devices)
         return max(peaks, default=0)
 
 
 def _give_back_caches() -> None:
-    """Give back what torch keeps for later, of GPUs' memory and of the host's that is pinned.
+    """Give back torch's caches of GPU memory, and of pinned host memory.
 
-    Else it would count against the next merge's budget.
+    Otherwise they would count against the next merge's budget.
     """
     torch.cuda.empty_cache()
-    # Public since torch 2.12; from 2.5 on there is the second.
+    # Public since torch 2.12; from 2.5 on there is the private one.
     public = getattr(getattr(torch, "accelerator", None), "empty_host_cache", None)
     give_back = public or getattr(torch._C, "_host_emptyCache", None)
     if give_back is not None:
@@ -185,7 +186,7 @@ class CpuSum(ChunkSum):
         return self._staging[begin : begin + self._num_elements * width]
 
     def add(self, source: int, raw: memoryview) -> None:
-        """Take in a source's bytes, in source order; `raw` may be reused afterwards."""
+        """Add a source's bytes, in source order; `raw` may be reused afterwards."""
         values = torch.frombuffer(raw, dtype=TORCH_DTYPES[self._segment.dtypes[source]])
         accumulate(
             self._accumulator,
@@ -202,15 +203,15 @@ class CpuSum(ChunkSum):
         self._finished = self._out_pages[begin : begin + self._num_elements * width]
         out = torch.frombuffer(self._finished, dtype=TORCH_DTYPES[self._segment.out_dtype])
         round_into(out, self._accumulator, self._values)
-        # A sum is not finite if any value isn't: one cheap pass finds the rare case. It may have
-        # overflowed by itself; the extremes can't, but take twice as long.
+        # A sum is not finite if any value isn't: one cheap pass finds the rare case. The sum may
+        # also overflow by itself; the extremes cannot, but take twice as long.
         self.is_finite = math.isfinite(out.sum().item()) or are_finite(torch.aminmax(out))
         if not self.is_finite:
             canonicalise_nans(out)
         return self._finished
 
     def wait(self) -> None:
-        """Return at once: `finish` has done it all."""
+        """Return at once: `finish` leaves nothing pending."""
 
 
 class CpuMethod:
@@ -220,7 +221,7 @@ class CpuMethod:
     is_finite = True
 
     def __init__(self, *, chunk_nbytes: int, most_sources: int) -> None:
-        # The scratch is one of the buffers that a worker has.
+        # The scratch is one of a worker's buffers.
         self._staged = StagedChunk(
             chunk_nbytes=chunk_nbytes, num_buffers=BUFFERS_PER_WORKER - 1, most_sources=most_sources
         )
@@ -245,14 +246,14 @@ class CpuMethod:
             self._segment, self._dtype = segment, dtype
 
     def read(self, descriptors: Sequence[int]) -> None:
-        """Do nothing: reading is for others."""
+        """Do nothing: others read."""
 
     def staging(self, source: int) -> memoryview:
         """Return the buffer to read this source's part of the chunk into."""
         return self._staged.sources[source]
 
     def add(self, source: int, raw: memoryview) -> None:
-        """Take a source's bytes; they must stay as they are until `finish`."""
+        """Add a source's bytes; they must stay unchanged until `finish`."""
         self._values[source] = torch.frombuffer(raw, dtype=self._dtypes[source])
 
     def finish(self) -> memoryview:
@@ -261,18 +262,19 @@ class CpuMethod:
         self._ops.combine(self._values, self._factors, out)
         self.is_finite = math.isfinite(out.sum().item()) or are_finite(torch.aminmax(out))
         if not self.is_finite:
-            # Also unrounded, and now, while the sources are there: to tell what rounding did.
+            # Also unrounded, and now, while the sources are there: to see the effect of
+            # rounding.
             unrounded = torch.frombuffer(self._staged.unrounded, dtype=self._dtype)
             self._ops.combine(self._values, self._factors, unrounded)
             canonicalise_nans(out)
-        self._values = [torch.empty(0)] * len(self._values)  # mapped ones may go now
+        self._values = [torch.empty(0)] * len(self._values)  # mapped ones may be unmapped now
         return self._staged.out
 
     def wait(self) -> None:
-        """Return at once: `finish` has done it all."""
+        """Return at once: `finish` leaves nothing pending."""
 
     def count_nonfinite(self, start: int, stop: int) -> NonfiniteCounts:
-        """Count in a range of elements of the chunk last finished."""
+        """Count in a range of elements of the last finished chunk."""
         unrounded = torch.frombuffer(self._staged.unrounded, dtype=self._dtype).numpy()
         out_dtype = self._segment.out_dtype
         return count_nonfinite(self._staged.out, out_dtype, unrounded.__getitem__, start, stop)

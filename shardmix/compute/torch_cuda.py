@@ -1,7 +1,17 @@
-"""The weighted sum on a GPU: two chunks in flight, copies in, kernels and copies out side by side.
+"""Merging on a GPU: two chunks in flight; copies in, kernels and copies out overlap.
 
-A worker has a stream for each of the three, and events that keep their order: so they overlap
-across sources and chunks, while the worker reads on. Knows one worker and one GPU.
+A GPU saves the arithmetic and nothing else: sources are read, and the output is written and hashed,
+by the same workers. So it matters that nobody waits. A worker queues one chunk, reads the next, and
+only then waits for the first and writes it, in order. Copies in, kernels and copies out have a
+stream each, and events between them keep their order. Tests run this without a GPU:
+`tests/support/simulated_cuda.py` queues torch's operations and runs them as late and in as many
+orders as CUDA allows, so that a missing event changes the bytes.
+
+Pinned memory is four chunk-sized buffers a worker, as on the CPU: two that sources are read into in
+turn, and an output for each chunk. GPU memory is seven: two input buffers, one scratch for widened
+values (kernels run in order, so one suffices), two accumulators, two outputs; and 2 MiB for
+operations. `--max-vram` covers what torch reserves on each GPU; the process's context, some
+hundreds of MB, is the driver's and not in it. Knows one worker and one GPU.
 """
 
 from collections.abc import Sequence
@@ -39,26 +49,26 @@ _WIDEST_ALIGNMENT = 8  # of parts of one
 def cuda_sums(
     device: torch.device, *, chunk_nbytes: int, cuda: Any = torch.cuda
 ) -> "tuple[CudaSum, ...]":
-    """Return one worker's reducers, one for each chunk in flight, with all their buffers.
+    """Return one worker's objects for sums, one for each chunk in flight, with all their buffers.
 
-    `cuda` has Stream, Event and stream, as `torch.cuda`. To be called by the worker.
+    `cuda` has Stream, Event and stream, as `torch.cuda`. The worker itself must call it.
     """
     nbytes = -(-max(chunk_nbytes, WIDEST_NBYTES) // _ALIGNMENT) * _ALIGNMENT
     is_pinned = device.type == "cuda"
-    # One by one: the allocator rounds each up to a power of two, which chunks are.
+    # Separately: the allocator rounds each up to a power of two, and chunks are powers of two.
     *arriving, out_0, out_1 = (
         torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=is_pinned)
         for _ in range(BUFFERS_PER_WORKER)
     )
     kernels = cuda.Stream(device=device)
     with cuda.stream(kernels):
-        # One allocation, cut by hand: the allocator's rounding then costs once.
+        # One allocation, divided here: the allocator's rounding then costs only once.
         arena = torch.empty(VRAM_BUFFERS_PER_WORKER * nbytes, dtype=torch.uint8, device=device)
     *arrived, wide, sum_0, sum_1, gpu_out_0, gpu_out_1 = arena.view(VRAM_BUFFERS_PER_WORKER, -1)
     arrivals = _Arrivals(arriving, arrived, kernels, cuda.Stream(device=device), cuda)
     departures = cuda.Stream(device=device)
     if arena.is_cuda:
-        # Where a merge is stopped, copies may still be at it when it is given back.
+        # If a merge is stopped, copies may still use the buffer when it is given back.
         for stream in (arrivals.stream, departures):
             arena.record_stream(stream)
     return tuple(
@@ -68,7 +78,7 @@ def cuda_sums(
 
 
 class _Arrivals:
-    """Sources on their way to a GPU: into pinned buffers by turns, and on into buffers there.
+    """Sources on their way to a GPU: into pinned buffers in turn, and on into GPU buffers.
 
     All chunks in flight share them, since a worker reads one source at a time.
     """
@@ -87,7 +97,8 @@ class _Arrivals:
         self._pinned = pinned
         self._pinned_bytes = [buffer.numpy() for buffer in pinned]
         self._arrived = arrived
-        # The host waits for the one, asleep rather than spinning; kernels' ends hold up copies.
+        # The host waits for the former, asleep rather than spinning; the latter make copies wait
+        # for kernels.
         self._has_left = [cuda.Event(blocking=True) for _ in pinned]
         self._is_used = [cuda.Event() for _ in pinned]
         self._turn = 0
@@ -104,15 +115,15 @@ class _Arrivals:
         num_elements: int,
         into: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Queue the copy of what `staging` was for; return the values on the GPU.
+        """Queue the copy of the buffer from `staging`; return the values on the GPU.
 
-        They are there for kernels that are queued from here, until `used` if they are in a buffer
-        of the arrivals; `into` is another, which is free. `raw` is free again.
+        Kernels queued from here on find them there, until `used` if they are in a buffer of the
+        arrivals. `into` is another, free buffer. `raw` may be reused at once.
         """
         turn = self._turn
         staged, given = self._pinned_bytes[turn][: len(raw)], np.frombuffer(raw, np.uint8)
         if given.ctypes.data != staged.ctypes.data:
-            # Mapped: the page may be given back before the copy has run. Frees the interpreter.
+            # Mapped: the page may be unmapped before the copy has run. Releases the GIL.
             np.copyto(staged, given)
         values = self._arrived_values(dtype, num_elements) if into is None else into
         with self._cuda.stream(self.stream):
@@ -127,7 +138,7 @@ class _Arrivals:
         return typed(self._arrived[self._turn], dtype, num_elements)
 
     def used(self) -> None:
-        """Say that all that uses the values last sent has been queued."""
+        """Mark the values last sent as used: all kernels that need them are queued."""
         self._is_used[self._turn].record(self._kernels)
         self._turn = (self._turn + 1) % _NUM_ARRIVALS
 
@@ -135,8 +146,8 @@ class _Arrivals:
 class CudaSum(ChunkSum):
     """One of a worker's chunks in flight.
 
-    Kernels of all its chunks run in order on one stream and so can share `wide`. Whoever begins a
-    chunk has waited for this reducer's last one: its sum and its output are free.
+    Kernels of all its chunks run in order on one stream and so can share `wide`. Before `begin` the
+    worker has waited for this object's last chunk: its sum and its output are free.
     """
 
     def __init__(
@@ -182,7 +193,7 @@ class CudaSum(ChunkSum):
             self._arrivals.used()
 
     def finish(self) -> memoryview:
-        """Queue the rest; return where the output bytes will be once `wait` has returned."""
+        """Queue the rest; return the buffer of the output bytes, valid once `wait` has returned."""
         dtype = TORCH_DTYPES[self._segment.out_dtype]
         out = typed(self._out, dtype, self._num_elements)
         extremes = typed(self._extremes, dtype, 2)
@@ -209,10 +220,10 @@ class CudaSum(ChunkSum):
 def cuda_methods(
     device: torch.device, *, chunk_nbytes: int, cuda: Any = torch.cuda
 ) -> "tuple[CudaMethod, ...]":
-    """Return one worker's reducers for any method, one for each chunk in flight.
+    """Return one worker's objects for any method, one for each chunk in flight.
 
-    In as much memory as `cuda_sums`: three buffers hold a chunk's sources and its output, and one
-    is scratch, in which kernels work in order.
+    They take as much memory as `cuda_sums`: three buffers hold a chunk's sources and its output,
+    and one is scratch, in which kernels work in order.
     """
     nbytes = -(-max(chunk_nbytes, WIDEST_NBYTES) // _ALIGNMENT) * _ALIGNMENT
     is_pinned = device.type == "cuda"
@@ -237,7 +248,7 @@ def cuda_methods(
 
 
 class CudaMethod:
-    """One of a worker's chunks in flight, of any method: kernels begin once all sources are there.
+    """One of a worker's chunks in flight, of any method: kernels start once all sources are there.
 
     Kernels of all its chunks run in order on one stream and so can share `scratch`.
     """
@@ -291,7 +302,7 @@ class CudaMethod:
         self._out = self._values.pop()
 
     def read(self, descriptors: Sequence[int]) -> None:
-        """Do nothing: reading is for others."""
+        """Do nothing: others read."""
 
     def staging(self, source: int) -> memoryview:
         """Return the buffer to read this source's part into, once its last copy has left."""
@@ -304,7 +315,7 @@ class CudaMethod:
         self._arrivals.used()
 
     def finish(self) -> memoryview:
-        """Queue the rest; return where the output bytes will be once `wait` has returned."""
+        """Queue the rest; return the buffer of the output bytes, valid once `wait` has returned."""
         dtype, num_elements = self._out.dtype, self._out.numel()
         extremes = typed(self._extremes, dtype, 2)
         with self._cuda.stream(self._kernels):
@@ -326,13 +337,13 @@ class CudaMethod:
         self.is_finite = are_finite(typed(self._pinned_extremes, self._out.dtype, 2))
 
     def count_nonfinite(self, start: int, stop: int) -> NonfiniteCounts:
-        """Count in a range of elements of the chunk last finished."""
+        """Count in a range of elements of the last finished chunk."""
         return count_nonfinite(
             self._finished, self._segment.out_dtype, self._unrounded, start, stop
         )
 
     def _unrounded(self, piece: slice) -> npt.NDArray[np.floating]:
-        """Compute a piece again: its sources stay where they are until the next `begin`."""
+        """Compute a piece again: its sources stay in place until the next `begin`."""
         parts = []
         with self._cuda.stream(self._kernels):
             for start in range(piece.start, piece.stop, self._ops.length):

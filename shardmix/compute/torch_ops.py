@@ -1,6 +1,6 @@
-"""The arithmetic on torch's tensors, wherever they lie: weighted sums, methods, rounding.
+"""The arithmetic on torch's tensors, on any device: weighted sums, methods, rounding.
 
-Multiply, then add, as two operations: then CPU and GPU give the same bits. torch's `add(alpha=)`
+Multiply, then add, as two operations: so CPU and GPU give the same bits. torch's `add(alpha=)`
 fuses them on some machines. Allocates next to nothing.
 """
 
@@ -23,11 +23,11 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, torch_name(name)) for name in FLOAT_DTYPES
 }
 WIDEST_NBYTES = 8
-"""Of an element."""
+"""Bytes of the widest element."""
 
 
 class ChunkSum:
-    """A chunk's accumulator and a buffer for widened values; what reducers in torch share."""
+    """A chunk's accumulator and a buffer for widened values, shared by all classes for sums."""
 
     disagreeing: frozenset[int] = frozenset()
     is_finite = True
@@ -45,14 +45,14 @@ class ChunkSum:
         self._values = typed(self._wide, dtype, num_elements)
 
     def read(self, descriptors: Sequence[int]) -> None:
-        """Do nothing: reading is for others."""
+        """Do nothing: others read."""
 
     def count_nonfinite(self, start: int, stop: int) -> NonfiniteCounts:
-        """Count in a range of elements of the chunk last finished."""
+        """Count in a range of elements of the last finished chunk."""
         return count_nonfinite(self._finished, self._segment.out_dtype, self._sums, start, stop)
 
     def _sums(self, piece: slice) -> npt.NDArray[np.floating]:
-        return self._accumulator[piece].cpu().numpy()  # no copy where it lies on the CPU
+        return self._accumulator[piece].cpu().numpy()  # no copy if it is on the CPU
 
 
 def accumulate(
@@ -89,7 +89,7 @@ def round_into(out: torch.Tensor, accumulator: torch.Tensor, scratch: torch.Tens
 
 
 def _round_to_odd(values: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-    """Return float64 values in float32, towards zero, the last bit set where that was inexact."""
+    """Return float64 values in float32, towards zero, with the last bit set if inexact."""
     rounded = typed(scratch.view(torch.uint8), torch.float32, values.numel())
     rounded.copy_(values)
     bits = rounded.view(torch.int32)
@@ -98,7 +98,7 @@ def _round_to_odd(values: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     for start in range(0, values.numel(), step):
         piece = slice(start, start + step)
         wide, back = values[piece], rounded[piece].double()
-        inexact = back != wide  # also a NaN, which with its last bit set is still one
+        inexact = back != wide  # also a NaN, which is still one with its last bit set
         too_large = back.abs() > wide.abs()
         bits[piece] -= (inexact & too_large).int()
         bits[piece] |= inexact.int()
@@ -107,25 +107,26 @@ def _round_to_odd(values: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
 
 _PIECE = 4096
 _CUDA_PIECE = 1 << 15
-"""On a GPU the fifteen calls of a piece cost more than its elements. Under 1 MiB of temporaries."""
+"""A GPU's piece: its fifteen calls cost more than its elements. Temporaries below 1 MiB."""
 
 
 def canonicalise_nans(out: torch.Tensor) -> None:
     """Give every NaN one bit pattern (quiet, positive), whatever operation made it.
 
-    Which pattern an operation gives depends on the processor, and on whether an element fell into
-    a vector or into the rest of a chunk.
+    An operation's pattern depends on the processor, and on whether an element fell into a vector or
+    into the rest of a chunk. torch's vector and scalar conversions to bfloat16 differ, for example
+    (0xFFFF and 0x7FC0).
     """
     out.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf)
 
 
 def are_finite(extremes: Iterable[torch.Tensor]) -> bool:
-    """Say whether values with these extremes are all finite: both are NaN if any value is."""
+    """Return True if values with these extremes are all finite: both are NaN if any value is."""
     return all(math.isfinite(extreme.item()) for extreme in extremes)
 
 
 def sum_dtype(segment: Segment) -> torch.dtype:
-    """Return the dtype that a segment is summed in: float64 where a source has it."""
+    """Return the dtype that a segment is summed in: float64 if a source has it."""
     return torch.float64 if "F64" in segment.dtypes else torch.float32
 
 
@@ -135,10 +136,10 @@ def typed(buffer: torch.Tensor, dtype: torch.dtype, num_elements: int) -> torch.
 
 
 class PieceOps:
-    """A method's operations on pieces of a chunk, into buffers that are there already.
+    """A method's operations on pieces of a chunk, into existing buffers.
 
-    Pieces are small, so that what a method makes on the way stays in the caches, takes no memory
-    that was not counted, and is the same for chunks of any length: elements don't know of others.
+    Pieces are small, so that a method's intermediate results stay in the caches, take no memory
+    that was not counted, and are the same for chunks of any length.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class PieceOps:
         num_values: int,
         num_factors: int,
     ) -> None:
-        """`scratch` holds bytes. Elements are computed in `dtype`."""
+        """Divide `scratch`, which holds bytes. Elements are computed in `dtype`."""
         self._method = merge_method(method)
         counted = CountingOps()
         self._method.combine(counted, [counted] * num_values, [counted] * num_factors)
@@ -184,7 +185,7 @@ class PieceOps:
         for value in values:
             widened.append(self._free())
             widened[-1].copy_(value)
-        # As a second argument, torch takes a number for a tensor.
+        # As a second argument, torch accepts a number instead of a tensor.
         return self._method.combine(self, widened, cast(Sequence[torch.Tensor], factors))
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -214,7 +215,7 @@ class PieceOps:
         return torch.lt(a, b, out=mask)
 
     def select(self, mask: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return a where the mask is true, else b."""
+        """Return a's element if the mask is true, else b's."""
         return torch.where(mask, a, b, out=self._free())
 
     def _free(self) -> torch.Tensor:

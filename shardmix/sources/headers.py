@@ -1,6 +1,6 @@
 """Reads the headers of weight files, and decodes each of them once.
 
-Fine-tunes of one model mostly have the same headers as it, byte for byte.
+Fine-tunes of one model mostly have its header, byte for byte.
 """
 
 import hashlib
@@ -15,19 +15,19 @@ from shardmix.formats.safetensors_layout import HEADER_LENGTH_NBYTES, header_nby
 from shardmix.system.files import open_regular
 from shardmix.system.memory import check_room
 
-# What decoding takes for each byte of a header: 3 to 5 measured, and 11 where each tensor has the
+# Memory of decoding for each byte of a header: 3 to 5 measured, and 11 if each tensor has the
 # shortest of names and a shape of its own.
 _MEMORY_PER_HEADER_BYTE = 12
 SHORT_HEADER_NBYTES = 1_000_000
-"""Up to here, some ten thousand tensors, no check of memory comes before the planner's.
+"""Up to this size, some ten thousand tensors, the planner's check of memory is the only one.
 
-That one names the least that works. And safetensors' parser, which takes 13 bytes for each of the
-header's, judges a file as well; our rules for the rest are the same.
+That check names the least that works. Up to this size safetensors' parser, which takes 13 bytes for
+each of the header's, judges a file as well; our rules are the same.
 """
 
 
 class Headers:
-    """Headers that were read, by what they say: one that is known is not decoded again."""
+    """Headers that were read, by their digest: a known one is not decoded again."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, int], HeaderTable] = {}
@@ -35,11 +35,11 @@ class Headers:
     def read(
         self, path: Path, file_nbytes: int, *, num_before: int, max_memory: int | None
     ) -> tuple[HeaderTable, int, str]:
-        """Return a file's tensors, where in the file its data starts, and its header's SHA-256.
+        """Return a file's tensors, the offset of its data, and its header's SHA-256.
 
         `num_before` counts the header bytes of the checkpoint's files before this one. Raises
-        `SourceError` where it is no safetensors file, `BudgetError` where to decode it might take
-        the process beyond `max_memory` (bytes).
+        `SourceError` if it is no safetensors file, `BudgetError` if decoding it might take the
+        process beyond `max_memory` (bytes).
         """
         try:
             with open_regular(path) as file:
@@ -77,10 +77,10 @@ class Headers:
 
 
 def _let_safetensors_judge(path: Path, header: bytes, file_nbytes: int) -> None:
-    """Have safetensors' own parser look at a header; raise `SafetensorError` where it objects.
+    """Pass a header to safetensors' own parser; raise `SafetensorError` if it objects.
 
-    safetensors maps what it opens, and a file that shrinks in that moment would kill the process.
-    So, where the system can, it is given a file in memory: that header, and a hole for the data.
+    safetensors maps a file that it opens, and a file that shrinks in that moment would kill the
+    process. So, if the system can, it gets a file in memory: that header, and a hole for the data.
     """
     if not hasattr(os, "memfd_create"):
         with safe_open(path, framework="np"):

@@ -1,7 +1,8 @@
-"""Hub ids to local folders: what a merge needs of a repository, and no more.
+"""Hub ids to local folders: only the files of a repository that a merge needs.
 
-Downloads weights in safetensors, and what goes along with them. Tokens, mirrors and offline mode
-are huggingface_hub's own (`HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`). Knows nothing of tensors.
+Downloads weights in safetensors, and the files that go along with them. Tokens, mirrors and offline
+mode are huggingface_hub's own (`HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`). Knows nothing of
+tensors.
 """
 
 import glob
@@ -33,12 +34,12 @@ from shardmix.redaction import HIDDEN, logs_redacted, without_user
 from shardmix.system.files import read_regular
 
 SHOW_DOWNLOADS = ContextVar("SHOW_DOWNLOADS", default=False)
-"""Whether downloads show progress bars on standard error; a library keeps still."""
+"""True if downloads show progress bars on standard error; a library prints nothing."""
 
 _LOGGER = logging.getLogger(__name__)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MOST_COMMIT_NBYTES = 100
-# Without any of these, what a repository holds besides weights is nothing that a merge knows.
+# Without any of these, a repository's files besides weights mean nothing to a merge.
 _MODEL_MARKS = ("config.json", MODULES_NAME, *MARKS.values())
 _MODULE_WEIGHTS = (".safetensors", ".safetensors.index.json")
 _WEIGHTS = tuple(name(stem) for stem in STEMS for name in (weights_name, index_name))
@@ -47,28 +48,28 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^@\s]+)?")
 
 @dataclass(frozen=True, slots=True)
 class LocalSource:
-    """A source as it lies on this machine."""
+    """A source on this machine."""
 
     path: Path
     """A model folder, or one `.safetensors` file."""
     hub_id: str | None = None
-    """`org/name`, where it came from the Hub."""
+    """`org/name`, if it came from the Hub."""
     commit: str | None = None
-    """The commit that its files are of, where it came from the Hub."""
+    """Commit of its files, if it came from the Hub."""
     left_out: tuple[LeftOut, ...] = ()
     """Files of its repository that were not fetched."""
 
 
 def locate(source: str, *, with_weights: bool = True) -> LocalSource:
-    """Return where a source lies, downloading it first if it is a Hub id.
+    """Return the local copy of a source, downloading it first if it is a Hub id.
 
-    What exists on disk is local; `org/name` or `org/name@revision` is a Hub id. Without weights
-    only what goes along with them is fetched. Raises `SourceError`.
+    Anything that exists on disk is local; `org/name` or `org/name@revision` is a Hub id. Without
+    weights only the files that go along with them are fetched. Raises `SourceError`.
     """
     try:
         path = Path(source).expanduser()
         is_local = path.exists()
-    except (OSError, RuntimeError) as error:  # no such user's home, or a name that no disk takes
+    except (OSError, RuntimeError) as error:  # no such user's home, or a name that no disk allows
         raise SourceError(
             f"cannot be a path ({one_line(error)})", subject=source, remedy="check it"
         ) from None
@@ -89,7 +90,7 @@ def locate(source: str, *, with_weights: bool = True) -> LocalSource:
     repo_id, _, revision = source.partition("@")
     with logs_redacted():
         folder, left_out = _download(repo_id, revision or None, with_weights=with_weights)
-    # The cache keeps each commit's files in a folder of that name.
+    # The cache stores each commit's files in a folder of that name.
     return LocalSource(folder, hub_id=repo_id, commit=folder.name, left_out=left_out)
 
 
@@ -111,7 +112,7 @@ def _snapshot(path: Path) -> Path:
 def check_endpoint() -> None:
     """Raise `SourceError` if `HF_ENDPOINT` is no URL; huggingface_hub then cannot be imported.
 
-    It prints, and raises, what it takes for the port: a part of a password that is not encoded.
+    Its error prints the supposed port: a part of a password that is not encoded.
     """
     endpoint = os.environ.get("HF_ENDPOINT", "")
     try:
@@ -138,7 +139,7 @@ def _download(
     from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT, HF_HUB_OFFLINE
 
     named = repo_id if revision is None else f"{repo_id}@{printable(revision)}"
-    # Every `except Exception`: HTTP clients, and what they raise, change with huggingface_hub.
+    # Every `except Exception`: HTTP clients, and their errors, change with huggingface_hub.
     try:
         info = HfApi().model_info(
             repo_id, revision=revision, timeout=HF_HUB_ETAG_TIMEOUT, files_metadata=True
@@ -162,7 +163,7 @@ def _download(
                 one_line(error),
             )
         return cached, ()
-    # A mirror may not tell sizes.
+    # A mirror may not report sizes.
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
     try:
         with _progress_bars(shown=SHOW_DOWNLOADS.get()):
@@ -180,7 +181,7 @@ def _download(
 
 @contextmanager
 def _progress_bars(*, shown: bool) -> Iterator[None]:
-    """Keep huggingface_hub's own bars from a terminal, unless they are wanted there."""
+    """Hide huggingface_hub's own progress bars, unless `shown`."""
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -205,7 +206,7 @@ def _fetch(
     commit: str | None,
     with_weights: bool,
 ) -> tuple[Path, tuple[LeftOut, ...]]:
-    """Bring what a merge needs of these files into the cache; return the folder, and the others."""
+    """Fetch the files that a merge needs into the cache; return the folder, and the other files."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
     files = list(sizes)
@@ -236,7 +237,7 @@ def _fetch(
                 f"has a file {shown(name)}, which {finding}; it cannot be fetched",
                 remedy="download the model without it, and give the folder",
             )
-    # Weights last: where they are in the cache, the rest is, so that a copy can be trusted offline.
+    # Weights last: if they are in the cache, the rest is, so that a copy can be trusted offline.
     if auxiliary_files:
         patterns = [glob.escape(name) for name in auxiliary_files]
         snapshot_download(repo_id, revision=commit, allow_patterns=patterns)
@@ -251,14 +252,14 @@ def _fetch(
 def _auxiliary_files(
     sizes: Mapping[str, int], weights: Collection[str], places: Collection[str]
 ) -> tuple[list[str], list[LeftOut]]:
-    """Divide a repository's files but for the weights into those to fetch and the others."""
+    """Divide a repository's files, except weights, into those to fetch and the others."""
     tops = {name.partition("/")[0] for name in sizes if "/" in name}
     modules = {top for top in tops if is_module_folder(top)}
     modules |= {place.partition("/")[0] for place in places}
     auxiliary_files, left_out = divide(sizes, weights=weights, modules=modules)
     if not any(name in sizes for name in _MODEL_MARKS):
         auxiliary_files = [name for name in auxiliary_files if is_auxiliary_file(name)]
-    # Pictures have such names; a file that is surely the model's is refused for one.
+    # Pictures have such names; a file that surely belongs to the model is refused for one.
     odd = {
         name for name in auxiliary_files if not name.isprintable() and not is_auxiliary_file(name)
     }
@@ -285,10 +286,11 @@ def _stem(files: list[str], place: str) -> str | None:
 
 
 def _cached(repo_id: str, revision: str | None, *, with_weights: bool) -> Path | None:
-    """Return the folder of an earlier download that holds what is wanted, if there is one."""
+    """Return the folder of an earlier download that has the needed files, or None."""
     from huggingface_hub import try_to_load_from_cache
 
-    # Not snapshot_download(local_files_only=True): it takes what was never wanted for missing.
+    # Not snapshot_download(local_files_only=True): files that were never wanted count as missing
+    # there.
     for name in _WEIGHTS if with_weights else _MODEL_MARKS:
         found = try_to_load_from_cache(repo_id, name, revision=revision)
         if isinstance(found, str):
@@ -303,7 +305,7 @@ def _cached(repo_id: str, revision: str | None, *, with_weights: bool) -> Path |
 
 
 def _refusal(error: BaseException | None) -> SourceError | None:
-    """Return what is wrong where asking again would not help; None for troubles on the way."""
+    """Return the error if asking again would not help; None for troubles on the way."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,

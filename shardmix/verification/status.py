@@ -1,4 +1,4 @@
-"""`status`: what is at an output path, and what a merge to it has left unfinished. Reads little."""
+"""`status`: the state of an output path, and of an unfinished merge to it. Reads little."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ from shardmix.system.locks import lock_owner
 
 @dataclass(frozen=True, slots=True)
 class CompleteReport:
-    """A merged model that is whole, since it appears in one step; `verify` says if it still is."""
+    """A merged model, complete since it appears in one step; `verify` says if it still is."""
 
     shardmix: str
-    """Version that wrote it."""
+    """Version of shardmix that wrote it."""
     sources: tuple[str, ...]
     """The models, by public name."""
     weights: tuple[float, ...]
@@ -30,59 +30,60 @@ class CompleteReport:
     bytes: int
     """Their size."""
     digest: str
-    """What they are hashed with."""
+    """Algorithm of their digests."""
     provenance_sha256: str
-    """SHA-256 (hex) of shardmix.json, which tells all this."""
+    """SHA-256 (hex) of shardmix.json, the source of all these fields."""
     is_edited: bool
-    """Whether shardmix.json was edited since the merge, so that none of this may be true."""
+    """True if shardmix.json was edited since the merge, so that none of this may be true."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnfinishedReport:
-    """A merge that has begun: at work, or cut off."""
+    """A merge that has begun: in progress, or cut off."""
 
     staging: str
-    """The hidden folder where it grows."""
+    """Path of the hidden folder in which it grows."""
     process: int | None
-    """Who is at work on it (0: somebody); None: nobody, and the same merge would go on from it."""
+    """Id of the process at work on it (0 if unknown), or None: the same merge would go on from
+    it."""
     merge: MergeDescription | None
-    """What merge it is; None where it had not begun to write."""
+    """Description of the merge, or None if it had not begun to write."""
     bytes_done: int
-    """Bytes of weight files that are there."""
+    """Bytes of weight files that are written."""
     bytes_total: int
-    """Bytes of weight files to come to."""
+    """Bytes of all its weight files."""
     num_shards_done: int
     """Weight files that are complete."""
     num_shards: int
-    """Weight files."""
+    """All its weight files."""
     num_models_scored: int
-    """Models whose losses on examples are kept, from which the weights follow."""
+    """Models with stored losses on examples, from which the weights follow."""
     is_left_over: bool
-    """Whether the output is in place, and this the rest: nothing to go on from."""
+    """True if the output is complete, and nothing here is to go on from."""
     note: str
-    """What it is instead, or besides, where it was killed while it put the output in place."""
+    """Note on a merge that was killed during the rename."""
 
 
 @dataclass(frozen=True, slots=True)
 class StatusReport:
-    """What is at an output path, and beside it."""
+    """The state of an output path, and of its hidden folder."""
 
     output: str
     """The path."""
     exists: bool
-    """Whether anything is there."""
+    """True if the path exists."""
     complete: CompleteReport | None
-    """The merged model that is there, if shardmix wrote it."""
+    """The merged model at the path, if shardmix wrote it."""
     note: str
-    """What else there is to say of what is there."""
+    """Note on the path's content."""
     unfinished: UnfinishedReport | None
-    """What a merge to it has left, or is at."""
+    """The unfinished merge to it, in progress or cut off."""
 
 
 def status(output: str | PathLike[str]) -> StatusReport:
-    """Return what is at an output path, and what a merge to it has left unfinished.
+    """Return the state of an output path, and of an unfinished merge to it.
 
-    Raises `OutputError` where that cannot be read.
+    Raises `OutputError` if they cannot be read.
 
     Example:
         >>> shardmix.status("merged").unfinished is None
@@ -128,7 +129,7 @@ def _unfinished(output: Path) -> UnfinishedReport | None:
     with ExitStack() as stack:
         try:
             staging = stack.enter_context(existing_staging(output))
-        except OutputError as error:  # it is not this user's: what it holds is anybody's
+        except OutputError as error:  # another user's: its content may be anybody's
             path = str(staging_path(output))
             return UnfinishedReport(path, None, None, 0, 0, 0, 0, 0, False, str(error))
         return None if staging is None else _report(staging)
