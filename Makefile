@@ -1,7 +1,7 @@
 # make demo      merge real models and see what it brings
 # make check     within a minute: lint, format, types, layers, tests of the packages that you changed
 # make test      all checks: tests (of long campaigns a sample), lint, format, types, layers
-# make campaign  the long campaigns whole: every case, fault and tie, and the fuzzer (a day)
+# make campaign  the long campaigns whole: every case, fault and tie, and the fuzzer (hours)
 # make bench     measure it beside other tools: docs/benchmarks (hours; BENCH_OPTIONS for less)
 # All install what they need into .venv, with nothing but Python and make on the machine.
 
