@@ -76,10 +76,13 @@ class Bench:
             raise CaseFailedError(f"{case}: {finished.last_words()}")
         if abs(written - row["model_bytes"]) > HEADERS_MARGIN_BYTES:
             raise CaseFailedError(f"{case}: wrote {written} bytes of about {row['model_bytes']}")
+        reported_s = None
+        if MERGES[case.tool].reports:
+            reported_s = round(float(finished.report()["seconds"]), 3)
         figures = {
             "wall_s": round(finished.wall_s, 3),
             "sync_s": round(sync_s, 3),
-            "reported_s": finished.report()["seconds"] if MERGES[case.tool].reports else None,
+            "reported_s": reported_s,
             "user_s": finished.user_s,
             "system_s": finished.system_s,
             "peak_bytes": finished.peak_bytes,
