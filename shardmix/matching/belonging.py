@@ -19,6 +19,8 @@ from shardmix.matching.tokenizers import TokenizerFolder, tokenizer_differences
 from shardmix.recipe import Recipe
 from shardmix.sources.checkpoint import Checkpoint
 
+_WOULD_NOT_LOAD = "the output would not load"
+
 
 @dataclass(frozen=True, slots=True)
 class PartConfig:
@@ -82,7 +84,8 @@ def _quantisations(group: Sequence[Checkpoint], config_source: PartConfig) -> It
                 f"{declared[0]}), but no weight of the merge is",
                 "it is left out of the output" if name == giver else "",
                 is_refused=True,
-                remedy="the output would not load: remove the key from that config.json",
+                rule=_WOULD_NOT_LOAD,
+                remedy="remove the key from that config.json",
             )
 
 
@@ -101,7 +104,8 @@ def _misfits(first: Checkpoint, config_source: PartConfig) -> Iterator[Differenc
             f"config.json of {name} is not of these tensors: {misfit.finding}",
             "the output has that config all the same",
             is_refused=misfit.is_certain,
-            remedy=f"the output would not load: {way}",
+            rule=_WOULD_NOT_LOAD,
+            remedy=way,
         )
 
 

@@ -31,10 +31,10 @@ class Difference:
     """True if no average over this makes sense, unless it is allowed by name."""
     other_keys: tuple[str, ...] = ()
     """Further keys that it is about."""
-    remedy: str = (
-        "an average over this computes what none of the models means: merge models that agree in it"
-    )
-    """The rule, and a remedy without allowing the difference."""
+    rule: str = "an average over this computes what none of the models means"
+    """The reason why it is refused."""
+    remedy: str = "merge models that agree in it"
+    """What to do without allowing the difference."""
 
     def is_of(self, allowed: str) -> bool:
         """Return True if a key of `allow_differences` names this, or something above it."""
@@ -100,14 +100,15 @@ def _refusal(refused: Sequence[Difference], unused: Sequence[str]) -> MismatchEr
     if len(findings) > _MOST_TOLD:
         findings = [*findings[:_MOST_TOLD], f"and {len(findings) - _MOST_TOLD} more differences"]
     keys = ",".join(dict.fromkeys(difference.key for difference in refused))
+    rules = dict.fromkeys(difference.rule for difference in refused)
     remedies = list(dict.fromkeys(difference.remedy for difference in refused))
     remedies[-1] += (
         f", or use --allow-differences {keys} (allow_differences in a recipe or in Python) if it "
         "is meant"
     )
     return MismatchError(
-        "; ".join(findings),
-        remedy="; ".join(remedies),
+        "; ".join((*findings, *rules)),
+        remedy=", ".join(remedies),
         hints=[_unused(key, refused) for key in unused],
     )
 

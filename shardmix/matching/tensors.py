@@ -334,8 +334,8 @@ def _way_on(names: Sequence[str]) -> str:
     wrapped = next((name for name in names if is_of_adapter(name)), None)
     if wrapped is not None:
         return (
-            f"{wrapped} is of a model with an adapter that is not merged into its weights: load "
-            "it in PEFT, and save it with merge_and_unload() and save_pretrained()"
+            f"load the model that holds {wrapped} in PEFT, since its adapter is not merged into "
+            "its weights, and save it with merge_and_unload() and save_pretrained()"
         )
     return (
         "if they are of one architecture, load them with one class of transformers (AutoModel, or "
