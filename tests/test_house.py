@@ -13,6 +13,11 @@ from tests.support.sampling import Sampling, every_nth, sample
 TESTS = Path(__file__).parent
 PACKAGES = {path.parent.name for path in (TESTS.parent / "shardmix").glob("*/__init__.py")}
 OTHER_FOLDERS = {"faults", "generators", "golden", "gpu", "hostile", "memory", "support"}
+OF_THE_WHOLE = {
+    *("docs", "ecosystem", "house", "imports", "lm_cocktail_programs", "merge", "reference"),
+    *("rehearsal", "weights"),
+}
+"""What no package does on its own, and benchmarks."""
 LONGEST_NAME = 40
 
 
@@ -20,6 +25,13 @@ def test_folders_mirror_the_packages():
     """A folder of tests is a package's, or one of a few that a user could name."""
     folders = {path.parent.name for path in TESTS.glob("*/__init__.py")}
     assert folders - PACKAGES == OTHER_FOLDERS
+
+
+def test_top_has_what_no_package_does():
+    """Tests of a package lie in its folder; at the top are those of modules there, and of all."""
+    modules = {path.stem for path in (TESTS.parent / "shardmix").glob("*.py")}
+    tested = {path.stem.removeprefix("test_") for path in TESTS.glob("test_*.py")}
+    assert tested - modules == OF_THE_WHOLE
 
 
 def test_files_of_tests_lie_in_packages():

@@ -114,7 +114,8 @@ def test_profile_names_the_merge_but_no_path(merged, models):
     for name in ("backend", "workers", "strip_bytes", "projected_peak_bytes", "digest"):
         assert getattr(plan, name) == getattr(report, name)
     assert (plan.max_memory_bytes, plan.max_vram_bytes) == (8 * 2**30, None)
-    assert profile.peak_rss_bytes >= report.peak_rss_bytes
+    # The kernel adds up the pages of threads late, so that a peak may be seen a page smaller.
+    assert profile.peak_rss_bytes >= report.peak_rss_bytes - MIB
     assert profile.machine.num_cores >= 1
     assert profile.machine.memory_bytes > 64 * MIB
     text = (folder / "run.json").read_text()
