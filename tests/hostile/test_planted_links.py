@@ -199,7 +199,7 @@ def test_others_files_within_are_not_used(made, tmp_path, name):
     else:
         assert refusal == (
             f"{path}: belongs to user {SOMEBODY}, and a merge has "
-            f"a {'folder' if name == 'model' else 'file'} of its own there; it was left as it is: "
+            f"a {'folder' if name == 'model' else 'file'} of its own there; it was left as it is; "
             "see who has put it there, then remove it"
         )
 
