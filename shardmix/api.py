@@ -39,7 +39,7 @@ from shardmix.reports import (
     describe_plan,
 )
 from shardmix.sources.checkpoint import open_checkpoint
-from shardmix.sources.open_files import has_changed
+from shardmix.sources.identity import has_changed
 from shardmix.system.digests import LEAF_NBYTES
 from shardmix.system.files import free_nbytes
 from shardmix.system.units import format_size, parse_size

@@ -6,6 +6,7 @@ The field names are those of the `--json` output. Reads no files.
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from shardmix.anomalies import LeafAnomalies
 from shardmix.conventions.declarations import declaration_of
@@ -17,7 +18,7 @@ from shardmix.formats.safetensors_layout import TensorInfo
 from shardmix.matching.ties import NamedModel, shared_with
 from shardmix.plan.merge_plan import MergePlan
 from shardmix.scoring.report import ScoreReport
-from shardmix.sources.checkpoint import Checkpoint
+from shardmix.sources.base import Source
 
 _MOST_NAMED = 10
 
@@ -64,13 +65,13 @@ class ModelReport:
     """All tensors, by file and within it by offset."""
 
 
-def describe_model(checkpoint: Checkpoint) -> ModelReport:
+def describe_model(checkpoint: Source) -> ModelReport:
     """Return the report of a checkpoint."""
     parts = checkpoint.parts
     tensors = tuple(
         replace(tensor, name=f"{part.place}/{tensor.name}") if part.place else tensor
         for part in parts
-        for tensor in part.tensors()
+        for tensor in part.tensors
     )
     dtypes: dict[str, int] = {}
     for tensor in tensors:
@@ -83,21 +84,21 @@ def describe_model(checkpoint: Checkpoint) -> ModelReport:
     }
     return ModelReport(
         source=checkpoint.source,
-        path=str(checkpoint.shards[0].path if checkpoint.is_single_file else checkpoint.root),
+        path=str(_place(checkpoint)),
         num_tensors=len(tensors),
         num_parameters=sum(dtypes.values()),
-        bytes=sum(shard.nbytes for part in parts for shard in part.shards),
+        bytes=sum(file.nbytes for part in parts for file in part.identity.files),
         dtypes=dtypes,
         shards=tuple(
             ShardReport(
-                shard.path.relative_to(part.root).as_posix(),
-                shard.nbytes,
-                int((part.table.files == index).sum()),
-                shard.nbytes,
+                file.name,
+                file.nbytes,
+                int((part.tensors.files == index).sum()),
+                file.nbytes,
                 (),
             )
             for part in parts
-            for index, shard in enumerate(part.shards)
+            for index, file in enumerate(part.identity.files)
         ),
         tie_word_embeddings=ties_word_embeddings(checkpoint.config),
         tied=tied,
@@ -105,8 +106,13 @@ def describe_model(checkpoint: Checkpoint) -> ModelReport:
     )
 
 
-def _tied(part: Checkpoint) -> dict[str, str]:
-    rows = {name: row for row, name in enumerate(part.table.names)}
+def _place(source: Source) -> Path:
+    """Return what a model is on the disk: its folder, or its one file."""
+    return source.root / source.identity.files[0].name if source.is_single_file else source.root
+
+
+def _tied(part: Source) -> dict[str, str]:
+    rows = {name: row for row, name in enumerate(part.tensors.names)}
     return shared_with(NamedModel(part.config, declaration_of(part.config), rows))
 
 
@@ -260,8 +266,8 @@ def describe_plan(plan: MergePlan, *, disk_free: int | None) -> PlanReport:
         projected_vram_bytes=plan.memory.projected_vram_nbytes,
         keeps_sources_cached=plan.cache_use.keeps_sources,
         keeps_output_cached=plan.cache_use.keeps_output,
-        weights=plan.weights,
-        sources=plan.sources,
+        weights=tuple(source.weight for source in plan.sources),
+        sources=tuple(source.text for source in plan.sources),
         shards=_shard_reports(plan),
         auxiliary_files=plan.auxiliary_files,
         left_out=plan.left_out,
@@ -297,7 +303,7 @@ def describe_merge(
         projected_peak_bytes=plan.memory.projected_peak_nbytes,
         peak_rss_bytes=result.peak_resident_nbytes,
         peak_vram_bytes=result.peak_vram_nbytes,
-        weights=plan.weights,
+        weights=tuple(source.weight for source in plan.sources),
         shards=_shard_reports(plan),
         digest=plan.digest_algorithm,
         provenance_sha256=result.provenance_sha256,
@@ -327,7 +333,7 @@ def _nonfinite_warnings(plan: MergePlan, findings: LeafAnomalies) -> Iterator[st
 
 def _disagreements(plan: MergePlan, findings: LeafAnomalies) -> Iterator[str]:
     """Yield a warning for the first integer tensors that differ between models."""
-    sources, found = plan.sources, findings.disagreeing
+    sources, found = [source.text for source in plan.sources], findings.disagreeing
     for name in heapq.nsmallest(_MOST_NAMED, found):
         models = found[name]
         yield (
@@ -340,6 +346,8 @@ def _disagreements(plan: MergePlan, findings: LeafAnomalies) -> Iterator[str]:
 
 
 def _shard_reports(plan: MergePlan) -> tuple[ShardReport, ...]:
+    paths: list[tuple[str, ...]] = [(file.path,) for file in plan.files]
+    paths += [tuple(file.path for file in each.identity.files) for each in plan.decoders]
     return tuple(
         ShardReport(
             name=shard.filename,
@@ -347,8 +355,9 @@ def _shard_reports(plan: MergePlan) -> tuple[ShardReport, ...]:
             num_tensors=len(shard.tensor_names),
             bytes_read=shard.read_nbytes,
             sources=tuple(
-                plan.files[file].path
-                for file in sorted({f for segment in shard.segments for f in segment.files})
+                path
+                for number in sorted({f for segment in shard.segments for f in segment.files})
+                for path in paths[number]
             ),
         )
         for shard in plan.shards

@@ -137,13 +137,13 @@ def _identity(
     others = [
         file
         for number, name in enumerate(names)
-        if plan.commits[number] is None
+        if plan.sources[number].identity.commit is None
         for file in _files_beside(name)
     ]
     return ScoringIdentity(
         examples=hashlib.sha256(msgspec.json.encode(content)).hexdigest(),
         options={name: options[name] for name in options if name not in _MATTERS_NOT},
-        models=plan.public_names,
+        models=tuple(source.name for source in plan.sources),
         weights=weight_files(plan),
         others=tuple(others),
     )

@@ -24,10 +24,11 @@ from shardmix.methods import keep_first
 from shardmix.plan.merge_plan import (
     MergePlan,
     OutputShard,
+    PlannedSource,
     Segment,
     SegmentSource,
-    SourceFile,
 )
+from shardmix.sources.identity import SourceFile, SourceIdentity
 from shardmix.system.digests import XXH3
 from shardmix.system.units import MIB
 
@@ -116,9 +117,11 @@ def _trial_plan(plan: MergePlan) -> Iterator[MergePlan]:
         piece = _ORDINARY * MIB
         for start in range(0, nbytes, MIB):
             os.pwrite(descriptor, piece[: nbytes - start], start)
-        file = SourceFile(path=f"/proc/self/fd/{descriptor}", nbytes=nbytes)
+        path = f"/proc/self/fd/{descriptor}"
+        identity = SourceIdentity((SourceFile(path, nbytes),))
+        source = PlannedSource("trial", "trial", path, identity, weight=1.0)
         # Within a file that is hashed from end to end there would be work for one worker alone.
-        yield replace(plan, files=(file,), shards=(shard,), digest_algorithm=XXH3)
+        yield replace(plan, sources=(source,), shards=(shard,), digest_algorithm=XXH3)
     finally:
         os.close(descriptor)
 

@@ -6,7 +6,7 @@ progress goes to a callback, as events.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from shardmix.anomalies import LeafAnomalies
@@ -22,7 +22,7 @@ from shardmix.output.provenance import write_provenance
 from shardmix.output.shard_writer import GrowingShard
 from shardmix.output.staging import Staging
 from shardmix.plan.merge_plan import MergePlan
-from shardmix.sources.open_files import check_unchanged, has_changed, stamps, touched
+from shardmix.sources.identity import SourceIdentity, has_changed
 from shardmix.system.held_folder import HeldFolder
 from shardmix.system.memory import peak_resident_nbytes, resident_nbytes
 from shardmix.system.threads import running
@@ -161,18 +161,29 @@ def _check_sources(
     If nothing but the time of status change tells of it, somebody may have written to it, or just
     touched it. So all is merged again and held against the output.
     """
-    check_unchanged(plan.files)
-    then, now = [file.stamp for file in plan.files], stamps(plan.files)
-    path = touched(plan.files, then, now)
+    _check_unchanged(plan)
+    now = [source.identity.renewed() for source in plan.sources]
+    path = _written_since(now, [source.identity for source in plan.sources])
     if path is None:
         return
     differences = Differences()
     work = Work(plan, lambda number: ComparedShard(plan, number, folder, differences))
     run_tasks(plan, backend, work, on_progress, cancel)
-    check_unchanged(plan.files)
+    _check_unchanged(plan)
     is_same = not (differences.num_bytes or differences.unreadable)
-    if not is_same or touched(plan.files, now, stamps(plan.files)) is not None:
+    if not is_same or _written_since([each.renewed() for each in now], now) is not None:
         raise has_changed(path)
+
+
+def _check_unchanged(plan: MergePlan) -> None:
+    for source in plan.sources:
+        source.check_unchanged()
+
+
+def _written_since(now: Sequence[SourceIdentity], then: Sequence[SourceIdentity]) -> str | None:
+    """Return the first file that may have been written to in between, its times set back."""
+    found = (after.written_since(before) for after, before in zip(now, then, strict=True))
+    return next((path for path in found if path is not None), None)
 
 
 def run_tasks(

@@ -71,7 +71,9 @@ def _faster(
 
 
 def _memory(plan: MergePlan) -> MemoryPlan:
-    return plan_memory(plan.settings, num_tensors=plan.num_tensors)
+    return plan_memory(
+        plan.settings, num_tensors=plan.num_tensors, reader_nbytes=plan.reader_nbytes
+    )
 
 
 def _load(plan: MergePlan) -> tuple[Backend | None, str | None]:

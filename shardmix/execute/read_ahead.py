@@ -45,11 +45,13 @@ def _read_ahead(plan: MergePlan, stop: threading.Event) -> None:
 
 def _beginnings(plan: MergePlan) -> Iterator[tuple[int, int, int]]:
     """Yield file, offset and length of what the workers read first, a step of each by turns."""
+    num_files = len(plan.files)
     sources = [
         (source.file, source.offset, segment.num_elements * element_nbytes(source.dtype))
         for shard in plan.shards[: plan.memory.workers]
         for segment in shard.segments[:1]
         for source in segment.sources
+        if source.file < num_files  # else it is decoded
     ]
     longest = max((nbytes for *_, nbytes in sources), default=0)
     for start in range(0, longest, _STEP_NBYTES):

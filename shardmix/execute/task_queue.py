@@ -83,6 +83,7 @@ class Work:
         self._passed: PassedRanges | None = None
         if not plan.cache_use.keeps_sources:
             self._passed = PassedRanges([file.path for file in plan.files])
+            self._num_files = len(plan.files)
         self._not_begun = iter(range(len(plan.shards)))
         self._open: list[ShardInWork] = []
         self._findings = AnomalySum()
@@ -128,7 +129,8 @@ class Work:
         segment, start, stop = chunk.segment, chunk.start, chunk.start + chunk.num_elements
         for _, dtype, file, offset in segment.sources:
             width = element_nbytes(dtype)
-            self._passed.add(file, offset + start * width, offset + stop * width)
+            if file < self._num_files:  # else it was decoded
+                self._passed.add(file, offset + start * width, offset + stop * width)
 
     def found(self, findings: LeafAnomalies) -> None:
         """Take in findings. Raises `NonfiniteError` where there are NaN or Inf, and may not be."""

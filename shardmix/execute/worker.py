@@ -39,7 +39,7 @@ def _merge_tasks(plan: MergePlan, backend: Backend, work: Work, clock: Clock) ->
         for reducer in backend.make_reducers(chunk_nbytes=chunk_nbytes)
     ]
     buffer = buffer_for_reading(READ_NBYTES)
-    with closing(open_reader(plan.settings.io, plan.files)) as reader:
+    with closing(open_reader(plan.settings.io, plan.files, plan.decoders)) as reader:
         shard = None
         while (handed_out := work.next_task(shard)) is not None:
             shard, task = handed_out

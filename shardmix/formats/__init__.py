@@ -2,6 +2,7 @@
 
 safetensors_layout     headers encoded, and the length of a header; pure bytes
 safetensors_header     headers decoded, in pieces, and judged
+tensor_table           a model's tensors in columns: names, shapes, dtypes, offsets
 file_metadata          the `__metadata__` of output files
 strict_json            config, modules and index: JSON of strangers
 

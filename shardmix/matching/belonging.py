@@ -3,7 +3,7 @@
 Puts the single checks together. Reads small files; no weights.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from shardmix.matching.preprocessors import preprocessor_differences
 from shardmix.matching.tensors import QUANTISATION
 from shardmix.matching.tokenizers import TokenizerFolder, tokenizer_differences
 from shardmix.recipe import Recipe
-from shardmix.sources.checkpoint import Checkpoint
+from shardmix.sources.base import Source
 
 _WOULD_NOT_LOAD = "the output would not load"
 
@@ -30,13 +30,13 @@ class PartConfig:
     """The user's name for it; None for the first model."""
     folder: Path
     """Its folder."""
-    config: dict[str, Any]
+    config: Mapping[str, Any]
     """Content of its config.json."""
 
 
 def check_belong_together(
-    checkpoints: Sequence[Checkpoint],
-    groups: Sequence[Sequence[Checkpoint]],
+    checkpoints: Sequence[Source],
+    groups: Sequence[Sequence[Source]],
     recipe: Recipe,
     *,
     config_sources: Sequence[PartConfig],
@@ -68,7 +68,7 @@ def check_belong_together(
     return settle(found, recipe.allow_differences)
 
 
-def _quantisations(group: Sequence[Checkpoint], config_source: PartConfig) -> Iterator[Difference]:
+def _quantisations(group: Sequence[Source], config_source: PartConfig) -> Iterator[Difference]:
     """Find configs that declare a quantisation; an earlier check found that no weight has one."""
     configs = [(part.source, part.config) for part in group]
     configs += (
@@ -89,7 +89,7 @@ def _quantisations(group: Sequence[Checkpoint], config_source: PartConfig) -> It
             )
 
 
-def _misfits(first: Checkpoint, config_source: PartConfig) -> Iterator[Difference]:
+def _misfits(first: Source, config_source: PartConfig) -> Iterator[Difference]:
     """Find statements of the output's config that its tensors contradict."""
     config, name, way = (
         config_source.config,
@@ -98,7 +98,7 @@ def _misfits(first: Checkpoint, config_source: PartConfig) -> Iterator[Differenc
     )
     if name is None:
         config, name, way = first.config, first.source, "correct it there, or use --config-from"
-    for misfit in config_misfits(config, first.table.names, first.table.shapes):
+    for misfit in config_misfits(config, first.tensors.names, first.tensors.shapes):
         yield Difference(
             misfit.key,
             f"config.json of {name} is not of these tensors: {misfit.finding}",
@@ -109,7 +109,7 @@ def _misfits(first: Checkpoint, config_source: PartConfig) -> Iterator[Differenc
         )
 
 
-def _config_differences(group: Sequence[Checkpoint], config_source: PartConfig) -> list[Difference]:
+def _config_differences(group: Sequence[Source], config_source: PartConfig) -> list[Difference]:
     configs = [NamedConfig(part.source, part.config) for part in group]
     if config_source.name is None:
         return config_differences(configs)
@@ -118,9 +118,7 @@ def _config_differences(group: Sequence[Checkpoint], config_source: PartConfig) 
     )
 
 
-def _scale_differences(
-    group: Sequence[Checkpoint], config_source: PartConfig
-) -> Iterator[Difference]:
+def _scale_differences(group: Sequence[Source], config_source: PartConfig) -> Iterator[Difference]:
     """Find models whose config scales the input of the output head while the output's does not."""
     configs = [(part.source, part.config) for part in group]
     name, config = (
@@ -152,7 +150,7 @@ def _scale_differences(
 
 
 def _tokenizer_differences(
-    group: Sequence[Checkpoint], config_source: PartConfig, max_memory: int | None
+    group: Sequence[Source], config_source: PartConfig, max_memory: int | None
 ) -> list[Difference]:
     folders = [TokenizerFolder(part.source, part.folder) for part in group]
     output = 0
@@ -165,7 +163,7 @@ def _tokenizer_differences(
 
 
 def _preprocessor_differences(
-    group: Sequence[Checkpoint], config_source: PartConfig
+    group: Sequence[Source], config_source: PartConfig
 ) -> list[Difference]:
     folders = [(part.source, part.folder) for part in group]
     if config_source.name is not None:
@@ -173,9 +171,9 @@ def _preprocessor_differences(
     return preprocessor_differences(folders, output=0 if config_source.name is None else len(group))
 
 
-def _num_rows(checkpoint: Checkpoint) -> int | None:
+def _num_rows(checkpoint: Source) -> int | None:
     """Return the number of rows of the input embedding, or None if no name reveals it."""
-    table = checkpoint.table
+    table = checkpoint.tensors
     embedding = input_embedding([name for name in table.names if "emb" in name or "wte" in name])
     if embedding is None:
         return None

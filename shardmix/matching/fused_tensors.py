@@ -5,15 +5,17 @@ the single piece is split into several: they lie one after the other in it. Chan
 files.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shardmix.dtypes import DTYPES, tensor_nbytes
 from shardmix.formats.safetensors_layout import TensorInfo
-from shardmix.sources.checkpoint import Checkpoint, TensorTable
+from shardmix.formats.tensor_table import TensorTable
+from shardmix.sources.base import Source, TensorReader, WrappedSource
 
 if TYPE_CHECKING:
     from shardmix.conventions.declarations import Renaming
@@ -35,12 +37,12 @@ class _Piece:
     shape: Shape
 
 
-def split_alike(checkpoints: Sequence[Checkpoint]) -> tuple[Sequence[Checkpoint], list[str]]:
+def split_alike(checkpoints: Sequence[Source]) -> tuple[Sequence[Source], list[str]]:
     """Return the checkpoints with fused tensors in pieces, if any model has the pieces; and notes.
 
     Models that agree are returned unchanged.
     """
-    stored = [set(checkpoint.table.names) for checkpoint in checkpoints]
+    stored = [set(checkpoint.tensors.names) for checkpoint in checkpoints]
     if all(names == stored[0] for names in stored):
         return checkpoints, []
     from shardmix.conventions.declarations import (
@@ -60,7 +62,7 @@ def split_alike(checkpoints: Sequence[Checkpoint]) -> tuple[Sequence[Checkpoint]
     if not any(text in name for text in set(fused) for names in stored for name in names):
         return checkpoints, []
     named = [
-        dict(zip(class_names(checkpoint.table.names, own), checkpoint.tensors(), strict=True))
+        dict(zip(class_names(checkpoint.tensors.names, own), checkpoint.tensors, strict=True))
         for checkpoint, own in zip(checkpoints, declarations, strict=True)
     ]
     found, notes = [], []
@@ -77,7 +79,7 @@ def split_alike(checkpoints: Sequence[Checkpoint]) -> tuple[Sequence[Checkpoint]
                 f"{checkpoint.source}: stores {next(iter(divided))} in one piece, other models in "
                 "several; the output stores the pieces, which transformers reads as well"
             )
-            checkpoint = replace(checkpoint, table=_divide(checkpoint.table, divided))
+            checkpoint = _DividedSource(checkpoint, divided)
         found.append(checkpoint)
     return found, notes
 
@@ -129,30 +131,70 @@ def _plain(pattern: str) -> str:
     return pattern.replace("\\.", ".").removeprefix("^")
 
 
-def _divide(table: TensorTable, divided: Mapping[str, Sequence[_Piece]]) -> TensorTable:
+class _DividedSource(WrappedSource):
+    """A source of whose tensors some are taken for several."""
+
+    def __init__(self, inner: Source, divided: Mapping[str, Sequence[_Piece]]) -> None:
+        tensors, self._rows, self._firsts = _divide(inner.tensors, divided)
+        super().__init__(inner, tensors)
+
+    def open_reader(self) -> TensorReader:
+        """Return a reader of the pieces."""
+        return _PieceReader(self._inner.open_reader(), self._rows, self._firsts)
+
+
+class _PieceReader:
+    """Reads a piece as a part of the inner source's tensor; a `TensorReader`."""
+
+    def __init__(self, inner: TensorReader, rows: Sequence[int], firsts: Sequence[int]) -> None:
+        self._inner, self._rows, self._firsts = inner, rows, firsts
+        self.overhead_nbytes = inner.overhead_nbytes
+
+    def read(self, row: int, start: int, into: memoryview) -> None:
+        """Fill `into` with elements of a piece, from `start` on. Raises `SourceError`."""
+        self._inner.read(self._rows[row], self._firsts[row] + start, into)
+
+    def prefetch(self, row: int, start: int, num_elements: int) -> None:
+        """Announce elements that will be read soon."""
+        self._inner.prefetch(self._rows[row], self._firsts[row] + start, num_elements)
+
+    def close(self) -> None:
+        """Close the inner reader."""
+        self._inner.close()
+
+
+def _divide(
+    table: TensorTable, divided: Mapping[str, Sequence[_Piece]]
+) -> tuple[TensorTable, list[int], list[int]]:
+    """Return the pieces, of each the row that it is a part of, and its first element there."""
     names: list[str] = []
     shapes: list[Shape] = []
     rows: list[int] = []
+    firsts: list[int] = []
     starts: list[int] = []
     nbytes: list[int] = []
     for row, name in enumerate(table.names):
         dtype = DTYPES[table.dtype_ranks[row]]
-        start = int(table.starts[row])
+        start, first = int(table.starts[row]), 0
         for piece in divided.get(name, (_Piece(name, table.shapes[row]),)):
             size = tensor_nbytes(dtype, piece.shape)
             names.append(piece.name)
             shapes.append(piece.shape)
             rows.append(row)
+            firsts.append(first)
             starts.append(start)
             nbytes.append(size)
             start += size
+            first += math.prod(piece.shape)
         if start != int(table.starts[row]) + int(table.nbytes[row]):
             raise AssertionError(f"{name}: its pieces are not all of it")
-    return TensorTable(
+    pieces = TensorTable(
         names=tuple(names),
         shapes=tuple(shapes),
         dtype_ranks=table.dtype_ranks[rows],
         files=table.files[rows],
         starts=np.array(starts, np.int64),
         nbytes=np.array(nbytes, np.int64),
+        decoded=None if table.decoded is None else table.decoded[rows],
     )
+    return pieces, rows, firsts

@@ -14,7 +14,8 @@ from shardmix.conventions.sentence_modules import MODEL_CONFIG_NAME, MODULES_NAM
 from shardmix.formats.strict_json import MAX_JSON_NBYTES, read_json
 from shardmix.matching.differences import Difference, shown_value
 from shardmix.matching.parts import match_parts
-from shardmix.sources.checkpoint import Checkpoint, main_place
+from shardmix.sources.base import Source
+from shardmix.sources.checkpoint import main_place
 from shardmix.system.files import refuse_link_outside, same_content
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz")
@@ -73,7 +74,7 @@ class ModularModel:
 
 
 def module_differences(
-    checkpoints: Sequence[Checkpoint],
+    checkpoints: Sequence[Source],
     config_source: ModularModel | None = None,
     pooling: str | None = None,
 ) -> Iterator[Difference]:
@@ -99,7 +100,7 @@ def module_differences(
     yield from _unmerged_weights(giver, models, merged, told)
 
 
-def _weights_of_some(checkpoints: Sequence[Checkpoint]) -> Iterator[Difference]:
+def _weights_of_some(checkpoints: Sequence[Source]) -> Iterator[Difference]:
     """Find modules with weights that not every model has."""
     unmatched = {id(part) for part in match_parts(checkpoints).unmatched}
     for checkpoint in checkpoints:
@@ -126,7 +127,7 @@ def _weights_of_some(checkpoints: Sequence[Checkpoint]) -> Iterator[Difference]:
         )
 
 
-def _pickled(checkpoint: Checkpoint, keys: Collection[str]) -> Iterator[str]:
+def _pickled(checkpoint: Source, keys: Collection[str]) -> Iterator[str]:
     """Yield the files with weights of a model's modules that are not in safetensors."""
     for module in checkpoint.modules:
         if module.key in keys and module.place:
@@ -136,7 +137,7 @@ def _pickled(checkpoint: Checkpoint, keys: Collection[str]) -> Iterator[str]:
 
 
 def _weights_of_config_source(
-    config_source: ModularModel, checkpoints: Sequence[Checkpoint]
+    config_source: ModularModel, checkpoints: Sequence[Source]
 ) -> Iterator[Difference]:
     """Find modules of the config source whose weights no model has: they would not be a mean."""
     merged = {part.key for part in checkpoints[0].parts}

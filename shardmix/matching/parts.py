@@ -4,20 +4,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardmix.errors import MismatchError
-from shardmix.sources.checkpoint import Checkpoint
+from shardmix.sources.base import Source
 
 
 @dataclass(frozen=True, slots=True)
 class MatchedParts:
     """The parts of all models, grouped by correspondence."""
 
-    groups: tuple[tuple[Checkpoint, ...], ...]
+    groups: tuple[tuple[Source, ...], ...]
     """Parts merged together, one of each model; the first model's main part first."""
-    unmatched: tuple[Checkpoint, ...]
+    unmatched: tuple[Source, ...]
     """Parts that not every model has."""
 
 
-def match_parts(checkpoints: Sequence[Checkpoint]) -> MatchedParts:
+def match_parts(checkpoints: Sequence[Source]) -> MatchedParts:
     """Match the parts of models by their keys among their model's modules.
 
     Folders may have other names in each model. A model without modules is its own main part. Raises
@@ -44,7 +44,7 @@ def match_parts(checkpoints: Sequence[Checkpoint]) -> MatchedParts:
     return MatchedParts(tuple(groups), tuple(unmatched))
 
 
-def _counterpart(part: Checkpoint, first: Checkpoint, other: Checkpoint) -> Checkpoint | None:
+def _counterpart(part: Source, first: Source, other: Source) -> Source | None:
     """Return another model's counterpart of a part of the first, or None."""
     is_bare = not (first.modules and other.modules)
     if is_bare:

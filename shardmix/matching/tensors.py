@@ -23,7 +23,7 @@ from shardmix.conventions.adapters import (
 from shardmix.dtypes import DTYPES, FLOAT_DTYPES, INTEGER_DTYPES
 from shardmix.errors import MismatchError, SourceError, listed
 from shardmix.matching.tensor_names import without_wrappers
-from shardmix.sources.checkpoint import Checkpoint
+from shardmix.sources.base import Source
 
 if TYPE_CHECKING:
     from shardmix.conventions.declarations import Declaration
@@ -62,17 +62,18 @@ QUANTISATION = "quantization_config"
 _WHILE_RUNNING = frozenset({"bitnet"})
 
 
-def check_mergeable(checkpoint: Checkpoint, allow_differences: Collection[str] = ()) -> None:
+def check_mergeable(checkpoint: Source, allow_differences: Collection[str] = ()) -> None:
     """Raise `SourceError` if a model's weights cannot be averaged: quantised, FP8, complex.
 
     A quantisation that only the config declares is refused as well, unless it is among the keys of
     `allow_differences`.
     """
-    source, table = checkpoint.source, checkpoint.table
+    source, table = checkpoint.source, checkpoint.tensors
     if not table.names:
         raise SourceError("holds no tensors", subject=source, remedy="fetch it again")
     tensor = adapter_tensor(table.names)
-    if tensor is not None or checkpoint.shards[0].path.name.startswith("adapter_model"):
+    names = [Path(file.name).name for file in checkpoint.identity.files[:1]]
+    if tensor is not None or any(name.startswith("adapter_model") for name in names):
         found = f" (it holds {tensor})" if tensor is not None else ""
         raise SourceError(
             f"is an adapter, not a model{found}; {ADAPTER_RULE}",
@@ -101,9 +102,9 @@ def check_mergeable(checkpoint: Checkpoint, allow_differences: Collection[str] =
         raise finding.of(source)
 
 
-def _unmergeable_tensor(checkpoint: Checkpoint) -> SourceError | None:
+def _unmergeable_tensor(checkpoint: Source) -> SourceError | None:
     """Return the error for a tensor that cannot be averaged, or None if all of them can be."""
-    table = checkpoint.table
+    table = checkpoint.tensors
     # One tensor of each kind is enough: 90,000 experts have few kinds.
     endings = [name.rpartition(".")[2] for name in table.names]
     columns = zip(table.dtype_ranks.tolist(), endings, map(len, table.shapes), strict=True)
@@ -129,7 +130,7 @@ def _unmergeable_tensor(checkpoint: Checkpoint) -> SourceError | None:
 
 
 def match_tensors(
-    checkpoints: Sequence[Checkpoint], out_config: Mapping[str, Any], out_folder: Path | None = None
+    checkpoints: Sequence[Source], out_config: Mapping[str, Any], out_folder: Path | None = None
 ) -> MatchedTensors:
     """Match all models' tensors by name, resolving ties.
 
@@ -179,7 +180,7 @@ class _Resolved(NamedTuple):
 
 
 def _resolved(
-    checkpoints: Sequence[Checkpoint],
+    checkpoints: Sequence[Source],
     stored: Sequence[Sequence[str]],
     out_config: Mapping[str, Any],
     out_folder: Path | None,
@@ -220,9 +221,9 @@ def _rows(names: Sequence[str]) -> dict[str, int]:
     return {name: row for row, name in enumerate(names)}
 
 
-def _own_names(checkpoint: Checkpoint, notes: list[str]) -> Sequence[str]:
+def _own_names(checkpoint: Source, notes: list[str]) -> Sequence[str]:
     """Return a model's names without the parts that wrappers of modules add."""
-    names = checkpoint.table.names
+    names = checkpoint.tensors.names
     plain = without_wrappers(names)
     if plain is names:
         return names
@@ -302,7 +303,7 @@ def _names_not_in_all(row_of: Sequence[Mapping[str, int]]) -> list[str]:
 
 
 def _refuse_missing(
-    checkpoints: Sequence[Checkpoint],
+    checkpoints: Sequence[Source],
     row_of: Sequence[Mapping[str, int]],
     shared: Sequence[Mapping[str, int]],
     names: Sequence[str],
@@ -353,7 +354,7 @@ def _hint(only_there: Sequence[str], only_here: Sequence[str]) -> str:
     return ""
 
 
-def _unknown_class(checkpoint: Checkpoint, declaration: "Declaration") -> str:
+def _unknown_class(checkpoint: Source, declaration: "Declaration") -> str:
     if declaration.is_known or declaration.is_conventional:
         return ""
     return (
@@ -363,12 +364,12 @@ def _unknown_class(checkpoint: Checkpoint, declaration: "Declaration") -> str:
 
 
 def _common_shapes(
-    checkpoints: Sequence[Checkpoint],
+    checkpoints: Sequence[Source],
     names: Sequence[str],
     rows: Sequence[npt.NDArray[np.int32]],
 ) -> tuple[tuple[int, ...], ...]:
     all_shapes = [
-        list(map(checkpoint.table.shapes.__getitem__, model_rows.tolist()))
+        list(map(checkpoint.tensors.shapes.__getitem__, model_rows.tolist()))
         for checkpoint, model_rows in zip(checkpoints, rows, strict=True)
     ]
     first = all_shapes[0]
@@ -396,13 +397,13 @@ def _common_shapes(
 
 
 def _refuse_mixed_kinds(
-    checkpoints: Sequence[Checkpoint],
+    checkpoints: Sequence[Source],
     names: Sequence[str],
     rows: Sequence[npt.NDArray[np.int32]],
 ) -> None:
     is_float_rank = np.array([dtype in FLOAT_DTYPES for dtype in DTYPES])
     ranks = [
-        checkpoint.table.dtype_ranks[model_rows]
+        checkpoint.tensors.dtype_ranks[model_rows]
         for checkpoint, model_rows in zip(checkpoints, rows, strict=True)
     ]
     first = is_float_rank[ranks[0]]

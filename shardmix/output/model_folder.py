@@ -165,10 +165,7 @@ def untied(config: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:
 
 def _model_ids(plan: MergePlan) -> list[str]:
     """Return the names that the Hub links a merge to: ids without revision, or else plain names."""
-    return [
-        hub_id or printable(name)
-        for hub_id, name in zip(plan.hub_ids, plan.public_names, strict=True)
-    ]
+    return [source.identity.hub_id or printable(source.name) for source in plan.sources]
 
 
 def _needs_sentence_modules(plan: MergePlan) -> bool:
@@ -192,18 +189,17 @@ def _card_text(plan: MergePlan) -> str:
     # By public name: a card travels, and a machine's paths are private.
     content: dict[str, Any] = {
         "models": [
-            {"source": printable(name), "weight": weight}
-            for name, weight in zip(plan.public_names, plan.weights, strict=True)
+            {"source": printable(source.name), "weight": source.weight} for source in plan.sources
         ],
         "dtype": plan.dtype,
     }
-    if plan.config_source_name != plan.public_names[0]:
+    if plan.config_source_name != plan.sources[0].name:
         content["config_from"] = printable(plan.config_source_name)
     if plan.model_type is not None:
         content["model_type"] = plan.model_type
     if plan.max_shard_size is not None:
         content["max_shard_size"] = plan.max_shard_size
-    if abs(math.fsum(plan.weights) - 1) > WEIGHT_SUM_TOLERANCE:
+    if abs(math.fsum(source.weight for source in plan.sources) - 1) > WEIGHT_SUM_TOLERANCE:
         content["allow_weight_sum"] = True
     if plan.modules.pooling is not None:
         content["pooling"] = plan.modules.pooling
@@ -215,10 +211,8 @@ def _card_text(plan: MergePlan) -> str:
         allow_unicode=True,
     )
     rows = "\n".join(
-        f"| {number} | {_as_code(name)} | {weight!r} |"
-        for number, (name, weight) in enumerate(
-            zip(plan.public_names, plan.weights, strict=True), start=1
-        )
+        f"| {number} | {_as_code(source.name)} | {source.weight!r} |"
+        for number, source in enumerate(plan.sources, start=1)
     )
     config_source = _as_code(plan.config_source_name)
     return f"""# {title}

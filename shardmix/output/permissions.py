@@ -63,8 +63,9 @@ def _paths(plan: MergePlan) -> Iterator[str]:
     """Yield the paths to check, each file once."""
     folders = {
         str(Path(file.path).parent)
-        for file in plan.files
-        if plan.hub_ids[file.model] is None and Path(plan.sources[file.model]).expanduser().is_dir()
+        for source in plan.sources
+        if source.identity.hub_id is None and Path(source.path).is_dir()
+        for file in source.identity.files
     }
     yield from (file.path for file in plan.files)
     yield from sorted(folders)

@@ -25,7 +25,7 @@ from shardmix._version import __version__
 from shardmix.anomalies import LeafAnomalies
 from shardmix.errors import SourceError, one_line, writing_failed
 from shardmix.output.counted_folder import CountedFolder
-from shardmix.plan.merge_plan import MergePlan
+from shardmix.plan.merge_plan import MergePlan, PlannedSource
 from shardmix.system.digests import ALGORITHMS, LEAF_NBYTES, file_digest
 from shardmix.system.files import open_regular
 from shardmix.system.held_folder import HeldFolder
@@ -170,7 +170,7 @@ def write_provenance(
             torch=_installed("torch"),
             safetensors=_installed("safetensors"),
             plan=plan_digest,
-            sources=tuple(_source_record(plan, model) for model in range(plan.num_models)),
+            sources=tuple(_source_record(plan, source) for source in plan.sources),
             dtype=plan.dtype,
             config_from=plan.config_source_name,
             config_source_commit=plan.config_source_commit,
@@ -316,20 +316,18 @@ def _nonfinite_lines(anomalies: LeafAnomalies) -> Iterator[bytes]:
         yield b"\n  }"
 
 
-def _source_record(plan: MergePlan, model: int) -> SourceRecord:
-    files = [file for file in plan.files if file.model == model]
+def _source_record(plan: MergePlan, source: PlannedSource) -> SourceRecord:
+    identity = source.identity
     return SourceRecord(
-        name=plan.public_names[model],
-        weight=plan.weights[model],
-        hub_id=plan.hub_ids[model],
-        commit=plan.commits[model],
-        path=str(Path(plan.sources[model]).absolute()) if _tells_path(plan, model) else None,
-        files=tuple(SourceFileRecord(file.name, file.nbytes, file.header_sha256) for file in files),
+        name=source.name,
+        weight=source.weight,
+        hub_id=identity.hub_id,
+        commit=identity.commit,
+        path=source.path if plan.record_paths and identity.hub_id is None else None,
+        files=tuple(
+            SourceFileRecord(file.name, file.nbytes, file.header_sha256) for file in identity.files
+        ),
     )
-
-
-def _tells_path(plan: MergePlan, model: int) -> bool:
-    return plan.record_paths and plan.hub_ids[model] is None
 
 
 def _installed(package: str) -> str:

@@ -31,8 +31,8 @@ class MergeDescription:
     def of(cls, plan: MergePlan) -> "MergeDescription":
         """Describe a planned merge."""
         return cls(
-            models=plan.public_names,
-            weights=plan.weights,
+            models=tuple(source.name for source in plan.sources),
+            weights=tuple(source.weight for source in plan.sources),
             dtype=plan.dtype,
             config_from=plan.config_source_name,
             config_source_commit=plan.config_source_commit,

@@ -19,7 +19,7 @@ from shardmix.methods import keep_first
 from shardmix.methods.base import MergeMethod, Params
 from shardmix.plan.merge_plan import OutputShard, Segment, SegmentSource
 from shardmix.recipe import Recipe
-from shardmix.sources.checkpoint import Checkpoint
+from shardmix.sources.base import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,30 +36,39 @@ class TensorParameters:
     """How many groups of other parts come before these in `MergePlan.parameters`."""
 
 
+@dataclass(frozen=True, slots=True)
+class FileNumbers:
+    """The numbers by which segments know what is read of one part of a source."""
+
+    first: int
+    """Of its first file; the others follow."""
+    decoded: int
+    """Of its stream of decoded tensors, if it has one."""
+
+
 def plan_shards(
     recipe: Recipe,
-    checkpoints: Sequence[Checkpoint],
+    checkpoints: Sequence[Source],
     matched: MatchedTensors,
     out_dtypes: Sequence[str],
     parameters: TensorParameters,
     *,
     place: str = "",
     stem: str = MODEL,
-    num_files_before: int = 0,
+    numbers: Sequence[FileNumbers],
 ) -> tuple[tuple[OutputShard, ...], list[str]]:
     """Return the output's files, in order, and what is to be told of them.
 
     Each file has its header and its segments. `out_dtypes` are safetensors dtypes, one for each
     of the matched tensors. `place` is the folder within the output that the files go into, and
-    `stem` what they are called. `num_files_before` counts the files of other parts, which come
-    before these in `MergePlan.files`.
+    `stem` what they are called. `numbers` are those of each source's files.
     """
     prefix = f"{place}/" if place else ""
-    columns = _SourceColumns(checkpoints, matched, out_dtypes, parameters, prefix, num_files_before)
+    columns = _SourceColumns(checkpoints, matched, out_dtypes, parameters, prefix, numbers)
     groups = _shard_groups(recipe, checkpoints[0], matched, out_dtypes, shard_pattern(stem))
     notes = lost_metadata(
         checkpoints[0].source,
-        before=(shard.metadata for shard in checkpoints[0].shards),
+        before=checkpoints[0].metadata,
         after=(metadata for _, _, metadata in groups),
         is_laid_out_anew=recipe.max_shard_size is not None,
     )
@@ -68,13 +77,13 @@ def plan_shards(
 
 def _shard_groups(
     recipe: Recipe,
-    first: Checkpoint,
+    first: Source,
     matched: MatchedTensors,
     out_dtypes: Sequence[str],
     pattern: str,
 ) -> list[tuple[str, list[int], Mapping[str, str]]]:
     """Return each output file's name, its tensors (indexes into `matched.names`), its metadata."""
-    metadata = [shard.metadata for shard in first.shards]
+    metadata = first.metadata
     if recipe.max_shard_size is not None:
         from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -91,9 +100,9 @@ def _shard_groups(
             (filename, [index_of[name] for name in names], common)
             for filename, names in split.filename_to_tensors.items()
         ]
-    files = first.table.files[matched.rows[0]]
+    files = first.tensors.files[matched.rows[0]]
     # What the first model does not store has no shard of its own there: it ends the last.
-    files[len(files) - matched.num_added :] = len(first.shards) - 1
+    files[len(files) - matched.num_added :] = len(metadata) - 1
     filled = np.flatnonzero(np.bincount(files))  # `np.unique` would import all of `numpy.ma`
     return [
         (
@@ -134,12 +143,12 @@ class _SourceColumns:
 
     def __init__(
         self,
-        checkpoints: Sequence[Checkpoint],
+        checkpoints: Sequence[Source],
         matched: MatchedTensors,
         out_dtypes: Sequence[str],
         parameters: TensorParameters,
         prefix: str,
-        num_files_before: int,
+        numbers: Sequence[FileNumbers],
     ) -> None:
         self._prefix = prefix
         self._names = matched.names
@@ -152,14 +161,15 @@ class _SourceColumns:
         self._groups = [_Group(parameters.method, params) for params in parameters.groups]
         self._group_of = parameters.rows
         self._files, self._starts, self._nbytes, self._ranks = [], [], [], []
-        first_file = num_files_before
-        for checkpoint, rows in zip(checkpoints, matched.rows, strict=True):
-            table = checkpoint.table
-            self._files.append(table.files[rows] + first_file)
+        for checkpoint, rows, number in zip(checkpoints, matched.rows, numbers, strict=True):
+            table = checkpoint.tensors
+            files = table.files[rows] + number.first
+            if table.decoded is not None:
+                files[table.decoded[rows]] = number.decoded
+            self._files.append(files)
             self._starts.append(table.starts[rows])
             self._nbytes.append(table.nbytes[rows])
             self._ranks.append(table.dtype_ranks[rows])
-            first_file += len(checkpoint.shards)
         # By source: whether a tensor's values there count.
         self._counts = [
             np.array([source in group.wide for group in self._groups])[self._group_of]

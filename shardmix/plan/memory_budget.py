@@ -1,6 +1,7 @@
 """How much memory a merge takes: the chunk and the workers that keep the budgets.
 
-    projected peak = reserved + workers × (BUFFERS_PER_WORKER × chunk + a little + mapped pages)
+    projected peak = reserved + workers × (BUFFERS_PER_WORKER × chunk + a little + mapped pages
+                                           + the sources' own readers)
     projected VRAM = held already + workers of one GPU × (VRAM_BUFFERS_PER_WORKER × chunk, as torch
                      rounds it)
 
@@ -138,13 +139,15 @@ def fit_memory(
     max_memory: int | None = None,
     max_vram: int | None = None,
     mapped_views: int = 0,
+    reader_nbytes: int = 0,
 ) -> MemoryPlan:
     """Choose the chunk, at most the best one, and the workers, that keep both budgets.
 
     Without a budget a chunk is what speed needs (`best_chunk`) and no more. A tight budget first
     shrinks the chunk, then takes workers away (unless their number was asked for). `num_devices`
     are the GPUs that share the workers, 0 on the CPU. Each has `max_vram`, or else what `vram` says
-    is to spare. `mapped_views` is how many sources one chunk may have mapped.
+    is to spare. `mapped_views` is how many sources one chunk may have mapped, `reader_nbytes` what
+    the sources' own readers take for each worker.
 
     Raises `BudgetError` where not even one smallest chunk fits, naming the least that works.
     """
@@ -161,7 +164,8 @@ def fit_memory(
         most_vram = vram.held_nbytes + vram.spare_nbytes
     for count, size in choices:
         buffers = count * BUFFERS_PER_WORKER * size
-        peak = reserved + buffers + count * (_WORKER_NBYTES + mapped_views * _MAPPED_NBYTES)
+        beside = _WORKER_NBYTES + mapped_views * _MAPPED_NBYTES + reader_nbytes
+        peak = reserved + buffers + count * beside
         busiest = -(-count // num_devices) if num_devices else 0
         on_gpu = busiest * _vram_nbytes(VRAM_BUFFERS_PER_WORKER * size)
         on_gpu += vram.held_nbytes if busiest else 0
@@ -216,10 +220,11 @@ def _vram_nbytes(buffers_nbytes: int) -> int:
     return -(-buffers_nbytes // unit) * unit + 2 * MIB
 
 
-def plan_memory(settings: RunSettings, *, num_tensors: int) -> MemoryPlan:
+def plan_memory(settings: RunSettings, *, num_tensors: int, reader_nbytes: int = 0) -> MemoryPlan:
     """Fit chunks and workers to the budgets and to what the process holds at this moment.
 
-    `num_tensors` are the output's: of each there may be something to tell.
+    `num_tensors` are the output's: of each there may be something to tell. `reader_nbytes` is what
+    the sources' own readers take for each worker.
 
     Where the device is still open, to the GPU's, with the peak of whichever takes more. Raises
     `BudgetError` where one smallest chunk does not fit.
@@ -227,17 +232,17 @@ def plan_memory(settings: RunSettings, *, num_tensors: int) -> MemoryPlan:
     num_gpus = num_devices(settings.device)
     if not settings.is_device_open:
         reserved = reserved_nbytes(settings.backend, num_devices=num_gpus, num_tensors=num_tensors)
-        return _fitted(settings, reserved, num_gpus)
+        return _fitted(settings, reserved, num_gpus, reader_nbytes)
     # Both are tried in one process, with the libraries of both.
     reserved = reserved_nbytes(TORCH, LLVM, num_devices=num_gpus, num_tensors=num_tensors)
-    on_gpu = _fitted(settings, reserved, num_gpus)
+    on_gpu = _fitted(settings, reserved, num_gpus, reader_nbytes)
     # torch's chunks are larger than the kernels', so either fits in what this one takes.
-    on_cpu = _fitted(replace(settings, device="cpu", backend=TORCH), reserved, 0)
+    on_cpu = _fitted(replace(settings, device="cpu", backend=TORCH), reserved, 0, reader_nbytes)
     peak = max(on_gpu.projected_peak_nbytes, on_cpu.projected_peak_nbytes)
     return replace(on_gpu, projected_peak_nbytes=peak)
 
 
-def _fitted(settings: RunSettings, reserved: int, num_gpus: int) -> MemoryPlan:
+def _fitted(settings: RunSettings, reserved: int, num_gpus: int, reader_nbytes: int) -> MemoryPlan:
     return fit_memory(
         reserved=reserved,
         num_devices=num_gpus,
@@ -247,4 +252,5 @@ def _fitted(settings: RunSettings, reserved: int, num_gpus: int) -> MemoryPlan:
         max_memory=settings.max_memory_nbytes,
         max_vram=settings.max_vram_nbytes,
         mapped_views=MAX_MAPPED_AT_ONCE if settings.io == "mmap" else 0,
+        reader_nbytes=reader_nbytes,
     )

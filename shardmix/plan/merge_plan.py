@@ -7,7 +7,7 @@ engine carries it out, and neither has to ask the other anything.
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import msgspec
@@ -18,7 +18,8 @@ from shardmix.formats.safetensors_layout import HEADER_LENGTH_NBYTES
 from shardmix.methods.base import Params
 from shardmix.options import RunSettings
 from shardmix.plan.memory_budget import MemoryPlan
-from shardmix.sources.open_files import FileStamp
+from shardmix.sources.base import Source
+from shardmix.sources.identity import FileStamp, SourceFile, SourceIdentity
 from shardmix.system.page_cache import CacheUse
 
 _PIECE_NBYTES = 1 << 20
@@ -28,23 +29,29 @@ _ENTRY = re.compile(r'"dtype":"(\w+)","shape":\[[\d,]*\],"data_offsets":\[(\d+),
 
 
 @dataclass(frozen=True, slots=True)
-class SourceFile:
-    """A file that will be read."""
+class PlannedSource:
+    """A model that is merged, and what is read of it."""
 
+    text: str
+    """As the user named it."""
+    name: str
+    """What the model card calls it: Hub id with revision, or a name without a path."""
     path: str
-    """Absolute path."""
-    nbytes: int
-    """Its size when planned."""
-    mtime_ns: int | None = None
-    """When it was last modified, in nanoseconds since 1970; None: not looked at."""
-    header_sha256: str = ""
-    """SHA-256 (hex) of its header."""
-    model: int = 0
-    """Whose it is: an index into `MergePlan.sources`."""
-    name: str = ""
-    """Its path within the model's folder, with `/`."""
-    stamp: FileStamp | None = None
-    """What its file system told of it besides; None: not looked at."""
+    """Absolute path of its folder, or of the file that the user named."""
+    identity: SourceIdentity
+    """What its bytes are known by: the weight files that will be read, and their commit."""
+    weight: float
+    """Its factor, in double precision."""
+    reader_nbytes: int = 0
+    """What its readers take for each worker, besides the buffers of a chunk."""
+    decoders: tuple[Source, ...] = field(default=(), repr=False, compare=False)
+    """Its parts that have tensors which are decoded while they are read; opened."""
+
+    def check_unchanged(self) -> None:
+        """Raise `SourceChangedError` if the model is not what it was when it was opened."""
+        self.identity.check_unchanged()
+        for decoder in self.decoders:
+            decoder.check_unchanged()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +82,9 @@ class SegmentSource(NamedTuple):
     dtype: str
     """Safetensors dtype there."""
     file: int
-    """Index into `MergePlan.files`."""
+    """Index into `MergePlan.files`, and beyond these into `MergePlan.decoders`."""
     offset: int
-    """First byte in that file."""
+    """First byte in that file, or in that decoder's stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +123,7 @@ class Segment:
 
     @property
     def files(self) -> tuple[int, ...]:
-        """For each source, an index into `MergePlan.files`."""
+        """For each source, an index into `MergePlan.files`, and beyond these into its decoders."""
         return tuple(source.file for source in self.sources)
 
 
@@ -211,16 +218,8 @@ class ModuleConfig:
 class MergePlan:
     """Everything a merge will do. Sizes in bytes."""
 
-    sources: tuple[str, ...]
-    """As the user named them, in order."""
-    public_names: tuple[str, ...]
-    """What the model card calls them: Hub id with revision, or a name without a path."""
-    hub_ids: tuple[str | None, ...]
-    """`org/name` of those that came from the Hub."""
-    commits: tuple[str | None, ...]
-    """The commits that these are of."""
-    weights: tuple[float, ...]
-    """The factor of each source, in double precision."""
+    sources: tuple[PlannedSource, ...]
+    """The models, in order."""
     parameters: tuple[Params, ...]
     """The method's parameters; segments name theirs by index."""
     dtype: str
@@ -261,8 +260,6 @@ class MergePlan:
     """Absolute path of the model that gives modules that the config source lacks, or empty."""
     modules: OutputModules
     """What is written of sentence-transformers modules besides auxiliary files."""
-    files: tuple[SourceFile, ...]
-    """All weight files that will be read."""
     shards: tuple[OutputShard, ...]
     """All weight files that will be written."""
     disk_needed_nbytes: int
@@ -280,6 +277,21 @@ class MergePlan:
     def num_models(self) -> int:
         """How many models are merged."""
         return len(self.sources)
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """All weight files that will be read, model by model; segments know them by number."""
+        return tuple(file for source in self.sources for file in source.identity.files)
+
+    @property
+    def decoders(self) -> tuple[Source, ...]:
+        """What is decoded while it is read; by the numbers that follow those of the files."""
+        return tuple(decoder for source in self.sources for decoder in source.decoders)
+
+    @property
+    def reader_nbytes(self) -> int:
+        """What the sources' own readers take for each worker."""
+        return sum(source.reader_nbytes for source in self.sources)
 
     @property
     def num_tensors(self) -> int:
@@ -336,16 +348,19 @@ class MergePlan:
 
     def _decisive_parts(self) -> Iterator[object]:
         """Yield all that decides the output's bytes, in an order that is always the same."""
-        places = {"sources", "output", "config_source_folder", "modules_folder"}
+        places = {"output", "config_source_folder", "modules_folder"}
         irrelevant = places | {
             *("settings", "memory", "cache_use", "warnings", "left_out", "disk_needed_nbytes"),
         }
-        in_parts = {"files", "shards"}
-        for field in fields(self):
-            if field.name not in irrelevant | in_parts:
-                yield field.name, getattr(self, field.name)
-        for file in self.files:
-            yield file.name, file.nbytes, file.header_sha256, file.model
+        in_parts = {"sources", "shards"}
+        for each in fields(self):
+            if each.name not in irrelevant | in_parts:
+                yield each.name, getattr(self, each.name)
+        for source in self.sources:
+            identity = source.identity
+            yield source.name, source.weight, identity.hub_id, identity.commit, identity.decoding
+            for file in identity.files:
+                yield file.name, file.nbytes, file.header_sha256
         for shard in self.shards:
             yield shard.filename, shard.file_nbytes, shard.read_nbytes, len(shard.segments)
             # The header has the tensors' names, in data order.
@@ -362,19 +377,26 @@ class MergePlan:
         """
         return tuple(
             FileIdentity(
-                model=self.public_names[file.model],
-                file=file.name if self.commits[file.model] else file.path,
-                commit=self.commits[file.model],
+                model=source.name,
+                file=file.name if commit else file.path,
+                commit=commit,
                 size=file.nbytes,
-                modified=None if self.commits[file.model] else file.mtime_ns,
+                modified=None if commit else file.mtime_ns,
                 header=file.header_sha256,
-                stamp=None if self.commits[file.model] else file.stamp,
+                stamp=None if commit else file.stamp,
             )
-            for file in self.files
+            for source in self.sources
+            for commit in (source.identity.commit,)
+            for file in source.identity.files
         )
 
     def to_json(self) -> bytes:
-        """Return the plan as JSON; `from_json` gives an equal plan back."""
+        """Return the plan as JSON; `from_json` gives an equal plan back.
+
+        Opened sources are no JSON: a plan that decodes is handed on by pickle.
+        """
+        if self.decoders:
+            raise ValueError("a plan of sources that are decoded while they are read is no JSON")
         return msgspec.json.encode(self)
 
     @staticmethod

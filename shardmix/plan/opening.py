@@ -4,7 +4,7 @@ Reads headers and small files; checks each model by itself.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,8 @@ from shardmix.conventions.sentence_modules import MODULES_NAME
 from shardmix.errors import RecipeError, SourceError
 from shardmix.matching.tensors import check_mergeable
 from shardmix.recipe import Recipe
+from shardmix.sources.base import Source
 from shardmix.sources.checkpoint import (
-    Checkpoint,
     main_place,
     open_checkpoints,
     read_config,
@@ -35,7 +35,7 @@ class ConfigSource:
     """What the model card may call it."""
     folder: Path
     """Its folder."""
-    config: dict[str, Any]
+    config: Mapping[str, Any]
     """Content of its config.json; empty if it has none."""
     commit: str | None
     """The commit, where it came from the Hub."""
@@ -53,12 +53,12 @@ class ConfigSource:
     """Where in its folder config and main weights are: "" or the folder of one of these."""
 
 
-def public_name(checkpoint: Checkpoint) -> str:
+def public_name(checkpoint: Source) -> str:
     """Return what may be published of a source: its Hub id, or its own name without a path."""
-    if checkpoint.hub_id is not None:
+    if checkpoint.identity.hub_id is not None:
         return checkpoint.source
     if checkpoint.is_single_file:
-        return checkpoint.shards[0].path.name
+        return Path(checkpoint.identity.files[0].path).name
     return checkpoint.root.resolve().name
 
 
@@ -75,9 +75,9 @@ def disk_errors_named() -> Iterator[None]:
         ) from None
 
 
-def _paths(checkpoint: Checkpoint) -> list[Path]:
+def _paths(checkpoint: Source) -> list[Path]:
     """Return what of the disk is the checkpoint's: its folder, and files that may be links."""
-    files = [shard.path for part in checkpoint.parts for shard in part.shards]
+    files = [Path(file.path) for part in checkpoint.parts for file in part.identity.files]
     return files if checkpoint.is_single_file else [checkpoint.root, *files]
 
 
@@ -96,14 +96,14 @@ def _check_model_type(*, model_type: str | None, config_source: ConfigSource) ->
         )
 
 
-def _open_config_source(source: str | None, first: Checkpoint) -> ConfigSource:
+def _open_config_source(source: str | None, first: Source) -> ConfigSource:
     if source is None:
         name = public_name(first)
         return ConfigSource(
             name,
             first.root,
             first.config,
-            first.commit,
+            first.identity.commit,
             weights=first.weight_names,
             is_single_file=first.is_single_file,
             left_out=first.left_out,
@@ -135,7 +135,7 @@ def _open_config_source(source: str | None, first: Checkpoint) -> ConfigSource:
 class OpenedModels:
     """The models of a recipe, opened, and what gives the output its config."""
 
-    checkpoints: tuple[Checkpoint, ...]
+    checkpoints: tuple[Source, ...]
     """The models, in the recipe's order."""
     config_source: ConfigSource
     """Gives config, tokenizer and other auxiliary files."""

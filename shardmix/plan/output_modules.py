@@ -20,7 +20,8 @@ from shardmix.matching.parts import MatchedParts
 from shardmix.plan.merge_plan import OutputModules
 from shardmix.recipe import Recipe
 from shardmix.sources.auxiliary_files import find_auxiliary_files
-from shardmix.sources.checkpoint import CONFIG_NAME, Checkpoint, read_config
+from shardmix.sources.base import Source
+from shardmix.sources.checkpoint import CONFIG_NAME, read_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class PlannedModules:
 
 def plan_modules(
     recipe: Recipe,
-    checkpoints: Sequence[Checkpoint],
+    checkpoints: Sequence[Source],
     matched: MatchedParts,
     config_folder: Path,
     own_modules: tuple[Module, ...],
@@ -91,7 +92,7 @@ def plan_modules(
     )
 
 
-def _module_files(giver: Checkpoint, config_folder: Path) -> tuple[str, ...]:
+def _module_files(giver: Source, config_folder: Path) -> tuple[str, ...]:
     """Return the files that make a model's modules, but for those of its encoder itself."""
     root_files = {MODULES_NAME, MODEL_CONFIG_NAME}
     main = f"{giver.place}/" if giver.place else ""
@@ -109,7 +110,7 @@ def _module_files(giver: Checkpoint, config_folder: Path) -> tuple[str, ...]:
     )
 
 
-def _pooled(giver: Checkpoint) -> str:
+def _pooled(giver: Source) -> str:
     """Say how a model's modules pool; "" if there is no or more than one answer."""
     places = [module.place for module in giver.modules if module.kind == "Pooling"]
     if len(places) != 1:

@@ -5,10 +5,12 @@ Pure but for looking up files beside the weights and how much memory is in use a
 """
 
 import importlib.util
+import itertools
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -38,9 +40,9 @@ from shardmix.methods import keep_first
 from shardmix.methods.base import Params
 from shardmix.methods.registry import merge_method
 from shardmix.options import LLVM, TORCH, RunSettings
-from shardmix.plan.layout import TensorParameters, plan_shards
+from shardmix.plan.layout import FileNumbers, TensorParameters, plan_shards
 from shardmix.plan.memory_budget import plan_memory
-from shardmix.plan.merge_plan import MergePlan, ModuleConfig, OutputShard, SourceFile
+from shardmix.plan.merge_plan import MergePlan, ModuleConfig, OutputShard, PlannedSource
 from shardmix.plan.opening import ConfigSource, OpenedModels, public_name
 from shardmix.plan.output_modules import PlannedModules, plan_modules
 from shardmix.plan.weight_warnings import weight_warnings
@@ -52,7 +54,9 @@ from shardmix.sources.auxiliary_files import (
     left_out_warning,
     unmerged_weights,
 )
-from shardmix.sources.checkpoint import CONFIG_NAME, Checkpoint, read_config
+from shardmix.sources.base import Source
+from shardmix.sources.checkpoint import CONFIG_NAME, read_config
+from shardmix.sources.identity import SourceFile
 from shardmix.system.digests import XXH3
 from shardmix.system.page_cache import plan_cache_use
 
@@ -110,7 +114,8 @@ def _plan_merge(
         recipe, checkpoints, matched, config_source.folder, config_source.modules
     )
     groups = _placed(matched.groups, modules)
-    parts = _planned_parts(recipe, groups, config_source, modules)
+    sources, numbers = _planned_sources(recipe, checkpoints, groups)
+    parts = _planned_parts(recipe, groups, numbers, config_source, modules)
     main = parts[0]
     shards = tuple(shard for part in parts for shard in part.shards)
     settings = _decided(settings, shards)
@@ -144,11 +149,7 @@ def _plan_merge(
             "will not load with from_pretrained; name a model that has one with --config-from"
         )
     return MergePlan(
-        sources=recipe.sources,
-        public_names=tuple(public_name(checkpoint) for checkpoint in checkpoints),
-        hub_ids=tuple(checkpoint.hub_id for checkpoint in checkpoints),
-        commits=tuple(checkpoint.commit for checkpoint in checkpoints),
-        weights=recipe.weights,
+        sources=sources,
         parameters=tuple(params for part in parts for params in part.parameters),
         dtype=recipe.dtype,
         max_shard_size=recipe.max_shard_size,
@@ -170,24 +171,14 @@ def _plan_merge(
         ),
         modules_folder="" if modules.folder is None else str(modules.folder.absolute()),
         modules=modules.output,
-        files=tuple(
-            SourceFile(
-                str(shard.path.absolute()),
-                shard.nbytes,
-                shard.mtime_ns,
-                shard.header_sha256,
-                model,
-                shard.path.relative_to(part.root).as_posix(),
-                shard.stamp,
-            )
-            for group in groups
-            for model, part in enumerate(group)
-            for shard in part.shards
-        ),
         shards=shards,
         disk_needed_nbytes=write_nbytes,  # and what is beside the weights, once there is a plan
         settings=settings,
-        memory=plan_memory(settings, num_tensors=sum(len(shard.tensor_names) for shard in shards)),
+        memory=plan_memory(
+            settings,
+            num_tensors=sum(len(shard.tensor_names) for shard in shards),
+            reader_nbytes=sum(source.reader_nbytes for source in sources),
+        ),
         cache_use=plan_cache_use(
             read_nbytes=sum(shard.read_nbytes for shard in shards),
             write_nbytes=write_nbytes,
@@ -195,6 +186,62 @@ def _plan_merge(
         ),
         warnings=tuple(warnings),
     )
+
+
+def _planned_sources(
+    recipe: Recipe, checkpoints: Sequence[Source], groups: Sequence[Sequence[Source]]
+) -> tuple[tuple[PlannedSource, ...], list[tuple[FileNumbers, ...]]]:
+    """Return what is read of each source, and for each group the numbers of its parts' files.
+
+    Files are numbered source by source; what is decoded has the numbers that follow.
+    """
+    sources: list[PlannedSource] = []
+    firsts: list[list[int]] = []
+    num_files = 0
+    parts_of = list(zip(*groups, strict=True))
+    for weighted, checkpoint, parts in zip(recipe.models, checkpoints, parts_of, strict=True):
+        files: list[SourceFile] = []
+        firsts.append([])
+        for part in parts:
+            firsts[-1].append(num_files + len(files))
+            files += part.identity.files
+        num_files += len(files)
+        decoders = tuple(part for part in parts if _decodes(part))
+        root = str(checkpoint.root.absolute())
+        sources.append(
+            PlannedSource(
+                text=weighted.source,
+                name=public_name(checkpoint),
+                path=files[0].path if checkpoint.is_single_file else root,
+                identity=replace(
+                    checkpoint.identity,
+                    files=tuple(files),
+                    decoding="; ".join(filter(None, (part.identity.decoding for part in parts))),
+                ),
+                weight=weighted.weight,
+                reader_nbytes=sum(map(_reader_nbytes, decoders)),
+                decoders=decoders,
+            )
+        )
+    streams = itertools.count(num_files)
+    numbers = [
+        [
+            FileNumbers(first, next(streams) if _decodes(part) else first)
+            for first, part in zip(its_firsts, parts, strict=True)
+        ]
+        for its_firsts, parts in zip(firsts, parts_of, strict=True)
+    ]
+    return tuple(sources), list(zip(*numbers, strict=True))
+
+
+def _decodes(part: Source) -> bool:
+    """Tell whether some tensors are decoded while they are read."""
+    return part.tensors.decoded is not None and bool(part.tensors.decoded.any())
+
+
+def _reader_nbytes(source: Source) -> int:
+    with closing(source.open_reader()) as reader:
+        return reader.overhead_nbytes
 
 
 def _lacks_config(config_source: ConfigSource, auxiliary_files: Sequence[str]) -> bool:
@@ -230,7 +277,7 @@ class _PlannedPart:
 
 
 def _modular_config_source(
-    recipe: Recipe, config_source: ConfigSource, first: Checkpoint
+    recipe: Recipe, config_source: ConfigSource, first: Source
 ) -> ModularModel | None:
     """Return what gives the output its modules, unless it is a model of the merge as a whole."""
     if recipe.config_from is None and not first.is_single_file:
@@ -241,8 +288,8 @@ def _modular_config_source(
 
 
 def _placed(
-    groups: Sequence[tuple[Checkpoint, ...]], modules: PlannedModules
-) -> list[tuple[Checkpoint, ...]]:
+    groups: Sequence[tuple[Source, ...]], modules: PlannedModules
+) -> list[tuple[Source, ...]]:
     """Return the parts for which the output has a module; others are told of as a difference."""
     main, *others = groups
     return [main, *(group for group in others if group[0].key in modules.places)]
@@ -256,14 +303,14 @@ def _merged_files(config_source: ConfigSource, parts: Sequence[_PlannedPart]) ->
 
 def _planned_parts(
     recipe: Recipe,
-    groups: Sequence[Sequence[Checkpoint]],
+    groups: Sequence[Sequence[Source]],
+    numbers: Sequence[Sequence[FileNumbers]],
     config_source: ConfigSource,
     modules: PlannedModules,
 ) -> list[_PlannedPart]:
     """Plan each part by itself: names, ties, dtypes and shards are no business of another's."""
     parts: list[_PlannedPart] = []
-    num_files = 0
-    for group in groups:
+    for group, its_numbers in zip(groups, numbers, strict=True):
         folder, place, config = config_source.folder, config_source.main_place, config_source.config
         if parts:
             folder, place = modules.folder or config_source.folder, modules.places[group[0].key]
@@ -287,7 +334,7 @@ def _planned_parts(
             parameters,
             place=place,
             stem=MODEL if place else _stem(group[0], config_source),
-            num_files_before=num_files,
+            numbers=its_numbers,
         )
         parts.append(
             _PlannedPart(
@@ -305,11 +352,10 @@ def _planned_parts(
                 shards=shards,
             )
         )
-        num_files += sum(len(part.shards) for part in group)
     return parts
 
 
-def _stem(first: Checkpoint, config_source: ConfigSource) -> str:
+def _stem(first: Source, config_source: ConfigSource) -> str:
     """Return what the output's weight files are called: what its loader looks for."""
     if "_class_name" in config_source.config or (
         first.stem == DIFFUSERS and not config_source.config
@@ -337,8 +383,8 @@ def _auxiliary_file_warnings(
         yield warning
 
 
-def _output_dtypes(dtype: str, first: Checkpoint, matched: MatchedTensors) -> list[str]:
-    kept = [DTYPES[rank] for rank in first.table.dtype_ranks[matched.rows[0]].tolist()]
+def _output_dtypes(dtype: str, first: Source, matched: MatchedTensors) -> list[str]:
+    kept = [DTYPES[rank] for rank in first.tensors.dtype_ranks[matched.rows[0]].tolist()]
     if dtype == "keep":
         return kept
     return [OUT_DTYPES[dtype] if own in FLOAT_DTYPES else own for own in kept]

@@ -4,6 +4,7 @@ Reads the weights of small modules; knows nothing of how the encoder itself runs
 """
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,8 +17,8 @@ from shardmix.conventions.module_tree import Module
 from shardmix.conventions.sentence_modules import CLS, POOLINGS, pooling_modes
 from shardmix.errors import SourceError
 from shardmix.scoring.empty_model import TORCH_DTYPES
-from shardmix.sources.checkpoint import Checkpoint, read_config
-from shardmix.sources.readers import PreadReader
+from shardmix.sources.base import Source
+from shardmix.sources.checkpoint import read_config
 
 # Steps without effect on cosines, or only in training.
 _WITHOUT_EFFECT = ("Normalize", "Dropout")
@@ -52,7 +53,7 @@ class Embedding:
         return pooled
 
 
-def embedding_of(checkpoint: Checkpoint, asked: str | None) -> Embedding:
+def embedding_of(checkpoint: Source, asked: str | None) -> Embedding:
     """Return a model's embedding, by its modules; `asked` overrides its pooling.
 
     A model without modules pools by the first token. Raises `SourceError` if its modules are not
@@ -116,7 +117,7 @@ def _cannot_be_followed(modules: list[Module]) -> str | None:
     return f"has {before[0]} before its pooling" if before else None
 
 
-def _step(checkpoint: Checkpoint, module: Module) -> tuple[Step, int]:
+def _step(checkpoint: Source, module: Module) -> tuple[Step, int]:
     """Return a module's function on vectors, and the bytes of its weights."""
     part = next((part for part in checkpoint.others if part.place == module.place), None)
     if part is None:
@@ -141,7 +142,7 @@ def _step(checkpoint: Checkpoint, module: Module) -> tuple[Step, int]:
         ) from None
 
 
-def _dense(part: Checkpoint, tensors: dict[str, torch.Tensor]) -> Step:
+def _dense(part: Source, tensors: dict[str, torch.Tensor]) -> Step:
     name = str(part.config.get("activation_function", "Tanh")).rpartition(".")[2]
     if name not in _ACTIVATIONS:
         raise SourceError(
@@ -170,13 +171,11 @@ def _dense(part: Checkpoint, tensors: dict[str, torch.Tensor]) -> Step:
     return project
 
 
-def _read(part: Checkpoint) -> dict[str, torch.Tensor]:
+def _read(part: Source) -> dict[str, torch.Tensor]:
     """Return a small module's weights in float32."""
     found = {}
-    reader = PreadReader(part.shards)
-    try:
-        for row in range(part.num_tensors):
-            info = part.tensor(row)
+    with closing(part.open_reader()) as reader:
+        for row, info in enumerate(part.tensors):
             if info.dtype not in TORCH_DTYPES:
                 raise SourceError(
                     f"{info.name} is {info.dtype}",
@@ -186,10 +185,8 @@ def _read(part: Checkpoint) -> dict[str, torch.Tensor]:
             stored = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
             if stored.numel():
                 room: Any = stored.view(-1).view(torch.uint8).numpy()
-                reader.view(int(part.table.files[row]), info.start, memoryview(room))
+                reader.read(row, 0, memoryview(room))
             found[info.name] = stored.float()
-    finally:
-        reader.close()
     return found
 
 

@@ -16,7 +16,8 @@ from accelerate import init_empty_weights
 from shardmix.conventions.naming import declared_quantisation
 from shardmix.dtypes import BY_NAME, FLOAT, FLOAT_DTYPES, INTEGER
 from shardmix.errors import SourceError, one_line
-from shardmix.sources.checkpoint import CONFIG_NAME, Checkpoint
+from shardmix.sources.base import Source
+from shardmix.sources.checkpoint import CONFIG_NAME
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, dtype.torch_name)
@@ -26,7 +27,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 
 
 def build_empty_model(
-    checkpoint: Checkpoint, auto_class: str, dtype: torch.dtype, *, trust_remote_code: bool
+    checkpoint: Source, auto_class: str, dtype: torch.dtype, *, trust_remote_code: bool
 ) -> Any:
     """Return the model in evaluation mode, parameters on the meta device, computed buffers real.
 
@@ -68,7 +69,7 @@ def build_empty_model(
     return model
 
 
-def import_model_code(checkpoint: Checkpoint, auto_class: str) -> None:
+def import_model_code(checkpoint: Source, auto_class: str) -> None:
     """Load transformers' code for such a model, if it has any.
 
     That takes seconds, once, and should not count as the first model's time.
@@ -107,13 +108,12 @@ def _compute_sinusoids(model: Any) -> None:
                 model._init_weights(module)
 
 
-def compute_dtype(checkpoint: Checkpoint, asked: str) -> torch.dtype:
+def compute_dtype(checkpoint: Source, asked: str) -> torch.dtype:
     """Return the dtype that a model computes in: as asked, or the dtype of most of its weights."""
     if asked != "auto":
         return getattr(torch, asked)  # type: ignore[no-any-return]
     nbytes: Counter[str] = Counter()
-    for row in range(checkpoint.num_tensors):
-        info = checkpoint.tensor(row)
+    for info in checkpoint.tensors:
         if info.dtype in FLOAT_DTYPES:
             nbytes[info.dtype] += info.nbytes
     if not nbytes:

@@ -19,7 +19,7 @@ from shardmix.scoring.objectives import Losses, Objective
 from shardmix.scoring.options import ScoreSettings
 from shardmix.scoring.streamed_model import StreamedModel
 from shardmix.scoring.units import Grain, cut
-from shardmix.sources.checkpoint import Checkpoint
+from shardmix.sources.base import Source
 from shardmix.system.memory import available_nbytes, resident_nbytes
 from shardmix.system.units import MIB, format_mib
 
@@ -55,7 +55,7 @@ class ModelScore:
 
 
 def score_model(
-    checkpoint: Checkpoint,
+    checkpoint: Source,
     objective: Objective,
     settings: ScoreSettings,
     device: torch.device,
@@ -105,7 +105,7 @@ class _ProgressError(_CarriedError):
 
 
 def _score_cut(
-    checkpoint: Checkpoint,
+    checkpoint: Source,
     objective: Objective,
     settings: ScoreSettings,
     device: torch.device,
@@ -160,7 +160,7 @@ def _score_cut(
             set_module_tensor_to_device(model, name, "meta")
 
 
-def _not_run(checkpoint: Checkpoint, objective: Objective, cause: Exception) -> SourceError:
+def _not_run(checkpoint: Source, objective: Objective, cause: Exception) -> SourceError:
     return SourceError(
         f"cannot be run as {objective.auto_class} on these examples ({one_line(cause, limit=300)})",
         subject=checkpoint.source,
@@ -169,7 +169,7 @@ def _not_run(checkpoint: Checkpoint, objective: Objective, cause: Exception) -> 
 
 
 def _notes(
-    checkpoint: Checkpoint, weights: ModelWeights, settings: ScoreSettings, *, num_readings: int
+    checkpoint: Source, weights: ModelWeights, settings: ScoreSettings, *, num_readings: int
 ) -> tuple[str, ...]:
     """Return notes for the user on how the model was read."""
     notes = []
@@ -179,7 +179,7 @@ def _notes(
             f"{checkpoint.source}: stores {listed(unused, 3)}, which its config does not use; "
             "scored without"
         )
-    stored = int(checkpoint.table.nbytes.sum())
+    stored = int(checkpoint.tensors.nbytes.sum())
     if weights.bytes_read > 1.25 * stored:
         reason = "the budget" if num_readings > 1 else "parts of it that are used several times"
         notes.append(
@@ -283,7 +283,7 @@ def _sizes(model: Any, objective: Objective) -> ModelSizes:
     )
 
 
-def _check_complete(checkpoint: Checkpoint, weights: ModelWeights, settings: ScoreSettings) -> None:
+def _check_complete(checkpoint: Source, weights: ModelWeights, settings: ScoreSettings) -> None:
     """Refuse a model with parts that would be random; an encoder's pooler is not used."""
     missing = weights.missing()
     if settings.model_type == ENCODER:

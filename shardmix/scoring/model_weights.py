@@ -19,8 +19,7 @@ from shardmix.conventions.naming import is_computed_buffer
 from shardmix.errors import SourceError
 from shardmix.formats.safetensors_layout import TensorInfo
 from shardmix.scoring.empty_model import TORCH_DTYPES
-from shardmix.sources.checkpoint import Checkpoint
-from shardmix.sources.readers import PreadReader
+from shardmix.sources.base import Source
 
 # Read at a time if the stored dtype or device is not the computing one.
 CHUNK_NBYTES = 16 << 20
@@ -43,10 +42,10 @@ class _Recipe:
 class ModelWeights:
     """Reads parameters of one model directly from its shards, and counts the bytes."""
 
-    def __init__(self, checkpoint: Checkpoint, model: Any) -> None:
+    def __init__(self, checkpoint: Source, model: Any) -> None:
         self._checkpoint = checkpoint
         self._model = model
-        self._reader = PreadReader(checkpoint.shards)
+        self._reader = checkpoint.open_reader()
         self._chunk: torch.Tensor | None = None
         self.bytes_read = 0
         self._targets: dict[str, torch.Tensor] = model.state_dict()
@@ -82,7 +81,7 @@ class ModelWeights:
         used = {row for recipe in self._recipes for row in recipe.rows}
         return [
             name
-            for row, name in enumerate(self._checkpoint.table.names)
+            for row, name in enumerate(self._checkpoint.tensors.names)
             if row not in used and not is_computed_buffer(name)
         ]
 
@@ -110,8 +109,7 @@ class ModelWeights:
         """Let the system read ahead the stored tensors of these parameters."""
         for recipe in self._unique_recipes(names):
             for row in recipe.rows:
-                info = self._checkpoint.tensor(row)
-                self._reader.will_need(self._file(row), info.start, info.nbytes)
+                self._reader.prefetch(row, 0, self._checkpoint.tensors[row].num_elements)
 
     def read(self, names: Sequence[str], device: torch.device) -> dict[str, torch.Tensor]:
         """Return values of the parameters, in the model's dtype; zeros for those without stored
@@ -144,9 +142,9 @@ class ModelWeights:
         `rows` are sorted and unique; neighbours are read together.
         """
         row = self._by_name[name].rows[0]
-        info = self._checkpoint.tensor(row)
+        info = self._checkpoint.tensors[row]
         self._check_shape(name, info.shape, self._targets[name].shape)
-        width_nbytes = info.nbytes // info.shape[0]
+        width = info.num_elements // info.shape[0]
         stored = torch.empty((len(rows), *info.shape[1:]), dtype=self._stored_dtype(info))
         numbers = rows.tolist()
         start = 0
@@ -154,8 +152,7 @@ class ModelWeights:
             stop = start + 1
             while stop < len(numbers) and numbers[stop] == numbers[stop - 1] + 1:
                 stop += 1
-            offset = info.start + numbers[start] * width_nbytes
-            self._read_into(stored[start:stop], self._file(row), offset)
+            self._read_into(stored[start:stop], row, numbers[start] * width)
             start = stop
         return stored.to(self._targets[name].dtype)
 
@@ -166,14 +163,14 @@ class ModelWeights:
     def _read_plain(self, recipe: _Recipe, device: torch.device) -> torch.Tensor:
         row = recipe.rows[0]
         expected = self._targets[recipe.target]
-        self._check_shape(recipe.target, self._checkpoint.tensor(row).shape, expected.shape)
+        self._check_shape(recipe.target, self._checkpoint.tensors[row].shape, expected.shape)
         return self._read_tensor(row, expected.dtype, device)
 
     def _convert(self, recipe: _Recipe, device: torch.device) -> dict[str, torch.Tensor]:
         converter = copy.deepcopy(recipe.converter)
         dtype = self._targets[recipe.target].dtype
         for row, pattern in zip(recipe.rows, recipe.patterns, strict=True):
-            name = self._checkpoint.tensor(row).name
+            name = self._checkpoint.tensors[row].name
             tensor = self._read_tensor(row, dtype, device)
             converter.add_tensor(recipe.target, name, pattern, tensor)
         converted = converter.convert(recipe.target, model=self._model, config=self._model.config)
@@ -183,20 +180,20 @@ class ModelWeights:
         }
 
     def _read_tensor(self, row: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        info = self._checkpoint.tensor(row)
+        info = self._checkpoint.tensors[row]
         stored_dtype = self._stored_dtype(info)
         if not (stored_dtype.is_floating_point and dtype.is_floating_point):
             dtype = stored_dtype
         value = torch.empty(info.shape, dtype=dtype, device=device)
         if dtype == stored_dtype and device.type == "cpu":
-            self._read_into(value, self._file(row), info.start)
+            self._read_into(value, row, 0)
             return value
         flat = value.view(-1)
         step = CHUNK_NBYTES // stored_dtype.itemsize
         for start in range(0, len(flat), step):
             count = min(step, len(flat) - start)
             stored = self._chunk_of(count, stored_dtype)
-            self._read_into(stored, self._file(row), info.start + start * stored_dtype.itemsize)
+            self._read_into(stored, row, start)
             flat[start : start + count].copy_(stored)
         return value
 
@@ -205,14 +202,11 @@ class ModelWeights:
             self._chunk = torch.empty(CHUNK_NBYTES, dtype=torch.uint8)
         return self._chunk[: count * dtype.itemsize].view(dtype)
 
-    def _read_into(self, tensor: torch.Tensor, file: int, offset: int) -> None:
+    def _read_into(self, tensor: torch.Tensor, row: int, start: int) -> None:
         if tensor.numel():
             room = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-            self._reader.view(file, offset, room)
+            self._reader.read(row, start, room)
             self.bytes_read += len(room)
-
-    def _file(self, row: int) -> int:
-        return int(self._checkpoint.table.files[row])
 
     def _stored_dtype(self, info: TensorInfo) -> torch.dtype:
         if info.dtype not in TORCH_DTYPES:
@@ -237,7 +231,7 @@ class ModelWeights:
             )
 
 
-def _recipes(checkpoint: Checkpoint, model: Any, targets: dict[str, torch.Tensor]) -> list[_Recipe]:
+def _recipes(checkpoint: Source, model: Any, targets: dict[str, torch.Tensor]) -> list[_Recipe]:
     """Return the sources of the model's parameters, by transformers' own rules for names."""
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
@@ -247,7 +241,7 @@ def _recipes(checkpoint: Checkpoint, model: Any, targets: dict[str, torch.Tensor
     }
     recipes: dict[str, _Recipe] = {}
     prefix = model.base_model_prefix
-    names = checkpoint.table.names
+    names = checkpoint.tensors.names
     for row in sorted(range(len(names)), key=lambda row: _natural(names[row])):
         name = names[row]
         target, pattern = rename_source_key(name, renamings, converters, prefix, targets)

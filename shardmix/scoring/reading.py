@@ -24,7 +24,7 @@ from shardmix.scoring.encoding import (
 )
 from shardmix.scoring.examples import Example
 from shardmix.scoring.options import ScoreSettings
-from shardmix.sources.checkpoint import Checkpoint
+from shardmix.sources.base import Source
 from shardmix.system.files import same_content
 
 _FILES = frozenset((*VOCABULARY_NAMES, *SIDE_NAMES, *CUTTING_NAMES, *TEMPLATE_NAMES))
@@ -32,7 +32,7 @@ _MOST_NAMED = 3
 
 
 def read_examples(
-    examples: Sequence[Example], checkpoints: Sequence[Checkpoint], settings: ScoreSettings
+    examples: Sequence[Example], checkpoints: Sequence[Source], settings: ScoreSettings
 ) -> tuple[list[EncodedExamples], tuple[str, ...]]:
     """Return each model's encoded examples, in order, and notes for the user.
 
@@ -41,7 +41,7 @@ def read_examples(
     """
     found: list[EncodedExamples] = []
     notes: list[str] = []
-    known: list[tuple[Checkpoint, int | None, EncodedExamples]] = []
+    known: list[tuple[Source, int | None, EncodedExamples]] = []
     for checkpoint in checkpoints:
         owner = checkpoint
         if known and not _tokenizer_files(checkpoint.folder):
@@ -68,7 +68,7 @@ def read_examples(
 
 
 def _encode(
-    examples: Sequence[Example], owner: Checkpoint, model: Checkpoint, settings: ScoreSettings
+    examples: Sequence[Example], owner: Source, model: Source, settings: ScoreSettings
 ) -> EncodedExamples:
     tokenizer = load_tokenizer(
         owner.source, owner.folder, trust_remote_code=settings.trust_remote_code
@@ -98,7 +98,7 @@ def _tokenizer_files(folder: Path) -> list[str]:
     return sorted(found) if is_one else []
 
 
-def _is_same(one: Checkpoint, other: Checkpoint) -> bool:
+def _is_same(one: Source, other: Source) -> bool:
     """Return True if two models have the same tokenizer, byte for byte."""
     if one.folder == other.folder:
         return True
@@ -109,7 +109,7 @@ def _is_same(one: Checkpoint, other: Checkpoint) -> bool:
 
 
 def _told(
-    checkpoints: Sequence[Checkpoint], found: Sequence[EncodedExamples], settings: ScoreSettings
+    checkpoints: Sequence[Source], found: Sequence[EncodedExamples], settings: ScoreSettings
 ) -> list[str]:
     """Say that models read the examples in different ways, if they do."""
     distinct = list({id(encoded): encoded for encoded in found}.values())

@@ -26,7 +26,8 @@ from shardmix.scoring.options import ScoreOptions, ScoreSettings, check_options
 from shardmix.scoring.reading import read_examples
 from shardmix.scoring.report import OnScoreProgress, ScoreLog, ScoreProgress, ScoreReport
 from shardmix.scoring.weights import compute_weights
-from shardmix.sources.checkpoint import Checkpoint, open_checkpoints
+from shardmix.sources.base import Source
+from shardmix.sources.checkpoint import open_checkpoints
 from shardmix.system.gpus import resolve_device
 from shardmix.system.memory import give_back_large_blocks, peak_resident_nbytes, resident_nbytes
 
@@ -123,7 +124,7 @@ def score(
         device=str(device),
         dtypes=tuple(one.dtype for one in scores),
         bytes_read=sum(one.bytes_read for one in scores),
-        bytes_stored=sum(int(checkpoint.table.nbytes.sum()) for checkpoint in checkpoints),
+        bytes_stored=sum(int(checkpoint.tensors.nbytes.sum()) for checkpoint in checkpoints),
         num_passes=tuple(one.num_passes for one in scores),
         seconds=time.perf_counter() - started,
         projected_peak_bytes=max(one.projected_nbytes for one in scores),
@@ -158,16 +159,14 @@ def compute_losses(
     return list(report.losses)
 
 
-def _embeddings(checkpoints: Sequence[Checkpoint], settings: ScoreSettings) -> list[Embedding]:
+def _embeddings(checkpoints: Sequence[Source], settings: ScoreSettings) -> list[Embedding]:
     """Return each encoder's embedding; empty for other types of models."""
     if settings.model_type != ENCODER:
         return []
     return [embedding_of(checkpoint, settings.pooling) for checkpoint in checkpoints]
 
 
-def _pooling_notes(
-    embeddings: Sequence[Embedding], checkpoints: Sequence[Checkpoint]
-) -> Iterator[str]:
+def _pooling_notes(embeddings: Sequence[Embedding], checkpoints: Sequence[Source]) -> Iterator[str]:
     """Yield a note for each model whose modules, or user against them, chose the pooling."""
     yield from (embedding.note for embedding in embeddings if embedding.note)
     bare = [each.source for each in checkpoints if not each.modules]
@@ -199,7 +198,7 @@ def _open_device(device: torch.device) -> None:
     torch.cuda.reset_peak_memory_stats(device)
 
 
-def _check_finite(checkpoint: Checkpoint, one: ModelScore, examples: tuple[Example, ...]) -> None:
+def _check_finite(checkpoint: Source, one: ModelScore, examples: tuple[Example, ...]) -> None:
     for example, loss in zip(examples, one.losses.per_example, strict=True):
         if loss is not None and not math.isfinite(loss):
             raise SourceError(
@@ -212,7 +211,7 @@ def _check_finite(checkpoint: Checkpoint, one: ModelScore, examples: tuple[Examp
 
 def _cut_notes(
     readings: Sequence[EncodedExamples],
-    checkpoints: Sequence[Checkpoint],
+    checkpoints: Sequence[Source],
     settings: ScoreSettings,
 ) -> Iterator[str]:
     """Yield notes on texts that were cut off, for each way of reading the examples."""

@@ -16,7 +16,8 @@ from shardmix.conventions.module_tree import module_places, read_modules
 from shardmix.conventions.sentence_modules import MODULES_NAME
 from shardmix.conventions.weight_names import MARKS, stem_of
 from shardmix.errors import SourceError, listed, printable
-from shardmix.sources.checkpoint import CONFIG_NAME, Checkpoint
+from shardmix.sources.base import Source
+from shardmix.sources.checkpoint import CONFIG_NAME
 from shardmix.system.files import (
     LFS_FINDING,
     LFS_REMEDY,
@@ -126,10 +127,10 @@ def left_out_warning(left_out: Collection[LeftOut], model: str) -> str | None:
     return f"left out of the output, though {model} has it: {groups}; --json lists all"
 
 
-def adapter_warnings(checkpoints: Iterable[Checkpoint]) -> Iterator[str]:
+def adapter_warnings(checkpoints: Iterable[Source]) -> Iterator[str]:
     """Tell of adapters, such as LoRA, that lie beside a model's weights or within them."""
     for checkpoint in checkpoints:
-        inner = inner_adapter_tensor(checkpoint.table.names)
+        inner = inner_adapter_tensor(checkpoint.tensors.names)
         if inner is not None:
             yield (
                 f"{checkpoint.source}: holds adapters within the model, such as {inner}; their "

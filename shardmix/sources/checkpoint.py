@@ -30,13 +30,14 @@ from shardmix.conventions.weight_names import (
     stored_stem,
     weights_name,
 )
-from shardmix.dtypes import DTYPES
 from shardmix.errors import SourceError, shown
-from shardmix.formats.safetensors_layout import TensorInfo
 from shardmix.formats.strict_json import read_index, read_json
+from shardmix.formats.tensor_table import TensorTable
+from shardmix.sources.base import Extent, TensorReader, stored_extent
 from shardmix.sources.headers import SHORT_HEADER_NBYTES, Headers
 from shardmix.sources.hub import LocalSource, locate
-from shardmix.sources.open_files import FileStamp
+from shardmix.sources.identity import FileStamp, SourceFile, SourceIdentity
+from shardmix.sources.readers import StoredReader
 from shardmix.system.files import refuse_link_outside
 from shardmix.system.memory import check_room
 
@@ -48,39 +49,6 @@ _MOST_NAMES_BELOW = 100
 
 
 @dataclass(frozen=True, slots=True)
-class ShardFile:
-    """One weight file of a checkpoint."""
-
-    path: Path
-    """Where it lies."""
-    nbytes: int
-    """Its size."""
-    mtime_ns: int
-    """When it was last modified, in nanoseconds since 1970."""
-    header_sha256: str = ""
-    """SHA-256 (hex) of its header; with size, time and stamp, what it is known by."""
-    metadata: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
-    """What its header says of it beside the tensors."""
-    stamp: FileStamp | None = None
-    """What its file system told of it besides."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorTable:
-    """All tensors of a checkpoint, by file and within it by offset; row i is one tensor."""
-
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    dtype_ranks: npt.NDArray[np.uint8]
-    """Index into `dtypes.DTYPES`."""
-    files: npt.NDArray[np.int32]
-    """Index into `Checkpoint.shards`."""
-    starts: npt.NDArray[np.int64]
-    """First byte in its file."""
-    nbytes: npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A model on disk, known by its headers alone."""
 
@@ -88,17 +56,15 @@ class Checkpoint:
     """As the user wrote it."""
     folder: Path
     """The folder with the weights, config and tokenizer: the model's, or one of its modules'."""
-    hub_id: str | None
-    """`org/name`, where it came from the Hub."""
-    commit: str | None
-    """The commit on the Hub that its files are of."""
     is_single_file: bool
     """The source is a file, not a folder."""
-    shards: tuple[ShardFile, ...]
-    """Weight files, in name order."""
+    identity: SourceIdentity
+    """Weight files, in name order, and the commit that they are of."""
+    metadata: tuple[Mapping[str, str], ...] = field(repr=False, hash=False)
+    """What the header of each of these says of it besides the tensors."""
     config: dict[str, Any] = field(repr=False)
-    """Content of config.json; empty where there is none."""
-    table: TensorTable = field(repr=False)
+    """Content of config.json; empty if there is none."""
+    tensors: TensorTable = field(repr=False)
     """The tensors, in columns."""
     stem: str = MODEL
     """What its weight files are called, of the names in `weight_names`; MODEL for other names."""
@@ -126,29 +92,22 @@ class Checkpoint:
     @property
     def weight_names(self) -> tuple[str, ...]:
         """The model's weight files, by path within its folder; and indexes of its modules."""
-        files = [shard.path for part in self.parts for shard in part.shards]
+        files = [file.name for part in self.parts for file in part.identity.files]
         indexes = [f"{part.place}/{index_name(MODEL)}" for part in self.parts if part.place]
-        return (*(path.relative_to(self.root).as_posix() for path in files), *indexes)
+        return (*files, *indexes)
 
-    @property
-    def num_tensors(self) -> int:
-        """How many tensors are stored."""
-        return len(self.table.names)
+    def extent(self, row: int) -> Extent | None:
+        """Return where a tensor lies; in a checkpoint all do so as they are."""
+        return stored_extent(self.identity, self.tensors, row)
 
-    def tensor(self, row: int) -> TensorInfo:
-        """Return one row of the table."""
-        table = self.table
-        return TensorInfo(
-            name=table.names[row],
-            dtype=DTYPES[table.dtype_ranks[row]],
-            shape=table.shapes[row],
-            start=int(table.starts[row]),
-            nbytes=int(table.nbytes[row]),
-        )
+    def open_reader(self) -> TensorReader:
+        """Return a reader for one worker."""
+        return StoredReader(self.identity.files, self.tensors)
 
-    def tensors(self) -> Iterator[TensorInfo]:
-        """Yield every tensor, by file and within it by offset."""
-        return (self.tensor(row) for row in range(self.num_tensors))
+    def check_unchanged(self) -> None:
+        """Raise `SourceChangedError` if a file is not what it was when its header was read."""
+        for part in self.parts:
+            part.identity.check_unchanged()
 
 
 def open_checkpoints(
@@ -201,7 +160,7 @@ def _refuse_ambiguous_names(parts: Sequence[Checkpoint]) -> None:
             for each, other in prefixes
             if each is not part and other.startswith(prefix)
         )
-        for name in part.table.names:
+        for name in part.tensors.names:
             if "/" in name and name.startswith(inner):
                 raise SourceError(
                     f"holds a tensor called {shown(name)}, which looks like one in a module's "
@@ -237,17 +196,16 @@ def _read_part(
     root = located.path.parent if is_single_file else located.path
     named = f"{source}/{place}" if place else source
     stored = stored or _weight_files(named, root, place, limits.max_memory)
-    shards = [_regular_file(named, path) for path in stored.paths]
-    known, table = _read_table(named, root / place, shards, stored, limits)
+    files = [_regular_file(named, root, path) for path in stored.paths]
+    read = _read_headers(named, root / place, files, stored, limits)
     return Checkpoint(
         source=named,
         folder=root / place,
-        hub_id=located.hub_id,
-        commit=located.commit,
         is_single_file=is_single_file,
-        shards=known,
+        identity=SourceIdentity(read.files, located.hub_id, located.commit),
+        metadata=read.metadata,
         config=read_config(root, place),
-        table=table,
+        tensors=read.tensors,
         stem=stored.stem,
         place=place,
     )
@@ -388,7 +346,7 @@ def _names_in(folder: Path) -> list[str]:
     return names
 
 
-def _regular_file(source: str, path: Path) -> ShardFile:
+def _regular_file(source: str, root: Path, path: Path) -> SourceFile:
     try:
         status = path.stat()
     except OSError as error:
@@ -403,35 +361,54 @@ def _regular_file(source: str, path: Path) -> ShardFile:
             subject=source,
             remedy="put the file itself there",
         )
-    return ShardFile(path, status.st_size, status.st_mtime_ns, stamp=FileStamp.of(status))
+    return SourceFile(
+        path=str(path.absolute()),
+        nbytes=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        name=path.relative_to(root).as_posix(),
+        stamp=FileStamp.of(status),
+    )
 
 
-def _read_table(
+@dataclass(frozen=True, slots=True)
+class _ReadHeaders:
+    """What the headers of one folder's weight files say."""
+
+    files: tuple[SourceFile, ...]
+    """The files, now known by their headers."""
+    metadata: tuple[Mapping[str, str], ...]
+    """What each says of itself besides the tensors."""
+    tensors: TensorTable
+    """The tensors in them."""
+
+
+def _read_headers(
     source: str,
     folder: Path,
-    shards: Sequence[ShardFile],
+    files: Sequence[SourceFile],
     stored: _WeightFiles,
     limits: _Limits,
-) -> tuple[tuple[ShardFile, ...], TensorTable]:
-    """Return the files, now known by their headers, and the tensors in them."""
+) -> _ReadHeaders:
     weight_map, index = stored.weight_map, index_name(stored.stem)
-    known: list[ShardFile] = []
+    known: list[SourceFile] = []
+    metadata: list[Mapping[str, str]] = []
     names: list[str] = []
     shapes: list[tuple[int, ...]] = []
     columns: list[tuple[npt.NDArray[Any], ...]] = []
-    for number, shard in enumerate(shards):
+    for number, (file, path) in enumerate(zip(files, stored.paths, strict=True)):
         header, data_start, sha256 = limits.headers.read(
-            shard.path,
-            shard.nbytes,
+            path,
+            file.nbytes,
             num_before=limits.num_header_bytes,
             max_memory=limits.max_memory,
         )
-        known.append(replace(shard, header_sha256=sha256, metadata=header.metadata))
+        known.append(replace(file, header_sha256=sha256))
+        metadata.append(header.metadata)
         limits.num_header_bytes += data_start
         kept: slice | npt.NDArray[np.int64] = slice(None)
         if weight_map is not None:
-            file = shard.path.relative_to(folder)
-            kept = _named_by_index(source, file, header.names, weight_map, index)
+            within = path.relative_to(folder)
+            kept = _named_by_index(source, within, header.names, weight_map, index)
         if isinstance(kept, slice):
             names += header.names
             shapes += header.shapes
@@ -439,8 +416,8 @@ def _read_table(
             names += [header.names[row] for row in kept.tolist()]
             shapes += [header.shapes[row] for row in kept.tolist()]
         starts = header.starts[kept] + data_start
-        files = np.full(len(starts), number, dtype=np.int32)
-        columns.append((header.dtype_ranks[kept], files, starts, header.nbytes[kept]))
+        numbers = np.full(len(starts), number, dtype=np.int32)
+        columns.append((header.dtype_ranks[kept], numbers, starts, header.nbytes[kept]))
     if weight_map is not None and len(names) != len(weight_map):
         missing = sorted(set(weight_map) - set(names))[:3]
         raise SourceError(
@@ -457,8 +434,8 @@ def _read_table(
             purpose=f"to plan with its {limits.num_tensors} tensors",
         )
     dtype_ranks, all_files, all_starts, nbytes = map(np.concatenate, zip(*columns, strict=True))
-    table = TensorTable(tuple(names), tuple(shapes), dtype_ranks, all_files, all_starts, nbytes)
-    return tuple(known), table
+    tensors = TensorTable(tuple(names), tuple(shapes), dtype_ranks, all_files, all_starts, nbytes)
+    return _ReadHeaders(tuple(known), tuple(metadata), tensors)
 
 
 def _named_by_index(

@@ -15,13 +15,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
+from shardmix.dtypes import DTYPES, element_nbytes
 from shardmix.errors import SourceError
-from shardmix.sources.open_files import (
-    OpenFiles,
-    SizedFile,
-    cut_short,
-    reading_failed,
-)
+from shardmix.formats.tensor_table import TensorTable
+from shardmix.sources.base import Source
+from shardmix.sources.identity import SourceFile, cut_short, reading_failed
+from shardmix.sources.open_files import OpenFiles
 from shardmix.system.buffers import HUGE_PAGE_NBYTES
 from shardmix.system.files import MAX_IO_NBYTES
 from shardmix.system.sigbus import GuardedRange, guard, unguard
@@ -64,15 +65,19 @@ class Reader(Protocol):
         """Close all files."""
 
 
-def open_reader(io: str, files: Sequence[SizedFile]) -> Reader:
-    """Return the reader for `--io` mmap or pread."""
-    return MmapReader(files) if io == "mmap" else PreadReader(files)
+def open_reader(io: str, files: Sequence[SourceFile], decoders: Sequence[Source] = ()) -> Reader:
+    """Return the reader for `--io` mmap or pread.
+
+    By the numbers after those of the files, it reads streams of what these sources decode.
+    """
+    stored = MmapReader(files) if io == "mmap" else PreadReader(files)
+    return DecodingReader(stored, len(files), decoders) if decoders else stored
 
 
 class PreadReader:
     """Reads into the caller's buffer; right for every file system."""
 
-    def __init__(self, files: Sequence[SizedFile]) -> None:
+    def __init__(self, files: Sequence[SourceFile]) -> None:
         self._open = OpenFiles(files)
 
     def descriptors(self, files: Sequence[int]) -> Sequence[int] | None:
@@ -113,6 +118,93 @@ class PreadReader:
         self._open.close()
 
 
+class StoredReader:
+    """Reads tensors that lie in files as they are; a `TensorReader`."""
+
+    overhead_nbytes = 0
+    """It reads straight into the caller's buffer."""
+
+    def __init__(self, files: Sequence[SourceFile], tensors: TensorTable) -> None:
+        self._files = PreadReader(files)
+        self._tensors = tensors
+
+    def read(self, row: int, start: int, into: memoryview) -> None:
+        """Fill `into` with elements of a tensor, from `start` on. Raises `SourceError`."""
+        if into:
+            self._files.view(int(self._tensors.files[row]), self._position(row, start), into)
+
+    def prefetch(self, row: int, start: int, num_elements: int) -> None:
+        """Let the system read elements ahead, into its own cache."""
+        first, stop = self._position(row, start), self._position(row, start + num_elements)
+        if first < stop:
+            self._files.will_need(int(self._tensors.files[row]), first, stop - first)
+
+    def close(self) -> None:
+        """Close all files."""
+        self._files.close()
+
+    def _position(self, row: int, element: int) -> int:
+        width = element_nbytes(DTYPES[self._tensors.dtype_ranks[row]])
+        return int(self._tensors.starts[row]) + element * width
+
+
+class _DecodedStream:
+    """What a source decodes, as one stream of bytes."""
+
+    def __init__(self, source: Source) -> None:
+        tensors = source.tensors
+        if tensors.decoded is None:
+            raise AssertionError(f"{source.source}: decodes nothing")
+        self._rows = np.flatnonzero(tensors.decoded)
+        self._starts = tensors.starts[self._rows]
+        self._tensors = tensors
+        self.reader = source.open_reader()
+
+    def read(self, offset: int, into: memoryview) -> None:
+        """Fill `into` with the stream's bytes from `offset` on, which begin with an element."""
+        number = int(self._starts.searchsorted(offset, side="right")) - 1
+        while into:
+            row = int(self._rows[number])
+            first = offset - int(self._starts[number])
+            part = into[: int(self._tensors.nbytes[row]) - first]
+            if part:
+                width = element_nbytes(DTYPES[self._tensors.dtype_ranks[row]])
+                self.reader.read(row, first // width, part)
+            offset, into, number = offset + len(part), into[len(part) :], number + 1
+
+
+class DecodingReader:
+    """Reads files by another reader, and what sources decode by their own."""
+
+    def __init__(self, stored: Reader, num_files: int, decoders: Sequence[Source]) -> None:
+        self._stored = stored
+        self._num_files = num_files
+        self._streams = [_DecodedStream(decoder) for decoder in decoders]
+
+    def descriptors(self, files: Sequence[int]) -> Sequence[int] | None:
+        """Return files open for reading; None if one of them is no file."""
+        if any(file >= self._num_files for file in files):
+            return None
+        return self._stored.descriptors(files)
+
+    def view(self, file: int, offset: int, into: memoryview) -> memoryview:
+        """Return bytes of a file or of a stream from `offset`."""
+        if file < self._num_files:
+            return self._stored.view(file, offset, into)
+        self._streams[file - self._num_files].read(offset, into)
+        return into
+
+    def release(self) -> None:
+        """End the use of all views."""
+        self._stored.release()
+
+    def close(self) -> None:
+        """Close all files."""
+        for stream in self._streams:
+            stream.reader.close()
+        self._stored.close()
+
+
 @dataclass(frozen=True, slots=True)
 class _View:
     """A range that is in use, and where it comes from."""
@@ -133,7 +225,7 @@ class MmapReader:
     A page that cannot be loaded reads as zeros and is found by `release`: see `mapped_faults`.
     """
 
-    def __init__(self, files: Sequence[SizedFile]) -> None:
+    def __init__(self, files: Sequence[SourceFile]) -> None:
         self._open = OpenFiles(files)
         self._maps: dict[int, tuple[mmap.mmap, GuardedRange]] = {}
         self._used: list[_View] = []

@@ -155,9 +155,8 @@ def _and(words: Sequence[str]) -> str:
 def _check_identity(plan: MergePlan, model: int, source: SourceRecord) -> None:
     """Raise `SourceError` where a source is not the model that was merged."""
     # In order: files in several folders may have one name.
-    files = [
-        (file.name, file.nbytes, file.header_sha256) for file in plan.files if file.model == model
-    ]
+    planned = plan.sources[model]
+    files = [(file.name, file.nbytes, file.header_sha256) for file in planned.identity.files]
     records = [(record.name, record.bytes, record.header_sha256) for record in source.files]
     if files == records:
         return
@@ -170,6 +169,6 @@ def _check_identity(plan: MergePlan, model: int, source: SourceRecord) -> None:
         finding = f"{differing[0]} differs in name, size or header"
     raise SourceError(
         f"is not the {source.name} that was merged ({finding})",
-        subject=plan.sources[model],
+        subject=planned.text,
         remedy=f"say where that is with --source {model + 1}=PATH",
     )

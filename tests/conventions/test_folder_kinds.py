@@ -153,7 +153,7 @@ def test_file_named_by_an_index_is_no_model(tmp_path):
 def test_the_only_shard_is_a_whole_model(tmp_path):
     path = tmp_path / "model-00001-of-00001.safetensors"
     save_file({"w": torch.ones(2)}, path)
-    assert open_checkpoint(str(path)).table.names == ("w",)
+    assert open_checkpoint(str(path)).tensors.names == ("w",)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ import sys
 from shardmix.sources.checkpoint import open_checkpoint
 from shardmix.system.memory import peak_resident_nbytes, resident_nbytes
 before = resident_nbytes()
-print(open_checkpoint(sys.argv[1]).num_tensors)
+print(len(open_checkpoint(sys.argv[1]).tensors))
 print(0, before, peak_resident_nbytes())
 """
 
@@ -139,7 +139,7 @@ def test_an_index_is_held_to_the_budget_too(tmp_path):
 def test_few_tensors_are_left_to_the_planner(tmp_path):
     """A model of few tensors is left to the planner, which names the least that works."""
     save_model(tmp_path, random_model(1))
-    assert open_checkpoint(str(tmp_path), max_memory=1).num_tensors == 8
+    assert len(open_checkpoint(str(tmp_path), max_memory=1).tensors) == 8
 
 
 def test_pieces_read_as_the_whole_header(monkeypatch):

@@ -28,7 +28,7 @@ def matched_sources(checkpoints, out_config=None):
     matched = match_tensors(checkpoints, {} if out_config is None else out_config)
     return matched, {
         name: tuple(
-            checkpoint.table.names[rows[index]]
+            checkpoint.tensors.names[rows[index]]
             for checkpoint, rows in zip(checkpoints, matched.rows, strict=True)
         )
         for index, name in enumerate(matched.names)

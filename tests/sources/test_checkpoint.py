@@ -1,5 +1,6 @@
 import json
 import os
+import pathlib
 
 import pytest
 import torch
@@ -27,10 +28,10 @@ def test_file_and_shards_are_the_same(tmp_path):
     parts = open_checkpoint(
         str(save_model(tmp_path / "parts", tensors, shards=[names[::2], names[1::2]]))
     )
-    assert (len(whole.shards), len(parts.shards)) == (1, 2)
-    assert sorted(whole.table.names) == sorted(parts.table.names) == names
+    assert (len(whole.identity.files), len(parts.identity.files)) == (1, 2)
+    assert sorted(whole.tensors.names) == sorted(parts.tensors.names) == names
     for checkpoint in (whole, parts):
-        for tensor in checkpoint.tensors():
+        for tensor in checkpoint.tensors:
             assert tensor.shape == tuple(tensors[tensor.name].shape)
             assert tensor.dtype == "F32"
 
@@ -39,8 +40,8 @@ def test_offsets_point_at_the_data(tmp_path):
     """Offsets point at the data in the file."""
     tensors = random_model(2, torch.bfloat16)
     checkpoint = open_checkpoint(str(save_model(tmp_path / "m", tensors)))
-    content = checkpoint.shards[0].path.read_bytes()
-    for tensor in checkpoint.tensors():
+    content = pathlib.Path(checkpoint.identity.files[0].path).read_bytes()
+    for tensor in checkpoint.tensors:
         data = content[tensor.start : tensor.start + tensor.nbytes]
         assert data == bytes(tensors[tensor.name].view(-1).view(torch.uint8).tolist())
 
@@ -61,7 +62,7 @@ def test_links_out_of_folder_are_followed(tmp_path):
     snapshot = repository / "snapshots" / "c0ffee"
     snapshot.mkdir(parents=True)
     (snapshot / "model.safetensors").symlink_to("../../blobs/0123abcd")
-    assert open_checkpoint(str(snapshot)).num_tensors == len(random_model(1))
+    assert len(open_checkpoint(str(snapshot)).tensors) == len(random_model(1))
 
 
 def test_missing_path_is_refused(tmp_path):
@@ -269,7 +270,7 @@ def test_metadata_keys_may_be_any(tmp_path):
     """Metadata may have keys named like a tensor's fields."""
     metadata = {"shape": "round", "dtype": "any", "data_offsets": "none"}
     save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors", metadata=metadata)
-    assert open_checkpoint(str(tmp_path)).table.names == ("w",)
+    assert open_checkpoint(str(tmp_path)).tensors.names == ("w",)
 
 
 def test_a_dangling_link_is_named(tmp_path):

@@ -5,8 +5,8 @@ import pytest
 from shardmix.errors import OutputError, SourceError
 from shardmix.output import file_writer as writer_module
 from shardmix.output.file_writer import ShardWriter
-from shardmix.plan.merge_plan import SourceFile
 from shardmix.sources import readers as reader_module
+from shardmix.sources.identity import SourceFile
 from shardmix.sources.readers import open_reader
 from shardmix.system.held_folder import open_folder
 

@@ -1,5 +1,6 @@
 """What a source is known by: an edit whose size and time of modification are as before is found."""
 
+import dataclasses
 import os
 import shutil
 
@@ -8,8 +9,7 @@ import pytest
 import shardmix
 from shardmix.errors import OutputError, SourceChangedError, SourceError
 from shardmix.execute import executor
-from shardmix.plan.merge_plan import SourceFile
-from shardmix.sources.open_files import FileStamp, stamps, touched
+from shardmix.sources.identity import FileStamp, SourceFile, SourceIdentity
 from tests.support.cut_off import cut_off, folder_bytes, large_models
 
 NAME = "model-00002-of-00002.safetensors"
@@ -167,14 +167,15 @@ def test_what_was_touched_is_named(tmp_path):
         status = (tmp_path / name).stat()
         stamp = FileStamp.of(status)
         files.append(SourceFile(str(tmp_path / name), 50, status.st_mtime_ns, stamp=stamp))
-    then = [file.stamp for file in files]
-    assert touched(files, then, stamps(files)) is None
+    then = SourceIdentity(tuple(files))
+    assert then.renewed().written_since(then) is None
     times_kept(tmp_path / "b", edit)
-    assert touched(files, then, stamps(files)) == str(tmp_path / "b")
-    assert touched(files, [None] * 3, stamps(files)) is None
+    assert then.renewed().written_since(then) == str(tmp_path / "b")
+    unknown = SourceIdentity(tuple(dataclasses.replace(file, stamp=None) for file in files))
+    assert then.renewed().written_since(unknown) is None
     (tmp_path / "b").unlink()
     with pytest.raises(SourceError, match="b: reading failed"):
-        stamps(files)
+        then.renewed()
 
 
 THEN = FileStamp(1000, 7, (0o100644, 1, 0, 0))
@@ -214,7 +215,9 @@ def test_a_file_of_the_hub_has_no_stamp(tmp_path, models):
     """Its commit stands for it, and a cache may be moved."""
     plan = shardmix.plan_merge(models)
     assert all(file.stamp is not None for file in plan.file_identities())
-    from dataclasses import replace as changed
-
-    of_the_hub = changed(plan, commits=("c0ffee", "c0ffee"))
+    sources = (
+        dataclasses.replace(source, identity=dataclasses.replace(source.identity, commit="c0ffee"))
+        for source in plan.sources
+    )
+    of_the_hub = dataclasses.replace(plan, sources=tuple(sources))
     assert all(file.stamp is None for file in of_the_hub.file_identities())

@@ -21,8 +21,7 @@ import pytest
 import torch
 
 from shardmix.errors import SourceError
-from shardmix.plan.merge_plan import SourceFile
-from shardmix.sources.open_files import check_unchanged
+from shardmix.sources.identity import SourceFile, SourceIdentity
 from shardmix.sources.readers import open_reader
 from shardmix.system import sigbus
 from tests.support.models import save_model
@@ -248,7 +247,7 @@ def test_cut_before_mapping_is_an_error(tmp_path, monkeypatch, length):
 
 FOREIGN_FAULT = """
     import mmap, os, sys
-    from shardmix.plan.merge_plan import SourceFile
+    from shardmix.sources.identity import SourceFile, SourceIdentity
     from shardmix.sources.readers import open_reader
 
     guarded, foreign = sys.argv[1:]
@@ -277,7 +276,7 @@ def test_sent_signal_does_as_ever(tmp_path):
     (tmp_path / "a").write_bytes(bytes(PAGE))
     code = """
         import os, signal, sys
-        from shardmix.plan.merge_plan import SourceFile
+        from shardmix.sources.identity import SourceFile, SourceIdentity
         from shardmix.sources.readers import open_reader
 
         reader = open_reader("mmap", [SourceFile(sys.argv[1], 4096)])
@@ -316,7 +315,7 @@ def test_a_handler_that_came_on_top_stays(tmp_path):
     (tmp_path / "a").write_bytes(bytes(PAGE))
     code = """
         import signal, sys
-        from shardmix.plan.merge_plan import SourceFile
+        from shardmix.sources.identity import SourceFile, SourceIdentity
         from shardmix.sources.readers import open_reader
 
         reader = open_reader("mmap", [SourceFile(sys.argv[1], 4096)])
@@ -334,7 +333,7 @@ def test_a_forked_process_is_protected_too(tmp_path):
     code = """
         import os, sys
         from shardmix.errors import SourceError
-        from shardmix.plan.merge_plan import SourceFile
+        from shardmix.sources.identity import SourceFile, SourceIdentity
         from shardmix.sources.readers import open_reader
 
         reader = open_reader("mmap", [SourceFile(sys.argv[1], 8192)])
@@ -394,7 +393,7 @@ def test_unknown_time_leaves_the_size(tmp_path, io):
     reader = open_reader(io, [SourceFile(str(tmp_path / "a"), 7)])
     assert bytes(reader.view(0, 0, memoryview(bytearray(7)))) == b"content"
     reader.close()
-    check_unchanged([SourceFile(str(tmp_path / "a"), 7)])
+    SourceIdentity((SourceFile(str(tmp_path / "a"), 7),)).check_unchanged()
 
 
 def test_deleted_source_is_read_then_missing(tmp_path, io):
@@ -406,14 +405,14 @@ def test_deleted_source_is_read_then_missing(tmp_path, io):
     assert bytes(reader.view(0, 200, memoryview(bytearray(56)))) == bytes(range(200, 256))
     reader.close()
     with pytest.raises(SourceError, match=r"a: was there when its header was read and is not now"):
-        check_unchanged([file])
+        SourceIdentity((file,)).check_unchanged()
 
 
 @pytest.mark.parametrize("change", ["replaced", "in place", "longer", "touched"])
 def test_changed_source_is_named_among_many(tmp_path, change):
     """A changed source is found among many, and named."""
     files = [source(tmp_path / name, np.random.default_rng(0).bytes(50)) for name in "abc"]
-    check_unchanged(files)
+    SourceIdentity(tuple(files)).check_unchanged()
     path = tmp_path / "b"
     if change == "replaced":
         source(tmp_path / "new", bytes(50))
@@ -423,7 +422,7 @@ def test_changed_source_is_named_among_many(tmp_path, change):
     if change != "longer":
         os.utime(path, ns=(0, files[1].mtime_ns + 1))
     with pytest.raises(SourceError, match=r"b: has changed since its header was read"):
-        check_unchanged(files)
+        SourceIdentity(tuple(files)).check_unchanged()
 
 
 def test_all_views_are_judged_by_one_release(tmp_path):

@@ -1,0 +1,153 @@
+"""What a source's bytes are known by, and whether its files are still those that were opened.
+
+Looks at sizes, times and status, never at content. Files may change while they are read; that one
+is still the file whose header was read is checked at the end.
+"""
+
+import errno
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from shardmix.errors import SourceChangedError, SourceError
+
+
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """The status of a file that a write changes, and that nobody can set back.
+
+    A file that is written to gets another `ctime_ns`, also if its time of modification is set back
+    afterwards; so does one whose rights, owner or links change. A file that takes another's place
+    has another inode.
+    """
+
+    ctime_ns: int | None
+    """When its content or status last changed, in nanoseconds since 1970; None: not known."""
+    inode: int | None
+    """Its inode's number; None: not known."""
+    status: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Mode, number of links, user and group."""
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "FileStamp":
+        """Return a file's stamp; some file systems tell 0 for what they don't know."""
+        others = status.st_mode, status.st_nlink, status.st_uid, status.st_gid
+        return cls(status.st_ctime_ns or None, status.st_ino or None, others)
+
+    def may_be_written_since(self, then: "FileStamp") -> bool:
+        """Tell whether a file may have been written to or replaced since then, or only touched.
+
+        If the time is the same, another inode means nothing: network file systems number files
+        anew each time they are mounted.
+        """
+        if then.ctime_ns is None or self.ctime_ns is None:
+            return None not in (then.inode, self.inode) and then.inode != self.inode
+        return then.ctime_ns != self.ctime_ns
+
+    def is_written_since(self, then: "FileStamp") -> bool:
+        """Tell the same of a file in use, of which rights, owner and links may change.
+
+        A hard link (by a backup) or another mode explains another time.
+        """
+        is_explained = then.inode == self.inode and then.status != self.status
+        return self.may_be_written_since(then) and not is_explained
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file of a source, and what it must still be like when it is read."""
+
+    path: str
+    """Absolute path."""
+    nbytes: int
+    """Its size when it was opened."""
+    mtime_ns: int | None = None
+    """When it was last modified, in nanoseconds since 1970; None: not looked at."""
+    header_sha256: str = ""
+    """SHA-256 (hex) of its header."""
+    name: str = ""
+    """Its path within the model's folder, with `/`."""
+    stamp: FileStamp | None = None
+    """What its file system told of it besides; None: not looked at."""
+
+    def check_status(self, status: os.stat_result) -> None:
+        """Raise `SourceChangedError` if the file has another size or time of modification now."""
+        same_time = self.mtime_ns is None or self.mtime_ns == status.st_mtime_ns
+        if status.st_size != self.nbytes or not same_time:
+            raise has_changed(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceIdentity:
+    """What a source's bytes are known by: its commit on the Hub, or its files as they were."""
+
+    files: tuple[SourceFile, ...]
+    """The files that its weights are read from."""
+    hub_id: str | None = None
+    """`org/name`, if it came from the Hub."""
+    commit: str | None = None
+    """The commit on the Hub that its files are of."""
+    decoding: str = ""
+    """What else decides the elements, if they are decoded while they are read: in what way."""
+
+    def check_unchanged(self) -> None:
+        """Raise `SourceChangedError` for the first file that is not what it was when opened.
+
+        What is found: another size, another time of modification (replaced, or written in place),
+        or no file at all.
+        """
+        for file in self.files:
+            try:
+                status = Path(file.path).stat()
+            except OSError as error:
+                raise SourceChangedError(
+                    f"was there when its header was read and is not now ({error.strerror})",
+                    subject=file.path,
+                    remedy="leave sources alone while they are in use, then start again",
+                ) from None
+            file.check_status(status)
+
+    def renewed(self) -> "SourceIdentity":
+        """Return the same files with their stamps of now. Raises `SourceError` if one is gone."""
+        try:
+            stamps = [FileStamp.of(Path(file.path).stat()) for file in self.files]
+        except OSError as error:
+            raise reading_failed(error.filename, error.errno) from None
+        files = zip(self.files, stamps, strict=True)
+        return replace(self, files=tuple(replace(file, stamp=stamp) for file, stamp in files))
+
+    def written_since(self, then: "SourceIdentity") -> str | None:
+        """Return the first file that may have been written to, its times set back, or None."""
+        for before, after in zip(then.files, self.files, strict=True):
+            if before.stamp is None or after.stamp is None:
+                continue
+            if after.stamp.is_written_since(before.stamp):
+                return after.path
+        return None
+
+
+def has_changed(path: str | Path) -> SourceChangedError:
+    """Return the error of a file that is not what it was when it was opened."""
+    return SourceChangedError(
+        "has changed since its header was read",
+        subject=path,
+        remedy="leave sources alone while they are in use, then start again",
+    )
+
+
+def cut_short(path: str | Path, end: int) -> SourceError:
+    """Return the error of a file that ends at this byte."""
+    return SourceError(
+        f"ends at byte {end}, before its header says; it was cut short while in use",
+        subject=path,
+        remedy="fetch it again",
+    )
+
+
+def reading_failed(path: str | Path, number: int | None) -> SourceError:
+    """Return the error of a read that failed with this error number."""
+    return SourceError(
+        f"reading failed ({os.strerror(number or errno.EIO)})",
+        subject=path,
+        remedy="check its disk",
+    )
