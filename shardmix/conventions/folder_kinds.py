@@ -37,7 +37,7 @@ class _Kind:
     `{source}` for the user's word.
     """
     remedy: str = ""
-    """What to do."""
+    """The remedy."""
 
 
 def _pipeline(names: Sequence[str], source: str) -> SourceError:

@@ -1,4 +1,4 @@
-"""The tensors of a model in columns, one row a tensor: names, shapes, dtypes and where each lies.
+"""The tensors of a model in columns, one row a tensor: names, shapes, dtypes and offsets.
 
 Pure: knows no files. Ten models of 90,000 tensors would take hundreds of megabytes as objects.
 """
@@ -17,25 +17,26 @@ from shardmix.formats.safetensors_layout import TensorInfo
 class TensorTable:
     """All tensors of a model, by file and within it by offset; row i is one tensor.
 
-    Dtypes, shapes and sizes are those that a reader gives: of decoded tensors, once decoded. The
-    decoded ones form a stream of their own: they follow one another in the order of their rows,
-    without gaps. So tensors that are neighbours in it are read as one range, as in a file.
+    Dtypes, shapes and sizes are those that a reader gives, of decoded tensors after decoding.
+    Decoded tensors form a stream of their own: they follow one another in the order of their rows,
+    without gaps. So neighbours in it are read as one range, as in a file.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     dtype_ranks: npt.NDArray[np.uint8]
-    """Index into `safetensors_layout.DTYPES`."""
+    """Index into `dtypes.DTYPES`."""
     files: npt.NDArray[np.int32]
-    """Index into the source's files: the one that a tensor lies in, or (if decoded) belongs to."""
+    """Index into the source's files: the file that stores a tensor, or (if decoded) that it belongs
+    to."""
     starts: npt.NDArray[np.int64]
     """First byte in its file, or in the stream of decoded tensors."""
     nbytes: npt.NDArray[np.int64]
     decoded: npt.NDArray[np.bool_] | None = None
-    """Whether no file holds a tensor as it is: it is decoded while it is read. None: none is."""
+    """True for tensors that are decoded while they are read; None if there are none."""
 
     def __len__(self) -> int:
-        """Return how many tensors there are."""
+        """Return the number of tensors."""
         return len(self.names)
 
     def __getitem__(self, row: int) -> TensorInfo:
@@ -53,11 +54,11 @@ class TensorTable:
         return (self[row] for row in range(len(self)))
 
     def is_decoded(self, row: int) -> bool:
-        """Tell whether a tensor is decoded while it is read."""
+        """Return True if a tensor is decoded while it is read."""
         return self.decoded is not None and bool(self.decoded[row])
 
     def with_decoded(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> "TensorTable":
-        """Return the same tensors, of which these rows are decoded, besides those that are."""
+        """Return the same tensors with these rows decoded, besides those that are already."""
         decoded = np.zeros(len(self), np.bool_) if self.decoded is None else self.decoded.copy()
         decoded[rows] = True
         starts = self.starts.copy()

@@ -34,7 +34,7 @@ class Difference:
     rule: str = "an average over this computes what none of the models means"
     """The reason why it is refused."""
     remedy: str = "merge models that agree in it"
-    """What to do without allowing the difference."""
+    """The way to merge without allowing the difference."""
 
     def is_of(self, allowed: str) -> bool:
         """Return True if a key of `allow_differences` names this, or something above it."""

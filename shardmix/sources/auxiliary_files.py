@@ -1,6 +1,6 @@
 """The files that go along with the weights: config, tokenizer, templates, modules, the rest.
 
-Lists them, and what is left out; copies nothing and reads no weights.
+Lists them, and the files left out; copies nothing and reads no weights.
 """
 
 import os
@@ -26,7 +26,7 @@ from shardmix.system.files import (
     refuse_link_outside,
 )
 
-# What makes a folder a model's.
+# Files that make a folder a model's.
 _MARKS = (CONFIG_NAME, MODULES_NAME)
 _WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack"),
@@ -44,7 +44,7 @@ class AuxiliaryFiles:
     files: tuple[str, ...] = ()
     """Paths within the folder, in order."""
     left_out: tuple[LeftOut, ...] = ()
-    """What does not go along, but for the weights that are merged."""
+    """Files that do not go along, except the merged weights."""
 
 
 @dataclass(slots=True)
@@ -54,9 +54,9 @@ class _Found:
     sizes: dict[str, int] = field(default_factory=dict)
     """Path within the folder → bytes."""
     left_out: list[LeftOut] = field(default_factory=list)
-    """What was not looked into, or is no file."""
+    """Folders that were not searched, and entries that are no files."""
     num_below: dict[str, int] = field(default_factory=dict)
-    """Folder → how many files and folders were seen below it."""
+    """Folder → number of files and folders seen below it."""
 
 
 def find_auxiliary_files(
@@ -64,13 +64,13 @@ def find_auxiliary_files(
 ) -> AuxiliaryFiles:
     """Return the files of a model's folder that an output needs besides weights.
 
-    Nothing if the folder has no config and so is no model's. For a sentence-transformers model
-    the folder of each of its modules goes along whole. `weights` are the model's own, by path
-    within the folder. If a single file of the folder was named as the model, what else lies there
-    may be anybody's: only files whose names tell that they are a model's go along.
+    Returns nothing for a folder without a config, which is no model's. The folder of each
+    sentence-transformers module goes along as a whole. `weights` are the model's own, by path
+    within the folder. If a single file of the folder was named as the model, other files there may
+    be anybody's: only those with names that surely are a model's go along.
 
-    Raises `SourceError` if modules.json or a link leads outside the folder, or if something that
-    goes along is no file.
+    Raises `SourceError` if modules.json or a link leads outside the folder, or if an entry that
+    goes along is not a file.
     """
     if not _is_a_models(folder, weights):
         return AuxiliaryFiles()
@@ -79,14 +79,14 @@ def find_auxiliary_files(
     if is_single_file:
         for subfolder in (*modules, file_kinds.TEMPLATE_FOLDER):
             _look_into(folder, subfolder, found, whole={subfolder}, depth=1)
-    kept, left_out = file_kinds.divide(found.sizes, weights=weights, modules=modules)
+    along, left_out = file_kinds.divide(found.sizes, weights=weights, modules=modules)
     left_out += found.left_out
     if is_single_file:
-        others = [name for name in kept if not _is_surely_a_models(name, modules)]
+        others = [name for name in along if not _is_surely_a_models(name, modules)]
         left_out = [LeftOut(name, "beside a single file; name the folder") for name in others]
-        kept = [name for name in kept if _is_surely_a_models(name, modules)]
+        along = [name for name in along if _is_surely_a_models(name, modules)]
     files = []
-    for name in kept:
+    for name in along:
         reason = None if _is_surely_a_models(name, modules) else _unfit(folder, name)
         if reason is not None:
             left_out.append(LeftOut(name, reason))
@@ -111,12 +111,12 @@ def find_auxiliary_files(
 
 
 def unmerged_weights(auxiliary_files: Iterable[str]) -> list[str]:
-    """Return those auxiliary files that hold weights themselves, such as a Dense module's."""
+    """Return the auxiliary files with weights of their own, such as a Dense module's."""
     return [name for name in auxiliary_files if name.endswith(_WEIGHT_SUFFIXES)]
 
 
 def left_out_warning(left_out: Collection[LeftOut], model: str) -> str | None:
-    """Say what of a model's folder somebody may miss in the output; None if there is nothing."""
+    """Name the files that somebody may miss in the output; return None if there are none."""
     by_reason: dict[str, list[str]] = {}
     for finding in left_out:
         if finding.is_told and finding.reason != file_kinds.ADAPTER:
@@ -128,7 +128,7 @@ def left_out_warning(left_out: Collection[LeftOut], model: str) -> str | None:
 
 
 def adapter_warnings(checkpoints: Iterable[Source]) -> Iterator[str]:
-    """Tell of adapters, such as LoRA, that lie beside a model's weights or within them."""
+    """Yield a warning for each adapter, such as LoRA, beside a model's weights or within them."""
     for checkpoint in checkpoints:
         inner = inner_adapter_tensor(checkpoint.tensors.names)
         if inner is not None:
@@ -152,7 +152,7 @@ def adapter_warnings(checkpoints: Iterable[Source]) -> Iterator[str]:
 
 
 def _refuse_lfs_pointer(path: Path) -> None:
-    with suppress(OSError), open_regular(path) as file:  # what cannot be read is told when copied
+    with suppress(OSError), open_regular(path) as file:  # copying reports files that cannot be read
         if is_lfs_pointer(file.read(_MOST_POINTER_NBYTES)):
             raise SourceError(LFS_FINDING, subject=path, remedy=LFS_REMEDY)
 
@@ -165,7 +165,7 @@ def _is_a_models(folder: Path, weights: Collection[str]) -> bool:
 
 
 def _unfit(folder: Path, name: str) -> str | None:
-    """Say why a file that may be the model's cannot go along; None if it can."""
+    """Return why a file that may be the model's cannot go along, or None if it can."""
     if not name.isprintable():
         return file_kinds.UNPRINTABLE
     return None if os.access(folder / name, os.R_OK) else "cannot be read"
@@ -200,17 +200,18 @@ def _root_files(folder: Path) -> _Found:
 
 
 def _may_be_a_folder(name: str) -> bool:
-    # A folder of licences may be called so; one that is called like a file is none.
+    # A folder of licences may have such a name; a name with a file's suffix is a file's.
     return not (file_kinds.is_auxiliary_file(name) and PurePosixPath(name).suffix)
 
 
 def _look_into(
     folder: Path, subfolder: str, found: _Found, *, whole: Collection[str], depth: int
 ) -> None:
-    """Add what is below a subfolder ("" for all) of a model's folder.
+    """Add the entries below a subfolder ("" for all) of a model's folder.
 
     Links to folders are not entered: they may lead anywhere, or in circles. In folders that go
-    along `whole` they are added, and so refused as what is no file; elsewhere they are left out.
+    along as a `whole` they are added, and so refused since they are no files; elsewhere they are
+    left out.
     """
     top = subfolder.split("/")[0]
     is_whole = top in whole
@@ -231,7 +232,7 @@ def _look_into(
         if subfolder and not is_whole:
             found.num_below[top] = found.num_below.get(top, 0) + 1
             if found.num_below[top] > file_kinds.MAX_FOLDER_FILES:
-                return  # enough to tell that it does not go along
+                return  # enough to know that it does not go along
         if not _is_folder(entry) or not (subfolder or _may_be_a_folder(entry.name)):
             is_needed = is_whole or (not subfolder and file_kinds.is_auxiliary_file(entry.name))
             _add(entry, path, found, is_needed=is_needed)
@@ -251,7 +252,7 @@ def _look_into(
 
 
 def _add(entry: os.DirEntry[str], path: str, found: _Found, *, is_needed: bool) -> None:
-    """Add a file; something else only if it is needed, and so refused."""
+    """Add a file; add another kind of entry only if it is needed, and so refused."""
     nbytes = _file_nbytes(entry)
     if nbytes is not None:
         found.sizes[path] = nbytes
@@ -270,7 +271,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _file_nbytes(entry: os.DirEntry[str]) -> int | None:
-    """Return a file's size; None for what is no file."""
+    """Return a file's size, or None if the entry is no file."""
     try:
         return entry.stat().st_size if entry.is_file() else None
     except OSError:
@@ -279,7 +280,7 @@ def _file_nbytes(entry: os.DirEntry[str]) -> int | None:
 
 def _shortened(left_out: list[LeftOut]) -> tuple[LeftOut, ...]:
     more = len(left_out) - _MOST_LEFT_OUT
-    # A name that is no valid Unicode would not go into JSON.
+    # A name that is no valid Unicode cannot go into JSON.
     plain = [replace(finding, name=printable(finding.name)) for finding in left_out]
     ordered = sorted(plain, key=lambda finding: (not finding.is_told, finding.name))
     if more <= 0:
@@ -288,6 +289,6 @@ def _shortened(left_out: list[LeftOut]) -> tuple[LeftOut, ...]:
 
 
 def _module_folders(folder: Path) -> list[str]:
-    """Return the folders within a model's that its modules have or lie in."""
+    """Return the top folders of a model's modules, within the model's folder."""
     places = module_places(read_modules(folder))
     return list(dict.fromkeys(place.split("/")[0] for place in places))

@@ -1,8 +1,8 @@
 """The seam to models that are read, `Source` and `TensorReader`; a new kind is a new file.
 
-A source is an opened model: its tensors, by what they are once read, and readers for them. Most
-tensors lie in a file as they are (`Source.extent`), and then workers read that file themselves, or
-map it. All others are decoded by the source's own reader.
+A source is an opened model: a table of its tensors as they are once read, and readers for them.
+Most tensors are stored in a file as they are (`Source.extent`); workers read or map that file
+themselves. All others are decoded by the source's own reader.
 """
 
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ from shardmix.sources.identity import SourceFile, SourceIdentity
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """The part of a file that holds a tensor's elements as they are."""
+    """The part of a file that stores a tensor's elements as they are."""
 
     file: SourceFile
     """The file."""
     offset: int
-    """The tensor's first byte in it."""
+    """Offset of the tensor's first byte in it."""
     nbytes: int
     """The tensor's length in bytes."""
 
@@ -33,13 +33,13 @@ class TensorReader(Protocol):
 
     @property
     def overhead_nbytes(self) -> int:
-        """Memory that it takes at most, besides the caller's buffer; the memory budget counts it.
+        """Upper bound of its memory besides the caller's buffer; the memory budget counts it.
 
         Known as soon as it is open, and the same for all readers of a source.
         """
 
     def read(self, row: int, start: int, into: memoryview) -> None:
-        """Fill `into`, bytes of whole elements, with elements of a tensor, from `start` on.
+        """Fill `into`, a buffer of whole elements, with elements of a tensor from `start` on.
 
         Raises `SourceError`.
         """
@@ -48,41 +48,41 @@ class TensorReader(Protocol):
         """Announce elements that will be read soon. A hint, which may do nothing."""
 
     def close(self) -> None:
-        """Give back files and memory."""
+        """Close files and free memory."""
 
 
 class Source(Protocol):
-    """An opened model, or a module of one. Can be pickled, and is the same in another process."""
+    """An opened model, or a module of one. Can be pickled, for use in another process."""
 
     @property
     def identity(self) -> SourceIdentity:
-        """What its bytes are known by."""
+        """Identity of its bytes."""
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """Content of config.json, as it is true of the tensors; empty if there is none."""
+        """Content of config.json, true of the tensors; empty if there is none."""
 
     @property
     def tensors(self) -> TensorTable:
-        """The tensors, by what they are once read, in columns."""
+        """The tensors as they are once read, in columns."""
 
     def extent(self, row: int) -> Extent | None:
-        """Return where a tensor lies in a file as it is; None if it is decoded while it is read.
+        """Return the part of a file that stores a tensor as it is; None if the tensor is decoded.
 
-        The same as the columns of `tensors` say.
+        It agrees with the columns of `tensors`.
         """
 
     def open_reader(self) -> TensorReader:
         """Return a reader for one worker. Opens no file yet."""
 
     def check_unchanged(self) -> None:
-        """Raise `SourceChangedError` if it is not what it was when it was opened."""
+        """Raise `SourceChangedError` if it changed since it was opened."""
 
-    # What planning and scoring ask of the model around the tensors.
+    # The parts of a model besides its tensors, for planning and scoring.
 
     @property
     def source(self) -> str:
-        """The model as the user named it; of a module, with the module's folder behind it."""
+        """The user's name for the model; for a module, followed by the module's folder."""
 
     @property
     def folder(self) -> Path:
@@ -94,18 +94,18 @@ class Source(Protocol):
 
     @property
     def is_single_file(self) -> bool:
-        """The user named a file, not a folder."""
+        """True if the user named a file, not a folder."""
 
     @property
     def metadata(self) -> tuple[Mapping[str, str], ...]:
-        """What the header of each of its files says of it besides the tensors.
+        """Metadata in the header of each of its files.
 
-        One for each file that `tensors.files` counts; the first ones of `identity.files` are these.
+        One for each file that `tensors.files` counts; these are the first ones of `identity.files`.
         """
 
     @property
     def stem(self) -> str:
-        """What its weight files are called, of the names in `weight_names`."""
+        """Stem of its weight files, one of those in `weight_names`."""
 
     @property
     def weight_names(self) -> tuple[str, ...]:
@@ -117,11 +117,11 @@ class Source(Protocol):
 
     @property
     def place(self) -> str:
-        """Where the folder is within the model's, with `/`; empty: it is the model's own."""
+        """Path of the folder within the model's, with `/`; empty for the model's own."""
 
     @property
     def key(self) -> str:
-        """What corresponds to this in another model: `Module.key`; empty if it is no module's."""
+        """Key of the same part in another model: `Module.key`; empty if it is not a module."""
 
     @property
     def modules(self) -> tuple[Module, ...]:
@@ -129,15 +129,15 @@ class Source(Protocol):
 
     @property
     def others(self) -> tuple["Source", ...]:
-        """What further modules store of weights; empty for most models."""
+        """Sources of further modules with weights; empty for most models."""
 
     @property
     def parts(self) -> tuple["Source", ...]:
-        """Everything that stores weights: first this, then the others."""
+        """All parts with weights: first this one, then the others."""
 
 
 def stored_extent(identity: SourceIdentity, tensors: TensorTable, row: int) -> Extent | None:
-    """Return where the columns say that a tensor lies as it is; None if it is decoded."""
+    """Return the extent of a tensor by the columns; None if it is decoded."""
     if tensors.is_decoded(row):
         return None
     file = identity.files[int(tensors.files[row])]
@@ -145,7 +145,7 @@ def stored_extent(identity: SourceIdentity, tensors: TensorTable, row: int) -> E
 
 
 class WrappedSource:
-    """A source made of another one: the same, but for what a subclass says otherwise."""
+    """A source made of another one, equal except for what a subclass overrides."""
 
     def __init__(self, inner: Source, tensors: TensorTable | None = None) -> None:
         self._inner = inner
@@ -153,12 +153,12 @@ class WrappedSource:
 
     @property
     def identity(self) -> SourceIdentity:
-        """That of the inner source."""
+        """Identity of the inner source."""
         return self._inner.identity
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """That of the inner source."""
+        """Config of the inner source."""
         return self._inner.config
 
     @property
@@ -167,7 +167,7 @@ class WrappedSource:
         return self._tensors
 
     def extent(self, row: int) -> Extent | None:
-        """Return where a tensor lies in a file as it is; None if it is decoded."""
+        """Return the part of a file that stores a tensor as it is; None if it is decoded."""
         return stored_extent(self.identity, self.tensors, row)
 
     def open_reader(self) -> TensorReader:
@@ -175,70 +175,70 @@ class WrappedSource:
         return self._inner.open_reader()
 
     def check_unchanged(self) -> None:
-        """Raise `SourceChangedError` if the inner source is not what it was."""
+        """Raise `SourceChangedError` if the inner source changed."""
         self._inner.check_unchanged()
 
     @property
     def source(self) -> str:
-        """The inner source as the user named it."""
+        """The user's name for the inner source."""
         return self._inner.source
 
     @property
     def folder(self) -> Path:
-        """That of the inner source."""
+        """Folder of the inner source."""
         return self._inner.folder
 
     @property
     def root(self) -> Path:
-        """That of the inner source."""
+        """Root of the inner source."""
         return self._inner.root
 
     @property
     def is_single_file(self) -> bool:
-        """Whether the user named a file."""
+        """True if the user named a file."""
         return self._inner.is_single_file
 
     @property
     def metadata(self) -> tuple[Mapping[str, str], ...]:
-        """That of the inner source's files."""
+        """Metadata of the inner source's files."""
         return self._inner.metadata
 
     @property
     def stem(self) -> str:
-        """That of the inner source."""
+        """Stem of the inner source."""
         return self._inner.stem
 
     @property
     def weight_names(self) -> tuple[str, ...]:
-        """Those of the inner source."""
+        """Weight files of the inner source."""
         return self._inner.weight_names
 
     @property
     def left_out(self) -> tuple[LeftOut, ...]:
-        """What of the inner source was not fetched."""
+        """Files of the inner source that were not fetched."""
         return self._inner.left_out
 
     @property
     def place(self) -> str:
-        """That of the inner source."""
+        """Subfolder of the inner source."""
         return self._inner.place
 
     @property
     def key(self) -> str:
-        """That of the inner source."""
+        """Key of the inner source."""
         return self._inner.key
 
     @property
     def modules(self) -> tuple[Module, ...]:
-        """Those of the inner source."""
+        """Modules of the inner source."""
         return self._inner.modules
 
     @property
     def others(self) -> tuple[Source, ...]:
-        """Those of the inner source, as they are."""
+        """Other parts of the inner source, unchanged."""
         return self._inner.others
 
     @property
     def parts(self) -> tuple[Source, ...]:
-        """First this, then the others."""
+        """All parts: first this one, then the others."""
         return (self, *self.others)

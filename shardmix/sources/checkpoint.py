@@ -1,6 +1,6 @@
 """A checkpoint as its headers describe it: every tensor's name, dtype, shape, file and offset.
 
-Reads headers and small JSON files, never tensor data. Tensors are kept in columns (one row a
+Reads headers and small JSON files, never tensor data. Tensors are stored in columns (one row a
 tensor), so that ten checkpoints of 90,000 tensors fit beside a tight budget.
 """
 
@@ -43,41 +43,41 @@ from shardmix.system.memory import check_room
 
 CONFIG_NAME = "config.json"
 
-# What planning takes for each tensor: at most 1,350 bytes measured.
+# Memory of planning for each tensor: at most 1,350 bytes measured.
 _MEMORY_PER_TENSOR = 1_600
 _MOST_NAMES_BELOW = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model on disk, known by its headers alone."""
+    """A model on disk, known only by its headers."""
 
     source: str
-    """As the user wrote it."""
+    """The user's name for it."""
     folder: Path
     """The folder with the weights, config and tokenizer: the model's, or one of its modules'."""
     is_single_file: bool
-    """The source is a file, not a folder."""
+    """True if the source is a file, not a folder."""
     identity: SourceIdentity
-    """Weight files, in name order, and the commit that they are of."""
+    """Weight files, in name order, and their commit."""
     metadata: tuple[Mapping[str, str], ...] = field(repr=False, hash=False)
-    """What the header of each of these says of it besides the tensors."""
+    """Metadata in the header of each of these files."""
     config: dict[str, Any] = field(repr=False)
     """Content of config.json; empty if there is none."""
     tensors: TensorTable = field(repr=False)
     """The tensors, in columns."""
     stem: str = MODEL
-    """What its weight files are called, of the names in `weight_names`; MODEL for other names."""
+    """Stem of its weight files, one of those in `weight_names`; MODEL for other names."""
     left_out: tuple[LeftOut, ...] = ()
     """Files of its repository on the Hub that were not fetched."""
     place: str = ""
-    """Where the folder is within the model's, with `/`; empty: it is the model's own."""
+    """Path of the folder within the model's, with `/`; empty for the model's own."""
     key: str = ""
-    """What corresponds to this in another model: `Module.key`; empty if it is no module's."""
+    """Key of the same part in another model: `Module.key`; empty if it is not a module."""
     modules: tuple[Module, ...] = ()
     """All modules of a sentence-transformers model, in order."""
     others: tuple["Checkpoint", ...] = ()
-    """What further modules store of weights; empty for most models."""
+    """Checkpoints of further modules with weights; empty for most models."""
 
     @property
     def root(self) -> Path:
@@ -86,7 +86,7 @@ class Checkpoint:
 
     @property
     def parts(self) -> tuple["Checkpoint", ...]:
-        """Return everything that stores weights: first this, then the others."""
+        """All parts with weights: first this one, then the others."""
         return (self, *self.others)
 
     @property
@@ -97,7 +97,7 @@ class Checkpoint:
         return (*files, *indexes)
 
     def extent(self, row: int) -> Extent | None:
-        """Return where a tensor lies; in a checkpoint all do so as they are."""
+        """Return the extent of a tensor; in a checkpoint all are stored as they are."""
         return stored_extent(self.identity, self.tensors, row)
 
     def open_reader(self) -> TensorReader:
@@ -105,7 +105,7 @@ class Checkpoint:
         return StoredReader(self.identity.files, self.tensors)
 
     def check_unchanged(self) -> None:
-        """Raise `SourceChangedError` if a file is not what it was when its header was read."""
+        """Raise `SourceChangedError` if a file changed since its header was read."""
         for part in self.parts:
             part.identity.check_unchanged()
 
@@ -119,10 +119,10 @@ def open_checkpoints(
 
 
 def open_checkpoint(source: str, *, max_memory: int | None = None) -> Checkpoint:
-    """Open a local folder, a `.safetensors` file or a Hub id, reading headers alone.
+    """Open a local folder, a `.safetensors` file or a Hub id, reading only headers.
 
-    Raises `SourceError` where files are missing, damaged, pickled or outside the folder,
-    `BudgetError` where to decode headers might take the process beyond `max_memory` (bytes).
+    Raises `SourceError` if files are missing, damaged, pickled or outside the folder, `BudgetError`
+    if decoding headers might take the process beyond `max_memory` (bytes).
     """
     return _open(source, Headers(), max_memory)
 
@@ -175,13 +175,13 @@ class _Limits:
     """Bounds on a model's headers, over all of its parts."""
 
     headers: Headers
-    """Those that are known already."""
+    """Headers decoded already."""
     max_memory: int | None
-    """For the whole process, in bytes."""
+    """Budget of the whole process, in bytes."""
     num_header_bytes: int = 0
-    """Read so far."""
+    """Header bytes read so far."""
     num_tensors: int = 0
-    """Found so far."""
+    """Tensors found so far."""
 
 
 def _read_part(
@@ -212,7 +212,7 @@ def _read_part(
 
 
 def main_place(folder: Path, modules: Sequence[Module]) -> str:
-    """Return where in a model's folder its config and main weights belong: "" or a module's."""
+    """Return the folder of a model's config and main weights: "" or a module's."""
     places = [module.place for module in modules if module.kind != "Router"]
     if not places or "" in places:
         return ""
@@ -222,9 +222,9 @@ def main_place(folder: Path, modules: Sequence[Module]) -> str:
 
 
 def weight_names(folder: Path, *, max_memory: int | None = None) -> tuple[str, ...]:
-    """Return the weight files of a folder by the names that loaders look for; () if it has none.
+    """Return the weight files of a folder with names that loaders look for; () if it has none.
 
-    Those in folders of sentence-transformers' modules are among them, with their indexes.
+    Files in folders of sentence-transformers' modules are among them, with their indexes.
     """
     names = {weights_name(stem) for stem in STEMS if (folder / weights_name(stem)).is_file()}
     for path in (folder / index_name(stem) for stem in STEMS):
@@ -242,7 +242,7 @@ def weight_names(folder: Path, *, max_memory: int | None = None) -> tuple[str, .
 def read_config(root: Path, place: str = "") -> dict[str, Any]:
     """Return the content of config.json in a model's folder, or in a module's; empty without one.
 
-    A link may lead to where the model's own may.
+    A link in it may only lead where any link of the model may.
     """
     path = root / place / CONFIG_NAME
     if not os.path.lexists(path):
@@ -257,7 +257,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _stem(folder: Path) -> str | None:
-    """Return what a folder's weights are called; None if it has none of a name that is loaded."""
+    """Return the stem of a folder's weights, or None if it has none with a name that is loaded."""
 
     def has(name: str) -> bool:
         return os.path.lexists(folder / name)
@@ -276,11 +276,11 @@ class _WeightFiles:
     """The weight files of one folder."""
 
     paths: list[Path]
-    """In name order."""
+    """Paths in name order."""
     weight_map: dict[str, str] | None
     """Tensor → file, by the index; None without one."""
     stem: str
-    """What they are called."""
+    """Their stem."""
 
 
 def _weight_files(source: str, root: Path, place: str, max_memory: int | None) -> _WeightFiles:
@@ -333,7 +333,7 @@ def _refuse_partial_file(source: str, path: Path) -> None:
 
 
 def _names_in(folder: Path) -> list[str]:
-    """Return what is in a folder, and the first files in the folders there, as paths within it."""
+    """Return the entries of a folder, and the first entries of its subfolders."""
     names = []
     for path in sorted(folder.iterdir()):
         if not path.is_dir():
@@ -372,12 +372,12 @@ def _regular_file(source: str, root: Path, path: Path) -> SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class _ReadHeaders:
-    """What the headers of one folder's weight files say."""
+    """The headers of one folder's weight files."""
 
     files: tuple[SourceFile, ...]
-    """The files, now known by their headers."""
+    """The files, now with their headers' digests."""
     metadata: tuple[Mapping[str, str], ...]
-    """What each says of itself besides the tensors."""
+    """Metadata of each file."""
     tensors: TensorTable
     """The tensors in them."""
 
@@ -405,19 +405,19 @@ def _read_headers(
         known.append(replace(file, header_sha256=sha256))
         metadata.append(header.metadata)
         limits.num_header_bytes += data_start
-        kept: slice | npt.NDArray[np.int64] = slice(None)
+        rows: slice | npt.NDArray[np.int64] = slice(None)
         if weight_map is not None:
             within = path.relative_to(folder)
-            kept = _named_by_index(source, within, header.names, weight_map, index)
-        if isinstance(kept, slice):
+            rows = _named_by_index(source, within, header.names, weight_map, index)
+        if isinstance(rows, slice):
             names += header.names
             shapes += header.shapes
         else:
-            names += [header.names[row] for row in kept.tolist()]
-            shapes += [header.shapes[row] for row in kept.tolist()]
-        starts = header.starts[kept] + data_start
+            names += [header.names[row] for row in rows.tolist()]
+            shapes += [header.shapes[row] for row in rows.tolist()]
+        starts = header.starts[rows] + data_start
         numbers = np.full(len(starts), number, dtype=np.int32)
-        columns.append((header.dtype_ranks[kept], numbers, starts, header.nbytes[kept]))
+        columns.append((header.dtype_ranks[rows], numbers, starts, header.nbytes[rows]))
     if weight_map is not None and len(names) != len(weight_map):
         missing = sorted(set(weight_map) - set(names))[:3]
         raise SourceError(
@@ -441,7 +441,7 @@ def _read_headers(
 def _named_by_index(
     source: str, file: Path, names: list[str], weight_map: dict[str, str], index: str
 ) -> slice | npt.NDArray[np.int64]:
-    """Return the rows for which the index names this file, should two files hold one name."""
+    """Return the rows for which the index names this file, in case two files store one name."""
     if not weight_map.keys() >= set(names):
         unnamed = next(name for name in names if name not in weight_map)
         raise SourceError(

@@ -1,7 +1,7 @@
-"""What a source's bytes are known by, and whether its files are still those that were opened.
+"""Identity of a source's bytes, and the check that its files are still those that were opened.
 
-Looks at sizes, times and status, never at content. Files may change while they are read; that one
-is still the file whose header was read is checked at the end.
+Reads sizes, times and status, never content. Files may change while they are read, so the check is
+repeated at the end.
 """
 
 import errno
@@ -16,36 +16,35 @@ from shardmix.errors import SourceChangedError, SourceError
 class FileStamp:
     """The status of a file that a write changes, and that nobody can set back.
 
-    A file that is written to gets another `ctime_ns`, also if its time of modification is set back
-    afterwards; so does one whose rights, owner or links change. A file that takes another's place
-    has another inode.
+    A write changes `ctime_ns`, even if the time of modification is set back afterwards; so does a
+    change of permissions, owner or links. A file that replaces another has another inode.
     """
 
     ctime_ns: int | None
-    """When its content or status last changed, in nanoseconds since 1970; None: not known."""
+    """Time of the last change of content or status, in nanoseconds since 1970; None if unknown."""
     inode: int | None
-    """Its inode's number; None: not known."""
+    """Its inode's number; None if unknown."""
     status: tuple[int, int, int, int] = (0, 0, 0, 0)
     """Mode, number of links, user and group."""
 
     @classmethod
     def of(cls, status: os.stat_result) -> "FileStamp":
-        """Return a file's stamp; some file systems tell 0 for what they don't know."""
+        """Return a file's stamp; some file systems report 0 for unknown values."""
         others = status.st_mode, status.st_nlink, status.st_uid, status.st_gid
         return cls(status.st_ctime_ns or None, status.st_ino or None, others)
 
     def may_be_written_since(self, then: "FileStamp") -> bool:
-        """Tell whether a file may have been written to or replaced since then, or only touched.
+        """Return True if a file may have been written to or replaced since then, or only touched.
 
-        If the time is the same, another inode means nothing: network file systems number files
-        anew each time they are mounted.
+        If the time is the same, another inode means nothing: network file systems number files anew
+        at each mount.
         """
         if then.ctime_ns is None or self.ctime_ns is None:
             return None not in (then.inode, self.inode) and then.inode != self.inode
         return then.ctime_ns != self.ctime_ns
 
     def is_written_since(self, then: "FileStamp") -> bool:
-        """Tell the same of a file in use, of which rights, owner and links may change.
+        """Return the same for a file in use, whose permissions, owner and links may change.
 
         A hard link (by a backup) or another mode explains another time.
         """
@@ -55,20 +54,20 @@ class FileStamp:
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file of a source, and what it must still be like when it is read."""
+    """A file of a source, and its expected status when it is read."""
 
     path: str
     """Absolute path."""
     nbytes: int
     """Its size when it was opened."""
     mtime_ns: int | None = None
-    """When it was last modified, in nanoseconds since 1970; None: not looked at."""
+    """Time of its last modification, in nanoseconds since 1970; None if not checked."""
     header_sha256: str = ""
     """SHA-256 (hex) of its header."""
     name: str = ""
     """Its path within the model's folder, with `/`."""
     stamp: FileStamp | None = None
-    """What its file system told of it besides; None: not looked at."""
+    """Further status of its file system; None if not checked."""
 
     def check_status(self, status: os.stat_result) -> None:
         """Raise `SourceChangedError` if the file has another size or time of modification now."""
@@ -79,22 +78,22 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class SourceIdentity:
-    """What a source's bytes are known by: its commit on the Hub, or its files as they were."""
+    """The identity of a source's bytes: its commit on the Hub, or its files when it was opened."""
 
     files: tuple[SourceFile, ...]
     """The files that its weights are read from."""
     hub_id: str | None = None
     """`org/name`, if it came from the Hub."""
     commit: str | None = None
-    """The commit on the Hub that its files are of."""
+    """Commit of its files on the Hub."""
     decoding: str = ""
-    """What else decides the elements, if they are decoded while they are read: in what way."""
+    """Way of decoding, if its elements are decoded while they are read."""
 
     def check_unchanged(self) -> None:
-        """Raise `SourceChangedError` for the first file that is not what it was when opened.
+        """Raise `SourceChangedError` for the first file that changed since it was opened.
 
-        What is found: another size, another time of modification (replaced, or written in place),
-        or no file at all.
+        It finds another size, another time of modification (replaced, or written in place), or a
+        missing file.
         """
         for file in self.files:
             try:
@@ -108,7 +107,7 @@ class SourceIdentity:
             file.check_status(status)
 
     def renewed(self) -> "SourceIdentity":
-        """Return the same files with their stamps of now. Raises `SourceError` if one is gone."""
+        """Return the same files with their present stamps. Raises `SourceError` if one is gone."""
         try:
             stamps = [FileStamp.of(Path(file.path).stat()) for file in self.files]
         except OSError as error:
@@ -127,7 +126,7 @@ class SourceIdentity:
 
 
 def has_changed(path: str | Path) -> SourceChangedError:
-    """Return the error of a file that is not what it was when it was opened."""
+    """Return the error of a file that changed since it was opened."""
     return SourceChangedError(
         "has changed since its header was read",
         subject=path,

@@ -1,4 +1,4 @@
-"""Files that are read: open in bounded number, and still what they were when they were planned."""
+"""Source files: open in bounded number, and unchanged since they were planned."""
 
 import os
 from collections import OrderedDict
@@ -9,12 +9,12 @@ from shardmix.errors import SourceError
 from shardmix.sources.identity import SourceFile, reading_failed
 
 MAX_OPEN_FILES = 32
-"""Files that one worker keeps open (each once more where it is mapped); enough for the shards in
-use at one time, and with eight workers still far from the usual limit of 1024."""
+"""Files that one worker holds open (each once more if it is mapped): enough for the shards in use
+at one time, and with eight workers still far from the usual limit of 1024."""
 
 
 def _close(descriptor: int) -> None:
-    with suppress(OSError):  # of no consequence: what was read has been read
+    with suppress(OSError):  # of no consequence: all reads are done
         os.close(descriptor)
 
 
@@ -26,7 +26,7 @@ class OpenFiles:
         self._descriptors: OrderedDict[int, int] = OrderedDict()
 
     def descriptor(self, file: int) -> int:
-        """Return the file, open for reading, and of those in use the last to be closed."""
+        """Return the file, open for reading; it is now the last to be closed."""
         if file in self._descriptors:
             self._descriptors.move_to_end(file)
             return self._descriptors[file]
@@ -51,7 +51,7 @@ class OpenFiles:
         return descriptor
 
     def descriptors(self, files: Sequence[int]) -> list[int] | None:
-        """Return several files, open for reading until the next call; None: too many at a time."""
+        """Return several files, open until the next call, or None if they are too many."""
         if len(files) > MAX_OPEN_FILES:
             return None
         found = [self.descriptor(file) for file in files]
@@ -68,7 +68,7 @@ class OpenFiles:
         return file
 
     def path(self, file: int) -> str:
-        """Return where it lies."""
+        """Return a file's path."""
         return self._files[file].path
 
     def nbytes(self, file: int) -> int:
@@ -83,6 +83,6 @@ class OpenFiles:
             raise reading_failed(self.path(file), error.errno) from None
 
     def close(self) -> None:
-        """Close all."""
+        """Close all files."""
         while self._descriptors:
             _close(self._descriptors.popitem()[1])

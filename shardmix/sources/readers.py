@@ -1,10 +1,22 @@
 """Readers: byte ranges of source files, in bounded memory. Know files and bytes, not tensors.
 
 A reader belongs to one worker. `view` returns a range, either mapped or read into the caller's
-buffer; the caller says `release` when it is done, and mapped pages go back to the system at once.
-Without that, resident memory would grow to the size of all sources.
+buffer. The caller calls `release` when it is done, and mapped pages go back to the system at once;
+otherwise resident memory would grow to the size of all sources. Bytes that `view` and `release` let
+pass were in the file, whatever happens to it.
 
-What `view` and `release` let pass was in the file, whatever becomes of it.
+`--io auto` means pread, which surely takes less memory and needs no signal handler; neither is
+always faster (docs/performance.md). A private writable mapping, which torch's buffers want, counts
+against memory unless it is made with `MAP_NORESERVE`; without that no file larger than memory could
+be mapped. With large folios in the page cache a fault maps up to 2 MiB, so pages are given back by
+whole huge pages: by the range that was read, the process grew to 680 MB instead of 255 MB in a
+merge of 6.6 GB.
+
+A file that is replaced, or written in place at its length, gives no error in either way. So sizes
+and times of modification are compared at opening and at the end, and then `ctime` as well. If
+another mode, owner or number of links explains a new `ctime`, it is accepted: a backup that makes
+hard links must not end a merge of hours. If nothing explains it, everything is computed again and
+compared with the output.
 """
 
 import errno
@@ -28,14 +40,15 @@ from shardmix.system.files import MAX_IO_NBYTES
 from shardmix.system.sigbus import GuardedRange, guard, unguard
 
 MAX_MAPPED_AT_ONCE = 3
-"""Of how many sources one chunk can be mapped; of more, the others are read. Each takes memory."""
+"""The most sources of one chunk that are mapped; further ones are read. Each mapping takes
+memory."""
 
-# What the widest element wants of its address.
+# Alignment of the widest element.
 _ELEMENT_ALIGNMENT = 8
 
 
-# Private and writable, since torch wants buffers that it could write (none is written); without
-# reserving memory for that, or no file larger than the memory could be mapped.
+# Private and writable, since torch wants writable buffers (none is written); without reserving
+# memory for that, or no file larger than the memory could be mapped.
 _MAP_FLAGS = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
 _MAP_PROTECTION = mmap.PROT_READ | mmap.PROT_WRITE
 
@@ -44,7 +57,8 @@ class Reader(Protocol):
     """Reads byte ranges of numbered files."""
 
     def descriptors(self, files: Sequence[int]) -> Sequence[int] | None:
-        """Return files open for reading, valid until the next call; None where only views are had.
+        """Return files open for reading, valid until the next call; None if only views are
+        possible.
 
         Raises `SourceError`.
         """
@@ -56,9 +70,9 @@ class Reader(Protocol):
         """
 
     def release(self) -> None:
-        """End the use of all views; whatever came of them counts only after this.
+        """End the use of all views; results made from them count only after this.
 
-        Raises `SourceError` where a mapped view held bytes that the file did not.
+        Raises `SourceError` if a mapped view had bytes that the file did not have.
         """
 
     def close(self) -> None:
@@ -68,20 +82,20 @@ class Reader(Protocol):
 def open_reader(io: str, files: Sequence[SourceFile], decoders: Sequence[Source] = ()) -> Reader:
     """Return the reader for `--io` mmap or pread.
 
-    By the numbers after those of the files, it reads streams of what these sources decode.
+    Numbers after those of the files stand for the streams that these sources decode.
     """
     stored = MmapReader(files) if io == "mmap" else PreadReader(files)
     return DecodingReader(stored, len(files), decoders) if decoders else stored
 
 
 class PreadReader:
-    """Reads into the caller's buffer; right for every file system."""
+    """Reads into the caller's buffer; works on every file system."""
 
     def __init__(self, files: Sequence[SourceFile]) -> None:
         self._open = OpenFiles(files)
 
     def descriptors(self, files: Sequence[int]) -> Sequence[int] | None:
-        """Return files open for reading, valid until the next call; None: too many at a time."""
+        """Return files open until the next call, or None if they are too many."""
         return self._open.descriptors(files)
 
     def view(self, file: int, offset: int, into: memoryview) -> memoryview:
@@ -101,9 +115,9 @@ class PreadReader:
         return into
 
     def will_need(self, file: int, offset: int, nbytes: int) -> None:
-        """Let the system read ahead, into its own cache, what a `view` will soon ask for.
+        """Let the system read ahead, into its own cache, the bytes of a coming `view`.
 
-        Returns when it is asked for, which may take as long as half of the reading.
+        Returns once they are requested, which may take as long as half of the reading.
         """
         if hasattr(os, "posix_fadvise"):
             descriptor = self._open.descriptor(file)
@@ -119,17 +133,17 @@ class PreadReader:
 
 
 class StoredReader:
-    """Reads tensors that lie in files as they are; a `TensorReader`."""
+    """Reads tensors that files store as they are; a `TensorReader`."""
 
     overhead_nbytes = 0
-    """It reads straight into the caller's buffer."""
+    """It reads directly into the caller's buffer."""
 
     def __init__(self, files: Sequence[SourceFile], tensors: TensorTable) -> None:
         self._files = PreadReader(files)
         self._tensors = tensors
 
     def read(self, row: int, start: int, into: memoryview) -> None:
-        """Fill `into` with elements of a tensor, from `start` on. Raises `SourceError`."""
+        """Fill `into` with elements of a tensor from `start` on. Raises `SourceError`."""
         if into:
             self._files.view(int(self._tensors.files[row]), self._position(row, start), into)
 
@@ -149,7 +163,7 @@ class StoredReader:
 
 
 class _DecodedStream:
-    """What a source decodes, as one stream of bytes."""
+    """All tensors that a source decodes, as one stream of bytes."""
 
     def __init__(self, source: Source) -> None:
         tensors = source.tensors
@@ -161,7 +175,7 @@ class _DecodedStream:
         self.reader = source.open_reader()
 
     def read(self, offset: int, into: memoryview) -> None:
-        """Fill `into` with the stream's bytes from `offset` on, which begin with an element."""
+        """Fill `into` with the stream's bytes from `offset` on, the start of an element."""
         number = int(self._starts.searchsorted(offset, side="right")) - 1
         while into:
             row = int(self._rows[number])
@@ -174,7 +188,7 @@ class _DecodedStream:
 
 
 class DecodingReader:
-    """Reads files by another reader, and what sources decode by their own."""
+    """Reads files with another reader, and decoded tensors with their sources' readers."""
 
     def __init__(self, stored: Reader, num_files: int, decoders: Sequence[Source]) -> None:
         self._stored = stored
@@ -182,7 +196,7 @@ class DecodingReader:
         self._streams = [_DecodedStream(decoder) for decoder in decoders]
 
     def descriptors(self, files: Sequence[int]) -> Sequence[int] | None:
-        """Return files open for reading; None if one of them is no file."""
+        """Return files open for reading, or None if one of them is a stream."""
         if any(file >= self._num_files for file in files):
             return None
         return self._stored.descriptors(files)
@@ -207,7 +221,7 @@ class DecodingReader:
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """A range that is in use, and where it comes from."""
+    """A range in use, and its mapping."""
 
     file: int
     mapping: mmap.mmap
@@ -217,24 +231,25 @@ class _View:
 
 
 class MmapReader:
-    """Maps files and gives pages back behind each chunk; saves a copy.
+    """Maps files and gives pages back after each chunk; saves a copy.
 
-    A fault maps neighbours of the page it was for, up to a whole huge page: so pages are given back
-    by that. The last one stays if the next view goes on in it: to map it again is most of the cost.
+    A fault maps neighbours of its page, up to a whole huge page, so pages are given back by huge
+    pages. The last one stays if the next view continues in it: mapping it again would be most of
+    the cost.
 
-    A page that cannot be loaded reads as zeros and is found by `release`: see `mapped_faults`.
+    A page that cannot be loaded reads as zeros, and `release` finds it: see `system.sigbus`.
     """
 
     def __init__(self, files: Sequence[SourceFile]) -> None:
         self._open = OpenFiles(files)
         self._maps: dict[int, tuple[mmap.mmap, GuardedRange]] = {}
         self._used: list[_View] = []
-        self._kept: list[tuple[int, int]] = []
-        """File and beginning of each huge page in which the last views ended."""
+        self._stay_mapped: list[tuple[int, int]] = []
+        """File and start of each huge page in which the last views ended."""
         self._others = PreadReader(files)
 
     def descriptors(self, files: Sequence[int]) -> None:
-        """Return None: what is mapped is not read."""
+        """Return None: mapped files are not read."""
 
     def view(self, file: int, offset: int, into: memoryview) -> memoryview:
         """Return the mapped range; `into` gives its length."""
@@ -242,14 +257,15 @@ class MmapReader:
             return self._others.view(file, offset, into)
         mapping = self._mapping(file)
         begun = file, offset - offset % HUGE_PAGE_NBYTES
-        if begun in self._kept:
-            self._kept.remove(begun)
+        if begun in self._stay_mapped:
+            self._stay_mapped.remove(begun)
         else:
-            self._give_back_kept()
+            self._give_back_mapped()
         content = memoryview(mapping)[offset : offset + len(into)]
         self._used.append(_View(file, mapping, content, offset, len(into)))
         if offset % _ELEMENT_ALIGNMENT:
-            # A header of odd length, or an odd tensor before this one: typed loads want alignment.
+            # A header of odd length, or an odd tensor before this one: typed loads want
+            # alignment.
             into[:] = content
             return into
         return content
@@ -258,7 +274,7 @@ class MmapReader:
         descriptor = self._open.descriptor(file)
         if file not in self._maps:
             try:
-                # The length that views count on, also where the file has just become shorter.
+                # The length that views rely on, even if the file has just become shorter.
                 nbytes = self._open.nbytes(file)
                 mapping = mmap.mmap(descriptor, nbytes, flags=_MAP_FLAGS, prot=_MAP_PROTECTION)
                 self._maps[file] = mapping, guard(mapping)
@@ -275,15 +291,15 @@ class MmapReader:
     def release(self) -> None:
         """Give the views' pages back to the system; raise if they were not the files'."""
         for used in self._give_back():
-            # After the use: what was cut off before it is seen now, in the middle of a page, too,
-            # where the rest of the page reads as zeros and nothing faults.
+            # After the use: a cut before it shows now, also one in the middle of a page, where
+            # the rest of the page reads as zeros and nothing faults.
             nbytes_now = self._open.nbytes_now(used.file)
             if nbytes_now < used.offset + used.nbytes:
                 raise cut_short(self._open.path(used.file), nbytes_now)
             if self._maps[used.file][1].failed:
                 raise reading_failed(self._open.path(used.file), errno.EIO)
         while (evicted := self._open.evict_oldest()) is not None:  # now that none is in use
-            self._give_back_kept()
+            self._give_back_mapped()
             self._unmap(evicted)
 
     def _give_back(self) -> list[_View]:
@@ -296,15 +312,15 @@ class MmapReader:
             if start < stop:
                 used.mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
             if stop < end:
-                self._kept.append((used.file, stop))
+                self._stay_mapped.append((used.file, stop))
         return given
 
-    def _give_back_kept(self) -> None:
-        for file, start in self._kept:
+    def _give_back_mapped(self) -> None:
+        for file, start in self._stay_mapped:
             mapping = self._maps[file][0]
             nbytes = min(HUGE_PAGE_NBYTES, len(mapping) - start)
             mapping.madvise(mmap.MADV_DONTNEED, start, nbytes)
-        self._kept.clear()
+        self._stay_mapped.clear()
 
     def _unmap(self, file: int) -> None:
         mapping, guarded = self._maps.pop(file)
@@ -314,7 +330,7 @@ class MmapReader:
     def close(self) -> None:
         """Unmap and close all files."""
         self._give_back()
-        self._give_back_kept()
+        self._give_back_mapped()
         while self._maps:
             with suppress(BufferError):
                 self._unmap(next(iter(self._maps)))
