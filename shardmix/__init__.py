@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from shardmix.errors import RecipeError as RecipeError
     from shardmix.errors import ShardmixError as ShardmixError
     from shardmix.errors import SourceError as SourceError
-    from shardmix.execute.executor import ProgressEvent as ProgressEvent
+    from shardmix.execute.progress import ProgressEvent as ProgressEvent
     from shardmix.lm_cocktail import mix_models as mix_models
     from shardmix.lm_cocktail import mix_models_by_layers as mix_models_by_layers
     from shardmix.lm_cocktail import mix_models_with_data as mix_models_with_data
@@ -62,7 +62,7 @@ _HOME = {
     "MergeReport": "reports",
     "ModelReport": "reports",
     "PlanReport": "reports",
-    "ProgressEvent": "execute.executor",
+    "ProgressEvent": "execute.progress",
     "StatusReport": "verification.status",
     "VerifyReport": "verification.verify",
     "Recipe": "recipe",

@@ -16,8 +16,9 @@ from shardmix.errors import (
     ShardmixError,
     SourceChangedError,
 )
-from shardmix.execute import executor
+from shardmix.execute.execution import execute
 from shardmix.execute.prepare import ready
+from shardmix.execute.progress import OnProgress
 from shardmix.execute.read_ahead import reading_ahead
 from shardmix.options import MergeOptions, digest_algorithm, run_settings
 from shardmix.output.destination import check_disk, check_output, resolve_output
@@ -55,7 +56,7 @@ def merge(
     output: str | PathLike[str],
     *,
     model_type: str | None = None,
-    on_progress: executor.OnProgress | None = None,
+    on_progress: OnProgress | None = None,
     cancel: threading.Event | None = None,
     **options: Unpack[MergeOptions],
 ) -> MergeReport:
@@ -113,7 +114,7 @@ def merge(
                         )
                     _check_planned_alike(planned, plan)
                     recorded.begin_merge(plan, backend)
-                    result = executor.execute(
+                    result = execute(
                         plan,
                         backend,
                         staging,

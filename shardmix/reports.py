@@ -12,8 +12,8 @@ from shardmix.anomalies import LeafAnomalies
 from shardmix.conventions.declarations import declaration_of
 from shardmix.conventions.file_kinds import LeftOut
 from shardmix.conventions.naming import ties_word_embeddings
-from shardmix.execute.executor import ExecutionResult
-from shardmix.execute.task_queue import nonfinite_finding
+from shardmix.execute.execution import ExecutionResult
+from shardmix.execute.write import nonfinite_finding
 from shardmix.formats.safetensors_layout import TensorInfo
 from shardmix.matching.ties import NamedModel, shared_with
 from shardmix.plan.merge_plan import MergePlan

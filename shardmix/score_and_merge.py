@@ -17,7 +17,7 @@ import msgspec
 from shardmix import api
 from shardmix.conventions.file_kinds import is_auxiliary_file, is_module_folder
 from shardmix.errors import RecipeError, ShardmixError
-from shardmix.execute import executor
+from shardmix.execute.progress import OnProgress
 from shardmix.options import MergeOptions
 from shardmix.output.destination import check_disk, resolve_output
 from shardmix.output.score_log import ScoreLog, ScoringIdentity, weight_files
@@ -48,7 +48,7 @@ def merge_by_examples(
     *,
     scoring: ScoreOptions,
     on_score: OnScoreProgress | None = None,
-    on_progress: executor.OnProgress | None = None,
+    on_progress: OnProgress | None = None,
     cancel: threading.Event | None = None,
     **options: Unpack[MergeOptions],
 ) -> MergeReport:

@@ -19,8 +19,9 @@ import shardmix
 from shardmix.anomalies import LeafAnomalies
 from shardmix.compute.backend import load_backend
 from shardmix.errors import OutputError, SourceError
-from shardmix.execute import executor
-from shardmix.execute.task_queue import Work
+from shardmix.execute.execution import Tally, execute
+from shardmix.execute.executor import Task, TaskResult
+from shardmix.execute.write import Written
 from shardmix.output.journal import open_journal
 from shardmix.output.shard_writer import GrowingLeaves
 from shardmix.output.staging import open_staging
@@ -157,7 +158,7 @@ def test_recipe_and_sources_decide_bytes(tmp_path_factory, data):
             open_staging(tmp_path / "out", restart=True) as staging,
             closing(open_journal(staging.hidden, plan)) as journal,
         ):
-            executor.execute(plan, load_backend(plan), staging, journal)
+            execute(plan, load_backend(plan), staging, journal)
         assert folder_bytes(tmp_path / "out") == expected
 
 
@@ -378,7 +379,7 @@ def test_nan_and_inf_are_counted_by_tensor(tmp_path, backend, chunk_nbytes):
         open_staging(tmp_path / "out") as staging,
         closing(open_journal(staging.hidden, plan)) as journal,
     ):
-        result = executor.execute(plan, load_backend(plan), staging, journal)
+        result = execute(plan, load_backend(plan), staging, journal)
     assert result.findings.nonfinite == {"t03": (1, 0, 0), "t07": (0, 2, 0), "t08": (1, 0, 0)}
     report = shardmix.merge(models, tmp_path / "again")
     assert report.warnings[:3] == (
@@ -476,7 +477,7 @@ def test_anomaly_costs_the_same_late(tmp_path, monkeypatch):
     Neither in the whole merge nor within a leaf, which may hold 65,000 tensors.
     """
     plan = shardmix.plan_merge(three_models(tmp_path))
-    work = Work(plan, lambda number: None)
+    tally = Tally(plan, None, on_many_anomalies=lambda names: None)
     no_shard = SimpleNamespace(take_in=lambda data: None, hashed=lambda nbytes: None)
     leaves = GrowingLeaves(no_shard, SimpleNamespace(update=lambda data: []), memoryview(b""))
     monkeypatch.setattr(CountedInt, "additions", 0)
@@ -484,9 +485,9 @@ def test_anomaly_costs_the_same_late(tmp_path, monkeypatch):
         counts = (CountedInt(1), CountedInt(0), CountedInt(0))
         for _ in range(2):
             findings = LeafAnomalies(nonfinite={f"t{number}": counts})
-            work.found(findings)
+            tally.take(TaskResult(Task(0, 0, 1), 0, Written(findings)))
             leaves.note(0, findings)
-    assert work.findings.nonfinite == {f"t{number}": (2, 0, 0) for number in range(100)}
+    assert tally.findings.nonfinite == {f"t{number}": (2, 0, 0) for number in range(100)}
     assert CountedInt.additions <= 2 * 2 * 3 * 100
 
 

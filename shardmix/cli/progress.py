@@ -13,7 +13,7 @@ from shardmix.system.units import format_size
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from shardmix.execute.executor import ProgressEvent
+    from shardmix.execute.progress import ProgressEvent
     from shardmix.scoring.report import OnScoreProgress, ScoreProgress
 
 # Without a terminal, a line after this much progress or time keeps a log of hours short.

@@ -1,12 +1,16 @@
-"""Carries plans out.
+"""Carries plans out, pass by pass.
 
-executor               runs a plan's tasks on threads; progress, cancellation, the end
+execution              what a merge does: the passes in order, the provenance, the rename
+executor               the seam: jobs, tasks, results; what an executor and a pass are
+threads                the executor on threads of this process
+run                    runs a job on the chosen executor; counts, tells progress, cancels
+progress               events for a callback
+tasks                  files divided into tasks, and these into chunks; pure
+shared_files           files that several workers are at
+merging                chunks from readers through reducers to a pass's target
+write                  the pass that writes output files
+compare                the pass that compares output with files that exist
+calibrate              the pass that finds which of two devices is faster
 prepare                loads a plan's backend, tries its device, or takes another
-calibrate              which of two devices is the faster, by trying
-read_ahead             what a merge begins with, asked of the disk while the backend loads
-tasks                  an output file divided into blocks, and these into chunks; pure
-task_queue             blocks handed to workers; what is done and found
-worker                 what each worker does: chunks from readers through reducers to output
-comparison             as writing, but held against a file that exists
-anomaly_places         which tensors hold the NaN, Inf or differing integers of a chunk
+read_ahead             asks the disk for what a merge begins with, while the backend loads
 """

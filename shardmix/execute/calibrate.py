@@ -1,25 +1,27 @@
-"""Finds which of two devices reduces the faster: for a moment, each does what the merge is made of.
+"""The pass that finds which of two devices is faster: each does for a moment what the merge does.
 
-The merge's own workers, readers and reducers, on its most common kind of segment. They read a
-file in memory, over and over, as a merge reads from the page cache; what they would write is
-dropped, since that takes the same on either. Knows no device by name: it takes what it is given.
+The merge's own workers, readers and reducers try its most common kind of segment. They read a
+file in memory over and over, as a merge reads from the page cache. Their output is dropped, since
+writing takes the same on either device. Names no device: it compares what it is given.
 """
 
 import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 
 from shardmix.anomalies import LeafAnomalies
 from shardmix.compute.backend import Backend
 from shardmix.compute.chunk_size import VECTOR
 from shardmix.dtypes import element_nbytes
 from shardmix.errors import DeviceError, one_line
-from shardmix.execute.executor import run_tasks
-from shardmix.execute.task_queue import Work
+from shardmix.execute.executor import IsStopped, Job, Task, TaskResult
+from shardmix.execute.merging import ChunkMerger, Merging, merging
+from shardmix.execute.tasks import TensorPlaces, merge_tasks
+from shardmix.execute.threads import ThreadExecutor
 from shardmix.methods import keep_first
 from shardmix.plan.merge_plan import (
     MergePlan,
@@ -29,13 +31,12 @@ from shardmix.plan.merge_plan import (
     SegmentSource,
 )
 from shardmix.sources.identity import SourceFile, SourceIdentity
-from shardmix.system.digests import XXH3
 from shardmix.system.units import MIB
 
 TRIAL_SECONDS = 0.5
-"""How long one device is tried, from when all workers are at it."""
+"""Time that one device is tried, once all workers are at it."""
 SOURCE_NBYTES = 256 * MIB
-"""The file that is read: larger than most caches. It is no part of the process's resident set."""
+"""Size of the file that is read: larger than most caches. It does not count as resident."""
 
 # More than any machine reads in that time.
 _PLANNED_NBYTES = 1000 * 10**9
@@ -73,11 +74,90 @@ def faster(
 def source_bytes_per_second(plan: MergePlan, backend: Backend) -> float:
     """Return how many bytes of sources the plan's workers reduce in a second."""
     with _trial_plan(plan) as trial:
-        meter = _Meter(num_workers=trial.memory.workers)
-        work = Work(trial, lambda number: meter)
-        meter.stop = work.stop
-        run_tasks(trial, backend, work)
-        return meter.out_bytes_per_second() * trial.read_nbytes / trial.write_nbytes
+        job = Job(Calibrate(trial, backend), num_workers=trial.memory.workers)
+        # Workers on threads of this process, whatever the merge will run on: these are tried.
+        run = ThreadExecutor().run(job, merge_tasks(trial), threading.Event())
+        with closing(run) as results:
+            return _rate(results, num_workers=job.num_workers)
+
+
+def _rate(results: Iterable[TaskResult["Tried"] | None], *, num_workers: int) -> float:
+    """Return source bytes a second, counted once every worker has brought some."""
+    seen: set[int] = set()
+    started = last = 0.0
+    num_bytes = 0
+    for result in results:
+        if result is None:
+            continue
+        last = result.value.ended
+        if len(seen) < num_workers:
+            seen.add(result.value.worker)
+            started = last
+            continue
+        num_bytes += result.num_bytes
+        if last - started > TRIAL_SECONDS:
+            break
+    return num_bytes / max(last - started, 1e-9)
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A task of a trial."""
+
+    worker: int
+    """Number of the thread that did it."""
+    ended: float
+    """When it had done it, by `time.perf_counter`."""
+
+
+class Calibrate:
+    """Merges chunks and drops their output."""
+
+    def __init__(self, plan: MergePlan, backend: Backend) -> None:
+        self._plan = plan
+        self._backend = backend
+
+    @contextmanager
+    def opened(self) -> Iterator["_Calibrating"]:
+        """Open what the workers of this process share."""
+        with merging(self._plan, self._backend) as shared:
+            yield _Calibrating(shared)
+
+
+class _Calibrating:
+    """A trial at work in one process."""
+
+    def __init__(self, shared: Merging) -> None:
+        self._shared = shared
+        (planned,) = shared.plan.shards
+        self.places = TensorPlaces(planned)
+
+    @contextmanager
+    def worker(self) -> Iterator["_Trier"]:
+        with self._shared.worker() as merger:
+            yield _Trier(merger, self.places)
+
+
+class _Trier:
+    """One worker, which drops what it merges."""
+
+    def __init__(self, merger: ChunkMerger, places: TensorPlaces) -> None:
+        self._merger = merger
+        self._places = places
+
+    def run(self, task: Task, is_stopped: IsStopped) -> TaskResult[Tried] | None:
+        """Merge a task's leaves."""
+        leaves = task.first_leaf, task.stop_leaf
+        merged = self._merger.merge(task.file, leaves, self._places, self, is_stopped)
+        if merged is None:
+            return None
+        return TaskResult(task, merged, Tried(threading.get_ident(), time.perf_counter()))
+
+    def note(self, leaf: int, anomalies: LeafAnomalies) -> None:
+        """Do nothing."""
+
+    def write(self, position: int, data: memoryview) -> None:
+        """Do nothing."""
 
 
 @contextmanager
@@ -120,8 +200,7 @@ def _trial_plan(plan: MergePlan) -> Iterator[MergePlan]:
         path = f"/proc/self/fd/{descriptor}"
         identity = SourceIdentity((SourceFile(path, nbytes),))
         source = PlannedSource("trial", "trial", path, identity, weight=1.0)
-        # Within a file that is hashed from end to end there would be work for one worker alone.
-        yield replace(plan, sources=(source,), shards=(shard,), digest_algorithm=XXH3)
+        yield replace(plan, sources=(source,), shards=(shard,))
     finally:
         os.close(descriptor)
 
@@ -137,53 +216,3 @@ def _most_common(plan: MergePlan) -> Segment:
             examples.setdefault(kind, segment)
     return examples[num_elements.most_common(1)[0][0]]
 
-
-class _Meter:
-    """In the place of an output file: counts bytes, once every worker has brought some."""
-
-    def __init__(self, *, num_workers: int) -> None:
-        self.stop: Callable[[], None]
-        """Called when it has seen enough."""
-        self._num_workers = num_workers
-        self._lock = threading.Lock()
-        self._seen: set[int] = set()
-        self._started = self._last = 0.0
-        self._nbytes = 0
-
-    def write(self, position: int, data: memoryview) -> None:
-        """Count the next chunk's bytes."""
-        with self._lock:
-            self._last = time.perf_counter()
-            if len(self._seen) < self._num_workers:
-                self._seen.add(threading.get_ident())
-                self._started = self._last
-                return
-            self._nbytes += len(data)
-        if self._last - self._started > TRIAL_SECONDS:
-            self.stop()
-
-    def out_bytes_per_second(self) -> float:
-        """Return what was counted, by the time that it took."""
-        return self._nbytes / max(self._last - self._started, 1e-9)
-
-    def reused(self, leaf: int, buffer: memoryview) -> LeafAnomalies | None:
-        """Return None: nothing is there already."""
-        return None
-
-    def next_claimed(self, leaf: int, stop_leaf: int) -> int:
-        """Return the end: nothing is there already."""
-        return stop_leaf
-
-    def begin(self, first_leaf: int, stop_leaf: int) -> "_Meter":
-        """Start a range of leaves."""
-        return self
-
-    def note(self, leaf: int, findings: LeafAnomalies) -> None:
-        """Do nothing."""
-
-    def finish(self) -> str:
-        """Return no digest."""
-        return ""
-
-    def close(self) -> None:
-        """Do nothing."""

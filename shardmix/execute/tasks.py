@@ -1,4 +1,4 @@
-"""How an output file's bytes are divided into work: tasks of leaves, and chunks within them.
+"""Divides files into tasks, and these into chunks.
 
 A task is a range of whole leaves and belongs to one worker, which goes through it in order: so
 leaves are hashed as they are written. A chunk is what is in memory at once. Pure: counts, reads
@@ -6,28 +6,53 @@ nothing.
 """
 
 import bisect
+import itertools
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from shardmix.compute.chunk_size import chunk_num_elements
 from shardmix.dtypes import element_nbytes
+from shardmix.execute.executor import Task
 from shardmix.plan.merge_plan import MergePlan, OutputShard, Segment
-from shardmix.system.digests import LEAF_NBYTES, is_sequential, num_leaves
+from shardmix.system.digests import LEAF_NBYTES, num_leaves
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """Leaves of one output file, for one worker."""
+class Tasks(Sequence[Task]):
+    """The tasks of several files, in order. Each is made when it is asked for."""
 
-    shard: int
-    """Index into `MergePlan.shards`."""
-    first_leaf: int
-    """The first of them."""
-    stop_leaf: int
-    """One past the last."""
-    is_last: bool
-    """Whether the file ends with it."""
+    def __init__(self, file_nbytes: Iterable[int], *, leaves_per_task: int) -> None:
+        """Divide files of these sizes. An empty file has one task, which has no leaves."""
+        self._num_leaves = [num_leaves(nbytes) for nbytes in file_nbytes]
+        self._step = leaves_per_task
+        counts = (max(1, -(-count // leaves_per_task)) for count in self._num_leaves)
+        self._stops = list(itertools.accumulate(counts))
+
+    def __len__(self) -> int:
+        return self._stops[-1] if self._stops else 0
+
+    @overload
+    def __getitem__(self, index: int) -> Task: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Task]: ...
+    def __getitem__(self, index: int | slice) -> Task | list[Task]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        file = bisect.bisect_right(self._stops, number)
+        first = (number - (self._stops[file - 1] if file else 0)) * self._step
+        return Task(file, first, min(first + self._step, self._num_leaves[file]))
+
+
+def merge_tasks(plan: MergePlan) -> Tasks:
+    """Return the tasks of all output files of a merge."""
+    # A GPU's pipeline runs empty at the end of a task: it is to last for several chunks.
+    num_chunks = 4 if plan.settings.on_cuda else 1
+    return Tasks(
+        (shard.file_nbytes for shard in plan.shards),
+        leaves_per_task=max(1, num_chunks * plan.memory.chunk_nbytes // LEAF_NBYTES),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,30 +60,21 @@ class Chunk:
     """A flat range of elements of a segment, the same in every source and in the output."""
 
     segment: Segment
-    """What it is part of."""
+    """Segment that it is a part of."""
     start: int
-    """Its first element within the segment."""
+    """First element within the segment."""
     num_elements: int
-    """Its length."""
+    """Length."""
 
     @property
     def out_position(self) -> int:
-        """Its first byte in the output file."""
+        """First byte in the output file."""
         return self.segment.out_offset + self.start * element_nbytes(self.segment.out_dtype)
 
     @property
     def source_nbytes(self) -> int:
-        """What is read for it, of all sources."""
+        """Bytes that are read for it, of all sources."""
         return self.num_elements * sum(element_nbytes(dtype) for dtype in self.segment.dtypes)
-
-
-def tasks(plan: MergePlan, shard: int) -> Iterator[Task]:
-    """Yield the work on one output file, in its order."""
-    count = num_leaves(plan.shards[shard].file_nbytes)
-    step = count if is_sequential(plan.digest_algorithm) else _leaves_per_task(plan)
-    for first in range(0, count, step):
-        stop = min(first + step, count)
-        yield Task(shard, first, stop, is_last=stop == count)
 
 
 def chunks(
@@ -84,9 +100,9 @@ def chunks(
 
 
 class TensorPlaces:
-    """Which tensor of an output file lies where: mostly nobody asks, and then often.
+    """Byte ranges of an output file's tensors, for anomalies and differences, which are rare.
 
-    The header is read at the first question; kept are eight bytes a tensor.
+    The first question reads the header. From then on eight bytes are kept for each tensor.
     """
 
     def __init__(self, planned: OutputShard) -> None:
@@ -96,19 +112,13 @@ class TensorPlaces:
     def between(self, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
         """Yield name, first and past-the-last byte of each tensor's part of a range of the file."""
         stops = self._stops
-        if stops is None:  # two threads at once come to the same
+        if stops is None:  # two threads at once compute the same
             first = self._planned.head_nbytes()
             stops = array("q", (first + stop for _, _, stop in self._planned.tensors()))
             self._stops = stops
         row = bisect.bisect_right(stops, start)
         while start < stop and row < len(stops):
             end = min(stops[row], stop)
-            if end > start:  # else it is empty
+            if end > start:  # else the tensor is empty
                 yield self._planned.full_name(self._planned.tensor_names[row]), start, end
             start, row = end, row + 1
-
-
-def _leaves_per_task(plan: MergePlan) -> int:
-    # A GPU's pipeline runs empty at the end of a task: it is to last for several chunks.
-    num_chunks = 4 if plan.settings.on_cuda else 1
-    return max(1, num_chunks * plan.memory.chunk_nbytes // LEAF_NBYTES)

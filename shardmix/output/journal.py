@@ -16,10 +16,11 @@ journal. Budget, workers, device, backend and the way to read may differ.
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -72,6 +73,68 @@ class JournalSummary:
     """All output files."""
 
 
+class Claim(NamedTuple):
+    """A claim that a leaf is written."""
+
+    shard: int
+    """Index of its file in `MergePlan.shards`."""
+    leaf: int
+    """Number of the leaf."""
+    digest: bytes
+    """Digest of its bytes."""
+    anomalies: LeafAnomalies
+    """Anomalies in it."""
+
+
+class Claims(Protocol):
+    """Leaves that are claimed. Workers ask for them and add to them."""
+
+    @property
+    def leaves(self) -> Sequence[LeafDigests]:
+        """For each output file, the leaves that are claimed; those added join them."""
+
+    def anomalies(self, shard: int, leaf: int) -> LeafAnomalies:
+        """Return the anomalies of a claimed leaf."""
+
+    def add(self, shard: int, leaf: int, digest: bytes, anomalies: LeafAnomalies) -> None:
+        """Claim a leaf whose bytes are written."""
+
+    def taken(self, shard: int, first_leaf: int, stop_leaf: int) -> tuple[Claim, ...]:
+        """Take away the claims in a range of leaves that are still to go into the journal."""
+
+    def carried(self) -> "CarriedClaims":
+        """Return the same claims, for a worker in another process."""
+
+
+class CarriedClaims:
+    """The claims of a journal in another process, which is told of those added here."""
+
+    def __init__(
+        self, leaves: Sequence[LeafDigests], anomalies: Mapping[str, LeafAnomalies]
+    ) -> None:
+        self.leaves = leaves
+        self._anomalies = anomalies
+        self._added: dict[tuple[int, int], Claim] = {}
+
+    def anomalies(self, shard: int, leaf: int) -> LeafAnomalies:
+        """Return the anomalies of a claimed leaf."""
+        return self._anomalies.get(f"{shard}/{leaf}", NO_ANOMALIES)
+
+    def add(self, shard: int, leaf: int, digest: bytes, anomalies: LeafAnomalies) -> None:
+        """Claim a leaf whose bytes are written."""
+        self.leaves[shard].put(leaf, digest)
+        self._added[shard, leaf] = Claim(shard, leaf, digest, anomalies)
+
+    def taken(self, shard: int, first_leaf: int, stop_leaf: int) -> tuple[Claim, ...]:
+        """Take away the claims in a range of leaves that are still to go into the journal."""
+        keys = [(shard, leaf) for leaf in range(first_leaf, stop_leaf)]
+        return tuple(self._added.pop(key) for key in keys if key in self._added)
+
+    def carried(self) -> "CarriedClaims":
+        """Return the same claims, for a worker in another process."""
+        return CarriedClaims(self.leaves, self._anomalies)
+
+
 class Journal:
     """A journal open for one merge: earlier claims, and those added."""
 
@@ -112,6 +175,14 @@ class Journal:
             except OSError as error:
                 raise writing_failed(self._path, error) from None
             self.leaves[shard].put(leaf, digest)
+
+    def taken(self, shard: int, first_leaf: int, stop_leaf: int) -> tuple[Claim, ...]:
+        """Return nothing: what was added is in the journal."""
+        return ()
+
+    def carried(self) -> CarriedClaims:
+        """Return the same claims, for a worker in another process."""
+        return CarriedClaims(self.leaves, self._anomalies)
 
     def close(self) -> None:
         """Close the file."""

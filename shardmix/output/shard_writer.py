@@ -1,6 +1,6 @@
 """An output file that grows in a staging folder: written, hashed and claimed leaf by leaf.
 
-Puts a writer, a journal and digests together. Knows bytes and leaves, not where they come from.
+Puts a writer, claims and digests together. Knows bytes and leaves, not where they come from.
 """
 
 import itertools
@@ -8,7 +8,7 @@ from collections import defaultdict
 
 from shardmix.anomalies import NO_ANOMALIES, AnomalySum, LeafAnomalies
 from shardmix.output.file_writer import ShardWriter
-from shardmix.output.journal import Journal
+from shardmix.output.journal import Claims
 from shardmix.plan.merge_plan import MergePlan
 from shardmix.system.digests import LEAF_NBYTES, LeafHasher, file_hasher
 from shardmix.system.held_folder import HeldFolder
@@ -23,7 +23,7 @@ class GrowingShard:
         plan: MergePlan,
         number: int,
         folder: HeldFolder,
-        journal: Journal,
+        claims: Claims,
         clock: Clock = NO_CLOCK,
     ) -> None:
         self._planned = plan.shards[number]
@@ -31,8 +31,8 @@ class GrowingShard:
         self._algorithm = plan.digest_algorithm
         self._fsync = plan.settings.fsync
         self._clock = clock
-        self._journal = journal
-        self._leaves = journal.leaves[number]
+        self._claims = claims
+        self._leaves = claims.leaves[number]
         # With sha256 one worker writes the whole file, from end to end.
         self._whole = file_hasher(self._algorithm)
         self._writer = ShardWriter(
@@ -65,7 +65,7 @@ class GrowingShard:
             self._leaves.forget(leaf)
             return None
         self._whole = whole
-        return self._journal.anomalies(self._number, leaf)
+        return self._claims.anomalies(self._number, leaf)
 
     def next_claimed(self, leaf: int, stop_leaf: int) -> int:
         """Return the first claimed leaf from `leaf` on, at most `stop_leaf`."""
@@ -106,11 +106,11 @@ class GrowingShard:
         self._clock.lap(DIGEST, num_bytes)
 
     def claim(self, leaf: int, digest: bytes, anomalies: LeafAnomalies) -> None:
-        """Record in the journal that a leaf is written."""
+        """Claim a leaf that is written."""
         self._clock.lap(DIGEST)
         if self._fsync:
             self._writer.start_writeback(leaf * LEAF_NBYTES, LEAF_NBYTES)
-        self._journal.add(self._number, leaf, digest, anomalies)
+        self._claims.add(self._number, leaf, digest, anomalies)
         self._clock.lap(WRITE)
 
     def _leaf_hasher(self, first_leaf: int) -> LeafHasher:

@@ -12,10 +12,9 @@ from pathlib import Path
 from shardmix.conventions.module_tree import module_places, read_modules
 from shardmix.conventions.sentence_modules import MODULES_NAME
 from shardmix.errors import RecipeError, ShardmixError, SourceError
-from shardmix.execute import executor
-from shardmix.execute.comparison import ComparedShard, Differences
+from shardmix.execute.execution import compare
 from shardmix.execute.prepare import ready
-from shardmix.execute.task_queue import Work
+from shardmix.execute.progress import OnProgress
 from shardmix.matching.differences import EVERYTHING
 from shardmix.matching.tensors import QUANTISATION
 from shardmix.options import MergeOptions, run_settings
@@ -58,7 +57,7 @@ def recompute(
     provenance: Provenance,
     given: Mapping[int, str],
     max_memory: int | str | None,
-    on_progress: executor.OnProgress | None,
+    on_progress: OnProgress | None,
     cancel: threading.Event | None,
 ) -> tuple[list[str], int]:
     """Merge the sources again, against the output; return what differs, and the bytes read.
@@ -94,9 +93,7 @@ def recompute(
     plan, backend, _ = ready(
         plan, options, lambda chosen: planner.plan_merge(recipe, opened, run_settings(chosen))
     )
-    differences = Differences()
-    work = Work(plan, lambda number: ComparedShard(plan, number, folder, differences))
-    executor.run_tasks(plan, backend, work, on_progress, cancel)
+    differences = compare(plan, backend, folder, on_progress, cancel)
     givers = _and(places)
     found = [
         f"{folder / file}: {num_bytes} bytes of {part} are not what {givers} give"

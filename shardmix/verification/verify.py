@@ -14,7 +14,7 @@ from pathlib import Path
 
 from shardmix.conventions.file_kinds import is_auxiliary_file
 from shardmix.errors import MergeCancelled, RecipeError, SourceError
-from shardmix.execute import executor
+from shardmix.execute.progress import OnProgress, ProgressEvent, Teller
 from shardmix.output.provenance import (
     EDITED,
     NOT_DIGESTED,
@@ -86,7 +86,7 @@ def verify(
     recompute: bool = False,
     sources: Mapping[str, str | PathLike[str]] | None = None,
     max_memory: int | str | None = None,
-    on_progress: executor.OnProgress | None = None,
+    on_progress: OnProgress | None = None,
     cancel: threading.Event | None = None,
 ) -> VerifyReport:
     """Read an output again, all of it, and compare it with the digests in its shardmix.json.
@@ -118,7 +118,7 @@ def verify(
     provenance, seal = read_provenance(folder)
     check_algorithm(provenance.digests.algorithm, is_choice=False)
     given = places_given(provenance, sources or {})
-    teller = executor.Teller(on_progress) if on_progress is not None else None
+    teller = Teller(on_progress) if on_progress is not None else None
     problems, num_bytes = _check_digests(folder, provenance, teller, cancel)
     problems += _added_files(folder, provenance)
     is_recomputed = recompute and not problems
@@ -195,9 +195,9 @@ class _Reading:
             raise self._error
         return [self._problems[name] for name in sorted(self._problems)]
 
-    def event(self) -> executor.ProgressEvent:
+    def event(self) -> ProgressEvent:
         """Return how far it is; what a file lacks counts as done, since nothing is left to read."""
-        return executor.ProgressEvent(
+        return ProgressEvent(
             num_bytes_done=self.num_bytes + self._num_bytes_gone,
             num_bytes_kept=0,
             num_bytes_total=sum(self._nbytes.values()),
@@ -215,7 +215,7 @@ class _Stopped(Exception):  # noqa: N818 - nobody is to see it
 def _check_digests(
     folder: Path,
     provenance: Provenance,
-    on_progress: executor.OnProgress | None,
+    on_progress: OnProgress | None,
     cancel: threading.Event | None,
 ) -> tuple[list[str], int]:
     """Return what is wrong with the files of an output, and how many bytes were read."""
@@ -240,7 +240,7 @@ def _check_digests(
 
     with running(check_files, default_workers(), stop=reading.stop) as ends:
         for end in ends:
-            while not end.wait(executor.PROGRESS_SECONDS):
+            while not end.wait(0.1):
                 report()
         report()
     return reading.problems(), reading.num_bytes

@@ -6,7 +6,7 @@ from io import StringIO
 from rich.console import Console
 
 from shardmix.cli.progress import _fraction, _LinePrinter
-from shardmix.execute.executor import ProgressEvent
+from shardmix.execute.progress import ProgressEvent
 
 BEGIN = ProgressEvent(
     num_bytes_done=0,

@@ -16,7 +16,7 @@ from shardmix.compute.torch_cpu import CpuSum
 from shardmix.compute.torch_cuda import cuda_sums
 from shardmix.execute import calibrate, prepare
 from shardmix.execute.calibrate import faster, source_bytes_per_second
-from shardmix.execute.tasks import tasks
+from shardmix.execute.tasks import merge_tasks
 from shardmix.options import RunSettings
 from shardmix.plan import memory_budget, planner
 from shardmix.plan.memory_budget import (
@@ -117,7 +117,7 @@ def test_tasks_last_several_chunks_on_a_gpu(tmp_path, monkeypatch):
     plan = shardmix.plan_merge(two_models(tmp_path), device="cuda")
     shard = dataclasses.replace(plan.shards[0], file_nbytes=2**30)
     plan = dataclasses.replace(plan, shards=(shard,))
-    first = next(tasks(plan, 0))
+    first = merge_tasks(plan)[0]
     assert (first.stop_leaf - first.first_leaf) * LEAF_NBYTES == 4 * plan.memory.chunk_nbytes
 
 

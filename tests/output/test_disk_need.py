@@ -197,7 +197,7 @@ def test_finite_models_are_looked_at_once(tmp_path, monkeypatch):
 
 def test_a_tensor_is_counted_once(tmp_path, monkeypatch):
     """However many chunks of it hold NaN."""
-    monkeypatch.setattr("shardmix.execute.task_queue._MANY", 2)
+    monkeypatch.setattr("shardmix.execute.execution._MANY", 2)
     monkeypatch.setattr("shardmix.output.disk_need.check_disk", None)
     tensors = {"w": torch.full((3_000_000,), float("nan"))}
     models = [(save_model(tmp_path / name, tensors), 0.5) for name in "ab"]
@@ -236,7 +236,7 @@ def test_a_journal_is_as_long_as_foretold(tmp_path, digest):
     models = large_models(tmp_path)  # whose integers differ
     plan = shardmix.plan_merge(models, tmp_path / "out", digest=digest)
     with (
-        mock.patch("shardmix.execute.executor.write_provenance", side_effect=KeyboardInterrupt),
+        mock.patch("shardmix.execute.execution.write_provenance", side_effect=KeyboardInterrupt),
         pytest.raises(KeyboardInterrupt),
     ):
         shardmix.merge(models, tmp_path / "out", digest=digest)

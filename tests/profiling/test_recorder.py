@@ -8,7 +8,7 @@ import pytest
 
 import shardmix
 from shardmix.errors import OutputError, RecipeError
-from shardmix.execute.task_queue import Work
+from shardmix.execute.threads import TaskQueue
 from shardmix.output.journal import Journal
 from shardmix.profiling import recorder
 from shardmix.profiling.profile import Profile
@@ -144,7 +144,7 @@ def test_sampling_needs_a_profile(small, tmp_path, monkeypatch):
 def test_cancelled_merge_leaves_its_profile(models, tmp_path):
     """A cancelled merge leaves the profile of what ran."""
     cancel, stopped = threading.Event(), threading.Event()
-    claim, stop = Journal.add, Work.stop
+    claim, stop = Journal.add, TaskQueue.stop
 
     def claim_and_cancel(self, *args):
         claim(self, *args)
@@ -158,7 +158,7 @@ def test_cancelled_merge_leaves_its_profile(models, tmp_path):
     file = tmp_path / "run.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Journal, "add", claim_and_cancel)
-        patch.setattr(Work, "stop", stop_and_say)
+        patch.setattr(TaskQueue, "stop", stop_and_say)
         with pytest.raises(shardmix.MergeCancelled):
             shardmix.merge(models, tmp_path / "out", profile=file, workers=1, cancel=cancel)
     first = profile_of(file)

@@ -8,7 +8,7 @@ import pytest
 
 import shardmix
 from shardmix.errors import OutputError, SourceChangedError, SourceError
-from shardmix.execute import executor
+from shardmix.execute import execution
 from shardmix.sources.identity import FileStamp, SourceFile, SourceIdentity
 from tests.support.cut_off import cut_off, folder_bytes, large_models
 
@@ -114,13 +114,13 @@ def test_during_a_merge_a_touch_is_none(tmp_path, models, change, monkeypatch):
     path = models[1][0] / NAME
     note, events = changing(lambda: times_kept(path, change))
     passes = []
-    run_tasks = executor.run_tasks
+    run_job = execution.run_job
 
     def counted(*args, **options):
         passes.append(1)
-        run_tasks(*args, **options)
+        run_job(*args, **options)
 
-    monkeypatch.setattr(executor, "run_tasks", counted)
+    monkeypatch.setattr(execution, "run_job", counted)
     shardmix.merge(models, tmp_path / "out", on_progress=note)
     assert len(passes) == (2 if change in (chmod_in_vain, restore) else 1)
     assert [event.is_end for event in events[-2:]] == [False, True]

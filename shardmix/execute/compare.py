@@ -1,0 +1,229 @@
+"""The pass that compares a merge's output with files that exist, byte for byte."""
+
+import os
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from shardmix.anomalies import LeafAnomalies
+from shardmix.compute.backend import Backend
+from shardmix.execute.executor import IsStopped, Job, Task, TaskResult
+from shardmix.execute.merging import ChunkMerger, Merging, merging
+from shardmix.execute.shared_files import SharedFiles
+from shardmix.execute.tasks import TensorPlaces
+from shardmix.plan.merge_plan import MergePlan, OutputShard
+from shardmix.system.buffers import buffer_for_reading
+from shardmix.system.digests import READ_NBYTES, num_leaves, read_range
+from shardmix.system.files import open_regular
+from shardmix.system.held_folder import HeldFolder
+from shardmix.system.page_cache import PassedRanges
+
+
+@dataclass(slots=True)
+class Differences:
+    """Parts of an output that are not what a merge of its sources gives."""
+
+    num_bytes: dict[tuple[str, str], int] = field(default_factory=dict)
+    """(File, tensor) → bytes that differ."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """File → why it could not be read, at all or to its end."""
+
+    def __bool__(self) -> bool:
+        return bool(self.num_bytes or self.unreadable)
+
+    def count(self, file: str, part: str, num_bytes: int) -> None:
+        """Count bytes that differ."""
+        self.num_bytes[file, part] = self.num_bytes.get((file, part), 0) + num_bytes
+
+    def add(self, more: "Differences") -> None:
+        """Add the differences of another range."""
+        for (file, part), num_bytes in more.num_bytes.items():
+            self.count(file, part, num_bytes)
+        self.unreadable |= more.unreadable
+
+
+class Compare:
+    """Computes output files again and compares them with those in a folder.
+
+    A pickled copy reads the folder by its path.
+    """
+
+    def __init__(
+        self, plan: MergePlan, folder: Path | HeldFolder, *, backend: Backend | None = None
+    ) -> None:
+        self._plan = plan
+        self._folder = folder
+        self._backend = backend
+
+    @contextmanager
+    def opened(self) -> Iterator["_Comparing"]:
+        """Open what the workers of this process share."""
+        with (
+            merging(self._plan, self._backend) as shared,
+            closing(_Comparing(shared, self._folder)) as comparing,
+        ):
+            yield comparing
+
+    def __reduce__(self) -> tuple[object, ...]:
+        folder = self._folder
+        return Compare, (self._plan, folder.path if isinstance(folder, HeldFolder) else folder)
+
+
+def compare_job(
+    plan: MergePlan, folder: Path | HeldFolder, *, backend: Backend | None = None
+) -> Job[Differences]:
+    """Return the job that compares all output files of a plan."""
+    return Job(Compare(plan, folder, backend=backend), num_workers=plan.memory.workers)
+
+
+class _Comparing:
+    """A comparing pass at work in one process."""
+
+    def __init__(self, shared: Merging, folder: Path | HeldFolder) -> None:
+        plan = shared.plan
+        self._shared = shared
+        self._files = SharedFiles(
+            lambda number: _ExistingFile(plan, number, folder),
+            lambda number: num_leaves(plan.shards[number].file_nbytes),
+        )
+
+    @contextmanager
+    def worker(self) -> Iterator["_Comparer"]:
+        with self._shared.worker() as merger:
+            yield _Comparer(merger, self._files)
+
+    def close(self) -> None:
+        self._files.close()
+
+
+class _Comparer:
+    """One worker."""
+
+    def __init__(self, merger: ChunkMerger, files: SharedFiles["_ExistingFile"]) -> None:
+        self._merger = merger
+        self._files = files
+        self._buffer = buffer_for_reading(READ_NBYTES)
+
+    def run(self, task: Task, is_stopped: IsStopped) -> TaskResult[Differences] | None:
+        """Compare a task's leaves; with the first of a file its size and header, too."""
+        file = self._files[task.file]
+        target = _Leaves(file, self._buffer)
+        if task.first_leaf == 0:
+            target.compare_head()
+        leaves = task.first_leaf, task.stop_leaf
+        merged = self._merger.merge(task.file, leaves, file.places, target, is_stopped)
+        if merged is None:
+            return None
+        is_file_end = self._files.task_done(task)
+        if is_file_end:
+            self._files.forget(task.file)
+        return TaskResult(task, merged, target.differences, is_file_end=is_file_end)
+
+
+class _ExistingFile:
+    """A file that stands where a merge would write one."""
+
+    def __init__(self, plan: MergePlan, number: int, folder: Path | HeldFolder) -> None:
+        self.planned: OutputShard = plan.shards[number]
+        self.places = TensorPlaces(self.planned)
+        self.nbytes = 0
+        self.finding = ""
+        """Why it cannot be read; empty if it can."""
+        self._file: BinaryIO | None = None
+        path = (folder.path if isinstance(folder, HeldFolder) else folder) / self.planned.filename
+        # Here it is read, as sources are.
+        self._passed = None if plan.cache_use.keeps_sources else PassedRanges([path])
+        try:
+            self._file = (
+                folder.open_regular(self.planned.filename)
+                if isinstance(folder, HeldFolder)
+                else open_regular(path)
+            )
+            self.nbytes = os.fstat(self._file.fileno()).st_size
+        except OSError as error:
+            self._cannot_read(error)
+
+    def read(self, start: int, stop: int, buffer: memoryview) -> Iterator[memoryview]:
+        """Yield a range of its bytes; fewer if it cannot be read, or ends before."""
+        if self._file is None or self.finding:
+            return
+        try:
+            yield from read_range(self._file.fileno(), start, stop, buffer)
+        except OSError as error:
+            self._cannot_read(error)
+        if self._passed is not None:
+            self._passed.add(0, start, stop)
+
+    def close(self) -> None:
+        """Close it."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+            if self._passed is not None:
+                self._passed.end()
+
+    def _cannot_read(self, error: OSError) -> None:
+        self.finding = error.strerror or str(error)
+
+
+class _Leaves:
+    """A range of an existing file's leaves, compared by one worker."""
+
+    def __init__(self, file: _ExistingFile, buffer: memoryview) -> None:
+        self._file = file
+        self._name = file.planned.filename
+        self._buffer = buffer
+        self._found = Differences()
+
+    @property
+    def differences(self) -> Differences:
+        """The differences that were found."""
+        if self._file.finding:
+            self._found.unreadable[self._name] = self._file.finding
+        return self._found
+
+    def note(self, leaf: int, anomalies: LeafAnomalies) -> None:
+        """Do nothing: the merge has told of its anomalies."""
+
+    def write(self, position: int, data: memoryview) -> None:
+        """Compare a chunk's bytes with the file's."""
+        for there in self._file.read(position, position + len(data), self._buffer):
+            wanted, data = data[: len(there)], data[len(there) :]
+            self._compare(position, np.frombuffer(there, np.uint8), np.frombuffer(wanted, np.uint8))
+            position += len(there)
+        if len(data) and not self._file.finding:
+            self._found.count(self._name, "its end", len(data))
+
+    def compare_head(self) -> None:
+        """Compare the file's size and header."""
+        planned = self._file.planned
+        if self._file.finding:
+            return
+        if self._file.nbytes != planned.file_nbytes:
+            num_bytes = abs(self._file.nbytes - planned.file_nbytes)
+            self._found.count(self._name, "its size", num_bytes)
+        start = 0
+        for piece in planned.head():
+            stop = start + len(piece)
+            there = b"".join(map(bytes, self._file.read(start, stop, self._buffer)))
+            if there != piece and not self._file.finding:
+                self._found.count(self._name, "its header", planned.head_nbytes())
+                return
+            start = stop
+
+    def _compare(
+        self, position: int, there: npt.NDArray[np.uint8], wanted: npt.NDArray[np.uint8]
+    ) -> None:
+        if np.array_equal(there, wanted):
+            return
+        stop = position + len(there)
+        for name, first, last in self._file.places.between(position, stop):
+            part = slice(first - position, last - position)
+            num_bytes = int(np.count_nonzero(there[part] != wanted[part]))
+            if num_bytes:
+                self._found.count(self._name, name, num_bytes)

@@ -1,0 +1,206 @@
+"""Carries a `MergePlan` out, pass by pass, and puts the output in place.
+
+Decides nothing about the output: names, offsets and chunk size are the plan's. Prints nothing.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardmix.anomalies import AnomalySum, LeafAnomalies
+from shardmix.compute.backend import Backend
+from shardmix.execute.compare import Differences, compare_job
+from shardmix.execute.executor import TaskResult
+from shardmix.execute.progress import OnProgress, Teller
+from shardmix.execute.run import run_job
+from shardmix.execute.tasks import merge_tasks
+from shardmix.execute.write import Written, write_job
+from shardmix.output.disk_need import AnomalyRoom
+from shardmix.output.journal import Claims, Journal
+from shardmix.output.model_folder import write_all_but_weights
+from shardmix.output.provenance import write_provenance
+from shardmix.output.staging import Staging
+from shardmix.plan.merge_plan import MergePlan
+from shardmix.sources.identity import SourceIdentity, has_changed
+from shardmix.system.held_folder import HeldFolder
+from shardmix.system.memory import peak_resident_nbytes
+from shardmix.system.timer import NO_CLOCK, Clock
+
+_MANY = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutionResult:
+    """Cost and findings of a plan that was carried out."""
+
+    seconds: float
+    """Time from the first read until the output was in place."""
+    peak_resident_nbytes: int
+    """Largest resident set of the process so far (VmHWM)."""
+    peak_vram_nbytes: int
+    """GPU memory that torch had reserved at most; 0 on the CPU."""
+    num_bytes_kept: int
+    """Source bytes not read, since an earlier run had done their part of the output."""
+    findings: LeafAnomalies
+    """NaN and Inf in the output, and integer tensors that differ between models."""
+    provenance_sha256: str
+    """SHA-256 (hex) of the output's shardmix.json."""
+
+
+class Tally:
+    """The sum of what a writing pass has done and found so far."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        claims: Claims,
+        *,
+        on_many_anomalies: Callable[[Collection[str]], None],
+    ) -> None:
+        """`on_many_anomalies` is called with new tensors that hold NaN, a thousand at a time."""
+        self._plan = plan
+        self._claims = claims
+        self._on_many_anomalies = on_many_anomalies
+        self._untold: list[str] = []
+        self._anomalies = AnomalySum()
+        self.file_digests: dict[str, str] = {}
+        """File name → digest (hex), of complete files."""
+        self.num_bytes_kept = 0
+        """Source bytes that an earlier run had done."""
+
+    def take(self, result: TaskResult[Written]) -> None:
+        """Add one task's result."""
+        written = result.value
+        for claim in written.claims:
+            self._claims.add(*claim)
+        self.num_bytes_kept += result.num_bytes_kept
+        if result.is_file_end:
+            self.file_digests[self._plan.shards[result.task.file].filename] = written.file_digest
+        if written.anomalies:
+            self._add(written.anomalies)
+
+    def _add(self, anomalies: LeafAnomalies) -> None:
+        names = anomalies.nonfinite
+        self._untold += (name for name in names if not self._anomalies.has_nonfinite(name))
+        self._anomalies.add(anomalies)
+        if len(self._untold) >= _MANY:
+            many, self._untold = self._untold, []
+            self._on_many_anomalies(many)
+
+    @property
+    def findings(self) -> LeafAnomalies:
+        """The anomalies in all that is done."""
+        return self._anomalies.total()
+
+
+def execute(
+    plan: MergePlan,
+    backend: Backend,
+    staging: Staging,
+    journal: Journal,
+    *,
+    on_progress: OnProgress | None = None,
+    cancel: threading.Event | None = None,
+    clock: Clock = NO_CLOCK,
+) -> ExecutionResult:
+    """Carry out a plan on its loaded backend. The output appears as the last step, or not at all.
+
+    Goes on from what the journal claims and the staging folder holds. After an error, and after
+    KeyboardInterrupt, a later run can go on.
+
+    Raises:
+        SourceError: if a source cannot be read, or has changed.
+        OutputError: if the output cannot be written.
+        NonfiniteError: if the output holds NaN or Inf, and that was to be an error.
+        MergeCancelled: once `cancel` is set.
+    """
+    started = time.perf_counter()
+    settings, folder = plan.settings, staging.folder
+    # All but the weights is written anew.
+    staging.drop_all_but({shard.filename for shard in plan.shards})
+    tally = Tally(plan, journal, on_many_anomalies=AnomalyRoom(plan, staging).check)
+    teller = Teller(on_progress) if on_progress is not None else None
+    run_job(
+        write_job(plan, folder, journal, backend=backend, clock=clock),
+        merge_tasks(plan),
+        tally.take,
+        num_bytes=plan.read_nbytes,
+        num_files=len(plan.shards),
+        on_progress=teller,
+        cancel=cancel,
+        meanwhile=lambda: write_all_but_weights(plan, folder),
+    )
+    findings = tally.findings
+    sha256 = write_provenance(
+        plan, folder, tally.file_digests, findings, plan_digest=journal.plan_digest
+    )
+    _check_sources(plan, backend, folder, teller, cancel)
+    staging.place(overwrite=settings.overwrite, fsync=settings.fsync)
+    seconds = time.perf_counter() - started
+    if teller is not None:
+        teller.end()
+    return ExecutionResult(
+        seconds=seconds,
+        peak_resident_nbytes=peak_resident_nbytes(),
+        peak_vram_nbytes=backend.peak_vram_nbytes(),
+        num_bytes_kept=tally.num_bytes_kept,
+        findings=findings,
+        provenance_sha256=sha256,
+    )
+
+
+def _check_sources(
+    plan: MergePlan,
+    backend: Backend,
+    folder: HeldFolder,
+    on_progress: OnProgress | None,
+    cancel: threading.Event | None,
+) -> None:
+    """Raise `SourceChangedError` if a source is not what it was, or has not given what is written.
+
+    If only the time of status change differs, somebody may have written to it, or just touched it.
+    Then all is merged again and compared with the output.
+    """
+    _check_unchanged(plan)
+    now = [source.identity.renewed() for source in plan.sources]
+    path = _written_since(now, [source.identity for source in plan.sources])
+    if path is None:
+        return
+    differences = compare(plan, backend, folder, on_progress, cancel)
+    _check_unchanged(plan)
+    if differences or _written_since([each.renewed() for each in now], now) is not None:
+        raise has_changed(path)
+
+
+def _check_unchanged(plan: MergePlan) -> None:
+    for source in plan.sources:
+        source.check_unchanged()
+
+
+def _written_since(now: Sequence[SourceIdentity], then: Sequence[SourceIdentity]) -> str | None:
+    """Return the first file that may have been written to in between, its times set back."""
+    found = (after.written_since(before) for after, before in zip(now, then, strict=True))
+    return next((path for path in found if path is not None), None)
+
+
+def compare(
+    plan: MergePlan,
+    backend: Backend,
+    folder: Path | HeldFolder,
+    on_progress: OnProgress | None,
+    cancel: threading.Event | None,
+) -> Differences:
+    """Merge again, against the files in a folder; return what differs."""
+    differences = Differences()
+    run_job(
+        compare_job(plan, folder, backend=backend),
+        merge_tasks(plan),
+        lambda result: differences.add(result.value),
+        num_bytes=plan.read_nbytes,
+        num_files=len(plan.shards),
+        on_progress=on_progress,
+        cancel=cancel,
+    )
+    return differences

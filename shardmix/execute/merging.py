@@ -1,0 +1,209 @@
+"""Merges chunks: from readers through reducers to wherever a pass puts their output.
+
+Passes that compute a merge's output share this: writing, comparing and calibrating.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import Protocol
+
+from shardmix.anomalies import AnomalySum, LeafAnomalies
+from shardmix.compute.backend import Backend, Reducer, Reducers, load_backend
+from shardmix.dtypes import element_nbytes
+from shardmix.execute.executor import IsStopped
+from shardmix.execute.tasks import Chunk, TensorPlaces, chunks
+from shardmix.plan.merge_plan import MergePlan
+from shardmix.sources.readers import Reader, open_reader
+from shardmix.system.digests import LEAF_NBYTES
+from shardmix.system.page_cache import PassedRanges
+from shardmix.system.timer import NO_CLOCK, OTHER, READ, REDUCE, Clock
+
+
+class LeafTarget(Protocol):
+    """A place for the output of a range of leaves, which comes chunk by chunk, in order."""
+
+    def note(self, leaf: int, anomalies: LeafAnomalies) -> None:
+        """Take the anomalies in the next chunk's part of a leaf. Most chunks have none."""
+
+    def write(self, position: int, data: memoryview) -> None:
+        """Take the next chunk's bytes, which are valid until this returns."""
+
+
+class Merging:
+    """A merge at work in one process: what its workers share."""
+
+    def __init__(
+        self, plan: MergePlan, backend: Backend, passed: PassedRanges | None, clock: Clock
+    ) -> None:
+        self.plan = plan
+        self._backend = backend
+        self._passed = passed
+        self._clock = clock
+
+    @contextmanager
+    def worker(self) -> Iterator["ChunkMerger"]:
+        """Make what merges chunks on the calling thread, with all its buffers."""
+        plan, clock = self.plan, self._clock
+        chunk_nbytes = plan.memory.chunk_nbytes
+        clock.start()
+        try:
+            lanes = [
+                Reducers(reducer, chunk_nbytes=chunk_nbytes)
+                for reducer in self._backend.make_reducers(chunk_nbytes=chunk_nbytes)
+            ]
+            with closing(open_reader(plan.settings.io, plan.files, plan.decoders)) as reader:
+                yield ChunkMerger(plan, lanes, reader, self._passed, clock)
+        finally:
+            clock.lap(OTHER)
+
+
+@contextmanager
+def merging(plan: MergePlan, backend: Backend | None, clock: Clock = NO_CLOCK) -> Iterator[Merging]:
+    """Surround the merging of a plan in this process; load its backend if that was not done yet."""
+    backend = load_backend(plan) if backend is None else backend
+    passed = None
+    if not plan.cache_use.keeps_sources:
+        passed = PassedRanges([file.path for file in plan.files])
+    with backend.running():
+        try:
+            yield Merging(plan, backend, passed, clock)
+        finally:
+            if passed is not None:
+                passed.end()
+
+
+class ChunkMerger:
+    """One worker's reader and reducers."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        lanes: Sequence[Reducers],
+        reader: Reader,
+        passed: PassedRanges | None,
+        clock: Clock,
+    ) -> None:
+        self._plan = plan
+        self._num_files = len(plan.files)
+        self._chunk_nbytes = plan.memory.chunk_nbytes
+        self._lanes = lanes
+        self._reader = reader
+        self._passed = passed
+        self._clock = clock
+
+    def merge(
+        self,
+        shard: int,
+        leaves: tuple[int, int],
+        places: TensorPlaces,
+        target: LeafTarget,
+        is_stopped: IsStopped,
+    ) -> int | None:
+        """Merge a range of an output file's leaves.
+
+        With several lanes, one chunk is read while others are still being summed.
+
+        Args:
+            shard: the file's index in `MergePlan.shards`.
+            leaves: the first leaf, and one past the last.
+            places: where its tensors lie.
+            target: takes the output.
+            is_stopped: asked before each chunk.
+
+        Returns:
+            the number of source bytes; None if it was stopped before the end.
+        """
+        num_bytes = 0
+        in_flight: deque[tuple[Chunk, Reducer, memoryview]] = deque()
+        parts = chunks(self._plan.shards[shard], *leaves, chunk_nbytes=self._chunk_nbytes)
+        for chunk, reducers in zip(parts, itertools.cycle(self._lanes)):
+            if is_stopped():
+                return None
+            self._clock.lap(OTHER)
+            reducer = reducers[chunk.segment.method]
+            in_flight.append((chunk, reducer, self._start(chunk, reducer)))
+            if len(in_flight) == len(self._lanes):
+                num_bytes += self._end(*in_flight.popleft(), places, target)
+        while in_flight:
+            num_bytes += self._end(*in_flight.popleft(), places, target)
+        return num_bytes
+
+    def source_nbytes(self, shard: int, leaves: tuple[int, int]) -> int:
+        """Return how many source bytes a range of leaves is merged from."""
+        parts = chunks(self._plan.shards[shard], *leaves, chunk_nbytes=self._chunk_nbytes)
+        return sum(chunk.source_nbytes for chunk in parts)
+
+    def _start(self, chunk: Chunk, reducer: Reducer) -> memoryview:
+        """Read a chunk; on the CPU sum it, too. Return where its output is, or will be."""
+        segment, start = chunk.segment, chunk.start
+        reader, clock = self._reader, self._clock
+        reducer.begin(segment, start, chunk.num_elements)
+        descriptors = reader.descriptors(segment.files)
+        if descriptors is not None and (done := reducer.read(descriptors)) is not None:
+            data, seconds = done
+            clock.lap(READ, chunk.source_nbytes, seconds=seconds)
+            clock.lap(REDUCE, chunk.source_nbytes)
+            return data
+        for source, (_, dtype, file, offset) in enumerate(segment.sources):
+            position = offset + start * element_nbytes(dtype)
+            staging = reducer.staging(source)
+            view = reader.view(file, position, staging)
+            clock.lap(READ, len(staging))
+            reducer.add(source, view)
+            clock.lap(REDUCE, len(staging))
+        data = reducer.finish()
+        reader.release()
+        clock.lap(REDUCE)
+        return data
+
+    def _end(
+        self,
+        chunk: Chunk,
+        reducer: Reducer,
+        data: memoryview,
+        places: TensorPlaces,
+        target: LeafTarget,
+    ) -> int:
+        """Wait for a chunk's output, and hand it on; return how many source bytes it took."""
+        reducer.wait()
+        if reducer.disagreeing or not reducer.is_finite:
+            for leaf, anomalies in _anomalies(chunk, reducer, places):
+                target.note(leaf, anomalies)
+        self._clock.lap(REDUCE)
+        target.write(chunk.out_position, data)
+        if self._passed is not None:
+            self._pass(chunk, self._passed)
+        return chunk.source_nbytes
+
+    def _pass(self, chunk: Chunk, passed: PassedRanges) -> None:
+        """Let what a chunk was read from leave the page cache."""
+        segment, start, stop = chunk.segment, chunk.start, chunk.start + chunk.num_elements
+        for _, dtype, file, offset in segment.sources:
+            width = element_nbytes(dtype)
+            if file < self._num_files:  # else it was decoded
+                passed.add(file, offset + start * width, offset + stop * width)
+
+
+def _anomalies(
+    chunk: Chunk, reducer: Reducer, places: TensorPlaces
+) -> Iterator[tuple[int, LeafAnomalies]]:
+    """Yield each leaf of the chunk that a reducer has just finished, and its anomalies."""
+    width = element_nbytes(chunk.segment.out_dtype)
+    first = chunk.out_position
+    stop = first + chunk.num_elements * width
+    for leaf in range(first // LEAF_NBYTES, -(-stop // LEAF_NBYTES)):
+        start_in_leaf = max(first, leaf * LEAF_NBYTES)
+        stop_in_leaf = min(stop, (leaf + 1) * LEAF_NBYTES)
+        found = AnomalySum()
+        if reducer.disagreeing:
+            models = (
+                chunk.segment.sources[source].source for source in sorted(reducer.disagreeing)
+            )
+            found.add(LeafAnomalies(disagreeing={chunk.segment.name: tuple(models)}))
+        if not reducer.is_finite:
+            for name, start, end in places.between(start_in_leaf, stop_in_leaf):
+                part = (start - first) // width, (end - first) // width
+                found.count(name, reducer.count_nonfinite(*part))
+        yield leaf, found.total()

@@ -1,0 +1,235 @@
+"""The pass that writes a merge's output files.
+
+A worker claims each leaf as soon as it is written: in the caller's process straight in the journal,
+elsewhere in the results, and the caller puts those claims into the journal.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardmix.anomalies import NO_ANOMALIES, AnomalySum, LeafAnomalies
+from shardmix.compute.backend import Backend
+from shardmix.errors import NonfiniteError
+from shardmix.execute.executor import IsStopped, Job, Task, TaskResult
+from shardmix.execute.merging import ChunkMerger, Merging, merging
+from shardmix.execute.shared_files import SharedFiles
+from shardmix.execute.tasks import TensorPlaces
+from shardmix.options import ERROR
+from shardmix.output.journal import Claim, Claims
+from shardmix.output.shard_writer import GrowingLeaves, GrowingShard
+from shardmix.plan.merge_plan import MergePlan
+from shardmix.system.buffers import buffer_for_reading
+from shardmix.system.digests import READ_NBYTES, is_sequential, num_leaves
+from shardmix.system.held_folder import HeldFolder, open_folder
+from shardmix.system.timer import NO_CLOCK, Clock
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written for one task."""
+
+    anomalies: LeafAnomalies
+    """NaN, Inf and integers that differ, in its leaves."""
+    file_digest: str = ""
+    """Digest (hex) of the file, if it is complete with this task."""
+    claims: tuple[Claim, ...] = ()
+    """Leaves to claim in the journal, if the worker could not do so itself."""
+
+
+class Write:
+    """Writes output files into a staging folder, and goes on from what is claimed there.
+
+    A pickled copy opens the folder and loads the backend in its own process.
+    """
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        folder: "HeldFolder | _FolderElsewhere",
+        claims: Claims,
+        *,
+        backend: Backend | None = None,
+        clock: Clock = NO_CLOCK,
+    ) -> None:
+        self._plan = plan
+        self._folder = folder
+        self._claims = claims
+        self._backend = backend
+        self._clock = clock
+
+    @contextmanager
+    def opened(self) -> Iterator["_Writing"]:
+        """Open what the workers of this process share."""
+        with ExitStack() as stack:
+            folder = self._folder
+            if isinstance(folder, _FolderElsewhere):
+                folder = stack.enter_context(folder.opened())
+            shared = stack.enter_context(merging(self._plan, self._backend, self._clock))
+            writing = _Writing(shared, folder, self._claims, self._clock)
+            yield stack.enter_context(closing(writing))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        folder = _FolderElsewhere(self._folder.path, self._folder.mode)
+        return Write, (self._plan, folder, self._claims.carried())
+
+
+@dataclass(frozen=True, slots=True)
+class _FolderElsewhere:
+    """A staging folder that another process is to open."""
+
+    path: Path
+    mode: int
+
+    def opened(self) -> HeldFolder:
+        folder = open_folder(self.path)
+        folder.mode = self.mode
+        return folder
+
+
+def write_job(
+    plan: MergePlan,
+    folder: HeldFolder,
+    claims: Claims,
+    *,
+    backend: Backend | None = None,
+    clock: Clock = NO_CLOCK,
+) -> Job[Written]:
+    """Return the job that writes all output files of a plan."""
+    return Job(
+        Write(plan, folder, claims, backend=backend, clock=clock),
+        num_workers=plan.memory.workers,
+        is_in_order=is_sequential(plan.digest_algorithm),
+    )
+
+
+class _Writing:
+    """A writing pass at work in one process."""
+
+    def __init__(self, shared: Merging, folder: HeldFolder, claims: Claims, clock: Clock) -> None:
+        plan = shared.plan
+        self._shared = shared
+        self._claims = claims
+
+        def open_shard(number: int) -> "_File":
+            return _File(plan, number, GrowingShard(plan, number, folder, claims, clock))
+
+        self._files: SharedFiles[_File] = SharedFiles(
+            open_shard, lambda number: num_leaves(plan.shards[number].file_nbytes)
+        )
+
+    @contextmanager
+    def worker(self) -> Iterator["_Writer"]:
+        with self._shared.worker() as merger:
+            yield _Writer(self._shared.plan, merger, self._files, self._claims)
+
+    def close(self) -> None:
+        self._files.close()
+
+
+class _File:
+    """An output file that workers are at."""
+
+    def __init__(self, plan: MergePlan, number: int, shard: GrowingShard) -> None:
+        self.shard = shard
+        self.places = TensorPlaces(plan.shards[number])
+
+    def close(self) -> None:
+        self.shard.close()
+
+
+class _Writer:
+    """One worker."""
+
+    def __init__(
+        self, plan: MergePlan, merger: ChunkMerger, files: SharedFiles[_File], claims: Claims
+    ) -> None:
+        self._plan = plan
+        self._merger = merger
+        self._files = files
+        self._claims = claims
+        self._buffer = buffer_for_reading(READ_NBYTES)
+
+    def run(self, task: Task, is_stopped: IsStopped) -> TaskResult[Written] | None:
+        """Merge what is not there yet of a task, and end its file if nothing is left of it."""
+        file = self._files[task.file]
+        found = AnomalySum()
+        num_bytes = num_bytes_kept = 0
+        leaf = task.first_leaf
+        while leaf < task.stop_leaf:
+            if is_stopped():
+                return None
+            kept = file.shard.reused(leaf, self._buffer)
+            if kept is not None:
+                _take(kept, self._plan, found)
+                num_bytes_kept += self._merger.source_nbytes(task.file, (leaf, leaf + 1))
+                leaf += 1
+                continue
+            first, leaf = leaf, file.shard.next_claimed(leaf + 1, task.stop_leaf)
+            target = _Leaves(file.shard.begin(first, leaf), self._plan, found)
+            merged = self._merger.merge(task.file, (first, leaf), file.places, target, is_stopped)
+            if merged is None:
+                return None
+            num_bytes += merged
+        return self._result(task, file, found, num_bytes, num_bytes_kept)
+
+    def _result(
+        self, task: Task, file: _File, found: AnomalySum, num_bytes: int, num_bytes_kept: int
+    ) -> TaskResult[Written]:
+        is_file_end = self._files.task_done(task)
+        digest = ""
+        if is_file_end:
+            digest = file.shard.finish()
+            self._files.forget(task.file)
+        anomalies = found.total() or NO_ANOMALIES
+        claims = self._claims.taken(task.file, task.first_leaf, task.stop_leaf)
+        return TaskResult(
+            task=task,
+            num_bytes=num_bytes + num_bytes_kept,
+            num_bytes_kept=num_bytes_kept,
+            is_file_end=is_file_end,
+            value=Written(anomalies, digest, claims),
+        )
+
+
+class _Leaves:
+    """A range of leaves that is being written."""
+
+    def __init__(self, growing: GrowingLeaves, plan: MergePlan, found: AnomalySum) -> None:
+        self._growing = growing
+        self._plan = plan
+        self._found = found
+        self.write = growing.write
+
+    def note(self, leaf: int, anomalies: LeafAnomalies) -> None:
+        _take(anomalies, self._plan, self._found)
+        self._growing.note(leaf, anomalies)
+
+
+def _take(anomalies: LeafAnomalies, plan: MergePlan, found: AnomalySum) -> None:
+    """Add anomalies to those of a task. Raises `NonfiniteError` if NaN or Inf may not be."""
+    found.add(anomalies)
+    if anomalies.nonfinite and plan.settings.on_nonfinite == ERROR:
+        name, counts = next(iter(anomalies.nonfinite.items()))
+        raise NonfiniteError(
+            nonfinite_finding(name, counts, plan),
+            subject=name,
+            remedy="mend the model that holds them, or allow them: --on-nonfinite warn",
+        )
+
+
+def nonfinite_finding(name: str, counts: tuple[int, int, int], plan: MergePlan) -> str:
+    """Say what a merged tensor holds that is not finite."""
+    num_nan, num_inf, num_overflowed = counts
+    parts = []
+    if num_nan:
+        parts.append(f"{num_nan} NaN")
+    if num_inf - num_overflowed:
+        parts.append(f"{num_inf - num_overflowed} Inf")
+    if num_overflowed:
+        parts.append(
+            f"{num_overflowed} values too large for {plan.tensor_dtype(name)}, made Inf by "
+            "rounding (--dtype bfloat16 or float32 has room for them)"
+        )
+    return " and ".join(parts) + " in the merged tensor"
