@@ -41,9 +41,9 @@ class Parameter:
 class Params:
     """The parameters of a tensor, each with its value."""
 
-    shared: Mapping[str, Value] = field(default_factory=dict)
+    shared: Mapping[str, Value] = field(default_factory=dict, hash=False)
     """Values for all models, by name."""
-    by_model: tuple[Mapping[str, Value], ...] = ()
+    by_model: tuple[Mapping[str, Value], ...] = field(default=(), hash=False)
     """Values of each model, in the recipe's order, without the base model."""
 
     def number(self, name: str) -> float:
