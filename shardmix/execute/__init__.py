@@ -1,16 +1,16 @@
 """Carries plans out, pass by pass.
 
-execution              what a merge does: the passes in order, the provenance, the rename
-executor               the seam: jobs, tasks, results; what an executor and a pass are
+execution              the passes of a merge in order, the provenance, the rename
+executor               the seam: jobs, tasks, results, executors, passes
 threads                the executor on threads of this process
-run                    runs a job on the chosen executor; counts, tells progress, cancels
+run                    runs a job on the chosen executor; counts, reports progress, cancels
 progress               events for a callback
-tasks                  files divided into tasks, and these into chunks; pure
-shared_files           files that several workers are at
-merging                chunks from readers through reducers to a pass's target
+tasks                  files divided into tasks, and tasks into chunks; pure
+shared_files           files that several workers use
+merging                chunks from readers through a backend to a pass's target
 write                  the pass that writes output files
-compare                the pass that compares output with files that exist
-calibrate              the pass that finds which of two devices is faster
+compare                the pass that compares output with existing files
+calibrate              the pass that finds the faster of two devices
 prepare                loads a plan's backend, tries its device, or takes another
-read_ahead             asks the disk for what a merge begins with, while the backend loads
+read_ahead             asks the disk for a merge's first bytes, while the backend loads
 """

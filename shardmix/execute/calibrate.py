@@ -1,8 +1,10 @@
-"""The pass that finds which of two devices is faster: each does for a moment what the merge does.
+"""The pass that finds the faster of two devices: each does for a moment what the merge does.
 
-The merge's own workers, readers and reducers try its most common kind of segment. They read a
-file in memory over and over, as a merge reads from the page cache. Their output is dropped, since
-writing takes the same on either device. Names no device: it compares what it is given.
+With `--device auto` a small merge takes the CPU: loading torch's build for CUDA takes seconds, and
+the arithmetic is a tenth of a merge. For a large one the merge's own workers, readers and backends
+try its most common kind of segment. They read a file in memory over and over, as a merge reads from
+the page cache. Their output is dropped, since writing takes the same time on either device. Names
+no device: it compares the given ones.
 """
 
 import os
@@ -34,17 +36,17 @@ from shardmix.sources.identity import SourceFile, SourceIdentity
 from shardmix.system.units import MIB
 
 TRIAL_SECONDS = 0.5
-"""Time that one device is tried, once all workers are at it."""
+"""Time of a device's trial, once all workers have started."""
 SOURCE_NBYTES = 256 * MIB
 """Size of the file that is read: larger than most caches. It does not count as resident."""
 
 # More than any machine reads in that time.
 _PLANNED_NBYTES = 1000 * 10**9
-# Bytes of which numbers of every dtype are neither NaN, infinite nor subnormal.
+# A byte of which numbers of every dtype are neither NaN, infinite nor subnormal.
 _ORDINARY = b"\x3c"
 
 Candidate = tuple[MergePlan, Backend]
-"""A merge on one device: its plan, with its memory, and its backend, loaded."""
+"""A merge on one device: its plan, with its memory, and its loaded backend."""
 
 
 def faster(
@@ -53,7 +55,7 @@ def faster(
     *,
     measure: "Callable[[MergePlan, Backend], float] | None" = None,
 ) -> tuple[Candidate, str]:
-    """Return the candidate that reduces more source bytes a second, and a note that says so.
+    """Return the candidate that merges more source bytes a second, and a note that says so.
 
     A GPU that fails (it may have no memory left) is not taken.
     """
@@ -72,17 +74,17 @@ def faster(
 
 
 def source_bytes_per_second(plan: MergePlan, backend: Backend) -> float:
-    """Return how many bytes of sources the plan's workers reduce in a second."""
+    """Return the number of source bytes that the plan's workers merge in a second."""
     with _trial_plan(plan) as trial:
         job = Job(Calibrate(trial, backend), num_workers=trial.memory.workers)
-        # Workers on threads of this process, whatever the merge will run on: these are tried.
+        # Workers on threads of this process, wherever the merge will run: these are tried.
         run = ThreadExecutor().run(job, merge_tasks(trial), threading.Event())
         with closing(run) as results:
             return _rate(results, num_workers=job.num_workers)
 
 
 def _rate(results: Iterable[TaskResult["Tried"] | None], *, num_workers: int) -> float:
-    """Return source bytes a second, counted once every worker has brought some."""
+    """Return source bytes a second, counted once every worker has finished a task."""
     seen: set[int] = set()
     started = last = 0.0
     num_bytes = 0
@@ -107,7 +109,7 @@ class Tried:
     worker: int
     """Number of the thread that did it."""
     ended: float
-    """When it had done it, by `time.perf_counter`."""
+    """Time of its end, by `time.perf_counter`."""
 
 
 class Calibrate:
@@ -119,13 +121,13 @@ class Calibrate:
 
     @contextmanager
     def opened(self) -> Iterator["_Calibrating"]:
-        """Open what the workers of this process share."""
+        """Open the files that the workers of this process share."""
         with merging(self._plan, self._backend) as shared:
             yield _Calibrating(shared)
 
 
 class _Calibrating:
-    """A trial at work in one process."""
+    """A trial in one process."""
 
     def __init__(self, shared: Merging) -> None:
         self._shared = shared
@@ -139,7 +141,7 @@ class _Calibrating:
 
 
 class _Trier:
-    """One worker, which drops what it merges."""
+    """One worker, which drops its output."""
 
     def __init__(self, merger: ChunkMerger, places: TensorPlaces) -> None:
         self._merger = merger
@@ -162,7 +164,7 @@ class _Trier:
 
 @contextmanager
 def _trial_plan(plan: MergePlan) -> Iterator[MergePlan]:
-    """Give a plan of endless segments of the most common kind, all from a file in memory."""
+    """Yield a plan of endless segments of the most common kind, all from a file in memory."""
     common = _most_common(plan)
     dtypes, out_dtype = common.dtypes, common.out_dtype
     widths, out_width = [element_nbytes(dtype) for dtype in dtypes], element_nbytes(out_dtype)
@@ -206,7 +208,7 @@ def _trial_plan(plan: MergePlan) -> Iterator[MergePlan]:
 
 
 def _most_common(plan: MergePlan) -> Segment:
-    """Return a segment of the kind that most of what is merged is of."""
+    """Return a segment of the kind that has the most elements."""
     num_elements: Counter[tuple[object, ...]] = Counter()
     examples: dict[tuple[object, ...], Segment] = {}
     for segment in plan.segments():
@@ -215,4 +217,3 @@ def _most_common(plan: MergePlan) -> Segment:
             num_elements[kind] += segment.num_elements
             examples.setdefault(kind, segment)
     return examples[num_elements.most_common(1)[0][0]]
-

@@ -1,4 +1,4 @@
-"""The pass that compares a merge's output with files that exist, byte for byte."""
+"""The pass that compares a merge's output with existing files, byte for byte."""
 
 import os
 from collections.abc import Iterator
@@ -26,12 +26,12 @@ from shardmix.system.page_cache import PassedRanges
 
 @dataclass(slots=True)
 class Differences:
-    """Parts of an output that are not what a merge of its sources gives."""
+    """The parts of an output that differ from a merge of its sources."""
 
     num_bytes: dict[tuple[str, str], int] = field(default_factory=dict)
     """(File, tensor) → bytes that differ."""
     unreadable: dict[str, str] = field(default_factory=dict)
-    """File → why it could not be read, at all or to its end."""
+    """File → reason that it could not be read, or not to its end."""
 
     def __bool__(self) -> bool:
         return bool(self.num_bytes or self.unreadable)
@@ -62,7 +62,7 @@ class Compare:
 
     @contextmanager
     def opened(self) -> Iterator["_Comparing"]:
-        """Open what the workers of this process share."""
+        """Open the files that the workers of this process share."""
         with (
             merging(self._plan, self._backend) as shared,
             closing(_Comparing(shared, self._folder)) as comparing,
@@ -82,7 +82,7 @@ def compare_job(
 
 
 class _Comparing:
-    """A comparing pass at work in one process."""
+    """A comparing pass in one process."""
 
     def __init__(self, shared: Merging, folder: Path | HeldFolder) -> None:
         plan = shared.plan
@@ -110,7 +110,7 @@ class _Comparer:
         self._buffer = buffer_for_reading(READ_NBYTES)
 
     def run(self, task: Task, is_stopped: IsStopped) -> TaskResult[Differences] | None:
-        """Compare a task's leaves; with the first of a file its size and header, too."""
+        """Compare a task's leaves; with the first of a file also its size and header."""
         file = self._files[task.file]
         target = _Leaves(file, self._buffer)
         if task.first_leaf == 0:
@@ -126,17 +126,17 @@ class _Comparer:
 
 
 class _ExistingFile:
-    """A file that stands where a merge would write one."""
+    """An existing file, with the name of a file that a merge would write."""
 
     def __init__(self, plan: MergePlan, number: int, folder: Path | HeldFolder) -> None:
         self.planned: OutputShard = plan.shards[number]
         self.places = TensorPlaces(self.planned)
         self.nbytes = 0
         self.finding = ""
-        """Why it cannot be read; empty if it can."""
+        """Reason that it cannot be read, or ""."""
         self._file: BinaryIO | None = None
         path = (folder.path if isinstance(folder, HeldFolder) else folder) / self.planned.filename
-        # Here it is read, as sources are.
+        # Read like a source, so it follows the rule for sources.
         self._passed = None if plan.cache_use.keeps_sources else PassedRanges([path])
         try:
             self._file = (
@@ -160,7 +160,7 @@ class _ExistingFile:
             self._passed.add(0, start, stop)
 
     def close(self) -> None:
-        """Close it."""
+        """Close the file."""
         file, self._file = self._file, None
         if file is not None:
             file.close()
@@ -182,13 +182,13 @@ class _Leaves:
 
     @property
     def differences(self) -> Differences:
-        """The differences that were found."""
+        """Differences found so far."""
         if self._file.finding:
             self._found.unreadable[self._name] = self._file.finding
         return self._found
 
     def note(self, leaf: int, anomalies: LeafAnomalies) -> None:
-        """Do nothing: the merge has told of its anomalies."""
+        """Do nothing: the merge has reported its anomalies."""
 
     def write(self, position: int, data: memoryview) -> None:
         """Compare a chunk's bytes with the file's."""

@@ -1,4 +1,4 @@
-"""Carries a `MergePlan` out, pass by pass, and puts the output in place.
+"""Carries a `MergePlan` out, pass by pass, and renames the output.
 
 Decides nothing about the output: names, offsets and chunk size are the plan's. Prints nothing.
 """
@@ -33,16 +33,16 @@ _MANY = 1000
 
 @dataclass(frozen=True, slots=True)
 class ExecutionResult:
-    """Cost and findings of a plan that was carried out."""
+    """The cost and anomalies of a plan that was carried out."""
 
     seconds: float
-    """Time from the first read until the output was in place."""
+    """Time from the first read until the output was complete."""
     peak_resident_nbytes: int
     """Largest resident set of the process so far (VmHWM)."""
     peak_vram_nbytes: int
-    """GPU memory that torch had reserved at most; 0 on the CPU."""
+    """Peak GPU memory that torch had reserved; 0 on the CPU."""
     num_bytes_kept: int
-    """Source bytes not read, since an earlier run had done their part of the output."""
+    """Source bytes not read, since an earlier merge had written their part of the output."""
     findings: LeafAnomalies
     """NaN and Inf in the output, and integer tensors that differ between models."""
     provenance_sha256: str
@@ -50,7 +50,7 @@ class ExecutionResult:
 
 
 class Tally:
-    """The sum of what a writing pass has done and found so far."""
+    """The sum of a writing pass's results so far."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Tally:
         *,
         on_many_anomalies: Callable[[Collection[str]], None],
     ) -> None:
-        """`on_many_anomalies` is called with new tensors that hold NaN, a thousand at a time."""
+        """Start empty. `on_many_anomalies` gets new tensors with NaN, a thousand at a time."""
         self._plan = plan
         self._claims = claims
         self._on_many_anomalies = on_many_anomalies
@@ -68,7 +68,7 @@ class Tally:
         self.file_digests: dict[str, str] = {}
         """File name → digest (hex), of complete files."""
         self.num_bytes_kept = 0
-        """Source bytes that an earlier run had done."""
+        """Source bytes whose part of the output an earlier merge had written."""
 
     def take(self, result: TaskResult[Written]) -> None:
         """Add one task's result."""
@@ -91,7 +91,7 @@ class Tally:
 
     @property
     def findings(self) -> LeafAnomalies:
-        """The anomalies in all that is done."""
+        """Anomalies so far."""
         return self._anomalies.total()
 
 
@@ -107,18 +107,18 @@ def execute(
 ) -> ExecutionResult:
     """Carry out a plan on its loaded backend. The output appears as the last step, or not at all.
 
-    Goes on from what the journal claims and the staging folder holds. After an error, and after
-    KeyboardInterrupt, a later run can go on.
+    Goes on from the journal's claims and the staging folder's files. After an error, and after
+    KeyboardInterrupt, a later call can go on.
 
     Raises:
         SourceError: if a source cannot be read, or has changed.
         OutputError: if the output cannot be written.
-        NonfiniteError: if the output holds NaN or Inf, and that was to be an error.
+        NonfiniteError: if the output has NaN or Inf, and that was to be an error.
         MergeCancelled: once `cancel` is set.
     """
     started = time.perf_counter()
     settings, folder = plan.settings, staging.folder
-    # All but the weights is written anew.
+    # All files but the weights are written again.
     staging.drop_all_but({shard.filename for shard in plan.shards})
     tally = Tally(plan, journal, on_many_anomalies=AnomalyRoom(plan, staging).check)
     teller = Teller(on_progress) if on_progress is not None else None
@@ -158,10 +158,10 @@ def _check_sources(
     on_progress: OnProgress | None,
     cancel: threading.Event | None,
 ) -> None:
-    """Raise `SourceChangedError` if a source is not what it was, or has not given what is written.
+    """Raise `SourceChangedError` if a source changed, or did not give the written output.
 
     If only the time of status change differs, somebody may have written to it, or just touched it.
-    Then all is merged again and compared with the output.
+    Then everything is merged again and compared with the output.
     """
     _check_unchanged(plan)
     now = [source.identity.renewed() for source in plan.sources]
@@ -192,7 +192,7 @@ def compare(
     on_progress: OnProgress | None,
     cancel: threading.Event | None,
 ) -> Differences:
-    """Merge again, against the files in a folder; return what differs."""
+    """Merge again, against the files in a folder; return the differences."""
     differences = Differences()
     run_job(
         compare_job(plan, folder, backend=backend),

@@ -1,12 +1,12 @@
-"""The seam between what is done with files and where it is done.
+"""The seam between the work on files and the place where it is done.
 
-A pass says what: write a merge's files, compare them, digest them. An executor says where: on
-threads of this process, or on other machines. Each is one file, and neither knows the others.
+A pass is the work: writing a merge's files, comparing them, digesting them. An executor is the
+place: threads of this process, or other machines. Each is one file, and neither knows the others.
 
     caller ── Job, tasks ──▶ Executor ── Task ──▶ Worker (of an opened Pass)
        ◀────── results ─────────┘ ◀─ TaskResult ─────┘
 
-The caller adds results up, tells progress and cancels.
+The caller adds results up, reports progress and cancels.
 """
 
 import threading
@@ -19,7 +19,7 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 IsStopped = Callable[[], bool]
-"""Tells a worker that nobody wants its result any more."""
+"""Returns True once nobody wants a worker's result any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Task:
     """A range of whole leaves of one file, for one worker."""
 
     file: int
-    """Number of the file. What it counts is the pass's: mostly `MergePlan.shards`."""
+    """Number of the file, by the pass's count: mostly `MergePlan.shards`."""
     first_leaf: int
     """First leaf."""
     stop_leaf: int
@@ -36,18 +36,18 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class TaskResult(Generic[T_co]):
-    """What came of one task, once all of it is done."""
+    """The result of one task, once all of it is done."""
 
     task: Task
     """The task."""
     num_bytes: int
-    """Bytes to count as done, in the unit in which the pass's progress is told."""
+    """Bytes to count as done, in the unit of the pass's progress."""
     value: T_co
-    """What the pass has to tell of it. Must pickle."""
+    """The pass's own result. Must pickle."""
     num_bytes_kept: int = 0
-    """Of these bytes, those that an earlier run had done."""
+    """Part of these bytes that an earlier merge had done."""
     is_file_end: bool = False
-    """Whether all of the file's tasks are done with it."""
+    """True if this completes the last task of the file."""
 
 
 class Worker(Protocol[T_co]):
@@ -58,17 +58,17 @@ class Worker(Protocol[T_co]):
 
 
 class OpenedPass(Protocol[T_co]):
-    """A pass at work in one process: what its workers share there."""
+    """A pass in one process, with the files that its workers share there."""
 
     def worker(self) -> AbstractContextManager[Worker[T_co]]:
-        """Make a worker. Entered and left on the worker's own thread."""
+        """Return a worker; the worker's own thread enters and leaves it."""
 
 
 class Pass(Protocol[T_co]):
-    """What is done with tasks. Pickles; a copy in another process does the same there."""
+    """The work on each task. Pickles; a copy in another process does the same there."""
 
     def opened(self) -> AbstractContextManager[OpenedPass[T_co]]:
-        """Open in this process what the workers share, and close it at the block's end."""
+        """Open in this process the files that the workers share; close them at the block's end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +76,12 @@ class Job(Generic[T_co]):
     """All that a worker anywhere needs. Pickles."""
 
     work: Pass[T_co]
-    """What is done with each task; it holds the plan."""
+    """The work on each task; it holds the plan."""
     num_workers: int
     """Workers in each process."""
     is_in_order: bool = False
-    """Whether one worker must do all tasks of a file, in their order: for digests that can only be
-    computed from end to end."""
+    """True if one worker must do all tasks of a file, in their order: for digests that need the
+    file from end to end."""
 
 
 class Executor(Protocol):
@@ -92,17 +92,17 @@ class Executor(Protocol):
     ) -> Generator[TaskResult[T] | None, None, None]:
         """Do every task once; yield each result, and None about ten times a second.
 
-        None means that all that has ended by now was yielded. The first one comes when the workers
-        have started. Once `cancel` is set, the results end early. Closing the generator stops the
-        workers. They have ended, and their files are closed, when it has ended.
+        None means that all results so far were yielded. The first one comes when the workers have
+        started. Once `cancel` is set, the results end early. Closing the generator stops the
+        workers. When it has ended, they have ended too, and their files are closed.
 
         Args:
             job: the pass and its workers.
             tasks: in the order of their files. All tasks of a file are done in one process, since
-                its workers share what they know of it. May be long, so it is not copied.
+                its workers share the open file. May be long, so it is not copied.
             cancel: set by the caller, from any thread.
 
         Raises:
-            Exception: the first error of any worker, which stops the others. What had ended before
-                is yielded first.
+            Exception: the first error of any worker, which stops the others. Results up to then are
+                yielded first.
         """

@@ -1,6 +1,6 @@
-"""Merges chunks: from readers through reducers to wherever a pass puts their output.
+"""Merges chunks: from readers through a backend to a pass's target.
 
-Passes that compute a merge's output share this: writing, comparing and calibrating.
+The passes that compute a merge's output share this: writing, comparing and calibrating.
 """
 
 import itertools
@@ -22,17 +22,17 @@ from shardmix.system.timer import NO_CLOCK, OTHER, READ, REDUCE, Clock
 
 
 class LeafTarget(Protocol):
-    """A place for the output of a range of leaves, which comes chunk by chunk, in order."""
+    """The target of a range of leaves, which come chunk by chunk, in order."""
 
     def note(self, leaf: int, anomalies: LeafAnomalies) -> None:
-        """Take the anomalies in the next chunk's part of a leaf. Most chunks have none."""
+        """Add the anomalies in the next chunk's part of a leaf. Most chunks have none."""
 
     def write(self, position: int, data: memoryview) -> None:
         """Take the next chunk's bytes, which are valid until this returns."""
 
 
 class Merging:
-    """A merge at work in one process: what its workers share."""
+    """A merge in one process, with the objects that its workers share."""
 
     def __init__(
         self, plan: MergePlan, backend: Backend, passed: PassedRanges | None, clock: Clock
@@ -44,7 +44,7 @@ class Merging:
 
     @contextmanager
     def worker(self) -> Iterator["ChunkMerger"]:
-        """Make what merges chunks on the calling thread, with all its buffers."""
+        """Yield a merger of chunks for the calling thread, with all its buffers."""
         plan, clock = self.plan, self._clock
         chunk_nbytes = plan.memory.chunk_nbytes
         clock.start()
@@ -61,7 +61,7 @@ class Merging:
 
 @contextmanager
 def merging(plan: MergePlan, backend: Backend | None, clock: Clock = NO_CLOCK) -> Iterator[Merging]:
-    """Surround the merging of a plan in this process; load its backend if that was not done yet."""
+    """Merge a plan in this process within the block; load its backend if that was not done yet."""
     backend = load_backend(plan) if backend is None else backend
     passed = None
     if not plan.cache_use.keeps_sources:
@@ -75,7 +75,7 @@ def merging(plan: MergePlan, backend: Backend | None, clock: Clock = NO_CLOCK) -
 
 
 class ChunkMerger:
-    """One worker's reader and reducers."""
+    """One worker's reader and its part of the backend."""
 
     def __init__(
         self,
@@ -103,14 +103,14 @@ class ChunkMerger:
     ) -> int | None:
         """Merge a range of an output file's leaves.
 
-        With several lanes, one chunk is read while others are still being summed.
+        With several lanes, one chunk is read while others are still being merged.
 
         Args:
             shard: the file's index in `MergePlan.shards`.
             leaves: the first leaf, and one past the last.
-            places: where its tensors lie.
+            places: byte ranges of the file's tensors.
             target: takes the output.
-            is_stopped: asked before each chunk.
+            is_stopped: called before each chunk.
 
         Returns:
             the number of source bytes; None if it was stopped before the end.
@@ -131,12 +131,12 @@ class ChunkMerger:
         return num_bytes
 
     def source_nbytes(self, shard: int, leaves: tuple[int, int]) -> int:
-        """Return how many source bytes a range of leaves is merged from."""
+        """Return the number of source bytes that a range of leaves is merged from."""
         parts = chunks(self._plan.shards[shard], *leaves, chunk_nbytes=self._chunk_nbytes)
         return sum(chunk.source_nbytes for chunk in parts)
 
     def _start(self, chunk: Chunk, reducer: Reducer) -> memoryview:
-        """Read a chunk; on the CPU sum it, too. Return where its output is, or will be."""
+        """Read a chunk; on the CPU also merge it. Return the buffer of its output."""
         segment, start = chunk.segment, chunk.start
         reader, clock = self._reader, self._clock
         reducer.begin(segment, start, chunk.num_elements)
@@ -166,7 +166,7 @@ class ChunkMerger:
         places: TensorPlaces,
         target: LeafTarget,
     ) -> int:
-        """Wait for a chunk's output, and hand it on; return how many source bytes it took."""
+        """Wait for a chunk's output, and pass it on; return the number of its source bytes."""
         reducer.wait()
         if reducer.disagreeing or not reducer.is_finite:
             for leaf, anomalies in _anomalies(chunk, reducer, places):
@@ -178,18 +178,18 @@ class ChunkMerger:
         return chunk.source_nbytes
 
     def _pass(self, chunk: Chunk, passed: PassedRanges) -> None:
-        """Let what a chunk was read from leave the page cache."""
+        """Let a chunk's source ranges leave the page cache."""
         segment, start, stop = chunk.segment, chunk.start, chunk.start + chunk.num_elements
         for _, dtype, file, offset in segment.sources:
             width = element_nbytes(dtype)
-            if file < self._num_files:  # else it was decoded
+            if file < self._num_files:  # otherwise it was decoded
                 passed.add(file, offset + start * width, offset + stop * width)
 
 
 def _anomalies(
     chunk: Chunk, reducer: Reducer, places: TensorPlaces
 ) -> Iterator[tuple[int, LeafAnomalies]]:
-    """Yield each leaf of the chunk that a reducer has just finished, and its anomalies."""
+    """Yield each leaf of the chunk just finished, and its anomalies."""
     width = element_nbytes(chunk.segment.out_dtype)
     first = chunk.out_position
     stop = first + chunk.num_elements * width

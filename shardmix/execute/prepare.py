@@ -1,7 +1,7 @@
-"""Makes a plan ready to be carried out: loads its backend, tries its device, or falls back.
+"""Prepares a plan: loads its backend, tries its device, or falls back.
 
-What nobody asked for is chosen anew where it cannot be used here or turns out the slower. Reads no
-source.
+Settings that nobody asked for are chosen again if they do not work here or turn out slower. Reads
+no source.
 """
 
 from collections.abc import Callable
@@ -21,17 +21,17 @@ Replan = Callable[[MergeOptions], MergePlan]
 def ready(
     plan: MergePlan, options: MergeOptions, replan: Replan
 ) -> tuple[MergePlan, Backend, tuple[str, ...]]:
-    """Return a plan with its memory measured, its backend, and what is to be said of that.
+    """Return a plan with its memory measured, its backend, and notes for the user.
 
-    Where a backend or a device that nobody asked for cannot be used here, or is the slower, another
-    is chosen and `replan` asked. Raises `RecipeError` where one that was asked for cannot be used.
+    If a backend or a device that nobody asked for does not work here, or is slower, another is
+    chosen and `replan` called. Raises `RecipeError` if one that was asked for does not work.
     """
     backend, finding = _load(plan)
     notes: tuple[str, ...] = ()
     if backend is not None and plan.settings.is_device_open:
         return _faster(plan, backend, options, replan)
     if backend is None:
-        # What was chosen by ourselves may be chosen anew; what was asked for may not.
+        # Our own choice may change; the user's may not.
         fall_back, option = (
             ({"device": "cpu"}, "device")
             if plan.settings.on_cuda
@@ -46,25 +46,25 @@ def ready(
         notes = (f"{finding}; merged with {option} {fall_back[option]} instead",)
         plan = replan(options)
         backend = load_backend(plan)
-    # With the backend loaded, what it takes is known rather than estimated.
+    # With the backend loaded, its memory is known rather than estimated.
     return plan.with_memory(_memory(plan)), backend, notes
 
 
 def _faster(
     plan: MergePlan, backend: Backend, options: MergeOptions, replan: Replan
 ) -> tuple[MergePlan, Backend, tuple[str, ...]]:
-    """Try the plan's GPU and the CPU; return what `ready` does for the faster one."""
+    """Try the plan's GPU and the CPU; return the result of `ready` for the faster one."""
     options = {**options, "device": "cpu"}
     on_cpu, cpu_backend, notes = ready(replan(options), options, replan)
     try:
         trial_memory = _memory(plan)
-    except BudgetError as error:  # with all loaded, it is known to be more than was thought
+    except BudgetError as error:  # with everything loaded, it takes more than estimated
         return on_cpu, cpu_backend, (*notes, f"on the CPU, since on a GPU {error}")
     closed = replace(plan.settings, is_device_open=False)
     on_gpu = replace(plan, settings=closed, memory=trial_memory)
     (chosen, backend), note = calibrate.faster((on_cpu, cpu_backend), (on_gpu, backend))
     memory = _memory(chosen)
-    # What the trial took counts to the process's peak as well.
+    # The trial's memory is part of the process's peak as well.
     peak = max(memory.projected_peak_nbytes, trial_memory.projected_peak_nbytes)
     chosen = chosen.with_memory(replace(memory, projected_peak_nbytes=peak))
     return chosen, backend, (*notes, note)
@@ -77,7 +77,7 @@ def _memory(plan: MergePlan) -> MemoryPlan:
 
 
 def _load(plan: MergePlan) -> tuple[Backend | None, str | None]:
-    """Return the plan's backend, or None and why it cannot be used here."""
+    """Return the plan's backend, or None and the reason that it does not work here."""
     try:
         backend = load_backend(plan)
     except (ImportError, OSError, RuntimeError) as error:  # installed, but broken

@@ -1,4 +1,4 @@
-"""Progress of a pass, told as events to a callback."""
+"""Progress of a pass, sent as events to a callback."""
 
 import time
 from collections.abc import Callable
@@ -9,12 +9,12 @@ from shardmix.system.memory import resident_nbytes
 
 @dataclass(frozen=True, slots=True)
 class ProgressEvent:
-    """How far a pass is; sent about ten times a second, and once when everything is finished."""
+    """The progress of a pass; sent about ten times a second, and once at the end."""
 
     num_bytes_done: int
     """Source bytes whose part of the output is done."""
     num_bytes_kept: int
-    """Of these, the bytes whose part an earlier run had done."""
+    """Part of these bytes that an earlier merge had done."""
     num_bytes_total: int
     """Source bytes of the whole merge."""
     num_shards_done: int
@@ -22,18 +22,18 @@ class ProgressEvent:
     num_shards_total: int
     """Output files of the whole merge."""
     seconds: float
-    """Since the first read."""
+    """Seconds since the first read."""
     resident_nbytes: int
-    """Memory that the process holds now."""
+    """Memory that the process has now."""
     is_end: bool = False
-    """Everything is finished, and in its place: the last event, sent once."""
+    """True for the last event, sent once everything is finished and renamed."""
 
 
 OnProgress = Callable[[ProgressEvent], None]
 
 
 class Teller:
-    """Passes progress on to a callback, and remembers the last event to end with."""
+    """Passes progress on to a callback, and stores the last event to end with."""
 
     def __init__(self, on_progress: OnProgress) -> None:
         self._on_progress = on_progress
@@ -41,12 +41,12 @@ class Teller:
         self._last_at = 0.0
 
     def __call__(self, event: ProgressEvent) -> None:
-        """Tell an event."""
+        """Pass an event on."""
         self._last, self._last_at = event, time.perf_counter()
         self._on_progress(event)
 
     def end(self) -> None:
-        """Tell the last event once more, as the end of everything."""
+        """Send the last event once more, as the end of everything."""
         if self._last is None:
             return
         seconds = self._last.seconds + time.perf_counter() - self._last_at

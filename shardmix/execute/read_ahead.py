@@ -1,6 +1,6 @@
-"""Has the system read what a merge will begin with, while its backend is still being loaded.
+"""Asks the system for a merge's first bytes, while its backend is still being loaded.
 
-A hint: what is wrong with a source is for those to say who read it.
+A hint: the later reads report errors of a source.
 """
 
 import threading
@@ -16,14 +16,15 @@ from shardmix.system.units import MIB
 
 _STEP_NBYTES = 8 * MIB
 MOST_NBYTES = 1024 * MIB
-"""What is read ahead at most, into the system's cache; and never more than a quarter of it."""
+"""The most bytes read ahead into the system's cache; and never more than a quarter of available
+memory."""
 MOST_UNCACHED_NBYTES = 128 * MIB
-"""The same where the cache is left to other files."""
+"""The same if the cache is left to other files."""
 
 
 @contextmanager
 def reading_ahead(plan: MergePlan) -> Iterator[None]:
-    """Surround the loading of a backend."""
+    """Read ahead while the block loads a backend."""
     stop = threading.Event()
     threading.Thread(target=_read_ahead, args=(plan, stop), daemon=True).start()
     try:
@@ -44,14 +45,14 @@ def _read_ahead(plan: MergePlan, stop: threading.Event) -> None:
 
 
 def _beginnings(plan: MergePlan) -> Iterator[tuple[int, int, int]]:
-    """Yield file, offset and length of what the workers read first, a step of each by turns."""
+    """Yield file, offset and length of the workers' first reads, a step of each in turn."""
     num_files = len(plan.files)
     sources = [
         (source.file, source.offset, segment.num_elements * element_nbytes(source.dtype))
         for shard in plan.shards[: plan.memory.workers]
         for segment in shard.segments[:1]
         for source in segment.sources
-        if source.file < num_files  # else it is decoded
+        if source.file < num_files  # otherwise it is decoded
     ]
     longest = max((nbytes for *_, nbytes in sources), default=0)
     for start in range(0, longest, _STEP_NBYTES):

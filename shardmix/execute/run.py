@@ -1,6 +1,6 @@
 """Runs a job: the caller's side of an executor.
 
-Chooses the executor, counts, tells progress and cancels.
+Chooses the executor, counts, reports progress and cancels.
 """
 
 import threading
@@ -16,7 +16,7 @@ from shardmix.system.memory import resident_nbytes
 
 
 def chosen_executor() -> Executor:
-    """Return where jobs run. Executors are chosen here."""
+    """Return the executor for jobs. This is the one choice among executors."""
     return ThreadExecutor()
 
 
@@ -37,13 +37,13 @@ def run_job(
     Args:
         job: the pass and its workers.
         tasks: see `Executor.run`.
-        take: is given each result, on this thread.
+        take: gets each result, on this thread.
         num_bytes: bytes of all tasks, for progress.
         num_files: files of all tasks, for progress.
         on_progress: called about ten times a second, on this thread.
         cancel: once set, `MergeCancelled` is raised.
-        what: is cancelled then; for the message.
-        meanwhile: called once on this thread, which has nothing else to do.
+        what: name of the job, for the message of `MergeCancelled`.
+        meanwhile: called once on this thread, which is otherwise idle.
 
     Raises:
         MergeCancelled: if `cancel` is set.

@@ -1,4 +1,4 @@
-"""The files of a pass that several workers of a process are at."""
+"""The files of a pass that several workers of a process use."""
 
 import threading
 from collections import Counter
@@ -12,17 +12,17 @@ class Closable(Protocol):
     """An open file."""
 
     def close(self) -> None:
-        """Close it. Closing it twice does nothing."""
+        """Close the file. Closing it twice does nothing."""
 
 
 F = TypeVar("F", bound=Closable)
 
 
 class SharedFiles(Generic[F]):
-    """Files that are opened with their first task. Their last task is known by its leaves."""
+    """Files that are opened with their first task. The count of leaves reveals their last task."""
 
     def __init__(self, open_file: Callable[[int], F], num_leaves: Callable[[int], int]) -> None:
-        """Both functions are given a file's number."""
+        """Take two functions of a file's number."""
         self._open_file = open_file
         self._num_leaves = num_leaves
         self._lock = threading.Lock()
@@ -36,18 +36,18 @@ class SharedFiles(Generic[F]):
             return self._files[number]
 
     def task_done(self, task: Task) -> bool:
-        """Count a task as done; return whether its file was the last to wait for it."""
+        """Count a task as done; return True if it was the last one of its file."""
         with self._lock:
             self._num_leaves_done[task.file] += task.stop_leaf - task.first_leaf
             return self._num_leaves_done[task.file] == self._num_leaves(task.file)
 
     def forget(self, number: int) -> None:
-        """Close a file that is done with."""
+        """Close a file once all its tasks are done."""
         with self._lock:
             file = self._files.pop(number)
         file.close()
 
     def close(self) -> None:
-        """Close what is still open."""
+        """Close all files that are still open."""
         for file in self._files.values():
             file.close()

@@ -1,8 +1,8 @@
-"""Divides files into tasks, and these into chunks.
+"""Divides files into tasks, and tasks into chunks.
 
 A task is a range of whole leaves and belongs to one worker, which goes through it in order: so
-leaves are hashed as they are written. A chunk is what is in memory at once. Pure: counts, reads
-nothing.
+leaves are hashed while they are written. A chunk is the part in memory at one time. Pure: counts,
+reads nothing.
 """
 
 import bisect
@@ -20,7 +20,7 @@ from shardmix.system.digests import LEAF_NBYTES, num_leaves
 
 
 class Tasks(Sequence[Task]):
-    """The tasks of several files, in order. Each is made when it is asked for."""
+    """The tasks of several files, in order. Each is made on access."""
 
     def __init__(self, file_nbytes: Iterable[int], *, leaves_per_task: int) -> None:
         """Divide files of these sizes. An empty file has one task, which has no leaves."""
@@ -47,7 +47,7 @@ class Tasks(Sequence[Task]):
 
 def merge_tasks(plan: MergePlan) -> Tasks:
     """Return the tasks of all output files of a merge."""
-    # A GPU's pipeline runs empty at the end of a task: it is to last for several chunks.
+    # A GPU's pipeline runs empty at the end of a task, so a task should last for several chunks.
     num_chunks = 4 if plan.settings.on_cuda else 1
     return Tasks(
         (shard.file_nbytes for shard in plan.shards),
@@ -60,11 +60,11 @@ class Chunk:
     """A flat range of elements of a segment, the same in every source and in the output."""
 
     segment: Segment
-    """Segment that it is a part of."""
+    """The segment."""
     start: int
     """First element within the segment."""
     num_elements: int
-    """Length."""
+    """Number of elements."""
 
     @property
     def out_position(self) -> int:
@@ -80,7 +80,7 @@ class Chunk:
 def chunks(
     planned: OutputShard, first_leaf: int, stop_leaf: int, *, chunk_nbytes: int
 ) -> Iterator[Chunk]:
-    """Yield the chunks that make up the data of some leaves, in order."""
+    """Yield the chunks of some leaves' data, in order."""
     position = max(first_leaf * LEAF_NBYTES, planned.data_start)
     stop = min(stop_leaf * LEAF_NBYTES, planned.file_nbytes)
     number = (
@@ -100,9 +100,9 @@ def chunks(
 
 
 class TensorPlaces:
-    """Byte ranges of an output file's tensors, for anomalies and differences, which are rare.
+    """The byte ranges of an output file's tensors, for anomalies and differences, which are rare.
 
-    The first question reads the header. From then on eight bytes are kept for each tensor.
+    The first call reads the header. From then on it holds eight bytes for each tensor.
     """
 
     def __init__(self, planned: OutputShard) -> None:
@@ -119,6 +119,6 @@ class TensorPlaces:
         row = bisect.bisect_right(stops, start)
         while start < stop and row < len(stops):
             end = min(stops[row], stop)
-            if end > start:  # else the tensor is empty
+            if end > start:  # otherwise the tensor is empty
                 yield self._planned.full_name(self._planned.tensor_names[row]), start, end
             start, row = end, row + 1

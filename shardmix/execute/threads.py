@@ -14,7 +14,7 @@ from shardmix.execute.executor import Job, OpenedPass, T, Task, TaskResult
 from shardmix.system.threads import running
 
 WAIT_SECONDS = 0.1
-"""How long results are waited for at a time."""
+"""Longest wait for results at a time."""
 
 
 class ThreadExecutor:
@@ -34,7 +34,7 @@ class ThreadExecutor:
                 try:
                     _work_through(opened, queue, ended)
                 except BaseException as error:
-                    # The error outlives the pass; the buffers that its frames hold must not.
+                    # The error outlives the pass; the buffers in its frames must not.
                     traceback.clear_frames(error.__traceback__)
                     queue.stop(error)
 
@@ -53,22 +53,22 @@ class ThreadExecutor:
 
 
 class TaskQueue:
-    """Hands each task to one worker."""
+    """Gives each task to one worker."""
 
     def __init__(self, tasks: Sequence[Task], *, is_in_order: bool) -> None:
         self._tasks = tasks
         self._is_in_order = is_in_order
         self._lock = threading.Lock()
         self._num_begun = 0
-        """Tasks of files that somebody has begun."""
+        """Number of tasks in files that some worker has started."""
         self._left: dict[int, Iterator[int]] = {}
-        """File that was begun → its tasks that nobody has yet, as indexes."""
+        """Started file → its remaining tasks, as indexes."""
         self._is_stopped = False
         self.error: BaseException | None = None
-        """The first error; None if there was none before the workers were stopped."""
+        """The first error, or None if there was none before the workers were stopped."""
 
     def next_task(self, mine: int | None) -> Task | None:
-        """Return a task that nobody has yet, or None at the end or after `stop`.
+        """Return a task that no worker has, or None at the end or after `stop`.
 
         Prefers the worker's current file, then a file nobody has started, then any file.
         """
@@ -88,7 +88,7 @@ class TaskQueue:
                 yield from left
 
     def _begun(self) -> Iterator[int]:
-        """Begin the next file, and return its tasks."""
+        """Start the next file, and return its tasks."""
         first, file = self._num_begun, self._tasks[self._num_begun].file
         stop = bisect.bisect_right(self._tasks, file, lo=first, key=lambda task: task.file)
         self._num_begun = stop
@@ -96,11 +96,11 @@ class TaskQueue:
         return left
 
     def is_stopped(self) -> bool:
-        """Tell whether the workers are to stop."""
+        """Return True if the workers must stop."""
         return self._is_stopped
 
     def stop(self, error: BaseException | None = None) -> None:
-        """Hand out no more tasks. What goes wrong from now on is of no interest."""
+        """Give out no more tasks. Later errors are ignored."""
         with self._lock:
             if not self._is_stopped:
                 self._is_stopped, self.error = True, error
@@ -119,6 +119,6 @@ def _work_through(opened: OpenedPass[T], queue: TaskQueue, ended: "deque[TaskRes
 
 
 def _taken(ended: "deque[TaskResult[T]]") -> Iterator[TaskResult[T]]:
-    """Yield what is there by now, and take it away."""
+    """Remove and yield all results so far."""
     for _ in range(len(ended)):
         yield ended.popleft()

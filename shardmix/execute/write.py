@@ -1,7 +1,7 @@
 """The pass that writes a merge's output files.
 
-A worker claims each leaf as soon as it is written: in the caller's process straight in the journal,
-elsewhere in the results, and the caller puts those claims into the journal.
+A worker claims each leaf as soon as it is written: in the caller's process directly in the journal,
+in another process in the results, from which the caller adds it to the journal.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from shardmix.system.timer import NO_CLOCK, Clock
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What was written for one task."""
+    """The output of one task."""
 
     anomalies: LeafAnomalies
     """NaN, Inf and integers that differ, in its leaves."""
@@ -39,7 +39,7 @@ class Written:
 
 
 class Write:
-    """Writes output files into a staging folder, and goes on from what is claimed there.
+    """Writes output files into a staging folder, and goes on from the claims there.
 
     A pickled copy opens the folder and loads the backend in its own process.
     """
@@ -61,7 +61,7 @@ class Write:
 
     @contextmanager
     def opened(self) -> Iterator["_Writing"]:
-        """Open what the workers of this process share."""
+        """Open the files that the workers of this process share."""
         with ExitStack() as stack:
             folder = self._folder
             if isinstance(folder, _FolderElsewhere):
@@ -77,7 +77,7 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class _FolderElsewhere:
-    """A staging folder that another process is to open."""
+    """A staging folder that another process will open."""
 
     path: Path
     mode: int
@@ -105,7 +105,7 @@ def write_job(
 
 
 class _Writing:
-    """A writing pass at work in one process."""
+    """A writing pass in one process."""
 
     def __init__(self, shared: Merging, folder: HeldFolder, claims: Claims, clock: Clock) -> None:
         plan = shared.plan
@@ -129,7 +129,7 @@ class _Writing:
 
 
 class _File:
-    """An output file that workers are at."""
+    """An output file that workers write."""
 
     def __init__(self, plan: MergePlan, number: int, shard: GrowingShard) -> None:
         self.shard = shard
@@ -152,7 +152,7 @@ class _Writer:
         self._buffer = buffer_for_reading(READ_NBYTES)
 
     def run(self, task: Task, is_stopped: IsStopped) -> TaskResult[Written] | None:
-        """Merge what is not there yet of a task, and end its file if nothing is left of it."""
+        """Merge a task's missing leaves, and finish its file if this was the last task."""
         file = self._files[task.file]
         found = AnomalySum()
         num_bytes = num_bytes_kept = 0
@@ -208,7 +208,7 @@ class _Leaves:
 
 
 def _take(anomalies: LeafAnomalies, plan: MergePlan, found: AnomalySum) -> None:
-    """Add anomalies to those of a task. Raises `NonfiniteError` if NaN or Inf may not be."""
+    """Add anomalies to those of a task. Raises `NonfiniteError` if NaN or Inf are not allowed."""
     found.add(anomalies)
     if anomalies.nonfinite and plan.settings.on_nonfinite == ERROR:
         name, counts = next(iter(anomalies.nonfinite.items()))
@@ -220,7 +220,7 @@ def _take(anomalies: LeafAnomalies, plan: MergePlan, found: AnomalySum) -> None:
 
 
 def nonfinite_finding(name: str, counts: tuple[int, int, int], plan: MergePlan) -> str:
-    """Say what a merged tensor holds that is not finite."""
+    """Describe the values of a merged tensor that are not finite."""
     num_nan, num_inf, num_overflowed = counts
     parts = []
     if num_nan:

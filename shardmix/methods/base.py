@@ -79,11 +79,11 @@ class MergeMethod(Protocol):
     reference: ClassVar[str]
     """Address of the paper that it comes from; "" for common knowledge."""
     parameters: ClassVar[tuple[Parameter, ...]]
-    """What can be set."""
+    """Its parameters."""
     num_factors: ClassVar[int | None]
-    """How many factors `combine` takes; None: one for each contributor."""
+    """Number of factors of `combine`; None for one of each contributor."""
     is_weighted_sum: ClassVar[bool]
-    """Whether `combine` is Σ factorᵢ · valueᵢ, in order: backends have a faster way for that."""
+    """True if `combine` is Σ factorᵢ · valueᵢ, in order: backends have a faster way for that."""
 
     def check(self, params: Params) -> None:
         """Raise `RecipeError` if the values do not go together."""

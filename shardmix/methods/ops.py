@@ -40,9 +40,9 @@ class CountingOps:
     """Counts what a method does with an element. It stands for every array itself."""
 
     num_results = 0
-    """How many arrays the method makes."""
+    """Number of arrays that the method makes."""
     num_masks = 0
-    """How many masks it makes."""
+    """Number of masks that it makes."""
 
     def _result(self, *_: "CountingOps") -> "CountingOps":
         self.num_results += 1

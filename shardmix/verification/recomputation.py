@@ -1,6 +1,7 @@
-"""The merge that an output's shardmix.json tells of, done again and held against its files.
+"""The merge of an output's shardmix.json, done again and compared with its files.
 
-Finds the sources, and makes sure that they are those that were merged. Knows nothing of digests.
+A digest proves that an output is what was written; recomputing proves that it is what its sources
+give. Finds the sources, and checks that they are those that were merged. Knows nothing of digests.
 """
 
 import os
@@ -28,9 +29,9 @@ from shardmix.recipe import Recipe, WeightedSource
 def places_given(
     provenance: Provenance, sources: Mapping[str, str | PathLike[str]]
 ) -> dict[int, str]:
-    """Return number of a source → path, from what was given by number or name.
+    """Return number of a source → path, from the user's numbers and names.
 
-    Raises `RecipeError` where there is no such source, or where two have that name.
+    Raises `RecipeError` if there is no such source, or if two have that name.
     """
     names = [source.name for source in provenance.sources]
     by_number: dict[int, str] = {}
@@ -60,9 +61,9 @@ def recompute(
     on_progress: OnProgress | None,
     cancel: threading.Event | None,
 ) -> tuple[list[str], int]:
-    """Merge the sources again, against the output; return what differs, and the bytes read.
+    """Merge the sources again, against the output; return the differences, and the bytes read.
 
-    Raises `ShardmixError` where the sources cannot be found, are others, or cannot be merged.
+    Raises `ShardmixError` if the sources cannot be found, are others, or cannot be merged.
     """
     names = [source.name for source in provenance.sources]
     places = [
@@ -75,11 +76,11 @@ def recompute(
             for source, place in zip(provenance.sources, places, strict=True)
         ),
         dtype=provenance.dtype,
-        config_from=str(folder),  # whose config says how the weights are tied
+        config_from=str(folder),  # its config says how the weights are tied
         max_shard_size=provenance.max_shard_size,
         allow_weight_sum=True,
         model_type=provenance.model_type,
-        # What they are beside their weights was judged when they were merged.
+        # All but their weights was judged when they were merged.
         allow_differences=(*provenance.allow_differences, EVERYTHING, QUANTISATION),
         pooling=provenance.pooling,
     )
@@ -104,7 +105,7 @@ def recompute(
         for file, reason in sorted(differences.unreadable.items())
     ]
     planned = {shard.filename for shard in plan.shards}
-    # Weights elsewhere came along as they were; so did modules', if models may differ in them.
+    # Weights in other folders were copied; so were modules', if models may differ in them.
     summed = {""}
     if MODULES_NAME not in provenance.allow_differences:
         summed |= set(module_places(read_modules(folder)))
@@ -119,15 +120,15 @@ def recompute(
 
 
 def _place(folder: Path, number: int, source: SourceRecord, names: Sequence[str]) -> str:
-    """Return where a source can be read, of which nothing was said."""
+    """Return the path or Hub id of a source that the user did not name."""
     if source.hub_id is not None and source.commit is not None:
         return f"{source.hub_id}@{source.commit}"
     recorded = [Path(source.path)] if source.path else []
     is_alone = names.count(source.name) == 1
-    is_plain = Path(source.name).name == source.name  # what a stranger wrote may be `../..`
+    is_plain = Path(source.name).name == source.name  # a stranger may have written `../..`
     beside = [folder.resolve().parent / source.name] if is_alone and is_plain else []
     for place in (*recorded, *beside):
-        if os.path.exists(place):  # noqa: PTH110 - False, too, for what can be no path
+        if os.path.exists(place):  # noqa: PTH110 - False, too, for texts that cannot be paths
             return str(place)
     if not is_alone:
         raise _ambiguous(SourceError, source.name, names).of(folder)
@@ -150,7 +151,7 @@ def _and(words: Sequence[str]) -> str:
 
 
 def _check_identity(plan: MergePlan, model: int, source: SourceRecord) -> None:
-    """Raise `SourceError` where a source is not the model that was merged."""
+    """Raise `SourceError` if a source is not the model that was merged."""
     # In order: files in several folders may have one name.
     planned = plan.sources[model]
     files = [(file.name, file.nbytes, file.header_sha256) for file in planned.identity.files]

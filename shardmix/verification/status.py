@@ -44,8 +44,7 @@ class UnfinishedReport:
     staging: str
     """Path of the hidden folder in which it grows."""
     process: int | None
-    """Id of the process at work on it (0 if unknown), or None: the same merge would go on from
-    it."""
+    """Id of the process at work on it (0 if unknown), or None if the same merge would go on."""
     merge: MergeDescription | None
     """Description of the merge, or None if it had not begun to write."""
     bytes_done: int

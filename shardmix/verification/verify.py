@@ -1,4 +1,4 @@
-"""`verify`: is an output still what the merge wrote, and is that what its sources give?
+"""`verify`: checks that an output is still what the merge wrote, and what its sources give.
 
 Reads everything once, in bounded memory; changes nothing.
 """
@@ -32,7 +32,8 @@ from shardmix.system.threads import running
 from shardmix.verification import recomputation
 from shardmix.verification.recomputation import places_given
 
-# What loaders of models read besides what goes along with weights: weights of any format ...
+# Files that loaders of models read, besides files that go along with weights: weights of any
+# format ...
 _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pt2", ".ptl", ".pte", ".torchscript"),
     *(".gguf", ".ggml", ".llamafile", ".h5", ".hdf5", ".keras", ".msgpack", ".pb", ".tflite"),
@@ -54,28 +55,28 @@ _PROOF = (
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What a verification found. Sizes in bytes."""
+    """The result of a verification. Sizes in bytes."""
 
     output: str
     """The folder that was verified."""
     is_verified: bool
-    """Whether everything is as it should be."""
+    """True if everything is as the merge wrote it."""
     problems: tuple[str, ...]
-    """What is not, a line each."""
+    """Problems, a line each."""
     num_files: int
     """Files with a digest."""
     bytes_read: int
-    """What was read of them, and of the sources where it was recomputed."""
+    """Bytes read of them, and of the sources if it was recomputed."""
     digest: str
-    """What they are hashed with: xxh3, blake3 or sha256."""
+    """Digest of the files: xxh3, blake3 or sha256."""
     provenance_sha256: str
     """SHA-256 (hex) of shardmix.json, as `sha256sum` shows it."""
     proof: str
-    """What the digests can prove, and what not."""
+    """A sentence on what the digests can prove."""
     recomputed: bool
-    """Whether the weights were computed again from the sources, and compared byte for byte."""
+    """True if the weights were computed again from the sources, and compared byte for byte."""
     seconds: float
-    """How long it took."""
+    """Time that it took."""
     peak_rss_bytes: int
     """Largest resident set of the process so far (VmHWM)."""
 
@@ -89,20 +90,20 @@ def verify(
     on_progress: OnProgress | None = None,
     cancel: threading.Event | None = None,
 ) -> VerifyReport:
-    """Read an output again, all of it, and compare it with the digests in its shardmix.json.
+    """Read all of an output again, and compare it with the digests in its shardmix.json.
 
     Args:
         output: a folder that a merge wrote.
-        recompute: where the digests hold, read the sources again, too, merge them anew and compare
-            every byte of weights.
-        sources: where sources lie (number from 1, or name in shardmix.json → path), as far as they
-            are neither on the Hub, nor beside the output, nor recorded with their path.
+        recompute: if the digests match, also read the sources again, merge them and compare every
+            byte of weights.
+        sources: paths of sources (number from 1, or name in shardmix.json → path) that are neither
+            on the Hub, nor beside the output, nor recorded with their path.
         max_memory: bound on the process's peak resident memory while recomputing.
         on_progress: called about ten times a second with a `ProgressEvent`, on this thread.
         cancel: an event; once set, `MergeCancelled` is raised.
 
     Raises:
-        ShardmixError: where it cannot be verified at all; what is found is in the report.
+        ShardmixError: if it cannot be verified at all; problems are in the report.
 
     Example:
         >>> shardmix.verify("merged").is_verified
@@ -149,7 +150,7 @@ def verify(
 
 
 class _Reading:
-    """Files handed to workers, what has been read of them, and what was found."""
+    """The files that workers read, and the results so far."""
 
     def __init__(self, provenance: Provenance) -> None:
         files = provenance.digests.files
@@ -165,19 +166,19 @@ class _Reading:
         """Bytes read."""
 
     def next_file(self) -> str | None:
-        """Return a file that nobody has yet; None at the end or after `stop`."""
+        """Return a file that no worker has, or None at the end or after `stop`."""
         with self._lock:
             return None if self._is_stopped else next(self._waiting, None)
 
     def count(self, num_bytes: int) -> None:
-        """Count bytes read; raise `_Stopped` once that was asked for."""
+        """Count bytes read; raise `_Stopped` after `stop`."""
         if self._is_stopped:
             raise _Stopped
         with self._lock:
             self.num_bytes += num_bytes
 
     def file_done(self, name: str, problem: str | None, num_bytes: int) -> None:
-        """Take in what was found in a file, of which so many bytes were read."""
+        """Add the result of a file, of which `num_bytes` bytes were read."""
         with self._lock:
             self._num_files += 1
             self._num_bytes_gone += self._nbytes[name] - num_bytes
@@ -185,18 +186,18 @@ class _Reading:
                 self._problems[name] = problem
 
     def stop(self, error: BaseException | None = None) -> None:
-        """Let each worker stop when it next counts; the first error is the one to raise."""
+        """Make each worker stop at its next count; the first error is the one to raise."""
         self._is_stopped = True
         self._error = self._error or error
 
     def problems(self) -> list[str]:
-        """Return what was found, by file; raise what a worker has not foreseen."""
+        """Return the problems, by file; raise a worker's unexpected error."""
         if self._error is not None:
             raise self._error
         return [self._problems[name] for name in sorted(self._problems)]
 
     def event(self) -> ProgressEvent:
-        """Return how far it is; what a file lacks counts as done, since nothing is left to read."""
+        """Return the progress; bytes that a file lacks count as done."""
         return ProgressEvent(
             num_bytes_done=self.num_bytes + self._num_bytes_gone,
             num_bytes_kept=0,
@@ -208,7 +209,7 @@ class _Reading:
         )
 
 
-class _Stopped(Exception):  # noqa: N818 - nobody is to see it
+class _Stopped(Exception):  # noqa: N818 - never seen by callers
     """Ends a worker whose result nobody wants any more."""
 
 
@@ -218,7 +219,7 @@ def _check_digests(
     on_progress: OnProgress | None,
     cancel: threading.Event | None,
 ) -> tuple[list[str], int]:
-    """Return what is wrong with the files of an output, and how many bytes were read."""
+    """Return the problems of an output's files, and the number of bytes read."""
     reading = _Reading(provenance)
     num_bytes = sum(record.bytes for record in provenance.digests.files.values())
     is_kept = plan_cache_use(read_nbytes=num_bytes, write_nbytes=0, fsync=True).keeps_sources
@@ -249,7 +250,7 @@ def _check_digests(
 def _check_file(
     folder: Path, name: str, provenance: Provenance, reading: _Reading, *, keep_cached: bool
 ) -> None:
-    """Hold one file against its record, and tell what is wrong."""
+    """Compare one file with its record, and store the problem, if any."""
     passed = PassedRanges([folder / name])
     position = 0
 
@@ -269,7 +270,7 @@ def _check_file(
 def _file_problem(
     folder: Path, name: str, digests: Digests, on_bytes: Callable[[int], None]
 ) -> str | None:
-    """Return what is wrong with one file, or None."""
+    """Return the problem of one file, or None."""
     record, path = digests.files[name], folder / name
     try:
         refuse_link_outside(folder, path)
@@ -290,7 +291,7 @@ def _file_problem(
 
 
 def _added_files(folder: Path, provenance: Provenance) -> list[str]:
-    """Return what the merge did not write and a loader of models would read all the same."""
+    """Return the files that the merge did not write, but a loader of models would read."""
     known = {*provenance.digests.files, *NOT_DIGESTED}
     added: list[str] = []
 
@@ -309,7 +310,7 @@ def _added_files(folder: Path, provenance: Provenance) -> list[str]:
 
 
 def _would_be_loaded(name: str) -> bool:
-    """Tell whether a loader of models reads a file of this name, wherever in the folder it is."""
+    """Return True if a loader of models reads a file of this name, anywhere in the folder."""
     base = name.rpartition("/")[2].lower()
     is_data = base.endswith((*_WEIGHTS, *_CODE)) or ".so." in base or ".data-0" in base
     return is_data or _CONFIG.fullmatch(base) is not None or is_auxiliary_file(name)
