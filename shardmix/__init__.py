@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from shardmix.options import MergeOptions as MergeOptions
     from shardmix.plan.merge_plan import MergePlan as MergePlan
     from shardmix.recipe import Recipe as Recipe
-    from shardmix.recipe import WeightedSource as WeightedSource
+    from shardmix.recipe import RecipeModel as RecipeModel
     from shardmix.reports import MergeReport as MergeReport
     from shardmix.reports import ModelReport as ModelReport
     from shardmix.reports import PlanReport as PlanReport
@@ -66,7 +66,7 @@ _HOME = {
     "StatusReport": "verification.status",
     "VerifyReport": "verification.verify",
     "Recipe": "recipe",
-    "WeightedSource": "recipe",
+    "RecipeModel": "recipe",
     "ShardmixError": "errors",
     "RecipeError": "errors",
     "SourceError": "errors",

@@ -30,7 +30,7 @@ from shardmix.plan import planner
 from shardmix.plan.merge_plan import MergePlan
 from shardmix.plan.opening import disk_errors_named, open_models
 from shardmix.profiling.recorder import check_profile_path, recording
-from shardmix.recipe import ModelsArgument, build_recipe
+from shardmix.recipe.build import ModelsArgument, build_recipe
 from shardmix.reports import (
     MergeReport,
     ModelReport,
@@ -160,6 +160,9 @@ def plan_merge(
     max_shard_size = options.get("max_shard_size")
     recipe = build_recipe(
         models,
+        method=options.get("method"),
+        base_model=options.get("base_model"),
+        parameters=options.get("parameters"),
         dtype=options.get("dtype"),
         config_from=None if config_from is None else str(config_from),
         max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),

@@ -1,6 +1,6 @@
 """The options of a merge by keyword, and the `RunSettings` that they are checked into."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -73,6 +73,12 @@ class MergeOptions(TypedDict, total=False):
     """Source of config, tokenizer and other auxiliary files; default: the first model."""
     max_shard_size: int | str | None
     """Largest output shard ("5GB"); default: the first model's own shard layout."""
+    method: str | None
+    """Merge method: linear (default), task_arithmetic, slerp, ..."""
+    base_model: str | PathLike[str] | None
+    """Base model, for methods that need one."""
+    parameters: Mapping[str, object] | None
+    """The method's parameters, such as {"lambda": 0.7}; a list is a gradient over the layers."""
     normalize: bool | None
     """Rescale the weights to sum to 1."""
     allow_weight_sum: bool | None

@@ -194,7 +194,7 @@ def test_no_command_tells_a_secret(tmp_path, monkeypatch, words):
 def test_a_recipe_tells_no_secret(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     model = save_model(tmp_path / "model", random_model(1))
-    models = [{"source": URL, "weight": 0.5}, {"source": str(model), "weight": 0.5}]
+    models = [{"model": each, "parameters": {"weight": 0.5}} for each in (URL, str(model))]
     recipe.write_text(json.dumps({"models": models}))
     with pytest.raises(shardmix.SourceError, match=r"^https://\*\*\*@host/org/name: no such"):
         shardmix.plan_merge(recipe)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import shardmix
-from shardmix.recipe import vanishes_in_float32
+from shardmix.methods.base import vanishes_in_float32
 from tests.support.cut_off import cut_off, large_models
 from tests.support.models import (
     assert_same_bits,

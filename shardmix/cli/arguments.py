@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from shardmix.errors import RecipeError
 
 if TYPE_CHECKING:
-    from shardmix.recipe import ModelsArgument
+    from shardmix.recipe.build import ModelsArgument
     from shardmix.scoring.options import ScoreOptions
 
 
@@ -57,7 +57,7 @@ def required_model_type(model_type: str | None) -> str:
 
 def equally_weighted(words: Sequence[str]) -> list[tuple[str, float]]:
     """Return the models of a command line without weights, all with the same weight."""
-    from shardmix.recipe import RECIPE_SUFFIXES
+    from shardmix.recipe.yaml_file import RECIPE_SUFFIXES
 
     for word in words:
         if word.endswith(RECIPE_SUFFIXES):
@@ -77,7 +77,8 @@ def equally_weighted(words: Sequence[str]) -> list[tuple[str, float]]:
 
 def weighted_models(words: Sequence[str]) -> "ModelsArgument":
     """Return the models of `SOURCE=WEIGHT` words, or the recipe that the one word names."""
-    from shardmix.recipe import RECIPE_SUFFIXES, parse_source_words
+    from shardmix.recipe.build import parse_source_words
+    from shardmix.recipe.yaml_file import RECIPE_SUFFIXES
 
     if len(words) == 1 and words[0].endswith(RECIPE_SUFFIXES):
         return words[0]

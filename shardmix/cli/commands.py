@@ -15,7 +15,7 @@ from shardmix.cli.exit import errors_reported, ignore_signals
 from shardmix.errors import RecipeError, printable
 
 if TYPE_CHECKING:
-    from shardmix.recipe import ModelsArgument
+    from shardmix.recipe.build import ModelsArgument
     from shardmix.scoring.examples import Example
     from shardmix.scoring.options import ScoreOptions
 

@@ -13,5 +13,4 @@ vocabularies           token by id, from a tokenizer's files
 model_types            decoder, encoder, reranker, encoder-decoder, and the loader of each
 module_tree            the modules of a sentence-transformers folder
 sentence_modules       the files that make a bare encoder a sentence-transformers model
-mergekit_recipes       recipes of mergekit, recognised and translated
 """

@@ -13,6 +13,8 @@ from shardmix.errors import RecipeError
 from shardmix.methods.ops import A, Ops
 from shardmix.methods.statistics import Statistic
 
+LARGEST_FLOAT32 = 3.4028234663852886e38
+
 Value = float | bool | str
 """The possible types of a parameter."""
 
@@ -130,6 +132,17 @@ def nonzero(weights: Sequence[float], *, is_wide: bool) -> tuple[int, ...]:
         for index, weight in enumerate(weights)
         if weight and (is_wide or not vanishes_in_float32(weight))
     )
+
+
+def refuse_beyond_float32(factors: Sequence[float], what: str) -> None:
+    """Raise `RecipeError` if a factor is infinite in float32, which the arithmetic is in."""
+    for factor in factors:
+        if not abs(factor) <= LARGEST_FLOAT32:
+            raise RecipeError(
+                f"{factor} is not a finite number in float32",
+                subject=what,
+                remedy="give weights that are nearer to 1",
+            )
 
 
 def sum_of_deltas(ops: Ops[A], values: Sequence[A], factors: Sequence[A]) -> A | None:

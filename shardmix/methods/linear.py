@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from shardmix.errors import RecipeError
-from shardmix.methods.base import Needs, Parameter, Params, nonzero, refuse_zero_sum
+from shardmix.methods.base import (
+    Needs,
+    Parameter,
+    Params,
+    nonzero,
+    refuse_beyond_float32,
+    refuse_zero_sum,
+)
 from shardmix.methods.ops import A, Ops
 
 NAME = "linear"
@@ -29,6 +36,7 @@ class Linear:
         weights = params.numbers("weight")
         if params.shared["normalize"]:
             refuse_zero_sum(math.fsum(weights), "weights")
+        refuse_beyond_float32(_shares(params), "a normalised weight")
         if not nonzero(_shares(params), is_wide=False):
             raise RecipeError(
                 "every weight is 0 (in float32), so the output would hold nothing of any model",

@@ -9,6 +9,7 @@ from shardmix.methods.base import (
     Parameter,
     Params,
     nonzero,
+    refuse_beyond_float32,
     refuse_zero_sum,
     sum_of_deltas,
 )
@@ -30,9 +31,10 @@ class TaskArithmetic:
     is_weighted_sum: ClassVar[bool] = False
 
     def check(self, params: Params) -> None:
-        """Raise `RecipeError` if the weights cannot be normalised."""
+        """Raise `RecipeError` if the weights cannot be normalised, or are infinite with lambda."""
         if params.shared["normalize"]:
             refuse_zero_sum(math.fsum(params.numbers("weight")), "weights")
+        refuse_beyond_float32(_scales(params), "weight · lambda")
 
     def needs(self, params: Params) -> Needs:
         """Return the need for a base model."""

@@ -36,7 +36,6 @@ from shardmix.matching.config_dtypes import DTYPE_KEYS, with_dtypes
 from shardmix.matching.tensors import QUANTISATION
 from shardmix.output.counted_folder import CountedFile, CountedFolder
 from shardmix.plan.merge_plan import MergePlan, ModuleConfig, OutputShard
-from shardmix.recipe import WEIGHT_SUM_TOLERANCE
 from shardmix.sources.checkpoint import CONFIG_NAME
 from shardmix.system.files import open_regular
 from shardmix.system.held_folder import HeldFolder
@@ -188,10 +187,13 @@ def _card_text(plan: MergePlan) -> str:
     title = printable(Path(plan.output).name)
     # By public name: a card travels, and a machine's paths are private.
     content: dict[str, Any] = {
+        "merge_method": "linear",
         "models": [
-            {"source": printable(source.name), "weight": source.weight} for source in plan.sources
+            {"model": printable(source.name), "parameters": {"weight": source.weight}}
+            for source in plan.sources
         ],
-        "dtype": plan.dtype,
+        "parameters": {"normalize": False},
+        "out_dtype": plan.dtype,
     }
     if plan.config_source_name != plan.sources[0].name:
         content["config_from"] = printable(plan.config_source_name)
@@ -199,8 +201,6 @@ def _card_text(plan: MergePlan) -> str:
         content["model_type"] = plan.model_type
     if plan.max_shard_size is not None:
         content["max_shard_size"] = plan.max_shard_size
-    if abs(math.fsum(source.weight for source in plan.sources) - 1) > WEIGHT_SUM_TOLERANCE:
-        content["allow_weight_sum"] = True
     if plan.modules.pooling is not None:
         content["pooling"] = plan.modules.pooling
     if plan.allow_differences:

@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
-import numpy as np
-
 from shardmix.conventions.file_kinds import LeftOut
 from shardmix.conventions.module_tree import inner_path, module_places
 from shardmix.conventions.weight_names import DIFFUSERS, MARKS, MODEL
@@ -36,7 +34,7 @@ from shardmix.matching.fused_tensors import split_alike
 from shardmix.matching.modules import ModularModel
 from shardmix.matching.parts import match_parts
 from shardmix.matching.tensors import MatchedTensors, match_tensors
-from shardmix.methods import keep_first
+from shardmix.methods import keep_first, linear
 from shardmix.methods.base import Params
 from shardmix.methods.registry import merge_method
 from shardmix.options import LLVM, TORCH, RunSettings
@@ -47,6 +45,8 @@ from shardmix.plan.opening import ConfigSource, OpenedModels, public_name
 from shardmix.plan.output_modules import PlannedModules, plan_modules
 from shardmix.plan.weight_warnings import weight_warnings
 from shardmix.recipe import Recipe
+from shardmix.recipe.build import recipe_notes
+from shardmix.recipe.parameters import resolve_parameters, used_weights
 from shardmix.sources.auxiliary_files import (
     AuxiliaryFiles,
     adapter_warnings,
@@ -109,6 +109,11 @@ def _plan_merge(
     recipe: Recipe, opened: OpenedModels, settings: RunSettings, **outcome: Unpack[Outcome]
 ) -> MergePlan:
     checkpoints, config_source = opened.checkpoints, opened.config_source
+    if recipe.merge_method != linear.NAME or recipe.depends_on_tensor:
+        raise RecipeError(
+            "other methods than linear, and weights by tensor, cannot be carried out yet",
+            remedy="use the method linear, and the same weights for all tensors",
+        )
     matched = match_parts(checkpoints)
     modules = plan_modules(
         recipe, checkpoints, matched, config_source.folder, config_source.modules
@@ -127,6 +132,7 @@ def _plan_merge(
     )
     left_out = tuple(dict.fromkeys((*auxiliary_files.left_out, *config_source.left_out)))
     warnings = [
+        *recipe_notes(recipe),
         *weight_warnings(recipe, (name for part in parts for name in part.float_names)),
         *(note for part in parts for note in part.notes),
         *modules.notes,
@@ -151,7 +157,7 @@ def _plan_merge(
     return MergePlan(
         sources=sources,
         parameters=tuple(params for part in parts for params in part.parameters),
-        dtype=recipe.dtype,
+        dtype=recipe.output_dtype,
         max_shard_size=recipe.max_shard_size,
         model_type=recipe.model_type,
         allow_differences=recipe.allow_differences,
@@ -199,7 +205,7 @@ def _planned_sources(
     firsts: list[list[int]] = []
     num_files = 0
     parts_of = list(zip(*groups, strict=True))
-    for weighted, checkpoint, parts in zip(recipe.models, checkpoints, parts_of, strict=True):
+    for weight, checkpoint, parts in zip(used_weights(recipe), checkpoints, parts_of, strict=True):
         files: list[SourceFile] = []
         firsts.append([])
         for part in parts:
@@ -210,7 +216,7 @@ def _planned_sources(
         root = str(checkpoint.root.absolute())
         sources.append(
             PlannedSource(
-                text=weighted.source,
+                text=checkpoint.source,
                 name=public_name(checkpoint),
                 path=files[0].path if checkpoint.is_single_file else root,
                 identity=replace(
@@ -218,7 +224,7 @@ def _planned_sources(
                     files=tuple(files),
                     decoding="; ".join(filter(None, (part.identity.decoding for part in parts))),
                 ),
-                weight=weighted.weight,
+                weight=weight,
                 reader_nbytes=sum(map(_reader_nbytes, decoders)),
                 decoders=decoders,
             )
@@ -317,13 +323,12 @@ def _planned_parts(
             config = read_config(folder / place)
         group, split_notes = split_alike(group)
         matched = match_tensors(group, config, folder / place)
-        out_dtypes = _output_dtypes(recipe.dtype, group[0], matched)
+        out_dtypes = _output_dtypes(recipe.output_dtype, group[0], matched)
+        resolved = resolve_parameters(recipe, matched.names)
         parameters = TensorParameters(
-            method=merge_method("linear"),
-            groups=[
-                Params({"normalize": False}, tuple({"weight": weight} for weight in recipe.weights))
-            ],
-            rows=np.zeros(len(matched.names), np.int32),
+            method=merge_method(recipe.merge_method),
+            groups=resolved.groups,
+            rows=resolved.rows,
             num_groups_before=sum(len(part.parameters) for part in parts),
         )
         shards, shard_notes = plan_shards(

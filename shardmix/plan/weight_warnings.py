@@ -7,7 +7,9 @@ import re
 from collections.abc import Iterable, Iterator
 
 from shardmix.errors import listed
-from shardmix.recipe import Recipe, vanishes_in_float32
+from shardmix.methods.base import vanishes_in_float32
+from shardmix.recipe import Recipe
+from shardmix.recipe.parameters import used_weights
 
 # Statistics that are never negative by what they are: variances and deviations (BatchNorm, buffers
 # of data normalisers), sizes of a codebook's clusters, second moments of optimisers. Their
@@ -19,18 +21,19 @@ _NEVER_NEGATIVE = re.compile(
 
 def weight_warnings(recipe: Recipe, names: Iterable[str]) -> Iterator[str]:
     """Yield what to know of a recipe's weights for float tensors of these names."""
-    for model in recipe.models:
-        if model.weight == 0:
-            yield f"{model.source}: has the weight 0: left out, none of its values is read"
-        elif vanishes_in_float32(model.weight):
+    weighted = list(zip(recipe.sources, used_weights(recipe), strict=True))
+    for source, weight in weighted:
+        if weight == 0:
+            yield f"{source}: has the weight 0: left out, none of its values is read"
+        elif vanishes_in_float32(weight):
             yield (
-                f"{model.source}: has the weight {model.weight!r}, which is 0 in float32: left out "
+                f"{source}: has the weight {weight!r}, which is 0 in float32: left out "
                 "of all that is summed in float32; give it a larger one if it is to count"
             )
     negative = [
-        model
-        for model in recipe.models
-        if model.weight < 0 and not vanishes_in_float32(model.weight)
+        (source, weight)
+        for source, weight in weighted
+        if weight < 0 and not vanishes_in_float32(weight)
     ]
     if not negative:
         return
@@ -38,6 +41,6 @@ def weight_warnings(recipe: Recipe, names: Iterable[str]) -> Iterator[str]:
     if found:
         yield (
             f"{listed(found, 1)}: is a variance or a count, which is never negative, but the "
-            f"weight {negative[0].weight!r} of {negative[0].source} may make it so, and its square "
+            f"weight {negative[0][1]!r} of {negative[0][0]} may make it so, and its square "
             "root NaN; compute such statistics anew from data, or use weights of 0 and more"
         )

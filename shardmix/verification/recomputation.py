@@ -7,6 +7,7 @@ give. Finds the sources, and checks that they are those that were merged. Knows 
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from shardmix.output.provenance import PROVENANCE_NAME, Provenance, SourceRecord
 from shardmix.plan import planner
 from shardmix.plan.merge_plan import MergePlan
 from shardmix.plan.opening import disk_errors_named, open_models
-from shardmix.recipe import Recipe, WeightedSource
+from shardmix.recipe.build import build_recipe
 
 
 def places_given(
@@ -70,20 +71,18 @@ def recompute(
         given[number] if number in given else _place(folder, number, source, names)
         for number, source in enumerate(provenance.sources, start=1)
     ]
-    recipe = Recipe(
-        models=tuple(
-            WeightedSource(place, source.weight)
-            for source, place in zip(provenance.sources, places, strict=True)
-        ),
+    recipe = build_recipe(
+        [(place, source.weight) for source, place in zip(provenance.sources, places, strict=True)],
         dtype=provenance.dtype,
         config_from=str(folder),  # its config says how the weights are tied
         max_shard_size=provenance.max_shard_size,
         allow_weight_sum=True,
         model_type=provenance.model_type,
-        # All but their weights was judged when they were merged.
-        allow_differences=(*provenance.allow_differences, EVERYTHING, QUANTISATION),
         pooling=provenance.pooling,
     )
+    # What they are beside their weights was judged when they were merged.
+    allowed = (*provenance.allow_differences, EVERYTHING, QUANTISATION)
+    recipe = replace(recipe, allow_differences=allowed)
     options: MergeOptions = {"max_memory": max_memory}
     settings = run_settings(options)
     with disk_errors_named():

@@ -68,8 +68,10 @@ def test_recipe_file_merges_as_its_words(models, tmp_path):
     """A recipe file merges as the same words on the command line would."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"models:\n- {{source: {models[0]}, weight: 3}}\n- {{source: {models[1]}, weight: 1}}\n"
-        "normalize: true\ndtype: bfloat16\n"
+        "models:\n"
+        f"- {{model: {models[0]}, parameters: {{weight: 3}}}}\n"
+        f"- {{model: {models[1]}, parameters: {{weight: 1}}}}\n"
+        "dtype: bfloat16\n"
     )
     assert shardmix("merge", recipe, "-o", tmp_path / "a").returncode == 0
     by_words = words(models, (0.75, 0.25))

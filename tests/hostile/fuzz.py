@@ -17,7 +17,6 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["shardmix", "yaml", "json"]):
-    from shardmix import recipe
     from shardmix.conventions.naming import declared_quantisation, ties_word_embeddings
     from shardmix.conventions.vocabularies import read_tokenizer_json
     from shardmix.dtypes import DTYPES, tensor_nbytes
@@ -26,6 +25,7 @@ with atheris.instrument_imports(include=["shardmix", "yaml", "json"]):
     from shardmix.matching.config_fit import config_misfits
     from shardmix.matching.configs import NamedConfig, config_differences
     from shardmix.matching.tensors import check_mergeable
+    from shardmix.recipe.build import build_recipe
     from shardmix.scoring.examples import load_examples
     from shardmix.scoring.options import check_options
     from shardmix.sources import auxiliary_files
@@ -126,7 +126,7 @@ def yaml_recipe(content: bytes, folder: Path) -> None:
     """A recipe."""
     path = folder / "recipe.yaml"
     path.write_bytes(content)
-    recipe.build_recipe(path)
+    build_recipe(path)
 
 
 def config(content: bytes, folder: Path) -> None:
@@ -181,7 +181,7 @@ WORDS = (
         '"weight_map":{',
         ".safetensors",
         "models:",
-        "source: ",
+        "model: ",
         "weight: ",
         "&a",
         "*a",
@@ -249,10 +249,13 @@ def seeds(target: str) -> list[bytes]:
         "file": files,
         "index": [{"metadata": {"total_size": 64}, "weight_map": weight_map}],
         "recipe": [
-            b"models:\n  - {source: org/a, weight: 0.5}\n  - source: 'b'\n    weight: 5e-1\n"
+            b"models:\n  - {model: org/a, parameters: {weight: 0.5}}\n  - model: 'b'\n"
+            b"    parameters:\n      weight: [5e-1, {filter: mlp, value: 1}]\n"
             b"dtype: bfloat16\nmax_shard_size: 5GB\n",
-            b"models: [{source: a, weight: 1}, {source: b, weight: 2}]\nnormalize: true\nbase: c\n",
-            b'models: [{"source": "\\u00e4", weight: !!float 1}]\nallow_weight_sum: no\n',
+            b"models: [{model: a}, {model: b}]\nmerge_method: slerp\nbase_model: a\n"
+            b"parameters: {t: [0, 0.5, {filter: mlp, value: 1}, 1]}\n",
+            b'models: [{"model": "\\u00e4", parameters: {weight: !!float 1}}]\nslices: no\n',
+            b"models: [{model: {model: {path: a, revision: b}}}, {model: a+b}]\nparameters: [a]\n",
         ],
         "config": [
             {"model_type": "llama", "tie_word_embeddings": True, "torch_dtype": "bfloat16"},

@@ -14,7 +14,7 @@ import shardmix
 from shardmix.cli import render
 from shardmix.cli.commands import app
 from shardmix.errors import one_line, printable, shown
-from shardmix.recipe import load_recipe
+from shardmix.recipe.yaml_file import load_recipe
 from shardmix.sources import hub
 from tests.support.hostile_inputs import a_model, safetensors_file
 

@@ -5,7 +5,8 @@ import pytest
 import shardmix
 from shardmix.errors import MismatchError, RecipeError
 from shardmix.matching.differences import Difference, same_number, settle
-from shardmix.recipe import build_recipe, difference_keys
+from shardmix.recipe.build import build_recipe
+from shardmix.recipe.yaml_file import difference_keys
 from tests.support.models import random_model, save_model
 
 PAIRS = [("a", 0.5), ("b", 0.5)]

@@ -116,7 +116,7 @@ def test_an_unknown_pooling_is_refused(tmp_path):
 def test_pooling_is_part_of_the_recipe(tmp_path):
     bare = [Path(encoder(tmp_path / f"{seed}", seed)) for seed in range(2)]
     recipe = {
-        "models": [{"source": str(folder), "weight": 0.5} for folder in bare],
+        "models": [{"model": str(folder), "parameters": {"weight": 0.5}} for folder in bare],
         "model_type": "encoder",
         "pooling": "mean",
     }

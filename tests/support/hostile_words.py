@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.support.hostile_inputs import Build, Case, Words, a_model, a_recipe, merge
 
-_A, _B = "{source: a, weight: 0.5}", "{source: b, weight: 0.5}"
+_A, _B = "{model: a, parameters: {weight: 0.5}}", "{model: b, parameters: {weight: 0.5}}"
 _MODELS = f"models: [{_A}, {_B}]\n"
 _BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n"
@@ -15,18 +15,22 @@ _BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 
 
 def _weight(weight: str) -> str:
-    return f"models: [{{source: a, weight: {weight}}}, {_B}]"
+    return f"models: [{{model: a, parameters: {{weight: {weight}}}}}, {_B}]"
 
 
 def _source(source: str) -> str:
-    return f"models: [{{source: {source}, weight: 0.5}}, {_B}]"
+    return f"models: [{{model: {source}, parameters: {{weight: 0.5}}}}, {_B}]"
+
+
+def _switch(value: str) -> str:
+    return f"{_MODELS}parameters: {{normalize: {value}}}"
 
 
 _RECIPES: list[tuple[str, str | bytes, str, int]] = [
     ("empty", "", "must be a mapping with models", 2),
     ("nothing but a comment", "# models", "must be a mapping with models", 2),
     ("two documents", f"{_MODELS}---\n{_MODELS}", "expected a single document", 2),
-    ("a list", "- a\n- b", "must be a mapping with models, dtype", 2),
+    ("a list", "- a\n- b", "must be a mapping with models, merge_method", 2),
     ("a text", "models", "must be a mapping with models", 2),
     ("a NUL", "models: []\0", "special characters are not allowed", 2),
     ("an escape", "models: \x1b[2J", "special characters are not allowed", 2),
@@ -41,7 +45,7 @@ _RECIPES: list[tuple[str, str | bytes, str, int]] = [
     ("deep dashes", "- " * 60_000, "not valid YAML", 2),
     ("too large", _MODELS + "#" * 200_000, "more than the 131072 allowed", 2),
     ("a bomb of aliases", _BOMB + "models: *i", "aliases (*name) are not for recipes", 2),
-    ("a bomb in a weight", f"{_BOMB}models: [{{source: a, weight: *i}}]", "aliases (*name)", 2),
+    ("a bomb in a weight", f"{_BOMB}models: [{{model: a, parameters: *i}}]", "aliases (*name)", 2),
     ("an alias of itself", "models: &a [*a]", "aliases (*name) are not for recipes", 2),
     ("an alias of nothing", "models: *a", "aliases (*name) are not for recipes", 2),
     ("a merge key", f"<<: {{a: 1}}\n<<: {{b: 1}}\n{_MODELS}", "'<<' is given twice", 2),
@@ -63,7 +67,7 @@ _RECIPES: list[tuple[str, str | bytes, str, int]] = [
     ("a key of 100,000 letters", f"? {'k' * 100_000}\n: 1", "unknown key 'kkk", 2),
     ("a key of 100,000 bits", f"? 0x{'f' * 25_000}\n: 1", "unknown key a large int", 2),
     ("a key twice", f"{_MODELS}{_MODELS}", "key 'models' is given twice", 2),
-    ("a source twice", "models: [{source: a, source: b, weight: 1}]", "key 'source' is given", 2),
+    ("a source twice", "models: [{model: a, model: b}]", "key 'model' is given", 2),
     ("an unknown key", f"{_MODELS}dytpe: float16", "did you mean 'dtype'", 2),
     ("no models", "dtype: float16", "`models` must be a list", 2),
     ("models in a mapping", "models: {a: 0.5, b: 0.5}", "`models` must be a list", 2),
@@ -71,10 +75,10 @@ _RECIPES: list[tuple[str, str | bytes, str, int]] = [
     ("a model that is a text", "models: [a, b]", "models[1]: must be a mapping", 2),
     ("a model that is null", "models: [null]", "models[1]: must be a mapping", 2),
     ("one model", f"models: [{_A}]", "1 model given", 2),
-    ("no weight", "models: [{source: a}]", "`weight` is missing", 2),
+    ("no weight", f"models: [{{model: a}}, {_B}]", "`weight` is missing", 2),
     ("a weight that is a text", _weight("half"), "weight 'half' is not a number", 2),
     ("a weight that is a bool", _weight("true"), "weight True is not a number", 2),
-    ("a weight that is a list", _weight("[0.5]"), "weight [0.5] is not a number", 2),
+    ("a weight that is a list of lists", _weight("[[0.5]]"), "weight [0.5] is not a number", 2),
     ("a weight that is a date", _weight("2020-01-01"), "is not a number", 2),
     ("a weight that is infinite", _weight(".inf"), "weight inf is not a finite number", 2),
     ("a weight that is not a number", _weight(".nan"), "weight nan is not a finite number", 2),
@@ -84,11 +88,11 @@ _RECIPES: list[tuple[str, str | bytes, str, int]] = [
     ("a weight of 1,000 sixties", _weight("1" + ":1" * 1000), "is not a number", 2),
     ("a weight of escapes", _weight('"\\e]0;x\\a"'), "weight '\\x1b]0;x\\x07' is not", 2),
     ("a weight of 100,000 letters", _weight("w" * 100_000), "weight 'www", 2),
-    ("weights that sum to 5", _weight("4.5"), "weights sum to 5, not 1", 2),
-    ("a source that is a number", _source("010"), "`source` is 8, not text", 2),
-    ("a source that is a date", _source("2024-01-01"), "`source` is datetime.date(", 2),
-    ("a source that is a list", _source("[a]"), "`source` is ['a'], not text", 2),
-    ("a source that is bytes", _source("!!binary aGk="), "`source` is b'hi', not text", 2),
+    ("weights that sum to 0", _weight("-0.5"), "weights: sum to 0", 2),
+    ("a source that is a number", _source("010"), "`model` is 8, not text", 2),
+    ("a source that is a date", _source("2024-01-01"), "`model` is datetime.date(", 2),
+    ("a source that is a list", _source("[a]"), "`model` is ['a'], not text", 2),
+    ("a source that is bytes", _source("!!binary aGk="), "`model` is b'hi', not text", 2),
     ("a source of blanks", _source("'  '"), "a source is empty", 2),
     ("a source with a NUL", _source('"a\\0b"'), "a\\x00b: no such file or folder", 1),
     ("a source of escapes", _source('"\\e[2J"'), "\\x1b[2J: no such file or folder", 1),
@@ -101,8 +105,8 @@ _RECIPES: list[tuple[str, str | bytes, str, int]] = [
     ("an unknown dtype", f"{_MODELS}dtype: bfloat", "did you mean 'bfloat16'", 2),
     ("a dtype that is a list", f"{_MODELS}dtype: [float16]", "`dtype` is ['float16'], not text", 2),
     ("a dtype of escapes", f'{_MODELS}dtype: "\\e[2J"', "dtype '\\x1b[2J': must be one of", 2),
-    ("a switch that is a text", f"{_MODELS}normalize: maybe", "must be true or false", 2),
-    ("a switch of 100,000 bits", f"{_MODELS}normalize: 0x{'f' * 25_000}", "is a large int; it", 2),
+    ("a switch that is a text", _switch("maybe"), "must be true or false", 2),
+    ("a switch of 100,000 bits", _switch(f"0x{'f' * 25_000}"), "is a large int; it", 2),
     ("a size that is a bool", f"{_MODELS}max_shard_size: true", "size True", 2),
     ("a size below zero", f"{_MODELS}max_shard_size: -5", "size -5: must be more than zero", 2),
     ("a size of 100,000 bits", f"{_MODELS}max_shard_size: 0x{'f' * 25_000}", "size a large int", 2),

@@ -1,0 +1,313 @@
+"""A checked recipe from whatever a caller holds: words, pairs, a file, and options beside them."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+from shardmix.conventions.model_types import check_model_type
+from shardmix.conventions.sentence_modules import check_pooling
+from shardmix.dtypes import OUT_DTYPES
+from shardmix.errors import RecipeError, is_unicode, shown
+from shardmix.methods import linear
+from shardmix.methods.base import MergeMethod
+from shardmix.methods.registry import merge_method
+from shardmix.recipe.parameters import (
+    checked_settings,
+    representative,
+    resolve_parameters,
+    suggestion,
+)
+from shardmix.recipe.recipe import (
+    KEEP,
+    NORMALIZE,
+    WEIGHT,
+    Recipe,
+    RecipeModel,
+    overlaid,
+    plain,
+)
+from shardmix.recipe.yaml_file import difference_keys, load_recipe, settings
+
+WEIGHT_SUM_TOLERANCE = 1e-3
+"""How far from 1 the sum of weights may be, if it is checked."""
+
+ModelsArgument = (
+    Recipe
+    | str
+    | Path
+    | Mapping[str, float]
+    | Iterable[str | PathLike[str] | tuple[str | PathLike[str], float]]
+)
+"""A recipe, the path of one, a mapping source → weight, or pairs; plain sources for methods whose
+models have no weight."""
+
+
+def build_recipe(
+    models: ModelsArgument,
+    *,
+    method: str | None = None,
+    base_model: str | PathLike[str] | None = None,
+    parameters: Mapping[str, object] | None = None,
+    normalize: bool | None = None,
+    allow_weight_sum: bool | None = None,
+    dtype: str | None = None,
+    **others: Any,
+) -> Recipe:
+    """Return a checked recipe from whatever a caller may hold.
+
+    Options that are not None come before the recipe's own; `parameters` are those of the merge as
+    a whole. `others` are further fields of `Recipe`. Pairs and mappings are taken as they are:
+    unless `normalize` is true, weights of the linear method must sum to 1, save with
+    `allow_weight_sum`. Raises `RecipeError`.
+    """
+    recipe, origin, is_sum_checked = _as_recipe(models)
+    given: dict[str, Any] = {key: value for key, value in others.items() if value is not None}
+    if "allow_differences" in given:
+        given["allow_differences"] = difference_keys(given["allow_differences"])
+    if method is not None:
+        given["merge_method"] = method
+    if base_model is not None:
+        given["base_model"] = str(base_model)
+    if dtype is not None:
+        given |= {"dtype": None, "out_dtype": dtype}
+    recipe = replace(recipe, **given)
+    asked = settings(parameters, where="parameters")
+    if normalize is not None:
+        asked = overlaid(asked, plain({NORMALIZE: normalize}))
+    _refuse_without_effect(recipe, [setting.name for setting in asked])
+    is_sum_checked = is_sum_checked and recipe.merge_method == linear.NAME
+    below = plain({NORMALIZE: False}) if is_sum_checked else ()
+    recipe = replace(recipe, parameters=overlaid(below, overlaid(recipe.parameters, asked)))
+    try:
+        return checked(recipe, is_sum_checked=is_sum_checked and not allow_weight_sum)
+    except RecipeError as error:
+        if origin:
+            error.of(origin)
+        raise
+
+
+def _as_recipe(models: ModelsArgument) -> tuple[Recipe, str, bool]:
+    """Return an unchecked recipe, the file it is from, and whether its weights must sum to 1."""
+    if isinstance(models, Recipe):
+        return models, "", False
+    if isinstance(models, str | Path):
+        return load_recipe(Path(models)), str(models), False
+    try:
+        entries = list(models.items() if isinstance(models, Mapping) else models)
+    except TypeError:
+        raise RecipeError(
+            f"{type(models).__name__} given",
+            subject="models",
+            remedy="give a mapping source → weight, pairs (source, weight), or a recipe's path",
+        ) from None
+    are_weighted = not all(isinstance(entry, str | PathLike) for entry in entries)
+    return Recipe(models=tuple(map(_recipe_model, entries))), "", are_weighted
+
+
+def _recipe_model(entry: object) -> RecipeModel:
+    if isinstance(entry, str | PathLike):
+        return RecipeModel(str(entry))
+    try:
+        source, weight = cast("tuple[str, float]", entry)
+    except (TypeError, ValueError):
+        raise RecipeError("must be a pair (source, weight)", subject=shown(entry)) from None
+    return RecipeModel(str(source), plain({WEIGHT: weight}))
+
+
+def parse_source_words(
+    words: Sequence[str], *, method: str | None = None, base_model: str | None = None
+) -> list[str | tuple[str, float]]:
+    """Parse the models of a command line: SOURCE=WEIGHT, where the last `=` divides them.
+
+    If the method's models have no weight, words are sources; so is the word of the base model.
+    """
+    if not has_weights(merge_method(method or linear.NAME)):
+        return list(words)
+    return [word if word == base_model else _weighted(word) for word in words]
+
+
+def has_weights(method: MergeMethod) -> bool:
+    """Tell whether each model of a method has a weight."""
+    return any(each.name == WEIGHT and each.by_model for each in method.parameters)
+
+
+def _weighted(word: str) -> tuple[str, float]:
+    source, equals, weight = word.rpartition("=")
+    if not source:
+        missing, example = ("source", "./model") if equals else ("weight", word)
+        raise RecipeError(
+            f"no {missing} given",
+            subject=repr(word),
+            remedy=f"write SOURCE=WEIGHT, such as {example}=0.5",
+        )
+    try:
+        return source, float(weight)
+    except ValueError:
+        raise RecipeError(
+            f"weight {shown(weight)} is not a number", subject=word, remedy="write one such as 0.5"
+        ) from None
+
+
+def parse_parameter_words(words: Sequence[str]) -> dict[str, str | list[str]]:
+    """Parse the `name=value` words of `-p`; values divided by commas are a gradient."""
+    found: dict[str, str | list[str]] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not name or not equals or not value:
+            raise RecipeError(
+                "must be NAME=VALUE", subject=f"-p {word!r}", remedy="write it as -p t=0.3"
+            )
+        if name in found:
+            raise RecipeError("is given twice", subject=f"-p {name}", remedy="give it once")
+        found[name] = value.split(",") if "," in value else value
+    return found
+
+
+def checked(recipe: Recipe, *, is_sum_checked: bool = False) -> Recipe:
+    """Return the recipe with its base model apart and its parameters in their types.
+
+    `is_sum_checked`: weights that are not normalised must sum to 1. Raises `RecipeError`.
+    """
+    for source in (*recipe.sources, recipe.config_from):
+        if source is not None:
+            _check_source(source)
+    for key in ("dtype", "out_dtype"):
+        _check_dtype(getattr(recipe, key))
+    if recipe.model_type is not None:
+        check_model_type(recipe.model_type)
+    if recipe.pooling is not None:
+        check_pooling(recipe.pooling)
+    method = merge_method(recipe.merge_method)
+    recipe = replace(
+        recipe,
+        models=tuple(
+            replace(
+                model,
+                parameters=checked_settings(
+                    model.parameters, method, f"models[{number}] ({model.source})", of_model=True
+                ),
+            )
+            for number, model in enumerate(recipe.models, start=1)
+        ),
+        parameters=checked_settings(recipe.parameters, method, "parameters", of_model=False),
+    )
+    recipe = _with_base_apart(recipe, method)
+    _check_number_of_models(recipe, method)
+    if not recipe.depends_on_tensor:
+        (params,) = resolve_parameters(recipe, ()).groups
+        if is_sum_checked and not params.shared[NORMALIZE]:
+            _check_sum(params.numbers(WEIGHT))
+    return recipe
+
+
+def _check_source(source: str) -> None:
+    if not source.strip():
+        raise RecipeError("a source is empty", remedy="name a model folder, a file or a Hub id")
+    if not is_unicode(source):
+        raise RecipeError(
+            "is not valid Unicode, so no report could name it",
+            subject=source,
+            remedy="rename the folder",
+        )
+
+
+def _check_dtype(dtype: str | None) -> None:
+    choices = (KEEP, *OUT_DTYPES)
+    if dtype is not None and dtype not in choices:
+        raise RecipeError(
+            f"must be one of {', '.join(choices)}{suggestion(dtype, choices)}",
+            subject=f"dtype {dtype!r}",
+        )
+
+
+def _with_base_apart(recipe: Recipe, method: MergeMethod) -> Recipe:
+    """Return the recipe without the base model among its models, if the method takes one.
+
+    For others it is a model like all, and gives the config, as in mergekit.
+    """
+    base = recipe.base_model
+    if method.needs(representative(recipe)).base_model:
+        if base is None:
+            raise RecipeError(
+                f"{method.name} needs a base model",
+                remedy="name it by `base_model` or --base-model",
+            )
+        for number, model in enumerate(recipe.models, start=1):
+            if model.source == base and model.parameters:
+                raise RecipeError(
+                    "is the base model, whose parameters would have no effect",
+                    subject=f"models[{number}] ({base})",
+                    remedy="leave them out",
+                )
+        others = tuple(model for model in recipe.models if model.source != base)
+        return replace(recipe, models=others)
+    if base is None:
+        return recipe
+    if base not in recipe.sources[1:]:
+        raise RecipeError(
+            f"`base_model`: {method.name} takes no base model, and {base} is none of the models",
+            remedy="give it among the models, or as `config_from` if it has the config",
+        )
+    return replace(recipe, base_model=None, config_from=recipe.config_from or base)
+
+
+def _check_number_of_models(recipe: Recipe, method: MergeMethod) -> None:
+    needs = method.needs(representative(recipe))
+    count, beside = len(recipe.models), " beside the base model" if needs.base_model else ""
+    num_sources = len(recipe.sources)
+    if num_sources < 2:
+        example = "SOURCE=WEIGHT" if has_weights(method) else "SOURCE"
+        raise RecipeError(
+            f"{num_sources} model{'s' * (num_sources != 1)} given: a merge needs at least two",
+            remedy=f"name each as {example}",
+        )
+    if count < needs.least_models:
+        raise RecipeError(
+            f"{count} models given: {method.name} needs at least {needs.least_models}{beside}",
+            remedy="name more",
+        )
+    if needs.most_models is not None and count > needs.most_models:
+        raise RecipeError(
+            f"{count} models given: {method.name} takes at most {needs.most_models}{beside}",
+            remedy="leave the others out, or use another method",
+        )
+
+
+def _check_sum(weights: Iterable[float]) -> None:
+    total = math.fsum(weights)
+    if abs(total - 1) > WEIGHT_SUM_TOLERANCE:
+        raise RecipeError(
+            f"weights sum to {total:.6g}, not 1",
+            remedy="correct them, or use --normalize (normalize=True) to rescale them, or "
+            "--allow-weight-sum (allow_weight_sum=True) if this sum is meant",
+        )
+
+
+def _refuse_without_effect(recipe: Recipe, names: Iterable[str]) -> None:
+    """Raise `RecipeError` if every model has a parameter of its own that is given for all."""
+    for name in names:
+        if recipe.models and all(
+            any(setting.name == name for setting in model.parameters) for model in recipe.models
+        ):
+            raise RecipeError(
+                "would change nothing, since each model has its own",
+                subject=f"parameter {name!r}",
+                remedy="change it there",
+            )
+
+
+def recipe_notes(recipe: Recipe) -> Iterator[str]:
+    """Yield what to know of a checked recipe that comes from mergekit's language."""
+    if recipe.dtype is not None and recipe.out_dtype is None:
+        yield (
+            f"dtype {recipe.dtype}: is taken as the output's; the arithmetic is in float32 "
+            "(float64 if any source is)"
+        )
+    elif recipe.dtype not in (None, recipe.out_dtype):
+        yield (
+            f"dtype {recipe.dtype}: has no effect, since out_dtype is {recipe.out_dtype}; the "
+            "arithmetic is in float32 (float64 if any source is)"
+        )

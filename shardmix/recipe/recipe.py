@@ -1,0 +1,134 @@
+"""The values of a recipe: models, a method, and settings of its parameters. Plain frozen data."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from shardmix.methods import linear
+from shardmix.methods.base import Value
+
+KEEP = "keep"
+"""Output dtype: each tensor's in the first model."""
+WEIGHT = "weight"
+"""The parameter that `SOURCE=WEIGHT` words set: each model's share, in all methods that have it."""
+NORMALIZE = "normalize"
+"""The parameter that `--normalize` sets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A parameter's value for some of the tensors."""
+
+    points: tuple[Value, ...]
+    """One value, or a gradient: several, spread evenly over the layers, linear between them."""
+    filter: str | None = None
+    """A part of the names of these tensors; None: all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A parameter and its value for every tensor. The first choice that fits a name counts."""
+
+    name: str
+    """The parameter."""
+    choices: tuple[Choice, ...]
+    """At least one. If none fits a tensor, the setting says nothing of it."""
+
+    @property
+    def depends_on_tensor(self) -> bool:
+        """Whether the value may be another for another tensor."""
+        first = self.choices[0]
+        return first.filter is not None or len(first.points) > 1
+
+
+Settings = tuple[Setting, ...]
+"""Parameters of a model or of a recipe as a whole, each named once."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeModel:
+    """A model that is merged, and the parameters of its own."""
+
+    source: str
+    """Local folder, `.safetensors` file, or Hub id `org/name[@revision]`."""
+    parameters: Settings = ()
+    """They come before the recipe's, which are for all models."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A merge, as asked for. One that `build.checked` has returned makes sense."""
+
+    models: tuple[RecipeModel, ...]
+    """The models, in order; once checked, without the base model."""
+    merge_method: str = linear.NAME
+    """Its name in `methods.registry`."""
+    base_model: str | None = None
+    """What models are compared with, for methods that need one; once checked, None for others."""
+    parameters: Settings = ()
+    """Of the merge as a whole; for parameters that each model has, the value of all models."""
+    dtype: str | None = None
+    """Output dtype, if `out_dtype` is None. In mergekit models are cast to it before the
+    arithmetic, which is always in float32 here (float64 if any source is)."""
+    out_dtype: str | None = None
+    """Output dtype: KEEP, float32, float16 or bfloat16."""
+    config_from: str | None = None
+    """Source of config, tokenizer and the other auxiliary files; None: the first of `sources`."""
+    max_shard_size: int | None = None
+    """Largest output shard in bytes; None: the shard layout of the first of `sources`."""
+    model_type: str | None = None
+    """decoder, encoder, reranker or encoder-decoder. The output of encoders also loads in
+    sentence-transformers: with its own modules, or else with CLS pooling and normalisation."""
+    allow_differences: tuple[str, ...] = ()
+    """Keys in which the models may differ although an average over that makes no sense by itself:
+    of a config (`num_attention_heads`, `text_config.hidden_act`), `tokenizer`, `model_type`,
+    `quantization_config`, or a file (`modules.json`). Sorted, each once."""
+    pooling: str | None = None
+    """How an encoder's output pools the states of a text's tokens, one of
+    `sentence_modules.POOLINGS`; None: as its modules say, or else by the first (cls)."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What is opened, in order: the base model, if there is one, then the models.
+
+        The first gives names, dtypes and shard layout.
+        """
+        base = () if self.base_model is None else (self.base_model,)
+        return (*base, *(model.source for model in self.models))
+
+    def with_sources(self, sources: Sequence[str]) -> "Recipe":
+        """Return the same recipe with other names for its `sources`, in their order."""
+        base = None if self.base_model is None else sources[0]
+        others = sources if base is None else sources[1:]
+        models = zip(self.models, others, strict=True)
+        return replace(
+            self,
+            base_model=base,
+            models=tuple(replace(model, source=source) for model, source in models),
+        )
+
+    @property
+    def output_dtype(self) -> str:
+        """The output's dtype: KEEP, float32, float16 or bfloat16."""
+        return self.out_dtype or self.dtype or KEEP
+
+    @property
+    def depends_on_tensor(self) -> bool:
+        """Whether any parameter may have another value for another tensor."""
+        levels = (self.parameters, *(model.parameters for model in self.models))
+        return any(setting.depends_on_tensor for level in levels for setting in level)
+
+
+def plain(values: Mapping[str, Value]) -> Settings:
+    """Return settings of parameters that are the same for every tensor.
+
+    Example:
+        >>> plain({"weight": 0.5})[0].choices[0].points
+        (0.5,)
+    """
+    return tuple(Setting(name, (Choice((value,)),)) for name, value in values.items())
+
+
+def overlaid(below: Settings, above: Settings) -> Settings:
+    """Return settings of one level, where those `above` take the place of others of their name."""
+    by_name = {setting.name: setting for setting in (*below, *above)}
+    return tuple(by_name.values())
