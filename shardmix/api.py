@@ -248,9 +248,9 @@ def _kept(staging: Staging, journal: Journal, plan: MergePlan, error: BaseExcept
     if isinstance(error, NonfiniteError):
         way = "with --on-nonfinite warn it goes on from there"
     elif plan.settings.restart:
-        way = "the same without --restart goes on from there"
+        way = "the same merge without --restart goes on from there"
     else:
-        way = "the same again goes on from there"
+        way = "the same merge goes on from there"
     return (
         f"{format_size(done)} of {format_size(plan.write_nbytes)} are done and kept in "
         f"{staging.path}: {way}"

@@ -123,7 +123,7 @@ def merge_by_examples(
         raise
     except KeyboardInterrupt as error:
         if not str(error):
-            error.args = (f"the examples gave the weights {words}: the same again takes them",)
+            error.args = (f"the examples gave the weights {words}: the same merge takes them",)
         raise
     return replace(report, scores=scores, warnings=scores.warnings + report.warnings)
 
@@ -220,5 +220,5 @@ def _save_scores(staging: Staging, log: ScoreLog, names: Sequence[str]) -> str:
         return ""
     return (
         f"the losses of {log.num_models} of {len(names)} models are kept in {staging.path}: the "
-        "same again goes on from there"
+        "same merge goes on from there"
     )

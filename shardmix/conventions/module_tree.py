@@ -138,7 +138,7 @@ def _routes(folder: Path, place: str) -> tuple[Path, dict[str, list[str]], dict[
         for members in structure.values():
             if not isinstance(members, list) or not all(isinstance(name, str) for name in members):
                 raise SourceError(
-                    "has a route that is no list of modules",
+                    "has a route that is not a list of modules",
                     subject=path,
                     remedy="fetch it again",
                 )

@@ -101,7 +101,7 @@ def _pieces(header: bytes) -> Iterator[bytes]:
         raise SourceError(
             "has a header that cannot be read in parts, for an entry of more than a megabyte or "
             'names with `},"` in them; no model has such',
-            remedy="save it anew with other names",
+            remedy="save it again with other names",
         )
     yield opening + header[start:]
 
@@ -162,7 +162,7 @@ class _Columns:
                 f"has {num_extra} byte{'s' * (num_extra > 1)} too many at its end: its header "
                 f"describes {expected_nbytes} bytes but the file has {file_nbytes}; something was "
                 "appended to it, or header and data are of two files",
-                remedy="fetch it again, or save it anew",
+                remedy="fetch it again, or save it again",
             )
         names = self.names
         order = np.lexsort((stops, starts))

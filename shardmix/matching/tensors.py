@@ -232,7 +232,7 @@ def _own_names(checkpoint: Source, notes: list[str]) -> Sequence[str]:
             "stores tensors both with a wrapper's name in theirs (_orig_mod., module.) and "
             "without it",
             subject=checkpoint.source,
-            remedy="save the model anew, without the wrapper",
+            remedy="save the model again, without the wrapper",
         )
     changed = next(name for name, own in zip(names, plain, strict=True) if name != own)
     notes.append(
@@ -340,7 +340,7 @@ def _way_on(names: Sequence[str]) -> str:
         )
     return (
         "if they are of one architecture, load them with one class of transformers (AutoModel, or "
-        "the one that you will use) and save them anew with save_pretrained"
+        "the one that you will use) and save them again with save_pretrained"
     )
 
 

@@ -105,7 +105,7 @@ def check_disk(output: Path, needed_nbytes: int, *, staged_nbytes: int = 0) -> N
         free = free_nbytes(output) + staged_nbytes
     except OSError as error:
         raise OutputError(
-            f"its disk cannot be looked at ({error.strerror})",
+            f"the free space of its disk cannot be read ({error.strerror})",
             subject=output,
             remedy="check its permissions and its disk",
         ) from None

@@ -344,7 +344,7 @@ def _check_format(path: Path, then: _Format) -> None:
 
 def _check_same(path: Path, then: _Head, now: _Head) -> None:
     differences = asked_otherwise(then.merge, now.merge)
-    remedy = "give the same again to go on from there, or throw it away with --restart"
+    remedy = "give the same merge again to go on from there, or throw it away with --restart"
     if not differences:
         differences = changed_files(then.merge, now.merge)
         remedy = "throw it away with --restart"

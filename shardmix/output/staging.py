@@ -336,7 +336,7 @@ def _own_hidden(parent: HeldFolder, name: str) -> HeldFolder:
         raise OutputError(
             f"is {what}, where a merge has a folder of its own; it was left as it is",
             subject=path,
-            remedy="see who has put it there, then remove it, or choose another output",
+            remedy="find out who put it there, then remove it, or choose another output",
         )
     owner = _owner_if_private(path, parent, there)
     hidden = parent.subfolder(name)
@@ -465,7 +465,7 @@ def _clear(hidden: HeldFolder, *, but: Collection[str] = ()) -> None:
         there = hidden.entry(name)
         if name in (_MODEL, _ASIDE) and models and there and there.st_ino not in models:
             raise OutputError(
-                "is not the model that was to be replaced, but got here in its place",
+                "is not the model that was to be replaced, but took its place",
                 subject=hidden.path / name,
                 remedy="move it to where it belongs",
             )
@@ -494,7 +494,7 @@ def _put_in_place(staging: Staging, *, overwrite: bool, fsync: bool) -> None:
                 "has been moved or replaced while the merge was at work, so its output was not "
                 "put in place",
                 subject=staging.path,
-                remedy="see who has done that, then start again",
+                remedy="find out who did that, then start again",
             )
         if old is None:
             hidden.move(_MODEL, parent, name)
@@ -502,9 +502,9 @@ def _put_in_place(staging: Staging, *, overwrite: bool, fsync: bool) -> None:
             _exchange(staging, old)
     if not parent.holds(name, staging.folder):
         raise OutputError(
-            "has been replaced in the moment when it was put in place",
+            "was replaced just as it was put in place",
             subject=staging.output,
-            remedy="see who has done that, then start again",
+            remedy="find out who did that, then start again",
         )
     staging._is_placed = True  # for callers that know it; later processes read the marker
     if fsync:

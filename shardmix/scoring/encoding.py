@@ -242,7 +242,7 @@ class _Encoder:
 
 def _says_nothing(example: TextExample) -> RecipeError:
     return RecipeError(
-        "`output` gives no tokens after those of the prompt; the loss is taken of them",
+        "`output` gives no tokens after those of the prompt; the loss is computed over them",
         subject=example.name,
         remedy="write a longer output, or score without --chat-template",
     )

@@ -141,7 +141,7 @@ def _text_example(name: str, item: object) -> TextExample:
     output = _text(name, fields, "output")
     if not output.strip():
         raise RecipeError(
-            "`output` is empty; the loss is taken of it",
+            "`output` is empty; the loss is computed over it",
             subject=name,
             remedy="write what is wanted",
         )
@@ -217,5 +217,5 @@ def _check_unicode(name: str, key: str, text: str) -> None:
         raise RecipeError(
             f"`{key}` is not valid Unicode (character {error.start})",
             subject=name,
-            remedy="write the text anew",
+            remedy="write the text again",
         ) from None

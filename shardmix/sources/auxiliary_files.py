@@ -94,7 +94,7 @@ def find_auxiliary_files(
         refuse_link_outside(folder, folder / name)
         if not (folder / name).is_file():
             raise SourceError(
-                "is not a regular file, as it would have to be to go along with the weights",
+                "is not a regular file, and only regular files are copied with the weights",
                 subject=folder / name,
                 remedy="put the file there, or remove it",
             )

@@ -76,7 +76,7 @@ def locate(source: str, *, with_weights: bool = True) -> LocalSource:
     if is_local:
         if not (is_unicode(source) and is_unicode(os.path.realpath(path))):
             raise SourceError(
-                "is not valid Unicode, so no report could name it",
+                "is not valid Unicode, and reports must name it",
                 subject=source,
                 remedy="rename the folder",
             )

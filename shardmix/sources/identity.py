@@ -100,7 +100,7 @@ class SourceIdentity:
                 status = Path(file.path).stat()
             except OSError as error:
                 raise SourceChangedError(
-                    f"was there when its header was read and is not now ({error.strerror})",
+                    f"was there when its header was read, and is gone now ({error.strerror})",
                     subject=file.path,
                     remedy="leave sources alone while they are in use, then start again",
                 ) from None

@@ -404,5 +404,5 @@ def _not_own(path: Path, finding: str, own: str) -> OutputError:
     return OutputError(
         f"{finding}, and a merge has {own} of its own there; it was left as it is",
         subject=path,
-        remedy="see who has put it there, then remove it",
+        remedy="find out who put it there, then remove it",
     )

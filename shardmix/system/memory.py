@@ -63,8 +63,7 @@ def check_room(
     least = resident_nbytes() + needed
     if least > budget:
         raise BudgetError(
-            f"{purpose} may take {format_mib(least)} in all but {limit}; "
-            "what comes after it may take more",
+            f"{purpose} may take {format_mib(least)} in all but {limit}; later steps may take more",
             subject=subject,
             remedy="raise the budget, or use a machine with more memory",
         )

@@ -231,7 +231,7 @@ def test_signal_stops_merge_that_resumes(tmp_path, number, status):
     assert process.returncode == status, errors
     kept = tmp_path / ".out.shardmix"
     if kept.exists():
-        assert f"are done and kept in {kept}: the same again goes on from there" in errors
+        assert f"are done and kept in {kept}: the same merge goes on from there" in errors
     else:
         assert "nothing was written" in errors
     assert not (tmp_path / "out").exists()

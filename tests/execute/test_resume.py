@@ -78,7 +78,7 @@ def test_error_says_what_is_kept(tmp_path, models):
         shardmix.merge(models, tmp_path / "out", workers=1)
     assert str(caught.value) == (
         f"the disk is full; 12.6 MB of 28.0 MB are done and kept in {staged(tmp_path)}: the same "
-        "again goes on from there"
+        "merge goes on from there"
     )
 
 

@@ -28,7 +28,7 @@ def test_full_disk_is_named_then_resumed(bench, disk, nbytes):
     assert done.status == 1
     assert done.is_one_clear_line, done
     assert "the disk is full (No space left on device); free some space" in done.stderr
-    kept = f"are done and kept in {merge.staging}: the same again goes on from there"
+    kept = f"are done and kept in {merge.staging}: the same merge goes on from there"
     assert (kept in done.stderr) == (nbytes > 200_000)
     assert merge.found == NONE
     resize(disk, 4_000_000)

@@ -44,7 +44,7 @@ def made(bench):
         ("flock", ".out.shardmix/lock", 0, errno.EIO, "cannot be made (Input/output error)"),
         ("open", JOURNAL, 0, errno.ENOSPC, "the disk is full"),
         ("write", JOURNAL, 4, errno.EIO, "journal: cannot be written (Input/output error); "),
-        ("statvfs", ".", 0, errno.EIO, "its disk cannot be looked at"),
+        ("statvfs", ".", 0, errno.EIO, "the free space of its disk cannot be read"),
         ("truncate", SHARD, 0, errno.ENOSPC, "the disk is full"),
         ("pwrite", SHARD, 9, errno.EIO, "cannot be written (Input/output error); "),
         ("fsync", SHARD, 0, errno.EIO, "cannot be written (Input/output error); "),

@@ -200,7 +200,7 @@ def test_others_files_within_are_not_used(made, tmp_path, name):
         assert refusal == (
             f"{path}: belongs to user {SOMEBODY}, and a merge has "
             f"a {'folder' if name == 'model' else 'file'} of its own there; it was left as it is; "
-            "see who has put it there, then remove it"
+            "find out who put it there, then remove it"
         )
 
 

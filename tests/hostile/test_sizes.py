@@ -123,7 +123,7 @@ def test_header_too_large_is_refused_unread(tmp_path, many, command):
     budget = ["--max-memory", "512MiB"]
     said, before, peak = run(_RUN, *command, f"{model}=0.5", f"{model}=0.5", *budget)
     assert said.startswith(f"error: {model}/model.safetensors: to decode its header of ")
-    assert "but --max-memory is 512MiB; what comes after it may take more; raise" in said
+    assert "but --max-memory is 512MiB; later steps may take more; raise" in said
     assert peak - before < 40_000_000
 
 

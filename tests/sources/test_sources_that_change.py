@@ -404,7 +404,9 @@ def test_deleted_source_is_read_then_missing(tmp_path, io):
     os.unlink(tmp_path / "a")
     assert bytes(reader.view(0, 200, memoryview(bytearray(56)))) == bytes(range(200, 256))
     reader.close()
-    with pytest.raises(SourceError, match=r"a: was there when its header was read and is not now"):
+    with pytest.raises(
+        SourceError, match=r"a: was there when its header was read, and is gone now"
+    ):
         SourceIdentity((file,)).check_unchanged()
 
 

@@ -30,7 +30,7 @@ def test_room_is_within_the_whole_budget(monkeypatch):
     with pytest.raises(
         BudgetError,
         match="x: to decode it may take 151MiB in all but --max-memory is 150MiB; "
-        "what comes after it may take more; raise the budget",
+        "later steps may take more; raise the budget",
     ):
         memory.check_room(51 * MIB, max_memory=150 * MIB, subject="x", purpose="to decode it")
 
