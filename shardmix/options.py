@@ -1,4 +1,4 @@
-"""The options of a merge by keyword, and the `RunSettings` that they are checked into."""
+"""The keyword options of a merge, and the `RunSettings` that they are checked into."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,25 +18,26 @@ LLVM = "llvm"
 """Backend: compiled kernels on the CPU, without torch in the process."""
 
 WARN = "warn"
-"""On NaN and Inf in the output: count them, and tell of them."""
+"""On NaN and Inf in the output: count and report them."""
 ERROR = "error"
 """On NaN and Inf in the output: stop at the first."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
-    """How a merge is run. Nothing here changes a byte of the output."""
+    """The settings of a merge that change no byte of the output."""
 
     device: str = "cpu"
-    """cpu, cuda (all GPUs), cuda:N, or auto until the planner knows how much there is to sum."""
+    """cpu, cuda (all GPUs), cuda:N, or auto until the planner knows the size of the merge."""
     is_device_open: bool = False
-    """A GPU is there but nobody asked for it: the merge begins by trying if the CPU is faster."""
+    """True if there is a GPU that nobody asked for: the merge begins by trying if the CPU is
+    faster."""
     io: str = "auto"
-    """How sources are read: mmap, pread, or auto until the planner has decided."""
+    """Way to read sources: mmap, pread, or auto until the planner has decided."""
     backend: str = "auto"
-    """What does the sums: TORCH, LLVM, or auto until the planner has seen the dtypes."""
+    """Backend of the arithmetic: TORCH, LLVM, or auto until the planner has seen the dtypes."""
     workers: int | None = None
-    """Threads; None: as many as speed needs."""
+    """Number of threads; None for as many as speed needs."""
     max_memory_nbytes: int | None = None
     """Bound on the process's peak resident memory."""
     max_vram_nbytes: int | None = None
@@ -46,17 +47,17 @@ class RunSettings:
     fsync: bool = True
     """Force files to disk before the output appears."""
     share: bool = False
-    """The output can be read by whom the umask lets in, though a source is private."""
+    """Let the umask decide who may read the output, even if a source is private."""
     restart: bool = False
-    """Throw away what an earlier run has left, rather than go on from it."""
+    """Discard an unfinished merge, instead of going on with it."""
     on_nonfinite: str = WARN
-    """WARN or ERROR: what to do about NaN and Inf in the output."""
+    """Reaction to NaN and Inf in the output: WARN or ERROR."""
     profile: str | None = None
-    """Absolute path of the file that memory and speed are written to; None: they are not."""
+    """Absolute path of the profile's file; None without a profile."""
 
     @property
     def on_cuda(self) -> bool:
-        """Whether the arithmetic runs on a GPU, or is assumed to."""
+        """True if the arithmetic runs on a GPU, or is assumed to."""
         return self.device.startswith("cuda")
 
 
@@ -65,7 +66,7 @@ BACKEND_CHOICES = ("auto", TORCH, LLVM)
 
 
 class MergeOptions(TypedDict, total=False):
-    """What `merge` and `plan_merge` take by keyword; all of it optional."""
+    """The keyword arguments of `merge` and `plan_merge`, all optional."""
 
     dtype: str | None
     """Output dtype: "keep" (each tensor's in the first model), float32, float16 or bfloat16."""
@@ -84,37 +85,39 @@ class MergeOptions(TypedDict, total=False):
     allow_weight_sum: bool | None
     """Accept weights whose sum is not 1."""
     allow_differences: Sequence[str] | str | None
-    """Keys in which the models may differ although an average over that makes no sense by itself:
-    of their configs ("num_attention_heads"), "tokenizer", "quantization_config", ..."""
+    """Keys in which the models may differ although an average over them makes no sense: of their
+    configs ("num_attention_heads"), "tokenizer", "quantization_config", ..."""
     pooling: str | None
-    """How an encoder pools: cls, mean, max, mean_sqrt_len, weightedmean or lasttoken; default: as
-    its sentence-transformers modules say, or else cls."""
+    """Pooling of an encoder: cls, mean, max, mean_sqrt_len, weightedmean or lasttoken; default:
+    that of its sentence-transformers modules, else cls."""
     max_memory: int | str | None
-    """Bound on the whole process's peak resident memory ("2GiB"); default: what speed needs."""
+    """Bound on the whole process's peak resident memory ("2GiB"); default: only what speed
+    needs."""
     max_vram: int | str | None
-    """Bound on GPU memory, of each GPU."""
+    """Bound on the memory of each GPU."""
     device: str
-    """cpu, cuda (all GPUs), cuda:N, or auto (default): of a large merge whichever is the faster."""
+    """cpu, cuda (all GPUs), cuda:N, or auto (default): for a large merge the faster of CPU and
+    GPU."""
     io: str
-    """How sources are read: auto (default), mmap or pread. All bounded, all the same bytes."""
+    """Way to read sources: auto (default), mmap or pread. All bounded, all the same bytes."""
     backend: str
-    """What does the sums: auto (default), torch or llvm. All the same bytes."""
+    """Backend of the arithmetic: auto (default), torch or llvm. All the same bytes."""
     workers: int | None
-    """Threads; default: one a core."""
+    """Number of threads; default: one per core, at most eight."""
     overwrite: bool
-    """Replace an existing output, which stays until the new one is whole."""
+    """Replace an existing output, which stays until the new one is complete."""
     fsync: bool
     """Force everything to disk before the output appears (default); False for scratch disks."""
     share: bool
-    """Let the umask decide who may read the output, though a source can be read by fewer."""
+    """Let the umask decide who may read the output, even if a source is more private."""
     restart: bool
-    """Throw away what an earlier run of a merge to this output has left, instead of going on."""
+    """Discard an unfinished merge to this output, instead of going on with it."""
     on_nonfinite: str
-    """NaN or Inf in the output: "warn" (default: they are counted, by tensor) or "error"."""
+    """Reaction to NaN or Inf in the output: "warn" (default: count them by tensor) or "error"."""
     digest: str
-    """What the output's files are hashed with: xxh3 (default), blake3 or sha256."""
+    """Digest of the output's files: xxh3 (default), blake3 or sha256."""
     record_paths: bool
-    """Tell in the output's shardmix.json where on this machine the sources lie."""
+    """Record the sources' paths on this machine in the output's shardmix.json."""
     profile: str | PathLike[str] | None
     """Record memory over time and speed by stage into this .json file (see docs/profile.md)."""
 
@@ -153,13 +156,13 @@ def run_settings(options: MergeOptions) -> RunSettings:
 
 
 def _device(asked: str) -> str:
-    """Return the device, or auto where there is a choice."""
+    """Return the device, or auto if there is a choice."""
     device = resolve_device(asked)
     return asked if asked == "auto" and device != "cpu" else device
 
 
 def digest_algorithm(options: MergeOptions) -> str:
-    """Return what the output's files are to be hashed with. Raises `RecipeError`."""
+    """Return the algorithm of the output files' digests. Raises `RecipeError`."""
     algorithm = options.get("digest", XXH3)
     check_algorithm(algorithm)
     return algorithm

@@ -1,5 +1,7 @@
-"""Commands and their options. The library is loaded inside a command, so that `--help` is
-instant."""
+"""Commands and their options.
+
+Each loads the library only when it is called, so that `--help` is instant.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What makes a merge this one and no other, and in what two of them differ. Knows no journal."""
+"""The identity of a merge, and the differences between two. Knows no journal."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -8,16 +8,16 @@ from shardmix.plan.merge_plan import FileIdentity, MergePlan
 
 @dataclass(frozen=True, slots=True)
 class MergeDescription:
-    """What makes a merge this one and no other, in words that its user knows."""
+    """The identity of a merge, in words that its user knows."""
 
     models: tuple[str, ...]
-    """By public name, in order."""
+    """Public names, in order."""
     weights: tuple[float, ...]
-    """In full precision."""
+    """Weights in full precision."""
     dtype: str
     config_from: str
     config_source_commit: str | None
-    """Of a config source from the Hub."""
+    """Commit of a config source from the Hub."""
     max_shard_size: int | None
     model_type: str | None
     allow_differences: tuple[str, ...]
@@ -47,7 +47,7 @@ class MergeDescription:
 
 
 def asked_otherwise(then: MergeDescription, now: MergeDescription) -> list[str]:
-    """Say what was asked for otherwise."""
+    """Describe the user's requests that differ."""
     found = []
     for field in fields(MergeDescription):
         before, after = getattr(then, field.name), getattr(now, field.name)
@@ -58,12 +58,12 @@ def asked_otherwise(then: MergeDescription, now: MergeDescription) -> list[str]:
 
 
 def changed_files(then: MergeDescription, now: MergeDescription) -> list[str]:
-    """Say which sources are not what they were."""
+    """Describe the sources that changed."""
     before, after = [_key(file) for file in then.files], [_key(file) for file in now.files]
     found = [f"{name} was not among its files" for _, name in _without(after, before)]
     found += [f"{name} is no longer among its files" for _, name in _without(before, after)]
     if before == after:
-        # By number, since one model may be there twice.
+        # By number, since one model may occur twice.
         pairs = list(zip(then.files, now.files, strict=True))
     else:
         was = dict(zip(before, then.files, strict=True))

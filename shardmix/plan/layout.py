@@ -1,4 +1,4 @@
-"""Output shards: which tensor goes where, and the segments that its data is divided into.
+"""Output shards: the tensors of each, and the segments that its data is divided into.
 
 Lays out headers and offsets from opened checkpoints; decides nothing about memory or devices.
 """
@@ -24,26 +24,26 @@ from shardmix.sources.base import Source
 
 @dataclass(frozen=True, slots=True)
 class TensorParameters:
-    """With which method and parameters each tensor of a part is merged."""
+    """The method and parameters of each tensor of a part."""
 
     method: MergeMethod
     """The method of float tensors."""
     groups: Sequence[Params]
-    """The values that there are, each for the tensors that share it."""
+    """All parameter values, each for the tensors that share it."""
     rows: npt.NDArray[np.int32]
     """For each matched tensor, an index into `groups`."""
     num_groups_before: int = 0
-    """How many groups of other parts come before these in `MergePlan.parameters`."""
+    """Number of groups of other parts before these in `MergePlan.parameters`."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileNumbers:
-    """The numbers by which segments know what is read of one part of a source."""
+    """The numbers of files and streams of one part of a source, as segments use them."""
 
     first: int
-    """Of its first file; the others follow."""
+    """Number of its first file; the others follow."""
     decoded: int
-    """Of its stream of decoded tensors, if it has one."""
+    """Number of its stream of decoded tensors, if it has one."""
 
 
 def plan_shards(
@@ -57,11 +57,11 @@ def plan_shards(
     stem: str = MODEL,
     numbers: Sequence[FileNumbers],
 ) -> tuple[tuple[OutputShard, ...], list[str]]:
-    """Return the output's files, in order, and what is to be told of them.
+    """Return the output's files, in order, and notes for the user.
 
-    Each file has its header and its segments. `out_dtypes` are safetensors dtypes, one for each
-    of the matched tensors. `place` is the folder within the output that the files go into, and
-    `stem` what they are called. `numbers` are those of each source's files.
+    Each file has its header and its segments. `out_dtypes` are safetensors dtypes, one for each of
+    the matched tensors. `place` is the files' folder within the output, and `stem` their stem.
+    `numbers` are those of each source's files.
     """
     prefix = f"{place}/" if place else ""
     columns = _SourceColumns(checkpoints, matched, out_dtypes, parameters, prefix, numbers)
@@ -101,7 +101,7 @@ def _shard_groups(
             for filename, names in split.filename_to_tensors.items()
         ]
     files = first.tensors.files[matched.rows[0]]
-    # What the first model does not store has no shard of its own there: it ends the last.
+    # A tensor that the first model does not store has no shard there: it ends the last one.
     files[len(files) - matched.num_added :] = len(metadata) - 1
     filled = np.flatnonzero(np.bincount(files))  # `np.unique` would import all of `numpy.ma`
     return [
@@ -115,12 +115,12 @@ def _shard_groups(
 
 
 class _Group:
-    """Tensors with the same parameters: which sources count for them, and with what factors."""
+    """Tensors with the same parameters: the sources that count for them, and their factors."""
 
     def __init__(self, method: MergeMethod, params: Params) -> None:
         needs = method.needs(params)
         self.is_whole = bool(needs.statistics)
-        """Its tensors are not joined, since each has factors of its own."""
+        """True if its tensors are not joined, since each has factors of its own."""
         self.narrow, self.narrow_factors = _counted(method, params, is_wide=False)
         """The sources that count, the base model among them, and their factors, in float32."""
         self.wide, self.wide_factors = _counted(method, params, is_wide=True)
@@ -139,7 +139,7 @@ def _counted(
 
 
 class _SourceColumns:
-    """Where every output tensor lies in every source, in columns, to find segments quickly."""
+    """The output tensors in every source, in columns, to find segments quickly."""
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class _SourceColumns:
             self._starts.append(table.starts[rows])
             self._nbytes.append(table.nbytes[rows])
             self._ranks.append(table.dtype_ranks[rows])
-        # By source: whether a tensor's values there count.
+        # By source: True for tensors whose values there count.
         self._counts = [
             np.array([source in group.wide for group in self._groups])[self._group_of]
             for source in range(len(checkpoints))
@@ -215,7 +215,7 @@ class _SourceColumns:
         )
 
     def _segment_bounds(self, order: npt.NDArray[np.int64]) -> list[int]:
-        """Divide tensors in output order where one is not the next of its neighbour everywhere."""
+        """Divide tensors in output order into stretches that are contiguous in every file."""
         if not order.size:
             return [0]
         before, after = order[:-1], order[1:]

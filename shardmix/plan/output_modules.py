@@ -1,4 +1,4 @@
-"""An output's sentence-transformers modules: whose, in which folders, and how they pool.
+"""An output's sentence-transformers modules: their model, their folders, and their pooling.
 
 Decides, and reads small files; writes nothing.
 """
@@ -29,15 +29,15 @@ class PlannedModules:
     """An output's modules."""
 
     modules: tuple[Module, ...]
-    """All of them; empty for a bare model, and for one that gets those of every encoder."""
+    """All modules; empty for a bare model, and for one that gets an encoder's default modules."""
     places: dict[str, str]
-    """What weights of a module are known by (`Module.key`) → their folder within the output."""
+    """Key of a module (`Module.key`) → its folder within the output."""
     folder: Path | None
-    """The model that they are taken from, if it is not the one that gives config and tokenizer."""
+    """The model that gives them, if it is not the one that gives config and tokenizer."""
     output: OutputModules
-    """What of that is to be written."""
+    """The files to write for them."""
     notes: tuple[str, ...]
-    """What is to be told of it."""
+    """Notes for the user."""
 
 
 def plan_modules(
@@ -47,10 +47,10 @@ def plan_modules(
     config_folder: Path,
     own_modules: tuple[Module, ...],
 ) -> PlannedModules:
-    """Decide on the modules of an output whose config and tokenizer come from `config_folder`.
+    """Decide on the modules of an output with config and tokenizer from `config_folder`.
 
     They are that folder's own. If it has none, and the output may be an encoder, they are those of
-    the first model that has some: an encoder is not to pool otherwise than all that is known of it.
+    the first model that has some: an encoder must pool as all known models of the merge do.
     """
     may_embed = recipe.model_type in (None, ENCODER)
     giver = None
@@ -93,7 +93,7 @@ def plan_modules(
 
 
 def _module_files(giver: Source, config_folder: Path) -> tuple[str, ...]:
-    """Return the files that make a model's modules, but for those of its encoder itself."""
+    """Return the files that make a model's modules, except those of its encoder itself."""
     root_files = {MODULES_NAME, MODEL_CONFIG_NAME}
     main = f"{giver.place}/" if giver.place else ""
     root_files |= {
@@ -111,7 +111,7 @@ def _module_files(giver: Source, config_folder: Path) -> tuple[str, ...]:
 
 
 def _pooled(giver: Source) -> str:
-    """Say how a model's modules pool; "" if there is no or more than one answer."""
+    """Describe the pooling of a model's modules; "" if there is none, or more than one."""
     places = [module.place for module in giver.modules if module.kind == "Pooling"]
     if len(places) != 1:
         return ""
@@ -121,7 +121,7 @@ def _pooled(giver: Source) -> str:
 def _pooling_configs(
     recipe: Recipe, folder: Path, modules: Sequence[Module]
 ) -> tuple[tuple[str, ...], list[str]]:
-    """Return the configs in which the user's word replaces a module's own, and what to tell."""
+    """Return the configs whose pooling the user's overrides, and notes for the user."""
     asked = recipe.pooling
     if asked is None:
         return (), []

@@ -1,6 +1,6 @@
-"""Warnings of what weights do to a model: left out by 0, variances made negative by subtraction.
+"""Warnings of the effects of weights: models left out by 0, variances made negative.
 
-Looks at the recipe's weights and at tensor names, never at values.
+Reads the recipe's weights and tensor names, never values.
 """
 
 import re
@@ -11,16 +11,16 @@ from shardmix.methods.base import vanishes_in_float32
 from shardmix.recipe import Recipe
 from shardmix.recipe.parameters import used_weights
 
-# Statistics that are never negative by what they are: variances and deviations (BatchNorm, buffers
-# of data normalisers), sizes of a codebook's clusters, second moments of optimisers. Their
-# logarithms may be.
+# Statistics that are never negative: variances and deviations (BatchNorm, buffers of data
+# normalisers), sizes of a codebook's clusters, second moments of optimisers. Their logarithms may
+# be.
 _NEVER_NEGATIVE = re.compile(
     r"(^|[._])((?<!log_)(var|variance|std)|cluster_size|cluster_usage|exp_avg_sq)$"
 )
 
 
 def weight_warnings(recipe: Recipe, names: Iterable[str]) -> Iterator[str]:
-    """Yield what to know of a recipe's weights for float tensors of these names."""
+    """Yield warnings about a recipe's weights for float tensors of these names."""
     weighted = list(zip(recipe.sources, used_weights(recipe), strict=True))
     for source, weight in weighted:
         if weight == 0:

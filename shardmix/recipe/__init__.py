@@ -1,12 +1,12 @@
-"""What the user asks for: models, a method, its parameters. mergekit's language, in YAML or Python.
+"""The user's request: models, a method, its parameters. mergekit's language, in YAML or Python.
 
 recipe                 the values: `Recipe`, `RecipeModel`, and the settings of parameters
-parameters             settings checked by what a method declares, and resolved for every tensor
-yaml_file              YAML and JSON in, YAML out
+parameters             settings, checked by the method's declarations, resolved for every tensor
+yaml_file              recipes in YAML and JSON, read and written
 build                  a checked recipe from words, pairs, files and options
 
-A recipe and its sources alone decide the bytes of the output: where it goes and how much memory it
-may take are not part of it. Opens no checkpoint.
+The recipe and its sources decide every byte of the output. The output's path and the memory budget
+change none, so they are no part of a recipe. No module here opens a checkpoint.
 """
 
 from shardmix.recipe.recipe import Recipe, RecipeModel

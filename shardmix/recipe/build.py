@@ -1,4 +1,4 @@
-"""A checked recipe from whatever a caller holds: words, pairs, a file, and options beside them."""
+"""A checked recipe, built from words, pairs or a file, and options beside them."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ from shardmix.recipe.recipe import (
 from shardmix.recipe.yaml_file import difference_keys, load_recipe, settings
 
 WEIGHT_SUM_TOLERANCE = 1e-3
-"""How far from 1 the sum of weights may be, if it is checked."""
+"""Largest distance of the sum of weights from 1, if it is checked."""
 
 ModelsArgument = (
     Recipe
@@ -41,8 +41,10 @@ ModelsArgument = (
     | Mapping[str, float]
     | Iterable[str | PathLike[str] | tuple[str | PathLike[str], float]]
 )
-"""A recipe, the path of one, a mapping source → weight, or pairs; plain sources for methods whose
-models have no weight."""
+"""A recipe, the path of one, a mapping source → weight, or pairs (source, weight).
+
+For methods whose models have no weight, plain sources.
+"""
 
 
 def build_recipe(
@@ -56,12 +58,11 @@ def build_recipe(
     dtype: str | None = None,
     **others: Any,
 ) -> Recipe:
-    """Return a checked recipe from whatever a caller may hold.
+    """Return a checked recipe.
 
-    Options that are not None come before the recipe's own; `parameters` are those of the merge as
-    a whole. `others` are further fields of `Recipe`. Pairs and mappings are taken as they are:
-    unless `normalize` is true, weights of the linear method must sum to 1, save with
-    `allow_weight_sum`. Raises `RecipeError`.
+    Options that are not None replace the recipe's own. `parameters` are those of the merge as a
+    whole. `others` are further fields of `Recipe`. The linear method's weights in pairs and
+    mappings must sum to 1, unless `normalize` or `allow_weight_sum` is true. Raises `RecipeError`.
     """
     recipe, origin, is_sum_checked = _as_recipe(models)
     given: dict[str, Any] = {key: value for key, value in others.items() if value is not None}
@@ -90,7 +91,7 @@ def build_recipe(
 
 
 def _as_recipe(models: ModelsArgument) -> tuple[Recipe, str, bool]:
-    """Return an unchecked recipe, the file it is from, and whether its weights must sum to 1."""
+    """Return an unchecked recipe, its file's path, and True if its weights must sum to 1."""
     if isinstance(models, Recipe):
         return models, "", False
     if isinstance(models, str | Path):
@@ -130,7 +131,7 @@ def parse_source_words(
 
 
 def has_weights(method: MergeMethod) -> bool:
-    """Tell whether each model of a method has a weight."""
+    """Return True if each model of a method has a weight."""
     return any(each.name == WEIGHT and each.by_model for each in method.parameters)
 
 
@@ -226,7 +227,7 @@ def _check_dtype(dtype: str | None) -> None:
 def _with_base_apart(recipe: Recipe, method: MergeMethod) -> Recipe:
     """Return the recipe without the base model among its models, if the method takes one.
 
-    For others it is a model like all, and gives the config, as in mergekit.
+    For other methods the base model is one of the models, and gives the config, as in mergekit.
     """
     base = recipe.base_model
     if method.needs(representative(recipe)).base_model:
@@ -300,7 +301,7 @@ def _refuse_without_effect(recipe: Recipe, names: Iterable[str]) -> None:
 
 
 def recipe_notes(recipe: Recipe) -> Iterator[str]:
-    """Yield what to know of a checked recipe that comes from mergekit's language."""
+    """Yield notes on settings of a checked recipe that mergekit takes otherwise."""
     if recipe.dtype is not None and recipe.out_dtype is None:
         yield (
             f"dtype {recipe.dtype}: is taken as the output's; the arithmetic is in float32 "

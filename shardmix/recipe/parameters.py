@@ -1,6 +1,6 @@
-"""The parameters of a recipe: checked by what its method declares, and resolved for every tensor.
+"""The parameters of a recipe: checked by its method's declarations, and resolved for every tensor.
 
-A model's own setting comes before the recipe's, which comes before the method's default. Layers are
+A model's own setting counts first, then the recipe's, then the method's default. Layers are
 counted by tensor names, each stack of a model by itself.
 """
 
@@ -20,8 +20,8 @@ from shardmix.recipe.recipe import NORMALIZE, WEIGHT, Choice, Recipe, Setting, S
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|layer|block|blocks)\.(\d{1,4})(?:\.|$)")
 _MOST_GROUPS = 20_000
-"""Different parameters within one merge; names of strangers' tensors could ask for as many as there
-are tensors."""
+"""Largest number of different parameters in one merge. A hostile checkpoint's tensor names could
+otherwise make as many as it has tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class ResolvedParameters:
     """The parameters of every tensor, grouped by tensors that share them."""
 
     groups: tuple[Params, ...]
-    """Each different; in the order in which tensors first need them."""
+    """The different parameters, in the order in which tensors first need them."""
     rows: npt.NDArray[np.int32]
     """One index into `groups` for each tensor."""
 
@@ -39,7 +39,8 @@ def checked_settings(
 ) -> Settings:
     """Return settings with every value of the type that the method declares.
 
-    `where` names their level in errors; `of_model`: they are a model's own. Raises `RecipeError`.
+    `where` names their level in errors. `of_model` is True for a model's own. Raises
+    `RecipeError`.
     """
     declared = {parameter.name: parameter for parameter in method.parameters}
     checked = []
@@ -120,7 +121,7 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 
 def representative(recipe: Recipe) -> Params:
-    """Return the parameters of some tensor, to ask a method for its needs; may be incomplete."""
+    """Return the parameters of some tensor, for a method to tell its needs. May be incomplete."""
     method = merge_method(recipe.merge_method)
     return Params(
         _values(method, [recipe.parameters], lambda _: True, 0.0, by_model=False),
@@ -132,9 +133,9 @@ def representative(recipe: Recipe) -> Params:
 
 
 def resolve_parameters(recipe: Recipe, names: Sequence[str]) -> ResolvedParameters:
-    """Return the parameters of every tensor of a checked recipe; `names` are the tensors'.
+    """Return the parameters of every tensor of a checked recipe. `names` are the tensors'.
 
-    Raises `RecipeError` if one is missing, or if a tensor's do not go together.
+    Raises `RecipeError` if one is missing, or if a tensor's parameters contradict one another.
 
     Example:
         >>> resolve_parameters(build_recipe({"a": 0.5, "b": 0.5}), ["x", "y"]).rows.tolist()
@@ -155,7 +156,7 @@ def resolve_parameters(recipe: Recipe, names: Sequence[str]) -> ResolvedParamete
         key = depth, tuple(text for text in filters if text in name)
         if key not in group_of:
             params = _resolved(recipe, name, *key)
-            # As one value, since other tensors may come to the same in another way.
+            # Equal values are one group, even if different filters and depths led to them.
             values = (*params.shared.values(),), *((*own.values(),) for own in params.by_model)
             groups.setdefault(values, params)
             group_of[key] = numbers.setdefault(values, len(numbers))
@@ -170,9 +171,9 @@ def resolve_parameters(recipe: Recipe, names: Sequence[str]) -> ResolvedParamete
 
 
 def used_weights(recipe: Recipe) -> tuple[float, ...]:
-    """Return each model's weight, normalised if that was asked for.
+    """Return each model's weight, normalised if the recipe says so.
 
-    Empty if the method has no weights, or if they may depend on the tensor.
+    Returns () if the method has no weights, or if they may depend on the tensor.
     """
     if recipe.depends_on_tensor:
         return ()
@@ -231,7 +232,7 @@ def _values(
     *,
     by_model: bool = True,
 ) -> dict[str, Value]:
-    """Return those values of a method's parameters, by model or not, that are given or known."""
+    """Return the values of a method's parameters, by model or not, that are given or defaults."""
     values = {}
     for parameter in method.parameters:
         if parameter.by_model == by_model:

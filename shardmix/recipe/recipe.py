@@ -7,9 +7,9 @@ from shardmix.methods import linear
 from shardmix.methods.base import Value
 
 KEEP = "keep"
-"""Output dtype: each tensor's in the first model."""
+"""The output dtype that keeps each tensor's dtype in the first model."""
 WEIGHT = "weight"
-"""The parameter that `SOURCE=WEIGHT` words set: each model's share, in all methods that have it."""
+"""The parameter that `SOURCE=WEIGHT` words set: each model's share."""
 NORMALIZE = "normalize"
 """The parameter that `--normalize` sets."""
 
@@ -31,11 +31,11 @@ class Setting:
     name: str
     """The parameter."""
     choices: tuple[Choice, ...]
-    """At least one. If none fits a tensor, the setting says nothing of it."""
+    """At least one. If none fits a tensor, the tensor is without this setting."""
 
     @property
     def depends_on_tensor(self) -> bool:
-        """Whether the value may be another for another tensor."""
+        """True if two tensors may have different values."""
         first = self.choices[0]
         return first.filter is not None or len(first.points) > 1
 
@@ -46,29 +46,29 @@ Settings = tuple[Setting, ...]
 
 @dataclass(frozen=True, slots=True)
 class RecipeModel:
-    """A model that is merged, and the parameters of its own."""
+    """A model to merge, and its own parameters."""
 
     source: str
     """Local folder, `.safetensors` file, or Hub id `org/name[@revision]`."""
     parameters: Settings = ()
-    """They come before the recipe's, which are for all models."""
+    """The model's own parameters. They count before the recipe's, which are for all models."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A merge, as asked for. One that `build.checked` has returned makes sense."""
+    """A merge as the user describes it. `build.checked` refuses one that makes no sense."""
 
     models: tuple[RecipeModel, ...]
     """The models, in order; once checked, without the base model."""
     merge_method: str = linear.NAME
-    """Its name in `methods.registry`."""
+    """The method's name in `methods.registry`."""
     base_model: str | None = None
-    """What models are compared with, for methods that need one; once checked, None for others."""
+    """The model that others are compared with. Once checked, None if the method needs none."""
     parameters: Settings = ()
-    """Of the merge as a whole; for parameters that each model has, the value of all models."""
+    """Parameters of the merge as a whole, and values that are the same for all models."""
     dtype: str | None = None
-    """Output dtype, if `out_dtype` is None. In mergekit models are cast to it before the
-    arithmetic, which is always in float32 here (float64 if any source is)."""
+    """Output dtype, if `out_dtype` is None. mergekit casts models to it before the arithmetic.
+    Here the arithmetic is always in float32 (float64 if any source is)."""
     out_dtype: str | None = None
     """Output dtype: KEEP, float32, float16 or bfloat16."""
     config_from: str | None = None
@@ -79,16 +79,17 @@ class Recipe:
     """decoder, encoder, reranker or encoder-decoder. The output of encoders also loads in
     sentence-transformers: with its own modules, or else with CLS pooling and normalisation."""
     allow_differences: tuple[str, ...] = ()
-    """Keys in which the models may differ although an average over that makes no sense by itself:
-    of a config (`num_attention_heads`, `text_config.hidden_act`), `tokenizer`, `model_type`,
-    `quantization_config`, or a file (`modules.json`). Sorted, each once."""
+    """Keys in which the models may differ. shardmix otherwise refuses such models, since an average
+    of them makes no sense. A key of a config (`num_attention_heads`, `text_config.hidden_act`),
+    `tokenizer`, `model_type`, `quantization_config`, or a file (`modules.json`). Sorted, each
+    once."""
     pooling: str | None = None
-    """How an encoder's output pools the states of a text's tokens, one of
-    `sentence_modules.POOLINGS`; None: as its modules say, or else by the first (cls)."""
+    """Pooling of an encoder's token states into one vector, one of `sentence_modules.POOLINGS`.
+    None: as its modules say; without modules, cls."""
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """What is opened, in order: the base model, if there is one, then the models.
+        """The sources to open, in order: the base model, if there is one, then the models.
 
         The first gives names, dtypes and shard layout.
         """
@@ -113,7 +114,7 @@ class Recipe:
 
     @property
     def depends_on_tensor(self) -> bool:
-        """Whether any parameter may have another value for another tensor."""
+        """True if any parameter may have different values for two tensors."""
         levels = (self.parameters, *(model.parameters for model in self.models))
         return any(setting.depends_on_tensor for level in levels for setting in level)
 
@@ -129,6 +130,6 @@ def plain(values: Mapping[str, Value]) -> Settings:
 
 
 def overlaid(below: Settings, above: Settings) -> Settings:
-    """Return settings of one level, where those `above` take the place of others of their name."""
+    """Return settings of one level. Those `above` replace those `below` of the same name."""
     by_name = {setting.name: setting for setting in (*below, *above)}
     return tuple(by_name.values())

@@ -1,7 +1,7 @@
 """mergekit's recipe language, in YAML and JSON: read strictly, and written.
 
-A key that is unknown, or that asks for what shardmix does not do, is refused by name. Values of
-parameters are checked later, by what the method declares.
+A key that is unknown, or of a feature that shardmix does not have, is refused by name. Values of
+parameters are checked later, by the method's declarations.
 """
 
 import os
@@ -21,7 +21,7 @@ from shardmix.system.units import parse_size
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
 _MAX_RECIPE_NBYTES = 128 * 1024
-# What PyYAML raises if a value is not what its tag says: `!!int ""`, `!!bool maybe`, ...
+# PyYAML raises these if a value does not fit its tag: `!!int ""`, `!!bool maybe`, ...
 _YAML_STUMBLES = (ValueError, TypeError, LookupError, AttributeError)
 _TEXT_KEYS = ("merge_method", "dtype", "out_dtype", "config_from", "model_type", "pooling")
 _KEYS = (
@@ -89,7 +89,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def recipe_from_dict(content: object, *, origin: str = "recipe") -> Recipe:
-    """Build a recipe, unchecked, from parsed YAML or JSON, refusing what it does not know."""
+    """Build a recipe, unchecked, from parsed YAML or JSON. Raises `RecipeError`."""
     top = _known_keys(content, _KEYS, origin)
     entries = top.get("models")
     if not isinstance(entries, list):
@@ -162,7 +162,7 @@ def _plain_points(choice: Choice) -> object:
 def settings(values: object, *, where: str) -> Settings:
     """Return settings from a mapping of parameters to values, gradients or filters.
 
-    The values are as they came: `parameters.checked_settings` gives them their types.
+    The values are as in the file; `parameters.checked_settings` gives them their types.
     """
     if values is None:
         return ()
@@ -259,7 +259,7 @@ def _adapter_error(model: str, where: str) -> RecipeError:
 
 
 def _text(value: object, *, key: str, where: str) -> str:
-    # YAML reads a folder's name such as 010 or 2024-01-01 as something else than its letters.
+    # YAML reads a folder name such as 010 or 2024-01-01 as a number or a date.
     if not isinstance(value, str):
         raise RecipeError(
             f"`{key}` is {shown(value)}, not text",
@@ -302,9 +302,9 @@ _PARAMETER_NAMES = frozenset(
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice; plain YAML would keep the last in silence.
+    """A safe loader that refuses a key given twice. Plain YAML would silently use the last.
 
-    Aliases are refused, too: a few lines of them stand for more text than any memory holds.
+    It also refuses aliases, since a few lines of them can stand for more text than fits in memory.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
