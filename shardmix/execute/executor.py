@@ -6,7 +6,14 @@ place: threads of this process, or other machines. Each is one file, and neither
     caller ── Job, tasks ──▶ Executor ── Task ──▶ Worker (of an opened Pass)
        ◀────── results ─────────┘ ◀─ TaskResult ─────┘
 
-The caller adds results up, reports progress and cancels.
+The caller adds results up, reports progress and cancels. All tasks of a file stay in one process,
+so that no two machines write one file. A `Job` pickles; its copy does the same in another process.
+
+Workers in the caller's process write each leaf's claim into the journal themselves. If claims
+waited in results, `kill -9` would cost more work, and the caller would wake for every 4 MiB. From
+other processes claims travel in the results, and the caller writes them. A worker that finds NaN
+under `--on-nonfinite error` ends the merge at once; the caller would see it a tenth of a second
+later.
 """
 
 import threading

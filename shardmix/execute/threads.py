@@ -1,7 +1,9 @@
 """The executor on threads of this process.
 
 Workers stay with their file, since a file system lets one thread at a time write to a file. A
-worker without a file of its own helps another with theirs.
+worker without a file of its own helps another with theirs. Results wait in a queue until the caller
+looks, ten times a second. In between the executor yields None, so that the caller can report
+progress while a slow disk keeps all workers waiting.
 """
 
 import bisect
