@@ -33,7 +33,7 @@ WEIGHTS = (0.5, 0.3, 0.2)
 NEARLY_ALL = 0.99
 """Of what the journal claims must be kept; the last leaf of a file is a short one."""
 LEAF_BYTES = 4 * 1024**2
-"""What one line of the journal claims (`docs/design.md`)."""
+"""Bytes that one line of the journal claims (`system.digests`)."""
 LEAST_FREE_BYTES = 10 * 10**9
 """Of the disk; with less the rehearsal ends."""
 
