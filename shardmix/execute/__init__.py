@@ -10,6 +10,7 @@ shared_files           files that several workers use
 merging                chunks from readers through a backend to a pass's target
 write                  the pass that writes output files
 compare                the pass that compares output with existing files
+digest                 the pass that digests files as they are now
 calibrate              the pass that finds the faster of two devices
 prepare                loads a plan's backend, tries its device, or takes another
 read_ahead             asks the disk for a merge's first bytes, while the backend loads

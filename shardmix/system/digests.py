@@ -10,7 +10,7 @@ import errno
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 import xxhash
@@ -163,28 +163,50 @@ def read_range(descriptor: int, start: int, stop: int, buffer: memoryview) -> It
         start += count
 
 
-def file_digest(
-    descriptor: int, algorithm: str, *, on_bytes: Callable[[int], None] | None = None
-) -> str:
+class FileDigest:
+    """The digest of a file as it is now, read in ranges of leaves by several threads."""
+
+    def __init__(self, algorithm: str, file_nbytes: int) -> None:
+        self._algorithm = algorithm
+        self._file_nbytes = file_nbytes
+        self._whole = file_hasher(algorithm)
+        self._digests = LeafDigests(algorithm, file_nbytes)
+
+    def read(
+        self, descriptor: int, first_leaf: int, stop_leaf: int, buffer: memoryview
+    ) -> Iterator[int]:
+        """Read a range of leaves through a buffer; yield the number of bytes of each piece.
+
+        If the algorithm `is_sequential`, ranges must come in order. Raises OSError, also if the
+        file ends early.
+        """
+        start = first_leaf * LEAF_NBYTES
+        stop = min(stop_leaf * LEAF_NBYTES, self._file_nbytes)
+        leaves = LeafHasher(self._algorithm, file_nbytes=self._file_nbytes, first_leaf=first_leaf)
+        for data in read_range(descriptor, start, stop, buffer):
+            start += len(data)
+            if self._whole is not None:
+                self._whole.update(data)
+            else:
+                for leaf, digest in leaves.update(data):
+                    self._digests.put(leaf, digest)
+            yield len(data)
+        if start < stop:
+            raise OSError(errno.EIO, f"it ended {stop - start} bytes early while it was read")
+
+    def hex(self) -> str:
+        """Return the digest (hex), once all leaves are read."""
+        return self._digests.file_digest() if self._whole is None else self._whole.digest().hex()
+
+
+def file_digest(descriptor: int, algorithm: str) -> str:
     """Return the digest (hex) of an open file as it is now. Raises OSError, also if it shrinks."""
     file_nbytes = os.fstat(descriptor).st_size
-    whole = file_hasher(algorithm)
-    digests = LeafDigests(algorithm, file_nbytes)
-    leaves = LeafHasher(algorithm, file_nbytes=file_nbytes, first_leaf=0)
+    digest = FileDigest(algorithm, file_nbytes)
     buffer = buffer_for_reading(READ_NBYTES)
-    num_missing = file_nbytes
-    for data in read_range(descriptor, 0, file_nbytes, buffer):
-        num_missing -= len(data)
-        if whole is not None:
-            whole.update(data)
-        else:
-            for leaf, digest in leaves.update(data):
-                digests.put(leaf, digest)
-        if on_bytes is not None:
-            on_bytes(len(data))
-    if num_missing:
-        raise OSError(errno.EIO, f"it ended {num_missing} bytes early while it was read")
-    return whole.digest().hex() if whole is not None else digests.file_digest()
+    for _ in digest.read(descriptor, 0, num_leaves(file_nbytes), buffer):
+        pass
+    return digest.hex()
 
 
 def _leaf_hasher(algorithm: str) -> Hasher:

@@ -7,28 +7,26 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
 from shardmix.conventions.file_kinds import is_auxiliary_file
-from shardmix.errors import MergeCancelled, RecipeError, SourceError
-from shardmix.execute.progress import OnProgress, ProgressEvent, Teller
+from shardmix.errors import RecipeError
+from shardmix.execute.digest import Digested, digest_job
+from shardmix.execute.executor import TaskResult
+from shardmix.execute.progress import OnProgress, Teller
+from shardmix.execute.run import run_job
 from shardmix.output.provenance import (
     EDITED,
     NOT_DIGESTED,
     PROVENANCE_NAME,
-    Digests,
     Provenance,
     read_provenance,
 )
-from shardmix.plan.memory_budget import default_workers
-from shardmix.system.digests import check_algorithm, file_digest
-from shardmix.system.files import open_regular, refuse_link_outside
-from shardmix.system.memory import peak_resident_nbytes, resident_nbytes
-from shardmix.system.page_cache import PassedRanges, plan_cache_use
-from shardmix.system.threads import running
+from shardmix.system.digests import check_algorithm
+from shardmix.system.memory import peak_resident_nbytes
 from shardmix.verification import recomputation
 from shardmix.verification.recomputation import places_given
 
@@ -149,145 +147,43 @@ def verify(
     )
 
 
-class _Reading:
-    """The files that workers read, and the results so far."""
-
-    def __init__(self, provenance: Provenance) -> None:
-        files = provenance.digests.files
-        self._started = time.perf_counter()
-        self._nbytes = {name: record.bytes for name, record in files.items()}
-        self._waiting = iter(sorted(files))
-        self._lock = threading.Lock()
-        self._is_stopped = False
-        self._error: BaseException | None = None
-        self._num_files = self._num_bytes_gone = 0
-        self._problems: dict[str, str] = {}
-        self.num_bytes = 0
-        """Bytes read."""
-
-    def next_file(self) -> str | None:
-        """Return a file that no worker has, or None at the end or after `stop`."""
-        with self._lock:
-            return None if self._is_stopped else next(self._waiting, None)
-
-    def count(self, num_bytes: int) -> None:
-        """Count bytes read; raise `_Stopped` after `stop`."""
-        if self._is_stopped:
-            raise _Stopped
-        with self._lock:
-            self.num_bytes += num_bytes
-
-    def file_done(self, name: str, problem: str | None, num_bytes: int) -> None:
-        """Add the result of a file, of which `num_bytes` bytes were read."""
-        with self._lock:
-            self._num_files += 1
-            self._num_bytes_gone += self._nbytes[name] - num_bytes
-            if problem is not None:
-                self._problems[name] = problem
-
-    def stop(self, error: BaseException | None = None) -> None:
-        """Make each worker stop at its next count; the first error is the one to raise."""
-        self._is_stopped = True
-        self._error = self._error or error
-
-    def problems(self) -> list[str]:
-        """Return the problems, by file; raise a worker's unexpected error."""
-        if self._error is not None:
-            raise self._error
-        return [self._problems[name] for name in sorted(self._problems)]
-
-    def event(self) -> ProgressEvent:
-        """Return the progress; bytes that a file lacks count as done."""
-        return ProgressEvent(
-            num_bytes_done=self.num_bytes + self._num_bytes_gone,
-            num_bytes_kept=0,
-            num_bytes_total=sum(self._nbytes.values()),
-            num_shards_done=self._num_files,
-            num_shards_total=len(self._nbytes),
-            seconds=time.perf_counter() - self._started,
-            resident_nbytes=resident_nbytes(),
-        )
-
-
-class _Stopped(Exception):  # noqa: N818 - never seen by callers
-    """Ends a worker whose result nobody wants any more."""
-
-
 def _check_digests(
     folder: Path,
     provenance: Provenance,
     on_progress: OnProgress | None,
     cancel: threading.Event | None,
 ) -> tuple[list[str], int]:
-    """Return the problems of an output's files, and the number of bytes read."""
-    reading = _Reading(provenance)
-    num_bytes = sum(record.bytes for record in provenance.digests.files.values())
-    is_kept = plan_cache_use(read_nbytes=num_bytes, write_nbytes=0, fsync=True).keeps_sources
+    """Return what is wrong with the files of an output, and how many bytes were read."""
+    records = provenance.digests.files
+    names = sorted(records)
+    problems: list[tuple[str, str]] = []
+    num_bytes_read = 0
 
-    def check_files() -> None:
-        try:
-            while (name := reading.next_file()) is not None:
-                _check_file(folder, name, provenance, reading, keep_cached=is_kept)
-        except _Stopped:
-            pass
-        except BaseException as error:
-            reading.stop(error)
+    def take(result: TaskResult[Digested]) -> None:
+        nonlocal num_bytes_read
+        num_bytes_read += result.value.num_bytes_read
+        if not result.is_file_end:
+            return
+        name = names[result.task.file]
+        problem = result.value.problem
+        if not problem and result.value.file_digest != records[name].digest:
+            problem = f"{folder / name}: its bytes are not those that the merge wrote"
+        if problem:
+            problems.append((name, problem))
 
-    def report() -> None:
-        if cancel is not None and cancel.is_set():
-            raise MergeCancelled("the verification was cancelled")
-        if on_progress is not None:
-            on_progress(reading.event())
-
-    with running(check_files, default_workers(), stop=reading.stop) as ends:
-        for end in ends:
-            while not end.wait(0.1):
-                report()
-        report()
-    return reading.problems(), reading.num_bytes
-
-
-def _check_file(
-    folder: Path, name: str, provenance: Provenance, reading: _Reading, *, keep_cached: bool
-) -> None:
-    """Compare one file with its record, and store the problem, if any."""
-    passed = PassedRanges([folder / name])
-    position = 0
-
-    def on_bytes(num_bytes: int) -> None:
-        nonlocal position
-        reading.count(num_bytes)
-        if not keep_cached:
-            passed.add(0, position, position + num_bytes)
-        position += num_bytes
-
-    problem = _file_problem(folder, name, provenance.digests, on_bytes)
-    if not keep_cached and problem is None:
-        passed.end()
-    reading.file_done(name, problem, position)
-
-
-def _file_problem(
-    folder: Path, name: str, digests: Digests, on_bytes: Callable[[int], None]
-) -> str | None:
-    """Return the problem of one file, or None."""
-    record, path = digests.files[name], folder / name
-    try:
-        refuse_link_outside(folder, path)
-        with open_regular(path) as file:
-            nbytes = os.fstat(file.fileno()).st_size
-            if nbytes != record.bytes:
-                return f"{path}: has {nbytes} bytes, not {record.bytes}"
-            digest = file_digest(file.fileno(), digests.algorithm, on_bytes=on_bytes)
-    except SourceError as error:
-        return str(error)
-    except FileNotFoundError:
-        return f"{path}: is missing"
-    except OSError as error:
-        return f"{path}: cannot be read ({error.strerror or error})"
-    if digest != record.digest:
-        return f"{path}: its bytes are not those that the merge wrote"
-    return None
+    file_nbytes = {name: record.bytes for name, record in records.items()}
+    job, tasks = digest_job(folder, file_nbytes, provenance.digests.algorithm)
+    run_job(
+        job,
+        tasks,
+        take,
+        num_bytes=sum(file_nbytes.values()),
+        num_files=len(names),
+        on_progress=on_progress,
+        cancel=cancel,
+        what="the verification",
+    )
+    return [problem for _, problem in sorted(problems)], num_bytes_read
 
 
 def _added_files(folder: Path, provenance: Provenance) -> list[str]:

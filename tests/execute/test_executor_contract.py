@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 import pickle
 import threading
 import weakref
@@ -13,13 +14,14 @@ import pytest
 
 import shardmix
 from shardmix.execute.compare import compare_job
+from shardmix.execute.digest import digest_job
 from shardmix.execute.executor import Job, Task, TaskResult
 from shardmix.execute.tasks import Tasks, merge_tasks
 from shardmix.execute.threads import ThreadExecutor
 from shardmix.execute.write import write_job
 from shardmix.output.journal import open_journal
 from shardmix.output.staging import open_staging
-from shardmix.system.digests import LEAF_NBYTES
+from shardmix.system.digests import LEAF_NBYTES, file_digest
 from tests.support.cut_off import folder_bytes, large_models
 
 
@@ -367,6 +369,31 @@ def differences(executor, plan, folder, *, is_pickled):
         assert not result.value.unreadable
         found.update(result.value.num_bytes)
     return found
+
+
+@pytest.mark.parametrize("digest", ["xxh3", "sha256"])
+@pytest.mark.parametrize("is_pickled", [False, True])
+def test_digested_files(executor, tmp_path, digest, is_pickled):
+    """Of a file of another size nothing is read."""
+    contents = {"a": b"", "b": os.urandom(20_000_000), "c/d": b"x", "e": bytes(LEAF_NBYTES)}
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    sizes = {name: len(content) for name, content in contents.items()}
+    job, tasks = digest_job(tmp_path, {**sizes, "e": 10**18, "missing": 3}, digest)
+    job = pickle.loads(pickle.dumps(job)) if is_pickled else job
+    results = run_all(executor, job, tasks)
+    ends = {result.task.file: result.value for result in results if result.is_file_end}
+    for number, name in enumerate(["a", "b", "c/d"]):
+        with open(tmp_path / name, "rb") as file:
+            assert ends[number].file_digest == file_digest(file.fileno(), digest)
+    assert [ends[number].problem for number in range(5)] == [
+        *("", "", ""),
+        f"{tmp_path / 'e'}: has {LEAF_NBYTES} bytes, not {10**18}",
+        f"{tmp_path / 'missing'}: is missing",
+    ]
+    assert sum(result.num_bytes for result in results) == 20_000_001 + 10**18 + 3
+    assert sum(result.value.num_bytes_read for result in results) == 20_000_001
 
 
 def test_tasks_are_made_when_asked_for():
