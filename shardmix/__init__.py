@@ -10,9 +10,9 @@
 shardmix costs nothing.
 """
 
-import importlib
 from typing import TYPE_CHECKING
 
+from shardmix import _lazy
 from shardmix._version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -81,10 +81,7 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'shardmix' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"shardmix.{_HOME[name]}"), name)
+__getattr__ = _lazy.loader(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -3,12 +3,12 @@
 Puts the layers together. Imports torch only to merge.
 """
 
-import sys
 import threading
 from contextlib import closing, nullcontext
 from os import PathLike
 from pathlib import Path
 
+from shardmix._typing import Unpack
 from shardmix.errors import (
     MergeCancelled,
     NonfiniteError,
@@ -44,11 +44,6 @@ from shardmix.sources.identity import has_changed
 from shardmix.system.digests import LEAF_NBYTES
 from shardmix.system.files import free_nbytes
 from shardmix.system.units import format_size, parse_size
-
-if sys.version_info >= (3, 11):
-    from typing import Unpack
-else:
-    from typing_extensions import Unpack
 
 
 def merge(

@@ -6,7 +6,6 @@ Thin: `api` merges, `scoring` scores, transformers loads the result. Names, argu
 order are those of LM_Cocktail (arXiv 2311.13534), so that a program changes only its import.
 """
 
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shardmix import api
+from shardmix._typing import Unpack
 from shardmix.conventions.model_types import AUTO_CLASSES, check_model_type
 from shardmix.errors import RecipeError, SourceError, one_line
 from shardmix.options import MergeOptions
@@ -24,11 +24,6 @@ from shardmix.score_and_merge import merge_by_examples
 from shardmix.scoring.examples import ExamplesArgument, load_examples
 from shardmix.scoring.options import ScoreOptions, check_options
 from shardmix.sources.hub import check_endpoint, locate
-
-if sys.version_info >= (3, 11):
-    from typing import Unpack
-else:
-    from typing_extensions import Unpack
 
 Source = str | PathLike[str]
 

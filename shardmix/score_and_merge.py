@@ -4,7 +4,6 @@ Puts `scoring` and `api` together; its own part is the order of the checks.
 """
 
 import hashlib
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -15,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from shardmix import api
+from shardmix._typing import Unpack
 from shardmix.conventions.file_kinds import is_auxiliary_file, is_module_folder
 from shardmix.errors import RecipeError, ShardmixError
 from shardmix.execute.progress import OnProgress
@@ -30,11 +30,6 @@ from shardmix.scoring.report import OnScoreProgress, ScoreReport
 from shardmix.scoring.weights import compute_weights
 from shardmix.system.digests import XXH3, file_digest
 from shardmix.system.files import open_regular
-
-if sys.version_info >= (3, 11):
-    from typing import Unpack
-else:
-    from typing_extensions import Unpack
 
 _MATTERS_NOT = ("device", "max_memory_nbytes", "max_vram_nbytes")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")  # of modules; the plan knows those it reads

@@ -7,7 +7,6 @@ Pure but for looking up files beside the weights and how much memory is in use a
 import importlib.util
 import itertools
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -15,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
+from shardmix._typing import Unpack
 from shardmix.conventions.file_kinds import LeftOut
 from shardmix.conventions.module_tree import inner_path, module_places
 from shardmix.conventions.weight_names import DIFFUSERS, MARKS, MODEL
@@ -59,11 +59,6 @@ from shardmix.sources.checkpoint import CONFIG_NAME, read_config
 from shardmix.sources.identity import SourceFile
 from shardmix.system.digests import XXH3
 from shardmix.system.page_cache import plan_cache_use
-
-if sys.version_info >= (3, 11):
-    from typing import Unpack
-else:
-    from typing_extensions import Unpack
 
 MEASURED_FROM_NBYTES = 200 * 10**9
 """Source bytes of a merge for which a GPU is tried where nobody named a device.

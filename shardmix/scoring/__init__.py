@@ -51,9 +51,9 @@ differ in the last digits by how examples were put into batches, so by budget, t
 therefore `merge --weights-from` stores them beside its journal.
 """
 
-import importlib
 from typing import TYPE_CHECKING
 
+from shardmix import _lazy
 from shardmix.errors import RecipeError
 from shardmix.sources.hub import check_endpoint
 
@@ -77,15 +77,16 @@ _HOME = {
 __all__ = list(_HOME)
 
 
+_load = _lazy.loader(__name__, _HOME)
+
+
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'shardmix.scoring' has no attribute {name!r}")
-    check_endpoint()  # transformers imports huggingface_hub
+    if name in _HOME:
+        check_endpoint()  # transformers imports huggingface_hub
     try:
-        module = importlib.import_module(f"shardmix.scoring.{_HOME[name]}")
+        return _load(name)
     except ModuleNotFoundError as error:
         raise RecipeError(
             f"scoring needs {error.name}, which is not installed",
             remedy="pip install 'shardmix[models]'",
         ) from None
-    return getattr(module, name)

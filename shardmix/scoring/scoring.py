@@ -4,7 +4,6 @@ One model in memory at a time, or as much of it as the budget allows. Knows noth
 """
 
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from os import PathLike
 import msgspec
 import torch
 
+from shardmix._typing import Unpack
 from shardmix.conventions.model_types import AUTO_CLASSES, ENCODER
 from shardmix.conventions.sentence_modules import CLS
 from shardmix.errors import RecipeError, SourceError
@@ -30,11 +30,6 @@ from shardmix.sources.base import Source
 from shardmix.sources.checkpoint import open_checkpoints
 from shardmix.system.gpus import resolve_device
 from shardmix.system.memory import give_back_large_blocks, peak_resident_nbytes, resident_nbytes
-
-if sys.version_info >= (3, 11):
-    from typing import Unpack
-else:
-    from typing_extensions import Unpack
 
 
 def score(
