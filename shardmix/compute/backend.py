@@ -19,9 +19,9 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from shardmix.anomalies import NonfiniteCounts
-from shardmix.compute.chunk_size import KEEP_FIRST_CHUNK_NBYTES
 from shardmix.methods import keep_first
 from shardmix.options import LLVM
+from shardmix.plan.chunk_size import KEEP_FIRST_CHUNK_NBYTES
 from shardmix.plan.merge_plan import MergePlan, Segment
 
 

@@ -9,10 +9,10 @@ For bfloat16, float16 and float32 on little-endian machines.
 
 import time
 
-from shardmix.compute.chunk_size import VECTOR
 from shardmix.compute.llvm_kind import KernelKind
 from shardmix.compute.llvm_loops import INFINITY, STORED, loop, loop_of_pairs
 from shardmix.dtypes import element_nbytes
+from shardmix.plan.chunk_size import VECTOR
 
 FAILED = 0xFFFFFFFF
 """Result of `read_and_merge` if it could not read all; no magnitude is as large."""

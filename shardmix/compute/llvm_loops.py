@@ -5,10 +5,10 @@ The code between loading and rounding is the method's (`llvm_trace`), except for
 bfloat16, whose loop is written by hand.
 """
 
-from shardmix.compute.chunk_size import VECTOR
 from shardmix.compute.llvm_kind import KernelKind
 from shardmix.compute.llvm_trace import traced
 from shardmix.dtypes import BY_NAME, LLVM_DTYPES, element_nbytes
+from shardmix.plan.chunk_size import VECTOR
 
 INFINITY = BY_NAME["F32"].infinity or 0
 STORED = {name: BY_NAME[name].llvm_name for name in LLVM_DTYPES}

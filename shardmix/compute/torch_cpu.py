@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 
 from shardmix.anomalies import NonfiniteCounts
-from shardmix.compute.chunk_size import VECTOR
 from shardmix.compute.nonfinite import count_nonfinite
 from shardmix.compute.staged_chunk import StagedChunk
 from shardmix.compute.torch_cuda import CudaMethod, CudaSum, cuda_methods, cuda_sums
@@ -28,6 +27,7 @@ from shardmix.compute.torch_ops import (
 from shardmix.dtypes import element_nbytes
 from shardmix.errors import DeviceError, one_line
 from shardmix.methods.registry import merge_method
+from shardmix.plan.chunk_size import VECTOR
 from shardmix.plan.memory_budget import BUFFERS_PER_WORKER
 from shardmix.plan.merge_plan import Segment
 from shardmix.system.buffers import PAGE_NBYTES, buffer_of_pages, offset_in_page
@@ -45,8 +45,11 @@ class TorchBackend:
             (segment.method, len(segment.factors), segment.dtypes, segment.out_dtype): segment
             for segment in segments
         }
-        methods = {segment.method for segment in self._kinds.values()}
-        self._is_weighted_sum = all(merge_method(name).is_weighted_sum for name in methods)
+        # A sum adds up sources as they come, so its factors must be known by then.
+        self._is_weighted_sum = all(
+            merge_method(segment.method).is_weighted_sum and segment.factors
+            for segment in self._kinds.values()
+        )
         self._most_sources = max(map(len, (s.sources for s in self._kinds.values())), default=0)
         if num_visible is None:
             num_visible = 0 if device == "cpu" else torch.cuda.device_count()

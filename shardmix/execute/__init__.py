@@ -8,6 +8,7 @@ progress               events for a callback
 tasks                  files divided into tasks, and tasks into chunks; pure
 shared_files           files that several workers use
 merging                chunks from readers through a backend to a pass's target
+gather                 the pass that gathers statistics of whole tensors
 write                  the pass that writes output files
 compare                the pass that compares output with existing files
 digest                 the pass that digests files as they are now

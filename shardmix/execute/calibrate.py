@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 
 from shardmix.anomalies import LeafAnomalies
 from shardmix.compute.backend import Backend
-from shardmix.compute.chunk_size import VECTOR
 from shardmix.dtypes import element_nbytes
 from shardmix.errors import DeviceError, one_line
 from shardmix.execute.executor import IsStopped, Job, Task, TaskResult
@@ -25,6 +24,7 @@ from shardmix.execute.merging import ChunkMerger, Merging, merging
 from shardmix.execute.tasks import TensorPlaces, merge_tasks
 from shardmix.execute.threads import ThreadExecutor
 from shardmix.methods import keep_first
+from shardmix.plan.chunk_size import VECTOR
 from shardmix.plan.merge_plan import (
     MergePlan,
     OutputShard,

@@ -1,7 +1,7 @@
 """The pass that compares a merge's output with existing files, byte for byte."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from shardmix.anomalies import LeafAnomalies
 from shardmix.compute.backend import Backend
 from shardmix.execute.executor import IsStopped, Job, Task, TaskResult
+from shardmix.execute.gather import TensorStatistics
 from shardmix.execute.merging import ChunkMerger, Merging, merging
 from shardmix.execute.shared_files import SharedFiles
 from shardmix.execute.tasks import TensorPlaces
@@ -54,31 +55,43 @@ class Compare:
     """
 
     def __init__(
-        self, plan: MergePlan, folder: Path | HeldFolder, *, backend: Backend | None = None
+        self,
+        plan: MergePlan,
+        folder: Path | HeldFolder,
+        statistics: Mapping[str, TensorStatistics],
+        *,
+        backend: Backend | None = None,
     ) -> None:
         self._plan = plan
         self._folder = folder
+        self._statistics = statistics
         self._backend = backend
 
     @contextmanager
     def opened(self) -> Iterator["_Comparing"]:
         """Open the files that the workers of this process share."""
         with (
-            merging(self._plan, self._backend) as shared,
+            merging(self._plan, self._backend, statistics=self._statistics) as shared,
             closing(_Comparing(shared, self._folder)) as comparing,
         ):
             yield comparing
 
     def __reduce__(self) -> tuple[object, ...]:
         folder = self._folder
-        return Compare, (self._plan, folder.path if isinstance(folder, HeldFolder) else folder)
+        path = folder.path if isinstance(folder, HeldFolder) else folder
+        return Compare, (self._plan, path, self._statistics)
 
 
 def compare_job(
-    plan: MergePlan, folder: Path | HeldFolder, *, backend: Backend | None = None
+    plan: MergePlan,
+    folder: Path | HeldFolder,
+    statistics: Mapping[str, TensorStatistics] | None = None,
+    *,
+    backend: Backend | None = None,
 ) -> Job[Differences]:
     """Return the job that compares all output files of a plan."""
-    return Job(Compare(plan, folder, backend=backend), num_workers=plan.memory.workers)
+    compare = Compare(plan, folder, statistics or {}, backend=backend)
+    return Job(compare, num_workers=plan.memory.workers)
 
 
 class _Comparing:

@@ -5,16 +5,25 @@ The passes that compute a merge's output share this: writing, comparing and cali
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import Protocol
 
 from shardmix.anomalies import AnomalySum, LeafAnomalies
 from shardmix.compute.backend import Backend, Reducer, Reducers, load_backend
 from shardmix.dtypes import element_nbytes
 from shardmix.execute.executor import IsStopped
+from shardmix.execute.gather import (
+    PieceReader,
+    TensorStatistics,
+    needed_statistics,
+    whole_statistics,
+    with_factors,
+)
 from shardmix.execute.tasks import Chunk, TensorPlaces, chunks
-from shardmix.plan.merge_plan import MergePlan
+from shardmix.methods.registry import merge_method
+from shardmix.plan.merge_plan import MergePlan, Segment
 from shardmix.sources.readers import Reader, open_reader
 from shardmix.system.digests import LEAF_NBYTES
 from shardmix.system.page_cache import PassedRanges
@@ -35,9 +44,15 @@ class Merging:
     """A merge in one process, with the objects that its workers share."""
 
     def __init__(
-        self, plan: MergePlan, backend: Backend, passed: PassedRanges | None, clock: Clock
+        self,
+        plan: MergePlan,
+        backend: Backend,
+        statistics: Mapping[str, TensorStatistics],
+        passed: PassedRanges | None,
+        clock: Clock,
     ) -> None:
         self.plan = plan
+        self._statistics = statistics
         self._backend = backend
         self._passed = passed
         self._clock = clock
@@ -54,21 +69,30 @@ class Merging:
                 for reducer in self._backend.make_reducers(chunk_nbytes=chunk_nbytes)
             ]
             with closing(open_reader(plan.settings.io, plan.files, plan.decoders)) as reader:
-                yield ChunkMerger(plan, lanes, reader, self._passed, clock)
+                yield ChunkMerger(plan, lanes, reader, self._statistics, self._passed, clock)
         finally:
             clock.lap(OTHER)
 
 
 @contextmanager
-def merging(plan: MergePlan, backend: Backend | None, clock: Clock = NO_CLOCK) -> Iterator[Merging]:
-    """Merge a plan in this process within the block; load its backend if that was not done yet."""
+def merging(
+    plan: MergePlan,
+    backend: Backend | None,
+    clock: Clock = NO_CLOCK,
+    *,
+    statistics: Mapping[str, TensorStatistics] | None = None,
+) -> Iterator[Merging]:
+    """Surround the merging of a plan in this process; load its backend if that was not done yet.
+
+    `statistics` are those of tensors that are known. Others are gathered when they are needed.
+    """
     backend = load_backend(plan) if backend is None else backend
     passed = None
     if not plan.cache_use.keeps_sources:
         passed = PassedRanges([file.path for file in plan.files])
     with backend.running():
         try:
-            yield Merging(plan, backend, passed, clock)
+            yield Merging(plan, backend, statistics or {}, passed, clock)
         finally:
             if passed is not None:
                 passed.end()
@@ -82,10 +106,16 @@ class ChunkMerger:
         plan: MergePlan,
         lanes: Sequence[Reducers],
         reader: Reader,
+        statistics: Mapping[str, TensorStatistics],
         passed: PassedRanges | None,
         clock: Clock,
     ) -> None:
         self._plan = plan
+        self._statistics = statistics
+        self._pieces: PieceReader | None = None
+        if plan.gathering is not None:
+            self._pieces = PieceReader(plan, reader, num_sources=plan.gathering.num_sources)
+        self._with_factors: Segment | None = None
         self._num_files = len(plan.files)
         self._chunk_nbytes = plan.memory.chunk_nbytes
         self._lanes = lanes
@@ -139,6 +169,11 @@ class ChunkMerger:
         """Read a chunk; on the CPU also merge it. Return the buffer of its output."""
         segment, start = chunk.segment, chunk.start
         reader, clock = self._reader, self._clock
+        if self._pieces is not None and needed_statistics(self._plan, segment):
+            found = self._found(chunk, self._pieces)
+            if found is None:
+                return self._start_whole(segment, reducer)
+            segment = found
         reducer.begin(segment, start, chunk.num_elements)
         descriptors = reader.descriptors(segment.files)
         if descriptors is not None and (done := reducer.read(descriptors)) is not None:
@@ -156,6 +191,45 @@ class ChunkMerger:
         data = reducer.finish()
         reader.release()
         clock.lap(REDUCE)
+        return data
+
+    def _found(self, chunk: Chunk, pieces: PieceReader) -> Segment | None:
+        """Return a chunk's segment with the factors that follow from statistics of its tensor.
+
+        Returns None if they are not known, and the chunk is the whole tensor.
+        """
+        segment = chunk.segment
+        last = self._with_factors
+        if last is not None and last.name == segment.name:
+            return last
+        found = self._statistics.get(segment.name)
+        if found is None:
+            # A GPU's sources leave one by one. The rest of a tensor is merged if an earlier merge
+            # was cut off within it.
+            if chunk.num_elements == segment.num_elements and len(self._lanes) == 1:
+                return None
+            found = pieces.whole(segment)
+        self._with_factors = with_factors(self._plan, segment, found)
+        return self._with_factors
+
+    def _start_whole(self, segment: Segment, reducer: Reducer) -> memoryview:
+        """Read a whole tensor, gather its statistics, and merge it."""
+        reader, clock = self._reader, self._clock
+        num_factors = merge_method(segment.method).num_factors or 0
+        reducer.begin(replace(segment, factors=(0.0,) * num_factors), 0, segment.num_elements)
+        views = []
+        for number, (_, _, file, offset) in enumerate(segment.sources):
+            views.append(reader.view(file, offset, reducer.staging(number)))
+            clock.lap(READ, len(views[-1]))
+        found = whole_statistics(self._plan, segment, views)
+        # The parts of the buffer lie as they did, so what was read stays where it is.
+        reducer.begin(with_factors(self._plan, segment, found), 0, segment.num_elements)
+        for number, view in enumerate(views):
+            reducer.add(number, view)
+        data = reducer.finish()
+        clock.lap(REDUCE, sum(map(len, views)))
+        views.clear()
+        reader.release()
         return data
 
     def _end(

@@ -72,7 +72,10 @@ def _faster(
 
 def _memory(plan: MergePlan) -> MemoryPlan:
     return plan_memory(
-        plan.settings, num_tensors=plan.num_tensors, reader_nbytes=plan.reader_nbytes
+        plan.settings,
+        num_tensors=plan.num_tensors,
+        reader_nbytes=plan.reader_nbytes,
+        gathering=plan.gathering,
     )
 
 

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
-from shardmix.compute.chunk_size import chunk_num_elements
 from shardmix.dtypes import element_nbytes
 from shardmix.execute.executor import Task
+from shardmix.plan.chunk_size import chunk_num_elements
 from shardmix.plan.merge_plan import MergePlan, OutputShard, Segment
 from shardmix.system.digests import LEAF_NBYTES, num_leaves
 
@@ -47,12 +47,16 @@ class Tasks(Sequence[Task]):
 
 def merge_tasks(plan: MergePlan) -> Tasks:
     """Return the tasks of all output files of a merge."""
+    return Tasks(
+        (shard.file_nbytes for shard in plan.shards), leaves_per_task=leaves_per_task(plan)
+    )
+
+
+def leaves_per_task(plan: MergePlan) -> int:
+    """Return the number of leaves of a merge's tasks; the last of a file may have fewer."""
     # A GPU's pipeline runs empty at the end of a task, so a task should last for several chunks.
     num_chunks = 4 if plan.settings.on_cuda else 1
-    return Tasks(
-        (shard.file_nbytes for shard in plan.shards),
-        leaves_per_task=max(1, num_chunks * plan.memory.chunk_nbytes // LEAF_NBYTES),
-    )
+    return max(1, num_chunks * plan.memory.chunk_nbytes // LEAF_NBYTES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,10 @@ class Write:
             folder = self._folder
             if isinstance(folder, _FolderElsewhere):
                 folder = stack.enter_context(folder.opened())
-            shared = stack.enter_context(merging(self._plan, self._backend, self._clock))
+            at_work = merging(
+                self._plan, self._backend, self._clock, statistics=self._claims.statistics
+            )
+            shared = stack.enter_context(at_work)
             writing = _Writing(shared, folder, self._claims, self._clock)
             yield stack.enter_context(closing(writing))
 

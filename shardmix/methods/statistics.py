@@ -1,8 +1,8 @@
-"""Statistics of whole tensors, such as norms: in float64, and independent of who computes them.
+"""Statistics of whole tensors, such as norms: in float64, and the same whoever computes them.
 
-A tensor is cut into pieces of a fixed number of elements, counted from its first. Each piece is
-added up in one fixed order, and the total of pieces is exactly rounded, whatever their order. So
-the result depends only on the values, not on chunks, workers or a resume.
+A tensor is cut into pieces of a fixed number of elements, counted from its first, and pieces into
+groups. Each piece is added up in one fixed order, then the pieces of each group, then the groups.
+So the result depends on the values only: not on chunks, workers, machines or a resume.
 """
 
 import math
@@ -10,21 +10,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-PIECE_NUM_ELEMENTS = 1 << 15
-"""Elements of a piece: their products in float64 stay in the caches."""
+PIECE_NUM_ELEMENTS = 1 << 14
+"""Elements of a piece: in float64 the pieces of several models fit into the caches."""
+GROUP_NUM_ELEMENTS = 128 * PIECE_NUM_ELEMENTS
+"""Elements of a group: what a task gathers, and tells of as one total."""
 
 Partial = tuple[float, ...]
-"""The contribution of a piece, one number for each entry of a statistic."""
+"""The entries of a statistic over a part of a tensor."""
 
 
 class Statistic(Protocol):
-    """A statistic over all values of a tensor, of the base model (if any) and each contributor."""
+    """A statistic over all values of a tensor: of the base model (if any) and each contributor."""
 
     def of_piece(self, values: Sequence[Any]) -> Partial:
-        """Return a piece's contribution; `values` are float64 arrays, which it may change."""
+        """Return a piece's part; `values` are float64 arrays, which it must not change."""
 
-    def total(self, partials: Iterable[Partial]) -> Partial:
-        """Return the whole tensor's statistic."""
+    def total(self, partials: Sequence[Partial]) -> Partial:
+        """Return the statistic of several parts together; also of totals, by index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +41,9 @@ class Gram:
             for column in range(row, len(values))
         )
 
-    def total(self, partials: Iterable[Partial]) -> Partial:
-        """Return the products of the whole tensor."""
-        return totals(partials)
+    def total(self, partials: Sequence[Partial]) -> Partial:
+        """Return the products of several parts together."""
+        return tuple(map(_exact_sum, zip(*partials, strict=True)))
 
 
 def sum_of_piece(values: Any) -> float:
@@ -58,13 +60,18 @@ def sum_of_piece(values: Any) -> float:
     return float(values[0]) if length else 0.0
 
 
-def totals(partials: Iterable[Partial]) -> Partial:
-    """Return the sums of each entry, each rounded once; not finite if any part isn't."""
-    return tuple(map(_fsum, zip(*partials, strict=True)))
+def gathered(statistics: Sequence[Statistic], pieces: Iterable[Sequence[Any]]) -> list[Partial]:
+    """Return each statistic of a group of pieces, or of a tensor of one group."""
+    parts = [[statistic.of_piece(values) for statistic in statistics] for values in pieces]
+    return [
+        statistic.total([part[number] for part in parts])
+        for number, statistic in enumerate(statistics)
+    ]
 
 
-def _fsum(parts: Sequence[float]) -> float:
+def _exact_sum(parts: Sequence[float]) -> float:
+    """Return a sum that is rounded once."""
     try:
         return math.fsum(parts)
-    except (OverflowError, ValueError):  # of finite parts too large, or of infinities of both signs
+    except (OverflowError, ValueError):  # finite parts too large, or infinities of both signs
         return sum(parts)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import msgspec
+import xxhash
 
 from shardmix._version import __version__
 from shardmix.anomalies import NO_ANOMALIES, LeafAnomalies
@@ -36,6 +37,7 @@ from shardmix.system.held_folder import HeldFolder
 
 JOURNAL_NAME = "journal"
 _FORMAT = 2
+_STATISTICS = b'["'  # how a line of statistics begins; claims begin with a number
 _LONGEST_LINE_NBYTES = 64_000_000  # the first one names every file, others all anomalies of a leaf
 
 
@@ -48,6 +50,27 @@ class _Head(_Format):
     plan_digest: str
     merge: MergeDescription
     file_nbytes: tuple[int, ...]
+
+
+class _StatisticsLine(msgspec.Struct, array_like=True):
+    """Statistics of a tensor, which a later merge need not gather again."""
+
+    tensor: str
+    statistics: tuple[tuple[str, ...], ...]
+    """Each entry as `float.hex` writes it: also what is no number goes through JSON."""
+    check: str
+    """XXH3 (hex) of what is before it: nothing else would tell that a value is spoilt."""
+
+    @classmethod
+    def of(cls, tensor: str, statistics: Sequence[Sequence[float]]) -> "_StatisticsLine":
+        line = cls(tensor, tuple(tuple(map(float.hex, entry)) for entry in statistics), "")
+        return cls(line.tensor, line.statistics, line.computed_check())
+
+    def computed_check(self) -> str:
+        return xxhash.xxh3_64_hexdigest(msgspec.json.encode((self.tensor, self.statistics)))
+
+    def values(self) -> tuple[tuple[float, ...], ...]:
+        return tuple(tuple(map(float.fromhex, entry)) for entry in self.statistics)
 
 
 class _Line(msgspec.Struct, array_like=True):
@@ -93,6 +116,10 @@ class Claims(Protocol):
     def leaves(self) -> Sequence[LeafDigests]:
         """For each output file, the leaves that are claimed; those added join them."""
 
+    @property
+    def statistics(self) -> Mapping[str, tuple[tuple[float, ...], ...]]:
+        """Name of a tensor → its statistics, as far as they are known."""
+
     def anomalies(self, shard: int, leaf: int) -> LeafAnomalies:
         """Return the anomalies of a claimed leaf."""
 
@@ -110,9 +137,13 @@ class CarriedClaims:
     """The claims of a journal in another process, which is told of those added here."""
 
     def __init__(
-        self, leaves: Sequence[LeafDigests], anomalies: Mapping[str, LeafAnomalies]
+        self,
+        leaves: Sequence[LeafDigests],
+        anomalies: Mapping[str, LeafAnomalies],
+        statistics: Mapping[str, tuple[tuple[float, ...], ...]],
     ) -> None:
         self.leaves = leaves
+        self.statistics = statistics
         self._anomalies = anomalies
         self._added: dict[tuple[int, int], Claim] = {}
 
@@ -132,7 +163,7 @@ class CarriedClaims:
 
     def carried(self) -> "CarriedClaims":
         """Return the same claims, for a worker in another process."""
-        return CarriedClaims(self.leaves, self._anomalies)
+        return CarriedClaims(self.leaves, self._anomalies, self.statistics)
 
 
 class Journal:
@@ -144,6 +175,7 @@ class Journal:
         descriptor: int,
         leaves: Sequence[LeafDigests],
         anomalies: dict[str, LeafAnomalies],
+        statistics: dict[str, tuple[tuple[float, ...], ...]],
         plan_digest: str,
     ) -> None:
         self.plan_digest = plan_digest
@@ -154,6 +186,8 @@ class Journal:
         self._lock = threading.Lock()
         self.leaves = leaves
         """For each output file, the claimed leaves; those added join them."""
+        self.statistics = statistics
+        """Name of a tensor → its statistics; those added join them."""
 
     @property
     def num_leaves_done(self) -> int:
@@ -166,15 +200,24 @@ class Journal:
 
     def add(self, shard: int, leaf: int, digest: bytes, anomalies: LeafAnomalies) -> None:
         """Claim a leaf whose bytes are written. Raises `OutputError`."""
-        line = bytearray()
-        msgspec.json.Encoder().encode_into(_Line(shard, leaf, digest.hex(), anomalies), line)
-        line += b"\n"
         with self._lock:
-            try:
-                _write(self._descriptor, line)
-            except OSError as error:
-                raise writing_failed(self._path, error) from None
+            self._append(_Line(shard, leaf, digest.hex(), anomalies))
             self.leaves[shard].put(leaf, digest)
+
+    def add_statistics(self, name: str, found: tuple[tuple[float, ...], ...]) -> None:
+        """Add a tensor's statistics. Raises `OutputError`."""
+        with self._lock:
+            self._append(_StatisticsLine.of(name, found))
+            self.statistics[name] = found
+
+    def _append(self, value: msgspec.Struct) -> None:
+        line = bytearray()
+        msgspec.json.Encoder().encode_into(value, line)
+        line += b"\n"
+        try:
+            _write(self._descriptor, line)
+        except OSError as error:
+            raise writing_failed(self._path, error) from None
 
     def taken(self, shard: int, first_leaf: int, stop_leaf: int) -> tuple[Claim, ...]:
         """Return nothing: what was added is in the journal."""
@@ -182,7 +225,7 @@ class Journal:
 
     def carried(self) -> CarriedClaims:
         """Return the same claims, for a worker in another process."""
-        return CarriedClaims(self.leaves, self._anomalies)
+        return CarriedClaims(self.leaves, self._anomalies, self.statistics)
 
     def close(self) -> None:
         """Close the file."""
@@ -205,16 +248,16 @@ def open_journal(folder: HeldFolder, plan: MergePlan) -> Journal:
             if left is None:  # new, or cut off within its first line
                 os.ftruncate(descriptor, 0)
                 _write(descriptor, msgspec.json.encode(head) + b"\n")
-                return Journal(path, descriptor, leaves, {}, head.plan_digest)
+                return Journal(path, descriptor, leaves, {}, {}, head.plan_digest)
             _check_same(path, left, head)
-            anomalies, valid_nbytes = _read_lines(folder, leaves)
+            anomalies, statistics, valid_nbytes = _read_lines(folder, leaves)
             os.ftruncate(descriptor, valid_nbytes)
         except BaseException:
             os.close(descriptor)
             raise
     except OSError as error:
         raise writing_failed(path, error, "cannot be used") from None
-    return Journal(path, descriptor, leaves, anomalies, head.plan_digest)
+    return Journal(path, descriptor, leaves, anomalies, statistics, head.plan_digest)
 
 
 def journal_nbytes(plan: MergePlan) -> int:
@@ -261,6 +304,8 @@ def summarise(folder: HeldFolder) -> JournalSummary | None:
     with folder.open_regular(JOURNAL_NAME) as file:
         file.readline(_LONGEST_LINE_NBYTES)
         while encoded := file.readline(_LONGEST_LINE_NBYTES):
+            if encoded.startswith(_STATISTICS):
+                continue
             try:
                 line = msgspec.json.decode(encoded, type=_Line)
             except (ValueError, RecursionError):  # torn; msgspec's errors are ValueErrors
@@ -309,12 +354,23 @@ def _read_head(folder: HeldFolder) -> _Head | None:
 
 def _read_lines(
     folder: HeldFolder, leaves: Sequence[LeafDigests]
-) -> tuple[dict[str, LeafAnomalies], int]:
-    """Read the claims into `leaves`; return their anomalies, and the end of the last good line."""
+) -> tuple[dict[str, LeafAnomalies], dict[str, tuple[tuple[float, ...], ...]], int]:
+    """Read the claims into `leaves`.
+
+    Returns their anomalies, the statistics of tensors, and the end of the last good line.
+    """
     anomalies: dict[str, LeafAnomalies] = {}
+    statistics: dict[str, tuple[tuple[float, ...], ...]] = {}
     with folder.open_regular(JOURNAL_NAME) as file:
         end = len(file.readline(_LONGEST_LINE_NBYTES))
         while encoded := file.readline(_LONGEST_LINE_NBYTES):
+            if encoded.startswith(_STATISTICS):
+                found = _statistics(encoded)
+                if found is None:
+                    break
+                statistics[found.tensor] = found.values()
+                end += len(encoded)
+                continue
             try:
                 line = msgspec.json.decode(encoded, type=_Line)
                 digest = bytes.fromhex(line.digest)
@@ -330,7 +386,18 @@ def _read_lines(
             if line.anomalies:
                 anomalies[key] = line.anomalies
             end += len(encoded)
-    return anomalies, end
+    return anomalies, statistics, end
+
+
+def _statistics(encoded: bytes) -> _StatisticsLine | None:
+    """Return a line of statistics, or None if it is torn or spoilt."""
+    try:
+        line = msgspec.json.decode(encoded, type=_StatisticsLine)
+        line.values()
+    except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
+        return None
+    is_whole = encoded.endswith(b"\n") and line.check == line.computed_check()
+    return line if is_whole else None
 
 
 def _check_format(path: Path, then: _Format) -> None:

@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass, replace
 
 from shardmix.errors import BudgetError
+from shardmix.methods.statistics import PIECE_NUM_ELEMENTS
 from shardmix.options import LLVM, TORCH, RunSettings
 from shardmix.sources.readers import MAX_MAPPED_AT_ONCE
 from shardmix.system.gpus import cuda_in_use, gpu_names, num_devices, torch_has_cuda_build
@@ -35,6 +36,10 @@ VRAM_BUFFERS_PER_WORKER = 7
 # far longer than to queue them, and page-locking larger buffers is a cost of each merge.
 BEST_CHUNK_NBYTES = {"llvm": 1 * MIB, "torch": 2 * MIB, "cuda": 16 * MIB}
 LEAST_CHUNK_NBYTES = 64 * KIB
+# Up to this size a chunk grows to hold a whole tensor whose statistics are needed: four buffers for
+# each worker, so a tensor of 100 MB of source bytes is read once.
+_LARGEST_WHOLE_NBYTES = 32 * MIB
+_FLOAT64_NBYTES = 8
 
 # What a library takes in memory once imported and first used, for planning in a process that has
 # not loaded it. Measured: 190-195 MiB for the CPU build of torch 2.13, 70 MiB for llvmlite 0.50
@@ -135,6 +140,7 @@ def fit_memory(
     num_devices: int = 0,
     vram: VramUse = NOTHING_HELD,
     best_chunk: int,
+    small_chunk: int | None = None,
     workers: int | None = None,
     max_memory: int | None = None,
     max_vram: int | None = None,
@@ -147,13 +153,14 @@ def fit_memory(
     shrinks the chunk, then takes workers away (unless their number was asked for). `num_devices`
     are the GPUs that share the workers, 0 on the CPU. Each has `max_vram`, or else what `vram` says
     is to spare. `mapped_views` is how many sources one chunk may have mapped, `reader_nbytes` what
-    the sources' own readers take for each worker.
+    the sources' own readers take for each worker. Chunks stay at least as large as `small_chunk`
+    (by default an eighth of the best) while there are workers to take away.
 
     Raises `BudgetError` where not even one smallest chunk fits, naming the least that works.
     """
     most_workers = workers or default_workers(num_devices=num_devices)
     fewest_workers = most_workers if workers else 1
-    small_chunk = best_chunk // 8
+    small_chunk = best_chunk // 8 if small_chunk is None else small_chunk
     choices = [
         *((most_workers, size) for size in _halvings(best_chunk, small_chunk)),
         *((count, small_chunk) for count in range(most_workers - 1, fewest_workers - 1, -1)),
@@ -220,11 +227,32 @@ def _vram_nbytes(buffers_nbytes: int) -> int:
     return -(-buffers_nbytes // unit) * unit + 2 * MIB
 
 
-def plan_memory(settings: RunSettings, *, num_tensors: int, reader_nbytes: int = 0) -> MemoryPlan:
+@dataclass(frozen=True, slots=True)
+class Gathering:
+    """The needs of a method that takes statistics of whole tensors."""
+
+    whole_chunk_nbytes: int
+    """Size of a chunk that holds the largest of these tensors, which then is read once."""
+    num_sources: int
+    """Most sources of one tensor."""
+
+    @property
+    def worker_nbytes(self) -> int:
+        """Memory of a worker's pieces: as stored, as float64, and their products."""
+        return (2 * self.num_sources + 2) * PIECE_NUM_ELEMENTS * _FLOAT64_NBYTES
+
+
+def plan_memory(
+    settings: RunSettings,
+    *,
+    num_tensors: int,
+    reader_nbytes: int = 0,
+    gathering: Gathering | None = None,
+) -> MemoryPlan:
     """Fit chunks and workers to the budgets and to what the process holds at this moment.
 
     `num_tensors` are the output's: of each there may be something to tell. `reader_nbytes` is what
-    the sources' own readers take for each worker.
+    the sources' own readers take for each worker. `gathering` is for methods that need statistics.
 
     Where the device is still open, to the GPU's, with the peak of whichever takes more. Raises
     `BudgetError` where one smallest chunk does not fit.
@@ -232,22 +260,37 @@ def plan_memory(settings: RunSettings, *, num_tensors: int, reader_nbytes: int =
     num_gpus = num_devices(settings.device)
     if not settings.is_device_open:
         reserved = reserved_nbytes(settings.backend, num_devices=num_gpus, num_tensors=num_tensors)
-        return _fitted(settings, reserved, num_gpus, reader_nbytes)
+        return _fitted(settings, reserved, num_gpus, reader_nbytes, gathering)
     # Both are tried in one process, with the libraries of both.
     reserved = reserved_nbytes(TORCH, LLVM, num_devices=num_gpus, num_tensors=num_tensors)
-    on_gpu = _fitted(settings, reserved, num_gpus, reader_nbytes)
+    on_gpu = _fitted(settings, reserved, num_gpus, reader_nbytes, gathering)
     # torch's chunks are larger than the kernels', so either fits in what this one takes.
-    on_cpu = _fitted(replace(settings, device="cpu", backend=TORCH), reserved, 0, reader_nbytes)
+    cpu_settings = replace(settings, device="cpu", backend=TORCH)
+    on_cpu = _fitted(cpu_settings, reserved, 0, reader_nbytes, gathering)
     peak = max(on_gpu.projected_peak_nbytes, on_cpu.projected_peak_nbytes)
     return replace(on_gpu, projected_peak_nbytes=peak)
 
 
-def _fitted(settings: RunSettings, reserved: int, num_gpus: int, reader_nbytes: int) -> MemoryPlan:
+def _fitted(
+    settings: RunSettings,
+    reserved: int,
+    num_gpus: int,
+    reader_nbytes: int,
+    gathering: Gathering | None,
+) -> MemoryPlan:
+    best_chunk = BEST_CHUNK_NBYTES["cuda" if settings.on_cuda else settings.backend]
+    whole = 0
+    if gathering is not None:
+        reader_nbytes += gathering.worker_nbytes
+        if not settings.on_cuda:
+            least = 1 << (gathering.whole_chunk_nbytes - 1).bit_length()
+            whole = min(least, _LARGEST_WHOLE_NBYTES)
     return fit_memory(
         reserved=reserved,
         num_devices=num_gpus,
         vram=vram_use(settings.device),
-        best_chunk=BEST_CHUNK_NBYTES["cuda" if settings.on_cuda else settings.backend],
+        best_chunk=max(best_chunk, whole),
+        small_chunk=best_chunk // 8,
         workers=settings.workers,
         max_memory=settings.max_memory_nbytes,
         max_vram=settings.max_vram_nbytes,

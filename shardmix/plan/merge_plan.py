@@ -17,7 +17,7 @@ from shardmix.conventions.module_tree import inner_path
 from shardmix.formats.safetensors_layout import HEADER_LENGTH_NBYTES
 from shardmix.methods.base import Params
 from shardmix.options import RunSettings
-from shardmix.plan.memory_budget import MemoryPlan
+from shardmix.plan.memory_budget import Gathering, MemoryPlan
 from shardmix.sources.base import Source
 from shardmix.sources.identity import FileStamp, SourceFile, SourceIdentity
 from shardmix.system.page_cache import CacheUse
@@ -266,6 +266,8 @@ class MergePlan:
     """What the output takes of the disk, all files counted in whole blocks, and the journal."""
     settings: RunSettings
     """Device, way to read, budgets."""
+    gathering: Gathering | None
+    """Needs of gathering statistics; None if the method needs none."""
     memory: MemoryPlan
     """Chunk size, workers and projected peak."""
     cache_use: CacheUse
@@ -350,7 +352,15 @@ class MergePlan:
         """Yield all that decides the output's bytes, in an order that is always the same."""
         places = {"output", "config_source_folder", "modules_folder"}
         irrelevant = places | {
-            *("settings", "memory", "cache_use", "warnings", "left_out", "disk_needed_nbytes"),
+            *(
+                "gathering",
+                "settings",
+                "memory",
+                "cache_use",
+                "warnings",
+                "left_out",
+                "disk_needed_nbytes",
+            ),
         }
         in_parts = {"sources", "shards"}
         for each in fields(self):

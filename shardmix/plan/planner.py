@@ -38,8 +38,9 @@ from shardmix.methods import keep_first, linear
 from shardmix.methods.base import Params
 from shardmix.methods.registry import merge_method
 from shardmix.options import LLVM, TORCH, RunSettings
+from shardmix.plan.chunk_size import whole_chunk_nbytes
 from shardmix.plan.layout import FileNumbers, TensorParameters, plan_shards
-from shardmix.plan.memory_budget import plan_memory
+from shardmix.plan.memory_budget import Gathering, plan_memory
 from shardmix.plan.merge_plan import MergePlan, ModuleConfig, OutputShard, PlannedSource
 from shardmix.plan.opening import ConfigSource, OpenedModels, public_name
 from shardmix.plan.output_modules import PlannedModules, plan_modules
@@ -120,6 +121,7 @@ def _plan_merge(
     shards = tuple(shard for part in parts for shard in part.shards)
     settings = _decided(settings, shards)
     write_nbytes = sum(shard.file_nbytes for shard in shards)
+    gathering = _gathering(shards)
     auxiliary_files = find_auxiliary_files(
         config_source.folder,
         weights=_merged_files(config_source, parts),
@@ -175,10 +177,12 @@ def _plan_merge(
         shards=shards,
         disk_needed_nbytes=write_nbytes,  # and what is beside the weights, once there is a plan
         settings=settings,
+        gathering=gathering,
         memory=plan_memory(
             settings,
             num_tensors=sum(len(shard.tensor_names) for shard in shards),
             reader_nbytes=sum(source.reader_nbytes for source in sources),
+            gathering=gathering,
         ),
         cache_use=plan_cache_use(
             read_nbytes=sum(shard.read_nbytes for shard in shards),
@@ -439,6 +443,24 @@ def _decided(settings: RunSettings, shards: Sequence[OutputShard]) -> RunSetting
     if backend == "auto":
         backend = LLVM if finding is None else TORCH
     return replace(settings, io=io, backend=backend)
+
+
+def _gathering(shards: Sequence[OutputShard]) -> Gathering | None:
+    """Return the needs of gathering statistics; None if the factors of all segments are known."""
+    pending = [
+        segment
+        for shard in shards
+        for segment in shard.segments
+        if segment.method != keep_first.NAME
+        and not segment.factors
+        and merge_method(segment.method).num_factors
+    ]
+    if not pending:
+        return None
+    return Gathering(
+        whole_chunk_nbytes=max(map(whole_chunk_nbytes, pending)),
+        num_sources=max(len(segment.sources) for segment in pending),
+    )
 
 
 def _summed_nbytes(shards: Sequence[OutputShard]) -> int:

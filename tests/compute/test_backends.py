@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from shardmix.compute.backend import Reducers
-from shardmix.compute.chunk_size import chunk_num_elements
 from shardmix.compute.keep_first import KeepFirst
 from shardmix.compute.torch_cpu import TorchBackend
 from shardmix.compute.torch_ops import accumulate, round_into
 from shardmix.methods import keep_first
+from shardmix.plan.chunk_size import chunk_num_elements
 from shardmix.system.buffers import PAGE_NBYTES, address, offset_in_page
 from tests.support.models import random_tensor, round_once, weighted_sum
 from tests.support.reducing import (

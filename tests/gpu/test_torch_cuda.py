@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardmix.compute.chunk_size import chunk_num_elements
 from shardmix.compute.torch_cpu import TorchBackend
 from shardmix.compute.torch_cuda import NUM_IN_FLIGHT, cuda_sums
 from shardmix.errors import DeviceError, SourceError
+from shardmix.plan.chunk_size import chunk_num_elements
 from tests.support.models import random_tensor
 from tests.support.reducing import FLOATS, NAMES, raw_bytes, reduce, segment_of
 from tests.support.sampling import examples

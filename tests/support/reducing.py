@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from shardmix.compute.chunk_size import chunk_num_elements
 from shardmix.compute.torch_cpu import TorchBackend
 from shardmix.compute.torch_cuda import cuda_methods, cuda_sums
 from shardmix.methods.registry import merge_method
+from shardmix.plan.chunk_size import chunk_num_elements
 from shardmix.plan.merge_plan import Segment, SegmentSource
 from tests.support.simulated_cuda import SimulatedCuda
 

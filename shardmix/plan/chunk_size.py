@@ -10,6 +10,8 @@ from shardmix.system.buffers import PAGE_NBYTES
 KEEP_FIRST_CHUNK_NBYTES = 1 << 16  # integers are few: small buffers suffice
 _SUM_NBYTES = 4
 _WIDE_NBYTES = 8
+# One buffer is for the intermediate results of a method.
+_METHOD_BUFFERS = BUFFERS_PER_WORKER - 1
 VECTOR = 64
 """Elements that kernels process at once: a chunk of whole vectors leaves no rest."""
 
@@ -20,15 +22,25 @@ def chunk_num_elements(segment: Segment, *, chunk_nbytes: int) -> int:
     if segment.method == keep_first.NAME:
         return max(1, min(chunk_nbytes, KEEP_FIRST_CHUNK_NBYTES) // max(widths))
     if not merge_method(segment.method).is_weighted_sum:
-        # One buffer is for the method's intermediate results.
-        unrounded = _WIDE_NBYTES if "F64" in segment.dtypes else _SUM_NBYTES
-        at_once = (BUFFERS_PER_WORKER - 1) * chunk_nbytes // (sum(widths) + unrounded)
-        return _rounded(max(1, at_once))
+        return _rounded(max(1, _METHOD_BUFFERS * chunk_nbytes // _method_nbytes(segment)))
     # Sums are at least float32. All sources, the sum and the output fit into the buffers at
     # once.
     at_once = BUFFERS_PER_WORKER * chunk_nbytes // (sum(widths) + _SUM_NBYTES)
     num_elements = max(1, min(chunk_nbytes // max(*widths, _SUM_NBYTES), at_once))
     return _rounded(num_elements)
+
+
+def whole_chunk_nbytes(segment: Segment) -> int:
+    """Return the size of a chunk that holds a whole segment. Not for weighted sums."""
+    num_elements = -(-segment.num_elements // PAGE_NBYTES) * PAGE_NBYTES
+    return -(-num_elements * _method_nbytes(segment) // _METHOD_BUFFERS)
+
+
+def _method_nbytes(segment: Segment) -> int:
+    """Return the bytes of one element in all sources, in the output, and unrounded."""
+    unrounded = _WIDE_NBYTES if "F64" in segment.dtypes else _SUM_NBYTES
+    widths = [element_nbytes(dtype) for dtype in (*segment.dtypes, segment.out_dtype)]
+    return sum(widths) + unrounded
 
 
 def _rounded(num_elements: int) -> int:

@@ -1,0 +1,248 @@
+"""The pass that gathers statistics of whole tensors, before anything of them is merged.
+
+A task is a group of pieces of one tensor. The caller totals a tensor's groups by index, so the
+result does not depend on who gathered what, or when. Tensors that fit into one chunk are left to
+the merging pass, which gathers from what it has read anyway: so they are read once.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from shardmix.compute.widened import widened
+from shardmix.dtypes import element_nbytes
+from shardmix.execute.executor import IsStopped, Job, Task, TaskResult
+from shardmix.execute.tasks import leaves_per_task
+from shardmix.methods import keep_first
+from shardmix.methods.registry import merge_method
+from shardmix.methods.statistics import (
+    GROUP_NUM_ELEMENTS,
+    PIECE_NUM_ELEMENTS,
+    Partial,
+    Statistic,
+    gathered,
+)
+from shardmix.plan.chunk_size import chunk_num_elements
+from shardmix.plan.merge_plan import MergePlan, Segment
+from shardmix.sources.readers import Reader, open_reader
+from shardmix.system.buffers import buffer_for_reading
+from shardmix.system.digests import LEAF_NBYTES
+
+Values = npt.NDArray[np.float64]
+
+TensorStatistics = tuple[Partial, ...]
+"""A tensor's statistics, one for each that its method needs."""
+
+
+class KnownStatistics(Protocol):
+    """Statistics by tensor, such as a journal knows them."""
+
+    @property
+    def statistics(self) -> dict[str, TensorStatistics]:
+        """Name of a segment → its tensor's statistics; those added join them."""
+
+    def add_statistics(self, name: str, found: TensorStatistics) -> None:
+        """Add a tensor's statistics."""
+
+
+class Unkept:
+    """Known statistics that no later merge needs."""
+
+    def __init__(self) -> None:
+        self.statistics: dict[str, TensorStatistics] = {}
+
+    def add_statistics(self, name: str, found: TensorStatistics) -> None:
+        """Add a tensor's statistics."""
+        self.statistics[name] = found
+
+
+def needed_statistics(plan: MergePlan, segment: Segment) -> tuple[Statistic, ...]:
+    """Return the statistics that a segment's factors follow from; () if they are in the plan."""
+    if segment.method == keep_first.NAME:
+        return ()
+    params = plan.parameters[segment.parameters]
+    return merge_method(segment.method).needs(params).statistics
+
+
+def with_factors(plan: MergePlan, segment: Segment, found: TensorStatistics) -> Segment:
+    """Return a segment with the factors that follow from its tensor's statistics."""
+    method, params = merge_method(segment.method), plan.parameters[segment.parameters]
+    has_base = method.needs(params).base_model
+    models = [source.source - has_base for source in segment.sources[has_base:]]
+    return replace(segment, factors=method.factors(params, models, found))
+
+
+class Gather:
+    """Gathers statistics of some segments' tensors, each from all of its sources."""
+
+    def __init__(self, plan: MergePlan, segments: Sequence[Segment]) -> None:
+        self._plan = plan
+        self._segments = segments
+
+    @contextmanager
+    def opened(self) -> Iterator["Gather"]:
+        """Return itself: workers share nothing."""
+        yield self
+
+    @contextmanager
+    def worker(self) -> Iterator["_Gatherer"]:
+        """Make a worker with a reader of its own."""
+        widest = max(len(segment.sources) for segment in self._segments)
+        with closing(
+            open_reader(self._plan.settings.io, self._plan.files, self._plan.decoders)
+        ) as reader:
+            yield _Gatherer(self._segments, PieceReader(self._plan, reader, num_sources=widest))
+
+
+class _Gatherer:
+    """One worker."""
+
+    def __init__(self, segments: Sequence[Segment], pieces: "PieceReader") -> None:
+        self._segments = segments
+        self._pieces = pieces
+
+    def run(self, task: Task, is_stopped: IsStopped) -> TaskResult[TensorStatistics] | None:
+        """Gather from one group of pieces."""
+        if is_stopped():
+            return None
+        segment = self._segments[task.file]
+        start = task.first_leaf * GROUP_NUM_ELEMENTS
+        stop = min(start + GROUP_NUM_ELEMENTS, segment.num_elements)
+        num_bytes = (stop - start) * sum(map(element_nbytes, segment.dtypes))
+        return TaskResult(task, num_bytes, self._pieces.group(segment, start, stop))
+
+
+class PieceReader:
+    """Reads a tensor's values piece by piece from all of its sources, as float64."""
+
+    def __init__(self, plan: MergePlan, reader: Reader, *, num_sources: int) -> None:
+        self._plan = plan
+        self._reader = reader
+        nbytes = PIECE_NUM_ELEMENTS * element_nbytes("F64")
+        self._buffers = [buffer_for_reading(nbytes) for _ in range(num_sources)]
+
+    def whole(self, segment: Segment) -> TensorStatistics:
+        """Return a tensor's statistics, all of it read."""
+        stop = segment.num_elements
+        groups = [
+            self.group(segment, start, min(start + GROUP_NUM_ELEMENTS, stop))
+            for start in range(0, stop, GROUP_NUM_ELEMENTS)
+        ]
+        return totalled(self._plan, segment, groups)
+
+    def group(self, segment: Segment, start: int, stop: int) -> TensorStatistics:
+        """Return the statistics of a range of elements, which is one group."""
+        needed = needed_statistics(self._plan, segment)
+        return tuple(gathered(needed, self._read(segment, start, stop)))
+
+    def _read(self, segment: Segment, start: int, stop: int) -> Iterator[list[Values]]:
+        for first in range(start, stop, PIECE_NUM_ELEMENTS):
+            length = min(PIECE_NUM_ELEMENTS, stop - first)
+            values = []
+            for (_, dtype, file, offset), buffer in zip(
+                segment.sources, self._buffers, strict=False
+            ):
+                width = element_nbytes(dtype)
+                raw = self._reader.view(file, offset + first * width, buffer[: length * width])
+                values.append(widened(raw, dtype))
+            self._reader.release()
+            yield values
+
+
+def tensors_to_gather(plan: MergePlan, known: KnownStatistics) -> list[Segment]:
+    """Return the segments whose statistics must be gathered before the merging pass."""
+    if plan.gathering is None:
+        return []
+    return [
+        segment
+        for segment in plan.segments()
+        if needed_statistics(plan, segment)
+        and segment.name not in known.statistics
+        and not _is_read_whole(plan, segment)
+    ]
+
+
+def _is_read_whole(plan: MergePlan, segment: Segment) -> bool:
+    """Tell whether the merging pass has all of a segment in memory at once."""
+    if plan.settings.on_cuda:  # sources go there one by one
+        return False
+    if segment.num_elements > chunk_num_elements(segment, chunk_nbytes=plan.memory.chunk_nbytes):
+        return False
+    task_nbytes = leaves_per_task(plan) * LEAF_NBYTES
+    stop = segment.out_offset + segment.num_elements * element_nbytes(segment.out_dtype)
+    return segment.out_offset // task_nbytes == (stop - 1) // task_nbytes
+
+
+def gather_job(plan: MergePlan, segments: Sequence[Segment]) -> Job[TensorStatistics]:
+    """Return the job that gathers statistics of segments' tensors."""
+    return Job(Gather(plan, segments), num_workers=plan.memory.workers)
+
+
+def gather_tasks(segments: Sequence[Segment]) -> list[Task]:
+    """Return the tasks of that job: file is a segment's number, leaves are groups of pieces."""
+    return [
+        Task(number, group, group + 1)
+        for number, segment in enumerate(segments)
+        for group in range(-(-segment.num_elements // GROUP_NUM_ELEMENTS))
+    ]
+
+
+class Totals:
+    """Totals groups by tensor, and adds those that are complete to what is known."""
+
+    def __init__(
+        self, plan: MergePlan, segments: Sequence[Segment], known: KnownStatistics
+    ) -> None:
+        self._plan = plan
+        self._segments = segments
+        self._known = known
+        self._groups: dict[int, dict[int, TensorStatistics]] = {}
+
+    def take(self, result: TaskResult[TensorStatistics]) -> None:
+        """Add one task's result."""
+        number = result.task.file
+        groups = self._groups.setdefault(number, {})
+        groups[result.task.first_leaf] = result.value
+        segment = self._segments[number]
+        if len(groups) == -(-segment.num_elements // GROUP_NUM_ELEMENTS):
+            del self._groups[number]
+            ordered = [groups[group] for group in sorted(groups)]
+            self._known.add_statistics(segment.name, totalled(self._plan, segment, ordered))
+
+
+def totalled(
+    plan: MergePlan, segment: Segment, groups: Sequence[TensorStatistics]
+) -> TensorStatistics:
+    """Return a tensor's statistics from those of its groups, in order."""
+    return tuple(
+        statistic.total([group[number] for group in groups])
+        for number, statistic in enumerate(needed_statistics(plan, segment))
+    )
+
+
+def whole_statistics(
+    plan: MergePlan, segment: Segment, raw: Sequence[memoryview]
+) -> TensorStatistics:
+    """Return the statistics of a tensor that is in memory: all bytes of every source."""
+    needed = needed_statistics(plan, segment)
+
+    def pieces(start: int, stop: int) -> Iterator[list[Values]]:
+        for first in range(start, stop, PIECE_NUM_ELEMENTS):
+            last = min(first + PIECE_NUM_ELEMENTS, stop)
+            yield [
+                widened(view[first * width : last * width], dtype)
+                for view, dtype, width in zip(raw, segment.dtypes, widths, strict=True)
+            ]
+
+    widths = [element_nbytes(dtype) for dtype in segment.dtypes]
+    groups = [
+        tuple(
+            gathered(needed, pieces(start, min(start + GROUP_NUM_ELEMENTS, segment.num_elements)))
+        )
+        for start in range(0, segment.num_elements, GROUP_NUM_ELEMENTS)
+    ]
+    return totalled(plan, segment, groups)
