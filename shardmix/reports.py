@@ -152,7 +152,7 @@ class PlanReport:
     keeps_output_cached: bool
     """True if the output may stay in the page cache. It is dropped if it is larger than that half
     and forced to disk."""
-    weights: tuple[float, ...]
+    weights: tuple[float | None, ...]
     """Weights in source order."""
     sources: tuple[str, ...]
     """The user's names of the models."""
@@ -222,7 +222,7 @@ class MergeReport:
     """Largest resident set of the process so far (VmHWM)."""
     peak_vram_bytes: int
     """Peak GPU memory that torch had reserved, on one GPU; 0 on the CPU."""
-    weights: tuple[float, ...]
+    weights: tuple[float | None, ...]
     """Weights in source order, as used."""
     shards: tuple[ShardReport, ...]
     """The files written."""

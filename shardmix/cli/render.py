@@ -151,9 +151,11 @@ def status_report(report: "StatusReport", *, json: bool) -> None:
         console.print(f"process {unfinished.process or '(unknown)'} is at work on it")
 
 
-def _models(sources: Sequence[str], weights: Sequence[float]) -> str:
-    pairs = zip(sources, weights, strict=False)
-    return ", ".join(f"{_plain(str(source))} × {weight:g}" for source, weight in pairs)
+def _models(sources: Sequence[str], weights: Sequence[float | None]) -> str:
+    return ", ".join(
+        f"{_plain(str(source))}{'' if weight is None else f' × {weight:g}'}"
+        for source, weight in zip(sources, weights, strict=False)
+    )
 
 
 def score_report(report: "ScoreReport", *, json: bool, quiet: bool) -> None:

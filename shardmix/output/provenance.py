@@ -60,7 +60,7 @@ class SourceRecord(msgspec.Struct, frozen=True, omit_defaults=True):
 
     name: str
     """Hub id with revision, or the name of the folder or file."""
-    weight: float
+    weight: float | None
     """Its factor, in full precision."""
     files: tuple[SourceFileRecord, ...]
     """Its weight files, in name order."""

@@ -12,8 +12,8 @@ class MergeDescription:
 
     models: tuple[str, ...]
     """Public names, in order."""
-    weights: tuple[float, ...]
-    """Weights in full precision."""
+    weights: tuple[float | None, ...]
+    """Weights in full precision; None for a model without one."""
     dtype: str
     config_from: str
     config_source_commit: str | None

@@ -40,8 +40,8 @@ class PlannedSource:
     """Absolute path of its folder, or of the file that the user named."""
     identity: SourceIdentity
     """What its bytes are known by: the weight files that will be read, and their commit."""
-    weight: float
-    """Its factor, in double precision."""
+    weight: float | None
+    """Its weight, in double precision; None if it has none, or not the same in all tensors."""
     reader_nbytes: int = 0
     """What its readers take for each worker, besides the buffers of a chunk."""
     decoders: tuple[Source, ...] = field(default=(), repr=False, compare=False)

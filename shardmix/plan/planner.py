@@ -34,7 +34,7 @@ from shardmix.matching.fused_tensors import split_alike
 from shardmix.matching.modules import ModularModel
 from shardmix.matching.parts import match_parts
 from shardmix.matching.tensors import MatchedTensors, match_tensors
-from shardmix.methods import keep_first, linear
+from shardmix.methods import keep_first
 from shardmix.methods.base import Params
 from shardmix.methods.registry import merge_method
 from shardmix.options import LLVM, TORCH, RunSettings
@@ -47,7 +47,7 @@ from shardmix.plan.output_modules import PlannedModules, plan_modules
 from shardmix.plan.weight_warnings import weight_warnings
 from shardmix.recipe import Recipe
 from shardmix.recipe.build import recipe_notes
-from shardmix.recipe.parameters import resolve_parameters, used_weights
+from shardmix.recipe.parameters import resolve_parameters, source_weights
 from shardmix.sources.auxiliary_files import (
     AuxiliaryFiles,
     adapter_warnings,
@@ -105,11 +105,6 @@ def _plan_merge(
     recipe: Recipe, opened: OpenedModels, settings: RunSettings, **outcome: Unpack[Outcome]
 ) -> MergePlan:
     checkpoints, config_source = opened.checkpoints, opened.config_source
-    if recipe.merge_method != linear.NAME or recipe.depends_on_tensor:
-        raise RecipeError(
-            "other methods than linear, and weights by tensor, cannot be carried out yet",
-            remedy="use the method linear, and the same weights for all tensors",
-        )
     matched = match_parts(checkpoints)
     modules = plan_modules(
         recipe, checkpoints, matched, config_source.folder, config_source.modules
@@ -204,7 +199,8 @@ def _planned_sources(
     firsts: list[list[int]] = []
     num_files = 0
     parts_of = list(zip(*groups, strict=True))
-    for weight, checkpoint, parts in zip(used_weights(recipe), checkpoints, parts_of, strict=True):
+    weights = source_weights(recipe)
+    for weight, checkpoint, parts in zip(weights, checkpoints, parts_of, strict=True):
         files: list[SourceFile] = []
         firsts.append([])
         for part in parts:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from shardmix.errors import listed
 from shardmix.methods.base import vanishes_in_float32
 from shardmix.recipe import Recipe
-from shardmix.recipe.parameters import used_weights
+from shardmix.recipe.parameters import source_weights
 
 # Statistics that are never negative: variances and deviations (BatchNorm, buffers of data
 # normalisers), sizes of a codebook's clusters, second moments of optimisers. Their logarithms may
@@ -21,7 +21,11 @@ _NEVER_NEGATIVE = re.compile(
 
 def weight_warnings(recipe: Recipe, names: Iterable[str]) -> Iterator[str]:
     """Yield warnings about a recipe's weights for float tensors of these names."""
-    weighted = list(zip(recipe.sources, used_weights(recipe), strict=True))
+    weighted = [
+        (source, weight)
+        for source, weight in zip(recipe.sources, source_weights(recipe), strict=True)
+        if weight is not None
+    ]
     for source, weight in weighted:
         if weight == 0:
             yield f"{source}: has the weight 0: left out, none of its values is read"

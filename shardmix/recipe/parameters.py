@@ -170,6 +170,12 @@ def resolve_parameters(recipe: Recipe, names: Sequence[str]) -> ResolvedParamete
     return ResolvedParameters(tuple(groups.values()), rows)
 
 
+def source_weights(recipe: Recipe) -> tuple[float | None, ...]:
+    """Return the weight of each of `recipe.sources`; None for one that has not one of its own."""
+    weights = used_weights(recipe) or (None,) * len(recipe.models)
+    return weights if recipe.base_model is None else (None, *weights)
+
+
 def used_weights(recipe: Recipe) -> tuple[float, ...]:
     """Return each model's weight, normalised if the recipe says so.
 

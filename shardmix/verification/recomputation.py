@@ -72,7 +72,10 @@ def recompute(
         for number, source in enumerate(provenance.sources, start=1)
     ]
     recipe = build_recipe(
-        [(place, source.weight) for source, place in zip(provenance.sources, places, strict=True)],
+        [
+            (place, source.weight or 0.0)
+            for source, place in zip(provenance.sources, places, strict=True)
+        ],
         dtype=provenance.dtype,
         config_from=str(folder),  # its config says how the weights are tied
         max_shard_size=provenance.max_shard_size,

@@ -23,7 +23,7 @@ class CompleteReport:
     """Version of shardmix that wrote it."""
     sources: tuple[str, ...]
     """The models, by public name."""
-    weights: tuple[float, ...]
+    weights: tuple[float | None, ...]
     """Their weights."""
     num_files: int
     """Files with a digest."""
