@@ -15,9 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ALWAYS = ("tests/test_docs.py", "tests/test_house.py", "tests/test_imports.py")
 """What any change may break, and takes seconds."""
-DECIDE_BYTES = {"compute", "execute", "matching", "methods", "output", "plan", "sources"}
+DECIDE_BYTES = {"compute", "execute", "matching", "methods", "output", "plan", "recipe", "sources"}
 OF_TOP_LEVEL = {
-    "recipe": ("tests/test_recipe.py", "tests/test_weights.py"),
     "reports": ("tests/cli",),
     "score_and_merge": ("tests/test_lm_cocktail.py",),
 }
