@@ -160,7 +160,7 @@ def test_gpu_failing_at_work_says_what_to_do(failed_gpu):
         raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")
     assert str(caught.value) == (
         "device cuda failed (CUDA out of memory. Tried to allocate 2 GiB); if it has too little "
-        "memory left, lower --max-vram; or merge with --device cpu"
+        "memory left, lower --max-vram, or merge with --device cpu"
     )
 
 
