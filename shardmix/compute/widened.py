@@ -1,4 +1,4 @@
-"""Stored floats as float64 arrays of numpy, for statistics; torch is not needed for that."""
+"""Stored floats as float64 arrays of numpy, for statistics. Needs no torch."""
 
 import numpy as np
 import numpy.typing as npt
@@ -7,7 +7,7 @@ _BFLOAT16_SHIFT = 16
 
 
 def widened(raw: memoryview, dtype: str) -> npt.NDArray[np.float64]:
-    """Return the values of stored floats; `dtype` is their safetensors name. Exact for all."""
+    """Return stored floats as float64, exactly. `dtype` is their safetensors dtype."""
     if dtype == "BF16":
         # A bfloat16 is the upper half of a float32.
         bits = np.frombuffer(raw, np.uint16).astype(np.uint32) << _BFLOAT16_SHIFT

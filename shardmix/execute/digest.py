@@ -40,14 +40,14 @@ class ExpectedFile:
 
 @dataclass(frozen=True, slots=True)
 class Digested:
-    """What was read for one task."""
+    """The result of one task."""
 
     num_bytes_read: int
-    """Bytes that were there to read."""
+    """Number of bytes read."""
     file_digest: str = ""
     """Digest (hex) of the file, if it is complete with this task and could be read."""
     problem: str = ""
-    """Why the file cannot be digested; empty if it can."""
+    """Reason that the file cannot be digested; empty if it can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +61,11 @@ class Digest:
     algorithm: str
     """One of `digests.ALGORITHMS`."""
     keep_cached: bool
-    """Whether what was read may stay in the system's page cache."""
+    """True if the files' pages may stay in the system's page cache."""
 
     @contextmanager
     def opened(self) -> Iterator["_Digesting"]:
-        """Open what the workers of this process share."""
+        """Open the files that the workers of this process share."""
         with closing(_Digesting(self)) as digesting:
             yield digesting
 
@@ -73,14 +73,14 @@ class Digest:
 def digest_job(
     folder: Path, file_nbytes: Mapping[str, int], algorithm: str
 ) -> tuple[Job[Digested], Tasks]:
-    """Return the job that digests files, and its tasks, which count files in order of their names.
+    """Return the job that digests files, and its tasks. Files are numbered by name.
 
     Args:
         folder: the folder that they are in.
         file_nbytes: name of each file, with `/` → the size that it must have.
         algorithm: one of `digests.ALGORITHMS`.
     """
-    # A stranger may have recorded any size. What is not there has no tasks.
+    # A hostile record may name any size, so a missing file has no tasks.
     files = tuple(
         ExpectedFile(name, nbytes, nbytes if _has_size(folder / name, nbytes) else 0)
         for name, nbytes in sorted(file_nbytes.items())

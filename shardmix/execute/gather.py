@@ -1,8 +1,8 @@
 """The pass that gathers statistics of whole tensors, before anything of them is merged.
 
-A task is a group of pieces of one tensor. The caller totals a tensor's groups by index, so the
-result does not depend on who gathered what, or when. Tensors that fit into one chunk are left to
-the merging pass, which gathers from what it has read anyway: so they are read once.
+A task is a group of pieces of one tensor. The caller totals a tensor's groups by index, so that the
+result does not depend on workers or their order. Tensors that fit into one chunk are left to the
+merging pass: it reads them anyway, so they are read only once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,7 +39,7 @@ TensorStatistics = tuple[Partial, ...]
 
 
 class KnownStatistics(Protocol):
-    """Statistics by tensor, such as a journal knows them."""
+    """Statistics by tensor, such as those of a journal."""
 
     @property
     def statistics(self) -> dict[str, TensorStatistics]:
@@ -50,7 +50,7 @@ class KnownStatistics(Protocol):
 
 
 class Unkept:
-    """Known statistics that no later merge needs."""
+    """Statistics in memory only, since no later merge needs them."""
 
     def __init__(self) -> None:
         self.statistics: dict[str, TensorStatistics] = {}
@@ -61,7 +61,7 @@ class Unkept:
 
 
 def needed_statistics(plan: MergePlan, segment: Segment) -> tuple[Statistic, ...]:
-    """Return the statistics that a segment's factors follow from; () if they are in the plan."""
+    """Return the statistics that decide a segment's factors; () if the plan has the factors."""
     if segment.method == keep_first.NAME:
         return ()
     params = plan.parameters[segment.parameters]
@@ -69,7 +69,7 @@ def needed_statistics(plan: MergePlan, segment: Segment) -> tuple[Statistic, ...
 
 
 def with_factors(plan: MergePlan, segment: Segment, found: TensorStatistics) -> Segment:
-    """Return a segment with the factors that follow from its tensor's statistics."""
+    """Return a segment with the factors that its tensor's statistics give."""
     method, params = merge_method(segment.method), plan.parameters[segment.parameters]
     has_base = method.needs(params).base_model
     models = [source.source - has_base for source in segment.sources[has_base:]]
@@ -126,7 +126,7 @@ class PieceReader:
         self._buffers = [buffer_for_reading(nbytes) for _ in range(num_sources)]
 
     def whole(self, segment: Segment) -> TensorStatistics:
-        """Return a tensor's statistics, all of it read."""
+        """Read a whole tensor, and return its statistics."""
         stop = segment.num_elements
         groups = [
             self.group(segment, start, min(start + GROUP_NUM_ELEMENTS, stop))
@@ -135,7 +135,7 @@ class PieceReader:
         return totalled(self._plan, segment, groups)
 
     def group(self, segment: Segment, start: int, stop: int) -> TensorStatistics:
-        """Return the statistics of a range of elements, which is one group."""
+        """Read one group of elements, and return its statistics."""
         needed = needed_statistics(self._plan, segment)
         return tuple(gathered(needed, self._read(segment, start, stop)))
 
@@ -167,8 +167,8 @@ def tensors_to_gather(plan: MergePlan, known: KnownStatistics) -> list[Segment]:
 
 
 def _is_read_whole(plan: MergePlan, segment: Segment) -> bool:
-    """Tell whether the merging pass has all of a segment in memory at once."""
-    if plan.settings.on_cuda:  # sources go there one by one
+    """Return True if the merging pass has all of a segment in memory at once."""
+    if plan.settings.on_cuda:  # it takes sources one by one
         return False
     if segment.num_elements > chunk_num_elements(segment, chunk_nbytes=plan.memory.chunk_nbytes):
         return False
@@ -183,7 +183,7 @@ def gather_job(plan: MergePlan, segments: Sequence[Segment]) -> Job[TensorStatis
 
 
 def gather_tasks(segments: Sequence[Segment]) -> list[Task]:
-    """Return the tasks of that job: file is a segment's number, leaves are groups of pieces."""
+    """Return that job's tasks. A task's file is a segment's number, its leaves are groups."""
     return [
         Task(number, group, group + 1)
         for number, segment in enumerate(segments)
@@ -192,7 +192,7 @@ def gather_tasks(segments: Sequence[Segment]) -> list[Task]:
 
 
 class Totals:
-    """Totals groups by tensor, and adds those that are complete to what is known."""
+    """Totals the groups of each tensor. Complete tensors are added to the known statistics."""
 
     def __init__(
         self, plan: MergePlan, segments: Sequence[Segment], known: KnownStatistics
@@ -227,7 +227,7 @@ def totalled(
 def whole_statistics(
     plan: MergePlan, segment: Segment, raw: Sequence[memoryview]
 ) -> TensorStatistics:
-    """Return the statistics of a tensor that is in memory: all bytes of every source."""
+    """Return the statistics of a tensor that is in memory. `raw` are all bytes of each source."""
     needed = needed_statistics(plan, segment)
 
     def pieces(start: int, stop: int) -> Iterator[list[Values]]:

@@ -1,4 +1,4 @@
-"""Statistics of whole tensors, such as norms: in float64, and the same whoever computes them.
+"""Statistics of whole tensors, such as norms: in float64, with the same bits on every machine.
 
 A tensor is cut into pieces of a fixed number of elements, counted from its first, and pieces into
 groups. Each piece is added up in one fixed order, then the pieces of each group, then the groups.
@@ -13,20 +13,20 @@ from typing import Any, Protocol
 PIECE_NUM_ELEMENTS = 1 << 14
 """Elements of a piece: in float64 the pieces of several models fit into the caches."""
 GROUP_NUM_ELEMENTS = 128 * PIECE_NUM_ELEMENTS
-"""Elements of a group: what a task gathers, and tells of as one total."""
+"""Elements of a group: the part of a tensor that one task gathers into one total."""
 
 Partial = tuple[float, ...]
 """The entries of a statistic over a part of a tensor."""
 
 
 class Statistic(Protocol):
-    """A statistic over all values of a tensor: of the base model (if any) and each contributor."""
+    """A statistic over all values of a tensor, in the base model (if any) and each other model."""
 
     def of_piece(self, values: Sequence[Any]) -> Partial:
-        """Return a piece's part; `values` are float64 arrays, which it must not change."""
+        """Return a piece's part. `values` are float64 arrays, which it must not change."""
 
     def total(self, partials: Sequence[Partial]) -> Partial:
-        """Return the statistic of several parts together; also of totals, by index."""
+        """Return the statistic of several parts, or of several totals, together."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ from shardmix.system.held_folder import HeldFolder
 
 JOURNAL_NAME = "journal"
 _FORMAT = 2
-_STATISTICS = b'["'  # how a line of statistics begins; claims begin with a number
+_STATISTICS = b'["'  # the start of a line of statistics; claims start with a number
 _LONGEST_LINE_NBYTES = 64_000_000  # the first one names every file, others all anomalies of a leaf
 
 
@@ -57,9 +57,9 @@ class _StatisticsLine(msgspec.Struct, array_like=True):
 
     tensor: str
     statistics: tuple[tuple[str, ...], ...]
-    """Each entry as `float.hex` writes it: also what is no number goes through JSON."""
+    """The entries in hex (`float.hex`), since JSON has no NaN and no infinity."""
     check: str
-    """XXH3 (hex) of what is before it: nothing else would tell that a value is spoilt."""
+    """XXH3 (hex) of the fields above, since nothing else would reveal a damaged value."""
 
     @classmethod
     def of(cls, tensor: str, statistics: Sequence[Sequence[float]]) -> "_StatisticsLine":

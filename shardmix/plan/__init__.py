@@ -1,12 +1,24 @@
 """From a recipe and its models to a `MergePlan`, by headers only.
 
-opening                opens what a recipe names
-planner                decides names, dtypes, files, every offset, and the memory
-layout                 output files: headers, offsets, and the runs their data is divided into
-chunk_size             how many elements of a segment a chunk holds
-memory_budget          the chunk and the workers that keep the budgets
-output_modules         whose sentence-transformers modules an output has
-weight_warnings        what weights do to a model: left out by 0, variances made negative
-merge_plan             the values: `MergePlan`, `OutputShard`, `Run`
-identity               what makes a merge this one and no other, and how two differ
+opening                the opened models of a recipe
+planner                names, dtypes, files, every offset, and the memory
+layout                 output files: headers, offsets, and the segments of their data
+chunk_size             the number of elements of a chunk
+memory_budget          the chunk and the workers that fit the budgets
+output_modules         the sentence-transformers modules of an output
+weight_warnings        warnings of weights that leave a model out or make variances negative
+merge_plan             the values: `MergePlan`, `OutputShard`, `Segment`
+identity               the identity of a merge, and the differences between two
+
+A plan is a value. It holds every decision before a weight is read, prints, hashes, and goes through
+JSON unchanged. `execute` only carries it out.
+
+A segment is a range of elements that is contiguous in the output and in every source. Tensors that
+are neighbours everywhere, of one dtype and the same parameters, are one segment. So thousands of
+small tensors are as fast as a few large ones, and a plan stays small. A chunk is a part of a
+segment, and one byte range per source, whatever the tensor's shape: element-wise methods need no
+more, since safetensors is row-major. So a 2 GB embedding merges in 2 MiB chunks.
+
+A model whose weight is 0 (also if only float32 rounds it to 0) is not read, since 0 · NaN is NaN.
+If it is the first model, its names, dtypes, layout, config and integers count all the same.
 """

@@ -7,13 +7,13 @@ from shardmix.plan.memory_budget import BUFFERS_PER_WORKER
 from shardmix.plan.merge_plan import Segment
 from shardmix.system.buffers import PAGE_NBYTES
 
-KEEP_FIRST_CHUNK_NBYTES = 1 << 16  # integers are few: small buffers suffice
+KEEP_FIRST_CHUNK_NBYTES = 1 << 16  # small, since integers are few
 _SUM_NBYTES = 4
 _WIDE_NBYTES = 8
 # One buffer is for the intermediate results of a method.
 _METHOD_BUFFERS = BUFFERS_PER_WORKER - 1
 VECTOR = 64
-"""Elements that kernels process at once: a chunk of whole vectors leaves no rest."""
+"""Elements that kernels process at once. A chunk is whole vectors, so that none is left over."""
 
 
 def chunk_num_elements(segment: Segment, *, chunk_nbytes: int) -> int:
@@ -45,7 +45,7 @@ def _method_nbytes(segment: Segment) -> int:
 
 def _rounded(num_elements: int) -> int:
     """Round down to whole pages of elements, or to whole vectors, if there is at least one."""
-    # By pages: then all chunks of a segment have the same alignment.
+    # By pages, so that all chunks of a segment have the same alignment.
     for whole in (PAGE_NBYTES, VECTOR):
         if num_elements > whole:
             return num_elements - num_elements % whole

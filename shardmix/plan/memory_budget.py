@@ -1,12 +1,24 @@
-"""How much memory a merge takes: the chunk and the workers that keep the budgets.
+"""The memory of a merge: the chunk and the workers that fit the budgets.
 
     projected peak = reserved + workers × (BUFFERS_PER_WORKER × chunk + a little + mapped pages
                                            + the sources' own readers)
     projected VRAM = held already + workers of one GPU × (VRAM_BUFFERS_PER_WORKER × chunk, as torch
                      rounds it)
 
-Knows sizes only: no files, no tensors, no torch (it looks whether torch is loaded, and what kind of
-build it is, without importing it).
+`reserved` is the memory of the process once the backend is loaded and the headers are read. `plan`
+must not import torch, so it adds an estimate for the library. `merge` plans again, with the
+measured figure, before it reads anything. Memory of a larger program around the merge counts as
+well: a budget is one for the whole process. Memory that it had before and gave back does not.
+
+Buffers are allocated once per worker, so the peak does not depend on the number and size of models,
+tensors or shards. Headers and the plan are the exception: they take memory with the number of
+tensors (two models of 60,000: 30 MB, or 50 MB if tensors are nowhere neighbours; of 300,000: 320
+MB). They exist before chunks are sized, and so count as `reserved`. Later products of the plan go
+out piece by piece: its digest a segment at a time, headers a MiB, index and `shardmix.json` a line,
+a report's JSON an item.
+
+Knows only sizes: no files, no tensors, no torch (it checks if torch is loaded, and the kind of its
+build, without importing it).
 """
 
 import sys
@@ -21,19 +33,18 @@ from shardmix.system.memory import resident_nbytes
 from shardmix.system.threads import num_cores
 from shardmix.system.units import KIB, MIB, format_mib
 
-# One chunk in flight holds at most: in torch the bytes of one source, their float32 values, the
-# float32 accumulator and the rounded output, none larger than the accumulator, which sizes the
-# chunk; in kernels what is in these four, all sources among it (`reducer.chunk_num_elements`).
-# On a GPU two chunks are in flight: in the host's memory there are two pinned buffers for sources
-# by turns, and an output for each chunk.
+# Four buffers of one chunk in flight. In torch: the bytes of one source, their float32 values,
+# the float32 accumulator and the rounded output, none larger than the accumulator, which sizes the
+# chunk. In kernels these four hold all sources (`chunk_num_elements`). On a GPU two chunks are in
+# flight: the host has two pinned buffers for sources, used in turn, and an output for each chunk.
 BUFFERS_PER_WORKER = 4
 
-# In its own: two that sources arrive in, the widened values, and two sums and outputs.
+# On the GPU: two input buffers, one float32 scratch, two accumulators, two outputs.
 VRAM_BUFFERS_PER_WORKER = 7
 
-# What measured fastest: large enough to hide the interpreter (torch makes three passes of a dozen
+# The fastest measured: large enough to hide the interpreter (torch makes three passes of a dozen
 # calls), small enough for the caches. For a GPU it is assumed, not measured: copies of 8 MiB take
-# far longer than to queue them, and page-locking larger buffers is a cost of each merge.
+# far longer than queueing them, and page-locking larger buffers is a cost of each merge.
 BEST_CHUNK_NBYTES = {"llvm": 1 * MIB, "torch": 2 * MIB, "cuda": 16 * MIB}
 LEAST_CHUNK_NBYTES = 64 * KIB
 # Up to this size a chunk grows to hold a whole tensor whose statistics are needed: four buffers for
@@ -41,10 +52,10 @@ LEAST_CHUNK_NBYTES = 64 * KIB
 _LARGEST_WHOLE_NBYTES = 32 * MIB
 _FLOAT64_NBYTES = 8
 
-# What a library takes in memory once imported and first used, for planning in a process that has
-# not loaded it. Measured: 190-195 MiB for the CPU build of torch 2.13, 70 MiB for llvmlite 0.50
-# with a kernel. A CUDA build's libraries and a CUDA context add to torch. Before a merge
-# starts, the measured figure takes the place of these.
+# Memory of a library once imported and first used, for planning in a process that has not loaded
+# it. Measured: 190-195 MiB for the CPU build of torch 2.13, 70 MiB for llvmlite 0.50 with a kernel.
+# A CUDA build's libraries and a CUDA context add to torch. Before a merge starts, the measured
+# figure replaces these.
 _LIBRARY_NBYTES = {"torch": 200 * MIB, "llvm": 80 * MIB}
 _MODULES = {"torch": "torch", "llvm": "llvmlite"}
 _TORCH_CUDA_BUILD_NBYTES = 450 * MIB
@@ -52,33 +63,33 @@ _TORCH_CUDA_BUILD_NBYTES = 450 * MIB
 _CUDA_CONTEXT_NBYTES = 600 * MIB
 _NEXT_CUDA_CONTEXT_NBYTES = 200 * MIB
 
-# Room for what a run adds on top of the imports: thread stacks, allocator slack, the model card,
+# Room for a merge's needs beyond the imports: thread stacks, allocator slack, the model card,
 # the progress display; and for each worker its stack and its own reader.
 _RUN_NBYTES = 16 * MIB
 _WORKER_NBYTES = 4 * MIB
-# What is found in a tensor that holds NaN: in sums by leaf and over all, in a line of the journal,
-# in the report. Measured for 50,000 to 90,000 tensors all of which do: 220 bytes a tensor, of which
-# the room for a run covers a part.
+# Anomalies of a tensor with NaN: in sums by leaf and over all, in a line of the journal, in the
+# report. Measured for 50,000 to 90,000 tensors that all have some: 220 bytes a tensor, partly
+# covered by the room above.
 _ANOMALIES_NBYTES = 128
-# A fault maps neighbours of the page that it is for: up to a huge page at either end of a chunk.
+# A fault maps neighbours of its page: up to a huge page at either end of a chunk.
 _MAPPED_NBYTES = 4 * MIB
 
-# What the same command holds differs by some MiB from one run to the next: a budget that is named
-# as enough has to be so the next time.
+# The same command's memory differs by some MiB from one call to the next: a budget that is named
+# as enough must be enough the next time.
 _BETWEEN_RUNS_NBYTES = 4 * MIB
 
-# Of what a GPU has free, what is taken at most where nobody set a bound.
+# The most of a GPU's free memory that is taken without a bound.
 _VRAM_SHARE = 0.9
 
 _MOST_DEFAULT_WORKERS = 8
 
 
 def reserved_nbytes(*libraries: str, num_devices: int = 0, num_tensors: int = 0) -> int:
-    """Return what the process holds, or will once its libraries are loaded, before any chunk.
+    """Return the process's memory before any chunk, with its libraries loaded.
 
-    Libraries, torch or llvm, do the sums, on so many GPUs. What is resident now counts, so that a
-    budget is one for the whole process also where shardmix is called from a larger program. Each of
-    the output's tensors may turn out to hold NaN.
+    Libraries, torch or llvm, do the arithmetic, on `num_devices` GPUs. Resident memory counts, so
+    that a budget is one for the whole process, even if shardmix is called from a larger program.
+    Each of the output's tensors may turn out to have NaN.
     """
     reserved = resident_nbytes() + _RUN_NBYTES + num_tensors * _ANOMALIES_NBYTES
     for library in libraries:
@@ -92,24 +103,24 @@ def reserved_nbytes(*libraries: str, num_devices: int = 0, num_tensors: int = 0)
 
 @dataclass(frozen=True, slots=True)
 class VramUse:
-    """How a GPU's memory is used before a merge; of several GPUs the least favourable figures."""
+    """The use of a GPU's memory before a merge; of several GPUs the least favourable figures."""
 
     held_nbytes: int = 0
-    """What torch holds in this process. It counts: a budget is one for the whole process."""
+    """Bytes that torch holds in this process. They count: a budget is one for the whole process."""
     spare_nbytes: int | None = None
-    """What may be taken beside that; None where CUDA is not in use yet, so that nobody knows."""
+    """Bytes available beside that; None if CUDA is not in use yet, so that they are unknown."""
 
 
 NOTHING_HELD = VramUse()
 
 
 def vram_use(device: str) -> VramUse:
-    """Return how the memory of cuda (all GPUs) or cuda:N is used; torch's cache is given back."""
+    """Return the use of memory of cuda (all GPUs) or cuda:N; gives torch's cache back."""
     cuda = None if device == "cpu" else cuda_in_use()
     if cuda is None:
         return NOTHING_HELD
     watched = gpu_names(cuda, device)
-    if not watched:  # another check says that there is no such GPU
+    if not watched:  # another check reports that there is no such GPU
         return NOTHING_HELD
     cuda.empty_cache()
     return VramUse(
@@ -120,18 +131,18 @@ def vram_use(device: str) -> VramUse:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """How much memory a merge will use, and for what. All sizes in bytes."""
+    """The memory of a merge. All sizes in bytes."""
 
     reserved_nbytes: int
-    """Interpreter, libraries and the plan itself: what is there before the first chunk."""
+    """Memory before the first chunk: interpreter, libraries and the plan itself."""
     chunk_nbytes: int
     """Size of one chunk's accumulator; no other buffer of the chunk is larger."""
     workers: int
     """Threads, each with a chunk of its own."""
     projected_peak_nbytes: int
-    """What the process will have resident at its peak, at most."""
+    """Upper bound of the process's peak resident memory."""
     projected_vram_nbytes: int
-    """GPU memory that torch will have reserved at its peak, at most, on one GPU; 0 on the CPU."""
+    """Upper bound of the GPU memory that torch reserves, on one GPU; 0 on the CPU."""
 
 
 def fit_memory(
@@ -147,16 +158,16 @@ def fit_memory(
     mapped_views: int = 0,
     reader_nbytes: int = 0,
 ) -> MemoryPlan:
-    """Choose the chunk, at most the best one, and the workers, that keep both budgets.
+    """Choose the chunk, at most the best one, and the workers, so that both budgets hold.
 
-    Without a budget a chunk is what speed needs (`best_chunk`) and no more. A tight budget first
-    shrinks the chunk, then takes workers away (unless their number was asked for). `num_devices`
-    are the GPUs that share the workers, 0 on the CPU. Each has `max_vram`, or else what `vram` says
-    is to spare. `mapped_views` is how many sources one chunk may have mapped, `reader_nbytes` what
-    the sources' own readers take for each worker. Chunks stay at least as large as `small_chunk`
-    (by default an eighth of the best) while there are workers to take away.
+    Without a budget a chunk has the size that speed needs (`best_chunk`). A tight budget first
+    shrinks the chunk down to `small_chunk` (by default an eighth of the best), then takes workers
+    away (unless their number was asked for), then shrinks the chunk further. `num_devices` are the
+    GPUs that share the workers, 0 on the CPU. The bound of each is `max_vram`, or else its free
+    memory by `vram`. `mapped_views` is the number of sources that one chunk may have mapped.
+    `reader_nbytes` is the memory of the sources' own readers for each worker.
 
-    Raises `BudgetError` where not even one smallest chunk fits, naming the least that works.
+    Raises `BudgetError` if not even one smallest chunk fits, naming the least that works.
     """
     most_workers = workers or default_workers(num_devices=num_devices)
     fewest_workers = most_workers if workers else 1
@@ -185,7 +196,7 @@ def fit_memory(
                 projected_peak_nbytes=peak,
                 projected_vram_nbytes=on_gpu,
             )
-    # The last choice is the smallest; what it takes is the least that works.
+    # The last choice is the smallest; its memory is the least that works.
     workers_remedy = f", or ask for fewer than {workers} workers" if (workers or 1) > 1 else ""
     remedy = f"raise the budget{workers_remedy}"
     if not fits_memory:
@@ -204,7 +215,7 @@ def fit_memory(
 
 
 def default_workers(*, num_devices: int = 0) -> int:
-    """Return how many workers to have where nobody said: one a core, at most eight; two a GPU."""
+    """Return the default number of workers: one per core, at most eight; two per GPU."""
     return max(2 * num_devices, min(num_cores(), _MOST_DEFAULT_WORKERS))
 
 
@@ -217,11 +228,11 @@ def _halvings(size: int, least: int) -> list[int]:
 
 
 def _vram_nbytes(buffers_nbytes: int) -> int:
-    """Return what torch's caching allocator reserves for one worker's buffers and temporaries.
+    """Return the bytes that torch's caching allocator reserves for one worker.
 
     It takes 2 MiB from the driver for up to 1 MiB, 20 MiB for up to 10 MiB, else whole 2 MiB; whole
-    20 MiB where it is told to have expandable segments, as many are. A worker has streams, and so
-    memory, of its own. Source: c10/cuda/CUDACachingAllocator.cpp.
+    20 MiB if it has expandable segments, as many programs set. A worker has streams, and so memory,
+    of its own. Source: c10/cuda/CUDACachingAllocator.cpp.
     """
     unit = 2 * MIB if buffers_nbytes <= MIB else 20 * MIB
     return -(-buffers_nbytes // unit) * unit + 2 * MIB
@@ -229,12 +240,12 @@ def _vram_nbytes(buffers_nbytes: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Gathering:
-    """The needs of a method that takes statistics of whole tensors."""
+    """The memory that a method needs for statistics of whole tensors."""
 
     whole_chunk_nbytes: int
-    """Size of a chunk that holds the largest of these tensors, which then is read once."""
+    """Size of a chunk that holds the largest of these tensors, so that it is read only once."""
     num_sources: int
-    """Most sources of one tensor."""
+    """Largest number of sources of one tensor."""
 
     @property
     def worker_nbytes(self) -> int:
@@ -249,7 +260,7 @@ def plan_memory(
     reader_nbytes: int = 0,
     gathering: Gathering | None = None,
 ) -> MemoryPlan:
-    """Fit chunks and workers to the budgets and to what the process holds at this moment.
+    """Fit chunks and workers to the budgets and to the process's present memory.
 
     `num_tensors` are the output's: of each there may be something to tell. `reader_nbytes` is what
     the sources' own readers take for each worker. `gathering` is for methods that need statistics.
@@ -264,7 +275,7 @@ def plan_memory(
     # Both are tried in one process, with the libraries of both.
     reserved = reserved_nbytes(TORCH, LLVM, num_devices=num_gpus, num_tensors=num_tensors)
     on_gpu = _fitted(settings, reserved, num_gpus, reader_nbytes, gathering)
-    # torch's chunks are larger than the kernels', so either fits in what this one takes.
+    # torch's chunks are larger than the kernels', so either fits into this one's memory.
     cpu_settings = replace(settings, device="cpu", backend=TORCH)
     on_cpu = _fitted(cpu_settings, reserved, 0, reader_nbytes, gathering)
     peak = max(on_gpu.projected_peak_nbytes, on_cpu.projected_peak_nbytes)

@@ -1,7 +1,7 @@
-"""The merge plan: a value that says everything a merge will do, decided before a weight is read.
+"""The merge plan: a value with everything that a merge will do, decided before a weight is read.
 
-Plain frozen data that prints, hashes and goes through JSON unchanged. The planner makes it, the
-engine carries it out, and neither has to ask the other anything.
+Plain frozen data that prints, hashes and goes through JSON unchanged. The planner makes it,
+`execute` carries it out, and neither has to ask the other anything.
 """
 
 import hashlib
@@ -23,32 +23,32 @@ from shardmix.sources.identity import FileStamp, SourceFile, SourceIdentity
 from shardmix.system.page_cache import CacheUse
 
 _PIECE_NBYTES = 1 << 20
-# A tensor's entry as `safetensors_layout.encode_header` writes it. No name can look like one, since
-# in a name a quotation mark has a backslash before it.
+# A tensor's entry as `safetensors_layout.encode_header` writes it. No name can look like one,
+# since a quotation mark in a name follows a backslash.
 _ENTRY = re.compile(r'"dtype":"(\w+)","shape":\[[\d,]*\],"data_offsets":\[(\d+),(\d+)\]')
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedSource:
-    """A model that is merged, and what is read of it."""
+    """A model of the merge, and the files to read."""
 
     text: str
-    """As the user named it."""
+    """The user's name for it."""
     name: str
-    """What the model card calls it: Hub id with revision, or a name without a path."""
+    """Its name in the model card: Hub id with revision, or a name without a path."""
     path: str
     """Absolute path of its folder, or of the file that the user named."""
     identity: SourceIdentity
-    """What its bytes are known by: the weight files that will be read, and their commit."""
+    """Identity of its bytes: the weight files to read, and their commit."""
     weight: float | None
-    """Its weight, in double precision; None if it has none, or not the same in all tensors."""
+    """Its weight, in double precision; None if it has none, or one that depends on the tensor."""
     reader_nbytes: int = 0
-    """What its readers take for each worker, besides the buffers of a chunk."""
+    """Memory of its readers for each worker, besides the buffers of a chunk."""
     decoders: tuple[Source, ...] = field(default=(), repr=False, compare=False)
-    """Its parts that have tensors which are decoded while they are read; opened."""
+    """Its opened parts with tensors that are decoded while they are read."""
 
     def check_unchanged(self) -> None:
-        """Raise `SourceChangedError` if the model is not what it was when it was opened."""
+        """Raise `SourceChangedError` if the model changed since it was opened."""
         self.identity.check_unchanged()
         for decoder in self.decoders:
             decoder.check_unchanged()
@@ -56,29 +56,29 @@ class PlannedSource:
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """What a source's file is known by: as long as it is the same, so is the file."""
+    """The identity of a source's file: as long as it is the same, so is the file."""
 
     model: str
-    """Whose it is, by public name."""
+    """Public name of its model."""
     file: str
-    """Absolute path, or that within the model of a file from the Hub."""
+    """Absolute path, or for a file from the Hub its path within the model."""
     commit: str | None
     """The commit on the Hub."""
     size: int
-    """In bytes."""
+    """Size in bytes."""
     modified: int | None
-    """In nanoseconds since 1970; None from the Hub."""
+    """Time of modification in nanoseconds since 1970; None from the Hub."""
     header: str
     """SHA-256 (hex) of its header."""
     stamp: FileStamp | None
-    """What its file system tells besides; None from the Hub."""
+    """Further status of its file system; None from the Hub."""
 
 
 class SegmentSource(NamedTuple):
-    """Where a segment's elements lie in one source. A tuple, since plans hold very many."""
+    """The position of a segment's elements in one source. A tuple, since plans have very many."""
 
     source: int
-    """Whose they are: an index into `MergePlan.sources`."""
+    """Index into `MergePlan.sources`."""
     dtype: str
     """Safetensors dtype there."""
     file: int
@@ -89,19 +89,19 @@ class SegmentSource(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A range of elements that lies in one piece in the output and in every source.
+    """A range of elements that is contiguous in the output and in every source.
 
-    One tensor, or several neighbours where they are neighbours everywhere and have the same
-    parameters. Any part of it (a chunk) is one byte range per source, so a segment of any length
-    streams in any memory.
+    It is one tensor, or several that are neighbours everywhere and have the same parameters. Any
+    part of it (a chunk) is one byte range per source, so a segment of any length streams in any
+    memory.
     """
 
     name: str
     """Its first tensor, for messages."""
     num_tensors: int
-    """How many tensors it spans."""
+    """Number of tensors that it spans."""
     num_elements: int
-    """Its length."""
+    """Number of its elements."""
     method: str
     """Name of the method that merges it; `keep_first.NAME` for integers."""
     parameters: int
@@ -113,12 +113,12 @@ class Segment:
     sources: tuple[SegmentSource, ...]
     """The sources that count, the base model first if there is one."""
     factors: tuple[float, ...]
-    """The numbers that the method combines them with, in double precision; empty if they follow
-    from statistics of the whole tensor, which nobody knows yet."""
+    """The method's factors, in double precision; empty if they follow from statistics of the whole
+    tensor, which are not known yet."""
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """The safetensors dtype in each source."""
+        """Safetensors dtype in each source."""
         return tuple(source.dtype for source in self.sources)
 
     @property
@@ -134,7 +134,7 @@ class OutputShard:
     filename: str
     """Its path in the output folder, with `/`; tensors of modules are in the module's folder."""
     header: str
-    """The file's first bytes but for the length prefix: JSON, padded."""
+    """The file's first bytes without the length prefix: JSON, padded."""
     file_nbytes: int
     """Size of the whole file."""
     read_nbytes: int
@@ -146,20 +146,20 @@ class OutputShard:
 
     @property
     def place(self) -> str:
-        """The folder within the output that it is in; empty: the output itself."""
+        """Its folder within the output; empty for the output itself."""
         return self.filename.rpartition("/")[0]
 
     @property
     def data_start(self) -> int:
-        """Where in the file its data begins; the file's end if it has none."""
+        """Offset of its data in the file; the file's end if it has none."""
         return self.segments[0].out_offset if self.segments else self.file_nbytes
 
     def full_name(self, name: str) -> str:
-        """Return a tensor's name as it is told: behind its module's folder, if it is in one."""
+        """Return a tensor's name for messages: after its module's folder, if it is in one."""
         return inner_path(self.place, name)
 
     def head_nbytes(self) -> int:
-        """Return where in the file the header ends."""
+        """Return the offset of the header's end in the file."""
         is_ascii = self.header.isascii()
         return HEADER_LENGTH_NBYTES + len(self.header if is_ascii else self.header.encode())
 
@@ -170,7 +170,7 @@ class OutputShard:
             yield self.header[start : start + _PIECE_NBYTES].encode()
 
     def head_between(self, start: int, stop: int) -> bytes:
-        """Return what of the file's first bytes lies in a range of the file."""
+        """Return the part of the file's first bytes in a range of the file."""
         parts, position = [], 0
         for piece in self.head():
             if position >= stop:
@@ -180,9 +180,10 @@ class OutputShard:
         return b"".join(parts)
 
     def tensors(self) -> Iterator[tuple[str, str, int]]:
-        """Yield each tensor's name, safetensors dtype and last byte + 1, counted from the header's.
+        """Yield each tensor's name, safetensors dtype and last byte + 1, counted from the header's
+        end.
 
-        One after the other, out of the header: as objects all of them take more than a plan does.
+        One after the other, from the header: as objects they would take more memory than a plan.
         """
         for name, entry in zip(self.tensor_names, _ENTRY.finditer(self.header), strict=True):
             yield name, entry[1], int(entry[3])
@@ -195,11 +196,11 @@ class OutputModules:
     files: tuple[str, ...] = ()
     """Files of the model that gives modules that the config source lacks; in its folder."""
     main_place: str = ""
-    """Where in that folder its encoder is; the output's is in the output itself."""
+    """Folder of its encoder in that folder; the output's encoder is in the output itself."""
     pooling: str | None = None
-    """How the output is to pool, if that was said: one of `sentence_modules.POOLINGS`."""
+    """Pooling of the output if it was asked for: one of `sentence_modules.POOLINGS`."""
     pooling_configs: tuple[str, ...] = ()
-    """Configs of modules that pool otherwise by themselves, relative to the output."""
+    """Configs of modules whose own pooling differs, relative to the output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +210,7 @@ class ModuleConfig:
     place: str
     """The module's folder within the output."""
     dtypes: tuple[tuple[str, str], ...]
-    """What it must say of dtypes, as `MergePlan.config_dtypes`."""
+    """Its dtypes, as `MergePlan.config_dtypes`."""
     untied: tuple[str, ...]
     """Parts of it that must say `tie_word_embeddings: false`."""
 
@@ -223,81 +224,81 @@ class MergePlan:
     parameters: tuple[Params, ...]
     """The method's parameters; segments name theirs by index."""
     dtype: str
-    """What was asked for: keep, float32, float16 or bfloat16."""
+    """Requested dtype: keep, float32, float16 or bfloat16."""
     max_shard_size: int | None
-    """What was asked for; None: the first model's own shards."""
+    """Requested shard size; None for the first model's own shards."""
     model_type: str | None
-    """What was asked for; an encoder's output also loads in sentence-transformers."""
+    """Requested model type; an encoder's output also loads in sentence-transformers."""
     allow_differences: tuple[str, ...]
     """Keys in which the models were allowed to differ; sorted."""
     digest_algorithm: str
-    """What the output's files are hashed with: one of `digests.ALGORITHMS`."""
+    """Algorithm of the output files' digests: one of `digests.ALGORITHMS`."""
     record_paths: bool
-    """The output's provenance tells where on this machine the sources lie."""
+    """True if the output's provenance records the sources' paths on this machine."""
     output: str
     """Absolute path of the output folder."""
     config_source_name: str
-    """What the model card calls the model that gives config, tokenizer and the like."""
+    """Name in the model card of the model that gives config, tokenizer and the like."""
     config_source_commit: str | None
-    """The commit of that model, where it came from the Hub."""
+    """Commit of that model, if it came from the Hub."""
     config_source_folder: str
     """Absolute path of the folder that gives config, tokenizer and other auxiliary files."""
     auxiliary_files: tuple[str, ...]
     """Those files, relative to that folder."""
     left_out: tuple[LeftOut, ...]
-    """What else is there, and why it does not go along."""
+    """Its other files, with the reasons that they do not go along."""
     config_dtypes: tuple[tuple[str, str], ...]
-    """What dtypes the output's config must state, if it states any: a part's keys with dots ("" for
+    """Dtypes that the output's config must state, if it states any: a part's dotted keys ("" for
     the whole), and a torch name."""
     untied: tuple[str, ...]
     """Parts of the output's config that must say `tie_word_embeddings: false`, since parameters
     that they tie are stored one by one: "" is its top, others are dotted keys."""
     main_place: str
-    """Where in the output that config is: "", or the folder of the module that it belongs to."""
+    """Folder of that config in the output: "", or the folder of the module that it belongs to."""
     module_configs: tuple["ModuleConfig", ...]
-    """The same of further modules with weights."""
+    """The same for further modules with weights."""
     modules_folder: str
-    """Absolute path of the model that gives modules that the config source lacks, or empty."""
+    """Absolute path of the model that gives modules that the config source lacks, or ""."""
     modules: OutputModules
-    """What is written of sentence-transformers modules besides auxiliary files."""
+    """Files of sentence-transformers modules to write besides auxiliary files."""
     shards: tuple[OutputShard, ...]
     """All weight files that will be written."""
     disk_needed_nbytes: int
-    """What the output takes of the disk, all files counted in whole blocks, and the journal."""
+    """Disk space of the output, all files counted in whole blocks, and of the journal."""
     settings: RunSettings
     """Device, way to read, budgets."""
     gathering: Gathering | None
-    """Needs of gathering statistics; None if the method needs none."""
+    """The statistics' need of memory; None if the method needs no statistics."""
     memory: MemoryPlan
     """Chunk size, workers and projected peak."""
     cache_use: CacheUse
-    """Whose pages stay in the system's page cache."""
+    """The files whose pages stay in the system's page cache."""
     warnings: tuple[str, ...]
-    """What a user should know before the merge."""
+    """Warnings for the user before the merge."""
 
     @property
     def num_models(self) -> int:
-        """How many models are merged."""
+        """Number of models."""
         return len(self.sources)
 
     @property
     def files(self) -> tuple[SourceFile, ...]:
-        """All weight files that will be read, model by model; segments know them by number."""
+        """All weight files to read, model by model; segments know them by number."""
         return tuple(file for source in self.sources for file in source.identity.files)
 
     @property
     def decoders(self) -> tuple[Source, ...]:
-        """What is decoded while it is read; by the numbers that follow those of the files."""
+        """Sources that decode while reading; their numbers follow those of the files."""
         return tuple(decoder for source in self.sources for decoder in source.decoders)
 
     @property
     def reader_nbytes(self) -> int:
-        """What the sources' own readers take for each worker."""
+        """Memory of the sources' own readers for each worker."""
         return sum(source.reader_nbytes for source in self.sources)
 
     @property
     def num_tensors(self) -> int:
-        """How many tensors the output stores."""
+        """Number of tensors that the output stores."""
         return sum(len(shard.tensor_names) for shard in self.shards)
 
     @property
@@ -315,7 +316,7 @@ class MergePlan:
         return (segment for shard in self.shards for segment in shard.segments)
 
     def tensor_dtype(self, name: str) -> str:
-        """Return the safetensors dtype that the output stores a tensor in. Slow: reads a header."""
+        """Return the safetensors dtype of a tensor in the output. Slow: reads a header."""
         return next(
             dtype
             for shard in self.shards
@@ -325,7 +326,7 @@ class MergePlan:
         )
 
     def with_disk_needed(self, nbytes: int) -> "MergePlan":
-        """Return the same merge, now that it is known what its output takes of the disk."""
+        """Return the same merge with the disk space of its output, now that it is known."""
         return replace(self, disk_needed_nbytes=nbytes)
 
     def with_memory(self, memory: MemoryPlan) -> "MergePlan":
@@ -335,11 +336,10 @@ class MergePlan:
     def digest(self) -> str:
         """Return a SHA-256 (hex) of all that decides the output's bytes.
 
-        Where sources lie and the output goes, how they are read, how much memory that takes and
-        what stays in the page cache are left out: from the same bytes, two plans of one digest
-        write the same files.
+        Paths of sources and output, the way of reading, memory and the page cache are left out:
+        from the same bytes, two plans with the same digest write the same files.
 
-        Goes segment by segment, since in one piece its JSON takes as much memory as the plan.
+        Goes segment by segment, since as one piece its JSON takes as much memory as the plan.
         """
         hasher = hashlib.sha256()
         for part in self._decisive_parts():
@@ -349,7 +349,7 @@ class MergePlan:
         return hasher.hexdigest()
 
     def _decisive_parts(self) -> Iterator[object]:
-        """Yield all that decides the output's bytes, in an order that is always the same."""
+        """Yield all that decides the output's bytes, always in the same order."""
         places = {"output", "config_source_folder", "modules_folder"}
         irrelevant = places | {
             *(
@@ -381,9 +381,9 @@ class MergePlan:
             yield from shard.segments
 
     def file_identities(self) -> tuple[FileIdentity, ...]:
-        """Return what every weight file is known by.
+        """Return the identity of every weight file.
 
-        Of a file from the Hub neither place nor age matter, since its commit stands for it.
+        For a file from the Hub neither path nor age matter, since its commit identifies it.
         """
         return tuple(
             FileIdentity(
@@ -401,9 +401,9 @@ class MergePlan:
         )
 
     def to_json(self) -> bytes:
-        """Return the plan as JSON; `from_json` gives an equal plan back.
+        """Return the plan as JSON; `from_json` returns an equal plan.
 
-        Opened sources are no JSON: a plan that decodes is handed on by pickle.
+        Opened sources are not JSON: a plan that decodes is passed on by pickle.
         """
         if self.decoders:
             raise ValueError("a plan of sources that are decoded while they are read is no JSON")

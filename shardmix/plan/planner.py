@@ -1,7 +1,7 @@
-"""The shard planner: from a recipe and opened checkpoints to a `MergePlan`.
+"""The planner: from a recipe and opened checkpoints to a `MergePlan`.
 
 Decides names, dtypes, output shards, every offset and the memory before a byte of weights is read.
-Pure but for looking up files beside the weights and how much memory is in use and available.
+Pure, except that it looks for files beside the weights and at the memory in use and available.
 """
 
 import importlib.util
@@ -62,23 +62,24 @@ from shardmix.system.digests import XXH3
 from shardmix.system.page_cache import plan_cache_use
 
 MEASURED_FROM_NBYTES = 200 * 10**9
-"""Source bytes of a merge for which a GPU is tried where nobody named a device.
+"""Source bytes of a merge from which on a GPU is tried if nobody named a device.
 
-To load torch's build for CUDA and to make a context takes seconds. What a GPU can save is the sums:
-with kernels a tenth of a merge's time, which went at 6.6 GB/s on two cores (docs/performance.md).
-So of 200 GB, half a minute, it can save three seconds; of less, not even what it takes to try.
+To load torch's build for CUDA and to make a context takes seconds. A GPU can only save the
+arithmetic: with kernels a tenth of a merge's time, which went at 6.6 GB/s on two cores
+(docs/performance.md). So of 200 GB, half a minute, it can save three seconds; of less, not even the
+time of the trial.
 """
 
 
 class Outcome(TypedDict, total=False):
-    """Where an output goes, and what it tells of itself."""
+    """The path of an output, and the content of its provenance."""
 
     output: Path | None
-    """The folder to make; None where that is left open."""
+    """The folder to make, or None if that is open."""
     digest_algorithm: str
-    """What its files are hashed with; default: XXH3."""
+    """Algorithm of its files' digests; default: XXH3."""
     record_paths: bool
-    """Its provenance tells where on this machine the sources lie; default: it doesn't."""
+    """True if its provenance records the sources' paths on this machine; default: False."""
 
 
 def plan_merge(
@@ -87,7 +88,7 @@ def plan_merge(
     settings: RunSettings,
     **outcome: Unpack[Outcome],
 ) -> MergePlan:
-    """Plan a merge of a recipe's models; if the device is open and a GPU won't do, on the CPU.
+    """Plan a merge of a recipe's models; if the device is open and a GPU does not work, on the CPU.
 
     Raises `MismatchError` if the models do not fit, `BudgetError` if the memory budget cannot hold
     one smallest chunk.
@@ -170,7 +171,7 @@ def _plan_merge(
         modules_folder="" if modules.folder is None else str(modules.folder.absolute()),
         modules=modules.output,
         shards=shards,
-        disk_needed_nbytes=write_nbytes,  # and what is beside the weights, once there is a plan
+        disk_needed_nbytes=write_nbytes,  # what lies beside the weights is added from the plan
         settings=settings,
         gathering=gathering,
         memory=plan_memory(
@@ -191,9 +192,9 @@ def _plan_merge(
 def _planned_sources(
     recipe: Recipe, checkpoints: Sequence[Source], groups: Sequence[Sequence[Source]]
 ) -> tuple[tuple[PlannedSource, ...], list[tuple[FileNumbers, ...]]]:
-    """Return what is read of each source, and for each group the numbers of its parts' files.
+    """Return the files to read of each source, and for each group the numbers of its parts' files.
 
-    Files are numbered source by source; what is decoded has the numbers that follow.
+    Files are numbered source by source; streams of decoded tensors have the numbers that follow.
     """
     sources: list[PlannedSource] = []
     firsts: list[list[int]] = []
@@ -236,7 +237,7 @@ def _planned_sources(
 
 
 def _decodes(part: Source) -> bool:
-    """Tell whether some tensors are decoded while they are read."""
+    """Return True if some tensors are decoded while they are read."""
     return part.tensors.decoded is not None and bool(part.tensors.decoded.any())
 
 
@@ -246,7 +247,7 @@ def _reader_nbytes(source: Source) -> int:
 
 
 def _lacks_config(config_source: ConfigSource, auxiliary_files: Sequence[str]) -> bool:
-    """Tell whether transformers would look for a config in vain; some modules have none."""
+    """Return True if transformers would look for a config in vain; some modules need none."""
     place = config_source.main_place
     kind = next(
         (module.kind for module in config_source.modules if module.place == place), "Transformer"
@@ -260,17 +261,17 @@ class _PlannedPart:
     """One part of the output: the model itself, or a module with weights of its own."""
 
     place: str
-    """Its folder within the output; empty: the output itself."""
+    """Its folder within the output; empty for the output itself."""
     config_source: PartConfig
-    """What gives its config and tokenizer."""
+    """Source of its config and tokenizer."""
     float_names: tuple[str, ...]
-    """Its tensors of floats, by the names that they are told by."""
+    """Names of its float tensors, as in messages."""
     untied: tuple[str, ...]
     """Parts of its config that must say `tie_word_embeddings: false`."""
     notes: tuple[str, ...]
-    """What is to be told of it."""
+    """Notes for the user."""
     config_dtypes: tuple[tuple[str, str], ...]
-    """What its config must say of dtypes."""
+    """Dtypes that its config must state."""
     parameters: tuple[Params, ...]
     """Its tensors' parameters, one for each group that shares them."""
     shards: tuple[OutputShard, ...]
@@ -280,7 +281,8 @@ class _PlannedPart:
 def _modular_config_source(
     recipe: Recipe, config_source: ConfigSource, first: Source
 ) -> ModularModel | None:
-    """Return what gives the output its modules, unless it is a model of the merge as a whole."""
+    """Return the model that gives the output its modules, unless it is a whole model of the
+    merge."""
     if recipe.config_from is None and not first.is_single_file:
         return None
     return ModularModel(
@@ -291,13 +293,13 @@ def _modular_config_source(
 def _placed(
     groups: Sequence[tuple[Source, ...]], modules: PlannedModules
 ) -> list[tuple[Source, ...]]:
-    """Return the parts for which the output has a module; others are told of as a difference."""
+    """Return the parts for which the output has a module; another check reports the others."""
     main, *others = groups
     return [main, *(group for group in others if group[0].key in modules.places)]
 
 
 def _merged_files(config_source: ConfigSource, parts: Sequence[_PlannedPart]) -> list[str]:
-    """Return those weight files of the config source that merged ones take the place of."""
+    """Return the weight files of the config source that merged ones replace."""
     unmerged = set(module_places(config_source.modules)) - {part.place for part in parts}
     return [name for name in config_source.weights if name.rpartition("/")[0] not in unmerged]
 
@@ -309,7 +311,7 @@ def _planned_parts(
     config_source: ConfigSource,
     modules: PlannedModules,
 ) -> list[_PlannedPart]:
-    """Plan each part by itself: names, ties, dtypes and shards are no business of another's."""
+    """Plan each part by itself: names, ties, dtypes and shards do not depend on other parts."""
     parts: list[_PlannedPart] = []
     for group, its_numbers in zip(groups, numbers, strict=True):
         folder, place, config = config_source.folder, config_source.main_place, config_source.config
@@ -356,7 +358,7 @@ def _planned_parts(
 
 
 def _stem(first: Source, config_source: ConfigSource) -> str:
-    """Return what the output's weight files are called: what its loader looks for."""
+    """Return the stem of the output's weight files, as its loader expects."""
     if "_class_name" in config_source.config or (
         first.stem == DIFFUSERS and not config_source.config
     ):
@@ -369,9 +371,9 @@ def _stem(first: Source, config_source: ConfigSource) -> str:
 def _auxiliary_file_warnings(
     auxiliary_files: AuxiliaryFiles, left_out: Sequence[LeftOut], config_source: ConfigSource
 ) -> Iterator[str]:
-    """Tell of auxiliary files that hold weights, and of what somebody may miss."""
+    """Yield warnings of auxiliary files with weights, and of files that somebody may miss."""
     modules = tuple(f"{place}/" for place in module_places(config_source.modules))
-    # What modules have is the same in all models, or else told of as a difference.
+    # Weights of modules are the same in all models, or reported as a difference.
     unmerged = [
         name for name in unmerged_weights(auxiliary_files.files) if not name.startswith(modules)
     ]
@@ -393,7 +395,7 @@ def _output_dtypes(dtype: str, first: Source, matched: MatchedTensors) -> list[s
 def _config_dtypes(
     config: Mapping[str, Any], matched: MatchedTensors, out_dtypes: Sequence[str]
 ) -> tuple[tuple[str, str], ...]:
-    """Return the dtypes that the output's config must state of the whole and of its parts."""
+    """Return the dtypes that the output's config must state for the whole and its parts."""
     kinds = Counter(zip(matched.shapes, out_dtypes, strict=True))
     nbytes = {
         (shape, dtype): tensor_nbytes(dtype, shape)
@@ -402,7 +404,7 @@ def _config_dtypes(
     }
     stored = {dtype for _, dtype in nbytes}
     if len(stored) == 1:
-        # Of 90,000 tensors no name has to be looked at.
+        # With one dtype no name of 90,000 tensors has to be checked.
         columns = [("", torch_name(dtype), 1) for dtype in stored]
     else:
         rows = zip(matched.names, matched.shapes, out_dtypes, strict=True)
@@ -417,10 +419,9 @@ def _config_dtypes(
 def _decided(settings: RunSettings, shards: Sequence[OutputShard]) -> RunSettings:
     """Return the settings with every `auto` decided.
 
-    Sources are read by pread: as fast as mapping, in less memory. Kernels sum where llvmlite is
-    installed and they know all the dtypes. Raises `RecipeError` where they were asked for and
-    can't. Whether a GPU is the faster is measured when the merge starts, where that may pay; till
-    then it is assumed.
+    Sources are read by pread: as fast as mapping, in less memory. Kernels do the arithmetic if
+    llvmlite is installed and they know all the dtypes. Raises `RecipeError` if they were asked for
+    and cannot. If a GPU may pay, it is assumed until the merge starts by measuring.
     """
     io, backend = settings.io, settings.backend
     if settings.device == "auto":
@@ -460,7 +461,7 @@ def _gathering(shards: Sequence[OutputShard]) -> Gathering | None:
 
 
 def _summed_nbytes(shards: Sequence[OutputShard]) -> int:
-    """Return the bytes of all sources that are added up, and not just compared."""
+    """Return the bytes of all sources that are merged, and not only compared."""
     return sum(
         segment.num_elements * sum(map(element_nbytes, segment.dtypes))
         for shard in shards
@@ -470,7 +471,7 @@ def _summed_nbytes(shards: Sequence[OutputShard]) -> int:
 
 
 def _llvm_finding(settings: RunSettings, shards: Sequence[OutputShard]) -> str | None:
-    """Say why the sums cannot be the kernels', or None if they can."""
+    """Return why kernels cannot do the arithmetic, or None if they can."""
     if settings.on_cuda:
         return "it sums on the CPU alone"
     if importlib.util.find_spec("llvmlite") is None:
