@@ -171,7 +171,8 @@ def fit_memory(
     """
     most_workers = workers or default_workers(num_devices=num_devices)
     fewest_workers = most_workers if workers else 1
-    small_chunk = best_chunk // 8 if small_chunk is None else small_chunk
+    best_chunk_of_parts = best_chunk if small_chunk is None else 8 * small_chunk
+    small_chunk = best_chunk_of_parts // 8
     choices = [
         *((most_workers, size) for size in _halvings(best_chunk, small_chunk)),
         *((count, small_chunk) for count in range(most_workers - 1, fewest_workers - 1, -1)),
@@ -181,7 +182,9 @@ def fit_memory(
     if max_vram is None and vram.spare_nbytes is not None:
         most_vram = vram.held_nbytes + vram.spare_nbytes
     for count, size in choices:
-        buffers = count * BUFFERS_PER_WORKER * size
+        # A chunk of a whole tensor is so large that what is mapped of it counts, too.
+        mapped = mapped_views if size > best_chunk_of_parts else 0
+        buffers = count * (BUFFERS_PER_WORKER + mapped) * size
         beside = _WORKER_NBYTES + mapped_views * _MAPPED_NBYTES + reader_nbytes
         peak = reserved + buffers + count * beside
         busiest = -(-count // num_devices) if num_devices else 0
