@@ -4,9 +4,11 @@ The field names are those of the `--json` output. Reads no files.
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from shardmix.anomalies import LeafAnomalies
 from shardmix.conventions.declarations import declaration_of
@@ -16,7 +18,10 @@ from shardmix.execute.execution import ExecutionResult
 from shardmix.execute.write import nonfinite_finding
 from shardmix.formats.safetensors_layout import TensorInfo
 from shardmix.matching.ties import NamedModel, shared_with
+from shardmix.methods import keep_first
 from shardmix.plan.merge_plan import MergePlan
+from shardmix.recipe.parameters import source_weights
+from shardmix.recipe.yaml_file import recipe_to_dict
 from shardmix.scoring.report import ScoreReport
 from shardmix.sources.base import Source
 
@@ -117,6 +122,20 @@ def _tied(part: Source) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
+class ParametersReport:
+    """Parameters of the merge method, resolved, and the tensors that share them."""
+
+    num_tensors: int
+    """Number of tensors of floats that have them."""
+    first_tensor: str
+    """Name of the first of these, in output order."""
+    shared: dict[str, float | bool | str]
+    """Values for all models, by name."""
+    by_model: tuple[dict[str, float | bool | str], ...]
+    """Values of each model, in the recipe's order, without the base model."""
+
+
+@dataclass(frozen=True, slots=True)
 class PlanReport:
     """The plan of a merge. Sizes in bytes."""
 
@@ -154,6 +173,10 @@ class PlanReport:
     and forced to disk."""
     weights: tuple[float | None, ...]
     """Weights in source order."""
+    recipe: dict[str, Any]
+    """Recipe, in the recipe language."""
+    parameters: tuple["ParametersReport", ...]
+    """The method's parameters, each with the tensors that share them."""
     sources: tuple[str, ...]
     """The user's names of the models."""
     shards: tuple[ShardReport, ...]
@@ -266,7 +289,9 @@ def describe_plan(plan: MergePlan, *, disk_free: int | None) -> PlanReport:
         projected_vram_bytes=plan.memory.projected_vram_nbytes,
         keeps_sources_cached=plan.cache_use.keeps_sources,
         keeps_output_cached=plan.cache_use.keeps_output,
-        weights=tuple(source.weight for source in plan.sources),
+        weights=source_weights(plan.recipe),
+        recipe=recipe_to_dict(plan.recipe),
+        parameters=_parameters(plan),
         sources=tuple(source.text for source in plan.sources),
         shards=_shard_reports(plan),
         auxiliary_files=plan.auxiliary_files,
@@ -276,6 +301,26 @@ def describe_plan(plan: MergePlan, *, disk_free: int | None) -> PlanReport:
         warnings=(*plan.warnings, *([_OPEN] if plan.settings.is_device_open else [])),
         disk_needed_bytes=plan.disk_needed_nbytes,
         disk_free_bytes=disk_free,
+    )
+
+
+def _parameters(plan: MergePlan) -> tuple[ParametersReport, ...]:
+    """Return the parameters that tensors of floats have, in output order."""
+    first: dict[int, str] = {}
+    num_tensors: Counter[int] = Counter()
+    for shard in plan.shards:
+        for segment in shard.segments:
+            if segment.method != keep_first.NAME:
+                first.setdefault(segment.parameters, segment.name)
+                num_tensors[segment.parameters] += segment.num_tensors
+    return tuple(
+        ParametersReport(
+            num_tensors=num_tensors[group],
+            first_tensor=name,
+            shared=dict(plan.parameters[group].shared),
+            by_model=tuple(map(dict, plan.parameters[group].by_model)),
+        )
+        for group, name in first.items()
     )
 
 
@@ -303,7 +348,7 @@ def describe_merge(
         projected_peak_bytes=plan.memory.projected_peak_nbytes,
         peak_rss_bytes=result.peak_resident_nbytes,
         peak_vram_bytes=result.peak_vram_nbytes,
-        weights=tuple(source.weight for source in plan.sources),
+        weights=source_weights(plan.recipe),
         shards=_shard_reports(plan),
         digest=plan.digest_algorithm,
         provenance_sha256=result.provenance_sha256,

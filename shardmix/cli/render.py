@@ -1,5 +1,6 @@
 """Reports for people (rich tables) and for machines (JSON, without rich)."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from json import dumps
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from shardmix.reports import MergeReport, ModelReport, PlanReport, ShardReport
+    from shardmix.reports import MergeReport, ModelReport, ParametersReport, PlanReport, ShardReport
     from shardmix.scoring.report import ScoreReport
     from shardmix.verification.status import StatusReport
     from shardmix.verification.verify import VerifyReport
@@ -152,10 +153,11 @@ def status_report(report: "StatusReport", *, json: bool) -> None:
 
 
 def _models(sources: Sequence[str], weights: Sequence[float | None]) -> str:
-    return ", ".join(
-        f"{_plain(str(source))}{'' if weight is None else f' × {weight:g}'}"
-        for source, weight in zip(sources, weights, strict=False)
-    )
+    return ", ".join(itertools.starmap(_model, zip(sources, weights, strict=False)))
+
+
+def _model(source: str, weight: float | None) -> str:
+    return f"{_plain(str(source))}{'' if weight is None else f' × {weight:g}'}"
 
 
 def score_report(report: "ScoreReport", *, json: bool, quiet: bool) -> None:
@@ -192,8 +194,10 @@ def plan_report(report: "PlanReport", *, json: bool, quiet: bool = False) -> Non
         console = _console()
         facts = _table("", "")
         facts.show_header = False
-        for source, weight in zip(report.sources, report.weights, strict=True):
-            facts.add_row("model", f"{_plain(source)} × {weight:g}")
+        for number, pair in enumerate(zip(report.sources, report.weights, strict=True)):
+            is_base = "base_model" in report.recipe and number == 0
+            facts.add_row("base model" if is_base else "model", _model(*pair))
+        facts.add_row("method", _method(report))
         free = report.disk_free_bytes
         for name, value in (
             ("output", _plain(report.output) or "not named"),
@@ -224,12 +228,50 @@ def plan_report(report: "PlanReport", *, json: bool, quiet: bool = False) -> Non
         ):
             facts.add_row(name, value)
         console.print(facts)
+        if len(report.parameters) > 1:
+            console.print(_parameter_table(report.parameters))
         console.print(_shard_table(report.shards, reads=True))
     too_full = report.disk_free_bytes is not None and (
         report.disk_free_bytes < report.disk_needed_bytes
     )
     shortage = ("the output's disk has too little room: the merge would be refused",)
     _warnings(report.warnings + shortage * too_full)
+
+
+def _method(report: "PlanReport") -> str:
+    """Return the method with the parameters that all tensors share, without the weights."""
+    name = _plain(report.recipe["merge_method"])
+    if len(report.parameters) != 1:
+        return f"{name}, with parameters by tensor" if report.parameters else name
+    (parameters,) = report.parameters
+    own = {key for model in parameters.by_model for key in model} - {"weight"}
+    texts = [f"{key} {_value(value)}" for key, value in parameters.shared.items()]
+    texts += [f"{key} {_by_model(parameters, key)}" for key in sorted(own)]
+    return ", ".join([name, *texts])
+
+
+def _parameter_table(groups: "tuple[ParametersReport, ...]") -> "Table":
+    names = [*groups[0].shared, *(groups[0].by_model[0] if groups[0].by_model else ())]
+    table = _table("parameters of", "tensors", *names)
+    for group in groups[:_NUM_ROWS]:
+        values = [
+            _value(group.shared[name]) if name in group.shared else _by_model(group, name)
+            for name in names
+        ]
+        table.add_row(_plain(group.first_tensor), str(group.num_tensors), *values)
+    if len(groups) > _NUM_ROWS:
+        table.add_row(f"... and {len(groups) - _NUM_ROWS} more (--json)", *[""] * (len(names) + 1))
+    return table
+
+
+def _by_model(parameters: "ParametersReport", name: str) -> str:
+    return " / ".join(_value(model[name]) for model in parameters.by_model)
+
+
+def _value(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.6g}" if isinstance(value, float) else _plain(str(value))
 
 
 def _cache_use(report: "PlanReport") -> str:

@@ -201,7 +201,7 @@ def _trial_plan(plan: MergePlan) -> Iterator[MergePlan]:
             os.pwrite(descriptor, piece[: nbytes - start], start)
         path = f"/proc/self/fd/{descriptor}"
         identity = SourceIdentity((SourceFile(path, nbytes),))
-        source = PlannedSource("trial", "trial", path, identity, weight=1.0)
+        source = PlannedSource("trial", "trial", path, identity)
         yield replace(plan, sources=(source,), shards=(shard,))
     finally:
         os.close(descriptor)

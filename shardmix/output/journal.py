@@ -36,7 +36,7 @@ from shardmix.system.digests import LEAF_NBYTES, LeafDigests, num_leaves
 from shardmix.system.held_folder import HeldFolder
 
 JOURNAL_NAME = "journal"
-_FORMAT = 2
+_FORMAT = 3
 _STATISTICS = b'["'  # the start of a line of statistics; claims start with a number
 _LONGEST_LINE_NBYTES = 64_000_000  # the first one names every file, others all anomalies of a leaf
 

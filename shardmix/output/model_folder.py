@@ -34,8 +34,12 @@ from shardmix.errors import SourceError, printable, writing_failed
 from shardmix.formats.strict_json import read_json
 from shardmix.matching.config_dtypes import DTYPE_KEYS, with_dtypes
 from shardmix.matching.tensors import QUANTISATION
+from shardmix.methods.registry import merge_method
 from shardmix.output.counted_folder import CountedFile, CountedFolder
 from shardmix.plan.merge_plan import MergePlan, ModuleConfig, OutputShard
+from shardmix.recipe import Recipe
+from shardmix.recipe.recipe import KEEP, plain_value
+from shardmix.recipe.yaml_file import recipe_to_dict
 from shardmix.sources.checkpoint import CONFIG_NAME
 from shardmix.system.files import open_regular
 from shardmix.system.held_folder import HeldFolder
@@ -96,9 +100,10 @@ def _adapt_config(plan: MergePlan, folder: OutputFolder, part: ModuleConfig) -> 
         return  # a module's arguments, not a config of transformers
     dtypes = dict(part.dtypes)
     adapted = untied(with_dtypes(config, dtypes), part.untied)
-    if plan.dtype != "keep" and "" in dtypes and not any(map(adapted.get, DTYPE_KEYS)):
+    is_kept = plan.recipe.output_dtype == KEEP
+    if not is_kept and "" in dtypes and not any(map(adapted.get, DTYPE_KEYS)):
         adapted["torch_dtype"] = dtypes[""]  # transformers 5 reads the old key as well
-    if QUANTISATION in plan.allow_differences:
+    if QUANTISATION in plan.recipe.allow_differences:
         adapted = without_quantisation(adapted)
     # If nothing changes, the config source's file stays as it is, byte for byte.
     if adapted != config:
@@ -168,7 +173,7 @@ def _model_ids(plan: MergePlan) -> list[str]:
 
 
 def _needs_sentence_modules(plan: MergePlan) -> bool:
-    return plan.model_type == ENCODER and not _has_modules(plan)
+    return plan.recipe.model_type == ENCODER and not _has_modules(plan)
 
 
 def _has_modules(plan: MergePlan) -> bool:
@@ -185,54 +190,46 @@ def _library_name(plan: MergePlan) -> str | None:
 
 def _card_text(plan: MergePlan) -> str:
     title = printable(Path(plan.output).name)
+    method = merge_method(plan.recipe.merge_method)
     # By public name: a card travels, and a machine's paths are private.
-    content: dict[str, Any] = {
-        "merge_method": "linear",
-        "models": [
-            {"model": printable(source.name), "parameters": {"weight": source.weight}}
-            for source in plan.sources
-        ],
-        "parameters": {"normalize": False},
-        "out_dtype": plan.dtype,
-    }
-    if plan.config_source_name != plan.sources[0].name:
-        content["config_from"] = printable(plan.config_source_name)
-    if plan.model_type is not None:
-        content["model_type"] = plan.model_type
-    if plan.max_shard_size is not None:
-        content["max_shard_size"] = plan.max_shard_size
-    if plan.modules.pooling is not None:
-        content["pooling"] = plan.modules.pooling
-    if plan.allow_differences:
-        content["allow_differences"] = list(plan.allow_differences)
-    recipe = yaml.safe_dump(
-        content,
-        sort_keys=False,
-        allow_unicode=True,
+    public = plan.public_recipe
+    recipe = public.with_sources(
+        list(map(printable, public.sources)),
+        config_from=None if public.config_from is None else printable(public.config_from),
     )
-    rows = "\n".join(
-        f"| {number} | {_as_code(source.name)} | {source.weight!r} |"
-        for number, source in enumerate(plan.sources, start=1)
-    )
+    text = yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False, allow_unicode=True)
     config_source = _as_code(plan.config_source_name)
+    paper = f" ([{method.reference}]({method.reference}))" if method.reference else ""
     return f"""# {title}
 
-A merge of {plan.num_models} models by [shardmix](https://pypi.org/project/shardmix/) {__version__}:
-a weighted sum of their weights, `out = Σ weightᵢ · modelᵢ`, accumulated in float32 and rounded once
-to the output's dtype.
+A merge of {plan.num_models} models by [shardmix](https://pypi.org/project/shardmix/) {__version__},
+by the method `{method.name}`{paper}: {method.summary}. Computed in float32, and rounded once to the
+output's dtype.
 
-| | model | weight |
-|---|---|---|
-{rows}
+{_model_table(public)}
 
 Config, tokenizer and the other files beside the weights are those of {config_source}.
 
 ## Recipe
 
 ```yaml
-{recipe.rstrip()}
+{text.rstrip()}
 ```
 """
+
+
+def _model_table(recipe: Recipe) -> str:
+    """Return a table of the models, with the parameters that each has of its own."""
+    own = {setting.name: None for model in recipe.models for setting in model.parameters}
+    rows = [["", "model", *own], ["---"] * (2 + len(own))]
+    names = iter(recipe.sources)
+    if recipe.base_model is not None:
+        rows.append(["base", _as_code(next(names)), *[""] * len(own)])
+    for number, (name, model) in enumerate(zip(names, recipe.models, strict=True), start=1):
+        values = {each.name: repr(plain_value(each)) for each in model.parameters}
+        cells = [_as_code(values[each]) if each in values else "" for each in own]
+        rows.append([str(number), _as_code(name), *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _as_code(name: str) -> str:

@@ -17,21 +17,24 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
 from shardmix._version import __version__
 from shardmix.anomalies import LeafAnomalies
-from shardmix.errors import SourceError, one_line, writing_failed
+from shardmix.errors import RecipeError, SourceError, one_line, writing_failed
 from shardmix.output.counted_folder import CountedFolder
 from shardmix.plan.merge_plan import MergePlan, PlannedSource
+from shardmix.recipe import Recipe
+from shardmix.recipe.build import checked
+from shardmix.recipe.yaml_file import recipe_from_dict, recipe_to_dict
 from shardmix.system.digests import ALGORITHMS, LEAF_NBYTES, file_digest
 from shardmix.system.files import open_regular
 from shardmix.system.held_folder import HeldFolder
 
 PROVENANCE_NAME = "shardmix.json"
-_FORMAT = 1
+_FORMAT = 2
 EDITED = (
     "is not as the merge wrote it, since its digest of itself does not hold: the models, weights "
     "and digests that it tells may be others; take it from a copy, or merge again"
@@ -60,8 +63,6 @@ class SourceRecord(msgspec.Struct, frozen=True, omit_defaults=True):
 
     name: str
     """Hub id with revision, or the name of the folder or file."""
-    weight: float | None
-    """Its factor, in full precision."""
     files: tuple[SourceFileRecord, ...]
     """Its weight files, in name order."""
     hub_id: str | None = None
@@ -116,24 +117,16 @@ class Provenance(msgspec.Struct, frozen=True, omit_defaults=True):
     """Version of safetensors."""
     plan: str
     """SHA-256 (hex) of all that decides the output's bytes."""
+    recipe: dict[str, Any]
+    """What was asked for, in the recipe language; models by their names in `sources`."""
     sources: tuple[SourceRecord, ...]
-    """The models, in the order of summation."""
-    dtype: str
-    """The output dtype that was asked for."""
+    """The models, in order: the base model, if there is one, then the recipe's."""
     config_from: str
     """Name of the model that gave config, tokenizer and the other auxiliary files."""
     digests: Digests
     """Digests of the output's files."""
     config_source_commit: str | None = None
     """Commit of that model, if it came from the Hub."""
-    max_shard_size: int | None = None
-    """Largest output shard that was asked for, in bytes."""
-    model_type: str | None = None
-    """Type of the models, if it was given."""
-    allow_differences: tuple[str, ...] = ()
-    """Keys in which the models were allowed to differ."""
-    pooling: str | None = None
-    """Pooling that was asked for."""
     nonfinite: dict[str, NonfiniteRecord] = {}
     """NaN and Inf in the output, by tensor."""
     sha256_above: str = ""
@@ -170,15 +163,11 @@ def write_provenance(
             torch=_installed("torch"),
             safetensors=_installed("safetensors"),
             plan=plan_digest,
+            recipe=recipe_to_dict(plan.public_recipe),
             sources=tuple(_source_record(plan, source) for source in plan.sources),
-            dtype=plan.dtype,
             config_from=plan.config_source_name,
             config_source_commit=plan.config_source_commit,
             digests=Digests(plan.digest_algorithm, LEAF_NBYTES, files),
-            max_shard_size=plan.max_shard_size,
-            model_type=plan.model_type,
-            allow_differences=plan.allow_differences,
-            pooling=plan.modules.pooling,
         )
         text = msgspec.json.format(msgspec.json.encode(provenance), indent=2)
         with folder.create(PROVENANCE_NAME) as file:
@@ -269,6 +258,31 @@ def parse_provenance(file: BinaryIO, path: Path) -> tuple[Provenance, Seal]:
     return provenance, _seal(encoded)
 
 
+def recorded_recipe(provenance: Provenance, path: Path) -> Recipe:
+    """Return the recipe that a `shardmix.json` at `path` tells of; models by public name.
+
+    Raises `SourceError` if it is none, or has more or fewer models than there are sources.
+    """
+    try:
+        recipe = recipe_from_dict(provenance.recipe)
+        # By number: two models may have one public name, and one of them be the base model.
+        recipe = checked(recipe.with_sources([str(n) for n in range(len(recipe.sources))]))
+    except RecipeError:
+        raise SourceError(
+            f"its recipe is none that shardmix {__version__} understands",
+            subject=path,
+            remedy="take the file from a copy, or merge again",
+        ) from None
+    if len(recipe.sources) != len(provenance.sources):
+        raise SourceError(
+            f"its recipe has {len(recipe.sources)} models, but it tells of "
+            f"{len(provenance.sources)} sources",
+            subject=path,
+            remedy="take the file from a copy, or merge again",
+        )
+    return recipe.with_sources([source.name for source in provenance.sources])
+
+
 def _seal(encoded: bytes) -> Seal:
     value = _SEALED.search(encoded)
     holds = value is not None and (
@@ -320,7 +334,6 @@ def _source_record(plan: MergePlan, source: PlannedSource) -> SourceRecord:
     identity = source.identity
     return SourceRecord(
         name=source.name,
-        weight=source.weight,
         hub_id=identity.hub_id,
         commit=identity.commit,
         path=source.path if plan.record_paths and identity.hub_id is None else None,

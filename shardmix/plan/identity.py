@@ -1,27 +1,23 @@
 """The identity of a merge, and the differences between two. Knows no journal."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from shardmix.plan.merge_plan import FileIdentity, MergePlan
+from shardmix.recipe import Recipe
+from shardmix.recipe.parameters import used_weights
+from shardmix.recipe.recipe import NORMALIZE, WEIGHT, plain_value
 
 
 @dataclass(frozen=True, slots=True)
 class MergeDescription:
     """The identity of a merge, in words that its user knows."""
 
-    models: tuple[str, ...]
-    """Public names, in order."""
-    weights: tuple[float | None, ...]
-    """Weights in full precision; None for a model without one."""
-    dtype: str
+    recipe: Recipe
+    """What was asked for; models by public name."""
     config_from: str
     config_source_commit: str | None
-    """Commit of a config source from the Hub."""
-    max_shard_size: int | None
-    model_type: str | None
-    allow_differences: tuple[str, ...]
-    pooling: str | None
+    """Of a config source from the Hub."""
     digest: str
     record_paths: bool
     files: tuple[FileIdentity, ...]
@@ -31,15 +27,9 @@ class MergeDescription:
     def of(cls, plan: MergePlan) -> "MergeDescription":
         """Describe a planned merge."""
         return cls(
-            models=tuple(source.name for source in plan.sources),
-            weights=tuple(source.weight for source in plan.sources),
-            dtype=plan.dtype,
+            recipe=plan.public_recipe,
             config_from=plan.config_source_name,
             config_source_commit=plan.config_source_commit,
-            max_shard_size=plan.max_shard_size,
-            model_type=plan.model_type,
-            allow_differences=plan.allow_differences,
-            pooling=plan.modules.pooling,
             digest=plan.digest_algorithm,
             record_paths=plan.record_paths,
             files=plan.file_identities(),
@@ -47,14 +37,38 @@ class MergeDescription:
 
 
 def asked_otherwise(then: MergeDescription, now: MergeDescription) -> list[str]:
-    """Describe the user's requests that differ."""
-    found = []
-    for field in fields(MergeDescription):
-        before, after = getattr(then, field.name), getattr(now, field.name)
-        if field.name not in ("files", "config_source_commit") and before != after:
-            name = field.name.replace("_", " ")
-            found.append(f"{name} {_shown(before)} then, {_shown(after)} now")
-    return found
+    """Say what was asked for otherwise."""
+    before, after = dict(_asked(then)), dict(_asked(now))
+    return [
+        f"{name} {_shown(before[name])} then, {_shown(after[name])} now"
+        for name in before
+        if before[name] != after[name]
+    ]
+
+
+def _asked(merge: MergeDescription) -> Iterator[tuple[str, object]]:
+    """Yield what was asked for, by the names that a user knows."""
+    recipe = merge.recipe
+    weights = used_weights(recipe)
+    yield "method", recipe.merge_method
+    yield "models", recipe.sources
+    yield "weights", weights
+    levels = (recipe.parameters, *(model.parameters for model in recipe.models))
+    others = [
+        f"{setting.name} {plain_value(setting)}"
+        for level in levels
+        for setting in level
+        if setting.name not in (WEIGHT, NORMALIZE) or not weights
+    ]
+    yield "parameters", tuple(others)
+    yield "dtype", recipe.output_dtype
+    yield "config from", merge.config_from
+    yield "max shard size", recipe.max_shard_size
+    yield "model type", recipe.model_type
+    yield "allow differences", recipe.allow_differences
+    yield "pooling", recipe.pooling
+    yield "digest", merge.digest
+    yield "record paths", merge.record_paths
 
 
 def changed_files(then: MergeDescription, now: MergeDescription) -> list[str]:

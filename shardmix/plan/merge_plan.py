@@ -18,6 +18,7 @@ from shardmix.formats.safetensors_layout import HEADER_LENGTH_NBYTES
 from shardmix.methods.base import Params
 from shardmix.options import RunSettings
 from shardmix.plan.memory_budget import Gathering, MemoryPlan
+from shardmix.recipe import Recipe
 from shardmix.sources.base import Source
 from shardmix.sources.identity import FileStamp, SourceFile, SourceIdentity
 from shardmix.system.page_cache import CacheUse
@@ -40,8 +41,6 @@ class PlannedSource:
     """Absolute path of its folder, or of the file that the user named."""
     identity: SourceIdentity
     """Identity of its bytes: the weight files to read, and their commit."""
-    weight: float | None
-    """Its weight, in double precision; None if it has none, or one that depends on the tensor."""
     reader_nbytes: int = 0
     """Memory of its readers for each worker, besides the buffers of a chunk."""
     decoders: tuple[Source, ...] = field(default=(), repr=False, compare=False)
@@ -219,18 +218,12 @@ class ModuleConfig:
 class MergePlan:
     """Everything a merge will do. Sizes in bytes."""
 
+    recipe: Recipe
+    """What was asked for."""
     sources: tuple[PlannedSource, ...]
-    """The models, in order."""
+    """The recipe's `sources`, in order."""
     parameters: tuple[Params, ...]
-    """The method's parameters; segments name theirs by index."""
-    dtype: str
-    """Requested dtype: keep, float32, float16 or bfloat16."""
-    max_shard_size: int | None
-    """Requested shard size; None for the first model's own shards."""
-    model_type: str | None
-    """Requested model type; an encoder's output also loads in sentence-transformers."""
-    allow_differences: tuple[str, ...]
-    """Keys in which the models were allowed to differ; sorted."""
+    """The method's parameters, each for tensors that share them; segments name theirs by index."""
     digest_algorithm: str
     """Algorithm of the output files' digests: one of `digests.ALGORITHMS`."""
     record_paths: bool
@@ -275,6 +268,15 @@ class MergePlan:
     """The files whose pages stay in the system's page cache."""
     warnings: tuple[str, ...]
     """Warnings for the user before the merge."""
+
+    @property
+    def public_recipe(self) -> Recipe:
+        """What was asked for, without the places of this machine."""
+        names = [source.name for source in self.sources]
+        is_other = self.config_source_name != names[0]
+        return self.recipe.with_sources(
+            names, config_from=self.config_source_name if is_other else None
+        )
 
     @property
     def num_models(self) -> int:
@@ -362,13 +364,14 @@ class MergePlan:
                 "disk_needed_nbytes",
             ),
         }
-        in_parts = {"sources", "shards"}
+        in_parts = {"recipe", "sources", "shards"}
+        yield self.public_recipe
         for each in fields(self):
             if each.name not in irrelevant | in_parts:
                 yield each.name, getattr(self, each.name)
         for source in self.sources:
             identity = source.identity
-            yield source.name, source.weight, identity.hub_id, identity.commit, identity.decoding
+            yield source.name, identity.hub_id, identity.commit, identity.decoding
             for file in identity.files:
                 yield file.name, file.nbytes, file.header_sha256
         for shard in self.shards:

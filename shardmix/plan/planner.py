@@ -47,7 +47,7 @@ from shardmix.plan.output_modules import PlannedModules, plan_modules
 from shardmix.plan.weight_warnings import weight_warnings
 from shardmix.recipe import Recipe
 from shardmix.recipe.build import recipe_notes
-from shardmix.recipe.parameters import resolve_parameters, source_weights
+from shardmix.recipe.parameters import resolve_parameters
 from shardmix.sources.auxiliary_files import (
     AuxiliaryFiles,
     adapter_warnings,
@@ -111,7 +111,7 @@ def _plan_merge(
         recipe, checkpoints, matched, config_source.folder, config_source.modules
     )
     groups = _placed(matched.groups, modules)
-    sources, numbers = _planned_sources(recipe, checkpoints, groups)
+    sources, numbers = _planned_sources(checkpoints, groups)
     parts = _planned_parts(recipe, groups, numbers, config_source, modules)
     main = parts[0]
     shards = tuple(shard for part in parts for shard in part.shards)
@@ -126,7 +126,11 @@ def _plan_merge(
     left_out = tuple(dict.fromkeys((*auxiliary_files.left_out, *config_source.left_out)))
     warnings = [
         *recipe_notes(recipe),
-        *weight_warnings(recipe, (name for part in parts for name in part.float_names)),
+        *weight_warnings(
+            recipe,
+            [params for part in parts for params in part.parameters],
+            (name for part in parts for name in part.float_names),
+        ),
         *(note for part in parts for note in part.notes),
         *modules.notes,
         *check_belong_together(
@@ -148,12 +152,9 @@ def _plan_merge(
             "will not load with from_pretrained; name a model that has one with --config-from"
         )
     return MergePlan(
+        recipe=recipe,
         sources=sources,
         parameters=tuple(params for part in parts for params in part.parameters),
-        dtype=recipe.output_dtype,
-        max_shard_size=recipe.max_shard_size,
-        model_type=recipe.model_type,
-        allow_differences=recipe.allow_differences,
         digest_algorithm=outcome.get("digest_algorithm", XXH3),
         record_paths=outcome.get("record_paths", False),
         output=str(outcome.get("output") or ""),
@@ -190,7 +191,7 @@ def _plan_merge(
 
 
 def _planned_sources(
-    recipe: Recipe, checkpoints: Sequence[Source], groups: Sequence[Sequence[Source]]
+    checkpoints: Sequence[Source], groups: Sequence[Sequence[Source]]
 ) -> tuple[tuple[PlannedSource, ...], list[tuple[FileNumbers, ...]]]:
     """Return the files to read of each source, and for each group the numbers of its parts' files.
 
@@ -200,8 +201,7 @@ def _planned_sources(
     firsts: list[list[int]] = []
     num_files = 0
     parts_of = list(zip(*groups, strict=True))
-    weights = source_weights(recipe)
-    for weight, checkpoint, parts in zip(weights, checkpoints, parts_of, strict=True):
+    for checkpoint, parts in zip(checkpoints, parts_of, strict=True):
         files: list[SourceFile] = []
         firsts.append([])
         for part in parts:
@@ -220,7 +220,6 @@ def _planned_sources(
                     files=tuple(files),
                     decoding="; ".join(filter(None, (part.identity.decoding for part in parts))),
                 ),
-                weight=weight,
                 reader_nbytes=sum(map(_reader_nbytes, decoders)),
                 decoders=decoders,
             )

@@ -184,8 +184,11 @@ def used_weights(recipe: Recipe) -> tuple[float, ...]:
     if recipe.depends_on_tensor:
         return ()
     params = _resolved(recipe)
-    if not all(WEIGHT in own for own in params.by_model):
-        return ()
+    return shares_of(params) if all(WEIGHT in own for own in params.by_model) else ()
+
+
+def shares_of(params: Params) -> tuple[float, ...]:
+    """Return each model's weight in a tensor, normalised if that was asked for."""
     weights = params.numbers(WEIGHT)
     if not params.shared.get(NORMALIZE, False):
         return weights

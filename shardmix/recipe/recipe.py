@@ -96,7 +96,7 @@ class Recipe:
         base = () if self.base_model is None else (self.base_model,)
         return (*base, *(model.source for model in self.models))
 
-    def with_sources(self, sources: Sequence[str]) -> "Recipe":
+    def with_sources(self, sources: Sequence[str], *, config_from: str | None = None) -> "Recipe":
         """Return the same recipe with other names for its `sources`, in their order."""
         base = None if self.base_model is None else sources[0]
         others = sources if base is None else sources[1:]
@@ -104,6 +104,7 @@ class Recipe:
         return replace(
             self,
             base_model=base,
+            config_from=config_from,
             models=tuple(replace(model, source=source) for model, source in models),
         )
 
@@ -133,3 +134,19 @@ def overlaid(below: Settings, above: Settings) -> Settings:
     """Return settings of one level. Those `above` replace those `below` of the same name."""
     by_name = {setting.name: setting for setting in (*below, *above)}
     return tuple(by_name.values())
+
+
+def plain_value(setting: Setting) -> object:
+    """Return a setting as it is written: a value, a list, or a list of filters."""
+    if len(setting.choices) == 1 and setting.choices[0].filter is None:
+        return _plain_points(setting.choices[0])
+    return [
+        {"filter": choice.filter, "value": _plain_points(choice)}
+        if choice.filter is not None
+        else {"value": _plain_points(choice)}
+        for choice in setting.choices
+    ]
+
+
+def _plain_points(choice: Choice) -> object:
+    return choice.points[0] if len(choice.points) == 1 else list(choice.points)

@@ -15,7 +15,7 @@ from shardmix.errors import RecipeError, is_unicode, one_line, shown
 from shardmix.methods.base import Value
 from shardmix.methods.registry import METHODS
 from shardmix.recipe.parameters import suggestion
-from shardmix.recipe.recipe import Choice, Recipe, RecipeModel, Setting, Settings
+from shardmix.recipe.recipe import Choice, Recipe, RecipeModel, Setting, Settings, plain_value
 from shardmix.system.files import read_regular
 from shardmix.system.units import parse_size
 
@@ -85,7 +85,11 @@ def load_recipe(path: Path) -> Recipe:
             subject=path,
             remedy="mend the value, or leave the tag out",
         ) from None
-    return recipe_from_dict(content, origin=str(path))
+    recipe = recipe_from_dict(content, origin=str(path))
+    for source in recipe.sources:
+        if "+" in source and not os.path.lexists(source):
+            raise _adapter_error(source, str(path))
+    return recipe
 
 
 def recipe_from_dict(content: object, *, origin: str = "recipe") -> Recipe:
@@ -141,22 +145,7 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
 def _parameters_entry(settings: Settings) -> dict[str, Any]:
     if not settings:
         return {}
-    return {"parameters": {setting.name: _plain_value(setting) for setting in settings}}
-
-
-def _plain_value(setting: Setting) -> object:
-    if len(setting.choices) == 1 and setting.choices[0].filter is None:
-        return _plain_points(setting.choices[0])
-    return [
-        {"filter": choice.filter, "value": _plain_points(choice)}
-        if choice.filter is not None
-        else {"value": _plain_points(choice)}
-        for choice in setting.choices
-    ]
-
-
-def _plain_points(choice: Choice) -> object:
-    return choice.points[0] if len(choice.points) == 1 else list(choice.points)
+    return {"parameters": {setting.name: plain_value(setting) for setting in settings}}
 
 
 def settings(values: object, *, where: str) -> Settings:
@@ -244,10 +233,7 @@ def _source(value: object, *, key: str, where: str) -> str:
         if revision is None:
             return path
         return f"{path}@{_text(revision, key=f'{key}.revision', where=where)}"
-    text = _text(value, key=key, where=where)
-    if "+" in text and not os.path.lexists(Path(text).expanduser()):
-        raise _adapter_error(text, where)
-    return text
+    return _text(value, key=key, where=where)
 
 
 def _adapter_error(model: str, where: str) -> RecipeError:

@@ -20,11 +20,10 @@ from shardmix.execute.progress import OnProgress
 from shardmix.matching.differences import EVERYTHING
 from shardmix.matching.tensors import QUANTISATION
 from shardmix.options import MergeOptions, run_settings
-from shardmix.output.provenance import PROVENANCE_NAME, Provenance, SourceRecord
+from shardmix.output.provenance import PROVENANCE_NAME, Provenance, SourceRecord, recorded_recipe
 from shardmix.plan import planner
 from shardmix.plan.merge_plan import MergePlan
 from shardmix.plan.opening import disk_errors_named, open_models
-from shardmix.recipe.build import build_recipe
 
 
 def places_given(
@@ -71,21 +70,12 @@ def recompute(
         given[number] if number in given else _place(folder, number, source, names)
         for number, source in enumerate(provenance.sources, start=1)
     ]
-    recipe = build_recipe(
-        [
-            (place, source.weight or 0.0)
-            for source, place in zip(provenance.sources, places, strict=True)
-        ],
-        dtype=provenance.dtype,
-        config_from=str(folder),  # its config says how the weights are tied
-        max_shard_size=provenance.max_shard_size,
-        allow_weight_sum=True,
-        model_type=provenance.model_type,
-        pooling=provenance.pooling,
+    recorded = recorded_recipe(provenance, folder / PROVENANCE_NAME)
+    recipe = replace(
+        recorded.with_sources(places, config_from=str(folder)),  # it says how weights are tied
+        # All but their weights was judged when they were merged.
+        allow_differences=(*recorded.allow_differences, EVERYTHING, QUANTISATION),
     )
-    # What they are beside their weights was judged when they were merged.
-    allowed = (*provenance.allow_differences, EVERYTHING, QUANTISATION)
-    recipe = replace(recipe, allow_differences=allowed)
     options: MergeOptions = {"max_memory": max_memory}
     settings = run_settings(options)
     with disk_errors_named():
@@ -109,7 +99,7 @@ def recompute(
     planned = {shard.filename for shard in plan.shards}
     # Weights in other folders were copied; so were modules', if models may differ in them.
     summed = {""}
-    if MODULES_NAME not in provenance.allow_differences:
+    if MODULES_NAME not in recorded.allow_differences:
         summed |= set(module_places(read_modules(folder)))
     found += [
         f"{folder / name}: is not what a merge of {givers} would write"

@@ -4,14 +4,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from shardmix.errors import OutputError, SourceError
 from shardmix.output.destination import resolve_output
 from shardmix.output.journal import summarise
-from shardmix.output.provenance import EDITED, PROVENANCE_NAME, read_provenance
+from shardmix.output.provenance import EDITED, PROVENANCE_NAME, read_provenance, recorded_recipe
 from shardmix.output.score_log import num_models_scored
 from shardmix.output.staging import Staging, existing_staging, staging_path
 from shardmix.plan.identity import MergeDescription
+from shardmix.recipe.parameters import source_weights
+from shardmix.recipe.yaml_file import recipe_to_dict
 from shardmix.system.locks import lock_owner
 
 
@@ -25,6 +28,8 @@ class CompleteReport:
     """The models, by public name."""
     weights: tuple[float | None, ...]
     """Their weights."""
+    recipe: dict[str, Any]
+    """Recipe, in the recipe language."""
     num_files: int
     """Files with a digest."""
     bytes: int
@@ -38,6 +43,22 @@ class CompleteReport:
 
 
 @dataclass(frozen=True, slots=True)
+class MergeInWork:
+    """What an unfinished merge was asked for."""
+
+    models: tuple[str, ...]
+    """The models, by public name."""
+    weights: tuple[float | None, ...]
+    """Their weights, as in `CompleteReport`."""
+    recipe: dict[str, Any]
+    """What was asked for, in the recipe language."""
+    config_from: str
+    """Name of the model that gives config, tokenizer and the other auxiliary files."""
+    digest: str
+    """Algorithm of the digests of the output's files."""
+
+
+@dataclass(frozen=True, slots=True)
 class UnfinishedReport:
     """A merge that has begun: in progress, or cut off."""
 
@@ -45,7 +66,7 @@ class UnfinishedReport:
     """Path of the hidden folder in which it grows."""
     process: int | None
     """Id of the process at work on it (0 if unknown), or None if the same merge would go on."""
-    merge: MergeDescription | None
+    merge: "MergeInWork | None"
     """Description of the merge, or None if it had not begun to write."""
     bytes_done: int
     """Bytes of weight files that are written."""
@@ -115,7 +136,8 @@ def _complete(path: Path) -> CompleteReport:
     return CompleteReport(
         shardmix=provenance.shardmix,
         sources=tuple(source.name for source in provenance.sources),
-        weights=tuple(source.weight for source in provenance.sources),
+        weights=source_weights(recorded_recipe(provenance, path / PROVENANCE_NAME)),
+        recipe=provenance.recipe,
         num_files=len(files),
         bytes=sum(record.bytes for record in files.values()),
         digest=provenance.digests.algorithm,
@@ -139,7 +161,7 @@ def _report(staging: Staging) -> UnfinishedReport:
     return UnfinishedReport(
         staging=str(staging.path),
         process=lock_owner(staging.hidden),
-        merge=summary.merge if summary else None,
+        merge=_in_work(summary.merge) if summary else None,
         bytes_done=summary.num_bytes_done if summary else 0,
         bytes_total=summary.num_bytes if summary else 0,
         num_shards_done=summary.num_shards_done if summary else 0,
@@ -147,6 +169,17 @@ def _report(staging: Staging) -> UnfinishedReport:
         num_models_scored=num_models_scored(staging.hidden),
         is_left_over=staging.is_placed,
         note=_note(staging),
+    )
+
+
+def _in_work(merge: MergeDescription) -> MergeInWork:
+    recipe = merge.recipe
+    return MergeInWork(
+        models=recipe.sources,
+        weights=source_weights(recipe),
+        recipe=recipe_to_dict(recipe),
+        config_from=merge.config_from,
+        digest=merge.digest,
     )
 
 

@@ -139,7 +139,7 @@ def test_mergekits_defaults_hold(tmp_path):
         (f"{TWO}chat_template: auto", "`chat_template`: .*`config_from`"),
         (f"{TWO}seed: 1", "`seed`: no method draws random numbers yet"),
         (f"{TWO}allow_weight_sum: true", "`allow_weight_sum`: .*not checked in a recipe"),
-        ("models: [{model: a+b}]", r"models\[1\]: a\+b: adapters .* merge_and_unload"),
+        ("models: [{model: a+b}]", r"recipe.yaml: a\+b: adapters .* merge_and_unload"),
         ("models: [{model: {model: a, lora: b}}]", "adapters .* are not applied"),
     ],
 )

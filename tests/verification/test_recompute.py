@@ -203,3 +203,24 @@ def test_a_file_of_another_size_is_found(tmp_path, more):
     num_bytes = 3 if more is None else len(more)
     assert f"{path}: {num_bytes} bytes of its size are not what" in "\n".join(problems)
     assert len(problems) == (2 if more is None else 1)  # its end, too
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        ({"merge_method": "magic"}, "its recipe is none that shardmix .* understands"),
+        ({"models": []}, "its recipe is none that shardmix .* understands"),
+        ({"models": [{"model": name} for name in "abc"]}, "has 3 models, but it tells of 2"),
+    ],
+)
+def test_strange_recipe_is_refused(tmp_path, change, finding):
+    """A shardmix.json with a recipe that is none is refused by name."""
+    a, b = (save_model(tmp_path / name, random_model(1)) for name in "ab")
+    shardmix.merge({a: 0.5, b: 0.5}, tmp_path / "out")
+    path = tmp_path / "out" / "shardmix.json"
+    content = json.loads(path.read_text())
+    content["recipe"] |= {"parameters": {"weight": 1}} | change
+    path.write_text(json.dumps(content))
+    with pytest.raises(shardmix.SourceError, match=finding):
+        shardmix.verify(tmp_path / "out", recompute=True)
+    assert finding[:5] in shardmix.status(tmp_path / "out").note

@@ -151,7 +151,7 @@ def test_digest_is_of_leaves_or_the_file(tmp_path):
 
 
 def set_weight(content):
-    content["sources"][0]["weight"] = 0.7
+    content["recipe"]["models"][0]["parameters"]["weight"] = 0.7
 
 
 EDITS = {
@@ -344,7 +344,15 @@ def test_provenance_hides_the_machine(merged):
 def test_provenance_tells_sources_and_tool(merged):
     """Provenance tells what was merged, and by what."""
     content = json.loads((merged / "shardmix.json").read_text())
-    assert [source["weight"] for source in content["sources"]] == [0.6, 0.4]
+    assert content["recipe"] == {
+        "merge_method": "linear",
+        "models": [
+            {"model": "m0", "parameters": {"weight": 0.6}},
+            {"model": "m1", "parameters": {"weight": 0.4}},
+        ],
+        "parameters": {"normalize": False},
+        "max_shard_size": content["recipe"]["max_shard_size"],
+    }
     assert [source["name"] for source in content["sources"]] == ["m0", "m1"]
     header = (merged.parent / "m0" / "model-00001-of-00002.safetensors").read_bytes()
     length = int.from_bytes(header[:8], "little")
@@ -358,7 +366,7 @@ def test_provenance_tells_sources_and_tool(merged):
 @pytest.mark.parametrize(
     ("change", "finding"),
     [
-        ({"format": 2}, "in a format"),
+        ({"format": 3}, "in a format"),
         ({"digests": {"algorithm": "md5", "leaf_bytes": 4194304, "files": {}}}, "unknown"),
         ({"digests": {"algorithm": "xxh3", "leaf_bytes": 1, "files": {}}}, "in a format"),
         *[
@@ -375,6 +383,7 @@ def test_provenance_tells_sources_and_tool(merged):
             for name in ("../x", "/etc/passwd", "", "a/../../x", "nul\0")
         ],
         ({"sources": 1}, "is not a merge's shardmix.json"),
+        ({"recipe": 1}, "is not a merge's shardmix.json"),
         ({"digests": None}, "is not a merge's shardmix.json"),
     ],
 )
