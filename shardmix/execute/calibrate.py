@@ -13,7 +13,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from shardmix.anomalies import LeafAnomalies
 from shardmix.compute.backend import Backend
@@ -102,8 +103,7 @@ def _rate(results: Iterable[TaskResult["Tried"] | None], *, num_workers: int) ->
     return num_bytes / max(last - started, 1e-9)
 
 
-@dataclass(frozen=True, slots=True)
-class Tried:
+class Tried(NamedTuple):
     """A task of a trial."""
 
     worker: int

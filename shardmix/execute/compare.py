@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,14 +24,14 @@ from shardmix.system.held_folder import HeldFolder
 from shardmix.system.page_cache import PassedRanges
 
 
-@dataclass(slots=True)
 class Differences:
     """The parts of an output that differ from a merge of its sources."""
 
-    num_bytes: dict[tuple[str, str], int] = field(default_factory=dict)
-    """(File, tensor) → bytes that differ."""
-    unreadable: dict[str, str] = field(default_factory=dict)
-    """File → reason that it could not be read, or not to its end."""
+    def __init__(self) -> None:
+        self.num_bytes: dict[tuple[str, str], int] = {}
+        """(File, tensor) → bytes that differ."""
+        self.unreadable: dict[str, str] = {}
+        """File → reason that it could not be read, or not to its end."""
 
     def __bool__(self) -> bool:
         return bool(self.num_bytes or self.unreadable)

@@ -6,8 +6,8 @@ in another process in the results, from which the caller adds it to the journal.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from shardmix.anomalies import NO_ANOMALIES, AnomalySum, LeafAnomalies
 from shardmix.compute.backend import Backend
@@ -26,8 +26,7 @@ from shardmix.system.held_folder import HeldFolder, open_folder
 from shardmix.system.timer import NO_CLOCK, Clock
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
+class Written(NamedTuple):
     """The output of one task."""
 
     anomalies: LeafAnomalies
@@ -78,8 +77,7 @@ class Write:
         return Write, (self._plan, folder, self._claims.carried())
 
 
-@dataclass(frozen=True, slots=True)
-class _FolderElsewhere:
+class _FolderElsewhere(NamedTuple):
     """A staging folder that another process will open."""
 
     path: Path
