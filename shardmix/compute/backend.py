@@ -25,7 +25,7 @@ from shardmix.plan.chunk_size import KEEP_FIRST_CHUNK_NBYTES
 from shardmix.plan.merge_plan import MergePlan, Segment
 
 
-class Reducer(Protocol):
+class Combiner(Protocol):
     """Merges a worker's chunks: `begin`, then `add` for each source, `finish`, and `wait`.
 
     Or `begin`, `read`, and `wait`.
@@ -72,7 +72,7 @@ class Reducer(Protocol):
 class Backend(Protocol):
     """The library that merges chunks; made once for a merge."""
 
-    def make_reducers(self, *, chunk_nbytes: int) -> Sequence[Reducer]:
+    def make_combiners(self, *, chunk_nbytes: int) -> Sequence[Combiner]:
         """Return objects for segments of floats, with all buffers; each worker calls it.
 
         There is one for each chunk that a worker may have in flight; they are used in turn.
@@ -100,15 +100,15 @@ def load_backend(plan: MergePlan) -> Backend:
     return TorchBackend(plan.settings.device, summed)
 
 
-class Reducers:
-    """One object for each kind of segment, for one of the chunks that a worker has in flight."""
+class Combiners:
+    """The combiners of one chunk in flight, one for floats and one for integers."""
 
-    def __init__(self, of_floats: Reducer, *, chunk_nbytes: int) -> None:
+    def __init__(self, of_floats: Combiner, *, chunk_nbytes: int) -> None:
         self._chunk_nbytes = chunk_nbytes
         self._of_floats = of_floats
-        self._keep_first: Reducer | None = None
+        self._keep_first: Combiner | None = None
 
-    def __getitem__(self, method: str) -> Reducer:
+    def __getitem__(self, method: str) -> Combiner:
         """Return the object for segments of a method."""
         if method != keep_first.NAME:
             return self._of_floats

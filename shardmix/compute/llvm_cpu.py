@@ -34,7 +34,7 @@ class LlvmBackend:
             self._kernels.kernel(kind)
         self._most_sources = max((len(kind.dtypes) for kind in kinds), default=0)
 
-    def make_reducers(self, *, chunk_nbytes: int) -> "tuple[CompiledMethod]":
+    def make_combiners(self, *, chunk_nbytes: int) -> "tuple[CompiledMethod]":
         """Return one worker's object, with all its buffers allocated."""
         staged = StagedChunk(chunk_nbytes=chunk_nbytes, most_sources=self._most_sources)
         return (CompiledMethod(self._kernels, staged),)

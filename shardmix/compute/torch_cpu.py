@@ -71,7 +71,7 @@ class TorchBackend:
         # threads.
         return self.devices[next(self._turns) % len(self.devices)]
 
-    def make_reducers(
+    def make_combiners(
         self, *, chunk_nbytes: int
     ) -> "tuple[CpuSum | CpuMethod | CudaSum | CudaMethod, ...]":
         """Return one worker's objects, with all their buffers: on a GPU, two."""
@@ -115,18 +115,18 @@ class TorchBackend:
 
     def _use_once(self, device: torch.device) -> None:
         chunk_nbytes = VECTOR * WIDEST_NBYTES * max(1, self._most_sources)
-        reducer, *_ = self._on_gpu(device, chunk_nbytes=chunk_nbytes)
+        combiner, *_ = self._on_gpu(device, chunk_nbytes=chunk_nbytes)
         for segment in self._kinds.values():
             num_factors = merge_method(segment.method).num_factors
             if num_factors is not None and not segment.factors:  # they follow from statistics
                 segment = replace(segment, factors=(1.0,) * num_factors)
-            reducer.begin(segment, 0, VECTOR)
+            combiner.begin(segment, 0, VECTOR)
             for source in range(len(segment.dtypes)):
-                staging = reducer.staging(source)
+                staging = combiner.staging(source)
                 staging[:] = bytes(len(staging))
-                reducer.add(source, staging)
-            reducer.finish()
-            reducer.wait()
+                combiner.add(source, staging)
+            combiner.finish()
+            combiner.wait()
 
     @contextmanager
     def running(self) -> Iterator[None]:

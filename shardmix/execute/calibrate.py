@@ -22,7 +22,7 @@ from shardmix.dtypes import element_nbytes
 from shardmix.errors import DeviceError, one_line
 from shardmix.execute.executor import IsStopped, Job, Task, TaskResult
 from shardmix.execute.merging import ChunkMerger, Merging, merging
-from shardmix.execute.tasks import TensorPlaces, merge_tasks
+from shardmix.execute.tasks import TensorRanges, merge_tasks
 from shardmix.execute.threads import ThreadExecutor
 from shardmix.methods import keep_first
 from shardmix.plan.chunk_size import VECTOR
@@ -132,25 +132,25 @@ class _Calibrating:
     def __init__(self, shared: Merging) -> None:
         self._shared = shared
         (planned,) = shared.plan.shards
-        self.places = TensorPlaces(planned)
+        self.ranges = TensorRanges(planned)
 
     @contextmanager
     def worker(self) -> Iterator["_Trier"]:
         with self._shared.worker() as merger:
-            yield _Trier(merger, self.places)
+            yield _Trier(merger, self.ranges)
 
 
 class _Trier:
     """One worker, which drops its output."""
 
-    def __init__(self, merger: ChunkMerger, places: TensorPlaces) -> None:
+    def __init__(self, merger: ChunkMerger, ranges: TensorRanges) -> None:
         self._merger = merger
-        self._places = places
+        self._ranges = ranges
 
     def run(self, task: Task, is_stopped: IsStopped) -> TaskResult[Tried] | None:
         """Merge a task's leaves."""
         leaves = task.first_leaf, task.stop_leaf
-        merged = self._merger.merge(task.file, leaves, self._places, self, is_stopped)
+        merged = self._merger.merge(task.file, leaves, self._ranges, self, is_stopped)
         if merged is None:
             return None
         return TaskResult(task, merged, Tried(threading.get_ident(), time.perf_counter()))

@@ -15,7 +15,7 @@ from shardmix.execute.executor import IsStopped, Job, Task, TaskResult
 from shardmix.execute.gather import TensorStatistics
 from shardmix.execute.merging import ChunkMerger, Merging, merging
 from shardmix.execute.shared_files import SharedFiles
-from shardmix.execute.tasks import TensorPlaces
+from shardmix.execute.tasks import TensorRanges
 from shardmix.plan.merge_plan import MergePlan, OutputShard
 from shardmix.system.buffers import buffer_for_reading
 from shardmix.system.digests import READ_NBYTES, num_leaves, read_range
@@ -128,7 +128,7 @@ class _Comparer:
         if task.first_leaf == 0:
             target.compare_head()
         leaves = task.first_leaf, task.stop_leaf
-        merged = self._merger.merge(task.file, leaves, file.places, target, is_stopped)
+        merged = self._merger.merge(task.file, leaves, file.ranges, target, is_stopped)
         if merged is None:
             return None
         is_file_end = self._files.task_done(task)
@@ -142,7 +142,7 @@ class _ExistingFile:
 
     def __init__(self, plan: MergePlan, number: int, folder: Path | HeldFolder) -> None:
         self.planned: OutputShard = plan.shards[number]
-        self.places = TensorPlaces(self.planned)
+        self.ranges = TensorRanges(self.planned)
         self.nbytes = 0
         self.finding = ""
         """Reason that it cannot be read, or ""."""
@@ -234,7 +234,7 @@ class _Leaves:
         if np.array_equal(there, wanted):
             return
         stop = position + len(there)
-        for name, first, last in self._file.places.between(position, stop):
+        for name, first, last in self._file.ranges.between(position, stop):
             part = slice(first - position, last - position)
             num_bytes = int(np.count_nonzero(there[part] != wanted[part]))
             if num_bytes:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from shardmix.anomalies import AnomalySum, LeafAnomalies
-from shardmix.compute.backend import Backend, Reducer, Reducers, load_backend
+from shardmix.compute.backend import Backend, Combiner, Combiners, load_backend
 from shardmix.dtypes import element_nbytes
 from shardmix.execute.executor import IsStopped
 from shardmix.execute.gather import (
@@ -21,7 +21,7 @@ from shardmix.execute.gather import (
     whole_statistics,
     with_factors,
 )
-from shardmix.execute.tasks import Chunk, TensorPlaces, chunks
+from shardmix.execute.tasks import Chunk, TensorRanges, chunks
 from shardmix.methods.registry import merge_method
 from shardmix.plan.merge_plan import MergePlan, Segment
 from shardmix.sources.readers import Reader, open_reader
@@ -65,8 +65,8 @@ class Merging:
         clock.start()
         try:
             lanes = [
-                Reducers(reducer, chunk_nbytes=chunk_nbytes)
-                for reducer in self._backend.make_reducers(chunk_nbytes=chunk_nbytes)
+                Combiners(combiner, chunk_nbytes=chunk_nbytes)
+                for combiner in self._backend.make_combiners(chunk_nbytes=chunk_nbytes)
             ]
             with closing(open_reader(plan.settings.io, plan.files, plan.decoders)) as reader:
                 yield ChunkMerger(plan, lanes, reader, self._statistics, self._passed, clock)
@@ -104,7 +104,7 @@ class ChunkMerger:
     def __init__(
         self,
         plan: MergePlan,
-        lanes: Sequence[Reducers],
+        lanes: Sequence[Combiners],
         reader: Reader,
         statistics: Mapping[str, TensorStatistics],
         passed: PassedRanges | None,
@@ -127,7 +127,7 @@ class ChunkMerger:
         self,
         shard: int,
         leaves: tuple[int, int],
-        places: TensorPlaces,
+        ranges: TensorRanges,
         target: LeafTarget,
         is_stopped: IsStopped,
     ) -> int | None:
@@ -138,7 +138,7 @@ class ChunkMerger:
         Args:
             shard: the file's index in `MergePlan.shards`.
             leaves: the first leaf, and one past the last.
-            places: byte ranges of the file's tensors.
+            ranges: byte ranges of the file's tensors.
             target: takes the output.
             is_stopped: called before each chunk.
 
@@ -146,18 +146,18 @@ class ChunkMerger:
             the number of source bytes; None if it was stopped before the end.
         """
         num_bytes = 0
-        in_flight: deque[tuple[Chunk, Reducer, memoryview]] = deque()
+        in_flight: deque[tuple[Chunk, Combiner, memoryview]] = deque()
         parts = chunks(self._plan.shards[shard], *leaves, chunk_nbytes=self._chunk_nbytes)
-        for chunk, reducers in zip(parts, itertools.cycle(self._lanes)):
+        for chunk, combiners in zip(parts, itertools.cycle(self._lanes)):
             if is_stopped():
                 return None
             self._clock.lap(OTHER)
-            reducer = reducers[chunk.segment.method]
-            in_flight.append((chunk, reducer, self._start(chunk, reducer)))
+            combiner = combiners[chunk.segment.method]
+            in_flight.append((chunk, combiner, self._start(chunk, combiner)))
             if len(in_flight) == len(self._lanes):
-                num_bytes += self._end(*in_flight.popleft(), places, target)
+                num_bytes += self._end(*in_flight.popleft(), ranges, target)
         while in_flight:
-            num_bytes += self._end(*in_flight.popleft(), places, target)
+            num_bytes += self._end(*in_flight.popleft(), ranges, target)
         return num_bytes
 
     def source_nbytes(self, shard: int, leaves: tuple[int, int]) -> int:
@@ -165,30 +165,30 @@ class ChunkMerger:
         parts = chunks(self._plan.shards[shard], *leaves, chunk_nbytes=self._chunk_nbytes)
         return sum(chunk.source_nbytes for chunk in parts)
 
-    def _start(self, chunk: Chunk, reducer: Reducer) -> memoryview:
+    def _start(self, chunk: Chunk, combiner: Combiner) -> memoryview:
         """Read a chunk; on the CPU also merge it. Return the buffer of its output."""
         segment, start = chunk.segment, chunk.start
         reader, clock = self._reader, self._clock
         if self._pieces is not None and needed_statistics(self._plan, segment):
             found = self._found(chunk, self._pieces)
             if found is None:
-                return self._start_whole(segment, reducer)
+                return self._start_whole(segment, combiner)
             segment = found
-        reducer.begin(segment, start, chunk.num_elements)
+        combiner.begin(segment, start, chunk.num_elements)
         descriptors = reader.descriptors(segment.files)
-        if descriptors is not None and (done := reducer.read(descriptors)) is not None:
+        if descriptors is not None and (done := combiner.read(descriptors)) is not None:
             data, seconds = done
             clock.lap(READ, chunk.source_nbytes, seconds=seconds)
             clock.lap(REDUCE, chunk.source_nbytes)
             return data
         for source, (_, dtype, file, offset) in enumerate(segment.sources):
             position = offset + start * element_nbytes(dtype)
-            staging = reducer.staging(source)
+            staging = combiner.staging(source)
             view = reader.view(file, position, staging)
             clock.lap(READ, len(staging))
-            reducer.add(source, view)
+            combiner.add(source, view)
             clock.lap(REDUCE, len(staging))
-        data = reducer.finish()
+        data = combiner.finish()
         reader.release()
         clock.lap(REDUCE)
         return data
@@ -212,21 +212,21 @@ class ChunkMerger:
         self._with_factors = with_factors(self._plan, segment, found)
         return self._with_factors
 
-    def _start_whole(self, segment: Segment, reducer: Reducer) -> memoryview:
+    def _start_whole(self, segment: Segment, combiner: Combiner) -> memoryview:
         """Read a whole tensor, gather its statistics, and merge it."""
         reader, clock = self._reader, self._clock
         num_factors = merge_method(segment.method).num_factors or 0
-        reducer.begin(replace(segment, factors=(0.0,) * num_factors), 0, segment.num_elements)
+        combiner.begin(replace(segment, factors=(0.0,) * num_factors), 0, segment.num_elements)
         views = []
         for number, (_, _, file, offset) in enumerate(segment.sources):
-            views.append(reader.view(file, offset, reducer.staging(number)))
+            views.append(reader.view(file, offset, combiner.staging(number)))
             clock.lap(READ, len(views[-1]))
         found = whole_statistics(self._plan, segment, views)
         # The parts of the buffer lie as they did, so what was read stays where it is.
-        reducer.begin(with_factors(self._plan, segment, found), 0, segment.num_elements)
+        combiner.begin(with_factors(self._plan, segment, found), 0, segment.num_elements)
         for number, view in enumerate(views):
-            reducer.add(number, view)
-        data = reducer.finish()
+            combiner.add(number, view)
+        data = combiner.finish()
         clock.lap(REDUCE, sum(map(len, views)))
         views.clear()
         reader.release()
@@ -235,15 +235,15 @@ class ChunkMerger:
     def _end(
         self,
         chunk: Chunk,
-        reducer: Reducer,
+        combiner: Combiner,
         data: memoryview,
-        places: TensorPlaces,
+        ranges: TensorRanges,
         target: LeafTarget,
     ) -> int:
         """Wait for a chunk's output, and pass it on; return the number of its source bytes."""
-        reducer.wait()
-        if reducer.disagreeing or not reducer.is_finite:
-            for leaf, anomalies in _anomalies(chunk, reducer, places):
+        combiner.wait()
+        if combiner.disagreeing or not combiner.is_finite:
+            for leaf, anomalies in _anomalies(chunk, combiner, ranges):
                 target.note(leaf, anomalies)
         self._clock.lap(REDUCE)
         target.write(chunk.out_position, data)
@@ -261,7 +261,7 @@ class ChunkMerger:
 
 
 def _anomalies(
-    chunk: Chunk, reducer: Reducer, places: TensorPlaces
+    chunk: Chunk, combiner: Combiner, ranges: TensorRanges
 ) -> Iterator[tuple[int, LeafAnomalies]]:
     """Yield each leaf of the chunk just finished, and its anomalies."""
     width = element_nbytes(chunk.segment.out_dtype)
@@ -271,13 +271,13 @@ def _anomalies(
         start_in_leaf = max(first, leaf * LEAF_NBYTES)
         stop_in_leaf = min(stop, (leaf + 1) * LEAF_NBYTES)
         found = AnomalySum()
-        if reducer.disagreeing:
+        if combiner.disagreeing:
             models = (
-                chunk.segment.sources[source].source for source in sorted(reducer.disagreeing)
+                chunk.segment.sources[source].source for source in sorted(combiner.disagreeing)
             )
             found.add(LeafAnomalies(disagreeing={chunk.segment.name: tuple(models)}))
-        if not reducer.is_finite:
-            for name, start, end in places.between(start_in_leaf, stop_in_leaf):
+        if not combiner.is_finite:
+            for name, start, end in ranges.between(start_in_leaf, stop_in_leaf):
                 part = (start - first) // width, (end - first) // width
-                found.count(name, reducer.count_nonfinite(*part))
+                found.count(name, combiner.count_nonfinite(*part))
         yield leaf, found.total()

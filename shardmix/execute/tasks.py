@@ -103,7 +103,7 @@ def chunks(
         number += 1
 
 
-class TensorPlaces:
+class TensorRanges:
     """The byte ranges of an output file's tensors, for anomalies and differences, which are rare.
 
     The first call reads the header. From then on it holds eight bytes for each tensor.

@@ -15,7 +15,7 @@ from shardmix.errors import NonfiniteError
 from shardmix.execute.executor import IsStopped, Job, Task, TaskResult
 from shardmix.execute.merging import ChunkMerger, Merging, merging
 from shardmix.execute.shared_files import SharedFiles
-from shardmix.execute.tasks import TensorPlaces
+from shardmix.execute.tasks import TensorRanges
 from shardmix.options import ERROR
 from shardmix.output.journal import Claim, Claims
 from shardmix.output.shard_writer import GrowingLeaves, GrowingShard
@@ -134,7 +134,7 @@ class _File:
 
     def __init__(self, plan: MergePlan, number: int, shard: GrowingShard) -> None:
         self.shard = shard
-        self.places = TensorPlaces(plan.shards[number])
+        self.ranges = TensorRanges(plan.shards[number])
 
     def close(self) -> None:
         self.shard.close()
@@ -169,7 +169,7 @@ class _Writer:
                 continue
             first, leaf = leaf, file.shard.next_claimed(leaf + 1, task.stop_leaf)
             target = _Leaves(file.shard.begin(first, leaf), self._plan, found)
-            merged = self._merger.merge(task.file, (first, leaf), file.places, target, is_stopped)
+            merged = self._merger.merge(task.file, (first, leaf), file.ranges, target, is_stopped)
             if merged is None:
                 return None
             num_bytes += merged

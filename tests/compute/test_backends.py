@@ -9,15 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from shardmix.compute.backend import Reducers
+from shardmix.compute.backend import Combiners
 from shardmix.compute.keep_first import KeepFirst
 from shardmix.compute.torch_cpu import TorchBackend
 from shardmix.compute.torch_ops import accumulate, round_into
 from shardmix.methods import keep_first
 from shardmix.plan.chunk_size import chunk_num_elements
 from shardmix.system.buffers import PAGE_NBYTES, address, offset_in_page
-from tests.support.models import random_tensor, round_once, weighted_sum
-from tests.support.reducing import (
+from tests.support.combining import (
     COMPILED,
     FLOATS,
     NAMES,
@@ -27,6 +26,7 @@ from tests.support.reducing import (
     reduce,
     segment_of,
 )
+from tests.support.models import random_tensor, round_once, weighted_sum
 from tests.support.sampling import examples
 
 
@@ -214,10 +214,10 @@ def read_by_kernel(path, sources, weights, out_dtype, *, gap, cut=0):
     segment = segment_of([NAMES[s.dtype] for s in sources], NAMES[out_dtype], weights, num_elements)
     segment = at_offsets(segment, offsets, out_offset=gap)
     nbytes = 8 * num_elements  # for a chunk of all
-    (reducer,) = backend_of("llvm", segment).make_reducers(chunk_nbytes=nbytes)
-    reducer.begin(segment, 0, num_elements)
+    (combiner,) = backend_of("llvm", segment).make_combiners(chunk_nbytes=nbytes)
+    combiner.begin(segment, 0, num_elements)
     with path.open("rb") as file:
-        return reducer.read([file.fileno()] * len(sources))
+        return combiner.read([file.fileno()] * len(sources))
 
 
 @pytest.mark.parametrize("num_elements", [1, 63, 64, 4096, 300_000, 300_007])
@@ -246,13 +246,13 @@ def agree(first, *others):
     tensors = [first, *others]
     dtypes = [names[t.dtype] for t in tensors]
     segment = segment_of(dtypes, dtypes[0], [0.5] * len(tensors), first.numel(), keep_first.NAME)
-    reducer = KeepFirst(chunk_nbytes=1 << 12)
-    reducer.begin(segment, 0, segment.num_elements)
+    combiner = KeepFirst(chunk_nbytes=1 << 12)
+    combiner.begin(segment, 0, segment.num_elements)
     for source, tensor in enumerate(tensors):
-        staging = reducer.staging(source)
+        staging = combiner.staging(source)
         staging[:] = raw_bytes(tensor)
-        reducer.add(source, staging)
-    return torch.frombuffer(bytearray(reducer.finish()), dtype=first.dtype), reducer.disagreeing
+        combiner.add(source, staging)
+    return torch.frombuffer(bytearray(combiner.finish()), dtype=first.dtype), combiner.disagreeing
 
 
 def test_integers_that_agree_are_kept():
@@ -360,33 +360,33 @@ def test_chunk_of_integers_fits_its_buffers(dtype):
             assert 1 <= count <= max(1, buffer_nbytes // widest)
 
 
-def begun(reducer, segment, start, sources):
+def begun(combiner, segment, start, sources):
     """Do one chunk of a segment from whole sources; return its output's bytes."""
     num_elements = len(sources[0])
-    reducer.begin(segment, start, num_elements)
+    combiner.begin(segment, start, num_elements)
     for number, source in enumerate(sources):
-        staging = reducer.staging(number)
+        staging = combiner.staging(number)
         assert len(staging) == source.nbytes
         staging[:] = raw_bytes(source)
-        reducer.add(number, staging)
-    data = bytes(reducer.finish())
-    reducer.wait()
+        combiner.add(number, staging)
+    data = bytes(combiner.finish())
+    combiner.wait()
     return data
 
 
 @pytest.mark.parametrize("backend", ["cpu", "llvm"])
-def test_a_reducer_does_chunk_after_chunk(backend):
+def test_a_combiner_does_chunk_after_chunk(backend):
     """A shorter one at the same place in a page, and one of another segment of the same length."""
     first, second = random_tensor((4096,), seed=1), random_tensor((4096,), seed=2)
     segment = segment_of(["F32"] * 2, "F32", [0.5, 0.5], 4106)
-    (reducer,) = backend_of(backend, segment).make_reducers(chunk_nbytes=1 << 16)
+    (combiner,) = backend_of(backend, segment).make_combiners(chunk_nbytes=1 << 16)
     for start, stop in [(0, 4096), (4096, 4106), (0, 4096)]:
         parts = [source[: stop - start] for source in (first, second)]
         expected = weighted_sum(parts, [0.5, 0.5], torch.float32)
-        assert begun(reducer, segment, start, parts) == raw_bytes(expected)
+        assert begun(combiner, segment, start, parts) == raw_bytes(expected)
     other = dataclasses.replace(segment, factors=(2.0, -1.0))
     expected = weighted_sum([first, second], [2.0, -1.0], torch.float32)
-    assert begun(reducer, other, 0, [first, second]) == raw_bytes(expected)
+    assert begun(combiner, other, 0, [first, second]) == raw_bytes(expected)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "llvm"])
@@ -398,17 +398,17 @@ def test_buffers_lie_half_a_page_off(backend):
     sources = [torch.ones(100).bfloat16()] * 2
     segment = segment_of(["BF16"] * 2, "BF16", [0.5, 0.5], 10_000)
     segment = at_offsets(segment, (130, 1000), out_offset=264)
-    (reducer,) = backend_of(backend, segment).make_reducers(chunk_nbytes=1 << 16)
+    (combiner,) = backend_of(backend, segment).make_combiners(chunk_nbytes=1 << 16)
     for start in (0, 100, 1077, 4096):
-        reducer.begin(segment, start, 100)
+        combiner.begin(segment, start, 100)
         for number, source in enumerate(sources):
-            staging = reducer.staging(number)
+            staging = combiner.staging(number)
             expected = offset_in_page(segment.sources[number].offset + 2 * start)
             assert address(staging) % PAGE_NBYTES == expected
             staging[:] = raw_bytes(source)
-            reducer.add(number, staging)
+            combiner.add(number, staging)
         expected = offset_in_page(segment.out_offset + 2 * start)
-        assert address(reducer.finish()) % PAGE_NBYTES == expected
+        assert address(combiner.finish()) % PAGE_NBYTES == expected
 
 
 def test_chunks_lie_alike_within_pages():
@@ -424,25 +424,25 @@ def test_chunks_lie_alike_within_pages():
 def test_integers_agree_chunk_by_chunk():
     """What differed in one chunk is not said of the next."""
     segment = segment_of(["I64"] * 2, "I64", [0.5, 0.5], 8, keep_first.NAME)
-    reducer = KeepFirst(chunk_nbytes=1 << 12)
+    combiner = KeepFirst(chunk_nbytes=1 << 12)
     values = torch.arange(4)
     for other, differing in [(values + 1, {1}), (values, set())]:
-        begun(reducer, segment, 0, [values, other])
-        assert reducer.disagreeing == differing
+        begun(combiner, segment, 0, [values, other])
+        assert combiner.disagreeing == differing
 
 
 def test_integers_take_small_buffers():
     """They are not in the projection by themselves."""
-    (linear,) = TorchBackend("cpu").make_reducers(chunk_nbytes=1 << 12)
+    (linear,) = TorchBackend("cpu").make_combiners(chunk_nbytes=1 << 12)
     tracemalloc.start()
     try:
-        reducer = Reducers(linear, chunk_nbytes=16 << 20)[keep_first.NAME]
+        combiner = Combiners(linear, chunk_nbytes=16 << 20)[keep_first.NAME]
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     segment = segment_of(["I64"], "I64", [1.0], 10**6, keep_first.NAME)
-    reducer.begin(segment, 0, chunk_num_elements(segment, chunk_nbytes=16 << 20))
-    assert len(reducer.staging(0)) == 1 << 16
+    combiner.begin(segment, 0, chunk_num_elements(segment, chunk_nbytes=16 << 20))
+    assert len(combiner.staging(0)) == 1 << 16
     assert 1 << 16 < peak < 1 << 18
 
 
@@ -453,7 +453,7 @@ def test_merge_restores_torchs_threads():
         torch.set_num_threads(3)
         backend = TorchBackend("cpu")
         with backend.running():
-            backend.make_reducers(chunk_nbytes=1 << 12)
+            backend.make_combiners(chunk_nbytes=1 << 12)
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 3
     finally:

@@ -15,16 +15,16 @@ from shardmix.execute.write import nonfinite_finding
 from shardmix.methods import keep_first
 from shardmix.plan.memory_budget import VRAM_BUFFERS_PER_WORKER
 from shardmix.system.units import MIB
-from tests.support.models import random_tensor
-from tests.support.reducing import (
+from tests.support.combining import (
     COMPILED,
     FLOATS,
     NAMES,
     backend_of,
+    combined_chunks,
     raw_bytes,
-    reduced_chunks,
     segment_of,
 )
+from tests.support.models import random_tensor
 from tests.support.sampling import every_nth, examples, sample
 
 # The least magnitude that rounding to nearest even makes infinite: half a unit above the largest.
@@ -61,14 +61,14 @@ def expected_counts(sums, out_dtype):
 def assert_counted(sources, weights, out_dtype, **options):
     """Hold what is said of every chunk, and of parts of it, against numpy; return all counts."""
     sums = sums_of(sources, weights)
-    for start, reducer, chunk in reduced_chunks(sources, weights, out_dtype, **options):
+    for start, combiner, chunk in combined_chunks(sources, weights, out_dtype, **options):
         num_elements = len(chunk) // out_dtype.itemsize
         whole = expected_counts(sums[start : start + num_elements], out_dtype)
-        assert reducer.is_finite == (whole.num_nan + whole.num_inf == 0)
+        assert combiner.is_finite == (whole.num_nan + whole.num_inf == 0)
         cuts = sorted({0, num_elements // 3, num_elements // 2, num_elements})
         for first, last in itertools.combinations(cuts, 2):
             expected = expected_counts(sums[start + first : start + last], out_dtype)
-            assert reducer.count_nonfinite(first, last) == expected
+            assert combiner.count_nonfinite(first, last) == expected
     return expected_counts(sums, out_dtype)
 
 
@@ -116,11 +116,11 @@ def test_one_element_decides_anywhere(backend, out_dtype):
             source = random_tensor((num_elements,), torch.float32, seed=place) * 1e-3
             source[place] = value
             sources = [source, torch.zeros(num_elements), torch.zeros(num_elements)]
-            ((_, reducer, _),) = reduced_chunks(
+            ((_, combiner, _),) = combined_chunks(
                 sources, [1.0, 1.0, 1.0], out_dtype, backend=backend
             )
-            assert reducer.is_finite == math.isfinite(value)
-            counts = reducer.count_nonfinite(place, place + 1)
+            assert combiner.is_finite == math.isfinite(value)
+            counts = combiner.count_nonfinite(place, place + 1)
             assert counts == NonfiniteCounts(int(math.isnan(value)), int(math.isinf(value)), 0)
 
 
@@ -130,10 +130,10 @@ def test_float16_overflow_is_told_apart():
     65520 is the least that overflows; an infinity that a model already has did not.
     """
     source = torch.tensor([65504.0, 65519.0, 65520.0, -70000.0, math.inf, -math.inf, math.nan, 1.0])
-    ((_, reducer, _),) = reduced_chunks([source, source], [0.5, 0.5], torch.float16)
-    assert not reducer.is_finite
-    assert reducer.count_nonfinite(0, 8) == NonfiniteCounts(num_nan=1, num_inf=4, num_overflowed=2)
-    assert reducer.count_nonfinite(0, 2) == NonfiniteCounts(0, 0, 0)
+    ((_, combiner, _),) = combined_chunks([source, source], [0.5, 0.5], torch.float16)
+    assert not combiner.is_finite
+    assert combiner.count_nonfinite(0, 8) == NonfiniteCounts(num_nan=1, num_inf=4, num_overflowed=2)
+    assert combiner.count_nonfinite(0, 2) == NonfiniteCounts(0, 0, 0)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "llvm"])
@@ -141,8 +141,8 @@ def test_unrounded_overflow_is_an_infinity(backend):
     """A sum that overflows before it is rounded is an infinity."""
     source = torch.full((9,), 3e38)
     for out_dtype in COMPILED:
-        ((_, reducer, _),) = reduced_chunks([source] * 2, [1, 1], out_dtype, backend=backend)
-        assert reducer.count_nonfinite(0, 9) == NonfiniteCounts(0, num_inf=9, num_overflowed=0)
+        ((_, combiner, _),) = combined_chunks([source] * 2, [1, 1], out_dtype, backend=backend)
+        assert combiner.count_nonfinite(0, 9) == NonfiniteCounts(0, num_inf=9, num_overflowed=0)
 
 
 @pytest.mark.parametrize(("backend", "out_dtype"), BACKENDS)
@@ -155,20 +155,20 @@ def test_large_values_are_finite(backend, out_dtype):
     largest = torch.full((4001,), torch.finfo(out_dtype).max, dtype=dtype)
     alternating = largest * torch.tensor([1.0, -1.0]).repeat(2001)[:4001]
     for source in (largest, -largest, alternating):
-        chunks = reduced_chunks([source, source], [0.5, 0.5], out_dtype, backend=backend)
-        assert all(reducer.is_finite for _, reducer, _ in chunks)
+        chunks = combined_chunks([source, source], [0.5, 0.5], out_dtype, backend=backend)
+        assert all(combiner.is_finite for _, combiner, _ in chunks)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "llvm"])
 def test_a_chunk_is_judged_by_itself(backend):
-    """One reducer goes through finite chunks and others in turn."""
+    """One combiner goes through finite chunks and others in turn."""
     source = torch.zeros(64 * 5)
     source[64] = math.nan
     source[64 * 3 + 63] = -math.inf
-    chunks = reduced_chunks(
+    chunks = combined_chunks(
         [source, source], [0.5, 0.5], torch.float32, chunk_nbytes=64 * 4, backend=backend
     )
-    assert [reducer.is_finite for _, reducer, _ in chunks] == [True, False, True, False, True]
+    assert [combiner.is_finite for _, combiner, _ in chunks] == [True, False, True, False, True]
 
 
 @settings(max_examples=examples(100), deadline=None)
@@ -208,16 +208,16 @@ def test_counting_takes_less_than_a_mebibyte(backend, out_dtype):
     source = torch.full((num_elements,), math.inf, dtype=dtype)
     source[::2] = torch.finfo(dtype).max
     segment = segment_of([NAMES[dtype]] * 2, NAMES[out_dtype], [0.5, 0.5], num_elements)
-    (reducer,) = backend_of(backend, segment).make_reducers(chunk_nbytes=source.nbytes)
+    (combiner,) = backend_of(backend, segment).make_combiners(chunk_nbytes=source.nbytes)
     raw = memoryview(bytearray(raw_bytes(source)))
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
-        reducer.begin(segment, 0, num_elements)
-        reducer.add(0, raw)
-        reducer.add(1, raw)
-        reducer.finish()
-        counts = reducer.count_nonfinite(0, num_elements)
+        combiner.begin(segment, 0, num_elements)
+        combiner.add(0, raw)
+        combiner.add(1, raw)
+        combiner.finish()
+        counts = combiner.count_nonfinite(0, num_elements)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -229,13 +229,13 @@ def test_counting_takes_less_than_a_mebibyte(backend, out_dtype):
 def test_integers_are_always_finite():
     """Integers are finite, whatever their bits."""
     infinity = memoryview(np.full(10, 0x7F800000, dtype=np.int32).tobytes())
-    reducer = KeepFirst(chunk_nbytes=1 << 12)
-    reducer.begin(segment_of(["I32"] * 2, "I32", [0.5, 0.5], 10, keep_first.NAME), 0, 10)
+    combiner = KeepFirst(chunk_nbytes=1 << 12)
+    combiner.begin(segment_of(["I32"] * 2, "I32", [0.5, 0.5], 10, keep_first.NAME), 0, 10)
     for source in range(2):
-        reducer.add(source, infinity)
-    reducer.finish()
-    assert reducer.is_finite
-    assert reducer.count_nonfinite(0, 10) == NonfiniteCounts(0, 0, 0)
+        combiner.add(source, infinity)
+    combiner.finish()
+    assert combiner.is_finite
+    assert combiner.count_nonfinite(0, 10) == NonfiniteCounts(0, 0, 0)
 
 
 @pytest.mark.gpu
@@ -265,7 +265,7 @@ def test_gpu_look_keeps_the_planned_memory():
     before = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
     planned = VRAM_BUFFERS_PER_WORKER * 4 * MIB + 2 * MIB
-    for _ in reduced_chunks(
+    for _ in combined_chunks(
         [source, source], [0.5, 0.5], torch.float32, chunk_nbytes=4 * MIB, backend="cuda"
     ):
         assert torch.cuda.max_memory_reserved() - before <= planned

@@ -170,7 +170,7 @@ class FakeGpu:
         self._make, self._flaw = make, flaw
         self.chunks_nbytes = []
 
-    def make_reducers(self, *, chunk_nbytes):
+    def make_combiners(self, *, chunk_nbytes):
         self.chunks_nbytes.append(chunk_nbytes)
         if self._flaw is not None:
             raise self._flaw
@@ -283,16 +283,16 @@ def test_failure_keeps_no_buffers(tmp_path, gpu):
             raise RuntimeError("CUDA error")
 
     def make(nbytes):
-        reducer = Failing(chunk_nbytes=nbytes)
-        made.append(weakref.ref(reducer))
-        return (reducer,)
+        combiner = Failing(chunk_nbytes=nbytes)
+        made.append(weakref.ref(combiner))
+        return (combiner,)
 
     gpu._make = make
     with pytest.raises(RuntimeError) as caught:
         shardmix.merge(two_models(tmp_path), tmp_path / "out", device="cuda", workers=2)
     assert caught.traceback
     assert made
-    assert not any(reducer() for reducer in made)
+    assert not any(combiner() for combiner in made)
 
 
 def test_unusable_gpu_falls_back_unmeasured(tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ class SimulatedBackend:
     def __init__(self):
         self._seeds = itertools.count()
 
-    def make_reducers(self, *, chunk_nbytes):
+    def make_combiners(self, *, chunk_nbytes):
         cuda = SimulatedCuda(next(self._seeds))
         return cuda_sums(torch.device("cpu"), chunk_nbytes=chunk_nbytes, cuda=cuda)
 

@@ -13,13 +13,13 @@ from shardmix.compute.torch_cpu import TorchBackend
 from shardmix.compute.torch_cuda import NUM_IN_FLIGHT, cuda_sums
 from shardmix.errors import DeviceError, SourceError
 from shardmix.plan.chunk_size import chunk_num_elements
+from tests.support.combining import FLOATS, NAMES, raw_bytes, reduce, segment_of
 from tests.support.models import random_tensor
-from tests.support.reducing import FLOATS, NAMES, raw_bytes, reduce, segment_of
 from tests.support.sampling import examples
 from tests.support.simulated_cuda import SimulatedCuda
 
 
-def reduced_in_flight(reducers, sources, weights, out_dtype, *, chunk_nbytes, mapped=False):
+def combined_in_flight(combiners, sources, weights, out_dtype, *, chunk_nbytes, mapped=False):
     """Reduce as the engine does, a chunk being read while those before it are still summed.
 
     `mapped`: sources come in memory that is gone as soon as a chunk has been queued.
@@ -30,29 +30,29 @@ def reduced_in_flight(reducers, sources, weights, out_dtype, *, chunk_nbytes, ma
     step = chunk_num_elements(segment, chunk_nbytes=chunk_nbytes)
     out, are_finite, in_flight = bytearray(), [], deque()
 
-    def end(reducer, data):
-        reducer.wait()
+    def end(combiner, data):
+        combiner.wait()
         out.extend(data)
-        are_finite.append(reducer.is_finite)
+        are_finite.append(combiner.is_finite)
 
-    for start, reducer in zip(range(0, segment.num_elements, step), itertools.cycle(reducers)):
+    for start, combiner in zip(range(0, segment.num_elements, step), itertools.cycle(combiners)):
         num_elements = min(step, segment.num_elements - start)
-        reducer.begin(segment, start, num_elements)
+        combiner.begin(segment, start, num_elements)
         views = []
         for source, tensor in enumerate(sources):
             raw = raw_bytes(tensor.view(-1)[start : start + num_elements])
-            staging = reducer.staging(source)
+            staging = combiner.staging(source)
             assert len(staging) == len(raw)
             if mapped:
                 views.append(bytearray(raw))
-                reducer.add(source, memoryview(views[-1]))
+                combiner.add(source, memoryview(views[-1]))
             else:
                 staging[:] = raw
-                reducer.add(source, staging)
-        in_flight.append((reducer, reducer.finish()))
+                combiner.add(source, staging)
+        in_flight.append((combiner, combiner.finish()))
         for view in views:
             view[:] = b"\xff" * len(view)
-        if len(in_flight) == len(reducers):
+        if len(in_flight) == len(combiners):
             end(*in_flight.popleft())
     while in_flight:
         end(*in_flight.popleft())
@@ -83,9 +83,9 @@ def test_any_stream_order_gives_cpu_bytes(
     """In whatever order streams run, the bytes are the CPU's."""
     sources = sources_of(dtypes, num_elements, seed=seed)
     weights = [0.5, 0.3, 0.2, 0.1, -0.1][: len(sources)]
-    _, reducers = simulated(seed, chunk_nbytes=chunk_nbytes)
-    result, are_finite = reduced_in_flight(
-        reducers, sources, weights, out_dtype, chunk_nbytes=chunk_nbytes, mapped=mapped
+    _, combiners = simulated(seed, chunk_nbytes=chunk_nbytes)
+    result, are_finite = combined_in_flight(
+        combiners, sources, weights, out_dtype, chunk_nbytes=chunk_nbytes, mapped=mapped
     )
     assert raw_bytes(result) == raw_bytes(reduce(sources, weights, out_dtype))
     assert all(are_finite) == bool(result.isfinite().all())
@@ -101,9 +101,9 @@ def test_reading_overlaps_summing():
     def most_queued(num_chunks):
         most = 0
         for seed in range(20):
-            cuda, reducers = simulated(seed, chunk_nbytes=4096)
-            reduced_in_flight(
-                reducers,
+            cuda, combiners = simulated(seed, chunk_nbytes=4096)
+            combined_in_flight(
+                combiners,
                 [source[: num_chunks * 1000] for source in sources],
                 [1.0],
                 torch.bfloat16,
@@ -121,9 +121,9 @@ def test_chunk_tells_whether_it_is_finite():
     source = torch.ones(1000)
     source[5], source[700] = math.nan, math.inf
     for seed in range(10):
-        _, reducers = simulated(seed, chunk_nbytes=1024)
-        _, are_finite = reduced_in_flight(
-            reducers, [source], [1.0], torch.float32, chunk_nbytes=1024
+        _, combiners = simulated(seed, chunk_nbytes=1024)
+        _, are_finite = combined_in_flight(
+            combiners, [source], [1.0], torch.float32, chunk_nbytes=1024
         )
         assert are_finite == [False, True, False, True]
 
@@ -188,8 +188,8 @@ def test_two_chunks_in_flight_give_cpu_bytes(count, mapped, out_dtype):
     sources[0][5000] = math.nan
     weights = [0.5, 0.3, 0.2, 0.1, -0.1][:count]
     for chunk_nbytes in (1 << 14, 1 << 18):
-        result, _ = reduced_in_flight(
-            TorchBackend("cuda").make_reducers(chunk_nbytes=chunk_nbytes),
+        result, _ = combined_in_flight(
+            TorchBackend("cuda").make_combiners(chunk_nbytes=chunk_nbytes),
             sources,
             weights,
             out_dtype,

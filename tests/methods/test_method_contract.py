@@ -14,8 +14,8 @@ from shardmix.methods.base import MergeMethod, Params
 from shardmix.methods.ops import CountingOps
 from shardmix.methods.registry import METHODS, merge_method
 from shardmix.methods.statistics import PIECE_NUM_ELEMENTS
+from tests.support.combining import COMPILED, FLOATS, NAMES, raw_bytes, reduce
 from tests.support.models import random_tensor
-from tests.support.reducing import COMPILED, FLOATS, NAMES, raw_bytes, reduce
 from tests.support.simulated_cuda import SimulatedCuda
 
 NUM_ELEMENTS = 5003

@@ -1,4 +1,4 @@
-"""Runs a reducer on whole tensors, without files or engine."""
+"""Runs a combiner on whole tensors, without files or engine."""
 
 import dataclasses
 
@@ -53,11 +53,11 @@ def backend_of(name, segment):
     return TorchBackend(name, [segment])
 
 
-def reduced_chunks(
+def combined_chunks(
     sources, factors, out_dtype, *, method="linear", chunk_nbytes=1 << 16, backend="cpu"
 ):
     """Reduce whole tensors chunk by chunk, as the engine does; yield each chunk's first element,
-    its reducer and its bytes, before the next one takes their place.
+    its combiner and its bytes, before the next one takes their place.
 
     `backend` is llvm, torch's name of a device, or a `SimulatedCuda`.
     """
@@ -65,26 +65,26 @@ def reduced_chunks(
     segment = segment_of(dtypes, NAMES[out_dtype], factors, sources[0].numel(), method)
     if isinstance(backend, SimulatedCuda):
         make = cuda_sums if merge_method(method).is_weighted_sum else cuda_methods
-        reducers = make(torch.device("cpu"), chunk_nbytes=chunk_nbytes, cuda=backend)
+        combiners = make(torch.device("cpu"), chunk_nbytes=chunk_nbytes, cuda=backend)
     else:
-        reducers = backend_of(backend, segment).make_reducers(chunk_nbytes=chunk_nbytes)
-    reducer, *_ = reducers
+        combiners = backend_of(backend, segment).make_combiners(chunk_nbytes=chunk_nbytes)
+    combiner, *_ = combiners
     step = chunk_num_elements(segment, chunk_nbytes=chunk_nbytes)
     for start in range(0, segment.num_elements, step):
         num_elements = min(step, segment.num_elements - start)
-        reducer.begin(segment, start, num_elements)
+        combiner.begin(segment, start, num_elements)
         for source, tensor in enumerate(sources):
-            staging = reducer.staging(source)
+            staging = combiner.staging(source)
             staging[:] = raw_bytes(tensor.view(-1)[start : start + num_elements])
-            reducer.add(source, staging)
-        data = reducer.finish()
-        reducer.wait()
-        yield start, reducer, data
+            combiner.add(source, staging)
+        data = combiner.finish()
+        combiner.wait()
+        yield start, combiner, data
 
 
 def reduce(sources, factors, out_dtype, **options):
     """Reduce whole tensors and return the result."""
     out = bytearray()
-    for _start, _reducer, chunk in reduced_chunks(sources, factors, out_dtype, **options):
+    for _start, _combiner, chunk in combined_chunks(sources, factors, out_dtype, **options):
         out += chunk
     return torch.frombuffer(out, dtype=out_dtype).view(sources[0].shape)
