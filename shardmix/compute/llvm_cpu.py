@@ -62,15 +62,22 @@ class CompiledMethod:
     def __init__(self, kernels: Kernels, staged: StagedChunk) -> None:
         self._kernels = kernels
         self._staged = staged
+        self._widths: dict[KernelKind, tuple[int, ...]] = {}
 
     def begin(self, segment: Segment, start: int, num_elements: int) -> None:
         """Start a chunk of a segment."""
-        if self._staged.divide(segment, start, num_elements, unrounded_nbytes=_FLOAT32_NBYTES):
-            self._prepare(segment, num_elements)
+        if not self._staged.is_divided(segment, start, num_elements):
+            self._prepare(segment, start, num_elements)
         self._start = start
 
-    def _prepare(self, segment: Segment, num_elements: int) -> None:
+    def _prepare(self, segment: Segment, start: int, num_elements: int) -> None:
         """Look up the kernel for chunks of this kind, and set its addresses."""
+        kind = KernelKind.of(segment)
+        if kind not in self._widths:
+            widths = map(element_nbytes, (*kind.dtypes, kind.out_dtype))
+            self._widths[kind] = (*widths, _FLOAT32_NBYTES)
+        widths_of_kind = self._widths[kind]
+        self._staged.divide(segment, start, num_elements, widths_of_kind)
         num_sources = len(segment.sources)
         own = map(address, self._staged.sources)
         self._out_address, self._unrounded_address = (
@@ -83,10 +90,9 @@ class CompiledMethod:
         self._factors = (ctypes.c_float * max(1, len(segment.factors)))(*segment.factors)
         self._descriptors = (ctypes.c_int32 * num_sources)()
         self._positions = (ctypes.c_int64 * num_sources)()
-        self._kernel = self._kernels.kernel(KernelKind.of(segment))
-        self._steps = tuple(
-            (source.offset, element_nbytes(source.dtype)) for source in segment.sources
-        )
+        self._kernel = self._kernels.kernel(kind)
+        # The output's and the unrounded width are left over.
+        self._steps = [*zip([s.offset for s in segment.sources], widths_of_kind, strict=False)]
         self._segment, self._num_elements = segment, num_elements
 
     def read(self, descriptors: Sequence[int]) -> tuple[memoryview, float] | None:

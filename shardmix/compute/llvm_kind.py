@@ -1,13 +1,12 @@
 """The kinds of kernels."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from shardmix.methods.registry import merge_method
 from shardmix.plan.merge_plan import Segment
 
 
-@dataclass(frozen=True, slots=True)
-class KernelKind:
+class KernelKind(NamedTuple):
     """The properties that a kernel is compiled for."""
 
     method: str

@@ -235,7 +235,9 @@ class CpuMethod:
     def begin(self, segment: Segment, start: int, num_elements: int) -> None:
         """Start a chunk of a segment."""
         dtype = sum_dtype(segment)
-        if self._staged.divide(segment, start, num_elements, unrounded_nbytes=dtype.itemsize):
+        if not self._staged.is_divided(segment, start, num_elements):
+            widths = map(element_nbytes, (*segment.dtypes, segment.out_dtype))
+            self._staged.divide(segment, start, num_elements, (*widths, dtype.itemsize))
             self._factors = factors_in(dtype, segment.factors)
             self._ops = PieceOps(
                 self._scratch,

@@ -9,8 +9,7 @@ import bisect
 import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import overload
+from typing import NamedTuple, overload
 
 from shardmix.dtypes import element_nbytes
 from shardmix.execute.executor import Task
@@ -59,8 +58,7 @@ def leaves_per_task(plan: MergePlan) -> int:
     return max(1, num_chunks * plan.memory.chunk_nbytes // LEAF_NBYTES)
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A flat range of elements of a segment, the same in every source and in the output."""
 
     segment: Segment
@@ -69,16 +67,13 @@ class Chunk:
     """First element within the segment."""
     num_elements: int
     """Number of elements."""
+    source_nbytes: int
+    """Bytes that are read for it, of all sources."""
 
     @property
     def out_position(self) -> int:
         """First byte in the output file."""
         return self.segment.out_offset + self.start * element_nbytes(self.segment.out_dtype)
-
-    @property
-    def source_nbytes(self) -> int:
-        """Bytes that are read for it, of all sources."""
-        return self.num_elements * sum(element_nbytes(dtype) for dtype in self.segment.dtypes)
 
 
 def chunks(
@@ -97,8 +92,10 @@ def chunks(
         start = (position - segment.out_offset) // width
         end = min(segment.num_elements, (stop - segment.out_offset) // width)
         step = chunk_num_elements(segment, chunk_nbytes=chunk_nbytes)
+        source_width = sum(map(element_nbytes, segment.dtypes))
         for first in range(start, end, step):
-            yield Chunk(segment, first, min(step, end - first))
+            length = min(step, end - first)
+            yield Chunk(segment, first, length, length * source_width)
         position = segment.out_offset + end * width
         number += 1
 

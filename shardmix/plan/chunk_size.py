@@ -1,5 +1,7 @@
 """The number of elements of a chunk."""
 
+from functools import lru_cache
+
 from shardmix.dtypes import element_nbytes
 from shardmix.methods import keep_first
 from shardmix.methods.registry import merge_method
@@ -18,11 +20,17 @@ VECTOR = 64
 
 def chunk_num_elements(segment: Segment, *, chunk_nbytes: int) -> int:
     """Return the number of elements of a segment in one chunk, at least one."""
-    widths = [element_nbytes(dtype) for dtype in (*segment.dtypes, segment.out_dtype)]
-    if segment.method == keep_first.NAME:
+    return _num_elements(segment.method, segment.dtypes, segment.out_dtype, chunk_nbytes)
+
+
+@lru_cache(maxsize=1024)  # tensors are many, their kinds few
+def _num_elements(method: str, dtypes: tuple[str, ...], out_dtype: str, chunk_nbytes: int) -> int:
+    widths = [element_nbytes(dtype) for dtype in (*dtypes, out_dtype)]
+    if method == keep_first.NAME:
         return max(1, min(chunk_nbytes, KEEP_FIRST_CHUNK_NBYTES) // max(widths))
-    if not merge_method(segment.method).is_weighted_sum:
-        return _rounded(max(1, _METHOD_BUFFERS * chunk_nbytes // _method_nbytes(segment)))
+    if not merge_method(method).is_weighted_sum:
+        at_once = _METHOD_BUFFERS * chunk_nbytes // _method_nbytes(dtypes, out_dtype)
+        return _rounded(max(1, at_once))
     # Sums are at least float32. All sources, the sum and the output fit into the buffers at
     # once.
     at_once = BUFFERS_PER_WORKER * chunk_nbytes // (sum(widths) + _SUM_NBYTES)
@@ -33,14 +41,14 @@ def chunk_num_elements(segment: Segment, *, chunk_nbytes: int) -> int:
 def whole_chunk_nbytes(segment: Segment) -> int:
     """Return the size of a chunk that holds a whole segment. Not for weighted sums."""
     num_elements = -(-segment.num_elements // PAGE_NBYTES) * PAGE_NBYTES
-    return -(-num_elements * _method_nbytes(segment) // _METHOD_BUFFERS)
+    element = _method_nbytes(segment.dtypes, segment.out_dtype)
+    return -(-num_elements * element // _METHOD_BUFFERS)
 
 
-def _method_nbytes(segment: Segment) -> int:
+def _method_nbytes(dtypes: tuple[str, ...], out_dtype: str) -> int:
     """Return the bytes of one element in all sources, in the output, and unrounded."""
-    unrounded = _WIDE_NBYTES if "F64" in segment.dtypes else _SUM_NBYTES
-    widths = [element_nbytes(dtype) for dtype in (*segment.dtypes, segment.out_dtype)]
-    return sum(widths) + unrounded
+    unrounded = _WIDE_NBYTES if "F64" in dtypes else _SUM_NBYTES
+    return sum(map(element_nbytes, (*dtypes, out_dtype))) + unrounded
 
 
 def _rounded(num_elements: int) -> int:

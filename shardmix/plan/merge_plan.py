@@ -118,12 +118,12 @@ class Segment:
     @property
     def dtypes(self) -> tuple[str, ...]:
         """Safetensors dtype in each source."""
-        return tuple(source.dtype for source in self.sources)
+        return tuple([source.dtype for source in self.sources])
 
     @property
     def files(self) -> tuple[int, ...]:
         """For each source, an index into `MergePlan.files`, and beyond these into its decoders."""
-        return tuple(source.file for source in self.sources)
+        return tuple([source.file for source in self.sources])
 
 
 @dataclass(frozen=True, slots=True)
