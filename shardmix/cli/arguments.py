@@ -1,6 +1,6 @@
 """The words of a command line, turned into the library's arguments. Loads no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +20,11 @@ def merge_options(arguments: dict[str, Any]) -> dict[str, Any]:
     # An absent switch must not override a recipe's own.
     for switch in ("normalize", "allow_weight_sum"):
         options[switch] = options[switch] or None
+    words = options.pop("parameters")
+    if words:
+        from shardmix.recipe.build import parse_parameter_words
+
+        options["parameters"] = parse_parameter_words(words)
     return options
 
 
@@ -75,14 +80,26 @@ def equally_weighted(words: Sequence[str]) -> list[tuple[str, float]]:
     return [(word, 1 / len(words)) for word in words]
 
 
-def weighted_models(words: Sequence[str]) -> "ModelsArgument":
-    """Return the models of `SOURCE=WEIGHT` words, or the recipe that the one word names."""
+def models_of(words: Sequence[str], options: Mapping[str, Any]) -> "ModelsArgument":
+    """Return the models of `SOURCE=WEIGHT` words, or the recipe that the one word names.
+
+    The options' method says whether its models have weights.
+    """
     from shardmix.recipe.build import parse_source_words
     from shardmix.recipe.yaml_file import RECIPE_SUFFIXES
 
     if len(words) == 1 and words[0].endswith(RECIPE_SUFFIXES):
         return words[0]
-    return parse_source_words(words)
+    return parse_source_words(words, method=options["method"], base_model=options["base_model"])
+
+
+def scored_sources(words: Sequence[str]) -> Sequence[str]:
+    """Return the words, which are sources, or the models of the recipe that the one word names."""
+    from shardmix.recipe.yaml_file import RECIPE_SUFFIXES, load_recipe
+
+    if len(words) == 1 and words[0].endswith(RECIPE_SUFFIXES):
+        return [model.source for model in load_recipe(Path(words[0])).models]
+    return words
 
 
 def source_paths(words: Sequence[str]) -> dict[str, str]:

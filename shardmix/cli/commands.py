@@ -98,10 +98,11 @@ def merge(
     quiet: bool,
     **others: Any,
 ) -> None:
-    """Merge models into one: out = Σ weightᵢ · modelᵢ, streamed, within a memory budget.
+    """Merge models into one, such as out = Σ weightᵢ · modelᵢ, streamed, within a memory budget.
 
-    SOURCE=WEIGHT... is two or more models with their weights, or one recipe.yaml. A SOURCE is a
-    model folder, a .safetensors file, or a Hub id org/name[@revision].
+    SOURCE=WEIGHT... is two or more models with their weights, or one recipe.yaml in mergekit's
+    language. A SOURCE is a model folder, a .safetensors file, or a Hub id org/name[@revision]; with
+    a method that has no weights, it stands alone.
     """
     with errors_reported(json=json, quiet=quiet):
         figures, picture = pictures.profile_files(profile)
@@ -119,9 +120,12 @@ def merge(
             settings = check_options(arguments.required_model_type(model_type), scoring)
             examples = load_examples(weights_from, settings)
         if dry_run:
-            is_weighted = weights_from is None
-            parse = arguments.weighted_models if is_weighted else arguments.equally_weighted
-            _print_plan(parse(models), output, options, model_type, json=json, quiet=quiet)
+            planned = (
+                arguments.models_of(models, options)
+                if weights_from is None
+                else arguments.equally_weighted(models)
+            )
+            _print_plan(planned, output, options, model_type, json=json, quiet=quiet)
             return
         with rare_collections():
             from shardmix import api
@@ -132,7 +136,7 @@ def merge(
             if weights_from is None:
                 with rare_collections():
                     report = api.merge(
-                        arguments.weighted_models(models),
+                        arguments.models_of(models, options),
                         output,
                         model_type=model_type,
                         on_progress=on_progress,
@@ -187,8 +191,8 @@ def score(
 ) -> None:
     """Compute merging weights from a few examples: softmax(-loss / temperature) over the models.
 
-    SOURCE... are the models to score: folders or Hub ids org/name[@revision]. Each reads the
-    examples by its own tokenizer.
+    SOURCE... are the models to score: folders or Hub ids org/name[@revision], or one recipe.yaml
+    that names them. Each reads the examples by its own tokenizer.
     """
     with errors_reported(json=json, quiet=quiet):
         options: ScoreOptions = {
@@ -203,7 +207,8 @@ def score(
         from shardmix.scoring import score as score_models
 
         with score_display(quiet=quiet) as on_progress:
-            report = score_models(sources, model_type, data, on_progress=on_progress, **options)
+            named = arguments.scored_sources(sources)
+            report = score_models(named, model_type, data, on_progress=on_progress, **options)
         render.score_report(report, json=json, quiet=quiet)
 
 
@@ -220,12 +225,14 @@ def plan(
 ) -> None:
     """Show what a merge would read, write and need, from headers only; write nothing.
 
-    SOURCE=WEIGHT... is two or more models with their weights, or one recipe.yaml. A SOURCE is a
-    model folder, a .safetensors file, or a Hub id org/name[@revision].
+    SOURCE=WEIGHT... is two or more models with their weights, or one recipe.yaml in mergekit's
+    language. A SOURCE is a model folder, a .safetensors file, or a Hub id org/name[@revision]; with
+    a method that has no weights, it stands alone.
     """
     with errors_reported(json=json, quiet=quiet):
         options = arguments.merge_options(others)
-        _print_plan(arguments.weighted_models(models), output, options, json=json, quiet=quiet)
+        planned = arguments.models_of(models, options)
+        _print_plan(planned, output, options, json=json, quiet=quiet)
 
 
 @_command(example="shardmix verify merged --recompute")

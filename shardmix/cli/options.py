@@ -92,11 +92,48 @@ workers = click.option(
     type=int,
     help="Number of threads. Default: one per core, at most eight.",
 )
-normalize = click.option("--normalize", is_flag=True, help="Rescale the weights to sum to 1.")
+
+
+class _MethodOption(click.Option):
+    """An option whose help follows from what merge methods declare; loaded only to print it."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        from shardmix.methods import registry
+
+        described = registry.summaries if self.name == "method" else registry.parameter_summaries
+        record = super().get_help_record(ctx)
+        return record and (record[0], f"{record[1]} {described()}")
+
+
+method = click.option(
+    "--method",
+    cls=_MethodOption,
+    metavar="NAME",
+    help="Merge method.",
+)
+base_model = click.option(
+    "--base-model",
+    metavar="SOURCE",
+    help="Base model of methods that need one. Names, dtypes, shards, config and tokenizer are "
+    "then its own.",
+)
+parameters = click.option(
+    *("-p", "--parameter", "parameters"),
+    cls=_MethodOption,
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="Parameter of the method, for all models; repeatable. Values with commas between them are "
+    "a gradient over the layers.",
+)
+normalize = click.option(
+    "--normalize",
+    is_flag=True,
+    help="Rescale the weights to sum to 1; short for -p normalize=true.",
+)
 allow_weight_sum = click.option(
     "--allow-weight-sum",
     is_flag=True,
-    help="Accept weights whose sum is not 1, otherwise an error.",
+    help="Accept SOURCE=WEIGHT words whose sum is not 1, an error otherwise (linear only).",
 )
 allow_differences = click.option(
     "--allow-differences",
@@ -257,6 +294,9 @@ merging = together(
     io,
     backend,
     workers,
+    method,
+    base_model,
+    parameters,
     normalize,
     allow_weight_sum,
     allow_differences,

@@ -3,7 +3,7 @@
 import difflib
 
 from shardmix.errors import RecipeError
-from shardmix.methods.base import MergeMethod
+from shardmix.methods.base import MergeMethod, Parameter
 from shardmix.methods.linear import Linear
 from shardmix.methods.slerp import Slerp
 from shardmix.methods.task_arithmetic import TaskArithmetic
@@ -29,3 +29,25 @@ def merge_method(name: str) -> MergeMethod:
         subject=repr(name),
         remedy=f"use one of {', '.join(METHODS)}",
     )
+
+
+def summaries() -> str:
+    """Return all methods in one text, for `--help`."""
+    described = [f"{name} ({method.summary})" for name, method in METHODS.items()]
+    return f"{'; '.join(described)}. Default: {next(iter(METHODS))}."
+
+
+def parameter_summaries() -> str:
+    """Return the parameters of all methods in one text, for `--help`."""
+    described = [
+        f"{name}: {', '.join(map(_summary, method.parameters))}" for name, method in METHODS.items()
+    ]
+    return f"{'; '.join(described)}."
+
+
+def _summary(parameter: Parameter) -> str:
+    if parameter.default is None:
+        owner = "each model's" if parameter.by_model else "required"
+        return f"{parameter.name} ({parameter.description}; {owner})"
+    value = str(parameter.default).lower()
+    return f"{parameter.name} ({parameter.description}; default {value})"

@@ -115,7 +115,7 @@ def _recipe_model(entry: object) -> RecipeModel:
         source, weight = cast("tuple[str, float]", entry)
     except (TypeError, ValueError):
         raise RecipeError("must be a pair (source, weight)", subject=shown(entry)) from None
-    return RecipeModel(str(source), plain({WEIGHT: weight}))
+    return RecipeModel(str(source), settings({WEIGHT: weight}, where=str(source)))
 
 
 def parse_source_words(
@@ -302,11 +302,12 @@ def _refuse_without_effect(recipe: Recipe, names: Iterable[str]) -> None:
 
 def recipe_notes(recipe: Recipe) -> Iterator[str]:
     """Yield notes on settings of a checked recipe that mergekit takes otherwise."""
-    if recipe.dtype is not None and recipe.out_dtype is None:
-        yield (
-            f"dtype {recipe.dtype}: is taken as the output's; the arithmetic is in float32 "
-            "(float64 if any source is)"
-        )
+    if recipe.out_dtype is None:
+        if recipe.dtype not in (None, KEEP, "float32"):
+            yield (
+                f"dtype {recipe.dtype}: is taken as the output's; the arithmetic is in float32 "
+                "(float64 if any source is)"
+            )
     elif recipe.dtype not in (None, recipe.out_dtype):
         yield (
             f"dtype {recipe.dtype}: has no effect, since out_dtype is {recipe.out_dtype}; the "

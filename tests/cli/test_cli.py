@@ -90,6 +90,61 @@ def test_recipe_file_merges_as_its_words(models, tmp_path):
     assert_same_bits(load_model(tmp_path / "a"), load_model(tmp_path / "b"))
 
 
+def change_weight(provenance):
+    provenance["recipe"]["models"][0]["parameters"]["weight"] = 0.7
+
+
+def plan_of(*words):
+    done = shardmix("plan", *words, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_method_and_parameters_are_words(models, tmp_path):
+    """--method, --base-model and -p say what a recipe would, also on top of one."""
+    a, b = models
+    report = plan_of(a, b, "--method", "slerp", "--base-model", a, "-p", "t=0.25")
+    assert report["recipe"] == {
+        "merge_method": "slerp",
+        "models": [{"model": str(b)}],
+        "base_model": str(a),
+        "parameters": {"t": 0.25},
+    }
+    assert report["weights"] == [None, None]
+    (group,) = report["parameters"]
+    assert group["shared"] == {"t": 0.25}
+    assert group["num_tensors"] == report["num_tensors"] - 1  # one is of integers
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(report["recipe"]))
+    assert plan_of(recipe)["plan_digest"] == report["plan_digest"]
+    assert plan_of(recipe, "-p", "t=0.5")["parameters"][0]["shared"] == {"t": 0.5}
+
+
+def test_normalize_is_a_parameter(models):
+    """--normalize is short for -p normalize=true."""
+    digests = {
+        plan_of(*words(models, (3, 1)), *more)["plan_digest"]
+        for more in (["--normalize"], ["-p", "normalize=true"])
+    }
+    assert len(digests) == 1
+    scaled = plan_of(f"{models[1]}=2", "--method", "task_arithmetic", "--base-model", models[0])
+    assert scaled["parameters"][0]["by_model"] == [{"weight": 2.0}]
+
+
+def test_plan_shows_parameters_by_tensor(models):
+    """The plan lists the parameters of groups of tensors."""
+    done = shardmix(
+        *("plan", models[1], "--method", "slerp", "--base-model", models[0], "-p", "t=0,1")
+    )
+    assert "slerp" in done.stdout, done.stderr
+    for flaw, finding in (("s=1", "no parameter 's'"), ("t=2", "at most 1"), ("t", "NAME=VALUE")):
+        done = shardmix(
+            "plan", models[1], "--method", "slerp", "--base-model", models[0], "-p", flaw
+        )
+        assert done.returncode == 2
+        assert finding in done.stderr
+
+
 @pytest.mark.parametrize("command", [["plan"], ["merge", "--dry-run"]])
 def test_a_plan_writes_nothing_and_tells_all(models, tmp_path, command):
     out = tmp_path / "out"
@@ -391,7 +446,7 @@ def test_status_shows_what_is_there(models, tmp_path):
     assert "complete, a × 0.5, b × 0.5; 2 files" in done.stdout
     sha256 = hashlib.sha256((out / "shardmix.json").read_bytes()).hexdigest()
     assert sha256 in shardmix("verify", out).stdout
-    edit_provenance(out, lambda content: content["sources"][0].update(weight=0.7), is_sealed=False)
+    edit_provenance(out, change_weight, is_sealed=False)
     done = shardmix("status", out)
     assert "complete, a × 0.7" in done.stdout
     assert "but shardmix.json is not as the merge wrote it" in done.stdout

@@ -143,6 +143,7 @@ def test_linear_base_gives_the_config():
         ({}, None),
         ({"out_dtype": "float16"}, None),
         ({"dtype": "float16", "out_dtype": "float16"}, None),
+        ({"dtype": "float32"}, None),
         ({"dtype": "float16"}, "dtype float16: is taken as the output's"),
         ({"dtype": "float16", "out_dtype": "float32"}, "dtype float16: has no effect, since"),
     ],
