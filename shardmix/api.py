@@ -1,6 +1,6 @@
 """The library's functions: `merge`, `plan_merge`, `inspect`. They print nothing.
 
-Puts the layers together. Imports torch only to merge.
+Composes the packages. Imports torch only to merge.
 """
 
 import threading
@@ -62,18 +62,18 @@ def merge(
             `Recipe`. A source is a model folder, a `.safetensors` file or a Hub id
             `org/name[@revision]`. All models have the same tensors; the first gives names,
             dtypes, shard layout, config and tokenizer.
-        output: the folder to make. It appears, whole, as the last step.
-        model_type: decoder, encoder, reranker or encoder-decoder, where that is known; an encoder's
-            output also loads in sentence-transformers, with CLS pooling and normalisation if no
-            model has modules of its own.
+        output: the folder to make. It appears, complete, as the last step.
+        model_type: decoder, encoder, reranker or encoder-decoder, if known; an encoder's output
+            also loads in sentence-transformers, with CLS pooling and normalisation if no model has
+            modules of its own.
         on_progress: called about ten times a second with a `ProgressEvent`.
         cancel: an event; once set, the merge stops and raises `MergeCancelled`.
         options: see `MergeOptions`.
 
     Raises:
-        ShardmixError: of the kind that says what to mend. All that can be known from headers is
-            found before any weight is read. Nothing new is at `output` then, nor after
-            KeyboardInterrupt; what is done is kept beside it, and the same call goes on from there.
+        ShardmixError: the kind tells what to mend. All errors that headers reveal come before any
+            weight is read. Nothing new is at `output` then, nor after KeyboardInterrupt; finished
+            work is saved beside it, and the same call goes on from there.
 
     Example:
         >>> report = shardmix.merge({"org/base": 0.6, "./tuned": 0.4}, "merged", max_memory="2GiB")
@@ -97,7 +97,7 @@ def merge(
             try:
                 check_disk(staging.output, plan.disk_needed_nbytes, staged_nbytes=staging.nbytes)
                 with recording(plan.settings.profile) as recorded:
-                    # What an earlier run has done is not read again.
+                    # The finished work of an earlier merge is not read again.
                     planned, is_begun = plan, journal.num_leaves_done > 0
                     with nullcontext() if is_begun else reading_ahead(plan):
                         plan, backend, findings = ready(
@@ -137,10 +137,10 @@ def plan_merge(
     model_type: str | None = None,
     **options: Unpack[MergeOptions],
 ) -> MergePlan:
-    """Decide everything about a merge from headers alone; write nothing, import no torch.
+    """Decide everything about a merge from headers only; write nothing, import no torch.
 
-    Arguments and errors are those of `merge`; without `output`, where it would go is not checked.
-    (Weights of a Hub id are downloaded first, as for a merge.)
+    Arguments and errors are those of `merge`; without `output`, its path is not checked. (Weights
+    of a Hub id are downloaded first, as for a merge.)
 
     Example:
         >>> plan = shardmix.plan_merge({"a": 0.5, "b": 0.5}, max_memory="1GiB")
@@ -189,18 +189,18 @@ def plan_merge(
 
 
 def report_plan(plan: MergePlan) -> PlanReport:
-    """Return what a plan means to people, with the room that is free for its output."""
+    """Return the report of a plan, with the free space for its output."""
     if not plan.output:
         return describe_plan(plan, disk_free=None)
     target = Path(plan.output)
-    # What an earlier run has done is not needed once more.
+    # The disk space of an earlier merge's work is not needed once more.
     return describe_plan(plan, disk_free=free_nbytes(target) + staged_nbytes(target))
 
 
 def inspect(source: str | PathLike[str]) -> ModelReport:
-    """Return what a model folder, `.safetensors` file or Hub id holds, from headers alone.
+    """Return the report of a model folder, `.safetensors` file or Hub id, from headers only.
 
-    Raises `SourceError` where it cannot be read. What cannot be merged can still be looked at.
+    Raises `SourceError` if it cannot be read. A model that cannot be merged can still be inspected.
 
     Example:
         >>> shardmix.inspect("org/name").num_parameters
@@ -211,7 +211,8 @@ def inspect(source: str | PathLike[str]) -> ModelReport:
 
 
 def _limit_readers(staging: Staging, plan: MergePlan) -> tuple[str, ...]:
-    """Shut out of the output who may not read every source, unless asked; say so."""
+    """Limit an output's readers to those of every source, unless asked not to; return a note of
+    it."""
     if plan.settings.share:
         return ()
     with disk_errors_named():
@@ -229,7 +230,8 @@ def _check_planned_alike(then: MergePlan, now: MergePlan) -> None:
 
 
 def _kept(staging: Staging, journal: Journal, plan: MergePlan, error: BaseException) -> str:
-    """Say what is kept of an unfinished merge, and how to go on; "" where nothing is."""
+    """Return a hint on the saved work of an unfinished merge, and how to go on; "" if there is
+    none."""
     if staging.is_placed:
         return f"{staging.output} is the new model all the same, and whole"
     if journal.num_leaves_done == 0 or staging.is_moved:

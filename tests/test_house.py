@@ -1,6 +1,7 @@
 """The tests keep the house's rules: where they lie, what they are called, which of them run."""
 
 import ast
+import re
 from itertools import product
 from pathlib import Path
 
@@ -116,3 +117,74 @@ def test_changes_select_their_tests(changed, expected):
 
 def test_no_change_selects_nothing():
     assert select_tests([]) == select_tests(["benchmarks/README.md"]) == []
+
+
+PACKAGE = TESTS.parent / "shardmix"
+QUESTION_WORDS = {"how", "what", "when", "where", "whether", "which", "who", "whose", "why"}
+NO_VERBS = {
+    "a",
+    "all",
+    "an",
+    "any",
+    "each",
+    "every",
+    "if",
+    "in",
+    "it",
+    "its",
+    "no",
+    "not",
+    "number",
+}
+NO_VERBS |= {"of", "one", "only", "that", "the", "their", "these", "this", "those", "to", "true"}
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix()
+)
+def test_docstrings_open_plainly(path):
+    """A function's begins with a verb; a class's, a field's or a module's with the noun."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = {id(node.body[0]) for node in ast.walk(tree) if _is_function(node)}
+    wrong = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Constant):
+            continue
+        if not isinstance(node.value.value, str):
+            continue
+        text = node.value.value.strip()
+        opens_a_function = id(node) in functions
+        if _first_word(text) in QUESTION_WORDS or (opens_a_function and not _is_verb(text)):
+            wrong.append(f"{node.lineno}: {text[:60]}")
+    assert wrong == []
+
+
+def _is_function(node):
+    """Tell functions from classes and properties, which are fields to whoever reads them."""
+    if not isinstance(node, ast.FunctionDef):
+        return False
+    names = [ast.unparse(decorator) for decorator in node.decorator_list]
+    return not any(name.endswith("property") for name in names)
+
+
+def _first_word(text):
+    return re.split(r"[\s,:;]", text, maxsplit=1)[0].lower()
+
+
+def _is_verb(text):
+    """Accept an imperative: capital first, neither a plural, a participle nor one of a list."""
+    word = _first_word(text)
+    is_inflected = re.search(r"(?<!s)s$|(?<!br)ing$|(?<!e)ed$", word)
+    return text[0].isupper() and not is_inflected and word not in NO_VERBS
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        *(("Return x.", True), ("Pass y on.", True), ("Bring, then go.", True), ("Feed it.", True)),
+        *(("Returns x.", False), ("The x.", False), ("`x` is y.", False), ("Closed files.", False)),
+        ("Reading of x.", False),
+    ],
+)
+def test_verbs_are_told(text, expected):
+    assert _is_verb(text) is expected

@@ -118,7 +118,7 @@ class Provenance(msgspec.Struct, frozen=True, omit_defaults=True):
     plan: str
     """SHA-256 (hex) of all that decides the output's bytes."""
     recipe: dict[str, Any]
-    """What was asked for, in the recipe language; models by their names in `sources`."""
+    """The recipe, in its language; models by their names in `sources`."""
     sources: tuple[SourceRecord, ...]
     """The models, in order: the base model, if there is one, then the recipe's."""
     config_from: str

@@ -14,10 +14,10 @@ class MergeDescription:
     """The identity of a merge, in words that its user knows."""
 
     recipe: Recipe
-    """What was asked for; models by public name."""
+    """The recipe; models by public name."""
     config_from: str
     config_source_commit: str | None
-    """Of a config source from the Hub."""
+    """Commit of a config source from the Hub."""
     digest: str
     record_paths: bool
     files: tuple[FileIdentity, ...]
@@ -37,7 +37,7 @@ class MergeDescription:
 
 
 def asked_otherwise(then: MergeDescription, now: MergeDescription) -> list[str]:
-    """Say what was asked for otherwise."""
+    """Describe the user's requests that differ."""
     before, after = dict(_asked(then)), dict(_asked(now))
     return [
         f"{name} {_shown(before[name])} then, {_shown(after[name])} now"

@@ -219,7 +219,7 @@ class MergePlan:
     """Everything a merge will do. Sizes in bytes."""
 
     recipe: Recipe
-    """What was asked for."""
+    """The recipe."""
     sources: tuple[PlannedSource, ...]
     """The recipe's `sources`, in order."""
     parameters: tuple[Params, ...]
@@ -271,7 +271,7 @@ class MergePlan:
 
     @property
     def public_recipe(self) -> Recipe:
-        """What was asked for, without the places of this machine."""
+        """The recipe, without the paths of this machine."""
         names = [source.name for source in self.sources]
         is_other = self.config_source_name != names[0]
         return self.recipe.with_sources(

@@ -1,4 +1,4 @@
-"""Opens what a recipe names: the models, and the source of the output's config.
+"""Opens a recipe's models, and the source of the output's config.
 
 Reads headers and small files; checks each model by itself.
 """
@@ -32,29 +32,29 @@ class ConfigSource:
     """The model that gives the output its config, tokenizer and other auxiliary files."""
 
     name: str
-    """What the model card may call it."""
+    """Its name in the model card."""
     folder: Path
     """Its folder."""
     config: Mapping[str, Any]
     """Content of its config.json; empty if it has none."""
     commit: str | None
-    """The commit, where it came from the Hub."""
+    """Commit, if it came from the Hub."""
     weights: tuple[str, ...] = ()
-    """Its weight files, by path within the folder: what of it is no companion of weights."""
+    """Its weight files, by path within the folder: they are no auxiliary files."""
     is_named: bool = False
-    """The recipe names it; otherwise it is the first model."""
+    """True if the recipe names it; otherwise it is the first model."""
     is_single_file: bool = False
-    """It was named as a file, so what else lies in its folder may be anybody's."""
+    """True if it was named as a file, so that other files in its folder may be anybody's."""
     left_out: tuple[LeftOut, ...] = ()
     """Files of its repository on the Hub that were not fetched."""
     modules: tuple[Module, ...] = ()
     """Its sentence-transformers modules."""
     main_place: str = ""
-    """Where in its folder config and main weights are: "" or the folder of one of these."""
+    """Folder of config and main weights in it: "" or the folder of one of these modules."""
 
 
 def public_name(checkpoint: Source) -> str:
-    """Return what may be published of a source: its Hub id, or its own name without a path."""
+    """Return a source's name for publication: its Hub id, or its own name without a path."""
     if checkpoint.identity.hub_id is not None:
         return checkpoint.source
     if checkpoint.is_single_file:
@@ -64,7 +64,8 @@ def public_name(checkpoint: Source) -> str:
 
 @contextmanager
 def disk_errors_named() -> Iterator[None]:
-    """Turn what no check foresaw, such as a folder without permission, into a clear error."""
+    """Turn an error that no check foresaw, such as a folder without permission, into a clear
+    one."""
     try:
         yield
     except OSError as error:
@@ -76,13 +77,13 @@ def disk_errors_named() -> Iterator[None]:
 
 
 def _paths(checkpoint: Source) -> list[Path]:
-    """Return what of the disk is the checkpoint's: its folder, and files that may be links."""
+    """Return the paths of a checkpoint on the disk: its folder, and files that may be links."""
     files = [Path(file.path) for part in checkpoint.parts for file in part.identity.files]
     return files if checkpoint.is_single_file else [checkpoint.root, *files]
 
 
 def _check_model_type(*, model_type: str | None, config_source: ConfigSource) -> None:
-    """Raise `RecipeError` if what the output's config says contradicts the type that was named."""
+    """Raise `RecipeError` if the output's config contradicts the named model type."""
     if model_type is None:
         return
     has_modules = os.path.lexists(config_source.folder / MODULES_NAME)
@@ -107,7 +108,7 @@ def _open_config_source(source: str | None, first: Source) -> ConfigSource:
             weights=first.weight_names,
             is_single_file=first.is_single_file,
             left_out=first.left_out,
-            # Of a file alone nothing is merged but itself; that is told of where it is not enough.
+            # Of a single file nothing else is merged; a check reports it if that is not enough.
             modules=read_modules(first.root) if first.is_single_file else first.modules,
             main_place=first.place,
         )
@@ -133,12 +134,12 @@ def _open_config_source(source: str | None, first: Source) -> ConfigSource:
 
 @dataclass(frozen=True, slots=True)
 class OpenedModels:
-    """The models of a recipe, opened, and what gives the output its config."""
+    """The opened models of a recipe, and the source of the output's config."""
 
     checkpoints: tuple[Source, ...]
     """The models, in the recipe's order."""
     config_source: ConfigSource
-    """Gives config, tokenizer and other auxiliary files."""
+    """Source of config, tokenizer and other auxiliary files."""
 
     @property
     def paths(self) -> tuple[Path, ...]:

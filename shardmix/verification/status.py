@@ -44,14 +44,14 @@ class CompleteReport:
 
 @dataclass(frozen=True, slots=True)
 class MergeInWork:
-    """What an unfinished merge was asked for."""
+    """The request of an unfinished merge."""
 
     models: tuple[str, ...]
     """The models, by public name."""
     weights: tuple[float | None, ...]
     """Their weights, as in `CompleteReport`."""
     recipe: dict[str, Any]
-    """What was asked for, in the recipe language."""
+    """The recipe, in its language."""
     config_from: str
     """Name of the model that gives config, tokenizer and the other auxiliary files."""
     digest: str
