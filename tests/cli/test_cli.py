@@ -372,6 +372,19 @@ def test_dry_run_scores_no_examples(decoders, tmp_path):
     assert "scoring" not in done.stderr
 
 
+def test_score_takes_a_recipe(decoders, tmp_path):
+    """The models of a recipe are scored; their weights need not be there yet."""
+    names = [str(decoders / name) for name in "ab"]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"models": [{"model": name} for name in names]}))
+    done = shardmix(
+        *("score", recipe, "--data", decoders / "examples.jsonl", "--model-type", "decoder"),
+        "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["sources"] == names
+
+
 @pytest.mark.parametrize(
     ("words", "status", "finding"),
     [
