@@ -4,6 +4,7 @@ import csv
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -39,6 +40,11 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     print(f"\nraw figures: {path}")
+
+
+def where(rows: Iterable[Mapping[str, Any]], **wanted: object) -> list[dict[str, Any]]:
+    """Return the rows that have these values in these columns."""
+    return [dict(row) for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

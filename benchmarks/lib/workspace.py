@@ -4,11 +4,13 @@ import argparse
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lib.machine import print_facts
 from benchmarks.lib.processes import run_or_exit
+from benchmarks.lib.tables import write_csv
 
 
 def parser(
@@ -17,8 +19,9 @@ def parser(
     """Return a parser with what every benchmark takes, and these options.
 
     Each is `name=(default, help)` or `name=(default, help, choices)`. The default gives the type:
-    of a list, any number; of a bool, a switch. A type in its place means that there is no default.
-    `has_python` is for those that run shardmix in processes of their own.
+    of a list, any number; of a bool, a switch. A type in its place means that there is no default,
+    and None that it is a word without a name. `has_python` is for those that run shardmix in
+    processes of their own.
     """
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -33,14 +36,30 @@ def parser(
             how["choices"] = list(choices[0])
         if isinstance(default, bool):
             how |= {"action": argparse.BooleanOptionalAction, "default": default}
-        elif isinstance(default, type):
+        elif default is None or isinstance(default, type):
             how |= {"type": default}
         elif isinstance(default, list):
             how |= {"type": type(default[0]), "nargs": "+", "default": default}
         else:
             how |= {"type": type(default), "default": default}
-        made.add_argument(f"--{name.replace('_', '-')}", **how)
+        made.add_argument(name if default is None else f"--{name.replace('_', '-')}", **how)
     return made
+
+
+def benchmark(
+    measure: Callable[[argparse.Namespace, "Workspace"], tuple[Sequence[Any], bool]],
+    made: argparse.ArgumentParser,
+) -> None:
+    """Run a benchmark from its command line to its exit: facts, what it measures, raw figures.
+
+    `measure` returns the rows of the CSV, and whether all is as promised; else the status is 1.
+    """
+    args = made.parse_args()
+    with Workspace(args) as workspace:
+        print_facts(args.work_dir, getattr(args, "python", sys.executable))
+        rows, is_as_promised = measure(args, workspace)
+    write_csv(args.csv, rows)
+    raise SystemExit(not is_as_promised)
 
 
 class Workspace:
