@@ -4,7 +4,9 @@ Composes the packages. Imports torch only to merge.
 """
 
 import threading
+from collections.abc import Mapping
 from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
@@ -28,9 +30,10 @@ from shardmix.output.permissions import readers_of
 from shardmix.output.staging import Staging, open_staging, settle, staged_nbytes
 from shardmix.plan import planner
 from shardmix.plan.merge_plan import MergePlan
-from shardmix.plan.opening import disk_errors_named, open_models
+from shardmix.plan.opening import OpenedModels, disk_errors_named, open_models
 from shardmix.profiling.recorder import check_profile_path, recording
 from shardmix.recipe.build import ModelsArgument, build_recipe
+from shardmix.recipe.recipe import Recipe
 from shardmix.reports import (
     MergeReport,
     ModelReport,
@@ -39,8 +42,7 @@ from shardmix.reports import (
     describe_model,
     describe_plan,
 )
-from shardmix.sources.checkpoint import open_checkpoint
-from shardmix.sources.identity import has_changed
+from shardmix.sources.resolve import ResolvedSource, open_source, resolve_all
 from shardmix.system.digests import LEAF_NBYTES
 from shardmix.system.files import free_nbytes
 from shardmix.system.units import format_size, parse_size
@@ -82,9 +84,93 @@ def merge(
     """
     if cancel is not None and cancel.is_set():
         raise MergeCancelled("the merge was cancelled before it began")
+    return merge_resolved(
+        models, output, model_type, options, resolved={}, on_progress=on_progress, cancel=cancel
+    )
+
+
+def merge_resolved(
+    models: ModelsArgument,
+    output: str | PathLike[str],
+    model_type: str | None,
+    options: MergeOptions,
+    *,
+    resolved: Mapping[str, ResolvedSource],
+    on_progress: OnProgress | None = None,
+    cancel: threading.Event | None = None,
+) -> MergeReport:
+    """Merge models as `merge` does, of which some texts are resolved already."""
+    settle(resolve_output(output))
+    recipe = checked_recipe(models, model_type, options)
+    opened = open_merge(recipe, output, options, resolved=resolved)
+    return merge_opened(opened, output, options, on_progress=on_progress, cancel=cancel)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedMerge:
+    """A merge that is asked for, with its models opened: planned and planned anew from these."""
+
+    recipe: Recipe
+    """What to merge."""
+    models: OpenedModels
+    """The recipe's models."""
+    target: Path | None
+    """The folder to make; None if that is left open."""
+
+    def plan(self, options: MergeOptions) -> MergePlan:
+        """Plan the merge with these options. Raises `ShardmixError`."""
+        settings = run_settings(options)
+        with disk_errors_named():
+            if self.target is not None:
+                check_output(self.target, overwrite=settings.overwrite, inputs=self.models.paths)
+            check_profile_path(settings.profile, self.target, self.models.paths)
+            plan = planner.plan_merge(
+                self.recipe,
+                self.models,
+                settings,
+                output=self.target,
+                digest_algorithm=digest_algorithm(options),
+                record_paths=options.get("record_paths", False),
+            )
+            return plan.with_disk_needed(disk_needed_nbytes(plan))
+
+
+def open_merge(
+    recipe: Recipe,
+    output: str | PathLike[str] | None,
+    options: MergeOptions,
+    *,
+    resolved: Mapping[str, ResolvedSource],
+) -> OpenedMerge:
+    """Open the models of a checked recipe, which may mean hours of download.
+
+    `resolved` has models whose texts are resolved already; others are resolved here, once.
+    """
+    settings = run_settings(options)
+    target = None if output is None else resolve_output(output)
+    with disk_errors_named():
+        if target is not None:
+            check_output(target, overwrite=settings.overwrite, inputs=())
+        check_profile_path(settings.profile, target, inputs=())
+        named = () if recipe.config_from is None else (recipe.config_from,)
+        others = [text for text in (*recipe.sources, *named) if text not in resolved]
+        known = {**resolved, **resolve_all(others)}
+        models = open_models(recipe, known, max_memory=settings.max_memory_nbytes)
+    return OpenedMerge(recipe, models, target)
+
+
+def merge_opened(
+    opened: OpenedMerge,
+    output: str | PathLike[str],
+    options: MergeOptions,
+    *,
+    on_progress: OnProgress | None = None,
+    cancel: threading.Event | None = None,
+) -> MergeReport:
+    """Merge models that are open. Arguments and errors are those of `merge`."""
     target = resolve_output(output)
     settle(target)
-    plan = plan_merge(models, output, model_type=model_type, **options)
+    plan = opened.plan(options)
     if Path(plan.output) != target:
         raise OutputError(
             f"its path leads to {plan.output} by now", subject=target, remedy="start again"
@@ -98,16 +184,15 @@ def merge(
                 check_disk(staging.output, plan.disk_needed_nbytes, staged_nbytes=staging.nbytes)
                 with recording(plan.settings.profile) as recorded:
                     # The finished work of an earlier merge is not read again.
-                    planned, is_begun = plan, journal.num_leaves_done > 0
+                    is_begun = journal.num_leaves_done > 0
                     with nullcontext() if is_begun else reading_ahead(plan):
                         plan, backend, findings = ready(
                             plan,
                             options,
-                            lambda chosen: plan_merge(
-                                models, output, model_type=model_type, **chosen
-                            ),
+                            opened.plan,
                         )
-                    _check_planned_alike(planned, plan)
+                    # The journal knows the files as they were opened.
+                    opened.models.check_untouched()
                     recorded.begin_merge(plan, backend)
                     result = execute(
                         plan,
@@ -147,13 +232,19 @@ def plan_merge(
         >>> plan.memory.projected_peak_nbytes <= 2**30
         True
     """
+    recipe = checked_recipe(models, model_type, options)
+    return open_merge(recipe, output, options, resolved={}).plan(options)
+
+
+def checked_recipe(models: ModelsArgument, model_type: str | None, options: MergeOptions) -> Recipe:
+    """Return the recipe that arguments of `merge` ask for. Raises `RecipeError`."""
     unknown = set(options) - set(MergeOptions.__annotations__)
     if unknown:
         raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
-    settings, digest = run_settings(options), digest_algorithm(options)
+    run_settings(options), digest_algorithm(options)  # wrong ones are found before any other work
     config_from = options.get("config_from")
     max_shard_size = options.get("max_shard_size")
-    recipe = build_recipe(
+    return build_recipe(
         models,
         method=options.get("method"),
         base_model=options.get("base_model"),
@@ -167,25 +258,6 @@ def plan_merge(
         pooling=options.get("pooling"),
         model_type=model_type,
     )
-    target = None if output is None else resolve_output(output)
-    with disk_errors_named():
-        if target is not None:
-            # Before sources are opened: that may mean hours of download.
-            check_output(target, overwrite=settings.overwrite, inputs=())
-        check_profile_path(settings.profile, target, inputs=())
-        opened = open_models(recipe, max_memory=settings.max_memory_nbytes)
-        if target is not None:
-            check_output(target, overwrite=settings.overwrite, inputs=opened.paths)
-        check_profile_path(settings.profile, target, opened.paths)
-        plan = planner.plan_merge(
-            recipe,
-            opened,
-            settings,
-            output=target,
-            digest_algorithm=digest,
-            record_paths=options.get("record_paths", False),
-        )
-        return plan.with_disk_needed(disk_needed_nbytes(plan))
 
 
 def report_plan(plan: MergePlan) -> PlanReport:
@@ -207,7 +279,7 @@ def inspect(source: str | PathLike[str]) -> ModelReport:
         22713216
     """
     with disk_errors_named():
-        return describe_model(open_checkpoint(str(source)))
+        return describe_model(open_source(str(source)))
 
 
 def _limit_readers(staging: Staging, plan: MergePlan) -> tuple[str, ...]:
@@ -220,13 +292,6 @@ def _limit_readers(staging: Staging, plan: MergePlan) -> tuple[str, ...]:
     note = readers.note(staging.output, staging.folder.mode)
     staging.folder.limit_permissions(readers.mode)
     return note
-
-
-def _check_planned_alike(then: MergePlan, now: MergePlan) -> None:
-    """Raise `SourceError` if a source has changed between two plans; a journal knows the first."""
-    for before, after in zip(then.files, now.files, strict=False):
-        if before != after:
-            raise has_changed(after.path)
 
 
 def _kept(staging: Staging, journal: Journal, plan: MergePlan, error: BaseException) -> str:

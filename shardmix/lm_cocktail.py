@@ -7,7 +7,7 @@ order are those of LM_Cocktail (arXiv 2311.13534), so that a program changes onl
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
@@ -23,7 +23,8 @@ from shardmix.reports import MergeReport
 from shardmix.score_and_merge import merge_by_examples
 from shardmix.scoring.examples import ExamplesArgument, load_examples
 from shardmix.scoring.options import ScoreOptions, check_options
-from shardmix.sources.hub import check_endpoint, locate
+from shardmix.sources.hub import check_endpoint
+from shardmix.sources.resolve import ResolvedSource, resolve_all
 
 Source = str | PathLike[str]
 
@@ -72,8 +73,9 @@ def mix_models(
         model_type=model_type,
     )
 
-    def merge(output: Path) -> MergeReport:
-        return api.merge(pairs, output, model_type=model_type, **_mixing(options, output_path))
+    def merge(output: Path, resolved: Mapping[str, ResolvedSource]) -> MergeReport:
+        mixing = _mixing(options, output_path)
+        return api.merge_resolved(pairs, output, model_type, mixing, resolved=resolved)
 
     return _mixed(
         merge, names, model_type, output_path, trust_remote_code=trust_remote_code, quiet=quiet
@@ -182,9 +184,11 @@ def mix_models_with_data(
     asked: ScoreOptions = {**scoring, "pooling": options.get("pooling")}
     loaded = load_examples(given[0], check_options(model_type, asked))
 
-    def merge(output: Path) -> MergeReport:
+    def merge(output: Path, resolved: Mapping[str, ResolvedSource]) -> MergeReport:
         mixing = _mixing(options, output_path)
-        return merge_by_examples(names, output, loaded, model_type, scoring=scoring, **mixing)
+        return merge_by_examples(
+            names, output, loaded, model_type, scoring=scoring, resolved=resolved, **mixing
+        )
 
     return _mixed(
         merge, names, model_type, output_path, trust_remote_code=trust_remote_code, quiet=quiet
@@ -200,7 +204,7 @@ def _mixing(options: MergeOptions, output_path: Source | None) -> MergeOptions:
 
 
 def _mixed(
-    merge: Callable[[Path], MergeReport],
+    merge: Callable[[Path, Mapping[str, ResolvedSource]], MergeReport],
     names: list[str],
     model_type: str,
     output_path: Source | None,
@@ -209,7 +213,8 @@ def _mixed(
     quiet: bool,
 ) -> Any:
     """Merge into the output path, or into a temporary folder, and load the result."""
-    _check_loadable(names[0], model_type, trust_remote_code=trust_remote_code)
+    resolved = resolve_all(names)
+    _check_loadable(resolved[names[0]], model_type, trust_remote_code=trust_remote_code)
     workspace = (
         nullcontext(None)
         if output_path is not None
@@ -217,7 +222,7 @@ def _mixed(
     )
     with workspace as folder:
         output = Path(output_path) if output_path is not None else Path(folder or "") / "mixed"
-        report = merge(output)
+        report = merge(output, resolved)
         if not quiet:
             print("***weight for each model***: ")
             for name, weight in zip(names, report.weights, strict=True):
@@ -228,11 +233,11 @@ def _mixed(
         return auto_class.from_pretrained(str(output), trust_remote_code=trust_remote_code)
 
 
-def _check_loadable(source: str, model_type: str, *, trust_remote_code: bool) -> None:
+def _check_loadable(model: ResolvedSource, model_type: str, *, trust_remote_code: bool) -> None:
     """Refuse, before the merge, a model that could not be loaded as this type afterwards."""
     check_model_type(model_type)
     transformers = _transformers()
-    folder = locate(source, with_weights=False).path
+    source, folder = model.text, model.fetch(with_weights=False).path
     try:
         config = transformers.AutoConfig.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code

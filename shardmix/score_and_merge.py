@@ -5,11 +5,12 @@ Puts `scoring` and `api` together; its own part is the order of the checks.
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import fields, replace
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 
@@ -28,6 +29,8 @@ from shardmix.scoring.examples import Example, ExamplesArgument, load_examples
 from shardmix.scoring.options import ScoreOptions, ScoreSettings, check_options
 from shardmix.scoring.report import OnScoreProgress, ScoreReport
 from shardmix.scoring.weights import compute_weights
+from shardmix.sources.base import Source
+from shardmix.sources.resolve import ResolvedSource
 from shardmix.system.digests import XXH3, file_digest
 from shardmix.system.files import open_regular
 
@@ -42,6 +45,7 @@ def merge_by_examples(
     model_type: str,
     *,
     scoring: ScoreOptions,
+    resolved: Mapping[str, ResolvedSource] = MappingProxyType({}),
     on_score: OnScoreProgress | None = None,
     on_progress: OnProgress | None = None,
     cancel: threading.Event | None = None,
@@ -77,11 +81,14 @@ def merge_by_examples(
     target = resolve_output(output)
     settle(target)
     equal = [(name, 1 / len(names)) for name in names]
+    recipe = api.checked_recipe(equal, model_type, options)
+    opened = api.open_merge(recipe, output, options, resolved=resolved)
 
     def plan() -> MergePlan:
-        return api.plan_merge(equal, output, model_type=model_type, **options)
+        return opened.plan(options)
 
-    identity = _identity(plan(), names, loaded, settings)
+    sources = opened.models.checkpoints[-len(names) :]  # behind the base model, if there is one
+    identity = _identity(plan(), sources, loaded, settings)
     with open_staging(target, restart=options.get("restart", False)) as staging:
         if options.get("restart", False):
             staging.forget_scores()
@@ -89,7 +96,7 @@ def merge_by_examples(
             scores = _known(log, names)
             if scores is None:
                 try:
-                    scores = _score(names, model_type, loaded, scoring, on_score, log, plan)
+                    scores = _score(sources, model_type, loaded, scoring, on_score, log, plan)
                 except BaseException as error:
                     hint = _save_scores(staging, log, names)
                     if isinstance(error, KeyboardInterrupt):
@@ -99,15 +106,18 @@ def merge_by_examples(
                     raise
             staging.is_worth_keeping = True
             difference = log.difference
+    # What was scored hours ago must be what is merged.
+    opened.models.check_untouched()
     words = " ".join(map(repr, scores.weights))
     try:
-        report = api.merge(
-            list(zip(names, scores.weights, strict=True)),
+        weighted = list(zip(names, scores.weights, strict=True))
+        recipe = api.checked_recipe(weighted, model_type, options)
+        report = api.merge_opened(
+            replace(opened, recipe=recipe),
             output,
-            model_type=model_type,
+            options,
             on_progress=on_progress,
             cancel=cancel,
-            **options,
         )
     except ShardmixError as error:
         anew = f" (scored again, since {difference})" if difference else ""
@@ -124,16 +134,16 @@ def merge_by_examples(
 
 
 def _identity(
-    plan: MergePlan, names: Sequence[str], examples: Sequence[Example], settings: ScoreSettings
+    plan: MergePlan, sources: Sequence[Source], examples: Sequence[Example], settings: ScoreSettings
 ) -> ScoringIdentity:
     """Return all that decides the losses; neither the budget nor the device does."""
     content = [replace(example, name="") for example in examples]
     options = {field.name: getattr(settings, field.name) for field in fields(settings)}
     others = [
         file
-        for number, name in enumerate(names)
-        if plan.sources[number].identity.commit is None
-        for file in _files_beside(name)
+        for source in sources
+        if source.identity.commit is None
+        for file in _files_beside(source.root)
     ]
     return ScoringIdentity(
         examples=hashlib.sha256(msgspec.json.encode(content)).hexdigest(),
@@ -144,10 +154,8 @@ def _identity(
     )
 
 
-def _files_beside(source: str) -> Iterator[tuple[str, str]]:
+def _files_beside(folder: Path) -> Iterator[tuple[str, str]]:
     """Yield (name, digest) of config, tokenizer and the like of a local model."""
-    path = Path(source).expanduser()
-    folder = path if path.is_dir() else path.parent
     entries = sorted(folder.iterdir())
     below = [path for entry in entries if is_module_folder(entry.name) for path in _files(entry)]
     for path in (*entries, *below):
@@ -184,7 +192,7 @@ def _known(log: ScoreLog, names: Sequence[str]) -> ScoreReport | None:
 
 
 def _score(
-    names: Sequence[str],
+    sources: Sequence[Source],
     model_type: str,
     examples: tuple[Example, ...],
     scoring: ScoreOptions,
@@ -194,13 +202,13 @@ def _score(
 ) -> ScoreReport:
     """Score the models that the log has no score of."""
     # First, since it stays in memory: the merge's share must be known before the scoring.
-    from shardmix.scoring import score
+    from shardmix.scoring.scoring import score_opened
 
     planned = plan()
     target = Path(planned.output)
     check_disk(target, planned.disk_needed_nbytes, staged_nbytes=staged_nbytes(target))
     num_known = log.num_models
-    scores = score(names, model_type, examples, on_progress=on_score, log=log, **scoring)
+    scores = score_opened(sources, model_type, examples, on_progress=on_score, log=log, **scoring)
     log.put_report(msgspec.json.encode(scores))
     if num_known:
         note = f"the losses of {num_known} models are an earlier call's"

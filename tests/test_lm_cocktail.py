@@ -196,7 +196,7 @@ def test_weights_survive_a_merge_that_fails(models, tmp_path, monkeypatch):
     def fail(*_arguments, **_options):
         raise OutputError("the disk is full")
 
-    monkeypatch.setattr("shardmix.api.merge", fail)
+    monkeypatch.setattr("shardmix.api.merge_opened", fail)
     with pytest.raises(OutputError, match=r"the disk is full; .* gave the weights 0\.\d+ 0\.\d+:"):
         mix_models_with_data(models("llama"), "decoder", TEXTS, output_path=tmp_path / "mixed")
 
@@ -204,7 +204,7 @@ def test_weights_survive_a_merge_that_fails(models, tmp_path, monkeypatch):
 def test_unmergeable_models_are_not_scored(models, tmp_path, monkeypatch):
     """What cannot be merged is found before it is scored."""
     wide = save_language_model("llama", tmp_path / "wide", intermediate_size=56)
-    monkeypatch.setattr("shardmix.scoring.scoring.score", None)
+    monkeypatch.setattr("shardmix.scoring.scoring.score_opened", None)
     with pytest.raises(MismatchError):
         mix_models_with_data([models("llama")[0], str(wide)], "decoder", TEXTS)
     (tmp_path / "full").mkdir()

@@ -12,6 +12,7 @@ from shardmix.cli.commands import app
 from shardmix.errors import one_line, printable, shown
 from shardmix.redaction import logs_redacted, without_environment, without_secrets, without_user
 from shardmix.sources import hub
+from shardmix.sources.resolve import resolve
 from tests.support.models import random_model, save_model
 
 TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz01234567"
@@ -214,4 +215,4 @@ def test_hubs_warning_tells_no_secret(monkeypatch, caplog):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "_cached", lambda *_, **__: None)
     with pytest.raises(shardmix.SourceError, match=r"cannot reach https://\*\*\*@host"):
-        hub.locate("org/name")
+        resolve("org/name")

@@ -20,11 +20,10 @@ from shardmix.recipe import Recipe
 from shardmix.sources.base import Source
 from shardmix.sources.checkpoint import (
     main_place,
-    open_checkpoints,
     read_config,
     weight_names,
 )
-from shardmix.sources.hub import locate
+from shardmix.sources.resolve import ResolvedSource, open_sources
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +96,8 @@ def _check_model_type(*, model_type: str | None, config_source: ConfigSource) ->
         )
 
 
-def _open_config_source(source: str | None, first: Source) -> ConfigSource:
-    if source is None:
+def _open_config_source(resolved: ResolvedSource | None, first: Source) -> ConfigSource:
+    if resolved is None:
         name = public_name(first)
         return ConfigSource(
             name,
@@ -112,10 +111,10 @@ def _open_config_source(source: str | None, first: Source) -> ConfigSource:
             modules=read_modules(first.root) if first.is_single_file else first.modules,
             main_place=first.place,
         )
-    located = locate(source, with_weights=False)
+    located = resolved.fetch(with_weights=False)
     is_single_file = not located.path.is_dir()
     folder = located.path.parent if is_single_file else located.path
-    name = source if located.hub_id is not None else folder.resolve().name
+    name = resolved.text if located.hub_id is not None else folder.resolve().name
     modules = () if is_single_file else read_modules(folder)
     place = main_place(folder, modules)
     return ConfigSource(
@@ -141,6 +140,13 @@ class OpenedModels:
     config_source: ConfigSource
     """Source of config, tokenizer and other auxiliary files."""
 
+    def check_untouched(self) -> None:
+        """Raise `SourceChangedError` if a model may be another than was opened."""
+        for checkpoint in self.checkpoints:
+            checkpoint.check_unchanged()
+            for part in checkpoint.parts:
+                part.identity.check_untouched()
+
     @property
     def paths(self) -> tuple[Path, ...]:
         """All folders and files that belong to them: no output may be put there."""
@@ -149,18 +155,22 @@ class OpenedModels:
         return (*paths, *named)
 
 
-def open_models(recipe: Recipe, *, max_memory: int | None) -> OpenedModels:
-    """Open every model of a recipe and the source of its config.
+def open_models(
+    recipe: Recipe, resolved: Mapping[str, ResolvedSource], *, max_memory: int | None
+) -> OpenedModels:
+    """Open every model of a recipe and the source of its config; `resolved` has their texts.
 
     Raises `SourceError` if one cannot be read, `MismatchError` if one cannot be merged at all,
     `RecipeError` if the recipe's model type contradicts the config, `BudgetError` if headers might
     take the process beyond `max_memory` (bytes).
     """
     checkpoints = []
-    for checkpoint in open_checkpoints(recipe.sources, max_memory=max_memory):
+    models = (resolved[text] for text in recipe.sources)
+    for checkpoint in open_sources(models, max_memory=max_memory):
         for part in checkpoint.parts:
             check_mergeable(part, recipe.allow_differences)
         checkpoints.append(checkpoint)
-    config_source = _open_config_source(recipe.config_from, checkpoints[0])
+    named = None if recipe.config_from is None else resolved[recipe.config_from]
+    config_source = _open_config_source(named, checkpoints[0])
     _check_model_type(model_type=recipe.model_type, config_source=config_source)
     return OpenedModels(tuple(checkpoints), config_source)

@@ -27,7 +27,7 @@ from shardmix.scoring.reading import read_examples
 from shardmix.scoring.report import OnScoreProgress, ScoreLog, ScoreProgress, ScoreReport
 from shardmix.scoring.weights import compute_weights
 from shardmix.sources.base import Source
-from shardmix.sources.checkpoint import open_checkpoints
+from shardmix.sources.resolve import open_sources, resolve_all
 from shardmix.system.gpus import resolve_device
 from shardmix.system.memory import give_back_large_blocks, peak_resident_nbytes, resident_nbytes
 
@@ -72,9 +72,28 @@ def score(
     names = [str(source) for source in sources]
     loaded = load_examples(examples, settings)
     give_back_large_blocks()
+    resolved = resolve_all(names)
+    models = (resolved[name] for name in names)
+    opened = list(open_sources(models, max_memory=settings.max_memory_nbytes))
+    return score_opened(opened, model_type, loaded, on_progress=on_progress, log=log, **options)
+
+
+def score_opened(
+    checkpoints: Sequence[Source],
+    model_type: str,
+    examples: ExamplesArgument,
+    *,
+    on_progress: OnScoreProgress | None = None,
+    log: ScoreLog | None = None,
+    **options: Unpack[ScoreOptions],
+) -> ScoreReport:
+    """Score models that are open, as `score` does."""
+    settings = check_options(model_type, options)
+    names = [checkpoint.source for checkpoint in checkpoints]
+    loaded = load_examples(examples, settings)
+    give_back_large_blocks()  # also for who opened the models elsewhere
     device = torch.device(resolve_device(settings.device))
     _open_device(device)
-    checkpoints = list(open_checkpoints(names, max_memory=settings.max_memory_nbytes))
     readings, notes = read_examples(loaded, checkpoints, settings)
     embeddings = _embeddings(checkpoints, settings)
     import_model_code(checkpoints[0], AUTO_CLASSES[model_type])

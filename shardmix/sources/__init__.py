@@ -2,7 +2,8 @@
 
 base                   the seam: `Source`, an opened model, and `TensorReader`
 identity               identity of a source's bytes, and the check that its files are unchanged
-hub                    a source's text → its local copy, downloaded if need be
+resolve                a source's text → its value, once; and the table of kinds of sources
+hub                    a repository on the Hub → its commit, and the local copy of that commit
 headers, checkpoint    a model in safetensors files, opened by its headers
 open_files             open files, in bounded number
 readers                byte ranges of files in, read or mapped; and streams of decoded tensors

@@ -5,7 +5,7 @@ Most tensors are stored in a file as they are (`Source.extent`); workers read or
 themselves. All others are decoded by the source's own reader.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,8 @@ from typing import Any, Protocol
 from shardmix.conventions.file_kinds import LeftOut
 from shardmix.conventions.module_tree import Module
 from shardmix.formats.tensor_table import TensorTable
+from shardmix.sources.headers import Headers
+from shardmix.sources.hub import LocalSource
 from shardmix.sources.identity import SourceFile, SourceIdentity
 
 
@@ -26,6 +28,22 @@ class Extent:
     """Offset of the tensor's first byte in it."""
     nbytes: int
     """The tensor's length in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """All that a kind of source is opened from."""
+
+    text: str
+    """The model as the user named it."""
+    located: LocalSource
+    """Its files on this machine."""
+    headers: Headers
+    """Headers that are known already."""
+    max_memory: int | None
+    """Bound on the process's memory, in bytes."""
+    open_other: "Callable[[str], Source]"
+    """Opens another model by its text, for a source that wraps one."""
 
 
 class TensorReader(Protocol):

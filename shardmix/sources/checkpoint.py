@@ -7,7 +7,7 @@ tensor), so that ten checkpoints of 90,000 tensors fit beside a tight budget.
 import itertools
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,9 +33,9 @@ from shardmix.conventions.weight_names import (
 from shardmix.errors import SourceError, shown
 from shardmix.formats.strict_json import read_index, read_json
 from shardmix.formats.tensor_table import TensorTable
-from shardmix.sources.base import Extent, TensorReader, stored_extent
+from shardmix.sources.base import Extent, Opening, TensorReader, stored_extent
 from shardmix.sources.headers import SHORT_HEADER_NBYTES, Headers
-from shardmix.sources.hub import LocalSource, locate
+from shardmix.sources.hub import LocalSource
 from shardmix.sources.identity import FileStamp, SourceFile, SourceIdentity
 from shardmix.sources.readers import StoredReader
 from shardmix.system.files import refuse_link_outside
@@ -110,36 +110,23 @@ class Checkpoint:
             part.identity.check_unchanged()
 
 
-def open_checkpoints(
-    sources: Iterable[str], *, max_memory: int | None = None
-) -> Iterator[Checkpoint]:
-    """Open several, one after the other, as `open_checkpoint` does; decode common headers once."""
-    headers = Headers()
-    return (_open(source, headers, max_memory) for source in sources)
-
-
-def open_checkpoint(source: str, *, max_memory: int | None = None) -> Checkpoint:
-    """Open a local folder, a `.safetensors` file or a Hub id, reading only headers.
+def open_checkpoint(opening: Opening) -> Checkpoint:
+    """Open a local folder or a `.safetensors` file, reading headers only.
 
     Raises `SourceError` if files are missing, damaged, pickled or outside the folder, `BudgetError`
-    if decoding headers might take the process beyond `max_memory` (bytes).
+    if to decode headers might take the process beyond the opening's memory.
     """
-    return _open(source, Headers(), max_memory)
-
-
-def _open(source: str, headers: Headers, max_memory: int | None) -> Checkpoint:
-    located = locate(source)
-    is_single_file = not located.path.is_dir()
-    if is_single_file:
+    source, located = opening.text, opening.located
+    limits = _Limits(opening.headers, opening.max_memory)
+    if not located.path.is_dir():
         _refuse_partial_file(source, located.path)
         stored = _WeightFiles([located.path], None, stem_of(located.path.name))
-        return _read_part(source, located, "", stored, _Limits(headers, max_memory))
+        return _read_part(source, located, "", stored, limits)
     modules = read_modules(located.path)
     keys: dict[str, str] = {}
     for module in modules:
         keys.setdefault(module.place, module.key)
     places = [place for place in dict.fromkeys(("", *keys)) if _has_weights(located.path / place)]
-    limits = _Limits(headers, max_memory)
     parts = [
         replace(_read_part(source, located, place, None, limits), key=keys.get(place, ""))
         for place in places or [""]

@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -28,9 +28,9 @@ from shardmix.conventions.folder_kinds import no_weights
 from shardmix.conventions.module_tree import ROUTER_CONFIGS, inner_path, module_places, read_modules
 from shardmix.conventions.sentence_modules import MODULES_NAME
 from shardmix.conventions.weight_names import MARKS, STEMS, index_name, stored_stem, weights_name
-from shardmix.errors import SourceError, is_unicode, one_line, printable, shown
+from shardmix.errors import SourceError, one_line, printable, shown
 from shardmix.formats.strict_json import file_name_finding, read_index
-from shardmix.redaction import HIDDEN, logs_redacted, without_user
+from shardmix.redaction import HIDDEN, logs_redacted
 from shardmix.system.files import read_regular
 
 SHOW_DOWNLOADS = ContextVar("SHOW_DOWNLOADS", default=False)
@@ -60,41 +60,57 @@ class LocalSource:
     """Files of its repository that were not fetched."""
 
 
-def locate(source: str, *, with_weights: bool = True) -> LocalSource:
-    """Return the local copy of a source, downloading it first if it is a Hub id.
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A repository on the Hub at one commit: whoever fetches from it gets files of that commit."""
 
-    Anything that exists on disk is local; `org/name` or `org/name@revision` is a Hub id. Without
-    weights only the files that go along with them are fetched. Raises `SourceError`.
+    repo_id: str
+    """`org/name`."""
+    revision: str | None
+    """The branch, tag or commit that the user named."""
+    commit: str | None
+    """The commit that it stood for; None only for a mirror that does not say."""
+    sizes: Mapping[str, int] = field(default_factory=dict, repr=False, hash=False)
+    """The repository's files, with their sizes in bytes; 0 if unknown."""
+    unreachable: str = ""
+    """Why the Hub could not be asked, so that only the local cache counts."""
+
+    @property
+    def name(self) -> str:
+        """Its name in messages."""
+        revision = "" if self.revision is None else f"@{printable(self.revision)}"
+        return f"{self.repo_id}{revision}"
+
+
+def is_hub_id(text: str) -> bool:
+    """Tell whether a text looks like `org/name` or `org/name@revision`."""
+    return _HUB_ID.fullmatch(text) is not None
+
+
+def pin(hub_id: str) -> Repository:
+    """Return the repository of a Hub id, at the commit that its revision stands for at this moment.
+
+    Downloads nothing. If the Hub cannot be asked, a copy in the local cache decides. Raises
+    `SourceError`.
     """
-    try:
-        path = Path(source).expanduser()
-        is_local = path.exists()
-    except (OSError, RuntimeError) as error:  # no such user's home, or a name that no disk allows
-        raise SourceError(
-            f"cannot be a path ({one_line(error)})", subject=source, remedy="check it"
-        ) from None
-    if is_local:
-        if not (is_unicode(source) and is_unicode(os.path.realpath(path))):
-            raise SourceError(
-                "is not valid Unicode, and reports must name it",
-                subject=source,
-                remedy="rename the folder",
-            )
-        return LocalSource(_snapshot(path))
-    if not _HUB_ID.fullmatch(source):
-        raise SourceError(
-            "no such file or folder, and not a Hub id (org/name or org/name@revision)",
-            subject=without_user(source),
-            remedy="check the path",
-        )
-    repo_id, _, revision = source.partition("@")
+    repo_id, _, revision = hub_id.partition("@")
+    check_endpoint()
     with logs_redacted():
-        folder, left_out = _download(repo_id, revision or None, with_weights=with_weights)
+        return _pin(repo_id, revision or None)
+
+
+def fetch(repository: Repository, *, with_weights: bool = True) -> LocalSource:
+    """Return the local copy of a repository, downloading what is not there yet.
+
+    Without weights only the files that go along with them are fetched. Raises `SourceError`.
+    """
+    with logs_redacted():
+        folder, left_out = _download(repository, with_weights=with_weights)
     # The cache stores each commit's files in a folder of that name.
-    return LocalSource(folder, hub_id=repo_id, commit=folder.name, left_out=left_out)
+    return LocalSource(folder, repository.repo_id, folder.name, left_out)
 
 
-def _snapshot(path: Path) -> Path:
+def snapshot(path: Path) -> Path:
     """Return the snapshot that a repository's folder in the Hub's cache stands for, or the path."""
     snapshots = path / "snapshots"
     if not (path.name.startswith("models--") and snapshots.is_dir()):
@@ -130,53 +146,64 @@ def check_endpoint() -> None:
         )
 
 
-def _download(
-    repo_id: str, revision: str | None, *, with_weights: bool
-) -> tuple[Path, tuple[LeftOut, ...]]:
-    check_endpoint()
+def _pin(repo_id: str, revision: str | None) -> Repository:
     # Imported here: a merge of local folders needs no HTTP client.
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT, HF_HUB_OFFLINE
 
-    named = repo_id if revision is None else f"{repo_id}@{printable(revision)}"
     # Every `except Exception`: HTTP clients, and their errors, change with huggingface_hub.
     try:
         info = HfApi().model_info(
             repo_id, revision=revision, timeout=HF_HUB_ETAG_TIMEOUT, files_metadata=True
         )
     except Exception as error:
+        repository = Repository(repo_id, revision, None, unreachable=one_line(error))
         refusal = _refusal(error)
         if refusal is not None:
-            raise refusal.of(named) from None
-        cached = _cached(repo_id, revision, with_weights=with_weights)
+            raise refusal.of(repository.name) from None
+        cached = _cached(repo_id, revision, with_weights=True)
+        cached = cached or _cached(repo_id, revision, with_weights=False)
         if cached is None:
-            raise SourceError(
-                "no such local path, not in the local cache, and the Hub cannot be asked "
-                f"({one_line(error)})",
-                subject=named,
-                remedy="go online (unset HF_HUB_OFFLINE, check the network) or give a local folder",
-            ) from None
+            raise _not_cached(repository) from None
         if not HF_HUB_OFFLINE:
             _LOGGER.warning(
                 "%s: the Hub cannot be asked (%s); the copy in the local cache is used",
-                named,
+                repository.name,
                 one_line(error),
             )
-        return cached, ()
+        return replace(repository, commit=cached.name)
     # A mirror may not report sizes.
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+    return Repository(repo_id, revision, info.sha, sizes)
+
+
+def _not_cached(repository: Repository) -> SourceError:
+    return SourceError(
+        "no such local path, not in the local cache, and the Hub cannot be asked "
+        f"({repository.unreachable})",
+        subject=repository.name,
+        remedy="go online (unset HF_HUB_OFFLINE, check the network) or give a local folder",
+    )
+
+
+def _download(repository: Repository, *, with_weights: bool) -> tuple[Path, tuple[LeftOut, ...]]:
+    if repository.unreachable:
+        cached = _cached(repository.repo_id, repository.commit, with_weights=with_weights)
+        if cached is None:
+            raise _not_cached(repository)
+        return cached, ()
     try:
         with _progress_bars(shown=SHOW_DOWNLOADS.get()):
-            return _fetch(repo_id, revision, sizes, commit=info.sha, with_weights=with_weights)
+            return _fetch(repository, with_weights=with_weights)
     except SourceError as error:
-        raise error.of(named) from None
-    except Exception as error:
+        raise error.of(repository.name) from None
+    except Exception as error:  # see `_pin`
         # huggingface_hub wraps some refusals in a LocalEntryNotFoundError.
         refusal = _refusal(error) or _refusal(error.__cause__)
         failure = SourceError(
             f"the download failed ({one_line(error)}); what has arrived is kept", remedy="try again"
         )
-        raise (refusal or failure).of(named) from None
+        raise (refusal or failure).of(repository.name) from None
 
 
 @contextmanager
@@ -198,17 +225,12 @@ def _progress_bars(*, shown: bool) -> Iterator[None]:
             enable_progress_bars()
 
 
-def _fetch(
-    repo_id: str,
-    revision: str | None,
-    sizes: Mapping[str, int],
-    *,
-    commit: str | None,
-    with_weights: bool,
-) -> tuple[Path, tuple[LeftOut, ...]]:
+def _fetch(repository: Repository, *, with_weights: bool) -> tuple[Path, tuple[LeftOut, ...]]:
     """Fetch the files that a merge needs into the cache; return the folder, and the other files."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
+    repo_id, sizes = repository.repo_id, repository.sizes
+    commit = repository.commit or repository.revision
     files = list(sizes)
     places = _module_places(repo_id, files, commit)
     stems = {place: stem for place in ("", *places) if (stem := _stem(files, place)) is not None}
@@ -241,12 +263,29 @@ def _fetch(
     if auxiliary_files:
         patterns = [glob.escape(name) for name in auxiliary_files]
         snapshot_download(repo_id, revision=commit, allow_patterns=patterns)
-    # By name, not by commit: only then does the cache know, offline, what the name stands for.
     patterns = [glob.escape(name) for name in (*auxiliary_files, *weights)]
-    folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    folder = Path(snapshot_download(repo_id, revision=commit, allow_patterns=patterns))
+    _remember(repository, folder)
     if not with_weights:
         left_out = [finding for finding in left_out if finding.reason != OTHER_WEIGHTS]
     return folder, tuple(left_out)
+
+
+def _remember(repository: Repository, folder: Path) -> None:
+    """Let the cache know, offline, which commit the revision stood for.
+
+    huggingface_hub does so only for downloads by the revision's name, which may stand for another
+    commit by now. Layout: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+    """
+    refs, revision = folder.parent.parent / "refs", repository.revision or "main"
+    if repository.commit in (None, revision) or ".." in Path(revision).parts:
+        return
+    with suppress(OSError):  # a cache that is only read from
+        reference = refs / revision
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        written = reference.with_name(f"{reference.name}.{os.getpid()}")
+        written.write_text(folder.name)
+        written.replace(reference)
 
 
 def _auxiliary_files(

@@ -106,6 +106,16 @@ class SourceIdentity:
                 ) from None
             file.check_status(status)
 
+    def check_untouched(self) -> None:
+        """Raise `SourceChangedError` also if a file may have been written to, its times set back.
+
+        Rights, owner and links may change.
+        """
+        self.check_unchanged()
+        path = self.renewed().written_since(self)
+        if path is not None:
+            raise has_changed(path)
+
     def renewed(self) -> "SourceIdentity":
         """Return the same files with their present stamps. Raises `SourceError` if one is gone."""
         try:

@@ -24,6 +24,7 @@ from shardmix.output.provenance import PROVENANCE_NAME, Provenance, SourceRecord
 from shardmix.plan import planner
 from shardmix.plan.merge_plan import MergePlan
 from shardmix.plan.opening import disk_errors_named, open_models
+from shardmix.sources.resolve import resolve_all
 
 
 def places_given(
@@ -79,7 +80,8 @@ def recompute(
     options: MergeOptions = {"max_memory": max_memory}
     settings = run_settings(options)
     with disk_errors_named():
-        opened = open_models(recipe, max_memory=settings.max_memory_nbytes)
+        resolved = resolve_all((*recipe.sources, str(folder)))
+        opened = open_models(recipe, resolved, max_memory=settings.max_memory_nbytes)
         plan = planner.plan_merge(recipe, opened, settings)
     for model, source in enumerate(provenance.sources):
         _check_identity(plan, model, source)

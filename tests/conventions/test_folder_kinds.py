@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 import shardmix
 from shardmix.conventions.folder_kinds import no_weights, no_weights_file
 from shardmix.errors import SourceError
-from shardmix.sources.checkpoint import open_checkpoint
+from shardmix.sources.resolve import open_source
 from tests.support.models import load_model, random_model, save_model
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
@@ -17,7 +17,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b
 
 def refused(source):
     with pytest.raises(SourceError) as caught:
-        open_checkpoint(str(source))
+        open_source(str(source))
     return str(caught.value)
 
 
@@ -153,7 +153,7 @@ def test_file_named_by_an_index_is_no_model(tmp_path):
 def test_the_only_shard_is_a_whole_model(tmp_path):
     path = tmp_path / "model-00001-of-00001.safetensors"
     save_file({"w": torch.ones(2)}, path)
-    assert open_checkpoint(str(path)).tensors.names == ("w",)
+    assert open_source(str(path)).tensors.names == ("w",)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_cached_repository_is_its_snapshot(tmp_path):
         (cached(tmp_path / "two", first, second, main=second), second),
         (cached(tmp_path / "stale", first, main=second), first),
     ):
-        assert open_checkpoint(str(repository)).folder == repository / "snapshots" / commit
+        assert open_source(str(repository)).folder == repository / "snapshots" / commit
 
 
 @pytest.mark.parametrize("main", [None, "../../secret", "a" * 39, "\xff"])

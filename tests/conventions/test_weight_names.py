@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import shardmix
 from shardmix.conventions.weight_names import ShardName, shard_name, stem_of
 from shardmix.errors import SourceError
-from shardmix.sources.checkpoint import open_checkpoint
+from shardmix.sources.resolve import open_source
 from tests.support.models import assert_same_bits, random_model, save_model, weighted_sum
 
 SHARDS = [[name] for name in random_model(0)]
@@ -65,7 +65,7 @@ def test_other_loaders_folder_is_merged(tmp_path, stem, shards):
         assert weights == sorted(set(json.loads(index.read_text())["weight_map"].values()))
         assert {stem_of(name) for name in weights} == {stem}
     assert not any("no config.json" in warning for warning in report.warnings)
-    assert len(open_checkpoint(str(out)).tensors) == len(found)
+    assert len(open_source(str(out)).tensors) == len(found)
     sources = {"a": models[0][0], "b": models[1][0]}
     assert shardmix.verify(out, recompute=True, sources=sources).problems == ()
     for name in set(KINDS[stem]) - {"config"}:
@@ -131,14 +131,14 @@ def test_transformers_weights_come_first(tmp_path):
     """As in Mistral's repositories, which hold their own format beside that of transformers."""
     folder = renamed(tmp_path / "m", "consolidated", 1, params="{}")
     save_model(folder, random_model(0))
-    assert open_checkpoint(str(folder)).identity.files[0].name == "model.safetensors"
+    assert open_source(str(folder)).identity.files[0].name == "model.safetensors"
 
 
 def test_diffusers_weights_come_first(tmp_path):
     """Diffusers' own weights come first for diffusers."""
     folder = renamed(tmp_path / "m", "diffusion_pytorch_model", 1)
     save_model(folder, random_model(0), config=UNET)
-    name = open_checkpoint(str(folder)).identity.files[0].name
+    name = open_source(str(folder)).identity.files[0].name
     assert name == "diffusion_pytorch_model.safetensors"
 
 

@@ -29,7 +29,7 @@ with atheris.instrument_imports(include=["shardmix", "yaml", "json"]):
     from shardmix.scoring.examples import load_examples
     from shardmix.scoring.options import check_options
     from shardmix.sources import auxiliary_files
-    from shardmix.sources.checkpoint import open_checkpoint, read_config
+    from shardmix.sources.resolve import open_source, read_config
 
 import safetensors
 from safetensors.numpy import save
@@ -110,7 +110,7 @@ def file(content: bytes, folder: Path) -> None:
     """A whole safetensors file, opened and judged as a model."""
     path = folder / "model.safetensors"
     path.write_bytes(content)
-    check_mergeable(open_checkpoint(str(path)))
+    check_mergeable(open_source(str(path)))
 
 
 def index(content: bytes, folder: Path) -> None:

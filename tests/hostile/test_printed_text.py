@@ -16,6 +16,7 @@ from shardmix.cli.commands import app
 from shardmix.errors import one_line, printable, shown
 from shardmix.recipe.yaml_file import load_recipe
 from shardmix.sources import hub
+from shardmix.sources.resolve import resolve
 from tests.support.hostile_inputs import a_model, safetensors_file
 
 HOSTILE = "a\x1b[2J\n\r\u202e\x9b31m\x7f\u2028\U000e0041[red]|`"
@@ -118,7 +119,7 @@ def test_servers_words_are_logged_escaped(monkeypatch, caplog):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "_cached", lambda *_, **__: Path("/nowhere"))
     with caplog.at_level(logging.WARNING):
-        hub.locate("org/name@\x1b[2J")
+        resolve("org/name@\x1b[2J")
     assert "server says: a\\x1b[2J" in caplog.text
     assert "org/name@\\x1b[2J: the Hub cannot be asked" in caplog.text
     assert obeys_nothing(caplog.text)

@@ -9,8 +9,8 @@ import pytest
 
 from shardmix.errors import BudgetError, SourceError
 from shardmix.formats.safetensors_header import decode_header
-from shardmix.sources.checkpoint import open_checkpoint
 from shardmix.sources.headers import _MEMORY_PER_HEADER_BYTE
+from shardmix.sources.resolve import open_source
 from tests.support.hostile_inputs import INDEX, SHARD, a_model
 from tests.support.models import random_model, save_model
 
@@ -30,10 +30,10 @@ print(result.exit_code, before, peak_resident_nbytes())
 """
 _OPEN = """
 import sys
-from shardmix.sources.checkpoint import open_checkpoint
+from shardmix.sources.resolve import open_source
 from shardmix.system.memory import peak_resident_nbytes, resident_nbytes
 before = resident_nbytes()
-print(len(open_checkpoint(sys.argv[1]).tensors))
+print(len(open_source(sys.argv[1]).tensors))
 print(0, before, peak_resident_nbytes())
 """
 
@@ -131,15 +131,15 @@ def test_an_index_is_held_to_the_budget_too(tmp_path):
     weight_map = {f"model.layers.{n}.weight": SHARD for n in range(50_000)}
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(BudgetError, match=r"index\.json: to decode it may take"):
-        open_checkpoint(str(tmp_path), max_memory=1)
+        open_source(str(tmp_path), max_memory=1)
     with pytest.raises(SourceError, match="which is not in the folder"):
-        open_checkpoint(str(tmp_path))
+        open_source(str(tmp_path))
 
 
 def test_few_tensors_are_left_to_the_planner(tmp_path):
     """A model of few tensors is left to the planner, which names the least that works."""
     save_model(tmp_path, random_model(1))
-    assert len(open_checkpoint(str(tmp_path), max_memory=1).tensors) == 8
+    assert len(open_source(str(tmp_path), max_memory=1).tensors) == 8
 
 
 def test_pieces_read_as_the_whole_header(monkeypatch):

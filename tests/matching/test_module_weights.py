@@ -13,7 +13,7 @@ from sentence_transformers.sentence_transformer import modules as models
 import shardmix
 from shardmix.errors import MismatchError, SourceError
 from shardmix.output.destination import check_output
-from shardmix.sources.checkpoint import open_checkpoint
+from shardmix.sources.resolve import open_source
 from tests.support.cut_off import cut_off
 from tests.support.sentence_models import (
     LAYOUTS,
@@ -231,10 +231,10 @@ def test_names_like_a_modules_are_refused(tmp_path):
     first, _ = two_models("dense", tmp_path)
     tensors = load_file(first / "3_LayerNorm" / "model.safetensors")
     save_file(tensors | {"x/y": torch.ones(1)}, first / "model.safetensors")
-    assert len(open_checkpoint(str(first)).tensors)
+    assert len(open_source(str(first)).tensors)
     save_file({"2_Dense/linear.weight": torch.ones(1)}, first / "model.safetensors")
     with pytest.raises(SourceError, match="looks like one in a module's folder"):
-        open_checkpoint(str(first))
+        open_source(str(first))
 
 
 def test_module_linked_elsewhere_is_refused(tmp_path):
@@ -243,7 +243,7 @@ def test_module_linked_elsewhere_is_refused(tmp_path):
     shutil.rmtree(first / "2_Dense")
     (first / "2_Dense").symlink_to(second / "2_Dense")
     with pytest.raises(SourceError, match="outside the model's folder"):
-        open_checkpoint(str(first))
+        open_source(str(first))
 
 
 @pytest.mark.parametrize("depth", [1, 20])
@@ -259,7 +259,7 @@ def test_routes_without_an_end_are_refused(tmp_path, depth):
         content = {"structure": {"q": [member]}, "types": {member: kind}}
         (folder / "router_config.json").write_text(json.dumps(content))
     with pytest.raises(SourceError, match=r"routes within routes|has neither"):
-        open_checkpoint(str(tmp_path))
+        open_source(str(tmp_path))
 
 
 def test_model_of_modules_may_be_overwritten(tmp_path):

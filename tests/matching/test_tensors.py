@@ -3,7 +3,7 @@ import torch
 
 from shardmix.errors import MismatchError, SourceError
 from shardmix.matching.tensors import check_mergeable, match_tensors
-from shardmix.sources.checkpoint import open_checkpoint
+from shardmix.sources.resolve import open_source
 from tests.support.models import save_model
 
 TIED = {"model_type": "llama", "tie_word_embeddings": True}
@@ -19,7 +19,7 @@ def opened(tmp_path, *models):
             for name, spec in names.items()
         }
         folder = save_model(tmp_path / f"m{number}", tensors, config=config)
-        checkpoints.append(open_checkpoint(str(folder)))
+        checkpoints.append(open_source(str(folder)))
     return checkpoints
 
 

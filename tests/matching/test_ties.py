@@ -12,7 +12,7 @@ from shardmix.conventions.declarations import declaration_of
 from shardmix.errors import MismatchError
 from shardmix.matching.tensor_names import aligned, class_names, without_wrappers
 from shardmix.matching.tensors import match_tensors
-from shardmix.sources.checkpoint import open_checkpoint
+from shardmix.sources.resolve import open_source
 
 E, H = "model.embed_tokens.weight", "lm_head.weight"
 SHARED, ENCODER, DECODER = (
@@ -308,7 +308,7 @@ def test_equal_models_read_no_table(tmp_path, monkeypatch):
     """Models that agree in names and in what they say of ties need no table."""
     monkeypatch.setattr(declarations, "_table", lambda: pytest.fail("the table was read"))
     folders = [save(tmp_path / name, {E: 1, H: 2}, LLAMA | UNTIED) for name in "ab"]
-    matched = match_tensors([open_checkpoint(str(folder)) for folder in folders], LLAMA | UNTIED)
+    matched = match_tensors([open_source(str(folder)) for folder in folders], LLAMA | UNTIED)
     assert matched.names == (H, E) or matched.names == (E, H)
 
 

@@ -10,13 +10,13 @@ from shardmix import api
 from shardmix.errors import SourceError
 from shardmix.matching.tensors import check_mergeable
 from shardmix.sources import headers as headers_module
-from shardmix.sources.checkpoint import open_checkpoint
+from shardmix.sources.resolve import open_source
 from tests.support.models import CONFIG, random_model, save_model
 
 
 def refused(source):
     with pytest.raises(SourceError) as caught:
-        check_mergeable(open_checkpoint(str(source)))
+        check_mergeable(open_source(str(source)))
     return str(caught.value)
 
 
@@ -24,8 +24,8 @@ def test_file_and_shards_are_the_same(tmp_path):
     """A single file and shards describe the same tensors."""
     tensors = random_model(1)
     names = sorted(tensors)
-    whole = open_checkpoint(str(save_model(tmp_path / "whole", tensors)))
-    parts = open_checkpoint(
+    whole = open_source(str(save_model(tmp_path / "whole", tensors)))
+    parts = open_source(
         str(save_model(tmp_path / "parts", tensors, shards=[names[::2], names[1::2]]))
     )
     assert (len(whole.identity.files), len(parts.identity.files)) == (1, 2)
@@ -39,7 +39,7 @@ def test_file_and_shards_are_the_same(tmp_path):
 def test_offsets_point_at_the_data(tmp_path):
     """Offsets point at the data in the file."""
     tensors = random_model(2, torch.bfloat16)
-    checkpoint = open_checkpoint(str(save_model(tmp_path / "m", tensors)))
+    checkpoint = open_source(str(save_model(tmp_path / "m", tensors)))
     content = pathlib.Path(checkpoint.identity.files[0].path).read_bytes()
     for tensor in checkpoint.tensors:
         data = content[tensor.start : tensor.start + tensor.nbytes]
@@ -49,7 +49,7 @@ def test_offsets_point_at_the_data(tmp_path):
 def test_file_takes_its_folders_config(tmp_path):
     """A file is a source, and its folder gives the config."""
     save_model(tmp_path / "m", random_model(1))
-    checkpoint = open_checkpoint(str(tmp_path / "m" / "model.safetensors"))
+    checkpoint = open_source(str(tmp_path / "m" / "model.safetensors"))
     assert checkpoint.is_single_file
     assert checkpoint.config == CONFIG
 
@@ -62,7 +62,7 @@ def test_links_out_of_folder_are_followed(tmp_path):
     snapshot = repository / "snapshots" / "c0ffee"
     snapshot.mkdir(parents=True)
     (snapshot / "model.safetensors").symlink_to("../../blobs/0123abcd")
-    assert len(open_checkpoint(str(snapshot)).tensors) == len(random_model(1))
+    assert len(open_source(str(snapshot)).tensors) == len(random_model(1))
 
 
 def test_missing_path_is_refused(tmp_path):
@@ -263,14 +263,14 @@ def test_ordinary_integer_buffers_are_fine(tmp_path):
         "num_batches_tracked": torch.tensor(3, dtype=torch.int32),
     }
     save_file(tensors, tmp_path / "model.safetensors")
-    check_mergeable(open_checkpoint(str(tmp_path)))
+    check_mergeable(open_source(str(tmp_path)))
 
 
 def test_metadata_keys_may_be_any(tmp_path):
     """Metadata may have keys named like a tensor's fields."""
     metadata = {"shape": "round", "dtype": "any", "data_offsets": "none"}
     save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors", metadata=metadata)
-    assert open_checkpoint(str(tmp_path)).tensors.names == ("w",)
+    assert open_source(str(tmp_path)).tensors.names == ("w",)
 
 
 def test_a_dangling_link_is_named(tmp_path):
@@ -322,6 +322,6 @@ def test_shrinking_file_is_never_mapped(tmp_path, monkeypatch):
         return real(path, **options)
 
     monkeypatch.setattr(headers_module, "safe_open", seen)
-    open_checkpoint(str(save_model(tmp_path / "m", random_model(1))))
+    open_source(str(save_model(tmp_path / "m", random_model(1))))
     assert len(opened) == 1
     assert not opened[0].startswith(str(tmp_path))

@@ -1,0 +1,104 @@
+"""A source's text → its value, once: a local path, or a commit on the Hub; and then a `Source`.
+
+Whoever plans, scores or merges is handed the value, so that all see the same commit, even if a
+branch moves in between. The kinds of sources are a table here.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardmix.errors import SourceError, is_unicode, one_line
+from shardmix.redaction import without_user
+from shardmix.sources.base import Opening, Source
+from shardmix.sources.checkpoint import open_checkpoint
+from shardmix.sources.headers import Headers
+from shardmix.sources.hub import LocalSource, Repository, fetch, is_hub_id, pin, snapshot
+
+KINDS: tuple[Callable[[Opening], Source | None], ...] = (open_checkpoint,)
+"""Functions that open a source of one kind, or return None if it is of another; the first wins."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedSource:
+    """The model that a text stood for when it was resolved. Can be pickled."""
+
+    text: str
+    """The text, as the user wrote it."""
+    path: Path | None = None
+    """A local folder or file."""
+    repository: Repository | None = None
+    """A commit on the Hub."""
+
+    def fetch(self, *, with_weights: bool = True) -> LocalSource:
+        """Return its files on this machine, downloading those that are not there yet.
+
+        Without weights only the files that go along with them are fetched. Raises `SourceError`.
+        """
+        if self.repository is not None:
+            return fetch(self.repository, with_weights=with_weights)
+        if self.path is None:
+            raise AssertionError(f"{self.text}: neither a path nor a repository")
+        return LocalSource(self.path)
+
+
+def resolve(text: str) -> ResolvedSource:
+    """Return the model that a text stands for at this moment. Downloads nothing.
+
+    Anything that exists on disk is local; `org/name` or `org/name@revision` is a Hub id, and its
+    commit is decided here. Raises `SourceError`.
+    """
+    try:
+        path = Path(text).expanduser()
+        is_local = path.exists()
+    except (OSError, RuntimeError) as error:  # no such user's home, or a name that no disk allows
+        raise SourceError(
+            f"cannot be a path ({one_line(error)})", subject=text, remedy="check it"
+        ) from None
+    if is_local:
+        if not (is_unicode(text) and is_unicode(os.path.realpath(path))):
+            raise SourceError(
+                "is not valid Unicode, and reports must name it",
+                subject=text,
+                remedy="rename the folder",
+            )
+        return ResolvedSource(text, path=snapshot(path))
+    if not is_hub_id(text):
+        raise SourceError(
+            "no such file or folder, and not a Hub id (org/name or org/name@revision)",
+            subject=without_user(text),
+            remedy="check the path",
+        )
+    return ResolvedSource(text, repository=pin(text))
+
+
+def resolve_all(texts: Iterable[str]) -> dict[str, ResolvedSource]:
+    """Return text → model, each text resolved once. Raises `SourceError`."""
+    return {text: resolve(text) for text in dict.fromkeys(texts)}
+
+
+def open_sources(
+    resolved: Iterable[ResolvedSource], *, max_memory: int | None = None
+) -> Iterator[Source]:
+    """Open several models, one after the other; decode common headers once.
+
+    Raises `SourceError` if files are missing, damaged, pickled or outside the folder, `BudgetError`
+    if to decode headers might take the process beyond `max_memory` (bytes).
+    """
+    headers = Headers()
+    return (_open(each, headers, max_memory) for each in resolved)
+
+
+def open_source(text: str, *, max_memory: int | None = None) -> Source:
+    """Resolve one text and open its model, as `open_sources` does."""
+    return _open(resolve(text), Headers(), max_memory)
+
+
+def _open(resolved: ResolvedSource, headers: Headers, max_memory: int | None) -> Source:
+    def open_other(text: str) -> Source:
+        return _open(resolve(text), headers, max_memory)
+
+    opening = Opening(resolved.text, resolved.fetch(), headers, max_memory, open_other)
+    found = (source for kind in KINDS if (source := kind(opening)) is not None)
+    return next(found)

@@ -1,0 +1,123 @@
+"""Tensors that a source decodes while they are read, from the plan to the verified output."""
+
+import pickle
+
+import pytest
+import torch
+
+import shardmix
+from shardmix.system.units import MIB
+from tests.support.cut_off import cut_off, folder_bytes
+from tests.support.models import random_tensor, save_model
+from tests.support.negated_source import MARK, READER_NBYTES, add_kind
+
+SHAPES = {
+    **{f"layer{number}.weight": (500 + number, 1000) for number in range(9)},
+    "norm.weight": (1000,),
+    "empty": (0, 3),
+}
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """Return pairs of which the second stores matrices negated, and the same as plain models."""
+    add_kind(monkeypatch)
+    names = sorted(SHAPES)
+    pairs, plain = [], []
+    for number, weight in enumerate((0.6, 0.4)):
+        tensors = {
+            name: random_tensor(shape, seed=20 * number + row).bfloat16()
+            for row, (name, shape) in enumerate(SHAPES.items())
+        }
+        shards = [names[:5], names[5:]]
+        path = save_model(tmp_path / f"plain{number}", tensors, shards=shards)
+        plain.append((path, weight))
+        if number:
+            stored = {name: -x if x.ndim == 2 else x for name, x in tensors.items()}
+            path = save_model(tmp_path / "negated", stored, shards=shards)
+            (path / MARK).touch()
+        pairs.append((path, weight))
+    return pairs, plain
+
+
+def weights_of(folder):
+    return {name: data for name, data in folder_bytes(folder).items() if "safetensors" in name}
+
+
+@pytest.mark.parametrize("way", [{"io": "pread"}, {"io": "mmap"}, {"backend": "torch"}], ids=str)
+@pytest.mark.parametrize("is_first", [False, True], ids=["second", "first"])
+def test_decoded_values_are_merged(tmp_path, models, way, is_first):
+    """The output has the bytes of a merge of the decoded models, its layout included."""
+    pairs, plain = (each[::-1] if is_first else each for each in models)
+    shardmix.merge(pairs, tmp_path / "out", **way)
+    shardmix.merge(plain, tmp_path / "expected")
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "expected")
+
+
+def test_neighbours_are_one_segment(models):
+    """Of decoded tensors that follow one another no segment ends between them."""
+    pairs, plain = models
+    decoded, stored = (shardmix.plan_merge(each) for each in (pairs, plain))
+    is_first_decoded = [seg.name for seg in decoded.segments() if "layer" in seg.name]
+    assert len(is_first_decoded) <= len(list(stored.segments())) + 2
+
+
+def test_the_budget_counts_readers(models):
+    pairs, plain = models
+    for workers in (1, 3):
+        decoded, stored = (shardmix.plan_merge(each, workers=workers) for each in (pairs, plain))
+        more = decoded.memory.projected_peak_nbytes - decoded.memory.reserved_nbytes
+        usual = stored.memory.projected_peak_nbytes - stored.memory.reserved_nbytes
+        assert more - usual == workers * READER_NBYTES
+    assert decoded.memory.reserved_nbytes - stored.memory.reserved_nbytes < 8 * MIB
+
+
+def test_cut_off_decoding_goes_on(tmp_path, models):
+    pairs, plain = models
+    cut_off(pairs, tmp_path / "out", num_leaves=1)
+    report = shardmix.merge(pairs, tmp_path / "out")
+    assert report.bytes_kept > 0
+    shardmix.merge(plain, tmp_path / "expected")
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "expected")
+
+
+def test_decoded_sources_are_verified(tmp_path, models):
+    """The merge computed again, from the decoded sources, is what the output holds."""
+    pairs, _ = models
+    shardmix.merge(pairs, tmp_path / "out", record_paths=True)
+    assert shardmix.verify(tmp_path / "out", recompute=True).is_verified
+    (pairs[1][0] / MARK).unlink()
+    assert not shardmix.verify(tmp_path / "out", recompute=True).is_verified
+
+
+def test_a_plan_with_decoders_is_pickled(models):
+    plan = shardmix.plan_merge(models[0])
+    again = pickle.loads(pickle.dumps(plan))
+    assert again == plan
+    assert again.digest() == plan.digest()
+    assert [each.source for each in again.decoders] == [str(models[0][1][0])]
+    with pytest.raises(ValueError, match="is no JSON"):
+        plan.to_json()
+
+
+def test_the_digest_tells_of_decoding(models):
+    """From the same files, a plan that decodes is another than one that does not."""
+    pairs, _ = models
+    decoding = shardmix.plan_merge(pairs).digest()
+    (pairs[1][0] / MARK).unlink()
+    assert shardmix.plan_merge(pairs).digest() != decoding
+
+
+def test_decoded_models_can_be_read_by_torch(models):
+    """The scorer reads through the same reader."""
+    from shardmix.sources.resolve import open_source
+
+    pairs, plain = models
+    source, expected = open_source(str(pairs[1][0])), open_source(str(plain[1][0]))
+    reader, other = source.open_reader(), expected.open_reader()
+    for row, info in enumerate(source.tensors):
+        found, wanted = (torch.empty(info.shape, dtype=torch.bfloat16) for _ in range(2))
+        for each, tensor in ((reader, found), (other, wanted)):
+            if tensor.numel():
+                each.read(row, 0, memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+        assert torch.equal(found, wanted)
