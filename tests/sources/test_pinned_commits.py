@@ -69,12 +69,13 @@ def test_the_scored_commit_is_merged(
         hub.push("org/two", files_of(later))
         _, errors = process.communicate("go on\n", timeout=60)
     assert process.returncode == 0, errors
-    record = json.loads((tmp_path / "merged" / "shardmix.json").read_bytes())["sources"]
-    assert record[1]["commit"] == scored
+    record = json.loads((tmp_path / "merged" / "shardmix.json").read_bytes())
+    assert record["sources"][1]["commit"] == scored
+    weights = [model["parameters"]["weight"] for model in record["recipe"]["models"]]
     merged, sources = tensors_of(tmp_path / "merged"), (tensors_of(one), tensors_of(two))
     for name, tensor in merged.items():
-        parts = zip(record, sources, strict=True)
-        expected = sum(source["weight"] * tensors[name] for source, tensors in parts)
+        parts = zip(weights, sources, strict=True)
+        expected = sum(weight * tensors[name] for weight, tensors in parts)
         np.testing.assert_allclose(tensor, expected, rtol=1e-6, atol=1e-7)
 
 
