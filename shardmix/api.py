@@ -111,7 +111,7 @@ class OpenedMerge:
     """A merge that is asked for, with its models opened: planned and planned anew from these."""
 
     recipe: Recipe
-    """What to merge."""
+    """The request to merge."""
     models: OpenedModels
     """The recipe's models."""
     target: Path | None

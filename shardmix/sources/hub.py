@@ -73,7 +73,7 @@ class Repository:
     sizes: Mapping[str, int] = field(default_factory=dict, repr=False, hash=False)
     """The repository's files, with their sizes in bytes; 0 if unknown."""
     unreachable: str = ""
-    """Why the Hub could not be asked, so that only the local cache counts."""
+    """Reason that the Hub could not be asked, so that only the local cache counts."""
 
     @property
     def name(self) -> str:

@@ -109,6 +109,5 @@ def test_config_source_counts(tmp_path):
     """The config source's config is the one that counts."""
     models = two(tmp_path, "LlamaForCausalLM")
     base = save_model(tmp_path / "base", {}, config={"architectures": ["LlamaModel"]})
-    assert (
-        shardmix.plan_merge(models, config_from=base, model_type="encoder").model_type == "encoder"
-    )
+    plan = shardmix.plan_merge(models, config_from=base, model_type="encoder")
+    assert plan.recipe.model_type == "encoder"

@@ -68,7 +68,7 @@ def test_verify_plans_with_the_merges_keys(tmp_path):
     models = [(save_model(tmp_path / str(seed), random_model(seed)), 0.5) for seed in (1, 2)]
     shardmix.merge(models, tmp_path / "out", allow_differences=["b,a"])
     record = json.loads((tmp_path / "out" / "shardmix.json").read_text())
-    assert record["allow_differences"] == ["a", "b"]
+    assert record["recipe"]["allow_differences"] == ["a", "b"]
     assert shardmix.verify(tmp_path / "out", recompute=True).is_verified
 
 
