@@ -21,9 +21,9 @@ import json
 import mmap
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,21 +77,9 @@ def move_chunk(shard: Shard, offset: int, buffers: Sequence[memoryview]) -> None
 
 def in_threads(calls: Sequence[Callable[[], None]]) -> None:
     """Make the calls at once; raises what the first that failed raised."""
-    errors: list[BaseException] = []
-
-    def guarded(call: Callable[[], None]) -> None:
-        try:
-            call()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=[call]) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        for done in [pool.submit(call) for call in calls]:
+            done.result()
 
 
 def main() -> None:

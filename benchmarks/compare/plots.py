@@ -18,8 +18,9 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks.compare.parts import FOR_A_GPU
 from benchmarks.compare.report import PLOTS, tools_of
-from benchmarks.compare.samples import Row, Rows, peak_bytes, read, total_s, where
+from benchmarks.compare.samples import Row, Rows, peak_bytes, read, total_s
 from benchmarks.lib.programs import MERGES
+from benchmarks.lib.tables import where
 
 MIB, GB = 1024**2, 1e9
 PANELS_IN_A_ROW = 5

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.compare.samples import Row, Rows, beyond_s, peak_bytes, read, total_s, totals, where
+from benchmarks.compare.samples import Row, Rows, beyond_s, peak_bytes, read, total_s, totals
 from benchmarks.lib.programs import MERGES
-from benchmarks.lib.tables import mib, spread
+from benchmarks.lib.tables import mib, spread, where
 
 MODES = {
     "warm": {"cache": "warm", "synced": False},

@@ -5,7 +5,7 @@ README.md says what the columns of bench.csv mean.
 
 import csv
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,6 @@ def _value(text: str) -> object:
         except ValueError:
             pass
     return text
-
-
-def where(rows: Iterable[Row], **wanted: object) -> list[Row]:
-    """Return the rows that have these values in these columns."""
-    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
 def totals(rows: Rows) -> list[float]:

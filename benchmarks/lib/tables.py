@@ -42,9 +42,9 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     print(f"\nraw figures: {path}")
 
 
-def where(rows: Iterable[Mapping[str, Any]], **wanted: object) -> list[dict[str, Any]]:
+def where(rows: Iterable[dict[str, Any]], **wanted: object) -> list[dict[str, Any]]:
     """Return the rows that have these values in these columns."""
-    return [dict(row) for row in rows if all(row[name] == value for name, value in wanted.items())]
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

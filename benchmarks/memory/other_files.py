@@ -8,17 +8,19 @@ merge runs, or `cp`. Rounds go through all cases in a shuffled order. Needs root
 util-linux.
 """
 
+import argparse
 import random
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.lib.control_group import MemoryGroup, NoMemoryGroupError, memory_group
-from benchmarks.lib.machine import BLOCK_BYTES, drop_caches, print_facts
+from benchmarks.lib.machine import BLOCK_BYTES, drop_caches
 from benchmarks.lib.processes import run
 from benchmarks.lib.programs import merge_command
-from benchmarks.lib.tables import print_table, spread, write_csv
-from benchmarks.lib.workspace import Workspace, parser, remove
+from benchmarks.lib.tables import print_table, spread, where
+from benchmarks.lib.workspace import Workspace, benchmark, parser, remove
 
 # shardmix as it would be without its care for other files.
 KEEPING = """
@@ -54,57 +56,58 @@ def measure(
     return round(finished.wall_s, 3), round(cached_bytes(other) / before, 4)
 
 
-def main() -> None:
-    """Measure and report."""
-    args = parser(
+def measure_all(args: argparse.Namespace, workspace: Workspace) -> tuple[list[Any], bool]:
+    """Measure all cases by turns, and print."""
+    rows: list[dict[str, Any]] = []
+    group_bytes = args.group_size * 1024**3
+    models = workspace.checkpoints(args.preset, "abc", args.preset)
+    other, output = workspace.scratch("other-file"), workspace.scratch("merged")
+    block = random.Random(1).randbytes(BLOCK_BYTES)
+    with other.open("wb") as file:
+        for _ in range(group_bytes // 3 // BLOCK_BYTES):
+            file.write(block)
+    merge = merge_command("shardmix", args.python, models, output, fsync=True)
+    cases: dict[str, list[str | Path]] = {
+        "shardmix": [*merge],
+        "shardmix that keeps all": [args.python, "-c", KEEPING, *merge[3:]],
+        "cp of two models": ["cp", "-r", *models[:2], output],
+    }
+    for number in range(1, args.rounds + 1):
+        turn = [(case, times) for case in cases for times in (1, 2)]
+        for case, times_read in random.sample(turn, len(turn)):
+            remove(output)
+            if case.startswith("cp"):
+                output.mkdir()
+            try:
+                with memory_group(group_bytes) as group:
+                    found = measure(cases[case], times_read, other, group)
+            except NoMemoryGroupError as error:
+                raise SystemExit(str(error)) from None
+            row = {"case": case, "round": number, "times_read": times_read}
+            rows.append({**row, "wall_s": found[0], "share_left": found[1]})
+    print()
+    print_table(
+        ("", "other file read", "wall s", "share of it still cached"),
+        [
+            (
+                case,
+                times,
+                *(spread([row[name] for row in mine]) for name in ("wall_s", "share_left")),
+            )
+            for case in cases
+            for times in (1, 2)
+            if (mine := where(rows, case=case, times_read=times))
+        ],
+    )
+    return rows, True
+
+
+if __name__ == "__main__":
+    options = parser(
         "What is left of another program's file in the page cache after a merge.",
         rounds=(5, "measurements of each"),
         preset=("llama-1b", "shape of the checkpoints"),
         group_size=(3, "of the group, in GiB"),
         csv=(Path("other-files.csv"), "raw figures"),
-    ).parse_args()
-    rows: list[dict[str, object]] = []
-    taken: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    group_bytes = args.group_size * 1024**3
-    with Workspace(args) as workspace:
-        print_facts(args.work_dir, args.python)
-        models = workspace.checkpoints(args.preset, "abc", args.preset)
-        other, output = workspace.scratch("other-file"), workspace.scratch("merged")
-        block = random.Random(1).randbytes(BLOCK_BYTES)
-        with other.open("wb") as file:
-            for _ in range(group_bytes // 3 // BLOCK_BYTES):
-                file.write(block)
-        merge = merge_command("shardmix", args.python, models, output, fsync=True)
-        cases: dict[str, list[str | Path]] = {
-            "shardmix": [*merge],
-            "shardmix that keeps all": [args.python, "-c", KEEPING, *merge[3:]],
-            "cp of two models": ["cp", "-r", *models[:2], output],
-        }
-        for number in range(1, args.rounds + 1):
-            turn = [(case, times) for case in cases for times in (1, 2)]
-            for case, times_read in random.sample(turn, len(turn)):
-                remove(output)
-                if case.startswith("cp"):
-                    output.mkdir()
-                try:
-                    with memory_group(group_bytes) as group:
-                        found = measure(cases[case], times_read, other, group)
-                except NoMemoryGroupError as error:
-                    raise SystemExit(str(error)) from None
-                taken.setdefault((case, times_read), []).append(found)
-                row = {"case": case, "round": number, "times_read": times_read}
-                rows.append({**row, "wall_s": found[0], "share_left": found[1]})
-    print()
-    print_table(
-        ("", "other file read", "wall s", "share of it still cached"),
-        [
-            (case, times, *(spread(values) for values in zip(*taken[case, times], strict=True)))
-            for case in cases
-            for times in (1, 2)
-        ],
     )
-    write_csv(args.csv, rows)
-
-
-if __name__ == "__main__":
-    main()
+    benchmark(measure_all, options)

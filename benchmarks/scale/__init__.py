@@ -3,6 +3,5 @@
 - `rehearsal`: a merge of 3 x 70B or 3 x 671B, whole, killed, and gone on with
 - `holes`: sparse files, and the sweeper that keeps an output sparse while it is written
 - `expected_merge`: numpy's sum of the sources, held against an output
-- `merge_on_small_disk`: shardmix without its check that the disk has room
 - `planning`: `shardmix plan` for 3 x 70B and for 10 x 90,000 tensors
 """
