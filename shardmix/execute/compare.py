@@ -1,10 +1,11 @@
 """The pass that compares a merge's output with existing files, byte for byte."""
 
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -12,16 +13,20 @@ import numpy.typing as npt
 from shardmix.anomalies import LeafAnomalies
 from shardmix.compute.backend import Backend
 from shardmix.execute.executor import IsStopped, Job, Task, TaskResult
-from shardmix.execute.gather import TensorStatistics
 from shardmix.execute.merging import ChunkMerger, Merging, merging
+from shardmix.execute.progress import OnProgress
+from shardmix.execute.run import run_job
 from shardmix.execute.shared_files import SharedFiles
-from shardmix.execute.tasks import TensorRanges
+from shardmix.execute.tasks import TensorRanges, merge_tasks
 from shardmix.plan.merge_plan import MergePlan, OutputShard
 from shardmix.system.buffers import buffer_for_reading
 from shardmix.system.digests import READ_NBYTES, num_leaves, read_range
 from shardmix.system.files import open_regular
 from shardmix.system.held_folder import HeldFolder
 from shardmix.system.page_cache import PassedRanges
+
+if TYPE_CHECKING:
+    from shardmix.execute.gather import TensorStatistics
 
 
 class Differences:
@@ -57,7 +62,7 @@ class Compare:
         self,
         plan: MergePlan,
         folder: Path | HeldFolder,
-        statistics: Mapping[str, TensorStatistics],
+        statistics: "Mapping[str, TensorStatistics]",
         *,
         backend: Backend | None = None,
     ) -> None:
@@ -84,7 +89,7 @@ class Compare:
 def compare_job(
     plan: MergePlan,
     folder: Path | HeldFolder,
-    statistics: Mapping[str, TensorStatistics] | None = None,
+    statistics: "Mapping[str, TensorStatistics] | None" = None,
     *,
     backend: Backend | None = None,
 ) -> Job[Differences]:
@@ -239,3 +244,31 @@ class _Leaves:
             num_bytes = int(np.count_nonzero(there[part] != wanted[part]))
             if num_bytes:
                 self._found.count(self._name, name, num_bytes)
+
+
+def compare(
+    plan: MergePlan,
+    backend: Backend,
+    folder: Path | HeldFolder,
+    on_progress: OnProgress | None,
+    cancel: threading.Event | None,
+) -> Differences:
+    """Merge again, against the files in a folder; return the differences."""
+    differences = Differences()
+    statistics: Mapping[str, TensorStatistics] = {}
+    if plan.gathering is not None:
+        from shardmix.execute.gather import Unkept, gather_statistics
+
+        known = Unkept()
+        gather_statistics(plan, known, on_progress, cancel)
+        statistics = known.statistics
+    run_job(
+        compare_job(plan, folder, statistics, backend=backend),
+        merge_tasks(plan),
+        lambda result: differences.add(result.value),
+        num_bytes=plan.read_nbytes,
+        num_files=len(plan.shards),
+        on_progress=on_progress,
+        cancel=cancel,
+    )
+    return differences

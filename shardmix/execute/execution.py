@@ -7,21 +7,10 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from shardmix.anomalies import AnomalySum, LeafAnomalies
 from shardmix.compute.backend import Backend
-from shardmix.dtypes import element_nbytes
-from shardmix.execute.compare import Differences, compare_job
 from shardmix.execute.executor import TaskResult
-from shardmix.execute.gather import (
-    KnownStatistics,
-    Totals,
-    Unkept,
-    gather_job,
-    gather_tasks,
-    tensors_to_gather,
-)
 from shardmix.execute.progress import OnProgress, Teller
 from shardmix.execute.run import run_job
 from shardmix.execute.tasks import merge_tasks
@@ -131,7 +120,10 @@ def execute(
     staging.drop_all_but({shard.filename for shard in plan.shards})
     tally = Tally(plan, journal, on_many_anomalies=AnomalyRoom(plan, staging).check)
     teller = Teller(on_progress) if on_progress is not None else None
-    gather_statistics(plan, journal, teller, cancel)
+    if plan.gathering is not None:
+        from shardmix.execute.gather import gather_statistics
+
+        gather_statistics(plan, journal, teller, cancel)
     run_job(
         write_job(plan, folder, journal, backend=backend, clock=clock),
         merge_tasks(plan),
@@ -178,6 +170,8 @@ def _check_sources(
     path = _written_since(now, [source.identity for source in plan.sources])
     if path is None:
         return
+    from shardmix.execute.compare import compare  # hardly a merge comes here
+
     differences = compare(plan, backend, folder, on_progress, cancel)
     _check_unchanged(plan)
     if differences or _written_since([each.renewed() for each in now], now) is not None:
@@ -193,49 +187,3 @@ def _written_since(now: Sequence[SourceIdentity], then: Sequence[SourceIdentity]
     """Return the first file that may have been written to in between, its times set back."""
     found = (after.written_since(before) for after, before in zip(now, then, strict=True))
     return next((path for path in found if path is not None), None)
-
-
-def gather_statistics(
-    plan: MergePlan,
-    known: KnownStatistics,
-    on_progress: OnProgress | None,
-    cancel: threading.Event | None,
-) -> None:
-    """Gather the statistics that large tensors of a plan need and that are not known yet."""
-    segments = tensors_to_gather(plan, known)
-    if not segments:
-        return
-    run_job(
-        gather_job(plan, segments),
-        gather_tasks(segments),
-        Totals(plan, segments, known).take,
-        num_bytes=sum(
-            segment.num_elements * sum(map(element_nbytes, segment.dtypes)) for segment in segments
-        ),
-        num_files=len(segments),
-        on_progress=on_progress,
-        cancel=cancel,
-    )
-
-
-def compare(
-    plan: MergePlan,
-    backend: Backend,
-    folder: Path | HeldFolder,
-    on_progress: OnProgress | None,
-    cancel: threading.Event | None,
-) -> Differences:
-    """Merge again, against the files in a folder; return the differences."""
-    differences = Differences()
-    known = Unkept()
-    gather_statistics(plan, known, on_progress, cancel)
-    run_job(
-        compare_job(plan, folder, known.statistics, backend=backend),
-        merge_tasks(plan),
-        lambda result: differences.add(result.value),
-        num_bytes=plan.read_nbytes,
-        num_files=len(plan.shards),
-        on_progress=on_progress,
-        cancel=cancel,
-    )
-    return differences

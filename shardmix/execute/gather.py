@@ -5,7 +5,8 @@ result does not depend on workers or their order. Tensors that fit into one chun
 merging pass: it reads them anyway, so they are read only once.
 """
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Protocol
@@ -16,7 +17,9 @@ import numpy.typing as npt
 from shardmix.compute.widened import widened
 from shardmix.dtypes import element_nbytes
 from shardmix.execute.executor import IsStopped, Job, Task, TaskResult
-from shardmix.execute.tasks import leaves_per_task
+from shardmix.execute.progress import OnProgress
+from shardmix.execute.run import run_job
+from shardmix.execute.tasks import Chunk, leaves_per_task
 from shardmix.methods import keep_first
 from shardmix.methods.registry import merge_method
 from shardmix.methods.statistics import (
@@ -153,6 +156,47 @@ class PieceReader:
             yield values
 
 
+class WholeTensors:
+    """One worker's statistics of the tensors that it merges: looked up, or gathered."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        reader: Reader,
+        known: Mapping[str, TensorStatistics],
+        *,
+        num_sources: int,
+    ) -> None:
+        self._plan = plan
+        self._known = known
+        self._pieces = PieceReader(plan, reader, num_sources=num_sources)
+        self._last: Segment | None = None
+
+    def with_factors(self, chunk: Chunk, *, can_hold: bool) -> Segment | None:
+        """Return a chunk's segment with the factors that follow from statistics of its tensor.
+
+        Returns None if the statistics are not known, the chunk is the whole tensor, and the caller
+        can hold it (`can_hold`): then `of_held` gathers from it, and nothing is read twice.
+        """
+        segment = chunk.segment
+        if not needed_statistics(self._plan, segment):
+            return segment
+        if self._last is not None and self._last.name == segment.name:
+            return self._last
+        found = self._known.get(segment.name)
+        if found is None:
+            if can_hold and chunk.num_elements == segment.num_elements:
+                return None
+            # An earlier merge was cut off within the tensor; or its sources go to a GPU one by one.
+            found = self._pieces.whole(segment)
+        self._last = with_factors(self._plan, segment, found)
+        return self._last
+
+    def of_held(self, segment: Segment, raw: Sequence[memoryview]) -> Segment:
+        """Return a segment with its factors; `raw` are all bytes of every source."""
+        return with_factors(self._plan, segment, whole_statistics(self._plan, segment, raw))
+
+
 def tensors_to_gather(plan: MergePlan, known: KnownStatistics) -> list[Segment]:
     """Return the segments whose statistics must be gathered before the merging pass."""
     if plan.gathering is None:
@@ -246,3 +290,26 @@ def whole_statistics(
         for start in range(0, segment.num_elements, GROUP_NUM_ELEMENTS)
     ]
     return totalled(plan, segment, groups)
+
+
+def gather_statistics(
+    plan: MergePlan,
+    known: KnownStatistics,
+    on_progress: OnProgress | None,
+    cancel: threading.Event | None,
+) -> None:
+    """Gather the statistics that large tensors of a plan need and that are not known yet."""
+    segments = tensors_to_gather(plan, known)
+    if not segments:
+        return
+    run_job(
+        gather_job(plan, segments),
+        gather_tasks(segments),
+        Totals(plan, segments, known).take,
+        num_bytes=sum(
+            segment.num_elements * sum(map(element_nbytes, segment.dtypes)) for segment in segments
+        ),
+        num_files=len(segments),
+        on_progress=on_progress,
+        cancel=cancel,
+    )

@@ -8,19 +8,12 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from shardmix.anomalies import AnomalySum, LeafAnomalies
 from shardmix.compute.backend import Backend, Combiner, Combiners, load_backend
 from shardmix.dtypes import element_nbytes
 from shardmix.execute.executor import IsStopped
-from shardmix.execute.gather import (
-    PieceReader,
-    TensorStatistics,
-    needed_statistics,
-    whole_statistics,
-    with_factors,
-)
 from shardmix.execute.tasks import Chunk, TensorRanges, chunks
 from shardmix.methods.registry import merge_method
 from shardmix.plan.merge_plan import MergePlan, Segment
@@ -28,6 +21,9 @@ from shardmix.sources.readers import Reader, open_reader
 from shardmix.system.digests import LEAF_NBYTES
 from shardmix.system.page_cache import PassedRanges
 from shardmix.system.timer import NO_CLOCK, OTHER, READ, REDUCE, Clock
+
+if TYPE_CHECKING:
+    from shardmix.execute.gather import TensorStatistics, WholeTensors
 
 
 class LeafTarget(Protocol):
@@ -47,7 +43,7 @@ class Merging:
         self,
         plan: MergePlan,
         backend: Backend,
-        statistics: Mapping[str, TensorStatistics],
+        statistics: "Mapping[str, TensorStatistics]",
         passed: PassedRanges | None,
         clock: Clock,
     ) -> None:
@@ -80,7 +76,7 @@ def merging(
     backend: Backend | None,
     clock: Clock = NO_CLOCK,
     *,
-    statistics: Mapping[str, TensorStatistics] | None = None,
+    statistics: "Mapping[str, TensorStatistics] | None" = None,
 ) -> Iterator[Merging]:
     """Surround the merging of a plan in this process; load its backend if that was not done yet.
 
@@ -106,16 +102,17 @@ class ChunkMerger:
         plan: MergePlan,
         lanes: Sequence[Combiners],
         reader: Reader,
-        statistics: Mapping[str, TensorStatistics],
+        statistics: "Mapping[str, TensorStatistics]",
         passed: PassedRanges | None,
         clock: Clock,
     ) -> None:
         self._plan = plan
-        self._statistics = statistics
-        self._pieces: PieceReader | None = None
+        self._tensors: WholeTensors | None = None
         if plan.gathering is not None:
-            self._pieces = PieceReader(plan, reader, num_sources=plan.gathering.num_sources)
-        self._with_factors: Segment | None = None
+            from shardmix.execute import gather
+
+            num_sources = plan.gathering.num_sources
+            self._tensors = gather.WholeTensors(plan, reader, statistics, num_sources=num_sources)
         self._num_files = len(plan.files)
         self._chunk_nbytes = plan.memory.chunk_nbytes
         self._lanes = lanes
@@ -169,10 +166,11 @@ class ChunkMerger:
         """Read a chunk; on the CPU also merge it. Return the buffer of its output."""
         segment, start = chunk.segment, chunk.start
         reader, clock = self._reader, self._clock
-        if self._pieces is not None and needed_statistics(self._plan, segment):
-            found = self._found(chunk, self._pieces)
+        if self._tensors is not None:
+            # On a GPU, which has several lanes, sources leave one by one.
+            found = self._tensors.with_factors(chunk, can_hold=len(self._lanes) == 1)
             if found is None:
-                return self._start_whole(segment, combiner)
+                return self._start_whole(segment, combiner, self._tensors)
             segment = found
         combiner.begin(segment, start, chunk.num_elements)
         descriptors = reader.descriptors(segment.files)
@@ -193,26 +191,9 @@ class ChunkMerger:
         clock.lap(REDUCE)
         return data
 
-    def _found(self, chunk: Chunk, pieces: PieceReader) -> Segment | None:
-        """Return a chunk's segment with the factors that follow from statistics of its tensor.
-
-        Returns None if they are not known, and the chunk is the whole tensor.
-        """
-        segment = chunk.segment
-        last = self._with_factors
-        if last is not None and last.name == segment.name:
-            return last
-        found = self._statistics.get(segment.name)
-        if found is None:
-            # A GPU's sources leave one by one. The rest of a tensor is merged if an earlier merge
-            # was cut off within it.
-            if chunk.num_elements == segment.num_elements and len(self._lanes) == 1:
-                return None
-            found = pieces.whole(segment)
-        self._with_factors = with_factors(self._plan, segment, found)
-        return self._with_factors
-
-    def _start_whole(self, segment: Segment, combiner: Combiner) -> memoryview:
+    def _start_whole(
+        self, segment: Segment, combiner: Combiner, tensors: "WholeTensors"
+    ) -> memoryview:
         """Read a whole tensor, gather its statistics, and merge it."""
         reader, clock = self._reader, self._clock
         num_factors = merge_method(segment.method).num_factors or 0
@@ -221,9 +202,8 @@ class ChunkMerger:
         for number, (_, _, file, offset) in enumerate(segment.sources):
             views.append(reader.view(file, offset, combiner.staging(number)))
             clock.lap(READ, len(views[-1]))
-        found = whole_statistics(self._plan, segment, views)
         # The parts of the buffer lie as they did, so what was read stays where it is.
-        combiner.begin(with_factors(self._plan, segment, found), 0, segment.num_elements)
+        combiner.begin(tensors.of_held(segment, views), 0, segment.num_elements)
         for number, view in enumerate(views):
             combiner.add(number, view)
         data = combiner.finish()

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 from shardmix.compute.backend import Backend, load_backend
 from shardmix.errors import BudgetError, RecipeError
-from shardmix.execute import calibrate
 from shardmix.options import TORCH, MergeOptions
 from shardmix.plan.memory_budget import MemoryPlan, plan_memory
 from shardmix.plan.merge_plan import MergePlan
@@ -62,6 +61,8 @@ def _faster(
         return on_cpu, cpu_backend, (*notes, f"on the CPU, since on a GPU {error}")
     closed = replace(plan.settings, is_device_open=False)
     on_gpu = replace(plan, settings=closed, memory=trial_memory)
+    from shardmix.execute import calibrate
+
     (chosen, backend), note = calibrate.faster((on_cpu, cpu_backend), (on_gpu, backend))
     memory = _memory(chosen)
     # The trial's memory is part of the process's peak as well.

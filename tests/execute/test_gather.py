@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import shardmix
-from shardmix.execute import execution, gather
+from shardmix.execute import gather
 from shardmix.methods.statistics import GROUP_NUM_ELEMENTS, PIECE_NUM_ELEMENTS
 from shardmix.plan import memory_budget
 from shardmix.sources.readers import PreadReader
@@ -59,13 +59,13 @@ def small_chunks(monkeypatch):
 def gathered(monkeypatch):
     """The tasks of all gathering passes."""
     tasks = []
-    original = execution.gather_tasks
+    original = gather.gather_tasks
 
     def spy(segments):
         tasks.extend(original(segments))
         return original(segments)
 
-    monkeypatch.setattr(execution, "gather_tasks", spy)
+    monkeypatch.setattr(gather, "gather_tasks", spy)
     return tasks
 
 

@@ -10,6 +10,7 @@ import shardmix
 from shardmix.errors import OutputError
 from shardmix.output import staging as staging_module
 from shardmix.system.held_folder import HeldFolder
+from tests.support import sampling
 from tests.support.cut_off import folder_bytes
 from tests.support.models import random_model, save_model
 from tests.support.planted import Intruder, Precious
@@ -68,7 +69,9 @@ def test_swap_at_any_moment_touches_nothing(made, tmp_path, name, overwrite):
         merge_swapped(made, tmp_path / str(at), name, at, overwrite=overwrite)
         for at in every_nth(range(1, count + 1), 20)
     }
-    assert "refused" in outcomes
+    # Some paths matter at a few calls only, which a sample may miss.
+    assert outcomes <= {"merged", "refused"}
+    assert "refused" in outcomes or not sampling.SAMPLING.is_whole
 
 
 def merge_swapped(made, folder: Path, name: str, at: int, *, overwrite: bool) -> str:
