@@ -1,7 +1,6 @@
 """The torch backend: every method and float dtype, on the CPU, one GPU or several."""
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -18,9 +17,9 @@ from shardmix.compute.torch_ops import (
     ChunkSum,
     PieceOps,
     accumulate,
-    are_finite,
     canonicalise_nans,
     factors_in,
+    is_finite,
     round_into,
     sum_dtype,
 )
@@ -206,9 +205,7 @@ class CpuSum(ChunkSum):
         self._finished = self._out_pages[begin : begin + self._num_elements * width]
         out = torch.frombuffer(self._finished, dtype=TORCH_DTYPES[self._segment.out_dtype])
         round_into(out, self._accumulator, self._values)
-        # A sum is not finite if any value isn't: one cheap pass finds the rare case. The sum may
-        # also overflow by itself; the extremes cannot, but take twice as long.
-        self.is_finite = math.isfinite(out.sum().item()) or are_finite(torch.aminmax(out))
+        self.is_finite = is_finite(out)
         if not self.is_finite:
             canonicalise_nans(out)
         return self._finished
@@ -239,13 +236,7 @@ class CpuMethod:
             widths = map(element_nbytes, (*segment.dtypes, segment.out_dtype))
             self._staged.divide(segment, start, num_elements, (*widths, dtype.itemsize))
             self._factors = factors_in(dtype, segment.factors)
-            self._ops = PieceOps(
-                self._scratch,
-                dtype,
-                segment.method,
-                num_values=len(segment.sources),
-                num_factors=len(segment.factors),
-            )
+            self._ops = PieceOps(self._scratch, segment)
             self._dtypes = [TORCH_DTYPES[source.dtype] for source in segment.sources]
             self._values = [torch.empty(0)] * len(segment.sources)
             self._segment, self._dtype = segment, dtype
@@ -265,7 +256,7 @@ class CpuMethod:
         """Return the chunk's output bytes, valid until the next `begin`."""
         out = torch.frombuffer(self._staged.out, dtype=TORCH_DTYPES[self._segment.out_dtype])
         self._ops.combine(self._values, self._factors, out)
-        self.is_finite = math.isfinite(out.sum().item()) or are_finite(torch.aminmax(out))
+        self.is_finite = is_finite(out)
         if not self.is_finite:
             # Also unrounded, and now, while the sources are there: to see the effect of
             # rounding.

@@ -53,28 +53,51 @@ def cuda_sums(
 
     `cuda` has Stream, Event and stream, as `torch.cuda`. The worker itself must call it.
     """
-    nbytes = -(-max(chunk_nbytes, WIDEST_NBYTES) // _ALIGNMENT) * _ALIGNMENT
-    is_pinned = device.type == "cuda"
-    # Separately: the allocator rounds each up to a power of two, and chunks are powers of two.
-    *arriving, out_0, out_1 = (
-        torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=is_pinned)
-        for _ in range(BUFFERS_PER_WORKER)
-    )
-    kernels = cuda.Stream(device=device)
-    with cuda.stream(kernels):
-        # One allocation, divided here: the allocator's rounding then costs only once.
-        arena = torch.empty(VRAM_BUFFERS_PER_WORKER * nbytes, dtype=torch.uint8, device=device)
-    *arrived, wide, sum_0, sum_1, gpu_out_0, gpu_out_1 = arena.view(VRAM_BUFFERS_PER_WORKER, -1)
-    arrivals = _Arrivals(arriving, arrived, kernels, cuda.Stream(device=device), cuda)
-    departures = cuda.Stream(device=device)
-    if arena.is_cuda:
-        # If a merge is stopped, copies may still use the buffer when it is given back.
-        for stream in (arrivals.stream, departures):
-            arena.record_stream(stream)
+    lanes = _Lanes(device, chunk_nbytes=chunk_nbytes, cuda=cuda)
+    *arrived, wide, sum_0, sum_1, out_0, out_1 = lanes.gpu_buffers
+    arrivals = lanes.arrivals(arrived)
     return tuple(
-        CudaSum(wide, sums, out, pinned_out, arrivals, kernels, departures, cuda)
-        for sums, out, pinned_out in ((sum_0, gpu_out_0, out_0), (sum_1, gpu_out_1, out_1))
+        CudaSum(wide, sums, out, arrivals, departure)
+        for sums, out, departure in zip(
+            (sum_0, sum_1), (out_0, out_1), lanes.departures(), strict=True
+        )
     )
+
+
+class _Lanes:
+    """The memory and the streams that the chunks of one worker share."""
+
+    def __init__(self, device: torch.device, *, chunk_nbytes: int, cuda: Any) -> None:
+        self._cuda = cuda
+        nbytes = -(-max(chunk_nbytes, WIDEST_NBYTES) // _ALIGNMENT) * _ALIGNMENT
+        is_pinned = device.type == "cuda"
+        # Separately: the allocator rounds each up to a power of two, and chunks are powers of two.
+        self._pinned = [
+            torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=is_pinned)
+            for _ in range(BUFFERS_PER_WORKER)
+        ]
+        self._kernels, self._inward, self._outward = (cuda.Stream(device=device) for _ in range(3))
+        with cuda.stream(self._kernels):
+            # One allocation, divided here: the allocator's rounding then costs only once.
+            arena = torch.empty(VRAM_BUFFERS_PER_WORKER * nbytes, dtype=torch.uint8, device=device)
+        if arena.is_cuda:
+            # If a merge is stopped, copies may still use the buffer when it is given back.
+            for stream in (self._inward, self._outward):
+                arena.record_stream(stream)
+        self.gpu_buffers = arena.view(VRAM_BUFFERS_PER_WORKER, -1)
+        """Chunk-sized buffers on the GPU, neighbours in memory."""
+
+    def arrivals(self, buffers: list[torch.Tensor]) -> "_Arrivals":
+        """Return the way in, with these buffers on the GPU to arrive in."""
+        pinned = self._pinned[:_NUM_ARRIVALS]
+        return _Arrivals(pinned, buffers, self._kernels, self._inward, self._cuda)
+
+    def departures(self) -> "list[_Departure]":
+        """Return the way out of each chunk in flight."""
+        return [
+            _Departure(pinned, self.gpu_buffers.device, self._kernels, self._outward, self._cuda)
+            for pinned in self._pinned[_NUM_ARRIVALS:]
+        ]
 
 
 class _Arrivals:
@@ -143,6 +166,45 @@ class _Arrivals:
         self._turn = (self._turn + 1) % _NUM_ARRIVALS
 
 
+class _Departure:
+    """A chunk's output on its way back: into pinned memory, and its extremes with it."""
+
+    def __init__(
+        self, pinned: torch.Tensor, device: torch.device, kernels: Any, stream: Any, cuda: Any
+    ) -> None:
+        self.kernels = kernels
+        """The stream that computes the output."""
+        self.cuda = cuda
+        self._pinned, self._stream = pinned, stream
+        self._is_computed = cuda.Event()
+        self._is_back = cuda.Event(blocking=True)
+        with cuda.stream(kernels):
+            self._extremes = torch.empty(2 * WIDEST_NBYTES, dtype=torch.uint8, device=device)
+        self._pinned_extremes = torch.empty(
+            2 * WIDEST_NBYTES, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda"
+        )
+
+    def send(self, out: torch.Tensor) -> memoryview:
+        """Queue an output, behind the kernels that compute it; return its buffer on the host."""
+        self._dtype = out.dtype
+        extremes = typed(self._extremes, out.dtype, 2)
+        with self.cuda.stream(self.kernels):
+            canonicalise_nans(out)
+            torch.aminmax(out, out=(extremes[0], extremes[1]))
+            self._is_computed.record(self.kernels)
+        with self.cuda.stream(self._stream):
+            self._stream.wait_event(self._is_computed)
+            typed(self._pinned, out.dtype, out.numel()).copy_(out, non_blocking=True)
+            typed(self._pinned_extremes, out.dtype, 2).copy_(extremes, non_blocking=True)
+            self._is_back.record(self._stream)
+        return self._pinned.numpy().data[: out.nbytes]
+
+    def wait(self) -> bool:
+        """Wait until the output is back; return True if all of it is finite."""
+        self._is_back.synchronize()
+        return are_finite(typed(self._pinned_extremes, self._dtype, 2))
+
+
 class CudaSum(ChunkSum):
     """One of a worker's chunks in flight.
 
@@ -155,22 +217,11 @@ class CudaSum(ChunkSum):
         wide: torch.Tensor,
         sums: torch.Tensor,
         out: torch.Tensor,
-        pinned_out: torch.Tensor,
         arrivals: _Arrivals,
-        kernels: Any,
-        departures: Any,
-        cuda: Any,
+        departure: _Departure,
     ) -> None:
-        self._wide, self._sum, self._out, self._pinned_out = wide, sums, out, pinned_out
-        self._arrivals, self._kernels, self._departures = arrivals, kernels, departures
-        self._cuda = cuda
-        self._is_summed = cuda.Event()
-        self._is_back = cuda.Event(blocking=True)
-        with cuda.stream(kernels):
-            self._extremes = torch.empty(2 * WIDEST_NBYTES, dtype=torch.uint8, device=sums.device)
-        self._pinned_extremes = torch.empty(
-            2 * WIDEST_NBYTES, dtype=torch.uint8, device="cpu", pin_memory=sums.is_cuda
-        )
+        self._wide, self._sum, self._out = wide, sums, out
+        self._arrivals, self._departure = arrivals, departure
 
     def staging(self, source: int) -> memoryview:
         """Return the buffer to read this source's part into, once its last copy has left."""
@@ -181,7 +232,7 @@ class CudaSum(ChunkSum):
     def add(self, source: int, raw: memoryview) -> None:
         """Queue a source's copy and its part of the sum; `raw` may be reused afterwards."""
         dtype = TORCH_DTYPES[self._segment.dtypes[source]]
-        with self._cuda.stream(self._kernels):
+        with self._departure.cuda.stream(self._departure.kernels):
             values = self._arrivals.send(raw, dtype, self._num_elements)
             accumulate(
                 self._accumulator,
@@ -194,27 +245,15 @@ class CudaSum(ChunkSum):
 
     def finish(self) -> memoryview:
         """Queue the rest; return the buffer of the output bytes, valid once `wait` has returned."""
-        dtype = TORCH_DTYPES[self._segment.out_dtype]
-        out = typed(self._out, dtype, self._num_elements)
-        extremes = typed(self._extremes, dtype, 2)
-        with self._cuda.stream(self._kernels):
+        out = typed(self._out, TORCH_DTYPES[self._segment.out_dtype], self._num_elements)
+        with self._departure.cuda.stream(self._departure.kernels):
             round_into(out, self._accumulator, self._values)
-            canonicalise_nans(out)
-            torch.aminmax(out, out=(extremes[0], extremes[1]))
-            self._is_summed.record(self._kernels)
-        with self._cuda.stream(self._departures):
-            self._departures.wait_event(self._is_summed)
-            typed(self._pinned_out, dtype, self._num_elements).copy_(out, non_blocking=True)
-            typed(self._pinned_extremes, dtype, 2).copy_(extremes, non_blocking=True)
-            self._is_back.record(self._departures)
-        self._finished = self._pinned_out.numpy().data[: out.nbytes]
+        self._finished = self._departure.send(out)
         return self._finished
 
     def wait(self) -> None:
         """Wait until the chunk's output bytes are there."""
-        self._is_back.synchronize()
-        dtype = TORCH_DTYPES[self._segment.out_dtype]
-        self.is_finite = are_finite(typed(self._pinned_extremes, dtype, 2))
+        self.is_finite = self._departure.wait()
 
 
 def cuda_methods(
@@ -225,25 +264,13 @@ def cuda_methods(
     They take as much memory as `cuda_sums`: three buffers hold a chunk's sources and its output,
     and one is scratch, in which kernels work in order.
     """
-    nbytes = -(-max(chunk_nbytes, WIDEST_NBYTES) // _ALIGNMENT) * _ALIGNMENT
-    is_pinned = device.type == "cuda"
-    *pinned, out_0, out_1 = (
-        torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=is_pinned)
-        for _ in range(BUFFERS_PER_WORKER)
-    )
-    kernels = cuda.Stream(device=device)
-    with cuda.stream(kernels):
-        arena = torch.empty(VRAM_BUFFERS_PER_WORKER * nbytes, dtype=torch.uint8, device=device)
-    chunk_0, chunk_1 = arena[: 3 * nbytes], arena[3 * nbytes : 6 * nbytes]
-    scratch = arena[6 * nbytes :]
-    arrivals = _Arrivals(pinned, [], kernels, cuda.Stream(device=device), cuda)
-    departures = cuda.Stream(device=device)
-    if arena.is_cuda:
-        for stream in (arrivals.stream, departures):
-            arena.record_stream(stream)
+    lanes = _Lanes(device, chunk_nbytes=chunk_nbytes, cuda=cuda)
+    buffers = lanes.gpu_buffers
+    chunks, scratch = (buffers[:3].view(-1), buffers[3:6].view(-1)), buffers[6]
+    arrivals = lanes.arrivals([])
     return tuple(
-        CudaMethod(chunk, scratch, pinned_out, arrivals, kernels, departures, cuda)
-        for chunk, pinned_out in ((chunk_0, out_0), (chunk_1, out_1))
+        CudaMethod(chunk, scratch, arrivals, departure)
+        for chunk, departure in zip(chunks, lanes.departures(), strict=True)
     )
 
 
@@ -260,23 +287,12 @@ class CudaMethod:
         self,
         chunk: torch.Tensor,
         scratch: torch.Tensor,
-        pinned_out: torch.Tensor,
         arrivals: _Arrivals,
-        kernels: Any,
-        departures: Any,
-        cuda: Any,
+        departure: _Departure,
     ) -> None:
-        self._chunk, self._scratch, self._pinned_out = chunk, scratch, pinned_out
-        self._arrivals, self._kernels, self._departures = arrivals, kernels, departures
-        self._cuda = cuda
-        self._is_merged = cuda.Event()
-        self._is_back = cuda.Event(blocking=True)
+        self._chunk, self._scratch = chunk, scratch
+        self._arrivals, self._departure = arrivals, departure
         self._kind: tuple[Segment | None, int] = None, 0
-        with cuda.stream(kernels):
-            self._extremes = torch.empty(2 * WIDEST_NBYTES, dtype=torch.uint8, device=chunk.device)
-        self._pinned_extremes = torch.empty(
-            2 * WIDEST_NBYTES, dtype=torch.uint8, device="cpu", pin_memory=chunk.is_cuda
-        )
 
     def begin(self, segment: Segment, start: int, num_elements: int) -> None:
         """Start a chunk of a segment."""
@@ -284,15 +300,8 @@ class CudaMethod:
             return
         self._kind = segment, num_elements
         self._segment = segment
-        dtype = sum_dtype(segment)
-        self._factors = factors_in(dtype, segment.factors)
-        self._ops = PieceOps(
-            self._scratch,
-            dtype,
-            segment.method,
-            num_values=len(segment.sources),
-            num_factors=len(segment.factors),
-        )
+        self._factors = factors_in(sum_dtype(segment), segment.factors)
+        self._ops = PieceOps(self._scratch, segment)
         self._values, end = [], 0
         for name in (*segment.dtypes, segment.out_dtype):
             part = TORCH_DTYPES[name]
@@ -316,25 +325,14 @@ class CudaMethod:
 
     def finish(self) -> memoryview:
         """Queue the rest; return the buffer of the output bytes, valid once `wait` has returned."""
-        dtype, num_elements = self._out.dtype, self._out.numel()
-        extremes = typed(self._extremes, dtype, 2)
-        with self._cuda.stream(self._kernels):
+        with self._departure.cuda.stream(self._departure.kernels):
             self._ops.combine(self._values, self._factors, self._out)
-            canonicalise_nans(self._out)
-            torch.aminmax(self._out, out=(extremes[0], extremes[1]))
-            self._is_merged.record(self._kernels)
-        with self._cuda.stream(self._departures):
-            self._departures.wait_event(self._is_merged)
-            typed(self._pinned_out, dtype, num_elements).copy_(self._out, non_blocking=True)
-            typed(self._pinned_extremes, dtype, 2).copy_(extremes, non_blocking=True)
-            self._is_back.record(self._departures)
-        self._finished = self._pinned_out.numpy().data[: self._out.nbytes]
+        self._finished = self._departure.send(self._out)
         return self._finished
 
     def wait(self) -> None:
         """Wait until the chunk's output bytes are there."""
-        self._is_back.synchronize()
-        self.is_finite = are_finite(typed(self._pinned_extremes, self._out.dtype, 2))
+        self.is_finite = self._departure.wait()
 
     def count_nonfinite(self, start: int, stop: int) -> NonfiniteCounts:
         """Count in a range of elements of the last finished chunk."""
@@ -345,7 +343,7 @@ class CudaMethod:
     def _unrounded(self, piece: slice) -> npt.NDArray[np.floating]:
         """Compute a piece again: its sources stay in place until the next `begin`."""
         parts = []
-        with self._cuda.stream(self._kernels):
+        with self._departure.cuda.stream(self._departure.kernels):
             for start in range(piece.start, piece.stop, self._ops.length):
                 part = slice(start, min(start + self._ops.length, piece.stop))
                 values = [value[part] for value in self._values]

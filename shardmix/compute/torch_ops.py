@@ -6,6 +6,7 @@ fuses them on some machines. Allocates next to nothing.
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import cast
 
 import numpy as np
@@ -120,6 +121,15 @@ def canonicalise_nans(out: torch.Tensor) -> None:
     out.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf)
 
 
+def is_finite(out: torch.Tensor) -> bool:
+    """Return True if values on the CPU are all finite.
+
+    A sum is not finite if any value isn't: one cheap pass finds the rare case. The sum may also
+    overflow by itself; the extremes cannot, but take twice as long.
+    """
+    return math.isfinite(out.sum().item()) or are_finite(torch.aminmax(out))
+
+
 def are_finite(extremes: Iterable[torch.Tensor]) -> bool:
     """Return True if values with these extremes are all finite: both are NaN if any value is."""
     return all(math.isfinite(extreme.item()) for extreme in extremes)
@@ -145,19 +155,15 @@ class PieceOps:
     def __init__(
         self,
         scratch: torch.Tensor,
-        dtype: torch.dtype,
-        method: str,
-        *,
-        num_values: int,
-        num_factors: int,
+        segment: Segment,
     ) -> None:
-        """Divide `scratch`, which holds bytes. Elements are computed in `dtype`."""
-        self._method = merge_method(method)
-        counted = CountingOps()
-        self._method.combine(counted, [counted] * num_values, [counted] * num_factors)
+        """Divide `scratch`, which holds bytes, for pieces of a segment."""
+        self._method = merge_method(segment.method)
+        dtype, num_values = sum_dtype(segment), len(segment.sources)
+        num_results, num_masks = _counts(segment.method, num_values, len(segment.factors))
         # Besides results: each value widened, and room for rounding.
-        num_buffers = counted.num_results + num_values + 1
-        element_nbytes = num_buffers * dtype.itemsize + counted.num_masks
+        num_buffers = num_results + num_values + 1
+        element_nbytes = num_buffers * dtype.itemsize + num_masks
         self.length = max(1, scratch.numel() // element_nbytes)
         if self.length > _ALIGNED:
             self.length -= self.length % _ALIGNED
@@ -165,8 +171,8 @@ class PieceOps:
             scratch = scratch.new_empty(self.length * element_nbytes)
         nbytes = num_buffers * dtype.itemsize * self.length
         self._buffers = scratch[:nbytes].view(dtype).view(num_buffers, self.length)
-        masks = scratch[nbytes : nbytes + counted.num_masks * self.length]
-        self._masks = masks.view(torch.bool).view(counted.num_masks, self.length)
+        masks = scratch[nbytes : nbytes + num_masks * self.length]
+        self._masks = masks.view(torch.bool).view(num_masks, self.length)
 
     def combine(
         self, values: Sequence[torch.Tensor], factors: Sequence[float], out: torch.Tensor
@@ -225,6 +231,14 @@ class PieceOps:
 
 
 _ALIGNED = 64
+
+
+@lru_cache(maxsize=1024)  # tensors are many, their kinds few
+def _counts(method: str, num_values: int, num_factors: int) -> tuple[int, int]:
+    """Return how many arrays and how many masks a method makes."""
+    counted = CountingOps()
+    merge_method(method).combine(counted, [counted] * num_values, [counted] * num_factors)
+    return counted.num_results, counted.num_masks
 
 
 def factors_in(dtype: torch.dtype, factors: Sequence[float]) -> tuple[float, ...]:
