@@ -113,10 +113,9 @@ class _Gatherer:
         if is_stopped():
             return None
         segment = self._segments[task.file]
-        start = task.first_leaf * GROUP_NUM_ELEMENTS
-        stop = min(start + GROUP_NUM_ELEMENTS, segment.num_elements)
-        num_bytes = (stop - start) * sum(map(element_nbytes, segment.dtypes))
-        return TaskResult(task, num_bytes, self._pieces.group(segment, start, stop))
+        group = _group(segment, task.first_leaf)
+        num_bytes = len(group) * sum(map(element_nbytes, segment.dtypes))
+        return TaskResult(task, num_bytes, self._pieces.group(segment, task.first_leaf))
 
 
 class PieceReader:
@@ -130,21 +129,17 @@ class PieceReader:
 
     def whole(self, segment: Segment) -> TensorStatistics:
         """Read a whole tensor, and return its statistics."""
-        stop = segment.num_elements
-        groups = [
-            self.group(segment, start, min(start + GROUP_NUM_ELEMENTS, stop))
-            for start in range(0, stop, GROUP_NUM_ELEMENTS)
-        ]
+        groups = [self.group(segment, number) for number in range(_num_groups(segment))]
         return totalled(self._plan, segment, groups)
 
-    def group(self, segment: Segment, start: int, stop: int) -> TensorStatistics:
+    def group(self, segment: Segment, number: int) -> TensorStatistics:
         """Read one group of elements, and return its statistics."""
         needed = needed_statistics(self._plan, segment)
-        return tuple(gathered(needed, self._read(segment, start, stop)))
+        return tuple(gathered(needed, self._read(segment, number)))
 
-    def _read(self, segment: Segment, start: int, stop: int) -> Iterator[list[Values]]:
-        for first in range(start, stop, PIECE_NUM_ELEMENTS):
-            length = min(PIECE_NUM_ELEMENTS, stop - first)
+    def _read(self, segment: Segment, number: int) -> Iterator[list[Values]]:
+        for first, last in _pieces(segment, number):
+            length = last - first
             values = []
             for (_, dtype, file, offset), buffer in zip(
                 segment.sources, self._buffers, strict=False
@@ -199,8 +194,6 @@ class WholeTensors:
 
 def tensors_to_gather(plan: MergePlan, known: KnownStatistics) -> list[Segment]:
     """Return the segments whose statistics must be gathered before the merging pass."""
-    if plan.gathering is None:
-        return []
     return [
         segment
         for segment in plan.segments()
@@ -231,7 +224,7 @@ def gather_tasks(segments: Sequence[Segment]) -> list[Task]:
     return [
         Task(number, group, group + 1)
         for number, segment in enumerate(segments)
-        for group in range(-(-segment.num_elements // GROUP_NUM_ELEMENTS))
+        for group in range(_num_groups(segment))
     ]
 
 
@@ -252,10 +245,27 @@ class Totals:
         groups = self._groups.setdefault(number, {})
         groups[result.task.first_leaf] = result.value
         segment = self._segments[number]
-        if len(groups) == -(-segment.num_elements // GROUP_NUM_ELEMENTS):
+        if len(groups) == _num_groups(segment):
             del self._groups[number]
             ordered = [groups[group] for group in sorted(groups)]
             self._known.add_statistics(segment.name, totalled(self._plan, segment, ordered))
+
+
+def _num_groups(segment: Segment) -> int:
+    return -(-segment.num_elements // GROUP_NUM_ELEMENTS)
+
+
+def _group(segment: Segment, number: int) -> range:
+    """Return the elements of a group."""
+    start = number * GROUP_NUM_ELEMENTS
+    return range(start, min(start + GROUP_NUM_ELEMENTS, segment.num_elements))
+
+
+def _pieces(segment: Segment, group: int) -> Iterator[tuple[int, int]]:
+    """Yield the first element of each piece of a group, and one past the last."""
+    elements = _group(segment, group)
+    for first in elements[::PIECE_NUM_ELEMENTS]:
+        yield first, min(first + PIECE_NUM_ELEMENTS, elements.stop)
 
 
 def totalled(
@@ -274,21 +284,15 @@ def whole_statistics(
     """Return the statistics of a tensor that is in memory. `raw` are all bytes of each source."""
     needed = needed_statistics(plan, segment)
 
-    def pieces(start: int, stop: int) -> Iterator[list[Values]]:
-        for first in range(start, stop, PIECE_NUM_ELEMENTS):
-            last = min(first + PIECE_NUM_ELEMENTS, stop)
+    def values(number: int) -> Iterator[list[Values]]:
+        for first, last in _pieces(segment, number):
             yield [
                 widened(view[first * width : last * width], dtype)
                 for view, dtype, width in zip(raw, segment.dtypes, widths, strict=True)
             ]
 
     widths = [element_nbytes(dtype) for dtype in segment.dtypes]
-    groups = [
-        tuple(
-            gathered(needed, pieces(start, min(start + GROUP_NUM_ELEMENTS, segment.num_elements)))
-        )
-        for start in range(0, segment.num_elements, GROUP_NUM_ELEMENTS)
-    ]
+    groups = [tuple(gathered(needed, values(n))) for n in range(_num_groups(segment))]
     return totalled(plan, segment, groups)
 
 

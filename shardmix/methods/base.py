@@ -4,6 +4,7 @@ A new element-wise method is one file here and a line in `registry`. Its paramet
 keys, options, help and error texts; its needs become the memory budget.
 """
 
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -134,17 +135,6 @@ def nonzero(weights: Sequence[float], *, is_wide: bool) -> tuple[int, ...]:
     )
 
 
-def refuse_beyond_float32(factors: Sequence[float], what: str) -> None:
-    """Raise `RecipeError` if a factor is infinite in float32, which the arithmetic is in."""
-    for factor in factors:
-        if not abs(factor) <= LARGEST_FLOAT32:
-            raise RecipeError(
-                f"{factor} is not a finite number in float32",
-                subject=what,
-                remedy="give weights that are nearer to 1",
-            )
-
-
 def sum_of_deltas(ops: Ops[A], values: Sequence[A], factors: Sequence[A]) -> A | None:
     """Return Σ factorᵢ · (valueᵢ - base) over the values after the first; None without any."""
     base, total = values[0], None
@@ -154,11 +144,30 @@ def sum_of_deltas(ops: Ops[A], values: Sequence[A], factors: Sequence[A]) -> A |
     return total
 
 
-def refuse_zero_sum(total: float, what: str) -> None:
-    """Raise `RecipeError` if weights that are to be normalised sum to 0."""
-    if total == 0:
+def effective_weights(params: Params, *, scale: float = 1.0) -> tuple[float, ...]:
+    """Return scale · weight of each model, divided by the sum of weights if `normalize` is true."""
+    weights = params.numbers("weight")
+    if not params.shared["normalize"]:
+        return tuple(scale * weight for weight in weights)
+    total = math.fsum(weights)
+    return tuple(scale * weight / total for weight in weights)
+
+
+def check_weights(params: Params, what: str, *, scale: float = 1.0) -> None:
+    """Raise `RecipeError` if weights sum to 0 and are to be normalised, or become infinite.
+
+    `what` names the effective weights in messages.
+    """
+    if params.shared["normalize"] and math.fsum(params.numbers("weight")) == 0:
         raise RecipeError(
             "sum to 0 and so cannot be normalised to sum to 1",
-            subject=what,
+            subject="weights",
             remedy="give other weights, or set normalize to false",
         )
+    for weight in effective_weights(params, scale=scale):
+        if not abs(weight) <= LARGEST_FLOAT32:  # what the arithmetic is in
+            raise RecipeError(
+                f"{weight} is not a finite number in float32",
+                subject=what,
+                remedy="give weights that are nearer to 1",
+            )

@@ -1,6 +1,5 @@
 """The weighted sum: model soups, LM-Cocktail, averages."""
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -9,9 +8,9 @@ from shardmix.methods.base import (
     Needs,
     Parameter,
     Params,
+    check_weights,
+    effective_weights,
     nonzero,
-    refuse_beyond_float32,
-    refuse_zero_sum,
 )
 from shardmix.methods.ops import A, Ops
 
@@ -33,11 +32,8 @@ class Linear:
 
     def check(self, params: Params) -> None:
         """Raise `RecipeError` if the weights leave nothing of any model or cannot be normalised."""
-        weights = params.numbers("weight")
-        if params.shared["normalize"]:
-            refuse_zero_sum(math.fsum(weights), "weights")
-        refuse_beyond_float32(_shares(params), "a normalised weight")
-        if not nonzero(_shares(params), is_wide=False):
+        check_weights(params, "a normalised weight")
+        if not self.contributors(params, is_wide=False):
             raise RecipeError(
                 "every weight is 0 (in float32), so the output would hold nothing of any model",
                 remedy="give at least one model a weight",
@@ -49,14 +45,14 @@ class Linear:
 
     def contributors(self, params: Params, *, is_wide: bool) -> tuple[int, ...]:
         """Return the models whose weight is not 0."""
-        return nonzero(_shares(params), is_wide=is_wide)
+        return nonzero(effective_weights(params), is_wide=is_wide)
 
     def factors(
         self, params: Params, models: Sequence[int], statistics: Sequence[Sequence[float]]
     ) -> tuple[float, ...]:
         """Return each model's weight, normalised if asked for."""
-        shares = _shares(params)
-        return tuple(shares[model] for model in models)
+        weights = effective_weights(params)
+        return tuple(weights[model] for model in models)
 
     def combine(self, ops: Ops[A], values: Sequence[A], factors: Sequence[A]) -> A:
         """Return the sum, in the models' order."""
@@ -64,12 +60,3 @@ class Linear:
         for value, factor in zip(values[1:], factors[1:], strict=True):
             total = ops.add(total, ops.mul(value, factor))
         return total
-
-
-def _shares(params: Params) -> tuple[float, ...]:
-    """Return the models' weights, divided by their sum if asked for."""
-    weights = params.numbers("weight")
-    if not params.shared["normalize"]:
-        return weights
-    total = math.fsum(weights)
-    return tuple(weight / total for weight in weights)

@@ -1,6 +1,5 @@
 """Task arithmetic: the changes of models to a base model, added up and put on the base."""
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -8,9 +7,9 @@ from shardmix.methods.base import (
     Needs,
     Parameter,
     Params,
+    check_weights,
+    effective_weights,
     nonzero,
-    refuse_beyond_float32,
-    refuse_zero_sum,
     sum_of_deltas,
 )
 from shardmix.methods.ops import A, Ops
@@ -32,9 +31,7 @@ class TaskArithmetic:
 
     def check(self, params: Params) -> None:
         """Raise `RecipeError` if the weights cannot be normalised, or are infinite with lambda."""
-        if params.shared["normalize"]:
-            refuse_zero_sum(math.fsum(params.numbers("weight")), "weights")
-        refuse_beyond_float32(_scales(params), "weight · lambda")
+        check_weights(params, "weight · lambda", scale=params.number("lambda"))
 
     def needs(self, params: Params) -> Needs:
         """Return the need for a base model."""
@@ -58,9 +55,4 @@ class TaskArithmetic:
 
 
 def _scales(params: Params) -> tuple[float, ...]:
-    """Return lambda · weight of each model, divided by the sum of weights if asked for."""
-    weights, scale = params.numbers("weight"), params.number("lambda")
-    if params.shared["normalize"]:
-        total = math.fsum(weights)
-        return tuple(scale * weight / total for weight in weights)
-    return tuple(scale * weight for weight in weights)
+    return effective_weights(params, scale=params.number("lambda"))
