@@ -18,7 +18,7 @@ from shardmix.errors import (
     ShardmixError,
     SourceChangedError,
 )
-from shardmix.execute.execution import execute
+from shardmix.execute.merge import execute_plan
 from shardmix.execute.prepare import ready
 from shardmix.execute.progress import OnProgress
 from shardmix.execute.read_ahead import reading_ahead
@@ -43,8 +43,8 @@ from shardmix.reports import (
     describe_plan,
 )
 from shardmix.sources.resolve import ResolvedSource, open_source, resolve_all
-from shardmix.system.digests import LEAF_NBYTES
 from shardmix.system.files import free_nbytes
+from shardmix.system.hashing import LEAF_NBYTES
 from shardmix.system.units import format_size, parse_size
 
 
@@ -186,7 +186,7 @@ def merge_opened(
                     # The finished work of an earlier merge is not read again.
                     is_begun = journal.num_leaves_done > 0
                     with nullcontext() if is_begun else reading_ahead(plan):
-                        plan, backend, findings = ready(
+                        plan, backend, warnings = ready(
                             plan,
                             options,
                             opened.plan,
@@ -194,7 +194,7 @@ def merge_opened(
                     # The journal knows the files as they were opened.
                     opened.models.check_untouched()
                     recorded.begin_merge(plan, backend)
-                    result = execute(
+                    result = execute_plan(
                         plan,
                         backend,
                         staging,
@@ -212,7 +212,7 @@ def merge_opened(
                 elif isinstance(error, ShardmixError) and kept:
                     error.add_hint(kept)
                 raise
-        return describe_merge(plan, result, warnings=findings, notes=notes)
+        return describe_merge(plan, result, warnings=warnings, notes=notes)
 
 
 def plan_merge(

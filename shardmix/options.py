@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TypedDict
 
 from shardmix.errors import RecipeError
-from shardmix.system.digests import XXH3, check_algorithm
 from shardmix.system.gpus import resolve_device
+from shardmix.system.hashing import XXH3, check_algorithm
 from shardmix.system.threads import MOST_WORKERS
 from shardmix.system.units import parse_size
 

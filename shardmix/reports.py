@@ -14,8 +14,8 @@ from shardmix.anomalies import LeafAnomalies
 from shardmix.conventions.declarations import declaration_of
 from shardmix.conventions.file_kinds import LeftOut
 from shardmix.conventions.naming import ties_word_embeddings
-from shardmix.execute.execution import ExecutionResult
-from shardmix.execute.write import nonfinite_finding
+from shardmix.execute.merge import MergeOutcome
+from shardmix.execute.write_pass import nonfinite_finding
 from shardmix.formats.safetensors_layout import TensorInfo
 from shardmix.matching.ties import NamedModel, shared_with
 from shardmix.methods import keep_first
@@ -326,7 +326,7 @@ def _parameters(plan: MergePlan) -> tuple[ParametersReport, ...]:
 
 def describe_merge(
     plan: MergePlan,
-    result: ExecutionResult,
+    result: MergeOutcome,
     *,
     warnings: tuple[str, ...],
     notes: tuple[str, ...],
@@ -353,32 +353,32 @@ def describe_merge(
         digest=plan.digest_algorithm,
         provenance_sha256=result.provenance_sha256,
         nonfinite=tuple(
-            NonfiniteReport(name, *result.findings.nonfinite[name])
-            for name in sorted(result.findings.nonfinite)
+            NonfiniteReport(name, *result.anomalies.nonfinite[name])
+            for name in sorted(result.anomalies.nonfinite)
         ),
         left_out=plan.left_out,
         warnings=(
             *plan.warnings,
             *warnings,
-            *_nonfinite_warnings(plan, result.findings),
-            *_disagreements(plan, result.findings),
+            *_nonfinite_warnings(plan, result.anomalies),
+            *_disagreements(plan, result.anomalies),
         ),
         notes=notes,
     )
 
 
-def _nonfinite_warnings(plan: MergePlan, findings: LeafAnomalies) -> Iterator[str]:
+def _nonfinite_warnings(plan: MergePlan, anomalies: LeafAnomalies) -> Iterator[str]:
     """Yield a warning for the first tensors with NaN or Inf: all of a model may have some."""
-    found = findings.nonfinite
+    found = anomalies.nonfinite
     for name in heapq.nsmallest(_MOST_NAMED, found):
         yield f"{name}: {nonfinite_finding(name, found[name], plan)}"
     if len(found) > _MOST_NAMED:
         yield f"{len(found) - _MOST_NAMED} more tensors hold NaN or Inf; --json lists them"
 
 
-def _disagreements(plan: MergePlan, findings: LeafAnomalies) -> Iterator[str]:
+def _disagreements(plan: MergePlan, anomalies: LeafAnomalies) -> Iterator[str]:
     """Yield a warning for the first integer tensors that differ between models."""
-    sources, found = [source.text for source in plan.sources], findings.disagreeing
+    sources, found = [source.text for source in plan.sources], anomalies.disagreeing
     for name in heapq.nsmallest(_MOST_NAMED, found):
         models = found[name]
         yield (

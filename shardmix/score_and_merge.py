@@ -31,8 +31,8 @@ from shardmix.scoring.report import OnScoreProgress, ScoreReport
 from shardmix.scoring.weights import compute_weights
 from shardmix.sources.base import Source
 from shardmix.sources.resolve import ResolvedSource
-from shardmix.system.digests import XXH3, file_digest
 from shardmix.system.files import open_regular
+from shardmix.system.hashing import XXH3, file_digest
 
 _MATTERS_NOT = ("device", "max_memory_nbytes", "max_vram_nbytes")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")  # of modules; the plan knows those it reads

@@ -19,9 +19,9 @@ import shardmix
 from shardmix.anomalies import LeafAnomalies
 from shardmix.compute.backend import load_backend
 from shardmix.errors import OutputError, SourceError
-from shardmix.execute.execution import Tally, execute
 from shardmix.execute.executor import Task, TaskResult
-from shardmix.execute.write import Written
+from shardmix.execute.merge import Tally, execute_plan
+from shardmix.execute.write_pass import Written
 from shardmix.output.journal import open_journal
 from shardmix.output.shard_writer import GrowingLeaves
 from shardmix.output.staging import open_staging
@@ -158,7 +158,7 @@ def test_recipe_and_sources_decide_bytes(tmp_path_factory, data):
             open_staging(tmp_path / "out", restart=True) as staging,
             closing(open_journal(staging.hidden, plan)) as journal,
         ):
-            execute(plan, load_backend(plan), staging, journal)
+            execute_plan(plan, load_backend(plan), staging, journal)
         assert folder_bytes(tmp_path / "out") == expected
 
 
@@ -379,8 +379,8 @@ def test_nan_and_inf_are_counted_by_tensor(tmp_path, backend, chunk_nbytes):
         open_staging(tmp_path / "out") as staging,
         closing(open_journal(staging.hidden, plan)) as journal,
     ):
-        result = execute(plan, load_backend(plan), staging, journal)
-    assert result.findings.nonfinite == {"t03": (1, 0, 0), "t07": (0, 2, 0), "t08": (1, 0, 0)}
+        result = execute_plan(plan, load_backend(plan), staging, journal)
+    assert result.anomalies.nonfinite == {"t03": (1, 0, 0), "t07": (0, 2, 0), "t08": (1, 0, 0)}
     report = shardmix.merge(models, tmp_path / "again")
     assert report.warnings[:3] == (
         "t03: 1 NaN in the merged tensor",
@@ -484,10 +484,10 @@ def test_anomaly_costs_the_same_late(tmp_path, monkeypatch):
     for number in range(100):
         counts = (CountedInt(1), CountedInt(0), CountedInt(0))
         for _ in range(2):
-            findings = LeafAnomalies(nonfinite={f"t{number}": counts})
-            tally.take(TaskResult(Task(0, 0, 1), 0, Written(findings)))
-            leaves.note(0, findings)
-    assert tally.findings.nonfinite == {f"t{number}": (2, 0, 0) for number in range(100)}
+            anomalies = LeafAnomalies(nonfinite={f"t{number}": counts})
+            tally.take(TaskResult(Task(0, 0, 1), 0, Written(anomalies)))
+            leaves.note(0, anomalies)
+    assert tally.anomalies.nonfinite == {f"t{number}": (2, 0, 0) for number in range(100)}
     assert CountedInt.additions <= 2 * 2 * 3 * 100
 
 

@@ -28,7 +28,7 @@ from benchmarks.lib.workspace import Workspace, parser
 from shardmix.compute import llvm_loops
 from shardmix.output import journal
 from shardmix.profiling.sampler import INTERVAL_SECONDS, memory_probe
-from shardmix.system import digests
+from shardmix.system import hashing
 from shardmix.system.timer import NO_CLOCK, READ, StageClock
 
 NO_HASHER = SimpleNamespace(update=lambda data: None, digest=lambda: bytes(16))
@@ -41,7 +41,7 @@ GUARDS = {
 
 
 def claim_nothing(
-    self: journal.Journal, shard: int, leaf: int, digest: bytes, findings: object
+    self: journal.Journal, shard: int, leaf: int, digest: bytes, anomalies: object
 ) -> None:
     """Keep what ends a file, and write no line."""
     self.leaves[shard].put(leaf, digest)
@@ -55,7 +55,7 @@ def nothing_safe() -> Iterator[None]:
         assert guarded in loop
         loop = loop.replace(guarded, unguarded)
     with (
-        mock.patch.object(digests, "_leaf_hasher", return_value=NO_HASHER),
+        mock.patch.object(hashing, "_leaf_hasher", return_value=NO_HASHER),
         mock.patch.object(journal.Journal, "add", claim_nothing),
         mock.patch.object(llvm_loops, "_LOOP_OF_PAIRS", loop),
     ):

@@ -40,7 +40,7 @@ main()
 NEARLY_ALL = 0.99
 """Of what the journal claims must be kept; the last leaf of a file is a short one."""
 LEAF_BYTES = 4 * 1024**2
-"""Bytes that one line of the journal claims (`system.digests`)."""
+"""Bytes that one line of the journal claims (`system.hashing`)."""
 LEAST_FREE_BYTES = 10 * 10**9
 """Of the disk; with less the rehearsal ends."""
 

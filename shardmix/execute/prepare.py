@@ -61,9 +61,9 @@ def _faster(
         return on_cpu, cpu_backend, (*notes, f"on the CPU, since on a GPU {error}")
     closed = replace(plan.settings, is_device_open=False)
     on_gpu = replace(plan, settings=closed, memory=trial_memory)
-    from shardmix.execute import calibrate
+    from shardmix.execute import calibrate_pass
 
-    (chosen, backend), note = calibrate.faster((on_cpu, cpu_backend), (on_gpu, backend))
+    (chosen, backend), note = calibrate_pass.faster((on_cpu, cpu_backend), (on_gpu, backend))
     memory = _memory(chosen)
     # The trial's memory is part of the process's peak as well.
     peak = max(memory.projected_peak_nbytes, trial_memory.projected_peak_nbytes)

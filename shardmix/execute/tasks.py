@@ -15,7 +15,7 @@ from shardmix.dtypes import element_nbytes
 from shardmix.execute.executor import Task
 from shardmix.plan.chunk_size import chunk_num_elements
 from shardmix.plan.merge_plan import MergePlan, OutputShard, Segment
-from shardmix.system.digests import LEAF_NBYTES, num_leaves
+from shardmix.system.hashing import LEAF_NBYTES, num_leaves
 
 
 class Tasks(Sequence[Task]):

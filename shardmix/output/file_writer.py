@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 from shardmix.errors import OutputError, writing_failed
-from shardmix.system.digests import read_range
 from shardmix.system.files import MAX_IO_NBYTES, start_writeback
+from shardmix.system.hashing import read_range
 from shardmix.system.held_folder import HeldFolder
 from shardmix.system.page_cache import DROPPED_AT_ONCE_NBYTES, drop_pages
 

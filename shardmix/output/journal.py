@@ -32,7 +32,7 @@ from shardmix.errors import OutputError, writing_failed
 from shardmix.methods import keep_first
 from shardmix.plan.identity import MergeDescription, asked_otherwise, changed_files
 from shardmix.plan.merge_plan import MergePlan
-from shardmix.system.digests import LEAF_NBYTES, LeafDigests, num_leaves
+from shardmix.system.hashing import LEAF_NBYTES, LeafDigests, num_leaves
 from shardmix.system.held_folder import HeldFolder
 
 JOURNAL_NAME = "journal"

@@ -29,8 +29,8 @@ from shardmix.plan.merge_plan import MergePlan, PlannedSource
 from shardmix.recipe import Recipe
 from shardmix.recipe.build import checked
 from shardmix.recipe.yaml_file import recipe_from_dict, recipe_to_dict
-from shardmix.system.digests import ALGORITHMS, LEAF_NBYTES, file_digest
 from shardmix.system.files import open_regular
+from shardmix.system.hashing import ALGORITHMS, LEAF_NBYTES, file_digest
 from shardmix.system.held_folder import HeldFolder
 
 PROVENANCE_NAME = "shardmix.json"

@@ -10,7 +10,7 @@ from shardmix.anomalies import NO_ANOMALIES, AnomalySum, LeafAnomalies
 from shardmix.output.file_writer import ShardWriter
 from shardmix.output.journal import Claims
 from shardmix.plan.merge_plan import MergePlan
-from shardmix.system.digests import LEAF_NBYTES, LeafHasher, file_hasher
+from shardmix.system.hashing import LEAF_NBYTES, LeafHasher, file_hasher
 from shardmix.system.held_folder import HeldFolder
 from shardmix.system.timer import DIGEST, FINISH, NO_CLOCK, OTHER, WRITE, Clock
 

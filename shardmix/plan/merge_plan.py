@@ -225,7 +225,7 @@ class MergePlan:
     parameters: tuple[Params, ...]
     """The method's parameters, each for tensors that share them; segments name theirs by index."""
     digest_algorithm: str
-    """Algorithm of the output files' digests: one of `digests.ALGORITHMS`."""
+    """Algorithm of the output files' digests: one of `hashing.ALGORITHMS`."""
     record_paths: bool
     """True if the output's provenance records the sources' paths on this machine."""
     output: str

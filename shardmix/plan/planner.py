@@ -58,7 +58,7 @@ from shardmix.sources.auxiliary_files import (
 from shardmix.sources.base import Source
 from shardmix.sources.checkpoint import CONFIG_NAME, read_config
 from shardmix.sources.identity import SourceFile
-from shardmix.system.digests import XXH3
+from shardmix.system.hashing import XXH3
 from shardmix.system.page_cache import plan_cache_use
 
 MEASURED_FROM_NBYTES = 200 * 10**9

@@ -14,7 +14,7 @@ from pathlib import Path
 from shardmix.conventions.module_tree import module_places, read_modules
 from shardmix.conventions.sentence_modules import MODULES_NAME
 from shardmix.errors import RecipeError, ShardmixError, SourceError
-from shardmix.execute.compare import compare
+from shardmix.execute.compare_pass import compare
 from shardmix.execute.prepare import ready
 from shardmix.execute.progress import OnProgress
 from shardmix.matching.differences import EVERYTHING

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from shardmix.conventions.file_kinds import is_auxiliary_file
 from shardmix.errors import RecipeError
-from shardmix.execute.digest import Digested, digest_job
+from shardmix.execute.digest_pass import Digested, digest_job
 from shardmix.execute.executor import TaskResult
+from shardmix.execute.jobs import run_job
 from shardmix.execute.progress import OnProgress, Teller
-from shardmix.execute.run import run_job
 from shardmix.output.provenance import (
     EDITED,
     NOT_DIGESTED,
@@ -25,7 +25,7 @@ from shardmix.output.provenance import (
     Provenance,
     read_provenance,
 )
-from shardmix.system.digests import check_algorithm
+from shardmix.system.hashing import check_algorithm
 from shardmix.system.memory import peak_resident_nbytes
 from shardmix.verification import recomputation
 from shardmix.verification.recomputation import places_given

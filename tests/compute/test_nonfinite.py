@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shardmix.compute.backend import NonfiniteCounts
 from shardmix.compute.keep_first import KeepFirst
-from shardmix.execute.write import nonfinite_finding
+from shardmix.execute.write_pass import nonfinite_finding
 from shardmix.methods import keep_first
 from shardmix.plan.memory_budget import VRAM_BUFFERS_PER_WORKER
 from shardmix.system.units import MIB

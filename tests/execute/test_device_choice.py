@@ -14,8 +14,8 @@ import shardmix
 from shardmix.compute.backend import load_backend
 from shardmix.compute.torch_cpu import CpuSum
 from shardmix.compute.torch_cuda import cuda_sums
-from shardmix.execute import calibrate, prepare
-from shardmix.execute.calibrate import faster, source_bytes_per_second
+from shardmix.execute import calibrate_pass, prepare
+from shardmix.execute.calibrate_pass import faster, source_bytes_per_second
 from shardmix.execute.tasks import merge_tasks
 from shardmix.options import RunSettings
 from shardmix.plan import memory_budget, planner
@@ -26,7 +26,7 @@ from shardmix.plan.memory_budget import (
     reserved_nbytes,
 )
 from shardmix.system import gpus
-from shardmix.system.digests import LEAF_NBYTES
+from shardmix.system.hashing import LEAF_NBYTES
 from shardmix.system.units import MIB
 from tests.plan.test_planner import all_segments, two_models
 from tests.support.models import save_model
@@ -204,8 +204,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(
         prepare, "load_backend", lambda plan: fake if plan.settings.on_cuda else real(plan)
     )
-    monkeypatch.setattr(calibrate, "TRIAL_SECONDS", 0.05)
-    monkeypatch.setattr(calibrate, "SOURCE_NBYTES", 4 * MIB)
+    monkeypatch.setattr(calibrate_pass, "TRIAL_SECONDS", 0.05)
+    monkeypatch.setattr(calibrate_pass, "SOURCE_NBYTES", 4 * MIB)
     return fake
 
 
@@ -214,7 +214,7 @@ def measured(monkeypatch, **rates):
         assert not plan.settings.is_device_open
         return rates[plan.settings.device]
 
-    monkeypatch.setattr(calibrate, "source_bytes_per_second", rate)
+    monkeypatch.setattr(calibrate_pass, "source_bytes_per_second", rate)
 
 
 def weights_of(folder):

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import pytest
 
 import shardmix
-from shardmix.execute.compare import compare_job
-from shardmix.execute.digest import digest_job
+from shardmix.execute.compare_pass import compare_job
+from shardmix.execute.digest_pass import digest_job
 from shardmix.execute.executor import Job, Task, TaskResult
 from shardmix.execute.tasks import Tasks, merge_tasks
-from shardmix.execute.threads import ThreadExecutor
-from shardmix.execute.write import write_job
+from shardmix.execute.thread_executor import ThreadExecutor
+from shardmix.execute.write_pass import write_job
 from shardmix.output.journal import open_journal
 from shardmix.output.staging import open_staging
-from shardmix.system.digests import LEAF_NBYTES, file_digest
+from shardmix.system.hashing import LEAF_NBYTES, file_digest
 from tests.support.cut_off import folder_bytes, large_models
 
 
@@ -149,7 +149,7 @@ def test_none_comes_first(executor):
 
 def test_none_comes_while_a_task_lasts(monkeypatch):
     """About ten times a second; of executors that wait for workers."""
-    monkeypatch.setattr("shardmix.execute.threads.WAIT_SECONDS", 0.001)
+    monkeypatch.setattr("shardmix.execute.thread_executor.WAIT_SECONDS", 0.001)
     enough = threading.Event()
     work = Noted(lambda task, is_stopped: enough.wait(60) and None)
     with closing(ThreadExecutor().run(Job(work, 1), TASKS[:1], threading.Event())) as results:

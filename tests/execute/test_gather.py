@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import shardmix
-from shardmix.execute import gather
+from shardmix.execute import gather_pass
 from shardmix.methods.statistics import GROUP_NUM_ELEMENTS, PIECE_NUM_ELEMENTS
 from shardmix.plan import memory_budget
 from shardmix.sources.readers import PreadReader
@@ -59,13 +59,13 @@ def small_chunks(monkeypatch):
 def gathered(monkeypatch):
     """The tasks of all gathering passes."""
     tasks = []
-    original = gather.gather_tasks
+    original = gather_pass.gather_tasks
 
     def spy(segments):
         tasks.extend(original(segments))
         return original(segments)
 
-    monkeypatch.setattr(gather, "gather_tasks", spy)
+    monkeypatch.setattr(gather_pass, "gather_tasks", spy)
     return tasks
 
 
@@ -115,7 +115,7 @@ def test_whole_tensors_are_read_once(models, tmp_path, monkeypatch, gathered):
 
 def interrupted(models, output, **options):
     """Stop a merge when all is merged but nothing in place."""
-    place = "shardmix.execute.execution.write_provenance"
+    place = "shardmix.execute.merge.write_provenance"
     with mock.patch(place, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         merge(models, output, **options)
     return output.parent / f".{output.name}.shardmix" / "journal"
@@ -157,7 +157,7 @@ def test_rest_of_a_tensor_is_merged_alike(models, tmp_path, monkeypatch):
     journal = interrupted(models, tmp_path / "out")
     lines = [line for line in journal.read_bytes().splitlines(True) if not line.startswith(b"[0,0")]
     journal.write_bytes(b"".join(lines))
-    monkeypatch.setattr(gather, "_is_read_whole", lambda *_: True)
+    monkeypatch.setattr(gather_pass, "_is_read_whole", lambda *_: True)
     report = merge(models, tmp_path / "out")
     assert 0 < report.bytes_kept < report.bytes_read + report.bytes_kept
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")

@@ -274,7 +274,7 @@ def test_anomalies_before_the_cut_are_told(tmp_path):
         shardmix.merge(models, tmp_path / "out2", on_nonfinite="error")
 
 
-def test_findings_of_a_leaf_merged_again(tmp_path, models, undisturbed):
+def test_anomalies_of_a_leaf_merged_again(tmp_path, models, undisturbed):
     """A leaf's last line counts: what an earlier one found in it is not told of the new bytes."""
     cut_off(models, tmp_path / "out", num_leaves=3)
     journal = staged(tmp_path) / "journal"

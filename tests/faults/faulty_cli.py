@@ -369,10 +369,10 @@ def serve(leaf_nbytes):
     """
     import torch
 
-    from shardmix.system import digests
+    from shardmix.system import hashing
 
     if leaf_nbytes:
-        digests.LEAF_NBYTES = leaf_nbytes  # before any module takes the figure from there
+        hashing.LEAF_NBYTES = leaf_nbytes  # before any module takes the figure from there
     # What a command loads late: who is not root may not be able to.
     import blake3  # noqa: F401
     import rich.console

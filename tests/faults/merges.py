@@ -212,7 +212,7 @@ class Wanted:
     """What an undisturbed merge has come to."""
 
     hashes: dict[str, str]
-    findings: dict[str, object]
+    anomalies: dict[str, object]
 
 
 class Merge:
@@ -281,10 +281,10 @@ class Merge:
                 return f"the output was whole, and then: {done}"
         elif done.status != 0:
             return f"cannot be finished: {done}"
-        elif self.wanted.findings != {
-            name: json.loads(done.stdout)[name] for name in self.wanted.findings
+        elif self.wanted.anomalies != {
+            name: json.loads(done.stdout)[name] for name in self.wanted.anomalies
         }:
-            return f"tells of other findings: {done.stdout}"
+            return f"tells of other anomalies: {done.stdout}"
         if self.found != NEW:
             return f"in the end there is {self.found}"
         return "the hidden folder is still there" if self.staging.exists() else ""
@@ -410,7 +410,7 @@ def _false_claims(lines: list[bytes]) -> bytes:
         json.dumps([shard, leaf, digest, []]).encode() + b"\n"
         for shard in range(4)
         for leaf in range(3)
-        if [shard, leaf] != last[:2]  # whose claim would be true, and only its findings lost
+        if [shard, leaf] != last[:2]  # whose claim would be true, and only its anomalies lost
     )
 
 

@@ -82,7 +82,7 @@ def test_repeated_kills_leave_no_trace(bench, variation, changes):
         killed(merge, Fault(at=at, chunk_nbytes=chunk_nbytes), **changes)
         claims.append(merge.num_claims)
     assert 0 < claims[0] <= claims[1] <= claims[2]
-    assert bench.wanted(variation).findings["nonfinite"]
+    assert bench.wanted(variation).anomalies["nonfinite"]
     assert merge.trouble_after_end() == ""
 
 

@@ -104,7 +104,7 @@ def test_merge_cut_off_in_flight_resumes(tmp_path, simulated, monkeypatch):
         if event.num_bytes_done > half:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("shardmix.execute.threads.WAIT_SECONDS", 0.001)
+    monkeypatch.setattr("shardmix.execute.thread_executor.WAIT_SECONDS", 0.001)
     with pytest.raises(KeyboardInterrupt, match="are done and kept"):
         shardmix.merge(models, on_progress=interrupt, **options)
     report = shardmix.merge(models, **options)

@@ -147,7 +147,7 @@ def test_resume_stays_projected(large_models, tmp_path):
     words = json.dumps({str(a): 0.5, str(b): 0.5})
     cut_off = (
         "import json, sys, shardmix\nfrom unittest import mock\n"
-        "interrupt = mock.patch('shardmix.execute.execution.write_provenance', "
+        "interrupt = mock.patch('shardmix.execute.merge.write_provenance', "
         "side_effect=KeyboardInterrupt)\n"
         "with interrupt:\n"
         "    try: shardmix.merge(json.loads(sys.argv[1]), sys.argv[2], fsync=False)\n"

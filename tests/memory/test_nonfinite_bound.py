@@ -29,7 +29,7 @@ CUT_OFF = """
 import sys, shardmix
 from unittest import mock
 models = {sys.argv[1]: 0.5, sys.argv[2]: 0.5}
-with mock.patch("shardmix.execute.execution.write_provenance", side_effect=KeyboardInterrupt):
+with mock.patch("shardmix.execute.merge.write_provenance", side_effect=KeyboardInterrupt):
     try: shardmix.merge(models, sys.argv[3], fsync=False)
     except KeyboardInterrupt as error: print(error)
 """

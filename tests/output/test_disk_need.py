@@ -162,7 +162,7 @@ def test_anomalies_without_room_end_early(tmp_path):
         assert len(report.nonfinite) == 2000
 
 
-def test_findings_with_room_end_no_merge(tmp_path):
+def test_anomalies_with_room_end_no_merge(tmp_path):
     models = nan_models(tmp_path)
     told = shardmix.plan_merge(models, tmp_path / "out").disk_needed_nbytes
     with disk_or_skip(tmp_path / "disk", told + 600_000) as place:
@@ -170,7 +170,7 @@ def test_findings_with_room_end_no_merge(tmp_path):
     assert len(report.nonfinite) == 2000
 
 
-def test_room_for_findings_is_looked_for(tmp_path, monkeypatch):
+def test_room_for_anomalies_is_looked_for(tmp_path, monkeypatch):
     """As above, for those who may not mount a disk."""
     models = nan_models(tmp_path)
     needs = []
@@ -197,7 +197,7 @@ def test_finite_models_are_looked_at_once(tmp_path, monkeypatch):
 
 def test_a_tensor_is_counted_once(tmp_path, monkeypatch):
     """However many chunks of it hold NaN."""
-    monkeypatch.setattr("shardmix.execute.execution._MANY", 2)
+    monkeypatch.setattr("shardmix.execute.merge._MANY", 2)
     monkeypatch.setattr("shardmix.output.disk_need.check_disk", None)
     tensors = {"w": torch.full((3_000_000,), float("nan"))}
     models = [(save_model(tmp_path / name, tensors), 0.5) for name in "ab"]
@@ -236,7 +236,7 @@ def test_a_journal_is_as_long_as_foretold(tmp_path, digest):
     models = large_models(tmp_path)  # whose integers differ
     plan = shardmix.plan_merge(models, tmp_path / "out", digest=digest)
     with (
-        mock.patch("shardmix.execute.execution.write_provenance", side_effect=KeyboardInterrupt),
+        mock.patch("shardmix.execute.merge.write_provenance", side_effect=KeyboardInterrupt),
         pytest.raises(KeyboardInterrupt),
     ):
         shardmix.merge(models, tmp_path / "out", digest=digest)

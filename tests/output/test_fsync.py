@@ -5,7 +5,7 @@ import os
 import pytest
 
 import shardmix
-from shardmix.execute import execution
+from shardmix.execute import merge
 from shardmix.system.held_folder import HeldFolder
 from tests.support.cut_off import large_models
 
@@ -49,13 +49,13 @@ def test_files_and_folders_before_the_rename(tmp_path, synced, before_rename):
 
 def test_a_finished_shard_is_forced_at_once(tmp_path, synced, monkeypatch):
     """Not all of them at the end, which no signal interrupts."""
-    write_provenance, found = execution.write_provenance, []
+    write_provenance, found = merge.write_provenance, []
 
     def noted(*args, **options):
         found.extend(synced)
         return write_provenance(*args, **options)
 
-    monkeypatch.setattr(execution, "write_provenance", noted)
+    monkeypatch.setattr(merge, "write_provenance", noted)
     shardmix.merge(large_models(tmp_path), tmp_path / "out")
     shards = {path.stat().st_ino for path in (tmp_path / "out").glob("*.safetensors")}
     assert len(shards) == 2

@@ -8,7 +8,7 @@ import pytest
 
 import shardmix
 from shardmix.errors import OutputError, RecipeError
-from shardmix.execute.threads import TaskQueue
+from shardmix.execute.thread_executor import TaskQueue
 from shardmix.output.journal import Journal
 from shardmix.profiling import recorder
 from shardmix.profiling.profile import Profile

@@ -178,7 +178,7 @@ def test_any_revision_merges_with_a_folder(
 CUT_OFF = """
 import json, sys, shardmix
 from unittest import mock
-with mock.patch("shardmix.execute.execution.write_provenance", side_effect=KeyboardInterrupt):
+with mock.patch("shardmix.execute.merge.write_provenance", side_effect=KeyboardInterrupt):
     try: shardmix.merge(json.loads(sys.argv[1]), sys.argv[2], fsync=False)
     except KeyboardInterrupt as error: print(error)
 """

@@ -8,7 +8,7 @@ import pytest
 
 import shardmix
 from shardmix.errors import OutputError, SourceChangedError, SourceError
-from shardmix.execute import compare, execution, run
+from shardmix.execute import compare_pass, jobs, merge
 from shardmix.sources.identity import FileStamp, SourceFile, SourceIdentity
 from tests.support.cut_off import cut_off, folder_bytes, large_models
 
@@ -114,13 +114,13 @@ def test_during_a_merge_a_touch_is_none(tmp_path, models, change, monkeypatch):
     path = models[1][0] / NAME
     note, events = changing(lambda: times_kept(path, change))
     passes = []
-    run_job = run.run_job
+    run_job = jobs.run_job
 
     def counted(*args, **options):
         passes.append(1)
         run_job(*args, **options)
 
-    for module in (execution, compare):
+    for module in (merge, compare_pass):
         monkeypatch.setattr(module, "run_job", counted)
     shardmix.merge(models, tmp_path / "out", on_progress=note)
     assert len(passes) == (2 if change in (chmod_in_vain, restore) else 1)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import shardmix
 from shardmix.errors import RecipeError, SourceError
-from shardmix.system.digests import file_digest
+from shardmix.system.hashing import file_digest
 from tests.support.models import random_model, save_model
 from tests.support.sealed import edit_provenance
 

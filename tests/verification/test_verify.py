@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import shardmix
 from shardmix.errors import MergeCancelled, RecipeError, SourceError
-from shardmix.system.digests import file_digest
+from shardmix.system.hashing import file_digest
 from tests.support.cut_off import cut_off, folder_bytes, large_models
 from tests.support.models import random_model, save_model
 from tests.support.sealed import edit_provenance

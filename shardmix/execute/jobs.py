@@ -11,7 +11,7 @@ from contextlib import closing
 from shardmix.errors import MergeCancelled
 from shardmix.execute.executor import Executor, Job, T, Task, TaskResult
 from shardmix.execute.progress import OnProgress, ProgressEvent
-from shardmix.execute.threads import ThreadExecutor
+from shardmix.execute.thread_executor import ThreadExecutor
 from shardmix.system.memory import resident_nbytes
 
 

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from shardmix.compute.widened import widened
 from shardmix.dtypes import element_nbytes
 from shardmix.execute.executor import IsStopped, Job, Task, TaskResult
+from shardmix.execute.jobs import run_job
 from shardmix.execute.progress import OnProgress
-from shardmix.execute.run import run_job
 from shardmix.execute.tasks import Chunk, leaves_per_task
 from shardmix.methods import keep_first
 from shardmix.methods.registry import merge_method
@@ -33,7 +33,7 @@ from shardmix.plan.chunk_size import chunk_num_elements
 from shardmix.plan.merge_plan import MergePlan, Segment
 from shardmix.sources.readers import Reader, open_reader
 from shardmix.system.buffers import buffer_for_reading
-from shardmix.system.digests import LEAF_NBYTES
+from shardmix.system.hashing import LEAF_NBYTES
 
 Values = npt.NDArray[np.float64]
 

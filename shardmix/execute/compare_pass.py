@@ -12,21 +12,21 @@ import numpy.typing as npt
 
 from shardmix.anomalies import LeafAnomalies
 from shardmix.compute.backend import Backend
+from shardmix.execute.chunk_merger import ChunkMerger, Merging, merging
 from shardmix.execute.executor import IsStopped, Job, Task, TaskResult
-from shardmix.execute.merging import ChunkMerger, Merging, merging
+from shardmix.execute.jobs import run_job
 from shardmix.execute.progress import OnProgress
-from shardmix.execute.run import run_job
 from shardmix.execute.shared_files import SharedFiles
 from shardmix.execute.tasks import TensorRanges, merge_tasks
 from shardmix.plan.merge_plan import MergePlan, OutputShard
 from shardmix.system.buffers import buffer_for_reading
-from shardmix.system.digests import READ_NBYTES, num_leaves, read_range
 from shardmix.system.files import open_regular
+from shardmix.system.hashing import READ_NBYTES, num_leaves, read_range
 from shardmix.system.held_folder import HeldFolder
 from shardmix.system.page_cache import PassedRanges
 
 if TYPE_CHECKING:
-    from shardmix.execute.gather import TensorStatistics
+    from shardmix.execute.gather_pass import TensorStatistics
 
 
 class Differences:
@@ -257,7 +257,7 @@ def compare(
     differences = Differences()
     statistics: Mapping[str, TensorStatistics] = {}
     if plan.gathering is not None:
-        from shardmix.execute.gather import Unkept, gather_statistics
+        from shardmix.execute.gather_pass import Unkept, gather_statistics
 
         known = Unkept()
         gather_statistics(plan, known, on_progress, cancel)

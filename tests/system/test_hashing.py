@@ -2,7 +2,7 @@
 
 import pytest
 
-from shardmix.system.digests import LEAF_NBYTES, LeafDigests
+from shardmix.system.hashing import LEAF_NBYTES, LeafDigests
 
 
 @pytest.mark.parametrize(("algorithm", "nbytes"), [("xxh3", 16), ("sha256", 16)])

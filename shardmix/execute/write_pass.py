@@ -12,8 +12,8 @@ from typing import NamedTuple
 from shardmix.anomalies import NO_ANOMALIES, AnomalySum, LeafAnomalies
 from shardmix.compute.backend import Backend
 from shardmix.errors import NonfiniteError
+from shardmix.execute.chunk_merger import ChunkMerger, Merging, merging
 from shardmix.execute.executor import IsStopped, Job, Task, TaskResult
-from shardmix.execute.merging import ChunkMerger, Merging, merging
 from shardmix.execute.shared_files import SharedFiles
 from shardmix.execute.tasks import TensorRanges
 from shardmix.options import ERROR
@@ -21,7 +21,7 @@ from shardmix.output.journal import Claim, Claims
 from shardmix.output.shard_writer import GrowingLeaves, GrowingShard
 from shardmix.plan.merge_plan import MergePlan
 from shardmix.system.buffers import buffer_for_reading
-from shardmix.system.digests import READ_NBYTES, is_sequential, num_leaves
+from shardmix.system.hashing import READ_NBYTES, is_sequential, num_leaves
 from shardmix.system.held_folder import HeldFolder, open_folder
 from shardmix.system.timer import NO_CLOCK, Clock
 

@@ -1,4 +1,4 @@
-"""Carries a `MergePlan` out, pass by pass, and renames the output.
+"""Carries a `MergePlan` out: its passes in order, then the rename of the output.
 
 Decides nothing about the output: names, offsets and chunk size are the plan's. Prints nothing.
 """
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from shardmix.anomalies import AnomalySum, LeafAnomalies
 from shardmix.compute.backend import Backend
 from shardmix.execute.executor import TaskResult
+from shardmix.execute.jobs import run_job
 from shardmix.execute.progress import OnProgress, Teller
-from shardmix.execute.run import run_job
 from shardmix.execute.tasks import merge_tasks
-from shardmix.execute.write import Written, write_job
+from shardmix.execute.write_pass import Written, write_job
 from shardmix.output.disk_need import AnomalyRoom
 from shardmix.output.journal import Claims, Journal
 from shardmix.output.model_folder import write_all_but_weights
@@ -30,7 +30,7 @@ _MANY = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class ExecutionResult:
+class MergeOutcome:
     """The cost and anomalies of a plan that was carried out."""
 
     seconds: float
@@ -41,7 +41,7 @@ class ExecutionResult:
     """Peak GPU memory that torch had reserved; 0 on the CPU."""
     num_bytes_kept: int
     """Source bytes not read, since an earlier merge had written their part of the output."""
-    findings: LeafAnomalies
+    anomalies: LeafAnomalies
     """NaN and Inf in the output, and integer tensors that differ between models."""
     provenance_sha256: str
     """SHA-256 (hex) of the output's shardmix.json."""
@@ -88,12 +88,12 @@ class Tally:
             self._on_many_anomalies(many)
 
     @property
-    def findings(self) -> LeafAnomalies:
+    def anomalies(self) -> LeafAnomalies:
         """Anomalies so far."""
         return self._anomalies.total()
 
 
-def execute(
+def execute_plan(
     plan: MergePlan,
     backend: Backend,
     staging: Staging,
@@ -102,7 +102,7 @@ def execute(
     on_progress: OnProgress | None = None,
     cancel: threading.Event | None = None,
     clock: Clock = NO_CLOCK,
-) -> ExecutionResult:
+) -> MergeOutcome:
     """Carry out a plan on its loaded backend. The output appears as the last step, or not at all.
 
     Goes on from the journal's claims and the staging folder's files. After an error, and after
@@ -121,7 +121,7 @@ def execute(
     tally = Tally(plan, journal, on_many_anomalies=AnomalyRoom(plan, staging).check)
     teller = Teller(on_progress) if on_progress is not None else None
     if plan.gathering is not None:
-        from shardmix.execute.gather import gather_statistics
+        from shardmix.execute.gather_pass import gather_statistics
 
         gather_statistics(plan, journal, teller, cancel)
     run_job(
@@ -134,21 +134,21 @@ def execute(
         cancel=cancel,
         meanwhile=lambda: write_all_but_weights(plan, folder),
     )
-    findings = tally.findings
+    anomalies = tally.anomalies
     sha256 = write_provenance(
-        plan, folder, tally.file_digests, findings, plan_digest=journal.plan_digest
+        plan, folder, tally.file_digests, anomalies, plan_digest=journal.plan_digest
     )
     _check_sources(plan, backend, folder, teller, cancel)
     staging.place(overwrite=settings.overwrite, fsync=settings.fsync)
     seconds = time.perf_counter() - started
     if teller is not None:
         teller.end()
-    return ExecutionResult(
+    return MergeOutcome(
         seconds=seconds,
         peak_resident_nbytes=peak_resident_nbytes(),
         peak_vram_nbytes=backend.peak_vram_nbytes(),
         num_bytes_kept=tally.num_bytes_kept,
-        findings=findings,
+        anomalies=anomalies,
         provenance_sha256=sha256,
     )
 
@@ -170,7 +170,7 @@ def _check_sources(
     path = _written_since(now, [source.identity for source in plan.sources])
     if path is None:
         return
-    from shardmix.execute.compare import compare  # hardly a merge comes here
+    from shardmix.execute.compare_pass import compare  # hardly a merge comes here
 
     differences = compare(plan, backend, folder, on_progress, cancel)
     _check_unchanged(plan)

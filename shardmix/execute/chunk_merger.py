@@ -18,12 +18,12 @@ from shardmix.execute.tasks import Chunk, TensorRanges, chunks
 from shardmix.methods.registry import merge_method
 from shardmix.plan.merge_plan import MergePlan, Segment
 from shardmix.sources.readers import Reader, open_reader
-from shardmix.system.digests import LEAF_NBYTES
+from shardmix.system.hashing import LEAF_NBYTES
 from shardmix.system.page_cache import PassedRanges
 from shardmix.system.timer import NO_CLOCK, OTHER, READ, REDUCE, Clock
 
 if TYPE_CHECKING:
-    from shardmix.execute.gather import TensorStatistics, WholeTensors
+    from shardmix.execute.gather_pass import TensorStatistics, WholeTensors
 
 
 class LeafTarget(Protocol):
@@ -109,10 +109,12 @@ class ChunkMerger:
         self._plan = plan
         self._tensors: WholeTensors | None = None
         if plan.gathering is not None:
-            from shardmix.execute import gather
+            from shardmix.execute import gather_pass
 
             num_sources = plan.gathering.num_sources
-            self._tensors = gather.WholeTensors(plan, reader, statistics, num_sources=num_sources)
+            self._tensors = gather_pass.WholeTensors(
+                plan, reader, statistics, num_sources=num_sources
+            )
         self._num_files = len(plan.files)
         self._chunk_nbytes = plan.memory.chunk_nbytes
         self._lanes = lanes

@@ -13,14 +13,14 @@ from shardmix.execute.shared_files import SharedFiles
 from shardmix.execute.tasks import Tasks
 from shardmix.plan.memory_budget import default_workers
 from shardmix.system.buffers import buffer_for_reading
-from shardmix.system.digests import (
+from shardmix.system.files import open_regular, refuse_link_outside
+from shardmix.system.hashing import (
     LEAF_NBYTES,
     READ_NBYTES,
     FileDigest,
     is_sequential,
     num_leaves,
 )
-from shardmix.system.files import open_regular, refuse_link_outside
 from shardmix.system.page_cache import PassedRanges, plan_cache_use
 
 _LEAVES_PER_TASK = 4
@@ -59,7 +59,7 @@ class Digest:
     files: tuple[ExpectedFile, ...]
     """The files; tasks name them by index."""
     algorithm: str
-    """One of `digests.ALGORITHMS`."""
+    """One of `hashing.ALGORITHMS`."""
     keep_cached: bool
     """True if the files' pages may stay in the system's page cache."""
 
@@ -78,7 +78,7 @@ def digest_job(
     Args:
         folder: the folder that they are in.
         file_nbytes: name of each file, with `/` → the size that it must have.
-        algorithm: one of `digests.ALGORITHMS`.
+        algorithm: one of `hashing.ALGORITHMS`.
     """
     # A hostile record may name any size, so a missing file has no tasks.
     files = tuple(

@@ -20,10 +20,10 @@ from shardmix.anomalies import LeafAnomalies
 from shardmix.compute.backend import Backend
 from shardmix.dtypes import element_nbytes
 from shardmix.errors import DeviceError, one_line
+from shardmix.execute.chunk_merger import ChunkMerger, Merging, merging
 from shardmix.execute.executor import IsStopped, Job, Task, TaskResult
-from shardmix.execute.merging import ChunkMerger, Merging, merging
 from shardmix.execute.tasks import TensorRanges, merge_tasks
-from shardmix.execute.threads import ThreadExecutor
+from shardmix.execute.thread_executor import ThreadExecutor
 from shardmix.methods import keep_first
 from shardmix.plan.chunk_size import VECTOR
 from shardmix.plan.merge_plan import (
