@@ -74,7 +74,7 @@ def describe_model(checkpoint: Source) -> ModelReport:
     """Return the report of a checkpoint."""
     parts = checkpoint.parts
     tensors = tuple(
-        replace(tensor, name=f"{part.place}/{tensor.name}") if part.place else tensor
+        replace(tensor, name=f"{part.subfolder}/{tensor.name}") if part.subfolder else tensor
         for part in parts
         for tensor in part.tensors
     )
@@ -84,12 +84,12 @@ def describe_model(checkpoint: Source) -> ModelReport:
     tied = {
         f"{prefix}{absent}": f"{prefix}{stored}"
         for part in parts
-        for prefix in (f"{part.place}/" if part.place else "",)
+        for prefix in (f"{part.subfolder}/" if part.subfolder else "",)
         for absent, stored in _tied(part).items()
     }
     return ModelReport(
         source=checkpoint.source,
-        path=str(_place(checkpoint)),
+        path=str(_location(checkpoint)),
         num_tensors=len(tensors),
         num_parameters=sum(dtypes.values()),
         bytes=sum(file.nbytes for part in parts for file in part.identity.files),
@@ -111,7 +111,7 @@ def describe_model(checkpoint: Source) -> ModelReport:
     )
 
 
-def _place(source: Source) -> Path:
+def _location(source: Source) -> Path:
     """Return what a model is on the disk: its folder, or its one file."""
     return source.root / source.identity.files[0].name if source.is_single_file else source.root
 

@@ -37,7 +37,7 @@ _KINDS = {"MLMTransformer": "Transformer", "Asym": "Router"}
 class Module:
     """One module: a step from text to vector."""
 
-    place: str
+    subfolder: str
     """Its folder within the model's, with `/`; empty for the model's folder itself."""
     kind: str
     """Its class, without the package: Transformer, Pooling, Dense, ..."""
@@ -61,14 +61,14 @@ def read_modules(folder: Path) -> tuple[Module, ...]:
     content = read_json(path, expected=list)
     listed = []
     for module in content:
-        place = module.get("path") if isinstance(module, dict) else None
-        if not isinstance(place, str):
+        subfolder = module.get("path") if isinstance(module, dict) else None
+        if not isinstance(subfolder, str):
             raise SourceError(
                 "has a module without a path; it must name a folder",
                 subject=path,
                 remedy="fetch it again",
             )
-        listed.append((_place(path, "", place), module.get("type")))
+        listed.append((_subfolder(path, "", subfolder), module.get("type")))
     walk = _Walk(folder)
     walk.add(listed, route="")
     return tuple(walk.modules.values())
@@ -79,14 +79,14 @@ def config_names(module: Module) -> tuple[str, ...]:
     return _CONFIG_NAMES.get(module.kind, ("config.json",))
 
 
-def module_places(modules: Iterable[Module]) -> tuple[str, ...]:
+def module_subfolders(modules: Iterable[Module]) -> tuple[str, ...]:
     """Return the folders of modules below the model's own, each once."""
-    return tuple(dict.fromkeys(module.place for module in modules if module.place))
+    return tuple(dict.fromkeys(module.subfolder for module in modules if module.subfolder))
 
 
-def inner_path(place: str, name: str) -> str:
+def inner_path(subfolder: str, name: str) -> str:
     """Return the path within the model of a file in a module's folder ("": the model's own)."""
-    return f"{place}/{name}" if place else name
+    return f"{subfolder}/{name}" if subfolder else name
 
 
 class _Walk:
@@ -101,7 +101,7 @@ class _Walk:
 
     def add(self, listed: Iterable[tuple[str, Any]], *, route: str) -> None:
         """Add modules, given by folder and class, and after a Router those of its routes."""
-        for place, class_name in listed:
+        for subfolder, class_name in listed:
             self._num_named += 1
             if self._num_named > _MOST_MODULES or route.count("/") > _MOST_NESTED:
                 raise SourceError(
@@ -112,22 +112,25 @@ class _Walk:
                 )
             name = str(class_name).rpartition(".")[2] if class_name else ""
             kind = _KINDS.get(name, name)
-            if (place, kind) in self.modules:
+            if (subfolder, kind) in self.modules:
                 continue
             self._counts[route + kind] += 1
             key = f"{route}{kind} {self._counts[route + kind]}"
-            self.modules[place, kind] = Module(place, kind, key, str(class_name or ""))
+            self.modules[subfolder, kind] = Module(subfolder, kind, key, str(class_name or ""))
             if kind == "Router":
-                path, structure, types = _routes(self._folder, place)
+                path, structure, types = _routes(self._folder, subfolder)
                 for own, members in structure.items():
-                    inner = [(_place(path, place, member), types.get(member)) for member in members]
+                    inner = [
+                        (_subfolder(path, subfolder, member), types.get(member))
+                        for member in members
+                    ]
                     self.add(inner, route=f"{route}{own}/")
 
 
-def _routes(folder: Path, place: str) -> tuple[Path, dict[str, list[str]], dict[str, Any]]:
+def _routes(folder: Path, subfolder: str) -> tuple[Path, dict[str, list[str]], dict[str, Any]]:
     """Return a Router's config file, route → modules by folder, and folder → class."""
     for name in ROUTER_CONFIGS:
-        path = folder / place / name
+        path = folder / subfolder / name
         if not os.path.lexists(path):
             continue
         refuse_link_outside(folder, path)
@@ -146,12 +149,12 @@ def _routes(folder: Path, place: str) -> tuple[Path, dict[str, list[str]], dict[
     raise SourceError(
         "a Router needs it, since it names the modules of each route, and it is missing or names "
         "none",
-        subject=folder / place / ROUTER_CONFIGS[0],
+        subject=folder / subfolder / ROUTER_CONFIGS[0],
         remedy="fetch the model again",
     )
 
 
-def _place(path: Path, parent: str, name: str) -> str:
+def _subfolder(path: Path, parent: str, name: str) -> str:
     """Return a module's folder within the model's; raise `SourceError` if it lies outside."""
     relative = PurePosixPath(parent, name)
     finding = file_name_finding(name) if PurePosixPath(name).parts else None

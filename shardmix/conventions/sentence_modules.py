@@ -94,11 +94,11 @@ def sentence_modules(config: Mapping[str, Any], pooling: str) -> dict[str, Any]:
     }
 
 
-def moved_to_root(modules: list[Any], place: str) -> list[Any]:
+def moved_to_root(modules: list[Any], subfolder: str) -> list[Any]:
     """Return the content of a modules.json with one module moved to the model's own folder."""
     return [
         module | {"path": ""}
-        if isinstance(module, dict) and module.get("path") == place
+        if isinstance(module, dict) and module.get("path") == subfolder
         else module
         for module in modules
     ]

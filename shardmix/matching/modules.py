@@ -15,7 +15,7 @@ from shardmix.formats.strict_json import MAX_JSON_NBYTES, read_json
 from shardmix.matching.differences import Difference, shown_value
 from shardmix.matching.parts import match_parts
 from shardmix.sources.base import Source
-from shardmix.sources.checkpoint import main_place
+from shardmix.sources.checkpoint import main_subfolder
 from shardmix.system.files import refuse_link_outside, same_content
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz")
@@ -95,7 +95,7 @@ def module_differences(
     giver, *others = modular
     for other in others:
         yield from _compared(giver, other, pooling)
-    merged = {module.place for module in giver.modules if _has_merged_weights(giver, module)}
+    merged = {module.subfolder for module in giver.modules if _has_merged_weights(giver, module)}
     told = {part.key for part in match_parts(checkpoints).unmatched}
     yield from _unmerged_weights(giver, models, merged, told)
 
@@ -120,7 +120,7 @@ def _weights_of_some(checkpoints: Sequence[Source]) -> Iterator[Difference]:
             )
         yield Difference(
             MODULES_NAME,
-            f"{', '.join(f'{part.place}/' for part in mine)}: holds safetensors weights in "
+            f"{', '.join(f'{part.subfolder}/' for part in mine)}: holds safetensors weights in "
             f"{checkpoint.source}, and {lack}",
             "they are not merged",
             is_refused=True,
@@ -130,10 +130,10 @@ def _weights_of_some(checkpoints: Sequence[Source]) -> Iterator[Difference]:
 def _pickled(checkpoint: Source, keys: Collection[str]) -> Iterator[str]:
     """Yield the files with weights of a model's modules that are not in safetensors."""
     for module in checkpoint.modules:
-        if module.key in keys and module.place:
-            for name in _names_in(checkpoint.root, module.place):
+        if module.key in keys and module.subfolder:
+            for name in _names_in(checkpoint.root, module.subfolder):
                 if name.endswith(_WEIGHTS) and not name.endswith(".safetensors"):
-                    yield inner_path(module.place, name)
+                    yield inner_path(module.subfolder, name)
 
 
 def _weights_of_config_source(
@@ -141,14 +141,14 @@ def _weights_of_config_source(
 ) -> Iterator[Difference]:
     """Find modules of the config source whose weights no model has: they would not be a mean."""
     merged = {part.key for part in checkpoints[0].parts}
-    main = main_place(config_source.root, config_source.modules)
+    main = main_subfolder(config_source.root, config_source.modules)
     for module in config_source.modules:
-        if module.place in ("", main) or module.key in merged:
+        if module.subfolder in ("", main) or module.key in merged:
             continue
-        if any(name.endswith(_WEIGHTS) for name in _names_in(config_source.root, module.place)):
+        if any(name.endswith(_WEIGHTS) for name in _names_in(config_source.root, module.subfolder)):
             yield Difference(
                 MODULES_NAME,
-                f"{module.place}/: has weights in {config_source.name}, and "
+                f"{module.subfolder}/: has weights in {config_source.name}, and "
                 f"{checkpoints[0].source} has no "
                 "such module, or is only a file (then name its folder)",
                 f"the output takes {config_source.name}'s",
@@ -216,8 +216,8 @@ def _module_configs(
     """Compare the configs of two models' corresponding modules."""
     if mine.kind == "WordEmbeddings":
         yield from _vocabularies(giver, mine, other, theirs)
-    name = _first_of(giver.root, mine.place, config_names(mine))
-    other_name = _first_of(other.root, theirs.place, config_names(theirs))
+    name = _first_of(giver.root, mine.subfolder, config_names(mine))
+    other_name = _first_of(other.root, theirs.subfolder, config_names(theirs))
     if mine.kind == "Transformer" and name and other_name:
         yield from _lengths(giver, mine, name, other, theirs, other_name)
     if not (name and other_name) or _same_bytes(giver.root, name, other.root, other_name):
@@ -240,7 +240,7 @@ def _lengths(
     for model, module, config in ((giver, mine, name), (other, theirs, its_name)):
         length = (_read(model.root, config) or {}).get(_LENGTH)
         if length is None:
-            tokenizer = _read(model.root, inner_path(module.place, _TOKENIZER_CONFIG)) or {}
+            tokenizer = _read(model.root, inner_path(module.subfolder, _TOKENIZER_CONFIG)) or {}
             length = tokenizer.get("model_max_length")
         is_length = isinstance(length, int) and 0 < length < _NO_LENGTH
         values.append({_LENGTH: length} if is_length else {})
@@ -251,8 +251,8 @@ def _vocabularies(
     giver: ModularModel, mine: Module, other: ModularModel, theirs: Module
 ) -> Iterator[Difference]:
     """Compare the words that rows of two models' embeddings stand for."""
-    for name in _names_in(giver.root, mine.place):
-        inner, other_inner = inner_path(mine.place, name), inner_path(theirs.place, name)
+    for name in _names_in(giver.root, mine.subfolder):
+        inner, other_inner = inner_path(mine.subfolder, name), inner_path(theirs.subfolder, name)
         is_vocabulary = name.endswith(_VOCABULARY_ENDING)
         if is_vocabulary and not _same_bytes(giver.root, inner, other.root, other_inner):
             yield _other_file(inner, giver, other)
@@ -315,10 +315,10 @@ def _value(
     )
 
 
-def _first_of(root: Path, place: str, names: Sequence[str]) -> str | None:
+def _first_of(root: Path, subfolder: str, names: Sequence[str]) -> str | None:
     """Return the first existing file of a module's folder, by path within the model's, or None."""
     for name in names:
-        inner = inner_path(place, name)
+        inner = inner_path(subfolder, name)
         if os.path.lexists(root / inner):
             return inner
     return None
@@ -337,7 +337,7 @@ def _read(root: Path, name: str) -> dict[str, Any] | None:
 
 
 def _has_merged_weights(model: ModularModel, module: Module) -> bool:
-    names = _names_in(model.root, module.place)
+    names = _names_in(model.root, module.subfolder)
     return any(name in ("model.safetensors", "model.safetensors.index.json") for name in names)
 
 
@@ -350,12 +350,12 @@ def _unmerged_weights(
     models have.
     """
     for module in giver.modules:
-        if not module.place or module.place in merged or module.key in told:
+        if not module.subfolder or module.subfolder in merged or module.key in told:
             continue
-        for name in _names_in(giver.root, module.place):
+        for name in _names_in(giver.root, module.subfolder):
             if not name.endswith(_WEIGHTS):
                 continue
-            inner = inner_path(module.place, name)
+            inner = inner_path(module.subfolder, name)
             others = [
                 other.name
                 for other in models
@@ -374,18 +374,18 @@ def _unmerged_weights(
 
 def _has_same_file(giver: ModularModel, other: ModularModel, module: Module, name: str) -> bool:
     """Return True if another model has the same bytes in a file of the corresponding module."""
-    place = next((each.place for each in other.modules if each.key == module.key), None)
-    if place is None:
+    subfolder = next((each.subfolder for each in other.modules if each.key == module.key), None)
+    if subfolder is None:
         return False
     return _same_bytes(
-        giver.root, inner_path(module.place, name), other.root, inner_path(place, name)
+        giver.root, inner_path(module.subfolder, name), other.root, inner_path(subfolder, name)
     )
 
 
-def _names_in(root: Path, place: str) -> list[str]:
-    refuse_link_outside(root, root / place)
+def _names_in(root: Path, subfolder: str) -> list[str]:
+    refuse_link_outside(root, root / subfolder)
     try:
-        return sorted(path.name for path in (root / place).iterdir())
+        return sorted(path.name for path in (root / subfolder).iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from shardmix.conventions.file_kinds import has_given_name
-from shardmix.conventions.module_tree import module_places, read_modules
+from shardmix.conventions.module_tree import module_subfolders, read_modules
 from shardmix.conventions.weight_names import is_loaded_name
 from shardmix.errors import OutputError, SourceError
 from shardmix.output.provenance import PROVENANCE_NAME, parse_provenance
@@ -160,9 +160,9 @@ def check_is_model(folder: HeldFolder, output: Path) -> None:
     `output` is its name in messages: the folder itself may have moved since.
     """
     names = folder.names()
-    places = tuple(f"{place}/" for place in _module_places(folder.path))
+    subfolders = tuple(f"{subfolder}/" for subfolder in _module_subfolders(folder.path))
     weights = (name for name, _ in folder.files() if name.endswith(".safetensors"))
-    if names and not any("/" not in name or name.startswith(places) for name in weights):
+    if names and not any("/" not in name or name.startswith(subfolders) for name in weights):
         raise OutputError(
             "holds no safetensors weights, so it isn't a model that --overwrite may replace",
             subject=output,
@@ -190,20 +190,20 @@ def _not_the_models(folder: HeldFolder) -> Iterator[str]:
         folder.open_regular(PROVENANCE_NAME) as provenance,
     ):
         written = parse_provenance(provenance, folder.path)[0].digests.files
-    places = _module_places(folder.path)
+    subfolders = _module_subfolders(folder.path)
     for file, _ in folder.files():
-        is_own = file in written if written else _may_be_a_models(file, places)
+        is_own = file in written if written else _may_be_a_models(file, subfolders)
         if not is_own and file not in _BESIDE_A_MODEL and not file.startswith(_HUB_LEFTOVERS):
             yield file
 
 
-def _module_places(folder: Path) -> tuple[str, ...]:
+def _module_subfolders(folder: Path) -> tuple[str, ...]:
     with suppress(SourceError):  # it is no model of sentence-transformers
-        return module_places(read_modules(folder))
+        return module_subfolders(read_modules(folder))
     return ()
 
 
-def _may_be_a_models(file: str, places: Sequence[str]) -> bool:
+def _may_be_a_models(file: str, subfolders: Sequence[str]) -> bool:
     is_weights = "/" not in file and is_loaded_name(file)
-    is_modules = file.startswith(tuple(f"{place}/" for place in places))
+    is_modules = file.startswith(tuple(f"{subfolder}/" for subfolder in subfolders))
     return is_weights or is_modules or has_given_name(file)

@@ -65,7 +65,7 @@ def write_auxiliary_files(plan: MergePlan, folder: OutputFolder) -> None:
     """Copy the config source's auxiliary files, with a config that is true of the output."""
     for name in plan.auxiliary_files:
         _copy(Path(plan.config_source_folder) / name, folder, name)
-    main = ModuleConfig(plan.main_place, plan.config_dtypes, plan.untied)
+    main = ModuleConfig(plan.main_subfolder, plan.config_dtypes, plan.untied)
     for part in (main, *plan.module_configs):
         _adapt_config(plan, folder, part)
     _write_modules(plan, folder)
@@ -75,12 +75,12 @@ def _write_modules(plan: MergePlan, folder: OutputFolder) -> None:
     """Write the sentence-transformers modules that are not copied unchanged."""
     modules = plan.modules
     giver = Path(plan.modules_folder or plan.config_source_folder)
-    main = f"{modules.main_place}/" if modules.main_place else ""
+    main = f"{modules.main_subfolder}/" if modules.main_subfolder else ""
     for name in modules.files:
         _copy(giver / name, folder, name.removeprefix(main))
     if main and modules.files:
         content = read_json(giver / MODULES_NAME, expected=list)
-        _write_json(folder, MODULES_NAME, moved_to_root(content, modules.main_place))
+        _write_json(folder, MODULES_NAME, moved_to_root(content, modules.main_subfolder))
     pooling = modules.pooling or CLS
     for name in modules.pooling_configs:
         _write_json(folder, name, pooling_config(read_json(giver / name), pooling))
@@ -92,11 +92,11 @@ def _write_modules(plan: MergePlan, folder: OutputFolder) -> None:
 
 def _adapt_config(plan: MergePlan, folder: OutputFolder, part: ModuleConfig) -> None:
     """Make the config of the output, or of one of its modules, true of the stored weights."""
-    name = inner_path(part.place, CONFIG_NAME)
+    name = inner_path(part.subfolder, CONFIG_NAME)
     if name not in plan.auxiliary_files:
         return
     config = read_json(Path(plan.config_source_folder) / name)
-    if part.place and "model_type" not in config:
+    if part.subfolder and "model_type" not in config:
         return  # a module's arguments, not a config of transformers
     dtypes = dict(part.dtypes)
     adapted = untied(with_dtypes(config, dtypes), part.untied)
@@ -112,11 +112,11 @@ def _adapt_config(plan: MergePlan, folder: OutputFolder, part: ModuleConfig) -> 
 
 def write_index(plan: MergePlan, folder: OutputFolder) -> None:
     """Write an index, as huggingface_hub lays it out, in each folder with several shards."""
-    for place in dict.fromkeys(shard.place for shard in plan.shards):
-        shards = [shard for shard in plan.shards if shard.place == place]
+    for subfolder in dict.fromkeys(shard.subfolder for shard in plan.shards):
+        shards = [shard for shard in plan.shards if shard.subfolder == subfolder]
         if len(shards) > 1:
             name = index_name(stem_of(Path(shards[0].filename).name))
-            _write_index(shards, folder, inner_path(place, name))
+            _write_index(shards, folder, inner_path(subfolder, name))
 
 
 def _write_index(shards: Sequence[OutputShard], folder: OutputFolder, name: str) -> None:

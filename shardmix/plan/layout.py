@@ -53,17 +53,17 @@ def plan_shards(
     out_dtypes: Sequence[str],
     parameters: TensorParameters,
     *,
-    place: str = "",
+    subfolder: str = "",
     stem: str = MODEL,
     numbers: Sequence[FileNumbers],
 ) -> tuple[tuple[OutputShard, ...], list[str]]:
     """Return the output's files, in order, and notes for the user.
 
     Each file has its header and its segments. `out_dtypes` are safetensors dtypes, one for each of
-    the matched tensors. `place` is the files' folder within the output, and `stem` their stem.
+    the matched tensors. `subfolder` is the files' folder within the output, and `stem` their stem.
     `numbers` are those of each source's files.
     """
-    prefix = f"{place}/" if place else ""
+    prefix = f"{subfolder}/" if subfolder else ""
     columns = _SourceColumns(checkpoints, matched, out_dtypes, parameters, prefix, numbers)
     groups = _shard_groups(recipe, checkpoints[0], matched, out_dtypes, shard_pattern(stem))
     notes = lost_metadata(

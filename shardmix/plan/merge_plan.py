@@ -144,7 +144,7 @@ class OutputShard:
     """Its data, in order."""
 
     @property
-    def place(self) -> str:
+    def subfolder(self) -> str:
         """Its folder within the output; empty for the output itself."""
         return self.filename.rpartition("/")[0]
 
@@ -155,7 +155,7 @@ class OutputShard:
 
     def full_name(self, name: str) -> str:
         """Return a tensor's name for messages: after its module's folder, if it is in one."""
-        return inner_path(self.place, name)
+        return inner_path(self.subfolder, name)
 
     def head_nbytes(self) -> int:
         """Return the offset of the header's end in the file."""
@@ -194,7 +194,7 @@ class OutputModules:
 
     files: tuple[str, ...] = ()
     """Files of the model that gives modules that the config source lacks; in its folder."""
-    main_place: str = ""
+    main_subfolder: str = ""
     """Folder of its encoder in that folder; the output's encoder is in the output itself."""
     pooling: str | None = None
     """Pooling of the output if it was asked for: one of `sentence_modules.POOLINGS`."""
@@ -206,7 +206,7 @@ class OutputModules:
 class ModuleConfig:
     """Statements that the config of a module with weights must make."""
 
-    place: str
+    subfolder: str
     """The module's folder within the output."""
     dtypes: tuple[tuple[str, str], ...]
     """Its dtypes, as `MergePlan.config_dtypes`."""
@@ -246,7 +246,7 @@ class MergePlan:
     untied: tuple[str, ...]
     """Parts of the output's config that must say `tie_word_embeddings: false`, since parameters
     that they tie are stored one by one: "" is its top, others are dotted keys."""
-    main_place: str
+    main_subfolder: str
     """Folder of that config in the output: "", or the folder of the module that it belongs to."""
     module_configs: tuple["ModuleConfig", ...]
     """The same for further modules with weights."""
@@ -352,8 +352,8 @@ class MergePlan:
 
     def _decisive_parts(self) -> Iterator[object]:
         """Yield all that decides the output's bytes, always in the same order."""
-        places = {"output", "config_source_folder", "modules_folder"}
-        irrelevant = places | {
+        paths = {"output", "config_source_folder", "modules_folder"}
+        irrelevant = paths | {
             *(
                 "gathering",
                 "settings",

@@ -19,7 +19,7 @@ from shardmix.matching.tensors import check_mergeable
 from shardmix.recipe import Recipe
 from shardmix.sources.base import Source
 from shardmix.sources.checkpoint import (
-    main_place,
+    main_subfolder,
     read_config,
     weight_names,
 )
@@ -48,7 +48,7 @@ class ConfigSource:
     """Files of its repository on the Hub that were not fetched."""
     modules: tuple[Module, ...] = ()
     """Its sentence-transformers modules."""
-    main_place: str = ""
+    main_subfolder: str = ""
     """Folder of config and main weights in it: "" or the folder of one of these modules."""
 
 
@@ -109,25 +109,25 @@ def _open_config_source(resolved: ResolvedSource | None, first: Source) -> Confi
             left_out=first.left_out,
             # Of a single file nothing else is merged; a check reports it if that is not enough.
             modules=read_modules(first.root) if first.is_single_file else first.modules,
-            main_place=first.place,
+            main_subfolder=first.subfolder,
         )
     located = resolved.fetch(with_weights=False)
     is_single_file = not located.path.is_dir()
     folder = located.path.parent if is_single_file else located.path
     name = resolved.text if located.hub_id is not None else folder.resolve().name
     modules = () if is_single_file else read_modules(folder)
-    place = main_place(folder, modules)
+    subfolder = main_subfolder(folder, modules)
     return ConfigSource(
         name,
         folder,
-        read_config(folder / place),
+        read_config(folder / subfolder),
         located.commit,
         is_named=True,
         weights=(located.path.name,) if is_single_file else weight_names(folder),
         is_single_file=is_single_file,
         left_out=located.left_out,
         modules=modules,
-        main_place=place,
+        main_subfolder=subfolder,
     )
 
 

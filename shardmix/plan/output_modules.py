@@ -30,7 +30,7 @@ class PlannedModules:
 
     modules: tuple[Module, ...]
     """All modules; empty for a bare model, and for one that gets an encoder's default modules."""
-    places: dict[str, str]
+    subfolders: dict[str, str]
     """Key of a module (`Module.key`) → its folder within the output."""
     folder: Path | None
     """The model that gives them, if it is not the one that gives config and tokenizer."""
@@ -66,11 +66,11 @@ def plan_modules(
         )
     if giver is None:
         files: tuple[str, ...] = ()
-        folder, modules, main_place = config_folder, own_modules, ""
+        folder, modules, main_subfolder = config_folder, own_modules, ""
         notes: list[str] = []
     else:
         files = _module_files(giver, config_folder)
-        folder, modules, main_place = giver.root, giver.modules, giver.place
+        folder, modules, main_subfolder = giver.root, giver.modules, giver.subfolder
         notes = [
             f"{MODULES_NAME}: the output takes {giver.source}'s modules{_pooled(giver)}, since the "
             "model that gives it config and tokenizer has none"
@@ -80,11 +80,11 @@ def plan_modules(
         notes += pooling_notes
     return PlannedModules(
         modules=modules,
-        places={module.key: module.place for module in modules},
+        subfolders={module.key: module.subfolder for module in modules},
         folder=None if giver is None else folder,
         output=OutputModules(
             files=files,
-            main_place=main_place,
+            main_subfolder=main_subfolder,
             pooling=recipe.pooling,
             pooling_configs=configs,
         ),
@@ -95,14 +95,16 @@ def plan_modules(
 def _module_files(giver: Source, config_folder: Path) -> tuple[str, ...]:
     """Return the files that make a model's modules, except those of its encoder itself."""
     root_files = {MODULES_NAME, MODEL_CONFIG_NAME}
-    main = f"{giver.place}/" if giver.place else ""
+    main = f"{giver.subfolder}/" if giver.subfolder else ""
     root_files |= {
         main + name
         for name in TRANSFORMER_CONFIG_NAMES
         if not os.path.lexists(config_folder / name)
     }
     folders = tuple(
-        f"{module.place}/" for module in giver.modules if module.place not in ("", giver.place)
+        f"{module.subfolder}/"
+        for module in giver.modules
+        if module.subfolder not in ("", giver.subfolder)
     )
     auxiliary_files = find_auxiliary_files(giver.root, weights=giver.weight_names)
     return tuple(
@@ -112,10 +114,10 @@ def _module_files(giver: Source, config_folder: Path) -> tuple[str, ...]:
 
 def _pooled(giver: Source) -> str:
     """Describe the pooling of a model's modules; "" if there is none, or more than one."""
-    places = [module.place for module in giver.modules if module.kind == "Pooling"]
-    if len(places) != 1:
+    subfolders = [module.subfolder for module in giver.modules if module.kind == "Pooling"]
+    if len(subfolders) != 1:
         return ""
-    return f" (pooling by {_joined(_modes(giver.root, places[0]))})"
+    return f" (pooling by {_joined(_modes(giver.root, subfolders[0]))})"
 
 
 def _pooling_configs(
@@ -130,23 +132,23 @@ def _pooling_configs(
             return (), []
         return (), ["--pooling: is for encoders: with --model-type encoder the output pools so"]
     changed, notes = [], []
-    places = [module.place for module in modules if module.kind == "Pooling"]
-    for place in places:
-        own = _modes(folder, place)
+    subfolders = [module.subfolder for module in modules if module.kind == "Pooling"]
+    for subfolder in subfolders:
+        own = _modes(folder, subfolder)
         if own != (asked,):
-            name = inner_path(place, CONFIG_NAME)
+            name = inner_path(subfolder, CONFIG_NAME)
             changed.append(name)
             notes.append(
                 f"{name}: pools by {_joined(own)}, and --pooling {asked} was given: the output "
                 f"pools by {asked}"
             )
-    if not places:
+    if not subfolders:
         notes.append("--pooling: changes nothing, since the model's modules have no Pooling")
     return tuple(changed), notes
 
 
-def _modes(folder: Path, place: str) -> tuple[str, ...]:
-    return pooling_modes(read_config(folder / place))
+def _modes(folder: Path, subfolder: str) -> tuple[str, ...]:
+    return pooling_modes(read_config(folder / subfolder))
 
 
 def _joined(modes: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 
 from shardmix._typing import Unpack
 from shardmix.conventions.file_kinds import LeftOut
-from shardmix.conventions.module_tree import inner_path, module_places
+from shardmix.conventions.module_tree import inner_path, module_subfolders
 from shardmix.conventions.weight_names import DIFFUSERS, MARKS, MODEL
 from shardmix.dtypes import (
     DTYPES,
@@ -165,9 +165,9 @@ def _plan_merge(
         left_out=left_out,
         config_dtypes=main.config_dtypes,
         untied=main.untied,
-        main_place=main.place,
+        main_subfolder=main.subfolder,
         module_configs=tuple(
-            ModuleConfig(part.place, part.config_dtypes, part.untied) for part in parts[1:]
+            ModuleConfig(part.subfolder, part.config_dtypes, part.untied) for part in parts[1:]
         ),
         modules_folder="" if modules.folder is None else str(modules.folder.absolute()),
         modules=modules.output,
@@ -247,11 +247,12 @@ def _reader_nbytes(source: Source) -> int:
 
 def _lacks_config(config_source: ConfigSource, auxiliary_files: Sequence[str]) -> bool:
     """Return True if transformers would look for a config in vain; some modules need none."""
-    place = config_source.main_place
+    subfolder = config_source.main_subfolder
     kind = next(
-        (module.kind for module in config_source.modules if module.place == place), "Transformer"
+        (module.kind for module in config_source.modules if module.subfolder == subfolder),
+        "Transformer",
     )
-    name = inner_path(place, CONFIG_NAME)
+    name = inner_path(subfolder, CONFIG_NAME)
     return kind == "Transformer" and name not in auxiliary_files
 
 
@@ -259,7 +260,7 @@ def _lacks_config(config_source: ConfigSource, auxiliary_files: Sequence[str]) -
 class _PlannedPart:
     """One part of the output: the model itself, or a module with weights of its own."""
 
-    place: str
+    subfolder: str
     """Its folder within the output; empty for the output itself."""
     config_source: PartConfig
     """Source of its config and tokenizer."""
@@ -294,12 +295,12 @@ def _placed(
 ) -> list[tuple[Source, ...]]:
     """Return the parts for which the output has a module; another check reports the others."""
     main, *others = groups
-    return [main, *(group for group in others if group[0].key in modules.places)]
+    return [main, *(group for group in others if group[0].key in modules.subfolders)]
 
 
 def _merged_files(config_source: ConfigSource, parts: Sequence[_PlannedPart]) -> list[str]:
     """Return the weight files of the config source that merged ones replace."""
-    unmerged = set(module_places(config_source.modules)) - {part.place for part in parts}
+    unmerged = set(module_subfolders(config_source.modules)) - {part.subfolder for part in parts}
     return [name for name in config_source.weights if name.rpartition("/")[0] not in unmerged]
 
 
@@ -313,12 +314,19 @@ def _planned_parts(
     """Plan each part by itself: names, ties, dtypes and shards do not depend on other parts."""
     parts: list[_PlannedPart] = []
     for group, its_numbers in zip(groups, numbers, strict=True):
-        folder, place, config = config_source.folder, config_source.main_place, config_source.config
+        folder, subfolder, config = (
+            config_source.folder,
+            config_source.main_subfolder,
+            config_source.config,
+        )
         if parts:
-            folder, place = modules.folder or config_source.folder, modules.places[group[0].key]
-            config = read_config(folder / place)
+            folder, subfolder = (
+                modules.folder or config_source.folder,
+                modules.subfolders[group[0].key],
+            )
+            config = read_config(folder / subfolder)
         group, split_notes = split_alike(group)
-        matched = match_tensors(group, config, folder / place)
+        matched = match_tensors(group, config, folder / subfolder)
         out_dtypes = _output_dtypes(recipe.output_dtype, group[0], matched)
         resolved = resolve_parameters(recipe, matched.names)
         parameters = TensorParameters(
@@ -333,16 +341,16 @@ def _planned_parts(
             matched,
             out_dtypes,
             parameters,
-            place=place,
-            stem=MODEL if place else _stem(group[0], config_source),
+            subfolder=subfolder,
+            stem=MODEL if subfolder else _stem(group[0], config_source),
             numbers=its_numbers,
         )
         parts.append(
             _PlannedPart(
-                place=place,
-                config_source=PartConfig(recipe.config_from, folder / place, config),
+                subfolder=subfolder,
+                config_source=PartConfig(recipe.config_from, folder / subfolder, config),
                 float_names=tuple(
-                    inner_path(place, name)
+                    inner_path(subfolder, name)
                     for name, dtype in zip(matched.names, out_dtypes, strict=True)
                     if dtype in FLOAT_DTYPES
                 ),
@@ -371,7 +379,7 @@ def _auxiliary_file_warnings(
     auxiliary_files: AuxiliaryFiles, left_out: Sequence[LeftOut], config_source: ConfigSource
 ) -> Iterator[str]:
     """Yield warnings of auxiliary files with weights, and of files that somebody may miss."""
-    modules = tuple(f"{place}/" for place in module_places(config_source.modules))
+    modules = tuple(f"{subfolder}/" for subfolder in module_subfolders(config_source.modules))
     # Weights of modules are the same in all models, or reported as a difference.
     unmerged = [
         name for name in unmerged_weights(auxiliary_files.files) if not name.startswith(modules)

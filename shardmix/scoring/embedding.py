@@ -59,7 +59,7 @@ def embedding_of(checkpoint: Source, asked: str | None) -> Embedding:
     A model without modules pools by the first token. Raises `SourceError` if its modules are not
     supported and nothing was asked for.
     """
-    modules = [module for module in checkpoint.modules if module.place != checkpoint.place]
+    modules = [module for module in checkpoint.modules if module.subfolder != checkpoint.subfolder]
     if not checkpoint.modules:
         return Embedding((asked or CLS,))
     source = checkpoint.source
@@ -72,12 +72,12 @@ def embedding_of(checkpoint: Source, asked: str | None) -> Embedding:
                 remedy="--pooling scores its encoder by itself",
             )
         return Embedding((asked,), note=f"{source}: scored without its modules, since it {finding}")
-    place = next(module.place for module in modules if module.kind == "Pooling")
-    own = pooling_modes(read_config(checkpoint.root / place))
+    subfolder = next(module.subfolder for module in modules if module.kind == "Pooling")
+    own = pooling_modes(read_config(checkpoint.root / subfolder))
     unknown = [mode for mode in own if mode not in POOLINGS]
     if unknown and asked is None:
         raise SourceError(
-            f"{place}/config.json pools by {unknown[0]!r}, which is unknown",
+            f"{subfolder}/config.json pools by {unknown[0]!r}, which is unknown",
             subject=source,
             remedy=f"say how with --pooling: {', '.join(POOLINGS)}",
         )
@@ -119,10 +119,10 @@ def _cannot_be_followed(modules: list[Module]) -> str | None:
 
 def _step(checkpoint: Source, module: Module) -> tuple[Step, int]:
     """Return a module's function on vectors, and the bytes of its weights."""
-    part = next((part for part in checkpoint.others if part.place == module.place), None)
+    part = next((part for part in checkpoint.others if part.subfolder == module.subfolder), None)
     if part is None:
         raise SourceError(
-            f"{module.place} has no model.safetensors to score it with",
+            f"{module.subfolder} has no model.safetensors to score it with",
             subject=checkpoint.source,
             remedy="load the model in sentence-transformers and save it: that writes one",
         )

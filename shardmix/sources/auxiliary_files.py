@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from shardmix.conventions import file_kinds
 from shardmix.conventions.adapters import inner_adapter_tensor
 from shardmix.conventions.file_kinds import LeftOut
-from shardmix.conventions.module_tree import module_places, read_modules
+from shardmix.conventions.module_tree import module_subfolders, read_modules
 from shardmix.conventions.sentence_modules import MODULES_NAME
 from shardmix.conventions.weight_names import MARKS, stem_of
 from shardmix.errors import SourceError, listed, printable
@@ -290,5 +290,5 @@ def _shortened(left_out: list[LeftOut]) -> tuple[LeftOut, ...]:
 
 def _module_folders(folder: Path) -> list[str]:
     """Return the top folders of a model's modules, within the model's folder."""
-    places = module_places(read_modules(folder))
-    return list(dict.fromkeys(place.split("/")[0] for place in places))
+    subfolders = module_subfolders(read_modules(folder))
+    return list(dict.fromkeys(subfolder.split("/")[0] for subfolder in subfolders))

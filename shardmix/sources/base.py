@@ -134,7 +134,7 @@ class Source(Protocol):
         """Files of its repository on the Hub that were not fetched."""
 
     @property
-    def place(self) -> str:
+    def subfolder(self) -> str:
         """Path of the folder within the model's, with `/`; empty for the model's own."""
 
     @property
@@ -237,9 +237,9 @@ class WrappedSource:
         return self._inner.left_out
 
     @property
-    def place(self) -> str:
+    def subfolder(self) -> str:
         """Subfolder of the inner source."""
-        return self._inner.place
+        return self._inner.subfolder
 
     @property
     def key(self) -> str:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from shardmix.conventions.file_kinds import LeftOut
 from shardmix.conventions.folder_kinds import no_weights, no_weights_file
-from shardmix.conventions.module_tree import Module, module_places, read_modules
+from shardmix.conventions.module_tree import Module, module_subfolders, read_modules
 from shardmix.conventions.weight_names import (
     DIFFUSERS,
     MODEL,
@@ -70,7 +70,7 @@ class Checkpoint:
     """Stem of its weight files, one of those in `weight_names`; MODEL for other names."""
     left_out: tuple[LeftOut, ...] = ()
     """Files of its repository on the Hub that were not fetched."""
-    place: str = ""
+    subfolder: str = ""
     """Path of the folder within the model's, with `/`; empty for the model's own."""
     key: str = ""
     """Key of the same part in another model: `Module.key`; empty if it is not a module."""
@@ -82,7 +82,7 @@ class Checkpoint:
     @property
     def root(self) -> Path:
         """The model's folder."""
-        return self.folder.parents[self.place.count("/")] if self.place else self.folder
+        return self.folder.parents[self.subfolder.count("/")] if self.subfolder else self.folder
 
     @property
     def parts(self) -> tuple["Checkpoint", ...]:
@@ -93,7 +93,7 @@ class Checkpoint:
     def weight_names(self) -> tuple[str, ...]:
         """The model's weight files, by path within its folder; and indexes of its modules."""
         files = [file.name for part in self.parts for file in part.identity.files]
-        indexes = [f"{part.place}/{index_name(MODEL)}" for part in self.parts if part.place]
+        indexes = [f"{part.subfolder}/{index_name(MODEL)}" for part in self.parts if part.subfolder]
         return (*files, *indexes)
 
     def extent(self, row: int) -> Extent | None:
@@ -125,13 +125,17 @@ def open_checkpoint(opening: Opening) -> Checkpoint:
     modules = read_modules(located.path)
     keys: dict[str, str] = {}
     for module in modules:
-        keys.setdefault(module.place, module.key)
-    places = [place for place in dict.fromkeys(("", *keys)) if _has_weights(located.path / place)]
-    parts = [
-        replace(_read_part(source, located, place, None, limits), key=keys.get(place, ""))
-        for place in places or [""]
+        keys.setdefault(module.subfolder, module.key)
+    subfolders = [
+        subfolder
+        for subfolder in dict.fromkeys(("", *keys))
+        if _has_weights(located.path / subfolder)
     ]
-    mains = (part for part in parts if not part.place or "model_type" in part.config)
+    parts = [
+        replace(_read_part(source, located, subfolder, None, limits), key=keys.get(subfolder, ""))
+        for subfolder in subfolders or [""]
+    ]
+    mains = (part for part in parts if not part.subfolder or "model_type" in part.config)
     main = next(mains, parts[0])
     others = tuple(part for part in parts if part is not main)
     _refuse_ambiguous_names(parts)
@@ -140,7 +144,7 @@ def open_checkpoint(opening: Opening) -> Checkpoint:
 
 def _refuse_ambiguous_names(parts: Sequence[Checkpoint]) -> None:
     """Raise `SourceError` if a tensor's name looks like that of a tensor in a module's folder."""
-    prefixes = [(part, f"{part.place}/" if part.place else "") for part in parts]
+    prefixes = [(part, f"{part.subfolder}/" if part.subfolder else "") for part in parts]
     for part, prefix in prefixes:
         inner = tuple(
             other.removeprefix(prefix)
@@ -174,37 +178,38 @@ class _Limits:
 def _read_part(
     source: str,
     located: LocalSource,
-    place: str,
+    subfolder: str,
     stored: "_WeightFiles | None",
     limits: _Limits,
 ) -> Checkpoint:
     """Read the headers of the weights in one folder of a model; `stored` is given for one file."""
     is_single_file = stored is not None
     root = located.path.parent if is_single_file else located.path
-    named = f"{source}/{place}" if place else source
-    stored = stored or _weight_files(named, root, place, limits.max_memory)
+    named = f"{source}/{subfolder}" if subfolder else source
+    stored = stored or _weight_files(named, root, subfolder, limits.max_memory)
     files = [_regular_file(named, root, path) for path in stored.paths]
-    read = _read_headers(named, root / place, files, stored, limits)
+    read = _read_headers(named, root / subfolder, files, stored, limits)
     return Checkpoint(
         source=named,
-        folder=root / place,
+        folder=root / subfolder,
         is_single_file=is_single_file,
         identity=SourceIdentity(read.files, located.hub_id, located.commit),
         metadata=read.metadata,
-        config=read_config(root, place),
+        config=read_config(root, subfolder),
         tensors=read.tensors,
         stem=stored.stem,
-        place=place,
+        subfolder=subfolder,
     )
 
 
-def main_place(folder: Path, modules: Sequence[Module]) -> str:
+def main_subfolder(folder: Path, modules: Sequence[Module]) -> str:
     """Return the folder of a model's config and main weights: "" or a module's."""
-    places = [module.place for module in modules if module.kind != "Router"]
-    if not places or "" in places:
+    subfolders = [module.subfolder for module in modules if module.kind != "Router"]
+    if not subfolders or "" in subfolders:
         return ""
     return next(
-        (place for place in places if "model_type" in read_config(folder, place)), places[0]
+        (subfolder for subfolder in subfolders if "model_type" in read_config(folder, subfolder)),
+        subfolders[0],
     )
 
 
@@ -218,20 +223,20 @@ def weight_names(folder: Path, *, max_memory: int | None = None) -> tuple[str, .
         if path.is_file():
             refuse_link_outside(folder, path)
             names.update(read_index(path, max_memory=max_memory).values())
-    for place in module_places(read_modules(folder)):
-        inner = (folder / place).glob(f"*{SUFFIX}")
-        if _has_weights(folder / place):
+    for subfolder in module_subfolders(read_modules(folder)):
+        inner = (folder / subfolder).glob(f"*{SUFFIX}")
+        if _has_weights(folder / subfolder):
             names.update(path.relative_to(folder).as_posix() for path in inner)
-            names.add(f"{place}/{index_name(MODEL)}")
+            names.add(f"{subfolder}/{index_name(MODEL)}")
     return tuple(sorted(names))
 
 
-def read_config(root: Path, place: str = "") -> dict[str, Any]:
+def read_config(root: Path, subfolder: str = "") -> dict[str, Any]:
     """Return the content of config.json in a model's folder, or in a module's; empty without one.
 
     A link in it may only lead where any link of the model may.
     """
-    path = root / place / CONFIG_NAME
+    path = root / subfolder / CONFIG_NAME
     if not os.path.lexists(path):
         return {}
     refuse_link_outside(root, path)
@@ -270,9 +275,9 @@ class _WeightFiles:
     """Their stem."""
 
 
-def _weight_files(source: str, root: Path, place: str, max_memory: int | None) -> _WeightFiles:
+def _weight_files(source: str, root: Path, subfolder: str, max_memory: int | None) -> _WeightFiles:
     """Return the weight files of a model's folder, or of one of its modules."""
-    folder = root / place
+    folder = root / subfolder
     stem = _stem(folder)
     if stem is None:
         raise no_weights(_names_in(folder), source).of(source)

@@ -25,7 +25,12 @@ from shardmix.conventions.file_kinds import (
     is_module_folder,
 )
 from shardmix.conventions.folder_kinds import no_weights
-from shardmix.conventions.module_tree import ROUTER_CONFIGS, inner_path, module_places, read_modules
+from shardmix.conventions.module_tree import (
+    ROUTER_CONFIGS,
+    inner_path,
+    module_subfolders,
+    read_modules,
+)
 from shardmix.conventions.sentence_modules import MODULES_NAME
 from shardmix.conventions.weight_names import MARKS, STEMS, index_name, stored_stem, weights_name
 from shardmix.errors import SourceError, one_line, printable, shown
@@ -232,26 +237,30 @@ def _fetch(repository: Repository, *, with_weights: bool) -> tuple[Path, tuple[L
     repo_id, sizes = repository.repo_id, repository.sizes
     commit = repository.commit or repository.revision
     files = list(sizes)
-    places = _module_places(repo_id, files, commit)
-    stems = {place: stem for place in ("", *places) if (stem := _stem(files, place)) is not None}
+    subfolders = _module_subfolders(repo_id, files, commit)
+    stems = {
+        subfolder: stem
+        for subfolder in ("", *subfolders)
+        if (stem := _stem(files, subfolder)) is not None
+    }
     if with_weights and not stems:
         raise no_weights(files, repo_id)
     weights: list[str] = []
-    for place, stem in stems.items() if with_weights else ():
+    for subfolder, stem in stems.items() if with_weights else ():
         # Both present: as in transformers, the single file counts.
         whole, index = weights_name(stem), index_name(stem)
-        if inner_path(place, whole) in files:
-            weights.append(inner_path(place, whole))
+        if inner_path(subfolder, whole) in files:
+            weights.append(inner_path(subfolder, whole))
             continue
-        fetched = hf_hub_download(repo_id, inner_path(place, index), revision=commit)
+        fetched = hf_hub_download(repo_id, inner_path(subfolder, index), revision=commit)
         shards = sorted(set(read_index(Path(fetched)).values()))
-        weights += [inner_path(place, name) for name in (index, *shards)]
+        weights += [inner_path(subfolder, name) for name in (index, *shards)]
     of_modules = [
         name
         for name in files
         if "/" in name and name.rpartition("/")[0] in stems and name.endswith(_MODULE_WEIGHTS)
     ]
-    auxiliary_files, left_out = _auxiliary_files(sizes, {*weights, *of_modules}, places)
+    auxiliary_files, left_out = _auxiliary_files(sizes, {*weights, *of_modules}, subfolders)
     for name in (*auxiliary_files, *weights):
         finding = file_name_finding(name)
         if finding is not None:
@@ -289,12 +298,12 @@ def _remember(repository: Repository, folder: Path) -> None:
 
 
 def _auxiliary_files(
-    sizes: Mapping[str, int], weights: Collection[str], places: Collection[str]
+    sizes: Mapping[str, int], weights: Collection[str], subfolders: Collection[str]
 ) -> tuple[list[str], list[LeftOut]]:
     """Divide a repository's files, except weights, into those to fetch and the others."""
     tops = {name.partition("/")[0] for name in sizes if "/" in name}
     modules = {top for top in tops if is_module_folder(top)}
-    modules |= {place.partition("/")[0] for place in places}
+    modules |= {subfolder.partition("/")[0] for subfolder in subfolders}
     auxiliary_files, left_out = divide(sizes, weights=weights, modules=modules)
     if not any(name in sizes for name in _MODEL_MARKS):
         auxiliary_files = [name for name in auxiliary_files if is_auxiliary_file(name)]
@@ -306,7 +315,7 @@ def _auxiliary_files(
     return [name for name in auxiliary_files if name not in odd], left_out
 
 
-def _module_places(repo_id: str, files: list[str], commit: str | None) -> tuple[str, ...]:
+def _module_subfolders(repo_id: str, files: list[str], commit: str | None) -> tuple[str, ...]:
     """Return the folders of a repository's modules, by the files that name them."""
     from huggingface_hub import snapshot_download
 
@@ -317,11 +326,11 @@ def _module_places(repo_id: str, files: list[str], commit: str | None) -> tuple[
         glob.escape(name) for name in (MODULES_NAME, *naming) if not file_name_finding(name)
     ]
     folder = Path(snapshot_download(repo_id, revision=commit, allow_patterns=patterns))
-    return module_places(read_modules(folder))
+    return module_subfolders(read_modules(folder))
 
 
-def _stem(files: list[str], place: str) -> str | None:
-    return stored_stem(lambda name: inner_path(place, name) in files)
+def _stem(files: list[str], subfolder: str) -> str | None:
+    return stored_stem(lambda name: inner_path(subfolder, name) in files)
 
 
 def _cached(repo_id: str, revision: str | None, *, with_weights: bool) -> Path | None:
@@ -338,8 +347,8 @@ def _cached(repo_id: str, revision: str | None, *, with_weights: bool) -> Path |
     if not isinstance(found, str):
         return None
     folder = Path(found).parent
-    places = [folder / place for place in module_places(read_modules(folder))]
-    weights = [place / name for place in places for name in _WEIGHTS]
+    subfolders = [folder / subfolder for subfolder in module_subfolders(read_modules(folder))]
+    weights = [subfolder / name for subfolder in subfolders for name in _WEIGHTS]
     return folder if any(path.exists() for path in weights) else None
 
 

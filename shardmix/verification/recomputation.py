@@ -11,7 +11,7 @@ from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
-from shardmix.conventions.module_tree import module_places, read_modules
+from shardmix.conventions.module_tree import module_subfolders, read_modules
 from shardmix.conventions.sentence_modules import MODULES_NAME
 from shardmix.errors import RecipeError, ShardmixError, SourceError
 from shardmix.execute.compare_pass import compare
@@ -27,7 +27,7 @@ from shardmix.plan.opening import disk_errors_named, open_models
 from shardmix.sources.resolve import resolve_all
 
 
-def places_given(
+def locations_given(
     provenance: Provenance, sources: Mapping[str, str | PathLike[str]]
 ) -> dict[int, str]:
     """Return number of a source → path, from the user's numbers and names.
@@ -67,13 +67,13 @@ def recompute(
     Raises `ShardmixError` if the sources cannot be found, are others, or cannot be merged.
     """
     names = [source.name for source in provenance.sources]
-    places = [
-        given[number] if number in given else _place(folder, number, source, names)
+    locations = [
+        given[number] if number in given else _location(folder, number, source, names)
         for number, source in enumerate(provenance.sources, start=1)
     ]
     recorded = recorded_recipe(provenance, folder / PROVENANCE_NAME)
     recipe = replace(
-        recorded.with_sources(places, config_from=str(folder)),  # it says how weights are tied
+        recorded.with_sources(locations, config_from=str(folder)),  # it says how weights are tied
         # All but their weights was judged when they were merged.
         allow_differences=(*recorded.allow_differences, EVERYTHING, QUANTISATION),
     )
@@ -89,7 +89,7 @@ def recompute(
         plan, options, lambda chosen: planner.plan_merge(recipe, opened, run_settings(chosen))
     )
     differences = compare(plan, backend, folder, on_progress, cancel)
-    givers = _and(places)
+    givers = _and(locations)
     found = [
         f"{folder / file}: {num_bytes} bytes of {part} are not what {givers} give"
         for (file, part), num_bytes in sorted(differences.num_bytes.items())
@@ -102,7 +102,7 @@ def recompute(
     # Weights in other folders were copied; so were modules', if models may differ in them.
     summed = {""}
     if MODULES_NAME not in recorded.allow_differences:
-        summed |= set(module_places(read_modules(folder)))
+        summed |= set(module_subfolders(read_modules(folder)))
     found += [
         f"{folder / name}: is not what a merge of {givers} would write"
         for name in sorted(provenance.digests.files)
@@ -113,7 +113,7 @@ def recompute(
     return found, plan.read_nbytes + plan.write_nbytes
 
 
-def _place(folder: Path, number: int, source: SourceRecord, names: Sequence[str]) -> str:
+def _location(folder: Path, number: int, source: SourceRecord, names: Sequence[str]) -> str:
     """Return the path or Hub id of a source that the user did not name."""
     if source.hub_id is not None and source.commit is not None:
         return f"{source.hub_id}@{source.commit}"
@@ -121,9 +121,9 @@ def _place(folder: Path, number: int, source: SourceRecord, names: Sequence[str]
     is_alone = names.count(source.name) == 1
     is_plain = Path(source.name).name == source.name  # a stranger may have written `../..`
     beside = [folder.resolve().parent / source.name] if is_alone and is_plain else []
-    for place in (*recorded, *beside):
-        if os.path.exists(place):  # noqa: PTH110 - False, too, for texts that cannot be paths
-            return str(place)
+    for location in (*recorded, *beside):
+        if os.path.exists(location):  # noqa: PTH110 - False, too, for texts that cannot be paths
+            return str(location)
     if not is_alone:
         raise _ambiguous(SourceError, source.name, names).of(folder)
     raise SourceError(

@@ -28,7 +28,7 @@ from shardmix.output.provenance import (
 from shardmix.system.hashing import check_algorithm
 from shardmix.system.memory import peak_resident_nbytes
 from shardmix.verification import recomputation
-from shardmix.verification.recomputation import places_given
+from shardmix.verification.recomputation import locations_given
 
 # Files that loaders of models read, besides files that go along with weights: weights of any
 # format ...
@@ -116,7 +116,7 @@ def verify(
     folder = Path(output).expanduser()
     provenance, seal = read_provenance(folder)
     check_algorithm(provenance.digests.algorithm, is_choice=False)
-    given = places_given(provenance, sources or {})
+    given = locations_given(provenance, sources or {})
     teller = Teller(on_progress) if on_progress is not None else None
     problems, num_bytes = _check_digests(folder, provenance, teller, cancel)
     problems += _added_files(folder, provenance)
