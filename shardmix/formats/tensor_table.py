@@ -34,6 +34,9 @@ class TensorTable:
     nbytes: npt.NDArray[np.int64]
     decoded: npt.NDArray[np.bool_] | None = None
     """True for tensors that are decoded while they are read; None if there are none."""
+    kept_ranks: npt.NDArray[np.uint8] | None = None
+    """Index into `dtypes.DTYPES` of each tensor's dtype in an output that keeps dtypes; None if it
+    is the reader's. Decoded values are wider than what the model is stored in."""
 
     def __len__(self) -> int:
         """Return the number of tensors."""
@@ -52,6 +55,11 @@ class TensorTable:
     def __iter__(self) -> Iterator[TensorInfo]:
         """Yield every tensor, in the order of rows."""
         return (self[row] for row in range(len(self)))
+
+    def kept_dtypes(self, rows: npt.NDArray[np.int32]) -> list[str]:
+        """Return the dtypes of these rows' tensors in an output that keeps dtypes."""
+        ranks = self.dtype_ranks if self.kept_ranks is None else self.kept_ranks
+        return [DTYPES[rank] for rank in ranks[rows].tolist()]
 
     def is_decoded(self, row: int) -> bool:
         """Return True if a tensor is decoded while it is read."""

@@ -196,5 +196,6 @@ def _divide(
         starts=np.array(starts, np.int64),
         nbytes=np.array(nbytes, np.int64),
         decoded=None if table.decoded is None else table.decoded[rows],
+        kept_ranks=None if table.kept_ranks is None else table.kept_ranks[rows],
     )
     return pieces, rows, firsts

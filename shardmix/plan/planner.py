@@ -19,7 +19,6 @@ from shardmix.conventions.file_kinds import LeftOut
 from shardmix.conventions.module_tree import inner_path, module_subfolders
 from shardmix.conventions.weight_names import DIFFUSERS, MARKS, MODEL
 from shardmix.dtypes import (
-    DTYPES,
     FLOAT_DTYPES,
     LLVM_DTYPES,
     OUT_DTYPES,
@@ -393,7 +392,7 @@ def _auxiliary_file_warnings(
 
 
 def _output_dtypes(dtype: str, first: Source, matched: MatchedTensors) -> list[str]:
-    kept = [DTYPES[rank] for rank in first.tensors.dtype_ranks[matched.rows[0]].tolist()]
+    kept = first.tensors.kept_dtypes(matched.rows[0])
     if dtype == "keep":
         return kept
     return [OUT_DTYPES[dtype] if own in FLOAT_DTYPES else own for own in kept]

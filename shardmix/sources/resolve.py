@@ -18,6 +18,8 @@ from shardmix.sources.hub import LocalSource, Repository, fetch, is_hub_id, pin,
 
 KINDS: tuple[Callable[[Opening], Source | None], ...] = (open_checkpoint,)
 """Functions that open a source of one kind, or return None if it is of another; the first wins."""
+DECODERS: tuple[Callable[[Source], Source | None], ...] = ()
+"""Functions that wrap an opened source whose tensors are codes, or return None if none are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,5 +102,7 @@ def _open(resolved: ResolvedSource, headers: Headers, max_memory: int | None) ->
         return _open(resolve(text), headers, max_memory)
 
     opening = Opening(resolved.text, resolved.fetch(), headers, max_memory, open_other)
-    found = (source for kind in KINDS if (source := kind(opening)) is not None)
-    return next(found)
+    found = next(source for kind in KINDS if (source := kind(opening)) is not None)
+    for decoder in DECODERS:
+        found = decoder(found) or found
+    return found

@@ -13,7 +13,7 @@ from shardmix.system.units import MIB
 from tests.support.cut_off import cut_off, folder_bytes
 from tests.support.language_models import TEXTS, save_language_model
 from tests.support.models import random_tensor, save_model
-from tests.support.negated_source import MARK, READER_NBYTES, add_kind
+from tests.support.negated_source import MARK, READER_NBYTES, add_decoder, add_kind
 
 SHAPES = {
     **{f"layer{number}.weight": (500 + number, 1000) for number in range(9)},
@@ -55,6 +55,16 @@ def test_decoded_values_are_merged(tmp_path, models, way, is_first):
     pairs, plain = (each[::-1] if is_first else each for each in models)
     shardmix.merge(pairs, tmp_path / "out", **way)
     shardmix.merge(plain, tmp_path / "expected")
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("dtype", ["keep", "float32"])
+def test_outputs_keep_the_model_s_dtype(tmp_path, models, monkeypatch, dtype):
+    """Values that are decoded to float32 are merged so, and rounded to the dtype of the model."""
+    _, plain = models
+    shardmix.merge(plain, tmp_path / "expected", dtype=dtype)
+    add_decoder(monkeypatch)
+    shardmix.merge(plain, tmp_path / "out", dtype=dtype)
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "expected")
 
 

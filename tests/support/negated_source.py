@@ -1,9 +1,10 @@
-"""A kind of source that decodes, for tests of the seam: its bfloat16 matrices lie negated."""
+"""Sources that decode, for tests of the seam: one negates bfloat16, one widens it to float32."""
 
 from dataclasses import replace
 
 import numpy as np
 
+from shardmix.dtypes import DTYPE_RANK
 from shardmix.sources import resolve
 from shardmix.sources.base import Opening, Source, TensorReader, WrappedSource
 from shardmix.sources.checkpoint import open_checkpoint
@@ -63,3 +64,39 @@ def open_negated(opening: Opening) -> Source | None:
 def add_kind(monkeypatch) -> None:
     """Let texts stand for sources of this kind, as one line in the table does."""
     monkeypatch.setattr(resolve, "KINDS", (open_negated, *resolve.KINDS))
+
+
+class WidenedSource(WrappedSource):
+    """A source whose tensors in bfloat16 are decoded to float32; outputs keep bfloat16."""
+
+    def __init__(self, inner: Source) -> None:
+        tensors = inner.tensors
+        stored = tensors.dtype_ranks == DTYPE_RANK["BF16"]
+        ranks = np.where(stored, DTYPE_RANK["F32"], tensors.dtype_ranks).astype(np.uint8)
+        nbytes = np.where(stored, 2 * tensors.nbytes, tensors.nbytes)
+        wide = replace(tensors, dtype_ranks=ranks, nbytes=nbytes, kept_ranks=tensors.dtype_ranks)
+        super().__init__(inner, wide.with_decoded(np.flatnonzero(stored)))
+
+    @property
+    def identity(self) -> SourceIdentity:
+        return replace(self._inner.identity, decoding="widened")
+
+    def open_reader(self) -> TensorReader:
+        return WideningReader(self._inner, self._tensors.decoded)
+
+
+class WideningReader(NegatingReader):
+    """Gives float32 for bfloat16."""
+
+    def read(self, row, start, into):
+        if not self._decoded[row]:
+            self._inner.read(row, start, into)
+            return
+        stored = bytearray(len(into) // 2)
+        self._inner.read(row, start, memoryview(stored))
+        np.frombuffer(into, np.uint32)[:] = np.frombuffer(stored, np.uint16).astype(np.uint32) << 16
+
+
+def add_decoder(monkeypatch, decoder=WidenedSource) -> None:
+    """Let all sources that are opened be decoded."""
+    monkeypatch.setattr(resolve, "DECODERS", (decoder,))
