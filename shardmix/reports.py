@@ -46,7 +46,7 @@ class ShardReport:
 
 @dataclass(frozen=True, slots=True)
 class ModelReport:
-    """The tensors and shards of a checkpoint."""
+    """The tensors and shards of a model."""
 
     source: str
     """The user's name for it."""
@@ -70,9 +70,9 @@ class ModelReport:
     """All tensors, by file and within it by offset."""
 
 
-def describe_model(checkpoint: Source) -> ModelReport:
-    """Return the report of a checkpoint."""
-    parts = checkpoint.parts
+def describe_model(source: Source) -> ModelReport:
+    """Return the report of a source."""
+    parts = source.parts
     tensors = tuple(
         replace(tensor, name=f"{part.subfolder}/{tensor.name}") if part.subfolder else tensor
         for part in parts
@@ -88,8 +88,8 @@ def describe_model(checkpoint: Source) -> ModelReport:
         for absent, stored in _tied(part).items()
     }
     return ModelReport(
-        source=checkpoint.source,
-        path=str(_location(checkpoint)),
+        source=source.text,
+        path=str(_location(source)),
         num_tensors=len(tensors),
         num_parameters=sum(dtypes.values()),
         bytes=sum(file.nbytes for part in parts for file in part.identity.files),
@@ -105,7 +105,7 @@ def describe_model(checkpoint: Source) -> ModelReport:
             for part in parts
             for index, file in enumerate(part.identity.files)
         ),
-        tie_word_embeddings=ties_word_embeddings(checkpoint.config),
+        tie_word_embeddings=ties_word_embeddings(source.config),
         tied=tied,
         tensors=tensors,
     )

@@ -87,7 +87,7 @@ def merge_by_examples(
     def plan() -> MergePlan:
         return opened.plan(options)
 
-    sources = opened.models.checkpoints[-len(names) :]  # behind the base model, if there is one
+    sources = opened.models.sources[-len(names) :]  # behind the base model, if there is one
     identity = _identity(plan(), sources, loaded, settings)
     with open_staging(target, restart=options.get("restart", False)) as staging:
         if options.get("restart", False):

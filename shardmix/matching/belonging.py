@@ -35,7 +35,7 @@ class PartConfig:
 
 
 def check_belong_together(
-    checkpoints: Sequence[Source],
+    sources: Sequence[Source],
     groups: Sequence[Sequence[Source]],
     recipe: Recipe,
     *,
@@ -50,7 +50,7 @@ def check_belong_together(
     modules if no model does. `max_memory` (bytes) bounds the process. Raises `MismatchError` for a
     difference over which no average makes sense.
     """
-    found = list(module_differences(checkpoints, modular_config_source, recipe.pooling))
+    found = list(module_differences(sources, modular_config_source, recipe.pooling))
     for number, (group, config_source) in enumerate(zip(groups, config_sources, strict=True)):
         if number == 0 or any("model_type" in part.config for part in group):
             found += _quantisations(group, config_source)
@@ -70,11 +70,11 @@ def check_belong_together(
 
 def _quantisations(group: Sequence[Source], config_source: PartConfig) -> Iterator[Difference]:
     """Find configs that declare a quantisation; an earlier check found that no weight has one."""
-    configs = [(part.source, part.config) for part in group]
+    configs = [(part.text, part.config) for part in group]
     configs += (
         [(config_source.name, config_source.config)] if config_source.name is not None else []
     )
-    giver = group[0].source if config_source.name is None else config_source.name
+    giver = group[0].text if config_source.name is None else config_source.name
     for name, config in configs:
         declared = declared_quantisation(config)
         if declared is not None:
@@ -97,7 +97,7 @@ def _misfits(first: Source, config_source: PartConfig) -> Iterator[Difference]:
         "name another model with --config-from",
     )
     if name is None:
-        config, name, way = first.config, first.source, "correct it there, or use --config-from"
+        config, name, way = first.config, first.text, "correct it there, or use --config-from"
     for misfit in config_misfits(config, first.tensors.names, first.tensors.shapes):
         yield Difference(
             misfit.key,
@@ -110,7 +110,7 @@ def _misfits(first: Source, config_source: PartConfig) -> Iterator[Difference]:
 
 
 def _config_differences(group: Sequence[Source], config_source: PartConfig) -> list[Difference]:
-    configs = [NamedConfig(part.source, part.config) for part in group]
+    configs = [NamedConfig(part.text, part.config) for part in group]
     if config_source.name is None:
         return config_differences(configs)
     return config_differences(
@@ -120,7 +120,7 @@ def _config_differences(group: Sequence[Source], config_source: PartConfig) -> l
 
 def _scale_differences(group: Sequence[Source], config_source: PartConfig) -> Iterator[Difference]:
     """Find models whose config scales the input of the output head while the output's does not."""
-    configs = [(part.source, part.config) for part in group]
+    configs = [(part.text, part.config) for part in group]
     name, config = (
         configs[0] if config_source.name is None else (config_source.name, config_source.config)
     )
@@ -152,7 +152,7 @@ def _scale_differences(group: Sequence[Source], config_source: PartConfig) -> It
 def _tokenizer_differences(
     group: Sequence[Source], config_source: PartConfig, max_memory: int | None
 ) -> list[Difference]:
-    folders = [TokenizerFolder(part.source, part.folder) for part in group]
+    folders = [TokenizerFolder(part.text, part.folder) for part in group]
     output = 0
     if config_source.name is not None:
         folders.append(TokenizerFolder(config_source.name, config_source.folder))
@@ -165,15 +165,15 @@ def _tokenizer_differences(
 def _preprocessor_differences(
     group: Sequence[Source], config_source: PartConfig
 ) -> list[Difference]:
-    folders = [(part.source, part.folder) for part in group]
+    folders = [(part.text, part.folder) for part in group]
     if config_source.name is not None:
         folders.append((config_source.name, config_source.folder))
     return preprocessor_differences(folders, output=0 if config_source.name is None else len(group))
 
 
-def _num_rows(checkpoint: Source) -> int | None:
+def _num_rows(source: Source) -> int | None:
     """Return the number of rows of the input embedding, or None if no name reveals it."""
-    table = checkpoint.tensors
+    table = source.tensors
     embedding = input_embedding([name for name in table.names if "emb" in name or "wte" in name])
     if embedding is None:
         return None

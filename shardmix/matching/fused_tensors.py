@@ -37,22 +37,20 @@ class _Piece:
     shape: Shape
 
 
-def split_alike(checkpoints: Sequence[Source]) -> tuple[Sequence[Source], list[str]]:
-    """Return the checkpoints with fused tensors in pieces, if any model has the pieces; and notes.
+def split_alike(sources: Sequence[Source]) -> tuple[Sequence[Source], list[str]]:
+    """Return the sources with fused tensors in pieces, if any model has the pieces; and notes.
 
     Models that agree are returned unchanged.
     """
-    stored = [set(checkpoint.tensors.names) for checkpoint in checkpoints]
+    stored = [set(source.tensors.names) for source in sources]
     if all(names == stored[0] for names in stored):
-        return checkpoints, []
+        return sources, []
     from shardmix.conventions.declarations import (
         declaration_of,  # models that agree need none of it
     )
     from shardmix.matching.tensor_names import class_names
 
-    declarations = [
-        declaration_of(checkpoint.config, checkpoint.folder) for checkpoint in checkpoints
-    ]
+    declarations = [declaration_of(source.config, source.folder) for source in sources]
     fused = [
         _whole(renaming)
         for own in declarations
@@ -60,13 +58,13 @@ def split_alike(checkpoints: Sequence[Source]) -> tuple[Sequence[Source], list[s
         if renaming.ops in _KNOWN
     ]
     if not any(text in name for text in set(fused) for names in stored for name in names):
-        return checkpoints, []
+        return sources, []
     named = [
-        dict(zip(class_names(checkpoint.tensors.names, own), checkpoint.tensors, strict=True))
-        for checkpoint, own in zip(checkpoints, declarations, strict=True)
+        dict(zip(class_names(source.tensors.names, own), source.tensors, strict=True))
+        for source, own in zip(sources, declarations, strict=True)
     ]
     found, notes = [], []
-    for model, (checkpoint, own) in enumerate(zip(checkpoints, declarations, strict=True)):
+    for model, (source, own) in enumerate(zip(sources, declarations, strict=True)):
         others = [other for number, other in enumerate(named) if number != model]
         divided = {
             info.name: pieces
@@ -76,11 +74,11 @@ def split_alike(checkpoints: Sequence[Source]) -> tuple[Sequence[Source], list[s
         }
         if divided:
             notes.append(
-                f"{checkpoint.source}: stores {next(iter(divided))} in one piece, other models in "
+                f"{source.text}: stores {next(iter(divided))} in one piece, other models in "
                 "several; the output stores the pieces, which transformers reads as well"
             )
-            checkpoint = _DividedSource(checkpoint, divided)
-        found.append(checkpoint)
+            source = _DividedSource(source, divided)
+        found.append(source)
     return found, notes
 
 

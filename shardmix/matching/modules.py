@@ -74,7 +74,7 @@ class ModularModel:
 
 
 def module_differences(
-    checkpoints: Sequence[Source],
+    sources: Sequence[Source],
     config_source: ModularModel | None = None,
     pooling: str | None = None,
 ) -> Iterator[Difference]:
@@ -83,34 +83,34 @@ def module_differences(
     `config_source` gives the output its modules, if it is not a model of the merge; otherwise the
     first model with modules does. `pooling` is the output's pooling, which overrides the models'.
     """
-    yield from _weights_of_some(checkpoints)
-    models = [ModularModel(each.source, each.root, each.modules) for each in checkpoints]
+    yield from _weights_of_some(sources)
+    models = [ModularModel(each.text, each.root, each.modules) for each in sources]
     modular = [
         each for each in (*([config_source] if config_source else []), *models) if each.modules
     ]
     if not modular:
         return
     if config_source is not None:
-        yield from _weights_of_config_source(config_source, checkpoints)
+        yield from _weights_of_config_source(config_source, sources)
     giver, *others = modular
     for other in others:
         yield from _compared(giver, other, pooling)
     merged = {module.subfolder for module in giver.modules if _has_merged_weights(giver, module)}
-    told = {part.key for part in match_parts(checkpoints).unmatched}
+    told = {part.key for part in match_parts(sources).unmatched}
     yield from _unmerged_weights(giver, models, merged, told)
 
 
-def _weights_of_some(checkpoints: Sequence[Source]) -> Iterator[Difference]:
+def _weights_of_some(sources: Sequence[Source]) -> Iterator[Difference]:
     """Find modules with weights that not every model has."""
-    unmatched = {id(part) for part in match_parts(checkpoints).unmatched}
-    for checkpoint in checkpoints:
-        mine = [part for part in checkpoint.parts if id(part) in unmatched]
+    unmatched = {id(part) for part in match_parts(sources).unmatched}
+    for source in sources:
+        mine = [part for part in source.parts if id(part) in unmatched]
         if not mine:
             continue
         keys = {part.key for part in mine}
-        others = [other for other in checkpoints if not keys <= {part.key for part in other.parts}]
+        others = [other for other in sources if not keys <= {part.key for part in other.parts}]
         pickled = [name for other in others for name in _pickled(other, keys)]
-        names = ", ".join(other.source for other in others)
+        names = ", ".join(other.text for other in others)
         lack = f"{names} has no such module, or none in it"
         if pickled:
             lack = (
@@ -121,26 +121,26 @@ def _weights_of_some(checkpoints: Sequence[Source]) -> Iterator[Difference]:
         yield Difference(
             MODULES_NAME,
             f"{', '.join(f'{part.subfolder}/' for part in mine)}: holds safetensors weights in "
-            f"{checkpoint.source}, and {lack}",
+            f"{source.text}, and {lack}",
             "they are not merged",
             is_refused=True,
         )
 
 
-def _pickled(checkpoint: Source, keys: Collection[str]) -> Iterator[str]:
+def _pickled(source: Source, keys: Collection[str]) -> Iterator[str]:
     """Yield the files with weights of a model's modules that are not in safetensors."""
-    for module in checkpoint.modules:
+    for module in source.modules:
         if module.key in keys and module.subfolder:
-            for name in _names_in(checkpoint.root, module.subfolder):
+            for name in _names_in(source.root, module.subfolder):
                 if name.endswith(_WEIGHTS) and not name.endswith(".safetensors"):
                     yield inner_path(module.subfolder, name)
 
 
 def _weights_of_config_source(
-    config_source: ModularModel, checkpoints: Sequence[Source]
+    config_source: ModularModel, sources: Sequence[Source]
 ) -> Iterator[Difference]:
     """Find modules of the config source whose weights no model has: they would not be a mean."""
-    merged = {part.key for part in checkpoints[0].parts}
+    merged = {part.key for part in sources[0].parts}
     main = main_subfolder(config_source.root, config_source.modules)
     for module in config_source.modules:
         if module.subfolder in ("", main) or module.key in merged:
@@ -149,7 +149,7 @@ def _weights_of_config_source(
             yield Difference(
                 MODULES_NAME,
                 f"{module.subfolder}/: has weights in {config_source.name}, and "
-                f"{checkpoints[0].source} has no "
+                f"{sources[0].text} has no "
                 "such module, or is only a file (then name its folder)",
                 f"the output takes {config_source.name}'s",
                 is_refused=True,

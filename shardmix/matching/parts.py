@@ -17,16 +17,16 @@ class MatchedParts:
     """Parts that not every model has."""
 
 
-def match_parts(checkpoints: Sequence[Source]) -> MatchedParts:
+def match_parts(sources: Sequence[Source]) -> MatchedParts:
     """Match the parts of models by their keys among their model's modules.
 
     Folders may have other names in each model. A model without modules is its own main part. Raises
     `MismatchError` if nothing corresponds.
     """
-    first = checkpoints[0]
+    first = sources[0]
     groups, matched = [], set()
     for part in first.parts:
-        group = [_counterpart(part, first, other) for other in checkpoints]
+        group = [_counterpart(part, first, other) for other in sources]
         if all(group):
             found = tuple(each for each in group if each is not None)
             groups.append(found)
@@ -35,12 +35,10 @@ def match_parts(checkpoints: Sequence[Source]) -> MatchedParts:
         raise MismatchError(
             "have no module with weights in common, by their modules.json; models of a merge "
             "must have the same modules",
-            subject=f"{first.source} and {checkpoints[-1].source}",
+            subject=f"{first.text} and {sources[-1].text}",
             remedy="leave one of them out",
         )
-    unmatched = (
-        part for checkpoint in checkpoints for part in checkpoint.parts if id(part) not in matched
-    )
+    unmatched = (part for source in sources for part in source.parts if id(part) not in matched)
     return MatchedParts(tuple(groups), tuple(unmatched))
 
 

@@ -62,49 +62,49 @@ QUANTISATION = "quantization_config"
 _WHILE_RUNNING = frozenset({"bitnet"})
 
 
-def check_mergeable(checkpoint: Source, allow_differences: Collection[str] = ()) -> None:
+def check_mergeable(source: Source, allow_differences: Collection[str] = ()) -> None:
     """Raise `SourceError` if a model's weights cannot be averaged: quantised, FP8, complex.
 
     A quantisation that only the config declares is refused as well, unless it is among the keys of
     `allow_differences`.
     """
-    source, table = checkpoint.source, checkpoint.tensors
+    text, table = source.text, source.tensors
     if not table.names:
-        raise SourceError("holds no tensors", subject=source, remedy="fetch it again")
+        raise SourceError("holds no tensors", subject=text, remedy="fetch it again")
     tensor = adapter_tensor(table.names)
-    names = [Path(file.name).name for file in checkpoint.identity.files[:1]]
+    names = [Path(file.name).name for file in source.identity.files[:1]]
     if tensor is not None or any(name.startswith("adapter_model") for name in names):
         found = f" (it holds {tensor})" if tensor is not None else ""
         raise SourceError(
             f"is an adapter, not a model{found}; {ADAPTER_RULE}",
-            subject=source,
+            subject=text,
             remedy=ADAPTER_REMEDY,
         )
-    finding = _unmergeable_tensor(checkpoint)
-    declared = naming.declared_quantisation(checkpoint.config)
+    finding = _unmergeable_tensor(source)
+    declared = naming.declared_quantisation(source.config)
     if declared is not None and (finding is not None or declared[1] in _WHILE_RUNNING):
         raise SourceError(
             f"is quantised ({declared[1]}, in config.json); a weighted sum of quantised codes "
             "would be silently wrong",
-            subject=source,
+            subject=text,
             remedy="merge the unquantised checkpoints",
         )
     if declared is not None and QUANTISATION not in allow_differences:
         raise SourceError(
             f"config.json says that the model is quantised ({declared[1]}, in {declared[0]}), but "
             "none of its weights is: the key is stale",
-            subject=source,
+            subject=text,
             remedy=f"remove it from config.json, or use --allow-differences {QUANTISATION} "
             "(allow_differences in a recipe or in Python), which leaves it out of the "
             "output",
         )
     if finding is not None:
-        raise finding.of(source)
+        raise finding.of(text)
 
 
-def _unmergeable_tensor(checkpoint: Source) -> SourceError | None:
+def _unmergeable_tensor(source: Source) -> SourceError | None:
     """Return the error for a tensor that cannot be averaged, or None if all of them can be."""
-    table = checkpoint.tensors
+    table = source.tensors
     # One tensor of each kind is enough: 90,000 experts have few kinds.
     endings = [name.rpartition(".")[2] for name in table.names]
     columns = zip(table.dtype_ranks.tolist(), endings, map(len, table.shapes), strict=True)
@@ -130,7 +130,7 @@ def _unmergeable_tensor(checkpoint: Source) -> SourceError | None:
 
 
 def match_tensors(
-    checkpoints: Sequence[Source], out_config: Mapping[str, Any], out_folder: Path | None = None
+    sources: Sequence[Source], out_config: Mapping[str, Any], out_folder: Path | None = None
 ) -> MatchedTensors:
     """Match all models' tensors by name, resolving ties.
 
@@ -138,16 +138,16 @@ def match_tensors(
     if tensors are missing, shapes differ, or floats meet integers.
     """
     notes: list[str] = []
-    stored = [_own_names(checkpoint, notes) for checkpoint in checkpoints]
+    stored = [_own_names(source, notes) for source in sources]
     has_same_names = all(names == stored[0] for names in stored) or all(
         set(names) == set(stored[0]) for names in stored
     )
-    ties = [_tie_statements(checkpoint.config) for checkpoint in checkpoints]
+    ties = [_tie_statements(source.config) for source in sources]
     if has_same_names and ties.count(_tie_statements(out_config)) == len(ties):
         row_of = [_rows(names) for names in stored]
         found = _Resolved(list(stored[0]), row_of, [{} for _ in stored])
     else:
-        found = _resolved(checkpoints, stored, out_config, out_folder, notes)
+        found = _resolved(sources, stored, out_config, out_folder, notes)
     names = found.names
     rows = tuple(
         np.fromiter(
@@ -157,8 +157,8 @@ def match_tensors(
         )
         for own, elsewhere in zip(found.row_of, found.held, strict=True)
     )
-    shapes = _common_shapes(checkpoints, names, rows)
-    _refuse_mixed_kinds(checkpoints, names, rows)
+    shapes = _common_shapes(sources, names, rows)
+    _refuse_mixed_kinds(sources, names, rows)
     return MatchedTensors(
         names=tuple(_written_names(names, stored, found.row_of)),
         num_added=found.num_added,
@@ -180,7 +180,7 @@ class _Resolved(NamedTuple):
 
 
 def _resolved(
-    checkpoints: Sequence[Source],
+    sources: Sequence[Source],
     stored: Sequence[Sequence[str]],
     out_config: Mapping[str, Any],
     out_folder: Path | None,
@@ -190,9 +190,7 @@ def _resolved(
     from shardmix.conventions.declarations import declaration_of  # most merges need none of these
     from shardmix.matching.ties import NamedModel, share
 
-    declarations = [
-        declaration_of(checkpoint.config, checkpoint.folder) for checkpoint in checkpoints
-    ]
+    declarations = [declaration_of(source.config, source.folder) for source in sources]
     known = _names_of_class(stored, declarations)
     row_of = [_rows(names) for names in known]
     partial = _names_not_in_all(row_of)
@@ -206,13 +204,13 @@ def _resolved(
             "it by itself"
         )
     models = [
-        NamedModel(checkpoint.config, declaration, rows)
-        for checkpoint, declaration, rows in zip(checkpoints, declarations, row_of, strict=True)
+        NamedModel(source.config, declaration, rows)
+        for source, declaration, rows in zip(sources, declarations, row_of, strict=True)
     ]
     output = NamedModel(out_config, declaration_of(out_config, out_folder), row_of[0])
     shared = share(models, output, [name for name in partial if name not in computed])
     names = [*(name for name in known[0] if name not in computed), *shared.added]
-    _refuse_missing(checkpoints, row_of, shared.rows, names, declarations)
+    _refuse_missing(sources, row_of, shared.rows, names, declarations)
     notes += _notes_of(shared)
     return _Resolved(names, row_of, shared.rows, len(shared.added), shared.untied)
 
@@ -221,9 +219,9 @@ def _rows(names: Sequence[str]) -> dict[str, int]:
     return {name: row for row, name in enumerate(names)}
 
 
-def _own_names(checkpoint: Source, notes: list[str]) -> Sequence[str]:
+def _own_names(source: Source, notes: list[str]) -> Sequence[str]:
     """Return a model's names without the parts that wrappers of modules add."""
-    names = checkpoint.tensors.names
+    names = source.tensors.names
     plain = without_wrappers(names)
     if plain is names:
         return names
@@ -231,12 +229,12 @@ def _own_names(checkpoint: Source, notes: list[str]) -> Sequence[str]:
         raise SourceError(
             "stores tensors both with a wrapper's name in theirs (_orig_mod., module.) and "
             "without it",
-            subject=checkpoint.source,
+            subject=source.text,
             remedy="save the model again, without the wrapper",
         )
     changed = next(name for name, own in zip(names, plain, strict=True) if name != own)
     notes.append(
-        f"{checkpoint.source}: has a wrapper's name in those of its tensors ({changed}), which "
+        f"{source.text}: has a wrapper's name in those of its tensors ({changed}), which "
         "loaders don't read; the output has them without it"
     )
     return plain
@@ -303,7 +301,7 @@ def _names_not_in_all(row_of: Sequence[Mapping[str, int]]) -> list[str]:
 
 
 def _refuse_missing(
-    checkpoints: Sequence[Source],
+    sources: Sequence[Source],
     row_of: Sequence[Mapping[str, int]],
     shared: Sequence[Mapping[str, int]],
     names: Sequence[str],
@@ -312,20 +310,20 @@ def _refuse_missing(
     def lacks(model: int) -> list[str]:
         return [name for name in names if name not in row_of[model] and name not in shared[model]]
 
-    for model in range(len(checkpoints)):
+    for model in range(len(sources)):
         missing = lacks(model)
         if not missing:
             continue
         # Name two models: the one that lacks tensors, and one that has the first of them.
         other = next((i for i, rows in enumerate(row_of) if missing[0] in rows), 0)
-        here, there = checkpoints[model].source, checkpoints[other].source
+        here, there = sources[model].text, sources[other].text
         only_there = [name for name in missing if name in row_of[other]]
         only_here = [name for name in lacks(other) if name in row_of[model]]
         raise MismatchError(
             f"tensor sets differ: only in {there}: {_listed(only_there)}; only in {here}: "
             f"{_listed(only_here)}; models of a merge must have one architecture and the same "
             f"tensor names{_hint(only_there, only_here)}"
-            f"{_unknown_class(checkpoints[model], declarations[model])}",
+            f"{_unknown_class(sources[model], declarations[model])}",
             remedy=_way_on([*only_there, *only_here]),
         )
 
@@ -354,26 +352,26 @@ def _hint(only_there: Sequence[str], only_here: Sequence[str]) -> str:
     return ""
 
 
-def _unknown_class(checkpoint: Source, declaration: "Declaration") -> str:
+def _unknown_class(source: Source, declaration: "Declaration") -> str:
     if declaration.is_known or declaration.is_conventional:
         return ""
     return (
-        f" ({checkpoint.source}: its class is not known here, nor to an installed transformers, so "
+        f" ({source.text}: its class is not known here, nor to an installed transformers, so "
         "that parameters which share a tensor cannot be told)"
     )
 
 
 def _common_shapes(
-    checkpoints: Sequence[Source],
+    sources: Sequence[Source],
     names: Sequence[str],
     rows: Sequence[npt.NDArray[np.int32]],
 ) -> tuple[tuple[int, ...], ...]:
     all_shapes = [
-        list(map(checkpoint.tensors.shapes.__getitem__, model_rows.tolist()))
-        for checkpoint, model_rows in zip(checkpoints, rows, strict=True)
+        list(map(source.tensors.shapes.__getitem__, model_rows.tolist()))
+        for source, model_rows in zip(sources, rows, strict=True)
     ]
     first = all_shapes[0]
-    for checkpoint, shapes in zip(checkpoints[1:], all_shapes[1:], strict=True):
+    for source, shapes in zip(sources[1:], all_shapes[1:], strict=True):
         if shapes == first:
             continue
         name, mine, other = next(
@@ -388,8 +386,7 @@ def _common_shapes(
                 "vocabulary (model.resize_token_embeddings in transformers)"
             )
         raise MismatchError(
-            f"{list(mine)} in {checkpoints[0].source}, {list(other)} in {checkpoint.source}; "
-            "shapes must match",
+            f"{list(mine)} in {sources[0].text}, {list(other)} in {source.text}; shapes must match",
             subject=name,
             remedy=remedy,
         )
@@ -397,23 +394,23 @@ def _common_shapes(
 
 
 def _refuse_mixed_kinds(
-    checkpoints: Sequence[Source],
+    sources: Sequence[Source],
     names: Sequence[str],
     rows: Sequence[npt.NDArray[np.int32]],
 ) -> None:
     is_float_rank = np.array([dtype in FLOAT_DTYPES for dtype in DTYPES])
     ranks = [
-        checkpoint.tensors.dtype_ranks[model_rows]
-        for checkpoint, model_rows in zip(checkpoints, rows, strict=True)
+        source.tensors.dtype_ranks[model_rows]
+        for source, model_rows in zip(sources, rows, strict=True)
     ]
     first = is_float_rank[ranks[0]]
-    for checkpoint, model_ranks in zip(checkpoints[1:], ranks[1:], strict=True):
+    for source, model_ranks in zip(sources[1:], ranks[1:], strict=True):
         differing = np.flatnonzero(is_float_rank[model_ranks] != first)
         if differing.size:
             at = int(differing[0])
             raise MismatchError(
-                f"{DTYPES[ranks[0][at]]} in {checkpoints[0].source}, {DTYPES[model_ranks[at]]} in "
-                f"{checkpoint.source}; integers and floats cannot be averaged with one another",
+                f"{DTYPES[ranks[0][at]]} in {sources[0].text}, {DTYPES[model_ranks[at]]} in "
+                f"{source.text}; integers and floats cannot be averaged with one another",
                 subject=names[at],
                 remedy="convert one of the models",
             )

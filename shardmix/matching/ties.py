@@ -48,7 +48,7 @@ class NamedModel:
     declaration: Declaration
     """Declarations of its class."""
     rows: Mapping[str, int] = field(repr=False)
-    """Name of each stored tensor → its row in the checkpoint's table."""
+    """Name of each stored tensor → its row in the source's table."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Output shards: the tensors of each, and the segments that its data is divided into.
 
-Lays out headers and offsets from opened checkpoints; decides nothing about memory or devices.
+Lays out headers and offsets from opened sources; decides nothing about memory or devices.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,7 +48,7 @@ class FileNumbers:
 
 def plan_shards(
     recipe: Recipe,
-    checkpoints: Sequence[Source],
+    sources: Sequence[Source],
     matched: MatchedTensors,
     out_dtypes: Sequence[str],
     parameters: TensorParameters,
@@ -64,11 +64,11 @@ def plan_shards(
     `numbers` are those of each source's files.
     """
     prefix = f"{subfolder}/" if subfolder else ""
-    columns = _SourceColumns(checkpoints, matched, out_dtypes, parameters, prefix, numbers)
-    groups = _shard_groups(recipe, checkpoints[0], matched, out_dtypes, shard_pattern(stem))
+    columns = _SourceColumns(sources, matched, out_dtypes, parameters, prefix, numbers)
+    groups = _shard_groups(recipe, sources[0], matched, out_dtypes, shard_pattern(stem))
     notes = lost_metadata(
-        checkpoints[0].source,
-        before=checkpoints[0].metadata,
+        sources[0].text,
+        before=sources[0].metadata,
         after=(metadata for _, _, metadata in groups),
         is_laid_out_anew=recipe.max_shard_size is not None,
     )
@@ -143,7 +143,7 @@ class _SourceColumns:
 
     def __init__(
         self,
-        checkpoints: Sequence[Source],
+        sources: Sequence[Source],
         matched: MatchedTensors,
         out_dtypes: Sequence[str],
         parameters: TensorParameters,
@@ -161,8 +161,8 @@ class _SourceColumns:
         self._groups = [_Group(parameters.method, params) for params in parameters.groups]
         self._group_of = parameters.rows
         self._files, self._starts, self._nbytes, self._ranks = [], [], [], []
-        for checkpoint, rows, number in zip(checkpoints, matched.rows, numbers, strict=True):
-            table = checkpoint.tensors
+        for source, rows, number in zip(sources, matched.rows, numbers, strict=True):
+            table = source.tensors
             files = table.files[rows] + number.first
             if table.decoded is not None:
                 files[table.decoded[rows]] = number.decoded
@@ -172,8 +172,8 @@ class _SourceColumns:
             self._ranks.append(table.dtype_ranks[rows])
         # By source: True for tensors whose values there count.
         self._counts = [
-            np.array([source in group.wide for group in self._groups])[self._group_of]
-            for source in range(len(checkpoints))
+            np.array([number in group.wide for group in self._groups])[self._group_of]
+            for number in range(len(sources))
         ]
         self._is_wide = np.logical_or.reduce(
             [

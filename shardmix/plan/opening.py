@@ -52,13 +52,13 @@ class ConfigSource:
     """Folder of config and main weights in it: "" or the folder of one of these modules."""
 
 
-def public_name(checkpoint: Source) -> str:
+def public_name(source: Source) -> str:
     """Return a source's name for publication: its Hub id, or its own name without a path."""
-    if checkpoint.identity.hub_id is not None:
-        return checkpoint.source
-    if checkpoint.is_single_file:
-        return Path(checkpoint.identity.files[0].path).name
-    return checkpoint.root.resolve().name
+    if source.identity.hub_id is not None:
+        return source.text
+    if source.is_single_file:
+        return Path(source.identity.files[0].path).name
+    return source.root.resolve().name
 
 
 @contextmanager
@@ -75,10 +75,10 @@ def disk_errors_named() -> Iterator[None]:
         ) from None
 
 
-def _paths(checkpoint: Source) -> list[Path]:
-    """Return the paths of a checkpoint on the disk: its folder, and files that may be links."""
-    files = [Path(file.path) for part in checkpoint.parts for file in part.identity.files]
-    return files if checkpoint.is_single_file else [checkpoint.root, *files]
+def _paths(source: Source) -> list[Path]:
+    """Return the paths of a source on the disk: its folder, and files that may be links."""
+    files = [Path(file.path) for part in source.parts for file in part.identity.files]
+    return files if source.is_single_file else [source.root, *files]
 
 
 def _check_model_type(*, model_type: str | None, config_source: ConfigSource) -> None:
@@ -135,22 +135,22 @@ def _open_config_source(resolved: ResolvedSource | None, first: Source) -> Confi
 class OpenedModels:
     """The opened models of a recipe, and the source of the output's config."""
 
-    checkpoints: tuple[Source, ...]
+    sources: tuple[Source, ...]
     """The models, in the recipe's order."""
     config_source: ConfigSource
     """Source of config, tokenizer and other auxiliary files."""
 
     def check_untouched(self) -> None:
         """Raise `SourceChangedError` if a model may be another than was opened."""
-        for checkpoint in self.checkpoints:
-            checkpoint.check_unchanged()
-            for part in checkpoint.parts:
+        for source in self.sources:
+            source.check_unchanged()
+            for part in source.parts:
                 part.identity.check_untouched()
 
     @property
     def paths(self) -> tuple[Path, ...]:
         """All folders and files that belong to them: no output may be put there."""
-        paths = [path for checkpoint in self.checkpoints for path in _paths(checkpoint)]
+        paths = [path for source in self.sources for path in _paths(source)]
         named = [self.config_source.folder] if self.config_source.is_named else []
         return (*paths, *named)
 
@@ -164,13 +164,13 @@ def open_models(
     `RecipeError` if the recipe's model type contradicts the config, `BudgetError` if headers might
     take the process beyond `max_memory` (bytes).
     """
-    checkpoints = []
+    sources = []
     models = (resolved[text] for text in recipe.sources)
-    for checkpoint in open_sources(models, max_memory=max_memory):
-        for part in checkpoint.parts:
+    for source in open_sources(models, max_memory=max_memory):
+        for part in source.parts:
             check_mergeable(part, recipe.allow_differences)
-        checkpoints.append(checkpoint)
+        sources.append(source)
     named = None if recipe.config_from is None else resolved[recipe.config_from]
-    config_source = _open_config_source(named, checkpoints[0])
+    config_source = _open_config_source(named, sources[0])
     _check_model_type(model_type=recipe.model_type, config_source=config_source)
-    return OpenedModels(tuple(checkpoints), config_source)
+    return OpenedModels(tuple(sources), config_source)

@@ -42,7 +42,7 @@ class PlannedModules:
 
 def plan_modules(
     recipe: Recipe,
-    checkpoints: Sequence[Source],
+    sources: Sequence[Source],
     matched: MatchedParts,
     config_folder: Path,
     own_modules: tuple[Module, ...],
@@ -59,7 +59,7 @@ def plan_modules(
         giver = next(
             (
                 each
-                for each in checkpoints
+                for each in sources
                 if each.modules and not any(id(part) in unmatched for part in each.parts)
             ),
             None,
@@ -72,7 +72,7 @@ def plan_modules(
         files = _module_files(giver, config_folder)
         folder, modules, main_subfolder = giver.root, giver.modules, giver.subfolder
         notes = [
-            f"{MODULES_NAME}: the output takes {giver.source}'s modules{_pooled(giver)}, since the "
+            f"{MODULES_NAME}: the output takes {giver.text}'s modules{_pooled(giver)}, since the "
             "model that gives it config and tokenizer has none"
         ]
     configs, pooling_notes = _pooling_configs(recipe, folder, modules)

@@ -1,4 +1,4 @@
-"""The planner: from a recipe and opened checkpoints to a `MergePlan`.
+"""The planner: from a recipe and opened sources to a `MergePlan`.
 
 Decides names, dtypes, output shards, every offset and the memory before a byte of weights is read.
 Pure, except that it looks for files beside the weights and at the memory in use and available.
@@ -104,13 +104,11 @@ def plan_merge(
 def _plan_merge(
     recipe: Recipe, opened: OpenedModels, settings: RunSettings, **outcome: Unpack[Outcome]
 ) -> MergePlan:
-    checkpoints, config_source = opened.checkpoints, opened.config_source
-    matched = match_parts(checkpoints)
-    modules = plan_modules(
-        recipe, checkpoints, matched, config_source.folder, config_source.modules
-    )
+    sources, config_source = opened.sources, opened.config_source
+    matched = match_parts(sources)
+    modules = plan_modules(recipe, sources, matched, config_source.folder, config_source.modules)
     groups = _placed(matched.groups, modules)
-    sources, numbers = _planned_sources(checkpoints, groups)
+    planned, numbers = _planned_sources(sources, groups)
     parts = _planned_parts(recipe, groups, numbers, config_source, modules)
     main = parts[0]
     shards = tuple(shard for part in parts for shard in part.shards)
@@ -133,17 +131,17 @@ def _plan_merge(
         *(note for part in parts for note in part.notes),
         *modules.notes,
         *check_belong_together(
-            checkpoints,
+            sources,
             groups,
             recipe,
             config_sources=[part.config_source for part in parts],
-            modular_config_source=_modular_config_source(recipe, config_source, checkpoints[0]),
+            modular_config_source=_modular_config_source(recipe, config_source, sources[0]),
             max_memory=settings.max_memory_nbytes,
         ),
-        *adapter_warnings(part for checkpoint in checkpoints for part in checkpoint.parts),
+        *adapter_warnings(part for source in sources for part in source.parts),
         *_auxiliary_file_warnings(auxiliary_files, left_out, config_source),
     ]
-    if _stem(checkpoints[0], config_source) not in MARKS and _lacks_config(
+    if _stem(sources[0], config_source) not in MARKS and _lacks_config(
         config_source, auxiliary_files.files
     ):
         warnings.append(
@@ -152,7 +150,7 @@ def _plan_merge(
         )
     return MergePlan(
         recipe=recipe,
-        sources=sources,
+        sources=planned,
         parameters=tuple(params for part in parts for params in part.parameters),
         digest_algorithm=outcome.get("digest_algorithm", XXH3),
         record_paths=outcome.get("record_paths", False),
@@ -177,7 +175,7 @@ def _plan_merge(
         memory=plan_memory(
             settings,
             num_tensors=sum(len(shard.tensor_names) for shard in shards),
-            reader_nbytes=sum(source.reader_nbytes for source in sources),
+            reader_nbytes=sum(source.reader_nbytes for source in planned),
             gathering=gathering,
         ),
         cache_use=plan_cache_use(
@@ -190,17 +188,17 @@ def _plan_merge(
 
 
 def _planned_sources(
-    checkpoints: Sequence[Source], groups: Sequence[Sequence[Source]]
+    sources: Sequence[Source], groups: Sequence[Sequence[Source]]
 ) -> tuple[tuple[PlannedSource, ...], list[tuple[FileNumbers, ...]]]:
     """Return the files to read of each source, and for each group the numbers of its parts' files.
 
     Files are numbered source by source; streams of decoded tensors have the numbers that follow.
     """
-    sources: list[PlannedSource] = []
+    planned: list[PlannedSource] = []
     firsts: list[list[int]] = []
     num_files = 0
     parts_of = list(zip(*groups, strict=True))
-    for checkpoint, parts in zip(checkpoints, parts_of, strict=True):
+    for source, parts in zip(sources, parts_of, strict=True):
         files: list[SourceFile] = []
         firsts.append([])
         for part in parts:
@@ -208,14 +206,14 @@ def _planned_sources(
             files += part.identity.files
         num_files += len(files)
         decoders = tuple(part for part in parts if _decodes(part))
-        root = str(checkpoint.root.absolute())
-        sources.append(
+        root = str(source.root.absolute())
+        planned.append(
             PlannedSource(
-                text=checkpoint.source,
-                name=public_name(checkpoint),
-                path=files[0].path if checkpoint.is_single_file else root,
+                text=source.text,
+                name=public_name(source),
+                path=files[0].path if source.is_single_file else root,
                 identity=replace(
-                    checkpoint.identity,
+                    source.identity,
                     files=tuple(files),
                     decoding="; ".join(filter(None, (part.identity.decoding for part in parts))),
                 ),
@@ -231,7 +229,7 @@ def _planned_sources(
         ]
         for its_firsts, parts in zip(firsts, parts_of, strict=True)
     ]
-    return tuple(sources), list(zip(*numbers, strict=True))
+    return tuple(planned), list(zip(*numbers, strict=True))
 
 
 def _decodes(part: Source) -> bool:

@@ -53,40 +53,40 @@ class Embedding:
         return pooled
 
 
-def embedding_of(checkpoint: Source, asked: str | None) -> Embedding:
+def embedding_of(source: Source, asked: str | None) -> Embedding:
     """Return a model's embedding, by its modules; `asked` overrides its pooling.
 
     A model without modules pools by the first token. Raises `SourceError` if its modules are not
     supported and nothing was asked for.
     """
-    modules = [module for module in checkpoint.modules if module.subfolder != checkpoint.subfolder]
-    if not checkpoint.modules:
+    modules = [module for module in source.modules if module.subfolder != source.subfolder]
+    if not source.modules:
         return Embedding((asked or CLS,))
-    source = checkpoint.source
+    text = source.text
     finding = _cannot_be_followed(modules)
     if finding is not None:
         if asked is None:
             raise SourceError(
                 f"{finding}, so that it cannot be scored as it embeds",
-                subject=source,
+                subject=text,
                 remedy="--pooling scores its encoder by itself",
             )
-        return Embedding((asked,), note=f"{source}: scored without its modules, since it {finding}")
+        return Embedding((asked,), note=f"{text}: scored without its modules, since it {finding}")
     subfolder = next(module.subfolder for module in modules if module.kind == "Pooling")
-    own = pooling_modes(read_config(checkpoint.root / subfolder))
+    own = pooling_modes(read_config(source.root / subfolder))
     unknown = [mode for mode in own if mode not in POOLINGS]
     if unknown and asked is None:
         raise SourceError(
             f"{subfolder}/config.json pools by {unknown[0]!r}, which is unknown",
-            subject=source,
+            subject=text,
             remedy=f"say how with --pooling: {', '.join(POOLINGS)}",
         )
     pooling = own if asked is None else (asked,)
     note = ""
     if asked is not None and own != pooling:
-        note = f"{source}: pooled by {asked}, as was asked for, though it pools by {_joined(own)}"
+        note = f"{text}: pooled by {asked}, as was asked for, though it pools by {_joined(own)}"
     steps = [
-        (module.kind, *_step(checkpoint, module))
+        (module.kind, *_step(source, module))
         for module in modules
         if module.kind not in ("Pooling", *_WITHOUT_EFFECT)
     ]
@@ -96,7 +96,7 @@ def embedding_of(checkpoint: Source, asked: str | None) -> Embedding:
         nbytes=sum(nbytes for _, _, nbytes in steps),
     )
     if asked is None and made.name != CLS:
-        note = f"{source}: pooled by {made.name}, as its modules say (--pooling is for another way)"
+        note = f"{text}: pooled by {made.name}, as its modules say (--pooling is for another way)"
     return Embedding(made.pooling, made.steps, made.nbytes, note)
 
 
@@ -117,13 +117,13 @@ def _cannot_be_followed(modules: list[Module]) -> str | None:
     return f"has {before[0]} before its pooling" if before else None
 
 
-def _step(checkpoint: Source, module: Module) -> tuple[Step, int]:
+def _step(source: Source, module: Module) -> tuple[Step, int]:
     """Return a module's function on vectors, and the bytes of its weights."""
-    part = next((part for part in checkpoint.others if part.subfolder == module.subfolder), None)
+    part = next((part for part in source.others if part.subfolder == module.subfolder), None)
     if part is None:
         raise SourceError(
             f"{module.subfolder} has no model.safetensors to score it with",
-            subject=checkpoint.source,
+            subject=source.text,
             remedy="load the model in sentence-transformers and save it: that writes one",
         )
     tensors = _read(part)
@@ -137,7 +137,7 @@ def _step(checkpoint: Source, module: Module) -> tuple[Step, int]:
     except KeyError as error:
         raise SourceError(
             f"stores no {error.args[0]}, which a {module.kind} module has",
-            subject=part.source,
+            subject=part.text,
             remedy="fetch it again",
         ) from None
 
@@ -148,7 +148,7 @@ def _dense(part: Source, tensors: dict[str, torch.Tensor]) -> Step:
         raise SourceError(
             f"has the activation {name}, which the scorer does not know; known are "
             f"{', '.join(_ACTIVATIONS)}",
-            subject=part.source,
+            subject=part.text,
             remedy="leave the model out",
         )
     activation = getattr(nn, name)()
@@ -159,7 +159,7 @@ def _dense(part: Source, tensors: dict[str, torch.Tensor]) -> Step:
         if vectors.shape[-1] != weight.shape[-1]:
             raise SourceError(
                 f"takes vectors of {weight.shape[-1]} values, and is given {vectors.shape[-1]}",
-                subject=part.source,
+                subject=part.text,
                 remedy="pool as it was trained (--pooling)",
             )
         projected: torch.Tensor = activation(functional.linear(vectors, weight, bias))
@@ -179,7 +179,7 @@ def _read(part: Source) -> dict[str, torch.Tensor]:
             if info.dtype not in TORCH_DTYPES:
                 raise SourceError(
                     f"{info.name} is {info.dtype}",
-                    subject=part.source,
+                    subject=part.text,
                     remedy="save it in float32",
                 )
             stored = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])

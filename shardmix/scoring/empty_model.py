@@ -27,7 +27,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 
 
 def build_empty_model(
-    checkpoint: Source, auto_class: str, dtype: torch.dtype, *, trust_remote_code: bool
+    source: Source, auto_class: str, dtype: torch.dtype, *, trust_remote_code: bool
 ) -> Any:
     """Return the model in evaluation mode, parameters on the meta device, computed buffers real.
 
@@ -35,18 +35,18 @@ def build_empty_model(
     """
     import transformers
 
-    folder = checkpoint.folder
+    folder = source.folder
     if not (folder / CONFIG_NAME).exists():
         raise SourceError(
             f"has no {CONFIG_NAME}, so that it cannot be run",
-            subject=checkpoint.source,
+            subject=source.text,
             remedy="give a whole model folder, which scoring needs",
         )
-    declared = declared_quantisation(checkpoint.config)
+    declared = declared_quantisation(source.config)
     if declared is not None:
         raise SourceError(
             f"is quantised ({declared[1]}, in config.json); scoring needs the original weights",
-            subject=checkpoint.source,
+            subject=source.text,
             remedy=f"if these are floats, remove {declared[0]} from config.json",
         )
     try:
@@ -60,7 +60,7 @@ def build_empty_model(
                     config, dtype=dtype, trust_remote_code=trust_remote_code
                 )
     except Exception as error:  # configs of strangers fail in every possible way
-        raise _build_failed(error, auto_class).of(checkpoint.source) from None
+        raise _build_failed(error, auto_class).of(source.text) from None
     _keep_float32(model, dtype)
     _compute_sinusoids(model)
     model.requires_grad_(False)
@@ -69,7 +69,7 @@ def build_empty_model(
     return model
 
 
-def import_model_code(checkpoint: Source, auto_class: str) -> None:
+def import_model_code(source: Source, auto_class: str) -> None:
     """Load transformers' code for such a model, if it has any.
 
     That takes seconds, once, and should not count as the first model's time.
@@ -77,7 +77,7 @@ def import_model_code(checkpoint: Source, auto_class: str) -> None:
     import transformers
 
     with suppress(Exception):  # an error of the model is raised when it is built
-        config = transformers.AutoConfig.from_pretrained(str(checkpoint.folder))
+        config = transformers.AutoConfig.from_pretrained(str(source.folder))
         _ = getattr(transformers, auto_class)._model_mapping[type(config)]
 
 
@@ -108,18 +108,18 @@ def _compute_sinusoids(model: Any) -> None:
                 model._init_weights(module)
 
 
-def compute_dtype(checkpoint: Source, asked: str) -> torch.dtype:
+def compute_dtype(source: Source, asked: str) -> torch.dtype:
     """Return the dtype that a model computes in: as asked, or the dtype of most of its weights."""
     if asked != "auto":
         return getattr(torch, asked)  # type: ignore[no-any-return]
     nbytes: Counter[str] = Counter()
-    for info in checkpoint.tensors:
+    for info in source.tensors:
         if info.dtype in FLOAT_DTYPES:
             nbytes[info.dtype] += info.nbytes
     if not nbytes:
         raise SourceError(
             "has no floating-point weights to compute with",
-            subject=checkpoint.source,
+            subject=source.text,
             remedy="score the original model",
         )
     return TORCH_DTYPES[nbytes.most_common(1)[0][0]]

@@ -55,7 +55,7 @@ class ModelScore:
 
 
 def score_model(
-    checkpoint: Source,
+    source: Source,
     objective: Objective,
     settings: ScoreSettings,
     device: torch.device,
@@ -70,18 +70,18 @@ def score_model(
     there is room. Raises `SourceError` if the model cannot be run, `BudgetError` if it does not
     fit.
     """
-    score = partial(_score_cut, checkpoint, objective, settings, device, reserved, on_fraction)
+    score = partial(_score_cut, source, objective, settings, device, reserved, on_fraction)
     try:
         return score(None)
     except _NotRunError as streamed:
         try:
             whole = score((Grain.MODEL,))
         except BudgetError:
-            raise _not_run(checkpoint, objective, streamed.cause) from None
+            raise _not_run(source, objective, streamed.cause) from None
         except _NotRunError as error:
-            raise _not_run(checkpoint, objective, error.cause) from None
+            raise _not_run(source, objective, error.cause) from None
         note = (
-            f"{checkpoint.source}: held in memory as a whole, since its layers cannot be run one "
+            f"{source.text}: held in memory as a whole, since its layers cannot be run one "
             f"at a time ({one_line(streamed.cause, limit=300)})"
         )
         return replace(whole, notes=(note, *whole.notes))
@@ -105,7 +105,7 @@ class _ProgressError(_CarriedError):
 
 
 def _score_cut(
-    checkpoint: Source,
+    source: Source,
     objective: Objective,
     settings: ScoreSettings,
     device: torch.device,
@@ -114,15 +114,15 @@ def _score_cut(
     grains: tuple[Grain, ...] | None,
 ) -> ModelScore:
     """Score a model cut in one of these ways; raise `_NotRunError` if it fails."""
-    dtype = compute_dtype(checkpoint, settings.dtype)
+    dtype = compute_dtype(source, settings.dtype)
     model = build_empty_model(
-        checkpoint, objective.auto_class, dtype, trust_remote_code=settings.trust_remote_code
+        source, objective.auto_class, dtype, trust_remote_code=settings.trust_remote_code
     )
     weights = None
     try:
         objective.prepare(model)
-        weights = ModelWeights(checkpoint, model)
-        _check_complete(checkpoint, weights, settings)
+        weights = ModelWeights(source, model)
+        _check_complete(source, weights, settings)
         # Memory that an earlier model left on the heap is used again.
         held = resident_nbytes() if reserved is None else reserved + objective.nbytes
         arrangement, projected, projected_vram = _arrange(
@@ -137,7 +137,7 @@ def _score_cut(
             reserved_nbytes=held,
             projected_nbytes=projected,
             projected_vram_nbytes=projected_vram,
-            notes=_notes(checkpoint, weights, settings, num_readings=len(arrangement.waves)),
+            notes=_notes(source, weights, settings, num_readings=len(arrangement.waves)),
         )
     except ShardmixError:
         raise
@@ -146,7 +146,7 @@ def _score_cut(
     except torch.OutOfMemoryError as error:
         raise BudgetError(
             f"out of GPU memory ({one_line(error, limit=300)})",
-            subject=checkpoint.source,
+            subject=source.text,
             remedy="set --max-vram to what is free, or use --device cpu",
         ) from None
     except Exception as error:  # a model is a stranger's program
@@ -160,31 +160,29 @@ def _score_cut(
             set_module_tensor_to_device(model, name, "meta")
 
 
-def _not_run(checkpoint: Source, objective: Objective, cause: Exception) -> SourceError:
+def _not_run(source: Source, objective: Objective, cause: Exception) -> SourceError:
     return SourceError(
         f"cannot be run as {objective.auto_class} on these examples ({one_line(cause, limit=300)})",
-        subject=checkpoint.source,
+        subject=source.text,
         remedy="check --model-type and the examples",
     )
 
 
 def _notes(
-    checkpoint: Source, weights: ModelWeights, settings: ScoreSettings, *, num_readings: int
+    source: Source, weights: ModelWeights, settings: ScoreSettings, *, num_readings: int
 ) -> tuple[str, ...]:
     """Return notes for the user on how the model was read."""
     notes = []
     unused = weights.unused()
     if unused and settings.model_type != ENCODER:  # an encoder is often stored with some head
         notes.append(
-            f"{checkpoint.source}: stores {listed(unused, 3)}, which its config does not use; "
+            f"{source.text}: stores {listed(unused, 3)}, which its config does not use; "
             "scored without"
         )
-    stored = int(checkpoint.tensors.nbytes.sum())
+    stored = int(source.tensors.nbytes.sum())
     if weights.bytes_read > 1.25 * stored:
         reason = "the budget" if num_readings > 1 else "parts of it that are used several times"
-        notes.append(
-            f"{checkpoint.source}: read {weights.bytes_read / stored:.1f} times, for {reason}"
-        )
+        notes.append(f"{source.text}: read {weights.bytes_read / stored:.1f} times, for {reason}")
     return tuple(notes)
 
 
@@ -283,7 +281,7 @@ def _sizes(model: Any, objective: Objective) -> ModelSizes:
     )
 
 
-def _check_complete(checkpoint: Source, weights: ModelWeights, settings: ScoreSettings) -> None:
+def _check_complete(source: Source, weights: ModelWeights, settings: ScoreSettings) -> None:
     """Refuse a model with parts that would be random; an encoder's pooler is not used."""
     missing = weights.missing()
     if settings.model_type == ENCODER:
@@ -292,6 +290,6 @@ def _check_complete(checkpoint: Source, weights: ModelWeights, settings: ScoreSe
         raise SourceError(
             f"stores nothing for {listed(missing, 3)}; it is not a whole model of type "
             f"{settings.model_type}",
-            subject=checkpoint.source,
+            subject=source.text,
             remedy="check --model-type",
         )

@@ -32,7 +32,7 @@ class _Recipe:
     target: str
     """Name of the (first) parameter."""
     rows: list[int] = field(default_factory=list)
-    """Rows of the checkpoint's table, in order."""
+    """Rows of the source's table, in order."""
     patterns: list[str] = field(default_factory=list)
     """For a conversion: the pattern that each row matched."""
     converter: Any = None
@@ -42,14 +42,14 @@ class _Recipe:
 class ModelWeights:
     """Reads parameters of one model directly from its shards, and counts the bytes."""
 
-    def __init__(self, checkpoint: Source, model: Any) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, source: Source, model: Any) -> None:
+        self._source = source
         self._model = model
-        self._reader = checkpoint.open_reader()
+        self._reader = source.open_reader()
         self._chunk: torch.Tensor | None = None
         self.bytes_read = 0
         self._targets: dict[str, torch.Tensor] = model.state_dict()
-        self._recipes = _recipes(checkpoint, model, self._targets)
+        self._recipes = _recipes(source, model, self._targets)
         self._by_name: dict[str, _Recipe] = {}
         for recipe in self._recipes:
             for name in _outputs(recipe):
@@ -81,7 +81,7 @@ class ModelWeights:
         used = {row for recipe in self._recipes for row in recipe.rows}
         return [
             name
-            for row, name in enumerate(self._checkpoint.tensors.names)
+            for row, name in enumerate(self._source.tensors.names)
             if row not in used and not is_computed_buffer(name)
         ]
 
@@ -109,7 +109,7 @@ class ModelWeights:
         """Let the system read ahead the stored tensors of these parameters."""
         for recipe in self._unique_recipes(names):
             for row in recipe.rows:
-                self._reader.prefetch(row, 0, self._checkpoint.tensors[row].num_elements)
+                self._reader.prefetch(row, 0, self._source.tensors[row].num_elements)
 
     def read(self, names: Sequence[str], device: torch.device) -> dict[str, torch.Tensor]:
         """Return values of the parameters, in the model's dtype; zeros for those without stored
@@ -142,7 +142,7 @@ class ModelWeights:
         `rows` are sorted and unique; neighbours are read together.
         """
         row = self._by_name[name].rows[0]
-        info = self._checkpoint.tensors[row]
+        info = self._source.tensors[row]
         self._check_shape(name, info.shape, self._targets[name].shape)
         width = info.num_elements // info.shape[0]
         stored = torch.empty((len(rows), *info.shape[1:]), dtype=self._stored_dtype(info))
@@ -163,14 +163,14 @@ class ModelWeights:
     def _read_plain(self, recipe: _Recipe, device: torch.device) -> torch.Tensor:
         row = recipe.rows[0]
         expected = self._targets[recipe.target]
-        self._check_shape(recipe.target, self._checkpoint.tensors[row].shape, expected.shape)
+        self._check_shape(recipe.target, self._source.tensors[row].shape, expected.shape)
         return self._read_tensor(row, expected.dtype, device)
 
     def _convert(self, recipe: _Recipe, device: torch.device) -> dict[str, torch.Tensor]:
         converter = copy.deepcopy(recipe.converter)
         dtype = self._targets[recipe.target].dtype
         for row, pattern in zip(recipe.rows, recipe.patterns, strict=True):
-            name = self._checkpoint.tensors[row].name
+            name = self._source.tensors[row].name
             tensor = self._read_tensor(row, dtype, device)
             converter.add_tensor(recipe.target, name, pattern, tensor)
         converted = converter.convert(recipe.target, model=self._model, config=self._model.config)
@@ -180,7 +180,7 @@ class ModelWeights:
         }
 
     def _read_tensor(self, row: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        info = self._checkpoint.tensors[row]
+        info = self._source.tensors[row]
         stored_dtype = self._stored_dtype(info)
         if not (stored_dtype.is_floating_point and dtype.is_floating_point):
             dtype = stored_dtype
@@ -212,7 +212,7 @@ class ModelWeights:
         if info.dtype not in TORCH_DTYPES:
             raise SourceError(
                 f"{info.name} is stored as {info.dtype}, which cannot be computed with",
-                subject=self._checkpoint.source,
+                subject=self._source.text,
                 remedy="score the original model",
             )
         return TORCH_DTYPES[info.dtype]
@@ -226,12 +226,12 @@ class ModelWeights:
             raise SourceError(
                 f"{name} is stored as {list(stored)}, and its config says {list(expected)}; "
                 "weights and config must be of one model",
-                subject=self._checkpoint.source,
+                subject=self._source.text,
                 remedy="fetch both again",
             )
 
 
-def _recipes(checkpoint: Source, model: Any, targets: dict[str, torch.Tensor]) -> list[_Recipe]:
+def _recipes(source: Source, model: Any, targets: dict[str, torch.Tensor]) -> list[_Recipe]:
     """Return the sources of the model's parameters, by transformers' own rules for names."""
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
@@ -241,7 +241,7 @@ def _recipes(checkpoint: Source, model: Any, targets: dict[str, torch.Tensor]) -
     }
     recipes: dict[str, _Recipe] = {}
     prefix = model.base_model_prefix
-    names = checkpoint.tensors.names
+    names = source.tensors.names
     for row in sorted(range(len(names)), key=lambda row: _natural(names[row])):
         name = names[row]
         target, pattern = rename_source_key(name, renamings, converters, prefix, targets)

@@ -32,7 +32,7 @@ _MOST_NAMED = 3
 
 
 def read_examples(
-    examples: Sequence[Example], checkpoints: Sequence[Source], settings: ScoreSettings
+    examples: Sequence[Example], sources: Sequence[Source], settings: ScoreSettings
 ) -> tuple[list[EncodedExamples], tuple[str, ...]]:
     """Return each model's encoded examples, in order, and notes for the user.
 
@@ -42,15 +42,14 @@ def read_examples(
     found: list[EncodedExamples] = []
     notes: list[str] = []
     known: list[tuple[Source, int | None, EncodedExamples]] = []
-    for checkpoint in checkpoints:
-        owner = checkpoint
-        if known and not _tokenizer_files(checkpoint.folder):
-            owner = checkpoints[0]
+    for source in sources:
+        owner = source
+        if known and not _tokenizer_files(source.folder):
+            owner = sources[0]
             notes.append(
-                f"{checkpoint.source}: has no tokenizer; it reads the examples by that of "
-                f"{owner.source}"
+                f"{source.text}: has no tokenizer; it reads the examples by that of {owner.text}"
             )
-        limit = position_limit(checkpoint.config)
+        limit = position_limit(source.config)
         encoded = next(
             (
                 encoded
@@ -60,23 +59,23 @@ def read_examples(
             None,
         )
         if encoded is None:
-            encoded = _encode(examples, owner, checkpoint, settings)
+            encoded = _encode(examples, owner, source, settings)
             encoded = next((each for each in found if each.sequences == encoded.sequences), encoded)
         known.append((owner, limit, encoded))
         found.append(encoded)
-    return found, (*notes, *_told(checkpoints, found, settings))
+    return found, (*notes, *_told(sources, found, settings))
 
 
 def _encode(
     examples: Sequence[Example], owner: Source, model: Source, settings: ScoreSettings
 ) -> EncodedExamples:
     tokenizer = load_tokenizer(
-        owner.source, owner.folder, trust_remote_code=settings.trust_remote_code
+        owner.text, owner.folder, trust_remote_code=settings.trust_remote_code
     )
     if settings.chat_template and not getattr(tokenizer, "chat_template", None):
         raise RecipeError(
             "its tokenizer has no chat template",
-            subject=owner.source,
+            subject=owner.text,
             remedy="score without --chat-template",
         )
     return encode_examples(examples, tokenizer, settings, model.config)
@@ -109,7 +108,7 @@ def _is_same(one: Source, other: Source) -> bool:
 
 
 def _told(
-    checkpoints: Sequence[Source], found: Sequence[EncodedExamples], settings: ScoreSettings
+    sources: Sequence[Source], found: Sequence[EncodedExamples], settings: ScoreSettings
 ) -> list[str]:
     """Say that models read the examples in different ways, if they do."""
     distinct = list({id(encoded): encoded for encoded in found}.values())
@@ -118,11 +117,7 @@ def _told(
     counts_pairs = settings.model_type in (ENCODER, RERANKER)
     parts = []
     for encoded in distinct[:_MOST_NAMED]:
-        names = [
-            checkpoint.source
-            for checkpoint, own in zip(checkpoints, found, strict=True)
-            if own is encoded
-        ]
+        names = [source.text for source, own in zip(sources, found, strict=True) if own is encoded]
         count = sum(
             sequence.num_tokens if counts_pairs else len(sequence.labels)
             for sequence in encoded.sequences

@@ -79,7 +79,7 @@ def score(
 
 
 def score_opened(
-    checkpoints: Sequence[Source],
+    sources: Sequence[Source],
     model_type: str,
     examples: ExamplesArgument,
     *,
@@ -89,26 +89,26 @@ def score_opened(
 ) -> ScoreReport:
     """Score models that are open, as `score` does."""
     settings = check_options(model_type, options)
-    names = [checkpoint.source for checkpoint in checkpoints]
+    names = [source.text for source in sources]
     loaded = load_examples(examples, settings)
     give_back_large_blocks()  # also for who opened the models elsewhere
     device = torch.device(resolve_device(settings.device))
     _open_device(device)
-    readings, notes = read_examples(loaded, checkpoints, settings)
-    embeddings = _embeddings(checkpoints, settings)
-    import_model_code(checkpoints[0], AUTO_CLASSES[model_type])
+    readings, notes = read_examples(loaded, sources, settings)
+    embeddings = _embeddings(sources, settings)
+    import_model_code(sources[0], AUTO_CLASSES[model_type])
     started = time.perf_counter()
     scores: list[ModelScore] = []
     reserved: int | None = None
-    for number, checkpoint in enumerate(checkpoints, start=1):
+    for number, source in enumerate(sources, start=1):
         embedding = embeddings[number - 1] if embeddings else None
         objective = objective_for(readings[number - 1], settings, embedding)
 
-        def tell(fraction: float, number: int = number, source: str = checkpoint.source) -> None:
+        def tell(fraction: float, number: int = number, text: str = source.text) -> None:
             if on_progress is not None:
                 seconds = time.perf_counter() - started
                 on_progress(
-                    ScoreProgress(source, number, len(names), fraction, seconds, resident_nbytes())
+                    ScoreProgress(text, number, len(names), fraction, seconds, resident_nbytes())
                 )
 
         stored = None if log is None else _stored_score(log, number, num_examples=len(loaded))
@@ -116,12 +116,10 @@ def score_opened(
             scores.append(stored)
             tell(1.0)
             continue
-        one = score_model(
-            checkpoint, objective, settings, device, reserved=reserved, on_fraction=tell
-        )
+        one = score_model(source, objective, settings, device, reserved=reserved, on_fraction=tell)
         reserved = one.reserved_nbytes if reserved is None else reserved
         tell(1.0)
-        _check_finite(checkpoint, one, loaded)
+        _check_finite(source, one, loaded)
         scores.append(one)
         if log is not None:
             log.put(number, msgspec.json.encode(replace(one, bytes_read=0)))
@@ -138,7 +136,7 @@ def score_opened(
         device=str(device),
         dtypes=tuple(one.dtype for one in scores),
         bytes_read=sum(one.bytes_read for one in scores),
-        bytes_stored=sum(int(checkpoint.tensors.nbytes.sum()) for checkpoint in checkpoints),
+        bytes_stored=sum(int(source.tensors.nbytes.sum()) for source in sources),
         num_passes=tuple(one.num_passes for one in scores),
         seconds=time.perf_counter() - started,
         projected_peak_bytes=max(one.projected_nbytes for one in scores),
@@ -148,8 +146,8 @@ def score_opened(
         poolings=tuple(embedding.name for embedding in embeddings),
         warnings=(
             *notes,
-            *_pooling_notes(embeddings, checkpoints),
-            *_cut_notes(readings, checkpoints, settings),
+            *_pooling_notes(embeddings, sources),
+            *_cut_notes(readings, sources, settings),
             *(note for one in scores for note in one.notes),
         ),
     )
@@ -173,17 +171,17 @@ def compute_losses(
     return list(report.losses)
 
 
-def _embeddings(checkpoints: Sequence[Source], settings: ScoreSettings) -> list[Embedding]:
+def _embeddings(sources: Sequence[Source], settings: ScoreSettings) -> list[Embedding]:
     """Return each encoder's embedding; empty for other types of models."""
     if settings.model_type != ENCODER:
         return []
-    return [embedding_of(checkpoint, settings.pooling) for checkpoint in checkpoints]
+    return [embedding_of(source, settings.pooling) for source in sources]
 
 
-def _pooling_notes(embeddings: Sequence[Embedding], checkpoints: Sequence[Source]) -> Iterator[str]:
+def _pooling_notes(embeddings: Sequence[Embedding], sources: Sequence[Source]) -> Iterator[str]:
     """Yield a note for each model whose modules, or user against them, chose the pooling."""
     yield from (embedding.note for embedding in embeddings if embedding.note)
-    bare = [each.source for each in checkpoints if not each.modules]
+    bare = [each.text for each in sources if not each.modules]
     if bare and len({embedding.name for embedding in embeddings}) > 1:
         yield (
             f"{', '.join(bare)}: pooled by {CLS}, since no modules say otherwise; others here pool "
@@ -212,29 +210,27 @@ def _open_device(device: torch.device) -> None:
     torch.cuda.reset_peak_memory_stats(device)
 
 
-def _check_finite(checkpoint: Source, one: ModelScore, examples: tuple[Example, ...]) -> None:
+def _check_finite(source: Source, one: ModelScore, examples: tuple[Example, ...]) -> None:
     for example, loss in zip(examples, one.losses.per_example, strict=True):
         if loss is not None and not math.isfinite(loss):
             raise SourceError(
                 f"its loss on {example.name} is {loss}; its weights may hold NaN or Inf, or it "
                 f"overflows in {one.dtype}",
-                subject=checkpoint.source,
+                subject=source.text,
                 remedy="try --dtype float32, or leave the model out",
             )
 
 
 def _cut_notes(
     readings: Sequence[EncodedExamples],
-    checkpoints: Sequence[Source],
+    sources: Sequence[Source],
     settings: ScoreSettings,
 ) -> Iterator[str]:
     """Yield notes on texts that were cut off, for each way of reading the examples."""
     distinct = {id(encoded): encoded for encoded in readings}
     for key, encoded in distinct.items():
         names = [
-            checkpoint.source
-            for checkpoint, own in zip(checkpoints, readings, strict=True)
-            if id(own) == key
+            source.text for source, own in zip(sources, readings, strict=True) if id(own) == key
         ]
         prefix = f"{', '.join(names)}: " if len(distinct) > 1 else ""
         if encoded.num_cut:

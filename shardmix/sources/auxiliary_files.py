@@ -127,23 +127,23 @@ def left_out_warning(left_out: Collection[LeftOut], model: str) -> str | None:
     return f"left out of the output, though {model} has it: {groups}; --json lists all"
 
 
-def adapter_warnings(checkpoints: Iterable[Source]) -> Iterator[str]:
+def adapter_warnings(sources: Iterable[Source]) -> Iterator[str]:
     """Yield a warning for each adapter, such as LoRA, beside a model's weights or within them."""
-    for checkpoint in checkpoints:
-        inner = inner_adapter_tensor(checkpoint.tensors.names)
+    for source in sources:
+        inner = inner_adapter_tensor(source.tensors.names)
         if inner is not None:
             yield (
-                f"{checkpoint.source}: holds adapters within the model, such as {inner}; their "
+                f"{source.text}: holds adapters within the model, such as {inner}; their "
                 "matrices are averaged one by one, and the product of means is not the mean of "
                 "products: if models differ in them, merge them into the weights first"
             )
-        beside = [finding.name for finding in checkpoint.left_out]
-        if not checkpoint.is_single_file:
-            beside += [name for name in _ADAPTER_FILES if os.path.lexists(checkpoint.folder / name)]
+        beside = [finding.name for finding in source.left_out]
+        if not source.is_single_file:
+            beside += [name for name in _ADAPTER_FILES if os.path.lexists(source.folder / name)]
         names = [name for name in beside if file_kinds.is_adapter_file(name)]
         if names:
             yield (
-                f"{checkpoint.source}: has an adapter beside its weights "
+                f"{source.text}: has an adapter beside its weights "
                 f"({listed(sorted(set(names)))}), which is left out, though transformers with "
                 "PEFT applies it when it loads the folder; if it is meant to count, merge it "
                 "into the weights first (PEFT's "

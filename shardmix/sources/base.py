@@ -99,8 +99,8 @@ class Source(Protocol):
     # The parts of a model besides its tensors, for planning and scoring.
 
     @property
-    def source(self) -> str:
-        """The user's name for the model; for a module, followed by the module's folder."""
+    def text(self) -> str:
+        """The model as the user named it; for a module, followed by the module's folder."""
 
     @property
     def folder(self) -> Path:
@@ -197,9 +197,9 @@ class WrappedSource:
         self._inner.check_unchanged()
 
     @property
-    def source(self) -> str:
-        """The user's name for the inner source."""
-        return self._inner.source
+    def text(self) -> str:
+        """Text of the inner source."""
+        return self._inner.text
 
     @property
     def folder(self) -> Path:

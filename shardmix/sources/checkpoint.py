@@ -52,8 +52,8 @@ _MOST_NAMES_BELOW = 100
 class Checkpoint:
     """A model on disk, known only by its headers."""
 
-    source: str
-    """The user's name for it."""
+    text: str
+    """The model as the user named it; for a module, followed by the module's folder."""
     folder: Path
     """The folder with the weights, config and tokenizer: the model's, or one of its modules'."""
     is_single_file: bool
@@ -139,7 +139,7 @@ def open_checkpoint(opening: Opening) -> Checkpoint:
     main = next(mains, parts[0])
     others = tuple(part for part in parts if part is not main)
     _refuse_ambiguous_names(parts)
-    return replace(main, source=source, left_out=located.left_out, modules=modules, others=others)
+    return replace(main, text=source, left_out=located.left_out, modules=modules, others=others)
 
 
 def _refuse_ambiguous_names(parts: Sequence[Checkpoint]) -> None:
@@ -156,7 +156,7 @@ def _refuse_ambiguous_names(parts: Sequence[Checkpoint]) -> None:
                 raise SourceError(
                     f"holds a tensor called {shown(name)}, which looks like one in a module's "
                     "folder, so that reports could not tell them apart",
-                    subject=part.source,
+                    subject=part.text,
                     remedy="rename it",
                 )
 
@@ -190,7 +190,7 @@ def _read_part(
     files = [_regular_file(named, root, path) for path in stored.paths]
     read = _read_headers(named, root / subfolder, files, stored, limits)
     return Checkpoint(
-        source=named,
+        text=named,
         folder=root / subfolder,
         is_single_file=is_single_file,
         identity=SourceIdentity(read.files, located.hub_id, located.commit),

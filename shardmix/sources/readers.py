@@ -168,7 +168,7 @@ class _DecodedStream:
     def __init__(self, source: Source) -> None:
         tensors = source.tensors
         if tensors.decoded is None:
-            raise AssertionError(f"{source.source}: decodes nothing")
+            raise AssertionError(f"{source.text}: decodes nothing")
         self._rows = np.flatnonzero(tensors.decoded)
         self._starts = tensors.starts[self._rows]
         self._tensors = tensors

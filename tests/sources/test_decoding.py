@@ -111,7 +111,7 @@ def test_a_plan_with_decoders_is_pickled(models):
     again = pickle.loads(pickle.dumps(plan))
     assert again == plan
     assert again.digest() == plan.digest()
-    assert [each.source for each in again.decoders] == [str(models[0][1][0])]
+    assert [each.text for each in again.decoders] == [str(models[0][1][0])]
     with pytest.raises(ValueError, match="is no JSON"):
         plan.to_json()
 
