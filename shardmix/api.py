@@ -204,7 +204,7 @@ def merge_opened(
                         clock=recorded.clock,
                     )
             except BaseException as error:
-                is_begun = journal.num_leaves_done > 0 or staging.has_scores
+                is_begun = journal.num_leaves_done > 0 or staging.may_have_scores
                 staging.is_worth_keeping = is_begun and not staging.is_placed
                 kept = _kept(staging, journal, plan, error)
                 if isinstance(error, KeyboardInterrupt):

@@ -10,7 +10,7 @@ from pathlib import Path
 from shardmix.conventions.file_kinds import has_given_name
 from shardmix.conventions.module_tree import module_subfolders, read_modules
 from shardmix.conventions.weight_names import is_loaded_name
-from shardmix.errors import OutputError, SourceError
+from shardmix.errors import OutputError, SourceError, writing_failed
 from shardmix.output.provenance import PROVENANCE_NAME, parse_provenance
 from shardmix.redaction import is_url
 from shardmix.system.files import free_nbytes
@@ -94,9 +94,7 @@ def check_output(output: Path, *, overwrite: bool, inputs: Sequence[Path]) -> No
                 "cannot be written to", subject=parent, remedy="choose another output"
             )
     except OSError as error:
-        raise OutputError(
-            f"cannot be used ({error.strerror})", subject=output, remedy="choose another"
-        ) from None
+        raise writing_failed(output, error, "cannot be used") from None
 
 
 def check_disk(output: Path, needed_nbytes: int, *, staged_nbytes: int = 0) -> None:

@@ -96,6 +96,14 @@ class Staging:
         return self.hidden.entry(_SCORES) is not None
 
     @property
+    def may_have_scores(self) -> bool:
+        """True if scores are stored there, or if the disk cannot tell."""
+        try:
+            return self.has_scores
+        except OSError:
+            return True
+
+    @property
     def old_model(self) -> Path | None:
         """Path of the old model if a merge was killed during the swap, else None."""
         aside = self.hidden.entry(_ASIDE)
