@@ -2,6 +2,9 @@
 
 Names, widths and ranks are those of the safetensors library (0.8):
 https://github.com/huggingface/safetensors/blob/main/safetensors/src/tensor.rs
+
+A new dtype is a row here. Only a float that compiled kernels shall handle needs more: how
+`compute.llvm_loops` widens it, rounds to it and writes its NaN. A test names what a row lacks.
 """
 
 import math
@@ -34,9 +37,32 @@ class Dtype:
     """The numpy dtype of its elements, or of their bits; None if nobody needs it."""
     infinity: int | None = None
     """The bits of positive infinity; None if it has none. Larger magnitudes are NaN."""
+    numpy_float: str | None = None
+    """The float of numpy whose upper bits are an element's; None if it is no float to merge."""
     llvm_name: str | None = None
     """The LLVM type that kernels load and store; None if there are no kernels for it."""
 
+    @property
+    def mantissa_bits(self) -> int:
+        """Bits of a float's mantissa: those that are all zero in its infinity."""
+        infinity = self.infinity or 0
+        return (infinity & -infinity).bit_length() - 1
+
+    @property
+    def least_infinite(self) -> int:
+        """Bits of the least float32 that rounding to this float makes infinite.
+
+        Half a step beyond the largest finite value: a mantissa with one bit more, all of them set.
+        """
+        bits = self.mantissa_bits + 1
+        if bits > _FLOAT32_MANTISSA:
+            return self.infinity or 0
+        exponent = (1 << (self.bits - 1 - bits)) - 1 + _FLOAT32_BIAS
+        ones = (1 << bits) - 1
+        return exponent << _FLOAT32_MANTISSA | ones << (_FLOAT32_MANTISSA - bits)
+
+
+_FLOAT32_MANTISSA, _FLOAT32_BIAS = 23, 127
 
 # In safetensors' order of rank: its writer lays tensors out by rank, highest first.
 _TABLE = (
@@ -53,13 +79,13 @@ _TABLE = (
     Dtype("F8_E5M2FNUZ", 8, CODE, "float8_e5m2fnuz"),
     Dtype("I16", 16, INTEGER, "int16", "int16"),
     Dtype("U16", 16, INTEGER, None, "uint16"),
-    Dtype("F16", 16, FLOAT, "float16", "uint16", 0x7C00, "half"),
-    Dtype("BF16", 16, FLOAT, "bfloat16", "uint16", 0x7F80, "i16"),
+    Dtype("F16", 16, FLOAT, "float16", "uint16", 0x7C00, "float16", "half"),
+    Dtype("BF16", 16, FLOAT, "bfloat16", "uint16", 0x7F80, "float32", "i16"),
     Dtype("I32", 32, INTEGER, "int32", "int32"),
     Dtype("U32", 32, INTEGER, None, "uint32"),
-    Dtype("F32", 32, FLOAT, "float32", "uint32", 0x7F800000, "float"),
+    Dtype("F32", 32, FLOAT, "float32", "uint32", 0x7F800000, "float32", "float"),
     Dtype("C64", 64, COMPLEX, "complex64"),
-    Dtype("F64", 64, FLOAT, "float64", "uint64", 0x7FF0000000000000),
+    Dtype("F64", 64, FLOAT, "float64", "uint64", 0x7FF0000000000000, "float64"),
     Dtype("I64", 64, INTEGER, "int64", "int64"),
     Dtype("U64", 64, INTEGER, None, "uint64"),
 )
@@ -70,6 +96,10 @@ DTYPES = tuple(BY_NAME)
 DTYPE_RANK = {name: rank for rank, name in enumerate(DTYPES)}
 FLOAT_DTYPES = frozenset(dtype.name for dtype in _TABLE if dtype.kind == FLOAT)
 INTEGER_DTYPES = frozenset(dtype.name for dtype in _TABLE if dtype.kind == INTEGER)
+WIDE_DTYPES = frozenset(name for name in FLOAT_DTYPES if BY_NAME[name].bits > 32)
+"""Names of the floats that float32 cannot hold: they are summed in float64."""
+WIDEST_NBYTES = max(dtype.bits for dtype in _TABLE) // 8
+"""Bytes of the widest element."""
 LLVM_DTYPES = frozenset(dtype.name for dtype in _TABLE if dtype.llvm_name is not None)
 """Names of the dtypes that compiled kernels read and write."""
 OUT_DTYPES = {BY_NAME[name].torch_name or "": name for name in ("F32", "F16", "BF16")}

@@ -7,6 +7,10 @@ import safetensors.torch
 import torch
 
 import shardmix
+from shardmix.cli.commands import app
+from shardmix.compute import llvm_loops
+from shardmix.compute.torch_ops import TORCH_DTYPES
+from shardmix.compute.widened import widened
 from shardmix.dtypes import BY_NAME, CODE, COMPLEX, DTYPES, FLOAT, LLVM_DTYPES, OUT_DTYPES
 from tests.support.models import CONFIG
 
@@ -27,6 +31,39 @@ def test_infinity_has_these_bits(dtype):
     assert bits.tolist() == [dtype.infinity]
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: dtype.name)
+def test_each_float_is_known_everywhere(dtype):
+    """Names the places that lack something of a float; a float with no kernel lacks no kernel."""
+    places = {
+        f"dtypes: the row's {field}": getattr(dtype, field) is not None
+        for field in ("torch_name", "numpy_name", "infinity", "numpy_float")
+    }
+    places["compute.torch_ops.TORCH_DTYPES"] = dtype.name in TORCH_DTYPES
+    if dtype.name in LLVM_DTYPES:
+        tables = {"WIDEN": llvm_loops.WIDEN, "ROUND": llvm_loops.ROUND, "NAN": llvm_loops.NAN}
+        places |= {f"compute.llvm_loops.{name}": dtype.name in it for name, it in tables.items()}
+    assert [place for place, is_there in places.items() if not is_there] == []
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: dtype.name)
+def test_floats_are_widened_exactly(dtype):
+    stored = torch.randn(999, dtype=torch.float64).to(getattr(torch, dtype.torch_name))
+    raw = memoryview(stored.view(torch.uint8).numpy())
+    assert widened(raw, dtype.name).tolist() == stored.double().tolist()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: dtype.name)
+def test_least_infinite_is_the_first(dtype):
+    """The float32 of these bits becomes infinite, the one before it does not."""
+    bits = np.array([dtype.least_infinite - 1, dtype.least_infinite], np.int64)
+    if dtype.bits > 32:
+        assert dtype.least_infinite == dtype.infinity
+        return
+    values = torch.from_numpy(bits.astype(np.uint32).view(np.float32))
+    rounded = values.to(getattr(torch, dtype.torch_name))
+    assert rounded.isinf().tolist() == [False, True]
+
+
 def test_ranks_are_the_librarys():
     """The library writes the highest rank first."""
     tensors = {
@@ -42,6 +79,12 @@ def test_kernels_and_outputs_are_floats():
     floats = {dtype.name for dtype in FLOATS}
     assert floats > LLVM_DTYPES
     assert set(OUT_DTYPES.values()) < floats
+
+
+@pytest.mark.parametrize(("command", "first"), [("merge", "keep"), ("score", "auto")])
+def test_options_name_all_dtypes(command, first):
+    option = next(each for each in app.commands[command].params if "--dtype" in each.opts)
+    assert option.metavar.split("|") == [first, *OUT_DTYPES]
 
 
 @pytest.mark.parametrize("dtype", UNMERGED)

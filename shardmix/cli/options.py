@@ -275,7 +275,7 @@ def _score_dtype(name: str) -> _Parameter:
     return click.option(
         name,
         "score_dtype",
-        metavar="auto|float32|bfloat16|float16",
+        metavar="auto|float32|float16|bfloat16",
         default="auto",
         help="Dtype that models compute in while they are scored; auto is their own.",
     )

@@ -7,10 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shardmix.anomalies import NonfiniteCounts
-from shardmix.dtypes import BY_NAME, element_nbytes
+from shardmix.dtypes import BY_NAME, WIDEST_NBYTES, element_nbytes
 from shardmix.plan.merge_plan import Segment
-
-_WIDEST_NBYTES = 8
 
 
 class KeepFirst:
@@ -19,8 +17,8 @@ class KeepFirst:
     is_finite = True
 
     def __init__(self, *, chunk_nbytes: int) -> None:
-        self._staging = memoryview(bytearray(max(chunk_nbytes, _WIDEST_NBYTES)))
-        self._out = memoryview(bytearray(max(chunk_nbytes, _WIDEST_NBYTES)))
+        self._staging = memoryview(bytearray(max(chunk_nbytes, WIDEST_NBYTES)))
+        self._out = memoryview(bytearray(max(chunk_nbytes, WIDEST_NBYTES)))
         self._disagreeing: set[int] = set()
 
     def begin(self, segment: Segment, start: int, num_elements: int) -> None:

@@ -7,8 +7,9 @@ import llvmlite.binding as llvm
 
 from shardmix.compute.llvm_assembly import assembly
 from shardmix.compute.llvm_kind import KernelKind
+from shardmix.dtypes import BY_NAME, LLVM_DTYPES
 
-LEAST_INFINITE = {"BF16": 0x7F7F8000, "F16": 0x477FF000, "F32": 0x7F800000}
+LEAST_INFINITE = {name: BY_NAME[name].least_infinite for name in LLVM_DTYPES}
 """The least float32, as bits, that rounding makes infinite; all above are infinite, too, or NaN."""
 
 Addresses = ctypes.Array[ctypes.c_void_p]

@@ -58,7 +58,7 @@ _LOAD = """\
   %stored{n} = load <{width} x {type}>, ptr %at{n}, align {alignment}"""
 
 # A bfloat16 is the upper half of a float32.
-_WIDEN = {
+WIDEN = {
     "BF16": """\
   %long{n} = zext <{width} x i16> %stored{n} to <{width} x i32>
   %upper{n} = shl <{width} x i32> %long{n}, {sixteen}
@@ -68,7 +68,7 @@ _WIDEN = {
 }
 
 # To nearest even, and every NaN as one bit pattern (quiet, positive), whatever made it.
-_ROUND = {
+ROUND = {
     "BF16": """\
   %shifted = lshr <{width} x i32> %bits, {sixteen}
   %odd = and <{width} x i32> %shifted, {one}
@@ -83,7 +83,7 @@ _ROUND = {
     "F32": """\
   %rounded = select <{width} x i1> %is_nan, <{width} x float> {nan}, <{width} x float> {merged}""",
 }
-_NAN = {"BF16": "i16 32704", "F16": "half 0xH7E00", "F32": "float 0x7FF8000000000000"}
+NAN = {"BF16": "i16 32704", "F16": "half 0xH7E00", "F32": "float 0x7FF8000000000000"}
 
 # If all is bfloat16: two elements as one 32-bit lane, the first in its lower half. That saves
 # the shuffles and half of the shifts. A NaN becomes anything; the answer shows that there is one.
@@ -183,12 +183,12 @@ def loop(kind: KernelKind, width: int) -> str:
         "almost_half": _splat(0x7FFF, width),
         "magnitude_mask": _splat(0x7FFFFFFF, width),
         "infinity": _splat(INFINITY, width),
-        "nan": f"<{', '.join([_NAN[kind.out_dtype]] * width)}>",
+        "nan": f"<{', '.join([NAN[kind.out_dtype]] * width)}>",
     }
     lines = [
         part.format_map(words | {"n": n, "type": STORED[dtype], "alignment": element_nbytes(dtype)})
         for n, dtype in enumerate(kind.dtypes)
-        for part in (_LOAD, _WIDEN[dtype])
+        for part in (_LOAD, WIDEN[dtype])
     ]
     merging, words["merged"] = traced(
         kind.method,
@@ -201,7 +201,7 @@ def loop(kind: KernelKind, width: int) -> str:
         | {
             "arguments": _arguments(len(kind.dtypes), kind.num_factors, width),
             "merging": "\n".join([*lines, merging]),
-            "rounding": _ROUND[kind.out_dtype].format_map(words),
+            "rounding": ROUND[kind.out_dtype].format_map(words),
             "out_type": STORED[kind.out_dtype],
             "out_alignment": element_nbytes(kind.out_dtype),
         }

@@ -13,7 +13,6 @@ from shardmix.compute.staged_chunk import StagedChunk
 from shardmix.compute.torch_cuda import CudaMethod, CudaSum, cuda_methods, cuda_sums
 from shardmix.compute.torch_ops import (
     TORCH_DTYPES,
-    WIDEST_NBYTES,
     ChunkSum,
     PieceOps,
     accumulate,
@@ -23,7 +22,7 @@ from shardmix.compute.torch_ops import (
     round_into,
     sum_dtype,
 )
-from shardmix.dtypes import element_nbytes
+from shardmix.dtypes import WIDEST_NBYTES, element_nbytes
 from shardmix.errors import DeviceError, one_line
 from shardmix.methods.registry import merge_method
 from shardmix.plan.chunk_size import VECTOR

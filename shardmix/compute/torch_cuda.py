@@ -25,7 +25,6 @@ from shardmix.anomalies import NonfiniteCounts
 from shardmix.compute.nonfinite import count_nonfinite
 from shardmix.compute.torch_ops import (
     TORCH_DTYPES,
-    WIDEST_NBYTES,
     ChunkSum,
     PieceOps,
     accumulate,
@@ -36,7 +35,7 @@ from shardmix.compute.torch_ops import (
     sum_dtype,
     typed,
 )
-from shardmix.dtypes import element_nbytes
+from shardmix.dtypes import WIDEST_NBYTES, element_nbytes
 from shardmix.plan.memory_budget import BUFFERS_PER_WORKER, VRAM_BUFFERS_PER_WORKER
 from shardmix.plan.merge_plan import Segment
 

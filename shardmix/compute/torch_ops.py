@@ -15,7 +15,7 @@ import torch
 
 from shardmix.anomalies import NonfiniteCounts
 from shardmix.compute.nonfinite import count_nonfinite
-from shardmix.dtypes import FLOAT_DTYPES, torch_name
+from shardmix.dtypes import FLOAT_DTYPES, WIDE_DTYPES, torch_name
 from shardmix.methods.ops import CountingOps
 from shardmix.methods.registry import merge_method
 from shardmix.plan.merge_plan import Segment
@@ -23,8 +23,6 @@ from shardmix.plan.merge_plan import Segment
 TORCH_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, torch_name(name)) for name in FLOAT_DTYPES
 }
-WIDEST_NBYTES = 8
-"""Bytes of the widest element."""
 
 
 class ChunkSum:
@@ -137,7 +135,7 @@ def are_finite(extremes: Iterable[torch.Tensor]) -> bool:
 
 def sum_dtype(segment: Segment) -> torch.dtype:
     """Return the dtype that a segment is summed in: float64 if a source has it."""
-    return torch.float64 if "F64" in segment.dtypes else torch.float32
+    return torch.float32 if WIDE_DTYPES.isdisjoint(segment.dtypes) else torch.float64
 
 
 def typed(buffer: torch.Tensor, dtype: torch.dtype, num_elements: int) -> torch.Tensor:

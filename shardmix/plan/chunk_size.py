@@ -2,7 +2,7 @@
 
 from functools import lru_cache
 
-from shardmix.dtypes import element_nbytes
+from shardmix.dtypes import WIDE_DTYPES, element_nbytes
 from shardmix.methods import keep_first
 from shardmix.methods.registry import merge_method
 from shardmix.plan.memory_budget import BUFFERS_PER_WORKER
@@ -47,7 +47,7 @@ def whole_chunk_nbytes(segment: Segment) -> int:
 
 def _method_nbytes(dtypes: tuple[str, ...], out_dtype: str) -> int:
     """Return the bytes of one element in all sources, in the output, and unrounded."""
-    unrounded = _WIDE_NBYTES if "F64" in dtypes else _SUM_NBYTES
+    unrounded = _SUM_NBYTES if WIDE_DTYPES.isdisjoint(dtypes) else _WIDE_NBYTES
     return sum(map(element_nbytes, (*dtypes, out_dtype))) + unrounded
 
 

@@ -11,7 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from shardmix.conventions.weight_names import MODEL, shard_pattern
-from shardmix.dtypes import DTYPE_RANK, DTYPES, FLOAT_DTYPES, element_nbytes, tensor_nbytes
+from shardmix.dtypes import (
+    DTYPE_RANK,
+    DTYPES,
+    FLOAT_DTYPES,
+    WIDE_DTYPES,
+    element_nbytes,
+    tensor_nbytes,
+)
 from shardmix.formats.file_metadata import format_only, lost_metadata, merged_metadata
 from shardmix.formats.safetensors_layout import HEADER_LENGTH_NBYTES, encode_header
 from shardmix.matching.tensors import MatchedTensors
@@ -175,9 +182,10 @@ class _SourceColumns:
             np.array([number in group.wide for group in self._groups])[self._group_of]
             for number in range(len(sources))
         ]
+        wide_ranks = [DTYPE_RANK[name] for name in WIDE_DTYPES]
         self._is_wide = np.logical_or.reduce(
             [
-                counts & (ranks == DTYPE_RANK["F64"])
+                counts & np.isin(ranks, wide_ranks)
                 for counts, ranks in zip(self._counts, self._ranks, strict=True)
             ]
         )

@@ -6,11 +6,12 @@ from typing import TypedDict
 
 from shardmix.conventions.model_types import DECODER, check_model_type
 from shardmix.conventions.sentence_modules import check_pooling
+from shardmix.dtypes import OUT_DTYPES
 from shardmix.errors import RecipeError
 from shardmix.scoring.weights import check_temperature
 from shardmix.system.units import parse_size
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", *OUT_DTYPES)
 _MOST = 1 << 31
 
 
