@@ -127,6 +127,15 @@ class MergeCancelled(ShardmixError):  # noqa: N818 - it is an outcome, not a fau
     """A merge cancelled through its cancel event; what is done is saved for the next call."""
 
 
+def unreadable(subject: Path | str, error: OSError, what: str = "cannot be read") -> SourceError:
+    """Return the error for a file or folder that the system does not let us read."""
+    return SourceError(
+        f"{what} ({error.strerror or error})",
+        subject=subject,
+        remedy="check its permissions and its disk",
+    )
+
+
 def writing_failed(path: Path, error: OSError, what: str = "cannot be written") -> OutputError:
     """Return the error for a file or folder of an output; names a full disk."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

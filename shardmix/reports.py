@@ -136,21 +136,19 @@ class ParametersReport:
 
 
 @dataclass(frozen=True, slots=True)
-class PlanReport:
-    """The plan of a merge. Sizes in bytes."""
+class PlannedMerge:
+    """The facts of a merge that its plan decides. Sizes in bytes."""
 
     output: str
-    """The output folder, or "" if none was named."""
+    """The output folder, or "" if a plan names none."""
     num_tensors: int
     """Tensors in the output."""
     num_models: int
     """Models merged."""
-    bytes_read: int
-    """Weight bytes to read."""
     bytes_written: int
-    """Bytes of weight files to write."""
+    """Bytes of the output's weight files."""
     device: str
-    """cpu, cuda (all GPUs) or cuda:N; a warning says so if it may still become cpu."""
+    """cpu, cuda (all GPUs) or cuda:N; a plan's warning says so if it may still become cpu."""
     io: str
     """Way to read sources: mmap or pread."""
     backend: str
@@ -159,10 +157,26 @@ class PlanReport:
     """Size of one chunk's accumulator; no buffer of a chunk is larger."""
     workers: int
     """Threads, each with a chunk of its own."""
-    reserved_bytes: int
-    """The part of the projected peak that Python, torch and the process itself take."""
     projected_peak_bytes: int
     """Upper bound of the process's peak resident memory."""
+    weights: tuple[float | None, ...]
+    """Weights in source order."""
+    shards: tuple[ShardReport, ...]
+    """The weight files."""
+    digest: str
+    """Digest of the output's files: xxh3, blake3 or sha256."""
+    left_out: tuple[LeftOut, ...]
+    """Files and folders of the config source that are left out, with the reasons."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport(PlannedMerge):
+    """The plan of a merge. Sizes in bytes."""
+
+    bytes_read: int
+    """Weight bytes to read."""
+    reserved_bytes: int
+    """The part of the projected peak that Python, torch and the process itself take."""
     projected_vram_bytes: int
     """Upper bound of the GPU memory that torch reserves, on one GPU."""
     keeps_sources_cached: bool
@@ -171,26 +185,18 @@ class PlanReport:
     keeps_output_cached: bool
     """True if the output may stay in the page cache. It is dropped if it is larger than that half
     and forced to disk."""
-    weights: tuple[float | None, ...]
-    """Weights in source order."""
     recipe: dict[str, Any]
     """Recipe, in the recipe language."""
     parameters: tuple["ParametersReport", ...]
     """The method's parameters, each with the tensors that share them."""
     sources: tuple[str, ...]
     """The user's names of the models."""
-    shards: tuple[ShardReport, ...]
-    """The files to write."""
     auxiliary_files: tuple[str, ...]
     """Files that go along with the weights."""
-    left_out: tuple[LeftOut, ...]
-    """Files and folders that do not, with the reasons."""
     plan_digest: str
     """Digest of the plan; plans with the same digest write the same bytes from the same sources."""
     warnings: tuple[str, ...]
     """Warnings to read beforehand."""
-    digest: str
-    """Digest of the output's files: xxh3, blake3 or sha256."""
     disk_needed_bytes: int
     """Disk space of the output."""
     disk_free_bytes: int | None
@@ -212,51 +218,23 @@ class NonfiniteReport:
 
 
 @dataclass(frozen=True, slots=True)
-class MergeReport:
+class MergeReport(PlannedMerge):
     """The result of a merge. Sizes in bytes."""
 
-    output: str
-    """The output folder."""
-    num_tensors: int
-    """Tensors in the output."""
-    num_models: int
-    """Models merged."""
     bytes_read: int
     """Weight bytes read."""
     bytes_kept: int
     """Weight bytes not read, since an earlier merge had written their part of the output."""
-    bytes_written: int
-    """Bytes of the output's weight files."""
     seconds: float
     """Time from the first read until the output was complete."""
-    device: str
-    """cpu, cuda or cuda:N."""
-    io: str
-    """Way to read sources: mmap or pread."""
-    backend: str
-    """Backend of the arithmetic: torch or llvm."""
-    strip_bytes: int
-    """Size of one chunk's accumulator; no buffer of a chunk is larger."""
-    workers: int
-    """Threads, each with a chunk of its own."""
-    projected_peak_bytes: int
-    """Upper bound that the plan promised for the peak."""
     peak_rss_bytes: int
     """Largest resident set of the process so far (VmHWM)."""
     peak_vram_bytes: int
     """Peak GPU memory that torch had reserved, on one GPU; 0 on the CPU."""
-    weights: tuple[float | None, ...]
-    """Weights in source order, as used."""
-    shards: tuple[ShardReport, ...]
-    """The files written."""
-    digest: str
-    """Digest of the output's files: xxh3, blake3 or sha256."""
     provenance_sha256: str
     """SHA-256 (hex) of the output's shardmix.json: noted elsewhere, it reveals all later edits."""
     nonfinite: tuple[NonfiniteReport, ...]
     """Tensors of the output with NaN or Inf."""
-    left_out: tuple[LeftOut, ...]
-    """Files and folders of the config source that were left out, with the reasons."""
     warnings: tuple[str, ...]
     """Warnings about the output."""
     notes: tuple[str, ...] = ()
@@ -271,33 +249,40 @@ _OPEN = (
 )
 
 
+def _planned(plan: MergePlan) -> dict[str, Any]:
+    """Return the fields of `PlannedMerge`."""
+    return {
+        "output": plan.output,
+        "num_tensors": plan.num_tensors,
+        "num_models": plan.num_models,
+        "bytes_written": plan.write_nbytes,
+        "device": plan.settings.device,
+        "io": plan.settings.io,
+        "backend": plan.settings.backend,
+        "strip_bytes": plan.memory.chunk_nbytes,
+        "workers": plan.memory.workers,
+        "projected_peak_bytes": plan.memory.projected_peak_nbytes,
+        "weights": source_weights(plan.recipe),
+        "shards": _shard_reports(plan),
+        "digest": plan.digest_algorithm,
+        "left_out": plan.left_out,
+    }
+
+
 def describe_plan(plan: MergePlan, *, disk_free: int | None) -> PlanReport:
     """Return the report of a plan."""
     return PlanReport(
-        output=plan.output,
-        num_tensors=plan.num_tensors,
-        num_models=plan.num_models,
+        **_planned(plan),
         bytes_read=plan.read_nbytes,
-        bytes_written=plan.write_nbytes,
-        device=plan.settings.device,
-        io=plan.settings.io,
-        backend=plan.settings.backend,
-        strip_bytes=plan.memory.chunk_nbytes,
-        workers=plan.memory.workers,
         reserved_bytes=plan.memory.reserved_nbytes,
-        projected_peak_bytes=plan.memory.projected_peak_nbytes,
         projected_vram_bytes=plan.memory.projected_vram_nbytes,
         keeps_sources_cached=plan.cache_use.keeps_sources,
         keeps_output_cached=plan.cache_use.keeps_output,
-        weights=source_weights(plan.recipe),
         recipe=recipe_to_dict(plan.recipe),
         parameters=_parameters(plan),
         sources=tuple(source.text for source in plan.sources),
-        shards=_shard_reports(plan),
         auxiliary_files=plan.auxiliary_files,
-        left_out=plan.left_out,
         plan_digest=plan.digest(),
-        digest=plan.digest_algorithm,
         warnings=(*plan.warnings, *([_OPEN] if plan.settings.is_device_open else [])),
         disk_needed_bytes=plan.disk_needed_nbytes,
         disk_free_bytes=disk_free,
@@ -333,30 +318,17 @@ def describe_merge(
 ) -> MergeReport:
     """Return the report of a finished merge; `warnings` come after the plan's own."""
     return MergeReport(
-        output=plan.output,
-        num_tensors=plan.num_tensors,
-        num_models=plan.num_models,
+        **_planned(plan),
         bytes_read=plan.read_nbytes - result.num_bytes_kept,
         bytes_kept=result.num_bytes_kept,
-        bytes_written=plan.write_nbytes,
         seconds=result.seconds,
-        device=plan.settings.device,
-        io=plan.settings.io,
-        backend=plan.settings.backend,
-        strip_bytes=plan.memory.chunk_nbytes,
-        workers=plan.memory.workers,
-        projected_peak_bytes=plan.memory.projected_peak_nbytes,
         peak_rss_bytes=result.peak_resident_nbytes,
         peak_vram_bytes=result.peak_vram_nbytes,
-        weights=source_weights(plan.recipe),
-        shards=_shard_reports(plan),
-        digest=plan.digest_algorithm,
         provenance_sha256=result.provenance_sha256,
         nonfinite=tuple(
             NonfiniteReport(name, *result.anomalies.nonfinite[name])
             for name in sorted(result.anomalies.nonfinite)
         ),
-        left_out=plan.left_out,
         warnings=(
             *plan.warnings,
             *warnings,

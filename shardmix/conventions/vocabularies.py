@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from shardmix.errors import SourceError, one_line
+from shardmix.errors import SourceError, one_line, unreadable
 from shardmix.system.files import (
     LFS_FINDING,
     LFS_REMEDY,
@@ -253,11 +253,7 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SourceError(
-            f"cannot be read ({error.strerror or error})",
-            subject=path,
-            remedy="check its permissions and its disk",
-        ) from None
+        raise unreadable(path, error) from None
     except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, MemoryError) as error:
         raise SourceError(
             f"is not a tokenizer's ({one_line(error)})", subject=path, remedy="fetch it again"

@@ -30,7 +30,7 @@ from shardmix.conventions.vocabularies import (
     read_vocabulary,
     same_lines,
 )
-from shardmix.errors import BudgetError, SourceError, printable, shown
+from shardmix.errors import BudgetError, SourceError, printable, shown, unreadable
 from shardmix.formats.strict_json import read_json
 from shardmix.matching.differences import Difference
 from shardmix.system.files import read_regular, refuse_link_outside, same_content
@@ -192,11 +192,7 @@ def _template(folder: Path, names: set[str]) -> str:
     try:
         return read_regular(folder / name, max_nbytes=4_000_000).decode(errors="replace")
     except OSError as error:
-        raise SourceError(
-            f"cannot be read ({error.strerror})",
-            subject=folder / name,
-            remedy="check its permissions and its disk",
-        ) from None
+        raise unreadable(folder / name, error) from None
 
 
 def _token_text(token: object) -> str | None:

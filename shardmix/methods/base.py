@@ -117,6 +117,30 @@ class MergeMethod(Protocol):
         """
 
 
+class WeightedModels:
+    """Part of a method in which each model counts by one number: its weight, or a multiple of it.
+
+    A subclass overrides `weights` if that is not the plain weight.
+    """
+
+    num_factors: ClassVar[int | None] = None
+
+    def weights(self, params: Params) -> tuple[float, ...]:
+        """Return each model's number, in the recipe's order."""
+        return effective_weights(params)
+
+    def contributors(self, params: Params, *, is_wide: bool) -> tuple[int, ...]:
+        """Return the models whose number is not 0."""
+        return nonzero(self.weights(params), is_wide=is_wide)
+
+    def factors(
+        self, params: Params, models: Sequence[int], statistics: Sequence[Sequence[float]]
+    ) -> tuple[float, ...]:
+        """Return the numbers of the contributors."""
+        weights = self.weights(params)
+        return tuple(weights[model] for model in models)
+
+
 def vanishes_in_float32(weight: float) -> bool:
     """Return True if a weight is 0 in float32: 0 or -0.0, or less than half of the least value."""
     rounded: float = struct.unpack("<f", struct.pack("<f", weight))[0]

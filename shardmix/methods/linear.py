@@ -4,20 +4,13 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from shardmix.errors import RecipeError
-from shardmix.methods.base import (
-    Needs,
-    Parameter,
-    Params,
-    check_weights,
-    effective_weights,
-    nonzero,
-)
+from shardmix.methods.base import Needs, Parameter, Params, WeightedModels, check_weights
 from shardmix.methods.ops import A, Ops
 
 NAME = "linear"
 
 
-class Linear:
+class Linear(WeightedModels):
     """out = Σ weightᵢ · modelᵢ, divided by Σ weightᵢ if `normalize` is true."""
 
     name: ClassVar[str] = NAME
@@ -27,7 +20,6 @@ class Linear:
         Parameter("weight", float, "the model's share in the sum", by_model=True),
         Parameter("normalize", bool, "divide by the sum of the weights", default=True),
     )
-    num_factors: ClassVar[int | None] = None
     is_weighted_sum: ClassVar[bool] = True
 
     def check(self, params: Params) -> None:
@@ -42,17 +34,6 @@ class Linear:
     def needs(self, params: Params) -> Needs:
         """Return nothing: it needs the models only."""
         return Needs()
-
-    def contributors(self, params: Params, *, is_wide: bool) -> tuple[int, ...]:
-        """Return the models whose weight is not 0."""
-        return nonzero(effective_weights(params), is_wide=is_wide)
-
-    def factors(
-        self, params: Params, models: Sequence[int], statistics: Sequence[Sequence[float]]
-    ) -> tuple[float, ...]:
-        """Return each model's weight, normalised if asked for."""
-        weights = effective_weights(params)
-        return tuple(weights[model] for model in models)
 
     def combine(self, ops: Ops[A], values: Sequence[A], factors: Sequence[A]) -> A:
         """Return the sum, in the models' order."""

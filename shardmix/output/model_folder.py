@@ -30,7 +30,7 @@ from shardmix.conventions.sentence_modules import (
     sentence_modules,
 )
 from shardmix.conventions.weight_names import DIFFUSERS, index_name, stem_of
-from shardmix.errors import SourceError, printable, writing_failed
+from shardmix.errors import printable, unreadable, writing_failed
 from shardmix.formats.strict_json import read_json
 from shardmix.matching.config_dtypes import DTYPE_KEYS, with_dtypes
 from shardmix.matching.tensors import QUANTISATION
@@ -243,7 +243,7 @@ def _copy(source: Path, folder: OutputFolder, name: str) -> None:
     try:
         original = open_regular(source)
     except OSError as error:
-        raise _unreadable(source, error) from None
+        raise unreadable(source, error) from None
     with original, _creating(folder, name) as file:
         if isinstance(file, CountedFile):
             file.count(os.fstat(original.fileno()).st_size)
@@ -252,18 +252,10 @@ def _copy(source: Path, folder: OutputFolder, name: str) -> None:
             try:
                 data = original.read(_COPIED_AT_ONCE_NBYTES)
             except OSError as error:
-                raise _unreadable(source, error) from None
+                raise unreadable(source, error) from None
             if not data:
                 break
             file.write(data)
-
-
-def _unreadable(source: Path, error: OSError) -> SourceError:
-    return SourceError(
-        f"cannot be read ({error.strerror or error})",
-        subject=source,
-        remedy="check its permissions and its disk",
-    )
 
 
 def _write_json(folder: OutputFolder, name: str, content: dict[str, Any] | list[Any]) -> None:

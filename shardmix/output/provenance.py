@@ -23,7 +23,7 @@ import msgspec
 
 from shardmix._version import __version__
 from shardmix.anomalies import LeafAnomalies
-from shardmix.errors import RecipeError, SourceError, one_line, writing_failed
+from shardmix.errors import RecipeError, SourceError, one_line, unreadable, writing_failed
 from shardmix.output.counted_folder import CountedFolder
 from shardmix.plan.merge_plan import MergePlan, PlannedSource
 from shardmix.recipe import Recipe
@@ -205,11 +205,7 @@ def read_provenance(folder: Path) -> tuple[Provenance, Seal]:
             remedy="name the output of a merge",
         ) from None
     except OSError as error:
-        raise SourceError(
-            f"cannot be read ({error.strerror or error})",
-            subject=path,
-            remedy="check its permissions and its disk",
-        ) from None
+        raise unreadable(path, error) from None
 
 
 def parse_provenance(file: BinaryIO, path: Path) -> tuple[Provenance, Seal]:

@@ -14,7 +14,7 @@ from shardmix.conventions.file_kinds import LeftOut
 from shardmix.conventions.model_types import contradiction, fitting_types
 from shardmix.conventions.module_tree import Module, read_modules
 from shardmix.conventions.sentence_modules import MODULES_NAME
-from shardmix.errors import RecipeError, SourceError
+from shardmix.errors import RecipeError, unreadable
 from shardmix.matching.tensors import check_mergeable
 from shardmix.recipe import Recipe
 from shardmix.sources.base import Source
@@ -68,11 +68,7 @@ def disk_errors_named() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SourceError(
-            f"cannot be read ({error.strerror or error})",
-            subject=error.filename or "a file",
-            remedy="check its permissions and its disk",
-        ) from None
+        raise unreadable(error.filename or "a file", error) from None
 
 
 def _paths(source: Source) -> list[Path]:

@@ -30,7 +30,7 @@ from shardmix.conventions.weight_names import (
     stored_stem,
     weights_name,
 )
-from shardmix.errors import SourceError, shown
+from shardmix.errors import SourceError, shown, unreadable
 from shardmix.formats.strict_json import read_index, read_json
 from shardmix.formats.tensor_table import TensorTable
 from shardmix.sources.base import Extent, Opening, TensorReader, stored_extent
@@ -342,11 +342,7 @@ def _regular_file(source: str, root: Path, path: Path) -> SourceFile:
     try:
         status = path.stat()
     except OSError as error:
-        raise SourceError(
-            f"{path.name} cannot be read ({error.strerror})",
-            subject=source,
-            remedy="check its permissions and its disk",
-        ) from None
+        raise unreadable(source, error, f"{path.name} cannot be read") from None
     if not stat.S_ISREG(status.st_mode):
         raise SourceError(
             f"{path.name} is not a regular file",

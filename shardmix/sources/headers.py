@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from shardmix.errors import SourceError, one_line
+from shardmix.errors import SourceError, one_line, unreadable
 from shardmix.formats.safetensors_header import HeaderTable, decode_header
 from shardmix.formats.safetensors_layout import HEADER_LENGTH_NBYTES, header_nbytes
 from shardmix.system.files import open_regular
@@ -68,11 +68,7 @@ class Headers:
                 remedy="fetch it again",
             ) from None
         except OSError as error:
-            raise SourceError(
-                f"cannot be read ({error.strerror})",
-                subject=path,
-                remedy="check its permissions and its disk",
-            ) from None
+            raise unreadable(path, error) from None
         return table, HEADER_LENGTH_NBYTES + length, sha256
 
 

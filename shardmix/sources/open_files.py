@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 
-from shardmix.errors import SourceError
+from shardmix.errors import SourceError, unreadable
 from shardmix.sources.identity import SourceFile, reading_failed
 
 MAX_OPEN_FILES = 32
@@ -34,11 +34,7 @@ class OpenFiles:
         try:
             descriptor = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise SourceError(
-                f"cannot be opened ({error.strerror})",
-                subject=source.path,
-                remedy="check its permissions and its disk",
-            ) from None
+            raise unreadable(source.path, error, "cannot be opened") from None
         try:
             source.check_status(os.fstat(descriptor))
         except OSError as error:

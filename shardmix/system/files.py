@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from shardmix.errors import SourceError
+from shardmix.errors import SourceError, unreadable
 
 MAX_IO_NBYTES = 0x7FFFF000
 """The most bytes that one read or write call moves on Linux; more takes several calls."""
@@ -77,11 +77,7 @@ def _readable(path: Path) -> Iterator[BinaryIO]:
         with open_regular(path) as file:
             yield file
     except OSError as error:
-        raise SourceError(
-            f"cannot be read ({error.strerror or error})",
-            subject=path,
-            remedy="check its permissions and its disk",
-        ) from None
+        raise unreadable(path, error) from None
 
 
 def is_lfs_pointer(start: bytes) -> bool:
