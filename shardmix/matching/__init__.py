@@ -7,7 +7,8 @@ fused_tensors          tensors that one model stores in one piece and another in
 ties                   the tensor that holds a parameter that is not stored
 belonging              the check of models with the same tensors; calls the modules below
 differences            differences: an error, or a warning if they are minor or allowed
-configs                differences of configs, part by part, defaults and spellings resolved
+configs                differences of configs, part by part
+config_spelling        one spelling for keys, defaults and parts that versions write in several
 config_labels          names of classes with the same number
 config_dtypes          the dtypes that a config states, compared with stored tensors
 config_fit             statements of a config that tensors contradict
@@ -17,7 +18,7 @@ modules                differences of sentence-transformers modules
 
 A sentence-transformers model is a chain of modules, and each may store weights in its own
 folder: a projection (`2_Dense/`), the encoder itself (`0_Transformer/`), the two sides of a Router.
-Each folder with safetensors weights is a part: a `Checkpoint` of its own, with its own config,
+Each folder with safetensors weights is a part: a `Source` of its own, with its own config,
 ties, dtypes and shards, so that names in one are never taken for names in another. Parts correspond
 by their position in the chain (`Dense 1`, `query/Transformer 1`), whatever their folders are
 called; the output's folders are the config source's. In messages a tensor's name follows its folder

@@ -4,6 +4,7 @@ opening                the opened models of a recipe
 planner                names, dtypes, files, every offset, and the memory
 layout                 output files: headers, offsets, and the segments of their data
 chunk_size             the number of elements of a chunk
+backend_choice         the device, the backend and the way to read, if left to auto
 memory_budget          the chunk and the workers that fit the budgets
 output_modules         the sentence-transformers modules of an output
 weight_warnings        warnings of weights that leave a model out or make variances negative

@@ -4,7 +4,6 @@ Decides names, dtypes, output shards, every offset and the memory before a byte 
 Pure, except that it looks for files beside the weights and at the memory in use and available.
 """
 
-import importlib.util
 import itertools
 import os
 from collections import Counter
@@ -20,13 +19,11 @@ from shardmix.conventions.module_tree import inner_path, module_subfolders
 from shardmix.conventions.weight_names import DIFFUSERS, MARKS, MODEL
 from shardmix.dtypes import (
     FLOAT_DTYPES,
-    LLVM_DTYPES,
     OUT_DTYPES,
-    element_nbytes,
     tensor_nbytes,
     torch_name,
 )
-from shardmix.errors import BudgetError, RecipeError, listed
+from shardmix.errors import BudgetError, listed
 from shardmix.matching.belonging import PartConfig, check_belong_together
 from shardmix.matching.config_dtypes import config_dtypes
 from shardmix.matching.fused_tensors import split_alike
@@ -36,7 +33,8 @@ from shardmix.matching.tensors import MatchedTensors, match_tensors
 from shardmix.methods import keep_first
 from shardmix.methods.base import Params
 from shardmix.methods.registry import merge_method
-from shardmix.options import LLVM, TORCH, RunSettings
+from shardmix.options import RunSettings
+from shardmix.plan.backend_choice import decide
 from shardmix.plan.chunk_size import whole_chunk_nbytes
 from shardmix.plan.layout import FileNumbers, TensorParameters, plan_shards
 from shardmix.plan.memory_budget import Gathering, plan_memory
@@ -59,15 +57,6 @@ from shardmix.sources.checkpoint import CONFIG_NAME, read_config
 from shardmix.sources.identity import SourceFile
 from shardmix.system.hashing import XXH3
 from shardmix.system.page_cache import plan_cache_use
-
-MEASURED_FROM_NBYTES = 200 * 10**9
-"""Source bytes of a merge from which on a GPU is tried if nobody named a device.
-
-To load torch's build for CUDA and to make a context takes seconds. A GPU can only save the
-arithmetic: with kernels a tenth of a merge's time, which went at 6.6 GB/s on two cores
-(docs/performance.md). So of 200 GB, half a minute, it can save three seconds; of less, not even the
-time of the trial.
-"""
 
 
 class Outcome(TypedDict, total=False):
@@ -112,7 +101,7 @@ def _plan_merge(
     parts = _planned_parts(recipe, groups, numbers, config_source, modules)
     main = parts[0]
     shards = tuple(shard for part in parts for shard in part.shards)
-    settings = _decided(settings, shards)
+    settings = decide(settings, shards)
     write_nbytes = sum(shard.file_nbytes for shard in shards)
     gathering = _gathering(shards)
     auxiliary_files = find_auxiliary_files(
@@ -420,32 +409,6 @@ def _config_dtypes(
     return tuple(config_dtypes(config, columns).items())
 
 
-def _decided(settings: RunSettings, shards: Sequence[OutputShard]) -> RunSettings:
-    """Return the settings with every `auto` decided.
-
-    Sources are read by pread: as fast as mapping, in less memory. Kernels do the arithmetic if
-    llvmlite is installed and they know all the dtypes. Raises `RecipeError` if they were asked for
-    and cannot. If a GPU may pay, it is assumed until the merge starts by measuring.
-    """
-    io, backend = settings.io, settings.backend
-    if settings.device == "auto":
-        is_open = backend != LLVM and _summed_nbytes(shards) >= MEASURED_FROM_NBYTES
-        device = "cuda" if is_open else "cpu"
-        settings = replace(settings, device=device, is_device_open=is_open)
-    if io == "auto":
-        io = "pread"
-    finding = _llvm_finding(settings, shards)
-    if backend == LLVM and finding is not None:
-        raise RecipeError(
-            finding,
-            subject="backend llvm",
-            remedy="use --backend torch (backend='torch')",
-        )
-    if backend == "auto":
-        backend = LLVM if finding is None else TORCH
-    return replace(settings, io=io, backend=backend)
-
-
 def _gathering(shards: Sequence[OutputShard]) -> Gathering | None:
     """Return the needs of gathering statistics; None if the factors of all segments are known."""
     pending = [
@@ -462,30 +425,3 @@ def _gathering(shards: Sequence[OutputShard]) -> Gathering | None:
         whole_chunk_nbytes=max(map(whole_chunk_nbytes, pending)),
         num_sources=max(len(segment.sources) for segment in pending),
     )
-
-
-def _summed_nbytes(shards: Sequence[OutputShard]) -> int:
-    """Return the bytes of all sources that are merged, and not only compared."""
-    return sum(
-        segment.num_elements * sum(map(element_nbytes, segment.dtypes))
-        for shard in shards
-        for segment in shard.segments
-        if segment.method != keep_first.NAME
-    )
-
-
-def _llvm_finding(settings: RunSettings, shards: Sequence[OutputShard]) -> str | None:
-    """Return why kernels cannot do the arithmetic, or None if they can."""
-    if settings.on_cuda:
-        return "it sums on the CPU alone"
-    if importlib.util.find_spec("llvmlite") is None:
-        return "llvmlite is not installed (pip install llvmlite)"
-    dtypes = {
-        dtype
-        for shard in shards
-        for segment in shard.segments
-        if segment.method != keep_first.NAME
-        for dtype in (*segment.dtypes, segment.out_dtype)
-    }
-    others = sorted(dtypes - LLVM_DTYPES)
-    return f"it does not know {', '.join(others)}" if others else None

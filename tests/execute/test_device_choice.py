@@ -18,7 +18,7 @@ from shardmix.execute import calibrate_pass, prepare
 from shardmix.execute.calibrate_pass import faster, source_bytes_per_second
 from shardmix.execute.tasks import merge_tasks
 from shardmix.options import RunSettings
-from shardmix.plan import memory_budget, planner
+from shardmix.plan import backend_choice, memory_budget
 from shardmix.plan.memory_budget import (
     BEST_CHUNK_NBYTES,
     BUFFERS_PER_WORKER,
@@ -41,7 +41,7 @@ def gpu_machine(monkeypatch, *, measured_from=1):
     """Make a machine with GPUs of this one, where already small merges are worth measuring."""
     monkeypatch.setattr(gpus, "cuda_device_count", lambda: 1)
     monkeypatch.setattr(gpus, "torch_has_cuda_build", lambda: True)
-    monkeypatch.setattr(planner, "MEASURED_FROM_NBYTES", measured_from)
+    monkeypatch.setattr(backend_choice, "MEASURED_FROM_NBYTES", measured_from)
 
 
 def test_unasked_gpu_is_assumed_at_first(tmp_path, monkeypatch):

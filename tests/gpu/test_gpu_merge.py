@@ -152,7 +152,7 @@ def test_several_gpus_write_the_cpus_bytes(tmp_path):
 @needs_gpu
 def test_auto_measures_and_writes_same_bytes(tmp_path, monkeypatch):
     """Auto measures GPU and CPU, and writes the same bytes."""
-    monkeypatch.setattr("shardmix.plan.planner.MEASURED_FROM_NBYTES", 1)
+    monkeypatch.setattr("shardmix.plan.backend_choice.MEASURED_FROM_NBYTES", 1)
     models = models_of(tmp_path, 3)
     on_cpu = shardmix.merge(models, tmp_path / "cpu", device="cpu")
     report = shardmix.merge(models, tmp_path / "auto", max_vram=2048 * MIB)
