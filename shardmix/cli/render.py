@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from shardmix.errors import printable
-from shardmix.redaction import without_secrets
+from shardmix.errors.redaction import without_secrets
 from shardmix.system.units import format_size
 
 if TYPE_CHECKING:

@@ -32,5 +32,5 @@ here and in other packages:
 - Nothing is run: no pickle is opened, no chat template rendered, no code of a model imported by
   merging.
 - Nothing printed is obeyed by a terminal (`errors.printable`), and nothing printed is a secret
-  (`redaction`).
+  (`errors.redaction`).
 """

@@ -11,8 +11,8 @@ from shardmix.conventions.file_kinds import has_given_name
 from shardmix.conventions.module_tree import module_subfolders, read_modules
 from shardmix.conventions.weight_names import is_loaded_name
 from shardmix.errors import OutputError, SourceError, writing_failed
+from shardmix.errors.redaction import is_url
 from shardmix.output.provenance import PROVENANCE_NAME, parse_provenance
-from shardmix.redaction import is_url
 from shardmix.system.files import free_nbytes
 from shardmix.system.held_folder import HeldFolder, open_folder
 from shardmix.system.units import format_size

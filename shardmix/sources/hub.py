@@ -34,8 +34,8 @@ from shardmix.conventions.module_tree import (
 from shardmix.conventions.sentence_modules import MODULES_NAME
 from shardmix.conventions.weight_names import MARKS, STEMS, index_name, stored_stem, weights_name
 from shardmix.errors import SourceError, one_line, printable, shown
+from shardmix.errors.redaction import HIDDEN, logs_redacted
 from shardmix.formats.strict_json import file_name_finding, read_index
-from shardmix.redaction import HIDDEN, logs_redacted
 from shardmix.system.files import read_regular
 
 SHOW_DOWNLOADS = ContextVar("SHOW_DOWNLOADS", default=False)

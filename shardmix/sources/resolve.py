@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardmix.errors import SourceError, is_unicode, one_line
-from shardmix.redaction import without_user
+from shardmix.errors.redaction import without_user
 from shardmix.sources.base import Opening, Source
 from shardmix.sources.checkpoint import open_checkpoint
 from shardmix.sources.headers import Headers

@@ -10,7 +10,12 @@ from click.testing import CliRunner
 import shardmix
 from shardmix.cli.commands import app
 from shardmix.errors import one_line, printable, shown
-from shardmix.redaction import logs_redacted, without_environment, without_secrets, without_user
+from shardmix.errors.redaction import (
+    logs_redacted,
+    without_environment,
+    without_secrets,
+    without_user,
+)
 from shardmix.sources import hub
 from shardmix.sources.resolve import resolve
 from tests.support.models import random_model, save_model

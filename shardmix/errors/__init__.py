@@ -13,6 +13,8 @@
 
 The kinds let a caller tell apart the cases that it can handle. An error has parts: the subject, the
 finding (with the rule), the remedy, and hints that callers add.
+
+redaction              leaves credentials and tokens out of every message
 """
 
 import errno
@@ -21,7 +23,7 @@ from collections.abc import Collection
 from os import PathLike
 from pathlib import Path
 
-from shardmix.redaction import without_environment, without_secrets
+from shardmix.errors.redaction import without_environment, without_secrets
 
 
 class ShardmixError(Exception):
