@@ -136,7 +136,7 @@ class ParametersReport:
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedMerge:
+class PlanFacts:
     """The facts of a merge that its plan decides. Sizes in bytes."""
 
     output: str
@@ -170,7 +170,7 @@ class PlannedMerge:
 
 
 @dataclass(frozen=True, slots=True)
-class PlanReport(PlannedMerge):
+class PlanReport(PlanFacts):
     """The plan of a merge. Sizes in bytes."""
 
     bytes_read: int
@@ -218,7 +218,7 @@ class NonfiniteReport:
 
 
 @dataclass(frozen=True, slots=True)
-class MergeReport(PlannedMerge):
+class MergeReport(PlanFacts):
     """The result of a merge. Sizes in bytes."""
 
     bytes_read: int
@@ -250,7 +250,7 @@ _OPEN = (
 
 
 def _planned(plan: MergePlan) -> dict[str, Any]:
-    """Return the fields of `PlannedMerge`."""
+    """Return the fields of `PlanFacts`."""
     return {
         "output": plan.output,
         "num_tensors": plan.num_tensors,

@@ -85,6 +85,17 @@ def test_paths_in_contributing_exist():
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
+def test_modules_in_the_design_exist():
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    names = re.findall(r"`([a-z_]+\.[a-z_]+)`", text)
+    patterns = re.findall(r"`([a-z_]+/\*[a-z_]+\.py)`", text)
+    paths = [f"{name.replace('.', '/')}.py" for name in names]
+    assert len(paths) > 15
+    assert len(patterns) == 2
+    package = ROOT / "shardmix"
+    assert [path for path in [*paths, *patterns] if not list(package.glob(path))] == []
+
+
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
 def test_make_targets_of_the_docs_exist(name):
     """Make targets that the docs name exist."""

@@ -1,7 +1,7 @@
 """The conventions of other libraries: meanings of names, keys and files. Opens no weights.
 
 weight_names           names of weight files, shards and indexes, by loader
-file_kinds             files of a model's folder that go along with its weights, and the others
+file_kinds             auxiliary files, which go along with the weights, and kinds left out
 folder_kinds           folders that are no model in safetensors, and the remedy for each
 adapters               adapters such as LoRA, by the names of their tensors
 naming                 meanings of tensor names and config keys in transformers

@@ -35,7 +35,7 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 _SENTENCE_TRANSFORMERS_FOLDER = re.compile(r"\d+_\w+")
 
 # Files that any model's folder may have: config, tokenizer, chat templates, code, terms.
-_COMPANION_SUFFIXES = (
+_AUXILIARY_SUFFIXES = (
     ".json",
     ".txt",
     ".model",
@@ -46,9 +46,9 @@ _COMPANION_SUFFIXES = (
     ".spm",
     ".bpe",
 )
-_COMPANION_PREFIXES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+_AUXILIARY_PREFIXES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _VERSIONED_TOKENIZER = re.compile(r"tokenizer\.model\.v\w+")  # Mistral's
-_NOT_COMPANIONS = re.compile(
+_NOT_AUXILIARY = re.compile(
     r".*\.index\.json|.*_results\.json|trainer_state\.json|requirements.*\.txt|shardmix\.json|"
     r"adapter_config\.json"
 )
@@ -84,11 +84,11 @@ def is_auxiliary_file(path: str) -> bool:
         if is_module_folder(folder.split("/")[0]):
             return True
         return folder == TEMPLATE_FOLDER and name.endswith(".jinja")
-    if _NOT_COMPANIONS.fullmatch(name):
+    if _NOT_AUXILIARY.fullmatch(name):
         return False
     if _VERSIONED_TOKENIZER.fullmatch(name):
         return True
-    return name.endswith(_COMPANION_SUFFIXES) or name.startswith(_COMPANION_PREFIXES)
+    return name.endswith(_AUXILIARY_SUFFIXES) or name.startswith(_AUXILIARY_PREFIXES)
 
 
 def is_module_folder(name: str) -> bool:

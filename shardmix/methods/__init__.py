@@ -2,7 +2,7 @@
 
 base                   the seam: `MergeMethod`, its `Parameter`s and `Needs`; `Params`, their values
 ops                    the operations that methods are written with, and a counter of them
-statistics             sums over whole tensors, in float64
+statistics             the seam `Statistic`, and those of whole tensors, in float64
 linear                 the weighted sum
 keep_first             the first model's values, for integers
 task_arithmetic        the base model plus a weighted sum of models' changes to it

@@ -5,7 +5,7 @@
     report = score(["./base", "./tuned"], "decoder", "examples.jsonl", max_memory="2GiB")
     report.weights, report.losses, report.per_example
 
-A package by itself: it reads checkpoints and knows nothing of merging. Its parts, in the order of
+A package by itself: it reads sources and knows nothing of merging. Its parts, in the order of
 their use:
 
     options, examples      the request, checked before any model is opened
@@ -17,7 +17,7 @@ their use:
     units, fit             the model cut to fit into memory
     lockstep               forward passes side by side
     streamed_model         weights to units to passes
-    objectives             the task of each type of model, and its loss
+    objectives             the task and the loss of each type of model
     model_scoring, scoring  one model, all models
     weights, report        the result
 

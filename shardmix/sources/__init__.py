@@ -7,5 +7,5 @@ hub                    a repository on the Hub → its commit, and the local cop
 headers, checkpoint    a model in safetensors files, opened by its headers
 open_files             open files, in bounded number
 readers                byte ranges of files in, read or mapped; and streams of decoded tensors
-auxiliary_files        the files that go along with the weights
+auxiliary_files        the files that go along with the weights, found by `conventions.file_kinds`
 """

@@ -22,7 +22,7 @@ def two_models(tmp_path, **options):
     ]
 
 
-COMPANIONS = {
+AUXILIARY = {
     "tokenizer.json": b'{"version": "1.0"}',
     "tokenizer_config.json": b"{}",
     "tokenizer.model": b"\x00\xffspm",
@@ -66,14 +66,14 @@ def add_files(folder, files):
 def test_only_a_models_files_go_along(tmp_path):
     """What makes a model goes along, and nothing else."""
     models = two_models(tmp_path)
-    add_files(models[0][0], COMPANIONS | OTHERS)
+    add_files(models[0][0], AUXILIARY | OTHERS)
     add_files(models[1][0], {"tokenizer.json": b"another", "special_tokens_map.json": b"{}"})
     report = shardmix.merge(models, tmp_path / "out")
     out = tmp_path / "out"
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     made = {"config.json", "model.safetensors", "README.md", "shardmix.json"}
-    assert files == {*COMPANIONS, *made}
-    for name, content in COMPANIONS.items():
+    assert files == {*AUXILIARY, *made}
+    for name, content in AUXILIARY.items():
         assert (out / name).read_bytes() == content
     assert (out / "config.json").read_bytes() == (models[0][0] / "config.json").read_bytes()
     told = [warning for warning in report.warnings if warning.startswith("left out")]
