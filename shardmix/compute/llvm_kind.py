@@ -15,6 +15,8 @@ class KernelKind(NamedTuple):
     """Number of its factors."""
     dtypes: tuple[str, ...]
     """Safetensors dtype of each source."""
+    are_changes: tuple[bool, ...]
+    """For each source, True if its values are changes to the base model."""
     out_dtype: str
     """Safetensors dtype of the output."""
 
@@ -26,6 +28,7 @@ class KernelKind(NamedTuple):
             method=segment.method,
             num_factors=len(segment.factors) if declared is None else declared,
             dtypes=segment.dtypes,
+            are_changes=segment.are_changes,
             out_dtype=out_dtype or segment.out_dtype,
         )
 

@@ -191,7 +191,7 @@ def loop(kind: KernelKind, width: int) -> str:
         for part in (_LOAD, WIDEN[dtype])
     ]
     merging, words["merged"] = traced(
-        kind.method,
+        kind,
         [f"%value{n}" for n in range(len(kind.dtypes))],
         [f"%factor{n}" for n in range(kind.num_factors)],
         width,

@@ -7,18 +7,20 @@ flag allows LLVM to contract operations, so each one is rounded separately
 
 from collections.abc import Sequence
 
+from shardmix.compute.llvm_kind import KernelKind
+from shardmix.methods.base import combined
 from shardmix.methods.registry import merge_method
 
 
 def traced(
-    method: str, values: Sequence[str], factors: Sequence[str], width: int
+    kind: KernelKind, values: Sequence[str], factors: Sequence[str], width: int
 ) -> tuple[str, str]:
     """Return the instructions that combine IR values, and the name of the result.
 
     `values` and `factors` name vectors of `width` floats.
     """
     ops = _TracingOps(width)
-    result = merge_method(method).combine(ops, values, factors)
+    result = combined(merge_method(kind.method), ops, values, factors, kind.are_changes)
     return "\n".join(ops.lines), result
 
 

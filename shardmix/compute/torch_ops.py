@@ -16,6 +16,7 @@ import torch
 from shardmix.anomalies import NonfiniteCounts
 from shardmix.compute.nonfinite import count_nonfinite
 from shardmix.dtypes import FLOAT_DTYPES, WIDE_DTYPES, torch_name
+from shardmix.methods.base import combined
 from shardmix.methods.ops import CountingOps
 from shardmix.methods.registry import merge_method
 from shardmix.plan.merge_plan import Segment
@@ -157,8 +158,9 @@ class PieceOps:
     ) -> None:
         """Divide `scratch`, which holds bytes, for pieces of a segment."""
         self._method = merge_method(segment.method)
+        self._are_changes = segment.are_changes
         dtype, num_values = sum_dtype(segment), len(segment.sources)
-        num_results, num_masks = _counts(segment.method, num_values, len(segment.factors))
+        num_results, num_masks = _counts(segment.method, segment.are_changes, len(segment.factors))
         # Besides results: each value widened, and room for rounding.
         num_buffers = num_results + num_values + 1
         element_nbytes = num_buffers * dtype.itemsize + num_masks
@@ -190,7 +192,8 @@ class PieceOps:
             widened.append(self._free())
             widened[-1].copy_(value)
         # As a second argument, torch accepts a number instead of a tensor.
-        return self._method.combine(self, widened, cast(Sequence[torch.Tensor], factors))
+        numbers = cast(Sequence[torch.Tensor], factors)
+        return combined(self._method, self, widened, numbers, self._are_changes)
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return a + b."""
@@ -232,10 +235,11 @@ _ALIGNED = 64
 
 
 @lru_cache(maxsize=1024)  # tensors are many, their kinds few
-def _counts(method: str, num_values: int, num_factors: int) -> tuple[int, int]:
-    """Return how many arrays and how many masks a method makes."""
+def _counts(method: str, are_changes: tuple[bool, ...], num_factors: int) -> tuple[int, int]:
+    """Return how many arrays and how many masks a method makes of these values."""
     counted = CountingOps()
-    merge_method(method).combine(counted, [counted] * num_values, [counted] * num_factors)
+    values, factors = [counted] * len(are_changes), [counted] * num_factors
+    combined(merge_method(method), counted, values, factors, are_changes)
     return counted.num_results, counted.num_masks
 
 

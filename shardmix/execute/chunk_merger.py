@@ -181,12 +181,12 @@ class ChunkMerger:
             clock.lap(READ, chunk.source_nbytes, seconds=seconds)
             clock.lap(REDUCE, chunk.source_nbytes)
             return data
-        for source, (_, dtype, file, offset) in enumerate(segment.sources):
-            position = offset + start * element_nbytes(dtype)
-            staging = combiner.staging(source)
-            view = reader.view(file, position, staging)
+        for number, source in enumerate(segment.sources):
+            position = source.offset + start * element_nbytes(source.dtype)
+            staging = combiner.staging(number)
+            view = reader.view(source.file, position, staging)
             clock.lap(READ, len(staging))
-            combiner.add(source, view)
+            combiner.add(number, view)
             clock.lap(REDUCE, len(staging))
         data = combiner.finish()
         reader.release()
@@ -201,8 +201,8 @@ class ChunkMerger:
         num_factors = merge_method(segment.method).num_factors or 0
         combiner.begin(replace(segment, factors=(0.0,) * num_factors), 0, segment.num_elements)
         views = []
-        for number, (_, _, file, offset) in enumerate(segment.sources):
-            views.append(reader.view(file, offset, combiner.staging(number)))
+        for number, source in enumerate(segment.sources):
+            views.append(reader.view(source.file, source.offset, combiner.staging(number)))
             clock.lap(READ, len(views[-1]))
         # The parts of the buffer lie as they did, so what was read stays where it is.
         combiner.begin(tensors.of_held(segment, views), 0, segment.num_elements)
@@ -236,10 +236,10 @@ class ChunkMerger:
     def _pass(self, chunk: Chunk, passed: PassedRanges) -> None:
         """Let a chunk's source ranges leave the page cache."""
         segment, start, stop = chunk.segment, chunk.start, chunk.start + chunk.num_elements
-        for _, dtype, file, offset in segment.sources:
-            width = element_nbytes(dtype)
-            if file < self._num_files:  # otherwise it was decoded
-                passed.add(file, offset + start * width, offset + stop * width)
+        for source in segment.sources:
+            width, offset = element_nbytes(source.dtype), source.offset
+            if source.file < self._num_files:  # otherwise it was decoded
+                passed.add(source.file, offset + start * width, offset + stop * width)
 
 
 def _anomalies(

@@ -141,12 +141,11 @@ class PieceReader:
         for first, last in _pieces(segment, number):
             length = last - first
             values = []
-            for (_, dtype, file, offset), buffer in zip(
-                segment.sources, self._buffers, strict=False
-            ):
-                width = element_nbytes(dtype)
-                raw = self._reader.view(file, offset + first * width, buffer[: length * width])
-                values.append(widened(raw, dtype))
+            for source, buffer in zip(segment.sources, self._buffers, strict=False):
+                width = element_nbytes(source.dtype)
+                position = source.offset + first * width
+                raw = self._reader.view(source.file, position, buffer[: length * width])
+                values.append(widened(raw, source.dtype))
             self._reader.release()
             yield values
 

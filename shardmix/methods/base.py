@@ -87,6 +87,8 @@ class MergeMethod(Protocol):
     """Number of factors of `combine`; None for one of each contributor."""
     is_weighted_sum: ClassVar[bool]
     """True if `combine` is Σ factorᵢ · valueᵢ, in order: backends have a faster way for that."""
+    takes_changes: ClassVar[bool]
+    """True if `combine` takes each model's changes (model - base) in place of its values."""
 
     def check(self, params: Params) -> None:
         """Raise `RecipeError` if the values do not go together."""
@@ -113,7 +115,8 @@ class MergeMethod(Protocol):
         """Return the merged elements of a chunk.
 
         `values` are the chunk's elements in float32 (float64 if any source is), of the base model
-        first if there is one, then of each contributor. `factors` are rounded to the same dtype.
+        first if there is one, then of each contributor: its values, or its changes to the base if
+        the method takes those. `factors` are rounded to the same dtype.
         """
 
 
@@ -141,6 +144,28 @@ class WeightedModels:
         return tuple(weights[model] for model in models)
 
 
+def combined(
+    method: MergeMethod,
+    ops: Ops[A],
+    values: Sequence[A],
+    factors: Sequence[A],
+    are_changes: Sequence[bool],
+) -> A:
+    """Return what a method makes of a chunk's values.
+
+    `are_changes` tells which values are changes to the base already, as those of an adapter are;
+    others become changes here if the method takes them.
+    """
+    if method.takes_changes:
+        base, *others = values
+        changes = (
+            value if is_change else ops.sub(value, base)
+            for value, is_change in zip(others, are_changes[1:], strict=True)
+        )
+        values = [base, *changes]
+    return method.combine(ops, values, factors)
+
+
 def vanishes_in_float32(weight: float) -> bool:
     """Return True if a weight is 0 in float32: 0 or -0.0, or less than half of the least value."""
     rounded: float = struct.unpack("<f", struct.pack("<f", weight))[0]
@@ -159,11 +184,11 @@ def nonzero(weights: Sequence[float], *, is_wide: bool) -> tuple[int, ...]:
     )
 
 
-def sum_of_deltas(ops: Ops[A], values: Sequence[A], factors: Sequence[A]) -> A | None:
-    """Return Σ factorᵢ · (valueᵢ - base) over the values after the first; None without any."""
-    base, total = values[0], None
-    for value, factor in zip(values[1:], factors, strict=True):
-        part = ops.mul(ops.sub(value, base), factor)
+def weighted_sum(ops: Ops[A], values: Sequence[A], factors: Sequence[A]) -> A | None:
+    """Return Σ factorᵢ · valueᵢ, in order; None without any."""
+    total = None
+    for value, factor in zip(values, factors, strict=True):
+        part = ops.mul(value, factor)
         total = part if total is None else ops.add(total, part)
     return total
 

@@ -21,6 +21,7 @@ class Linear(WeightedModels):
         Parameter("normalize", bool, "divide by the sum of the weights", default=True),
     )
     is_weighted_sum: ClassVar[bool] = True
+    takes_changes: ClassVar[bool] = False
 
     def check(self, params: Params) -> None:
         """Raise `RecipeError` if the weights leave nothing of any model or cannot be normalised."""

@@ -10,7 +10,7 @@ from shardmix.methods.base import (
     WeightedModels,
     check_weights,
     effective_weights,
-    sum_of_deltas,
+    weighted_sum,
 )
 from shardmix.methods.ops import A, Ops
 
@@ -27,6 +27,7 @@ class TaskArithmetic(WeightedModels):
         Parameter("lambda", float, "scales the sum of all changes", default=1.0),
     )
     is_weighted_sum: ClassVar[bool] = False
+    takes_changes: ClassVar[bool] = True
 
     def check(self, params: Params) -> None:
         """Raise `RecipeError` if the weights cannot be normalised, or are infinite with lambda."""
@@ -42,5 +43,6 @@ class TaskArithmetic(WeightedModels):
 
     def combine(self, ops: Ops[A], values: Sequence[A], factors: Sequence[A]) -> A:
         """Return the base plus the sum of changes, in the models' order."""
-        changes = sum_of_deltas(ops, values, factors)
-        return values[0] if changes is None else ops.add(values[0], changes)
+        base, *changes = values
+        total = weighted_sum(ops, changes, factors)
+        return base if total is None else ops.add(base, total)

@@ -508,13 +508,16 @@ def _put_in_place(staging: Staging, *, overwrite: bool, fsync: bool) -> None:
             hidden.move(_MODEL, parent, name)
         else:
             _exchange(staging, old)
+    # Known from now on, even if the disk cannot be looked at any more; later processes read the
+    # marker.
+    staging._is_placed = True
     if not parent.holds(name, staging.folder):
+        staging._is_placed = False
         raise OutputError(
             "was replaced just as it was put in place",
             subject=staging.output,
             remedy="find out who did that, then start again",
         )
-    staging._is_placed = True  # for callers that know it; later processes read the marker
     if fsync:
         # The rename, too, must be on the disk before anyone is told, in both folders that it
         # changed.

@@ -167,6 +167,7 @@ class _SourceColumns:
         self._first_group = parameters.num_groups_before
         self._groups = [_Group(parameters.method, params) for params in parameters.groups]
         self._group_of = parameters.rows
+        self._hold_changes = [source.holds_changes for source in sources]
         self._files, self._starts, self._nbytes, self._ranks = [], [], [], []
         for source, rows, number in zip(sources, matched.rows, numbers, strict=True):
             table = source.tensors
@@ -273,6 +274,7 @@ class _SourceColumns:
                     DTYPES[self._ranks[source][first]],
                     int(self._files[source][first]),
                     int(self._starts[source][first]),
+                    is_float and self._hold_changes[source],
                 )
                 for source in sources
             ),

@@ -38,7 +38,7 @@ class PlannedSource:
     name: str
     """Its name in the model card: Hub id with revision, or a name without a path."""
     path: str
-    """Absolute path of its folder, or of the file that the user named."""
+    """A text that opens it again, from any folder: an absolute path, for most."""
     identity: SourceIdentity
     """Identity of its bytes: the weight files to read, and their commit."""
     reader_nbytes: int = 0
@@ -84,6 +84,8 @@ class SegmentSource(NamedTuple):
     """Index into `MergePlan.files`, and beyond these into `MergePlan.decoders`."""
     offset: int
     """First byte in that file, or in that decoder's stream."""
+    is_change: bool = False
+    """True if its values are the model's changes to the base model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,11 @@ class Segment:
     def dtypes(self) -> tuple[str, ...]:
         """Safetensors dtype in each source."""
         return tuple([source.dtype for source in self.sources])
+
+    @property
+    def are_changes(self) -> tuple[bool, ...]:
+        """For each source, True if its values are changes to the base model."""
+        return tuple([source.is_change for source in self.sources])
 
     @property
     def files(self) -> tuple[int, ...]:

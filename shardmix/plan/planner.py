@@ -93,7 +93,7 @@ def plan_merge(
 def _plan_merge(
     recipe: Recipe, opened: OpenedModels, settings: RunSettings, **outcome: Unpack[Outcome]
 ) -> MergePlan:
-    sources, config_source = opened.sources, opened.config_source
+    sources, config_source = _read_as(recipe, opened.sources), opened.config_source
     matched = match_parts(sources)
     modules = plan_modules(recipe, sources, matched, config_source.folder, config_source.modules)
     groups = _placed(matched.groups, modules)
@@ -176,6 +176,14 @@ def _plan_merge(
     )
 
 
+def _read_as(recipe: Recipe, sources: Sequence[Source]) -> Sequence[Source]:
+    """Return the sources as the method takes them: as changes to the base, if it and they can."""
+    if not merge_method(recipe.merge_method).takes_changes:
+        return sources
+    base, *others = sources
+    return [base, *(other.changes_to(base) or other for other in others)]
+
+
 def _planned_sources(
     sources: Sequence[Source], groups: Sequence[Sequence[Source]]
 ) -> tuple[tuple[PlannedSource, ...], list[tuple[FileNumbers, ...]]]:
@@ -195,12 +203,11 @@ def _planned_sources(
             files += part.identity.files
         num_files += len(files)
         decoders = tuple(part for part in parts if _decodes(part))
-        root = str(source.root.absolute())
         planned.append(
             PlannedSource(
                 text=source.text,
                 name=public_name(source),
-                path=files[0].path if source.is_single_file else root,
+                path=source.path,
                 identity=replace(
                     source.identity,
                     files=tuple(files),

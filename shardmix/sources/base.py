@@ -90,6 +90,16 @@ class Source(Protocol):
         It agrees with the columns of `tensors`.
         """
 
+    @property
+    def holds_changes(self) -> bool:
+        """True if its floats are changes to a base model, not a model's values."""
+
+    def changes_to(self, base: "Source") -> "Source | None":
+        """Return this model's changes to a base model as a source.
+
+        None if they are known only by reading both models and subtracting.
+        """
+
     def open_reader(self) -> TensorReader:
         """Return a reader for one worker. Opens no file yet."""
 
@@ -109,6 +119,10 @@ class Source(Protocol):
     @property
     def root(self) -> Path:
         """The model's folder."""
+
+    @property
+    def path(self) -> str:
+        """A text that opens it again, from any folder: an absolute path, for most."""
 
     @property
     def is_single_file(self) -> bool:
@@ -188,6 +202,15 @@ class WrappedSource:
         """Return the part of a file that stores a tensor as it is; None if it is decoded."""
         return stored_extent(self.identity, self.tensors, row)
 
+    @property
+    def holds_changes(self) -> bool:
+        """True if the inner source's floats are changes to a base model."""
+        return self._inner.holds_changes
+
+    def changes_to(self, base: Source) -> Source | None:
+        """Return None: its own tensors need not be the inner source's."""
+        return None
+
     def open_reader(self) -> TensorReader:
         """Return a reader of the inner source."""
         return self._inner.open_reader()
@@ -210,6 +233,11 @@ class WrappedSource:
     def root(self) -> Path:
         """Root of the inner source."""
         return self._inner.root
+
+    @property
+    def path(self) -> str:
+        """Path of the inner source."""
+        return self._inner.path
 
     @property
     def is_single_file(self) -> bool:

@@ -33,7 +33,7 @@ from shardmix.conventions.weight_names import (
 from shardmix.errors import SourceError, shown, unreadable
 from shardmix.formats.strict_json import read_index, read_json
 from shardmix.formats.tensor_table import TensorTable
-from shardmix.sources.base import Extent, Opening, TensorReader, stored_extent
+from shardmix.sources.base import Extent, Opening, Source, TensorReader, stored_extent
 from shardmix.sources.headers import SHORT_HEADER_NBYTES, Headers
 from shardmix.sources.hub import LocalSource
 from shardmix.sources.identity import FileStamp, SourceFile, SourceIdentity
@@ -85,6 +85,11 @@ class Checkpoint:
         return self.folder.parents[self.subfolder.count("/")] if self.subfolder else self.folder
 
     @property
+    def path(self) -> str:
+        """Absolute path of the model's folder, or of the file that the user named."""
+        return self.identity.files[0].path if self.is_single_file else str(self.root.absolute())
+
+    @property
     def parts(self) -> tuple["Checkpoint", ...]:
         """All parts with weights: first this one, then the others."""
         return (self, *self.others)
@@ -99,6 +104,14 @@ class Checkpoint:
     def extent(self, row: int) -> Extent | None:
         """Return the extent of a tensor; in a checkpoint all are stored as they are."""
         return stored_extent(self.identity, self.tensors, row)
+
+    @property
+    def holds_changes(self) -> bool:
+        """Return False: it is a model."""
+        return False
+
+    def changes_to(self, base: Source) -> None:
+        """Return None: its changes are known only by subtracting."""
 
     def open_reader(self) -> TensorReader:
         """Return a reader for one worker."""

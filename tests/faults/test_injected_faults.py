@@ -94,18 +94,20 @@ def test_a_call_that_fails_is_one_clear_line(bench, made, operation, path, numbe
     assert merge.trouble_after_end() == ""
 
 
-def test_disk_that_stays_away_is_named(bench, made):
+@pytest.mark.parametrize("variation", [NEW_OUTPUT, OVERWRITING])
+def test_disk_that_stays_away_is_named(bench, made, variation):
     """If no file can be looked at any more, the error names the first, not one that follows."""
-    looks = [at for at, call in enumerate(made[NEW_OUTPUT], start=1) if call[0] == "stat"]
+    looks = [at for at, call in enumerate(made[variation], start=1) if call[0] == "stat"]
     ends = []
     for at in looks:
-        merge = bench.merge(NEW_OUTPUT)
+        merge = bench.merge(variation)
         lost = Fault(at=at, action="error", number=errno.EIO, is_lasting=True)
         done = merge.run(lost)
         ends.append(done.status)
         if done.status:
             assert done.is_one_clear_line, done.stderr
             assert str(merge.place) in done.stderr
+            assert not (merge.found == NEW and "goes on from there" in done.stderr), done.stderr
         assert merge.trouble() == ""
         merge.remove()
     assert ends.count(1) > len(ends) // 2
