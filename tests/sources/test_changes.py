@@ -52,7 +52,7 @@ def test_changes_are_taken_as_they_are(tmp_path, base, way):
             assert torch.equal(after[name], values)
 
 
-def test_changes_to_another_base_are_subtracted(tmp_path, base):
+def test_changes_to_another_base_subtract(tmp_path, base):
     """Then the values count: shifted - other base."""
     other = save_model(
         tmp_path / "other",
