@@ -71,6 +71,16 @@ def changed(config, *removed, **changes):
     return {key: value for key, value in {**config, **changes}.items() if key not in removed}
 
 
+def differs(config, key, one, other, verdict):
+    """Return a pair of configs that differ in one key, the key, and what is found."""
+    return {**config, key: one}, {**config, key: other}, key, verdict
+
+
+def alters(config, key, other, verdict):
+    """Return a pair of configs of which the second has another value of a key, as `differs`."""
+    return config, {**config, key: other}, key, verdict
+
+
 def nested(config, part, **changes):
     return {**config, part: {**config[part], **changes}}
 
@@ -85,17 +95,17 @@ def str_key(pair):
 
 PAIRS = {
     # Another head count.
-    "heads": (LLAMA, changed(LLAMA, num_attention_heads=2), "num_attention_heads", "error"),
-    "kv heads": (LLAMA, changed(LLAMA, num_key_value_heads=1), "num_key_value_heads", "error"),
+    "heads": alters(LLAMA, "num_attention_heads", 2, "error"),
+    "kv heads": alters(LLAMA, "num_key_value_heads", 1, "error"),
     "kv heads silent": (
         changed(LLAMA, "num_key_value_heads"),
         LLAMA,
         "num_key_value_heads",
         "error",
     ),
-    "head dim": (LLAMA, changed(LLAMA, head_dim=8), "head_dim", "error"),
-    "t5 heads": (T5, changed(T5, num_heads=4), "num_heads", "error"),
-    "heads of own code": (OWN, changed(OWN, n_head=4), "n_head", "error"),
+    "head dim": alters(LLAMA, "head_dim", 8, "error"),
+    "t5 heads": alters(T5, "num_heads", 4, "error"),
+    "heads of own code": alters(OWN, "n_head", 4, "error"),
     "heads by alias": (
         {"model_type": "gpt2", "n_head": 2},
         {"model_type": "gpt2", "num_attention_heads": 4},
@@ -110,28 +120,23 @@ PAIRS = {
     ),
     "heads of own code, one silent": (OWN, changed(OWN, "n_head"), "n_head", "warning"),
     # Another activation.
-    "activation": (BERT, changed(BERT, hidden_act="relu"), "hidden_act", "error"),
+    "activation": alters(BERT, "hidden_act", "relu", "error"),
     "activation by default": (
         changed(BERT, "hidden_act"),
         changed(BERT, hidden_act="silu"),
         "hidden_act",
         "error",
     ),
-    "gelu and its tanh": (BERT, changed(BERT, hidden_act="gelu_new"), "hidden_act", "warning"),
+    "gelu and its tanh": alters(BERT, "hidden_act", "gelu_new", "warning"),
     "gelu and quick gelu": (
         VISION,
         nested(VISION, "vision_config", hidden_act="gelu"),
         "vision_config.hidden_act",
         "error",
     ),
-    "silu and swish": (LLAMA, changed(LLAMA, hidden_act="swish"), "hidden_act", None),
-    "two tanh gelus": (
-        changed(BERT, hidden_act="gelu_pytorch_tanh"),
-        changed(BERT, hidden_act="gelu_new"),
-        "hidden_act",
-        None,
-    ),
-    "gated": (T5, changed(T5, feed_forward_proj="gated-gelu"), "feed_forward_proj", "error"),
+    "silu and swish": alters(LLAMA, "hidden_act", "swish", None),
+    "two tanh gelus": differs(BERT, "hidden_act", "gelu_pytorch_tanh", "gelu_new", None),
+    "gated": alters(T5, "feed_forward_proj", "gated-gelu", "error"),
     "activation of own code": (
         {**OWN, "ffn_config": {"ffn_act_fn": {"name": "gelu"}}},
         {**OWN, "ffn_config": {"ffn_act_fn": {"name": "silu"}}},
@@ -139,100 +144,51 @@ PAIRS = {
         "error",
     ),
     # Another kind of model.
-    "model type": (LLAMA, changed(LLAMA, model_type="mistral"), "model_type", "error"),
-    "copied classes": (
-        changed(BERT, model_type="roberta"),
-        changed(BERT, model_type="xlm-roberta"),
-        "model_type",
-        "warning",
-    ),
+    "model type": alters(LLAMA, "model_type", "mistral", "error"),
+    "copied classes": differs(BERT, "model_type", "roberta", "xlm-roberta", "warning"),
     "model type silent": (OWN, changed(OWN, "model_type"), "model_type", None),
-    "task": (
-        BERT,
-        changed(BERT, architectures=["BertForMultipleChoice"]),
-        "architectures",
-        "error",
-    ),
-    "heads of one task": (
-        changed(BERT, architectures=["BertForMaskedLM"]),
-        changed(BERT, architectures=["BertModel"]),
-        "architectures",
-        None,
-    ),
-    "is decoder": (BERT, changed(BERT, is_decoder=True), "is_decoder", "error"),
-    "bidirectional": (
-        {**OWN, "use_bidirectional_attention": False},
-        {**OWN, "use_bidirectional_attention": True},
-        "use_bidirectional_attention",
-        "error",
-    ),
-    "position embedding": (
-        BERT,
-        changed(BERT, position_embedding_type="relative_key"),
-        "position_embedding_type",
-        "error",
-    ),
-    "partial rotary": (
-        LLAMA,
-        changed(LLAMA, partial_rotary_factor=0.5),
-        "partial_rotary_factor",
-        "error",
-    ),
-    "norm order": (
-        {**OWN, "normalize_before": True},
-        {**OWN, "normalize_before": False},
-        "normalize_before",
-        "error",
-    ),
+    "task": alters(BERT, "architectures", ["BertForMultipleChoice"], "error"),
+    "heads of one task": differs(BERT, "architectures", ["BertForMaskedLM"], ["BertModel"], None),
+    "is decoder": alters(BERT, "is_decoder", True, "error"),
+    "bidirectional": differs(OWN, "use_bidirectional_attention", False, True, "error"),
+    "position embedding": alters(BERT, "position_embedding_type", "relative_key", "error"),
+    "partial rotary": alters(LLAMA, "partial_rotary_factor", 0.5, "error"),
+    "norm order": differs(OWN, "normalize_before", True, False, "error"),
     "scaled embedding": (
         {"model_type": "bart", "scale_embedding": True},
         {"model_type": "bart"},
         "scale_embedding",
         "error",
     ),
-    "multiplier": (
-        {"model_type": "granite", "residual_multiplier": 0.22},
-        {"model_type": "granite", "residual_multiplier": 0.5},
-        "residual_multiplier",
-        "error",
-    ),
-    "experts at work": (MOE, changed(MOE, num_experts_per_tok=1), "num_experts_per_tok", "error"),
-    "weights of experts": (
-        {**OWN, "norm_topk_prob": True},
-        {**OWN, "norm_topk_prob": False},
-        "norm_topk_prob",
-        "error",
-    ),
-    "kinds of layers": (
-        {**OWN, "layer_types": ["full_attention", "linear_attention"]},
-        {**OWN, "layer_types": ["linear_attention", "full_attention"]},
+    "multiplier": differs({"model_type": "granite"}, "residual_multiplier", 0.22, 0.5, "error"),
+    "experts at work": alters(MOE, "num_experts_per_tok", 1, "error"),
+    "weights of experts": differs(OWN, "norm_topk_prob", True, False, "error"),
+    "kinds of layers": differs(
+        OWN,
         "layer_types",
+        ["full_attention", "linear_attention"],
+        ["linear_attention", "full_attention"],
         "error",
     ),
-    "layers with a window": (
-        {**OWN, "layer_types": ["full_attention", "full_attention"]},
-        {**OWN, "layer_types": ["full_attention", "sliding_attention"]},
+    "layers with a window": differs(
+        OWN,
         "layer_types",
+        ["full_attention", "full_attention"],
+        ["full_attention", "sliding_attention"],
         "warning",
     ),
-    "attention bias": (LLAMA, changed(LLAMA, attention_bias=True), "attention_bias", "error"),
+    "attention bias": alters(LLAMA, "attention_bias", True, "error"),
     "classifier pooling": (
         {"model_type": "modernbert", "classifier_pooling": "mean"},
         {"model_type": "modernbert"},
         "classifier_pooling",
         "error",
     ),
-    "problem type": (
-        changed(BERT, problem_type="single_label_classification"),
-        changed(BERT, problem_type="multi_label_classification"),
-        "problem_type",
-        "error",
+    "problem type": differs(
+        BERT, "problem_type", "single_label_classification", "multi_label_classification", "error"
     ),
-    "problem type silent": (
-        changed(BERT, problem_type="single_label_classification"),
-        changed(BERT, problem_type=None),
-        "problem_type",
-        "warning",
+    "problem type silent": differs(
+        BERT, "problem_type", "single_label_classification", None, "warning"
     ),
     # Classes that stand for other things.
     "labels in another order": (BERT, labels("positive", "negative"), "id2label", "error"),
@@ -242,12 +198,7 @@ PAIRS = {
     "labels by other numbers": (labels("0", "1"), labels("1", "0"), "id2label", "warning"),
     "no labels": (BERT, changed(BERT, "id2label", "label2id"), "id2label", "warning"),
     "capitals": (BERT, labels("NEGATIVE", "Positive"), "id2label", "warning"),
-    "integers as keys": (
-        BERT,
-        changed(BERT, id2label={0: "negative", 1: "positive"}),
-        "id2label",
-        None,
-    ),
+    "integers as keys": alters(BERT, "id2label", {0: "negative", 1: "positive"}, None),
     "label2id only": (
         changed(BERT, "id2label"),
         changed(BERT, "id2label", label2id={"negative": 1, "positive": 0}),
@@ -267,7 +218,7 @@ PAIRS = {
         "listed",
     ),
     # What a model goes on working with.
-    "rope theta": (LLAMA, changed(LLAMA, rope_theta=5e5), "rope_theta", "warning"),
+    "rope theta": alters(LLAMA, "rope_theta", 5e5, "warning"),
     "rope theta of transformers 5": (
         changed(LLAMA, rope_theta=5e5),
         changed(LLAMA, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
@@ -292,72 +243,29 @@ PAIRS = {
         "rope_parameters.sliding_attention.rope_theta",
         "warning",
     ),
-    "positions": (
-        LLAMA,
-        changed(LLAMA, max_position_embeddings=128),
-        "max_position_embeddings",
-        "warning",
-    ),
-    "eps": (LLAMA, changed(LLAMA, rms_norm_eps=1e-5), "rms_norm_eps", "warning"),
-    "layer norm eps": (BERT, changed(BERT, layer_norm_eps=1e-5), "layer_norm_eps", "warning"),
+    "positions": alters(LLAMA, "max_position_embeddings", 128, "warning"),
+    "eps": alters(LLAMA, "rms_norm_eps", 1e-5, "warning"),
+    "layer norm eps": alters(BERT, "layer_norm_eps", 1e-5, "warning"),
     "eps by default": (
         changed(LLAMA, "rms_norm_eps"),
         changed(LLAMA, rms_norm_eps=2e-6),
         "rms_norm_eps",
         "warning",
     ),
-    "window": (
-        {"model_type": "mistral", "sliding_window": 4096},
-        {"model_type": "mistral", "sliding_window": None},
-        "sliding_window",
-        "warning",
-    ),
-    "window by default": (
-        {"model_type": "mistral"},
-        {"model_type": "mistral", "sliding_window": None},
-        "sliding_window",
-        "warning",
-    ),
-    "dropout": (LLAMA, changed(LLAMA, attention_dropout=0.1), "attention_dropout", "warning"),
-    "pdrop": (
-        {"model_type": "gpt2", "embd_pdrop": 0.1},
-        {"model_type": "gpt2", "embd_pdrop": 0.0},
-        "embd_pdrop",
-        "warning",
-    ),
-    "initialisation": (
-        LLAMA,
-        changed(LLAMA, initializer_range=0.1),
-        "initializer_range",
-        "warning",
-    ),
-    "soft caps": (
-        {"model_type": "gemma2"},
-        {"model_type": "gemma2", "attn_logit_softcapping": None},
-        "attn_logit_softcapping",
-        "warning",
-    ),
-    "end of sequence": (LLAMA, changed(LLAMA, eos_token_id=7), "eos_token_id", "warning"),
-    "ends of sequence": (LLAMA, changed(LLAMA, eos_token_id=[2, 7]), "eos_token_id", "warning"),
-    "image token": (
-        {"model_type": "llava", "image_token_index": 32000},
-        {"model_type": "llava", "image_token_index": 32001},
-        "image_token_index",
-        "warning",
-    ),
+    "window": differs({"model_type": "mistral"}, "sliding_window", 4096, None, "warning"),
+    "window by default": alters({"model_type": "mistral"}, "sliding_window", None, "warning"),
+    "dropout": alters(LLAMA, "attention_dropout", 0.1, "warning"),
+    "pdrop": differs({"model_type": "gpt2"}, "embd_pdrop", 0.1, 0.0, "warning"),
+    "initialisation": alters(LLAMA, "initializer_range", 0.1, "warning"),
+    "soft caps": alters({"model_type": "gemma2"}, "attn_logit_softcapping", None, "warning"),
+    "end of sequence": alters(LLAMA, "eos_token_id", 7, "warning"),
+    "ends of sequence": alters(LLAMA, "eos_token_id", [2, 7], "warning"),
+    "image token": differs({"model_type": "llava"}, "image_token_index", 32000, 32001, "warning"),
     # What versions of transformers write in two ways.
-    "kinds of attention, as a text": (
-        {**DEBERTA, "pos_att_type": ["p2c", "c2p"]},
-        {**DEBERTA, "pos_att_type": "c2p|p2c"},
-        "pos_att_type",
-        None,
+    "kinds of attention, as a text": differs(
+        DEBERTA, "pos_att_type", ["p2c", "c2p"], "c2p|p2c", None
     ),
-    "other kinds of attention": (
-        {**DEBERTA, "pos_att_type": ["p2c", "c2p"]},
-        {**DEBERTA, "pos_att_type": "p2c"},
-        "pos_att_type",
-        "error",
-    ),
+    "other kinds of attention": differs(DEBERTA, "pos_att_type", ["p2c", "c2p"], "p2c", "error"),
     "pattern of windows": (
         {**GEMMA, "layer_types": [*["sliding_attention"] * 5, "full_attention"]},
         {**GEMMA, "sliding_window_pattern": 6},
@@ -394,90 +302,52 @@ PAIRS = {
         "sentence_transformers.activation_fn",
         "warning",
     ),
-    "another kind of positions by default": (
-        BERT,
-        {**BERT, "position_embedding_type": "relative_key"},
-        "position_embedding_type",
-        "error",
+    "another kind of positions by default": alters(
+        BERT, "position_embedding_type", "relative_key", "error"
     ),
-    "positions that a class of rotary ones doesn't name": (
-        {"model_type": "cohere2"},
-        {"model_type": "cohere2", "position_embedding_type": "rope_gptj"},
-        "position_embedding_type",
-        "listed",
+    "positions that a class of rotary ones doesn't name": alters(
+        {"model_type": "cohere2"}, "position_embedding_type", "rope_gptj", "listed"
     ),
-    "positions by default beside rotary ones": (
-        MODERN,
-        {**MODERN, "position_embedding_type": "absolute"},
-        "position_embedding_type",
-        None,
+    "positions by default beside rotary ones": alters(
+        MODERN, "position_embedding_type", "absolute", None
     ),
-    "positions of a class that is not known": (
-        OWN,
-        {**OWN, "position_embedding_type": "alibi"},
-        "position_embedding_type",
-        "warning",
+    "positions of a class that is not known": alters(
+        OWN, "position_embedding_type", "alibi", "warning"
     ),
-    "a key that no class reads": (
-        {"model_type": "gptj"},
-        {"model_type": "gptj", "scale_attn_weights": True},
-        "scale_attn_weights",
-        "listed",
+    "a key that no class reads": alters(
+        {"model_type": "gptj"}, "scale_attn_weights", True, "listed"
     ),
     # Layers that share their parameters, and what a convolution steps over.
-    "eps rounded to float32": (
-        changed(LLAMA, rms_norm_eps=1e-5),
-        changed(LLAMA, rms_norm_eps=9.999999747378752e-06),
-        "rms_norm_eps",
-        None,
-    ),
-    "layers": (ALBERT, {**ALBERT, "num_hidden_layers": 4}, "num_hidden_layers", "error"),
+    "eps rounded to float32": differs(LLAMA, "rms_norm_eps", 1e-05, 9.999999747378752e-06, None),
+    "layers": alters(ALBERT, "num_hidden_layers", 4, "error"),
     "layers not said": (
         ALBERT,
         changed(ALBERT, "num_hidden_layers"),
         "num_hidden_layers",
         "warning",
     ),
-    "heads of two tasks": (
-        BERT,
-        {**BERT, "architectures": ["BertForTokenClassification"]},
-        "architectures",
-        "error",
+    "heads of two tasks": alters(BERT, "architectures", ["BertForTokenClassification"], "error"),
+    "a classifier's config for a language model": alters(
+        LLAMA, "architectures", ["LlamaForSequenceClassification"], "warning"
     ),
-    "a classifier's config for a language model": (
-        LLAMA,
-        {**LLAMA, "architectures": ["LlamaForSequenceClassification"]},
-        "architectures",
-        "warning",
-    ),
-    "a bare model": (LLAMA, {**LLAMA, "architectures": ["LlamaModel"]}, "architectures", None),
-    "strides": (SPEECH, {**SPEECH, "conv_stride": [4, 2]}, "conv_stride", "error"),
-    "normalised before": (
-        SPEECH,
-        {**SPEECH, "do_stable_layer_norm": True},
-        "do_stable_layer_norm",
-        "error",
-    ),
+    "a bare model": alters(LLAMA, "architectures", ["LlamaModel"], None),
+    "strides": alters(SPEECH, "conv_stride", [4, 2], "error"),
+    "normalised before": alters(SPEECH, "do_stable_layer_norm", True, "error"),
     # The rest.
-    "padding": (LLAMA, changed(LLAMA, pad_token_id=0), "pad_token_id", "listed"),
-    "unknown key": (LLAMA, changed(LLAMA, something=1), "something", "listed"),
-    "unknown values": (OWN, changed(OWN, width=17), "width", "listed"),
-    "unknown part": (OWN, changed(OWN, part_config={"a": 1}), "part_config", "listed"),
-    "dtype": (LLAMA, changed(LLAMA, torch_dtype="float16"), "torch_dtype", None),
-    "cache": (LLAMA, changed(LLAMA, use_cache=False), "use_cache", None),
-    "version": (LLAMA, changed(LLAMA, transformers_version="4.37.2"), "transformers_version", None),
+    "padding": alters(LLAMA, "pad_token_id", 0, "listed"),
+    "unknown key": alters(LLAMA, "something", 1, "listed"),
+    "unknown values": alters(OWN, "width", 17, "listed"),
+    "unknown part": alters(OWN, "part_config", {"a": 1}, "listed"),
+    "dtype": alters(LLAMA, "torch_dtype", "float16", None),
+    "cache": alters(LLAMA, "use_cache", False, None),
+    "version": alters(LLAMA, "transformers_version", "4.37.2", None),
     "generation": (LLAMA, changed(LLAMA, do_sample=True, top_k=50), "top_k", None),
-    "tie": (LLAMA, changed(LLAMA, tie_word_embeddings=True), "tie_word_embeddings", None),
-    "loss": (MOE, changed(MOE, router_aux_loss_coef=0.5), "router_aux_loss_coef", None),
-    "quantisation": (
-        LLAMA,
-        changed(LLAMA, quantization_config={"quant_method": "gptq"}),
-        "quantization_config",
-        None,
-    ),
-    "stated default": (LLAMA, changed(LLAMA, attention_bias=False), "attention_bias", None),
-    "null for a default of none": (LLAMA, changed(LLAMA, rope_scaling=None), "rope_scaling", None),
-    "one number, two types": (LLAMA, changed(LLAMA, rope_theta=10000), "rope_theta", None),
+    "tie": alters(LLAMA, "tie_word_embeddings", True, None),
+    "loss": alters(MOE, "router_aux_loss_coef", 0.5, None),
+    "quantisation": alters(LLAMA, "quantization_config", {"quant_method": "gptq"}, None),
+    "stated default": alters(LLAMA, "attention_bias", False, None),
+    "null for a default of none": alters(LLAMA, "rope_scaling", None, None),
+    "one number, two types": alters(LLAMA, "rope_theta", 10000, None),
 }
 
 
