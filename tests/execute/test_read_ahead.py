@@ -33,12 +33,12 @@ def asked(plan, monkeypatch):
 def test_sources_are_asked_for_in_turn(tmp_path, monkeypatch):
     """The first segment of every source is asked for by turns."""
     plan = plan_of_two(tmp_path)
-    run = plan.shards[0].segments[0]
+    segment = plan.shards[0].segments[0]
     nbytes = 18 * MIB
     expected = [
-        (file, offset + start, min(8 * MIB, nbytes - start))
+        (source.file, source.offset + start, min(8 * MIB, nbytes - start))
         for start in range(0, nbytes, 8 * MIB)
-        for _, _, file, offset in run.sources
+        for source in segment.sources
     ]
     assert asked(plan, monkeypatch) == expected
 

@@ -29,7 +29,8 @@ with atheris.instrument_imports(include=["shardmix", "yaml", "json"]):
     from shardmix.scoring.examples import load_examples
     from shardmix.scoring.options import check_options
     from shardmix.sources import auxiliary_files
-    from shardmix.sources.resolve import open_source, read_config
+    from shardmix.sources.checkpoint import read_config
+    from shardmix.sources.resolve import open_source
 
 import safetensors
 from safetensors.numpy import save
