@@ -1,21 +1,12 @@
 """The floor of a merge: the same bytes read and written by N threads, with no arithmetic.
 
-Each thread takes a shard, chunk by chunk, and then helps with the others: it preads a chunk from
-every model into reused buffers and pwrites the first one at the same place of the output. No merge
-that reads and writes through the page cache can be faster, save by moving fewer bytes. Needs
-checkpoints of one layout.
-
-Two things make it as fast as it is. A file system lets one thread at a time write to a file. And
-the kernel's copies are up to six times as slow if the destination lies a few bytes behind the
-source by their places within a page (see `shardmix/system/buffers.py`).
-
-    python -m benchmarks.compare.floor A B C -o OUT --threads 2 --chunk-size 512KiB
-
-Prints one JSON object; `seconds` starts when the interpreter is up and the files are listed.
+No merge that reads and writes through the page cache can be faster, save by moving fewer bytes. Two
+things make it as fast as it is. A file system lets one thread at a time write to a file. And the
+kernel's copies are up to six times as slow if the destination lies a few bytes behind the source by
+their places within a page (see `shardmix/system/buffers.py`).
 """
 
 import argparse
-import functools
 import itertools
 import json
 import mmap
@@ -24,16 +15,16 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.lib.tables import Size
 
+HALF_A_PAGE = mmap.PAGESIZE // 2
 ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
+class Shard(NamedTuple):
     """One shard: its open sources and its output."""
 
     sources: tuple[int, ...]
@@ -54,12 +45,6 @@ def open_shard(name: str, nbytes: int, args: argparse.Namespace) -> Shard:
     return Shard(sources, target, nbytes, iter(range(0, nbytes, args.chunk_size)))
 
 
-def placed_buffer(nbytes: int) -> memoryview:
-    """Return a buffer that begins in the middle of a page; chunks begin at the start of one."""
-    half_a_page = mmap.PAGESIZE // 2
-    return memoryview(mmap.mmap(-1, half_a_page + nbytes, flags=ANONYMOUS))[half_a_page:]
-
-
 def move_chunk(shard: Shard, offset: int, buffers: Sequence[memoryview]) -> None:
     """Read one chunk of every source and write the first one's bytes."""
     wanted = min(len(buffers[0]), shard.nbytes - offset)
@@ -75,11 +60,10 @@ def move_chunk(shard: Shard, offset: int, buffers: Sequence[memoryview]) -> None
         done += os.pwrite(shard.output, buffers[0][done:wanted], offset + done)
 
 
-def in_threads(calls: Sequence[Callable[[], None]]) -> None:
-    """Make the calls at once; raises what the first that failed raised."""
-    with ThreadPoolExecutor(len(calls)) as pool:
-        for done in [pool.submit(call) for call in calls]:
-            done.result()
+def at_once(function: Callable[[int], object], arguments: Sequence[int]) -> None:
+    """Call a function in a thread for each of the arguments; raises what the first raised."""
+    with ThreadPoolExecutor(len(arguments)) as pool:
+        list(pool.map(function, arguments))
 
 
 def main() -> None:
@@ -102,21 +86,22 @@ def main() -> None:
     shards = [open_shard(name, nbytes, args) for name, nbytes in layouts[0].items()]
     not_begun = iter(shards)
 
-    def work() -> None:
-        buffers = [placed_buffer(args.chunk_size) for _ in args.models]
+    def work(_: int) -> None:
+        # In the middle of a page, since chunks begin at the start of one.
+        buffers = [
+            memoryview(mmap.mmap(-1, HALF_A_PAGE + args.chunk_size, flags=ANONYMOUS))[HALF_A_PAGE:]
+            for _ in args.models
+        ]
         # Those of a shard of its own first.
         for shard in itertools.chain(not_begun, shards):
             for offset in shard.offsets:
                 move_chunk(shard, offset, buffers)
 
-    in_threads([work] * args.threads)
+    at_once(work, range(args.threads))
     if args.fsync:
         # All files at once: the disk likes a deep queue.
-        folder = os.open(args.output, os.O_RDONLY)
-        in_threads([functools.partial(os.fsync, shard.output) for shard in shards])
-        os.fsync(folder)
-    for descriptor in (each for shard in shards for each in (*shard.sources, shard.output)):
-        os.close(descriptor)
+        at_once(os.fsync, [shard.output for shard in shards])
+        os.fsync(os.open(args.output, os.O_RDONLY))
     for path in args.models[0].glob("*.json"):
         shutil.copy(path, args.output)
     seconds = round(time.perf_counter() - start, 4)

@@ -3,15 +3,17 @@
 import argparse
 import itertools
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
 from benchmarks.compare.parts import Case
-from benchmarks.compare.samples import Row, Rows
 from benchmarks.lib.machine import Filler, drop_caches, read_into_cache, wait_until_idle
 from benchmarks.lib.processes import run, run_or_exit, tree_resident_bytes
-from benchmarks.lib.programs import MERGES, Pythons, budget_option, merge_command, split_options
+from benchmarks.lib.programs import MERGES, command
+from benchmarks.lib.promises import budget_option
+from benchmarks.lib.tables import Row
 from benchmarks.lib.workspace import Workspace, remove
 
 HEADERS_MARGIN_BYTES = 16 * 1024**2
@@ -27,12 +29,13 @@ class CaseFailedError(Exception):
 class Bench:
     """Where measurements are made."""
 
-    def __init__(self, args: argparse.Namespace, pythons: Pythons, workspace: Workspace) -> None:
+    def __init__(self, args: argparse.Namespace, workspace: Workspace) -> None:
         self._args = args
-        self._pythons = pythons
+        self._workspace = workspace
         self._output = workspace.scratch("merged")
         # For the tools' temporary files: one of them writes as much as it reads.
         self._temporary = workspace.scratch("temporary")
+        self._environment = {"TMPDIR": str(self._temporary)}
         self._recipe = workspace.scratch("mergekit.yaml")
         self._filler = Filler(workspace.scratch("filler"))
         self._tiny = workspace.checkpoints("tiny", "ab", "tiny")
@@ -43,17 +46,15 @@ class Bench:
         Ends the benchmark if the tool doesn't work.
         """
         self._clear()
-        run_or_exit(self._command(tool, self._tiny), environment=self._environment())
+        run_or_exit(self._command(tool, self._tiny), environment=self._environment)
         self._clear()
 
-    def measure(
-        self, row: Row, case: Case, *, cache: str, synced: bool, is_watched: bool
-    ) -> tuple[Row, Rows]:
-        """Run one case once; return the row with its figures, and looks at memory if watched.
+    def measure(self, row: Row, case: Case, *, is_watched: bool) -> tuple[Row, list[Row]]:
+        """Run one case as its row says; return it with figures, and looks at memory if watched.
 
         Raises `CaseFailedError` if it did not write as many bytes as a model has.
         """
-        busy = self._prepare(case, cache)
+        synced, busy = row["synced"], self._prepare(case, row["cache"])
         looks: list[Row] = []
         started = perf_counter()
 
@@ -62,10 +63,10 @@ class Bench:
                 seconds = round(perf_counter() - started, 3)
                 looks.append({"tool": case.tool, "seconds": seconds, "resident_bytes": nbytes})
 
-        options = budget_option(case.budget_bytes)
-        command = self._command(case.tool, case.model_set.models, synced, options)
+        words = self._command(case.tool, case.model_set.models, synced)
+        words += budget_option(case.budget_bytes)
         watch = look if is_watched else None
-        finished = run(command, environment=self._environment(), watch=watch)
+        finished = run(words, environment=self._environment, watch=watch)
         ended = perf_counter()
         if synced:
             os.sync()
@@ -76,13 +77,11 @@ class Bench:
             raise CaseFailedError(f"{case}: {finished.last_words()}")
         if abs(written - row["model_bytes"]) > HEADERS_MARGIN_BYTES:
             raise CaseFailedError(f"{case}: wrote {written} bytes of about {row['model_bytes']}")
-        reported_s = None
-        if MERGES[case.tool].reports:
-            reported_s = round(float(finished.report()["seconds"]), 3)
+        reports = MERGES[case.tool].reports
         figures = {
             "wall_s": round(finished.wall_s, 3),
             "sync_s": round(sync_s, 3),
-            "reported_s": reported_s,
+            "reported_s": round(finished.report()["seconds"], 3) if reports else None,
             "user_s": finished.user_s,
             "system_s": finished.system_s,
             "peak_bytes": finished.peak_bytes,
@@ -91,13 +90,16 @@ class Bench:
         }
         return row | figures, without_repetition(looks)
 
-    def _command(
-        self, tool: str, models: Sequence[Path], fsync: bool = False, options: Sequence[str] = ()
-    ) -> list[str]:
-        given = split_options(self._args, tool.partition("-")[0])
-        how = {"fsync": fsync, "options": [*given, *options], "recipe": self._recipe}
-        python = self._pythons[MERGES[tool].environment]
-        return merge_command(tool, python, models, self._output, **how)
+    def _command(self, tool: str, models: Sequence[Path], fsync: bool = False) -> list[str]:
+        """Return a merge's command line; writes mergekit's recipe."""
+        lines = ["merge_method: linear", "dtype: bfloat16", "parameters: {normalize: false}"]
+        weight = f"parameters: {{weight: {1 / len(models)}}}"
+        each = (f"  - {{model: {model}, {weight}}}" for model in models)
+        self._recipe.write_text("\n".join([*lines, "models:", *each]) + "\n")
+        python = self._workspace.python(MERGES[tool].environment)
+        given = vars(self._args).get(f"{tool.partition('-')[0]}_options", "")
+        how = {"output": self._output, "recipe": self._recipe, "options": shlex.split(given)}
+        return command(MERGES[tool], python, models, fsync=fsync, **how)
 
     def _prepare(self, case: Case, cache: str) -> float:
         """Bring caches and disk to the same state; return how busy others keep the cores."""
@@ -117,16 +119,13 @@ class Bench:
             remove(path)
         self._temporary.mkdir()
 
-    def _environment(self) -> dict[str, str]:
-        return {"TMPDIR": str(self._temporary)}
 
-
-def without_repetition(looks: Rows) -> Rows:
+def without_repetition(looks: list[Row]) -> list[Row]:
     """Return the looks that differ from the last one kept by `NOTICEABLE`, the first and last."""
-    kept = list(looks[:1])
+    kept = looks[:1]
     for look, following in itertools.pairwise(looks[1:]):
         # The one before a jump is kept too: what was level until then is drawn level.
         last = kept[-1]["resident_bytes"]
         if abs(following["resident_bytes"] - last) > NOTICEABLE * last:
             kept.append(look)
-    return kept + list(looks[1:][-1:])
+    return kept + looks[1:][-1:]

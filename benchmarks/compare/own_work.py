@@ -1,19 +1,12 @@
 """What shardmix's work beyond merging costs: merges with it and without, by turns, warm, no fsync.
 
-    python -m benchmarks.compare.own_work safety --work-dir WORK --rounds 15
-    python -m benchmarks.compare.own_work profile --work-dir WORK
-
-`safety` is digests, the journal and the look for NaN and Inf, on both backends; `profile` is
-`--profile`, with one lap and one sample of it. All in this process, which must be a python that has
-shardmix, so that what differs is that work only. The first round of each kind, which warms up, does
-not count. What fsync costs beside a program that forces the same bytes is in `benchmarks.compare`.
+All in this process, so that what differs is that work only.
 """
 
+import argparse
 import contextlib
 import random
-import shutil
 import statistics
-import sys
 import timeit
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +15,9 @@ from types import SimpleNamespace
 from unittest import mock
 
 import shardmix
-from benchmarks.lib.machine import print_facts, read_into_cache, wait_until_idle
-from benchmarks.lib.tables import print_table, spread, write_csv
-from benchmarks.lib.workspace import Workspace, parser
+from benchmarks.lib.machine import read_into_cache, wait_until_idle
+from benchmarks.lib.tables import Row, column, print_table, spread
+from benchmarks.lib.workspace import Workspace, benchmark, remove
 from shardmix.compute import llvm_loops
 from shardmix.output import journal
 from shardmix.profiling.sampler import INTERVAL_SECONDS, memory_probe
@@ -40,9 +33,7 @@ GUARDS = {
 }
 
 
-def claim_nothing(
-    self: journal.Journal, shard: int, leaf: int, digest: bytes, anomalies: object
-) -> None:
+def claim_nothing(self, shard: int, leaf: int, digest: bytes, anomalies: object) -> None:
     """Keep what ends a file, and write no line."""
     self.leaves[shard].put(leaf, digest)
 
@@ -79,59 +70,54 @@ def print_parts_of_a_recording() -> None:
     print()
 
 
-def main() -> None:
-    """Measure and report."""
-    options = parser(
-        "What shardmix's work beyond merging costs.",
-        has_python=False,
+def measure(args: argparse.Namespace, workspace: Workspace) -> tuple[list[Row], bool]:
+    """Merge with the work and without, and print."""
+    is_safety = args.work == "safety"
+    switch, backends = ("safe", ("llvm", "torch")) if is_safety else ("recorded", ("auto",))
+    args.csv = args.csv or Path(f"{args.work}.csv")
+    rows: list[Row] = []
+    order = random.Random(7)
+    folders = workspace.checkpoints(args.preset, "abc", args.preset)
+    models = {str(folder): 1 / len(folders) for folder in folders}
+    output = args.output or workspace.scratch("merged")
+    profile = workspace.scratch("profile.json")
+    for backend in backends:
+        read_into_cache(folders)
+        wait_until_idle()
+        for number in range(args.rounds + 1):
+            for with_it in order.sample([True, False], 2):
+                remove(output)
+                path = profile if with_it and not is_safety else None
+                how = {"fsync": False, "backend": backend, "profile": path}
+                cpu_before = process_time()
+                with nothing_safe() if is_safety and not with_it else contextlib.nullcontext():
+                    seconds = shardmix.merge(models, output, **how).seconds
+                row = {"backend": backend, switch: with_it, "seconds": round(seconds, 4)}
+                row["cpu_s"] = round(process_time() - cpu_before, 4)
+                rows += [row] if number else []
+    remove(output)
+    print()
+    if not is_safety:
+        print_parts_of_a_recording()
+    table = []
+    for backend in backends:
+        for unit in ("seconds", "cpu_s"):
+            which = ({"backend": backend, switch: is_on} for is_on in (True, False))
+            both = [column(rows, unit, **each) for each in which]
+            ratios = [f(both[0]) / f(both[1]) for f in (statistics.median, min)]
+            cells = [*map(spread, both), *(f"{ratio:.3f}" for ratio in ratios)]
+            table.append([f"{backend}, {unit}", *cells])
+    print_table(["", "with", "without", "ratio of medians", "of the lowest"], table)
+    return rows, True
+
+
+if __name__ == "__main__":
+    benchmark(
+        measure,
+        [],
+        work=(None, "what is left out", ["safety", "profile"]),
         rounds=(15, "measurements of each"),
         preset=("llama-1b", "shape of the checkpoints"),
         output=(Path, "where to write to; default: in WORK"),
         csv=(Path, "raw figures; default: safety.csv, profile.csv"),
     )
-    options.add_argument("work", choices=["safety", "profile"])
-    args = options.parse_args()
-    is_safety = args.work == "safety"
-    rows: list[dict[str, object]] = []
-    table = []
-    order = random.Random(7)
-    with Workspace(args) as workspace:
-        print_facts(args.work_dir, sys.executable)
-        folders = workspace.checkpoints(args.preset, "abc", args.preset)
-        models = {str(folder): 1 / len(folders) for folder in folders}
-        output = args.output or workspace.scratch("merged")
-        profile = workspace.scratch("profile.json")
-        for backend in ("llvm", "torch") if is_safety else ("auto",):
-            read_into_cache(folders)
-            wait_until_idle()
-            times: dict[tuple[str, bool], list[float]] = {}
-            for number in range(args.rounds + 1):
-                for with_it in order.sample([True, False], 2):
-                    shutil.rmtree(output, ignore_errors=True)
-                    path = profile if with_it and not is_safety else None
-                    how = {"fsync": False, "backend": backend, "profile": path}
-                    cpu_before = process_time()
-                    with nothing_safe() if is_safety and not with_it else contextlib.nullcontext():
-                        seconds = shardmix.merge(models, output, **how).seconds
-                    took = {"seconds": round(seconds, 4)}
-                    took["cpu_s"] = round(process_time() - cpu_before, 4)
-                    if number:
-                        column = "safe" if is_safety else "recorded"
-                        rows.append({"backend": backend, column: with_it, **took})
-                        for unit, value in took.items():
-                            times.setdefault((unit, with_it), []).append(value)
-            for unit in took:
-                both = times[unit, True], times[unit, False]
-                ratios = [f(both[0]) / f(both[1]) for f in (statistics.median, min)]
-                cells = [*map(spread, both), *(f"{ratio:.3f}" for ratio in ratios)]
-                table.append([f"{backend}, {unit}", *cells])
-        shutil.rmtree(output)
-    print()
-    if not is_safety:
-        print_parts_of_a_recording()
-    print_table(["", "with", "without", "ratio of medians", "of the lowest"], table)
-    write_csv(args.csv or Path(f"{args.work}.csv"), rows)
-
-
-if __name__ == "__main__":
-    main()

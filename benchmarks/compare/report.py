@@ -1,17 +1,12 @@
-"""The Markdown report of a comparison's raw figures: ratios, tables, plots' places.
+"""The Markdown report of a comparison's raw figures. Measures nothing."""
 
-    python -m benchmarks.compare.report docs/benchmarks
-
-Measures nothing.
-"""
-
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.compare.samples import Row, Rows, beyond_s, peak_bytes, read, total_s, totals
 from benchmarks.lib.programs import MERGES
-from benchmarks.lib.tables import mib, spread, where
+from benchmarks.lib.tables import Row, column, mib, read_csv, spread, where
 
 MODES = {
     "warm": {"cache": "warm", "synced": False},
@@ -29,61 +24,75 @@ PLOTS = {
 }
 NOTES = Path(__file__).with_name("notes.md")
 """How to read the tables."""
-Measure = Callable[[Rows], float | None]
-MEDIANS: dict[str, Measure] = {"whole process": total_s, "beyond start-up": beyond_s}
+PEERS = ("cp", "naive", "mergekit", "mix_models", "mix_models_by_layers")
+TIMES = {"total_s": "whole process", "beyond_s": "beyond start-up"}
+Rows = Sequence[Row]
 
 
-def checks(rows: Rows) -> Iterator[tuple[str, str, str]]:
+def samples(folder: Path) -> list[Row]:
+    """Return the measurements in a folder, each with its seconds and the sync's after it."""
+    rows = read_csv(folder / "bench.csv")
+    for row in rows:
+        row["total_s"] = row["wall_s"] + row["sync_s"]
+        told = row["reported_s"]
+        row["beyond_s"] = None if told is None else told + row["sync_s"]
+    return rows
+
+
+def figure(rows: Rows, name: str, **wanted: object) -> float | None:
+    """Return the highest peak or the median time; None without rows that tell."""
+    told = column(rows, name, **wanted)
+    return (max if name == "peak_bytes" else statistics.median)(told) if told else None
+
+
+def checks(rows: Rows) -> Iterator[Sequence[str]]:
     """Yield what, the ratio, and both sides of each comparison whose measurements are there."""
 
-    def ratio(
-        what: str, measure: Measure, one: Rows, other: Rows
-    ) -> Iterator[tuple[str, str, str]]:
-        first, second = measure(one), measure(other)
+    def ratio(what: str, name: str, one: Rows, other: Rows) -> Iterator[Sequence[str]]:
+        first, second = figure(one, name), figure(other, name)
         if first is not None and second is not None:
             sides = f"{first:.2f} / {second:.2f} s"
-            if measure is peak_bytes:
+            if name == "peak_bytes":
                 sides = f"{mib(first)} / {mib(second)} MiB"
             yield what, f"{first / second:.2f}", sides
 
-    def pair(what: str, median: Measure, part: str, *tools: str) -> Iterator[tuple[str, str, str]]:
-        for name, mode in MODES.items():
-            one, other = (where(rows, part=part, tool=tool, **mode) for tool in tools)
-            yield from ratio(f"{name}: {what}", median, one, other)
+    def by_mode(
+        what: str, name: str, part: str, tools: Sequence[str], beside: str
+    ) -> Iterator[Sequence[str]]:
+        for mode, how in MODES.items():
+            mine = where(rows, part=part, **how)
+            for tool in tools:
+                both = where(mine, tool=tool), where(mine, tool=beside)
+                yield from ratio(f"{mode}: {what.format(tool)}", name, *both)
 
     what = "shardmix beyond start-up / floor"
-    yield from pair(what, beyond_s, "tools", "shardmix", "floor")
-    peers = ("cp", "naive", "mergekit", "mix_models", "mix_models_by_layers")
-    for part, tools in (("tools", peers), ("pairs", ("sd-mecha",))):
-        for name, mode in MODES.items():
-            for tool in tools:
-                theirs, ours = (where(rows, part=part, tool=t, **mode) for t in (tool, "shardmix"))
-                what = f"{name}: {tool} / shardmix, whole process"
-                yield from ratio(what, total_s, theirs, ours)
+    yield from by_mode(what, "beyond_s", "tools", ["shardmix"], "floor")
+    what = "{} / shardmix, whole process"
+    yield from by_mode(what, "total_s", "tools", PEERS, "shardmix")
+    yield from by_mode(what, "total_s", "pairs", ["sd-mecha"], "shardmix")
     for tool in MERGES:
         warm = where(rows, part="pairs" if tool == "sd-mecha" else "tools", cache="warm")
         if tool != "shardmix":
-            mine, ours = where(warm, tool=tool), where(warm, tool="shardmix")
-            yield from ratio(f"peak: {tool} / shardmix", peak_bytes, mine, ours)
+            both = where(warm, tool=tool), where(warm, tool="shardmix")
+            yield from ratio(f"peak: {tool} / shardmix", "peak_bytes", *both)
     what = "--io mmap / pread, beyond start-up"
-    yield from pair(what, beyond_s, "tools", "shardmix-mmap", "shardmix")
+    yield from by_mode(what, "beyond_s", "tools", ["shardmix-mmap"], "shardmix")
     three = where(rows, part="shapes", num_models=3)
-    count = max((row["num_tensors"] for row in three), default=0)
+    count = max(column(three, "num_tensors"), default=0)
     for tool in ("shardmix", "floor", "naive"):
-        mine = where(three, tool=tool)
-        few = [row for row in mine if row["num_tensors"] != count]
-        for name, median in MEDIANS.items():
-            what = f"{tool}: {count} tensors / the same bytes as large ones, {name}"
-            yield from ratio(what, median, where(mine, num_tensors=count), few)
+        many = where(three, tool=tool, num_tensors=count)
+        few = [row for row in where(three, tool=tool) if row["num_tensors"] != count]
+        what = f"{tool}: {count} tensors / the same bytes as large ones"
+        for name, of_what in TIMES.items():
+            yield from ratio(f"{what}, {of_what}", name, many, few)
     budgets = where(rows, part="budgets", tool="shardmix")
-    if given := [row["budget_bytes"] for row in budgets if row["budget_bytes"]]:
-        least, free = where(budgets, budget_bytes=min(given)), where(budgets, budget_bytes=0)
+    if given := [nbytes for nbytes in column(budgets, "budget_bytes") if nbytes]:
+        both = where(budgets, budget_bytes=min(given)), where(budgets, budget_bytes=0)
         what = f"--max-memory {mib(min(given))}MiB, the least that works / no budget"
-        for name, median in MEDIANS.items():
-            yield from ratio(f"{what}, {name}", median, least, free)
-        peak = peak_bytes(least) or 0
-        sides = f"{mib(peak)} / {mib(min(given))} MiB"
-        yield "peak / the least budget", f"{peak / min(given):.2f}", sides
+        for name, of_what in TIMES.items():
+            yield from ratio(f"{what}, {of_what}", name, *both)
+        one = [{"peak_bytes": min(given)}]
+        yield from ratio("peak / the least budget", "peak_bytes", both[0], one)
 
 
 def merge_tables(rows: Rows) -> list[str]:
@@ -107,42 +116,41 @@ def _merge_table(rows: Rows) -> list[str]:
         times, counts = [], set()
         for mode in modes.values():
             found = where(mine, **mode)
-            total, ours = total_s(found), total_s(where(rows, tool="shardmix", **mode))
-            times += [_spread(found), f"{total / ours:.2f}" if total and ours else ""]
+            total, ours = (figure(rows, "total_s", tool=t, **mode) for t in (tool, "shardmix"))
+            ratio = f"{total / ours:.2f}" if total and ours else ""
+            times += [spread(column(found, "total_s"), 1), ratio]
             counts.add(len(found))
-        beyond = beyond_s(where(mine, **modes[first]))
+        beyond = figure(mine, "beyond_s", **modes[first])
         told = "" if beyond is None else f"{beyond:.1f}"
         rounds = "-".join(map(str, sorted(counts - {0})))
-        lines.append([tool, rounds, *times, told, mib(peak_bytes(mine) or 0)])
-    columns = [title for name in modes for title in (f"{name}, s", "×")]
-    return markdown(
-        ["tool", "rounds", *columns, f"{first}, beyond start-up, s", "peak, MiB"], lines
-    )
+        lines.append([tool, rounds, *times, told, mib(figure(mine, "peak_bytes") or 0)])
+    titles = [title for name in modes for title in (f"{name}, s", "×")]
+    return markdown(["tool", "rounds", *titles, f"{first}, beyond start-up, s", "peak, MiB"], lines)
 
 
-def peak_table(rows: Rows, column: str) -> list[str]:
-    """Return peaks in MiB: a line for each tool, a column for each value of `column`."""
-    values = sorted({row[column] for row in rows})
+def peak_table(rows: Rows) -> list[str]:
+    """Return peaks in MiB: a line for each tool, a column for each number or size."""
+    varied = "num_models" if rows[0]["part"] == "models" else "largest_tensor_bytes"
+    values = sorted(set(column(rows, varied)))
     lines = []
     for tool in tools_of(rows):
-        peaks = (peak_bytes(where(rows, tool=tool, **{column: value})) for value in values)
+        peaks = (figure(rows, "peak_bytes", tool=tool, **{varied: value}) for value in values)
         lines.append([tool, *("" if peak is None else mib(peak) for peak in peaks)])
-    names = [mib(value) + " MiB" if column.endswith("_bytes") else str(value) for value in values]
+    names = [mib(value) + " MiB" if varied.endswith("_bytes") else str(value) for value in values]
     return markdown(["tool", *names], lines)
 
 
 def budget_table(rows: Rows) -> list[str]:
     """Return a line for each budget, the least first and none last."""
-    free = total_s(where(rows, budget_bytes=0))
+    free = figure(rows, "total_s", budget_bytes=0)
     lines = []
-    for budget in sorted({row["budget_bytes"] for row in rows}, key=lambda size: size or 1e30):
+    for budget in sorted(set(column(rows, "budget_bytes")), key=lambda size: size or 1e30):
         found = where(rows, budget_bytes=budget)
-        total, peak = total_s(found), peak_bytes(found) or 0
+        total, peak = figure(found, "total_s"), figure(found, "peak_bytes") or 0
         ratio = f"{total / free:.2f}" if total and free else ""
-        name, share = "none", ""
-        if budget:
-            name, share = f"{mib(budget)} MiB", f"{peak / budget:.2f}"
-        lines.append([name, str(len(found)), _spread(found), ratio, mib(peak), share])
+        name, share = (f"{mib(budget)} MiB", f"{peak / budget:.2f}") if budget else ("none", "")
+        time = spread(column(found, "total_s"), 1)
+        lines.append([name, str(len(found)), time, ratio, mib(peak), share])
     return markdown(["budget", "rounds", "s", "/ none", "peak, MiB", "peak / budget"], lines)
 
 
@@ -152,11 +160,6 @@ def tools_of(rows: Iterable[Row]) -> list[str]:
     return [tool for tool in MERGES if tool in there]
 
 
-def _spread(rows: Rows) -> str:
-    """Return the median, and the range if there is one; nothing without rows."""
-    return spread(totals(rows), 1) if len(rows) > 1 else "".join(f"{s:.1f}" for s in totals(rows))
-
-
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Return a table's lines; columns of numbers are to the right."""
     words = {"tool", "check", "budget", "both sides"}
@@ -164,32 +167,21 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in (header, marks, *rows)]
 
 
-def sections(rows: Rows) -> dict[str, list[str]]:
-    """Return title → lines of each table that there are rows for."""
-    of = {part: where(rows, part=part) for part in dict.fromkeys(row["part"] for row in rows)}
-    tables: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
-        "Every tool": ("tools", merge_tables),
-        "Two models of one file each": ("pairs", merge_tables),
-        "Shapes: large tensors, many small ones, a giant one": ("shapes", merge_tables),
-        "Sizes": ("sizes", merge_tables),
-        "Peak memory by number of models, MiB": (
-            "models",
-            lambda found: peak_table(found, "num_models"),
-        ),
-        "Peak memory by size of the largest tensor, MiB": (
-            "tensors",
-            lambda found: peak_table(found, "largest_tensor_bytes"),
-        ),
-        "shardmix within a budget": ("budgets", budget_table),
-    }
-    ratios = list(checks(rows))
-    first = {"Ratios": markdown(["check", "ratio", "both sides"], ratios)} if ratios else {}
-    return first | {title: make(of[part]) for title, (part, make) in tables.items() if part in of}
+TABLES: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
+    "Every tool": ("tools", merge_tables),
+    "Two models of one file each": ("pairs", merge_tables),
+    "Shapes: large tensors, many small ones, a giant one": ("shapes", merge_tables),
+    "Sizes": ("sizes", merge_tables),
+    "Peak memory by number of models, MiB": ("models", peak_table),
+    "Peak memory by size of the largest tensor, MiB": ("tensors", peak_table),
+    "shardmix within a budget": ("budgets", budget_table),
+}
+"""Title → part of the measurements, and what makes the table's lines."""
 
 
 def write_report(folder: Path) -> None:
     """Write README.md from the figures that lie in the folder, and print the ratios."""
-    rows = read(folder / "bench.csv")
+    rows = samples(folder)
     if not rows:
         raise SystemExit(f"{folder / 'bench.csv'}: no measurements to report")
     noisy = sum(row["busy_before"] > 0.2 for row in rows)
@@ -197,8 +189,11 @@ def write_report(folder: Path) -> None:
     lines = ["# Measurements", "", "Made by `make bench`; `benchmarks/README.md` says how. " + busy]
     machine = (folder / "bench-machine.txt").read_text().rstrip()
     lines += ["", "```", machine, "```", "", *NOTES.read_text().splitlines()]
-    for title, table in sections(rows).items():
-        lines += ["", f"## {title}", "", *table]
+    if ratios := list(checks(rows)):
+        lines += ["", "## Ratios", "", *markdown(["check", "ratio", "both sides"], ratios)]
+    for title, (part, table) in TABLES.items():
+        if found := where(rows, part=part):
+            lines += ["", f"## {title}", "", *table(found)]
     plots = [name for name in PLOTS if (folder / name).exists()]
     lines += ["", "## Plots"] if plots else []
     for name in plots:
@@ -207,8 +202,8 @@ def write_report(folder: Path) -> None:
     lines += ["", f"{raw}; [bench-memory.csv](bench-memory.csv), memory over time. Other CSV files"]
     lines += ["here are the raw figures of the other scripts in `benchmarks/`, by their names."]
     (folder / "README.md").write_text("\n".join(lines) + "\n")
-    for what, ratio, sides in checks(rows):
-        print(f"{what:72}{ratio:>8}   {sides}")
+    for what, quotient, sides in ratios:
+        print(f"{what:72}{quotient:>8}   {sides}")
     print(f"\n{busy}\nreport: {folder / 'README.md'}")
 
 

@@ -1,26 +1,21 @@
-"""Merges on one GPU beside the CPU, the floor and the GPU's own link, by turns, warm, no fsync.
-
-    python -m benchmarks.gpu --work-dir WORK
-
-Needs no network and nothing but shardmix with torch. Ends with 2 if there is no CUDA device, with 1
-if torch reserved more of the GPU's memory than `--max-vram`.
-"""
+"""Merges on one GPU beside the CPU, the floor and the GPU's own link, by turns, warm, no fsync."""
 
 import argparse
+import json
 import random
 import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from benchmarks.lib.machine import read_into_cache, wait_until_idle
 from benchmarks.lib.processes import run_or_exit
-from benchmarks.lib.programs import merge_command
-from benchmarks.lib.tables import Size, mib, over, print_table, spread
-from benchmarks.lib.workspace import Workspace, benchmark, parser, remove
+from benchmarks.lib.programs import MERGE, MERGES, command, patched
+from benchmarks.lib.tables import Row, Size, column, mib, over, print_table, spread, where
+from benchmarks.lib.workspace import Workspace, benchmark, remove
 
 GPU, CPU, FLOOR = "cuda:0", "cpu", "floor"  # one GPU, since the link measured is one's
 TO_GPU, TO_HOST, BOTH = LINK = ("link, to the GPU", "link, to the host", "link, both at once")
@@ -33,11 +28,8 @@ HEADER = (
 )
 # shardmix with another size of a GPU's chunks: it has no switch for that.
 WITH_CHUNK = """
-import sys
 from shardmix.plan.memory_budget import BEST_CHUNK_NBYTES
-BEST_CHUNK_NBYTES["cuda"] = int(sys.argv.pop(1)) or BEST_CHUNK_NBYTES["cuda"]
-from shardmix.cli import main
-main()
+BEST_CHUNK_NBYTES["cuda"] = {} or BEST_CHUNK_NBYTES["cuda"]
 """
 
 
@@ -61,23 +53,22 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
     yield from (Case(on, name) for name in ("task_arithmetic", "slerp") for on in (GPU, CPU))
 
 
-def command(case: Case, python: str, models: list[Path], output: Path, recipe: Path) -> list[str]:
+def words_of(case: Case, python: str, models: list[Path], output: Path, recipe: Path) -> list[str]:
     """Return the command line of a merge; one by another method is told by a recipe."""
     if case.device == FLOOR:
-        return merge_command("floor", python, models, output)
-    words = merge_command("shardmix", python, models, output)[3:]
+        return command(MERGES["floor"], python, models, output=output)
+    words = command(MERGE, python, models, output=output)
     if case.method != "linear":
-        sources = models[:2] if case.method == "slerp" else models
-        lines = [f"merge_method: {case.method}", f"base_model: {models[0]}", "parameters: {t: 0.3}"]
-        if case.method != "slerp":
-            lines[2:] = ["parameters: {weight: 0.4, lambda: 0.9}"]
-        lines += ["models:", *(f"  - model: {model}" for model in sources)]
-        recipe.write_text("\n".join(lines) + "\n")
-        words[1 : 1 + len(models)] = [str(recipe)]
+        is_pair = case.method == "slerp"
+        parameters = {"t": 0.3} if is_pair else {"weight": 0.4, "lambda": 0.9}
+        sources = [{"model": str(model)} for model in (models[:2] if is_pair else models)]
+        told = {"merge_method": case.method, "base_model": str(models[0]), "models": sources}
+        recipe.write_text(json.dumps(told | {"parameters": parameters}))
+        words[4 : 4 + len(models)] = [str(recipe)]
     words += [f"--device={case.device}"]
     words += [f"--workers={case.workers}"] if case.workers else []
     words += [f"--max-vram={case.max_vram_bytes}B"] if case.max_vram_bytes else []
-    return [python, "-c", WITH_CHUNK, str(case.chunk_bytes), *words]
+    return patched(words, WITH_CHUNK.format(case.chunk_bytes))
 
 
 def link_rates() -> dict[str, float]:
@@ -115,11 +106,11 @@ def measure(
     workspace: Workspace,
     link: Callable[[], dict[str, float]] = link_rates,
     used: Callable[[], int] = used_vram,
-) -> tuple[list[dict[str, Any]], bool]:
+) -> tuple[list[Row], bool]:
     """Measure all cases by turns, in each round with the link anew; print a table."""
     models = workspace.checkpoints(args.preset, "abc", args.preset)
     output, recipe = args.output or workspace.scratch("merged"), workspace.scratch("recipe.yaml")
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     shuffler, every = random.Random(7), list(dict.fromkeys(cases(args)))
     for number in range(args.rounds + 1):
         for way, rate in link().items():
@@ -129,7 +120,7 @@ def measure(
             read_into_cache(models)
             wait_until_idle()
             before, seen = used(), []
-            words = command(case, args.python, models, output, recipe)
+            words = words_of(case, args.python, models, output, recipe)
             report = run_or_exit(words, watch=lambda _, seen=seen: seen.append(used())).report()
             rate = round(report["bytes_read"] / report["seconds"] / 1e9, 3)
             row = {"round": number, **case._asdict(), "gb_per_s": rate}
@@ -142,28 +133,29 @@ def measure(
     return rows, all(row[PEAK_VRAM] <= row["max_vram_bytes"] for row in bounded)
 
 
-def print_rates(rows: list[dict[str, Any]]) -> None:
+def print_rates(rows: list[Row]) -> None:
     """Print each case's rate, its share of the floor's and the link's, and the memory it took."""
-    found: dict[Case, list[dict[str, Any]]] = {}
-    for row in rows:
-        found.setdefault(Case(*(row[name] for name in Case._fields)), []).append(row)
-    rates = {case: [row["gb_per_s"] for row in mine] for case, mine in found.items()}
+    every = dict.fromkeys(Case(*(row[name] for name in Case._fields)) for row in rows)
+    rates = {case: column(rows, "gb_per_s", **case._asdict()) for case in every}
     floor, link = (statistics.median(rates[Case(name)]) for name in (FLOOR, TO_GPU))
     table = []
-    for case, mine in found.items():
-        median, one = statistics.median(rates[case]), mine[0]
+    for case in every:
+        mine, median = where(rows, **case._asdict()), statistics.median(rates[case])
         shares = over(median, floor, 3), over(median, link, 3)
-        workers, chunk = one["report_workers"] or "-", mib(one["report_strip_bytes"])
-        choices = (workers, chunk, mib(case.max_vram_bytes))
-        vram = (mib(max(row[name] for row in mine)) for name in (PEAK_VRAM, "driver_bytes"))
-        told = [cell if one["report_seconds"] else "" for cell in (*choices, *vram)]
-        table.append([case.device, case.method, spread(rates[case]), *shares, *told])
+        workers, chunk = mine[0]["report_workers"] or "-", mib(mine[0]["report_strip_bytes"])
+        vram = (mib(max(column(mine, name))) for name in (PEAK_VRAM, "driver_bytes"))
+        told = (workers, chunk, mib(case.max_vram_bytes), *vram)
+        cells = [cell if mine[0]["report_seconds"] else "" for cell in told]
+        table.append([case.device, case.method, spread(rates[case]), *shares, *cells])
     print_table(HEADER, table)
 
 
 if __name__ == "__main__":
-    options = parser(
-        "Merges on a GPU beside the CPU, the floor and the GPU's link.",
+    if not torch.cuda.is_available() and "--help" not in sys.argv:
+        print(f"gpu: torch {torch.__version__} finds no usable CUDA device", file=sys.stderr)
+        raise SystemExit(2)
+    benchmark(
+        measure,
         rounds=(5, "measurements of each"),
         preset=("llama-2b", "shape of the checkpoints"),
         chunks=([Size(f"{mebibytes}MiB") for mebibytes in (4, 8, 16, 32, 64)], "sizes of chunks"),
@@ -172,7 +164,3 @@ if __name__ == "__main__":
         output=(Path, "where to write to; default: in WORK"),
         csv=(Path("gpu.csv"), "raw figures"),
     )
-    if not torch.cuda.is_available() and "--help" not in sys.argv:
-        print(f"gpu: torch {torch.__version__} finds no usable CUDA device", file=sys.stderr)
-        raise SystemExit(2)
-    benchmark(measure, options)

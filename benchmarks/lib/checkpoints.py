@@ -1,13 +1,8 @@
 """Writes synthetic checkpoints in the Hugging Face layout, in a few MiB of memory.
 
-The values are ordinary finite numbers, about N(0, 0.02): one random block, repeated from varying
-offsets, so that writing is as fast as the disk.
-
-    python -m benchmarks.lib.checkpoints llama-1b OUT --seed 1
-    python -m benchmarks.lib.checkpoints giant OUT --tensor-size 3GiB
-    python -m benchmarks.lib.checkpoints moe OUT --num-tensors 90000 --sparse
-    python -m benchmarks.lib.checkpoints mixed-moe OUT --num-tensors 30000 --total-size 2.2GB
-    python -m benchmarks.lib.checkpoints deepseek-v3 OUT --sparse --regions 4
+In `shapes.json` a dimension is an expression of sizes, which have their names in config.json; what
+is for `each` layer or expert is there as often as `below` says. The values are ordinary finite
+numbers: one random block, repeated from varying offsets, so that writing is as fast as the disk.
 """
 
 import argparse
@@ -15,27 +10,87 @@ import json
 import random
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from benchmarks.lib import shapes
-from benchmarks.lib.shapes import DTYPE_SIZES, PRESETS, Spec
 from benchmarks.lib.tables import Size
+from benchmarks.lib.workspace import PRESETS, SHAPES
 
-BLOCK_BYTES = 2 * 1024**2
-REGION_BYTES = 2 * 1024**2
+# Bytes per element; also the order within a file, which safetensors sorts by descending alignment.
+DTYPE_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
+BLOCK_BYTES = REGION_BYTES = 2 * 1024**2
 
 
-def in_order(tensors: Mapping[str, Spec]) -> dict[str, Spec]:
+class Spec(NamedTuple):
+    """What a tensor's header entry needs, but the offsets."""
+
+    shape: tuple[int, ...]
+    dtype: str = "BF16"
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor's data in bytes."""
+        return prod(self.shape) * DTYPE_SIZES[self.dtype]
+
+
+Specs = Mapping[str, Spec]
+
+
+def made(name: str, options: Mapping[str, Any]) -> tuple[Specs, dict[str, Any]]:
+    """Return a preset's tensors, in state-dict order, and its config; options replace its sizes."""
+    kind, sizes = SHAPES[PRESETS[name]["kind"]], PRESETS[name]["sizes"]
+    given = {key: value for key, value in options.items() if value is not None}
+    scope = kind["config"] | sizes | given
+    for key in sizes:
+        if isinstance(scope[key], str):
+            scope[key] = eval(scope[key], {}, scope)
+    config = kind["config"] | {key: scope[key] for key in sizes}
+    if name == "mixed-moe":
+        return mixed_experts(options["num_tensors"], options["total_size"]), config
+    return dict(_tensors(kind["tensors"], scope)), config
+
+
+def _tensors(entries: Sequence[Any], scope: Mapping[str, Any]) -> Iterator[tuple[str, Spec]]:
+    for entry in entries:
+        if isinstance(entry, dict):
+            for number in range(eval(entry["below"], {}, scope)):
+                yield from _tensors(entry["tensors"], {**scope, entry["each"]: number})
+        else:
+            shape = tuple(eval(dimension, {}, scope) for dimension in entry[1:])
+            name = entry[0].format_map(scope)
+            yield name, Spec(shape, "F32" if name.endswith("_bias") else "BF16")
+
+
+def mixed_experts(num_tensors: int, total_bytes: int) -> Specs:
+    """Return `num_tensors` experts, nearly all of 64 KiB and the others of 4 MiB, mixed.
+
+    As many of the large ones as it takes to have about `total_bytes`.
+    """
+    hidden, small, large = 1024, 64 * 1024, 4 * 1024**2
+    if not small * num_tensors <= total_bytes <= large * num_tensors:
+        told = f"{num_tensors} tensors of 64 KiB to 4 MiB never have {total_bytes} bytes"
+        raise SystemExit(f"error: {told}")
+    num_large = (total_bytes - small * num_tensors) // (large - small)
+    sizes = [large] * num_large + [small] * (num_tensors - num_large)
+    random.Random(0).shuffle(sizes)
+    name = "model.layers.{}.mlp.experts.{}.up_proj.weight"
+    return {
+        name.format(*divmod(index, 128)): Spec((nbytes // (2 * hidden), hidden))
+        for index, nbytes in enumerate(sizes)
+    }
+
+
+def in_order(tensors: Specs) -> dict[str, Spec]:
     """Return tensors as safetensors' own writer sorts them: widest dtype first, then name."""
     return dict(sorted(tensors.items(), key=lambda item: (-DTYPE_SIZES[item[1].dtype], item[0])))
 
 
-def encode_header(tensors: Mapping[str, Spec]) -> bytes:
+def encode_header(tensors: Specs) -> bytes:
     """Return the bytes before the data, as safetensors' own writer lays them out."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -67,7 +122,7 @@ def write_data(file: BinaryIO, nbytes: int, block: memoryview, generator: random
         nbytes -= len(piece)
 
 
-def region_starts(tensors: Mapping[str, Spec], generator: random.Random, count: int) -> list[int]:
+def region_starts(tensors: Specs, generator: random.Random, count: int) -> list[int]:
     """Return where to put data of `REGION_BYTES` within a shard's, at multiples of 4 bytes.
 
     First at its start, its end and across a boundary of tensors, then anywhere.
@@ -80,9 +135,7 @@ def region_starts(tensors: Mapping[str, Spec], generator: random.Random, count: 
     return [min(max(0, start), last) // 4 * 4 for start in wanted[:count]]
 
 
-def write_checkpoint(
-    args: argparse.Namespace, tensors: Mapping[str, Spec], config: object, shard_bytes: int
-) -> int:
+def write_checkpoint(args: argparse.Namespace, tensors: Specs, config: object) -> int:
     """Write the shards, the index (if there are several) and, last, config.json.
 
     `args.sparse` writes true headers, and data in `args.regions` places of each shard only, the
@@ -95,10 +148,9 @@ def write_checkpoint(
         dict(tensors),
         get_storage_size=lambda spec: spec.nbytes,
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=shard_bytes,
+        max_shard_size=args.max_shard_size or PRESETS[args.kind]["shard_bytes"],
     )
-    block = random_block(args.seed)
-    generator = random.Random(args.seed)
+    block, generator = random_block(args.seed), random.Random(args.seed)
     for name, names in split.filename_to_tensors.items():
         shard = {each: tensors[each] for each in names}
         header, nbytes = encode_header(shard), sum(spec.nbytes for spec in shard.values())
@@ -111,58 +163,37 @@ def write_checkpoint(
                     write_data(file, min(REGION_BYTES, nbytes - start), block, generator)
             else:
                 write_data(file, nbytes, block, generator)
+    files = {"config.json": config}
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / "model.safetensors.index.json", index)
-    # Config last: its presence means that the checkpoint is complete.
-    write_json(folder / "config.json", config)
+        # Config last: its presence means that the checkpoint is complete.
+        files = {"model.safetensors.index.json": index} | files
+    for name, value in files.items():
+        (folder / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
     return len(split.filename_to_tensors)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write `value` the way transformers writes its JSON files."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def chosen(args: argparse.Namespace) -> tuple[shapes.Made, int]:
-    """Return the checkpoint that the command line asks for, and its usual bytes per shard."""
-    sizes = {name: getattr(args, name) for name in ("hidden_size", "num_hidden_layers")}
-    if args.kind == "giant":
-        return shapes.giant(args.tensor_size), 5_000_000_000
-    if args.kind == "mixed-moe":
-        return shapes.mixed_moe(args.num_tensors, args.total_size), 5_000_000_000
-    if args.kind == "moe":
-        width = args.intermediate_size
-        made = shapes.moe(args.num_tensors, moe_intermediate_size=width, **sizes)
-        return made, 5_000_000_000
-    return shapes.preset(args.kind, **sizes), PRESETS[args.kind]["shard_bytes"]
 
 
 def main() -> None:
     """Write the checkpoint and say what was written."""
     parser = argparse.ArgumentParser(description="Write a synthetic checkpoint.")
     add = parser.add_argument
-    add("kind", choices=[*PRESETS, "giant", "mixed-moe"])
+    add("kind", choices=PRESETS)
     add("out", type=Path, help="folder to write")
     add("--seed", type=int, default=0, help="other seeds give other values")
     add("--max-shard-size", type=Size, help="tensor bytes in a shard")
     add("--dtype", choices=DTYPE_SIZES, help="of all tensors; default: the kind's")
     add("--sparse", action="store_true", help="true headers, no data")
     add("--regions", type=int, default=0, help="with --sparse: data in so many places of a shard")
-    add("--num-hidden-layers", type=int, help="in place of the kind's")
-    add("--hidden-size", type=int, help="in place of the kind's")
-    add("--intermediate-size", type=int, help="moe")
+    for size in ("num-hidden-layers", "hidden-size", "moe-intermediate-size"):
+        add(f"--{size}", type=int, help="in place of the kind's")
     add("--tensor-size", type=Size, default=Size("1GiB"), help="giant")
     add("--num-tensors", type=int, default=20_000, help="moe and mixed-moe")
     add("--total-size", type=Size, default=Size("2.2GB"), help="mixed-moe")
     args = parser.parse_args()
-    try:
-        (tensors, config), shard_bytes = chosen(args)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    tensors, config = made(args.kind, vars(args))
     if args.dtype:
         tensors = {name: spec._replace(dtype=args.dtype) for name, spec in tensors.items()}
-    num_shards = write_checkpoint(args, tensors, config, args.max_shard_size or shard_bytes)
+    num_shards = write_checkpoint(args, tensors, config)
     nbytes = sum(spec.nbytes for spec in tensors.values())
     summary = f"{len(tensors)} tensors, {nbytes / 1e9:.2f} GB, {num_shards} shards"
     print(f"{args.out}: {summary}", file=sys.stderr)

@@ -1,8 +1,4 @@
-"""A memory control group of a given size, version 1 or 2, made for one process and removed after.
-
-with memory_group(512 * 1024**2) as group:
-    run(group.wrap(command))
-"""
+"""A memory control group of a given size, version 1 or 2, made for one benchmark's processes."""
 
 import contextlib
 import os
@@ -11,10 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.lib.processes import Finished, run
-from benchmarks.lib.tables import mib
-
 ROOT = Path("/sys/fs/cgroup")
+V2_NAMES = {
+    "memory.limit_in_bytes": "memory.max",
+    "memory.memsw.limit_in_bytes": "memory.swap.max",
+    "memory.max_usage_in_bytes": "memory.peak",
+    "memory.oom_control": "memory.events",
+}
 
 
 class NoMemoryGroupError(Exception):
@@ -28,6 +27,10 @@ class MemoryGroup:
     folder: Path
     is_v2: bool
 
+    def file(self, name: str) -> Path:
+        """Return one of the group's files, by its name in version 1."""
+        return self.folder / (V2_NAMES[name] if self.is_v2 else name)
+
     def wrap(self, command: Sequence[str | Path]) -> list[str]:
         """Return the command line that enters the group, then becomes `command`."""
         enter = f'echo $$ > "{self.folder}/cgroup.procs" && exec "$@"'
@@ -35,10 +38,10 @@ class MemoryGroup:
 
     def charged(self) -> tuple[int, int]:
         """Return the most bytes charged to the group, page cache included, and its OOM kills."""
-        peak = self.folder / ("memory.peak" if self.is_v2 else "memory.max_usage_in_bytes")
-        events = self.folder / ("memory.events" if self.is_v2 else "memory.oom_control")
-        counts = dict(line.split() for line in events.read_text().splitlines())
-        return int(peak.read_text()) if peak.exists() else 0, int(counts.get("oom_kill", 0))
+        peak = self.file("memory.max_usage_in_bytes")
+        events = self.file("memory.oom_control").read_text().splitlines()
+        kills = dict(map(str.split, events)).get("oom_kill", 0)
+        return int(peak.read_text()) if peak.exists() else 0, int(kills)
 
 
 @contextlib.contextmanager
@@ -46,6 +49,7 @@ def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:
     """Make a group of that limit, swap included; raises NoMemoryGroupError if it can't be."""
     is_v2 = not (ROOT / "memory" / "memory.limit_in_bytes").exists()
     folder = (ROOT if is_v2 else ROOT / "memory") / f"shardmix-benchmark-{os.getpid()}"
+    group = MemoryGroup(folder, is_v2)
     with contextlib.ExitStack() as stack:
         try:
             subtree = ROOT / "cgroup.subtree_control"
@@ -54,29 +58,13 @@ def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:
                 stack.callback(subtree.write_text, "-memory")
             folder.mkdir()
             stack.callback(_remove, folder)
-            limit = "memory.max" if is_v2 else "memory.limit_in_bytes"
-            (folder / limit).write_text(str(limit_bytes))
-            with_swap = folder / ("memory.swap.max" if is_v2 else "memory.memsw.limit_in_bytes")
+            group.file("memory.limit_in_bytes").write_text(str(limit_bytes))
+            with_swap = group.file("memory.memsw.limit_in_bytes")
             if with_swap.exists():
                 with_swap.write_text("0" if is_v2 else str(limit_bytes))
         except OSError as error:
             raise NoMemoryGroupError(f"no memory control group: {error}") from error
-        yield MemoryGroup(folder, is_v2)
-
-
-def run_within(
-    group_bytes: int, command: Sequence[str | Path]
-) -> tuple[Finished, tuple[object, object]]:
-    """Run a command in a group of that size; 0 for none. Return what came of it, and its charge.
-
-    The charge is in MiB, with the OOM kills, for a table's cells. Raises NoMemoryGroupError.
-    """
-    if not group_bytes:
-        return run(command), ("-", "-")
-    with memory_group(group_bytes) as group:
-        finished = run(group.wrap(command))
-        peak_bytes, kills = group.charged()
-    return finished, (mib(peak_bytes), kills)
+        yield group
 
 
 def _remove(folder: Path) -> None:

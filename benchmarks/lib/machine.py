@@ -1,36 +1,21 @@
-"""What machine this is, and its page cache and cores brought to a known state. Linux.
-
-A measurement starts from a full page cache, as any machine has that has been up for a day. Then
-whatever a tool allocates comes from reclaimed cache pages, for every tool alike. With free memory
-it would depend on when that was freed: the host of a virtual machine takes free memory back after
-some milliseconds, and the first touch of what it took costs more than the copy itself. A program
-that writes at once after the old output was deleted then looks up to four times faster than one
-that imports its libraries first.
-"""
+"""What machine this is, and its page cache and cores brought to a known state. Linux."""
 
 import os
 import platform
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 
 from benchmarks.lib.processes import run
+from benchmarks.lib.programs import PACKAGES
 
-PACKAGES = (
-    *("shardmix", "mergekit", "LM_Cocktail", "sd-mecha", "torch", "safetensors", "transformers"),
-    *("accelerate", "numpy", "llvmlite"),
-)
 VERSIONS_PROGRAM = """
-import importlib.metadata, json, platform, sys
-found = {"python": platform.python_version()}
-for name in sys.argv[1:]:
-    try:
-        found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        pass
-print(json.dumps(found))
+import importlib.metadata, json, platform
+found = {package.name: package.version for package in importlib.metadata.distributions()}
+print(json.dumps({"python": platform.python_version()} | found))
 """
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 BLOCK_BYTES = 1024**2
@@ -38,7 +23,7 @@ FREE_SHARE = 0.02
 """Free memory, as a share of all, below which the cache counts as full."""
 
 
-def facts(work_dir: Path, pythons: Sequence[str]) -> list[str]:
+def facts(work_dir: Path, pythons: Iterable[str]) -> list[str]:
     """Return the machine's facts and the versions in each python, one line each."""
     told = Path("/proc/cpuinfo").read_text().partition("model name")[2].partition("\n")[0]
     cpu = told.strip(": \t") or platform.machine()
@@ -51,16 +36,12 @@ def facts(work_dir: Path, pythons: Sequence[str]) -> list[str]:
         f"kernel   {platform.system()} {platform.release()}",
         f"disk     {mounts[mount]}, {psutil.disk_usage(str(work_dir)).free / 1e9:.0f} GB free",
     ]
-    for python in dict.fromkeys(pythons):
-        answer = run([python, "-c", VERSIONS_PROGRAM, *PACKAGES])
+    for python in dict.fromkeys(pythons) or [sys.executable]:
+        answer = run([python, "-c", VERSIONS_PROGRAM])
         found = {"python": "not found"} if answer.returncode else answer.report()
-        lines.append("versions " + ", ".join(f"{name} {number}" for name, number in found.items()))
+        told = [f"{name} {found[name]}" for name in ("python", *PACKAGES) if name in found]
+        lines.append("versions " + ", ".join(told))
     return lines
-
-
-def print_facts(work_dir: Path, *pythons: str) -> None:
-    """Print the facts, and an empty line."""
-    print("\n".join(facts(work_dir, pythons)), end="\n\n")
 
 
 def wait_until_idle(*, limit_s: float = 20.0, busy_share: float = 0.2) -> float:

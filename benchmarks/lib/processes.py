@@ -75,7 +75,10 @@ def run(
             errors.append(error)
             os.killpg(process.pid, signal.SIGKILL)
 
-    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as stdout,
+        tempfile.TemporaryFile("w+", errors="replace") as stderr,
+    ):
         started = time.perf_counter()
         process = subprocess.Popen(
             [str(word) for word in argv],
@@ -103,22 +106,20 @@ def run(
             process.returncode = os.waitstatus_to_exitcode(status)
         if errors:
             raise errors[0]
-        counts = {name: int(count) for name, _, count in (line.partition(": ") for line in lines)}
-        texts = []
+        counts = dict(line.split(": ") for line in lines)
         for stream in (stdout, stderr):
             stream.seek(0)
-            texts.append(stream.read().decode(errors="replace"))
-    return Finished(
-        returncode=process.returncode,
-        wall_s=round(wall_s, 4),
-        user_s=round(usage.ru_utime, 3),
-        system_s=round(usage.ru_stime, 3),
-        peak_bytes=usage.ru_maxrss * 1024,
-        read_calls_bytes=counts["rchar"],
-        disk_bytes=counts["read_bytes"],
-        stdout=texts[0],
-        stderr=texts[1],
-    )
+        return Finished(
+            returncode=process.returncode,
+            wall_s=round(wall_s, 4),
+            user_s=round(usage.ru_utime, 3),
+            system_s=round(usage.ru_stime, 3),
+            peak_bytes=usage.ru_maxrss * 1024,
+            read_calls_bytes=int(counts["rchar"]),
+            disk_bytes=int(counts["read_bytes"]),
+            stdout=stdout.read(),
+            stderr=stderr.read(),
+        )
 
 
 def run_or_exit(argv: Sequence[str | Path], **options: Any) -> Finished:
@@ -133,8 +134,7 @@ def run_or_exit(argv: Sequence[str | Path], **options: Any) -> Finished:
 def tree_resident_bytes(pid: int) -> int:
     """Return the resident memory of a process, its children and theirs; 0 once it is gone.
 
-    What a page shared with another process is counts for each, as in `ru_maxrss`; so do mapped
-    files.
+    Pages shared by several of them count for each, as in `ru_maxrss`; so do mapped files.
     """
     try:
         process = psutil.Process(pid)

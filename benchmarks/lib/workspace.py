@@ -1,6 +1,8 @@
-"""The command line that all benchmarks share, and the folder for their data."""
+"""The way of every benchmark from its command line to its exit, and the folder for its data."""
 
 import argparse
+import json
+import os
 import shutil
 import signal
 import sys
@@ -8,28 +10,38 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lib.machine import print_facts
+from benchmarks.lib.machine import facts
 from benchmarks.lib.processes import run_or_exit
-from benchmarks.lib.tables import write_csv
+from benchmarks.lib.programs import REQUIREMENTS
+from benchmarks.lib.tables import Row, write_csv
+
+SHAPES: dict[str, Any] = json.loads(Path(__file__).with_name("shapes.json").read_text())
+PRESETS: dict[str, Any] = SHAPES["presets"]
+"""What checkpoints there are, by name; `checkpoints` makes them."""
+MADE_UP = Path(__file__).with_name("examples.json")
+"""45 examples of random words, as long as LM-Cocktail's own."""
 
 
 def parser(
-    description: str, *, has_python: bool = True, **options: tuple[Any, ...]
+    told: str, environments: Sequence[str] = ("shardmix",), **options: tuple[Any, ...]
 ) -> argparse.ArgumentParser:
     """Return a parser with what every benchmark takes, and these options.
 
     Each is `name=(default, help)` or `name=(default, help, choices)`. The default gives the type:
     of a list, any number; of a bool, a switch. A type in its place means that there is no default,
-    and None that it is a word without a name. `has_python` is for those that run shardmix in
-    processes of their own.
+    and None that it is a word without a name. `environments` are those whose pythons it runs,
+    `told` is what the module says of itself.
     """
     made = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=told.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     made.add_argument("--work-dir", type=Path, required=True, help="data go here; local disk")
     made.add_argument("--keep", action="store_true", help="leave the data for the next run")
-    if has_python:
-        made.add_argument("--python", default=sys.executable, help="python that has shardmix")
+    for name in environments:
+        given = os.environ.get(f"{name.replace('-', '_').upper()}_PYTHON")
+        how = {"default": sys.executable if name == "shardmix" else given}
+        how["help"] = f"python that has {name}; if none is known, one is made in the work folder"
+        made.add_argument(f"--{name}-python".replace("shardmix-", ""), **how)
     for name, (default, told, *choices) in options.items():
         how: dict[str, Any] = {"help": told}
         if choices:
@@ -47,18 +59,20 @@ def parser(
 
 
 def benchmark(
-    measure: Callable[[argparse.Namespace, "Workspace"], tuple[Sequence[Any], bool]],
-    made: argparse.ArgumentParser,
+    measure: Callable[[argparse.Namespace, "Workspace"], tuple[Sequence[Row], bool]],
+    environments: Sequence[str] = ("shardmix",),
+    **options: tuple[Any, ...],
 ) -> None:
     """Run a benchmark from its command line to its exit: facts, what it measures, raw figures.
 
-    `measure` returns the rows of the CSV, and whether all is as promised; else the status is 1.
+    `measure` returns the rows of `--csv`, and whether all is as promised; else the status is 1.
     """
-    args = made.parse_args()
+    args = parser(measure.__globals__["__doc__"], environments, **options).parse_args()
     with Workspace(args) as workspace:
-        print_facts(args.work_dir, getattr(args, "python", sys.executable))
+        print("\n".join(facts(workspace.root, map(workspace.python, environments))), end="\n\n")
         rows, is_as_promised = measure(args, workspace)
     write_csv(args.csv, rows)
+    print(f"\nraw figures: {args.csv}")
     raise SystemExit(not is_as_promised)
 
 
@@ -70,7 +84,7 @@ class Workspace:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.root: Path = args.work_dir
-        self._keep: bool = args.keep
+        self._args = args
         self._scratch: list[Path] = []
         self._made: list[Path] = []
         self._is_new = not self.root.exists()
@@ -82,7 +96,7 @@ class Workspace:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        for path in self._scratch if self._keep else (*self._scratch, *self._made):
+        for path in self._scratch if self._args.keep else (*self._scratch, *self._made):
             remove(path)
         if self._is_new and not any(self.root.iterdir()):
             self.root.rmdir()
@@ -119,18 +133,32 @@ class Workspace:
             for seed, letter in enumerate(letters)
         ]
 
-    def linked_copy(self, folder: Path, name: str) -> Path:
-        """Return a folder of hard links to the files of another: a checkpoint of the same bytes."""
-        copy = self.scratch(name)
-        copy.mkdir()
-        for path in folder.iterdir():
-            (copy / path.name).hardlink_to(path)
-        return copy
+    def linked_copies(self, folders: Sequence[Path], name: str, count: int) -> list[Path]:
+        """Return so many folders of hard links to the files of these in turn: the same bytes."""
+        copies = [self.scratch(f"{name}-copy-{number}") for number in range(count)]
+        for number, copy in enumerate(copies):
+            copy.mkdir()
+            for path in folders[number % len(folders)].iterdir():
+                (copy / path.name).hardlink_to(path)
+        return copies
 
-    def environment(self, name: str, requirements: Sequence[str]) -> str:
-        """Return the python of a virtual environment with these packages; makes what is missing."""
-        folder = self.lasting(name)
-        python = folder / "bin" / "python"
+    def examples(self, data: Path, count: int | None = None) -> Path:
+        """Return a JSON list of the first examples in such a list, or in an object of lists."""
+        value = json.loads(data.read_text())
+        tasks = [value] if isinstance(value, list) else value.values()
+        examples = [example for each in tasks for example in each][:count]
+        print(f"{len(examples)} examples: {'made up' if data == MADE_UP else data.name}")
+        path = self.scratch("examples.json")
+        path.write_text(json.dumps(examples, indent=1) + "\n")
+        return path
+
+    def python(self, environment: str) -> str:
+        """Return an environment's python: shardmix's, the one that is given, or a new one."""
+        option = f"{environment}-python".replace("shardmix-", "").replace("-", "_")
+        if given := vars(self._args)[option]:
+            return str(given)
+        folder = self.lasting(f"{environment}-venv")
+        python, requirements = folder / "bin" / "python", REQUIREMENTS[environment]
         if not python.exists():
             print(f"installing {' '.join(requirements)} ...", file=sys.stderr)
             run_or_exit([sys.executable, "-m", "venv", folder])

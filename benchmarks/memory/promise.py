@@ -1,12 +1,7 @@
-"""Holds the memory promise over many combinations: measured peak <= projected peak <= budget.
+"""Holds the memory promise over many combinations: measured peak <= projected peak <= budget."""
 
-    python -m benchmarks.memory.promise --work-dir WORK
-
-Combinations of shape, dtype, number of models, budget, workers, way to read, backend, output dtype
-and digest, chosen so that any two values of two of these meet at least once. Ends with status 1 if
-a promise was broken.
-"""
-
+import argparse
+import functools
 import itertools
 import os
 import random
@@ -16,25 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib import promises
-from benchmarks.lib.machine import print_facts
-from benchmarks.lib.processes import run
-from benchmarks.lib.programs import budget_option, least_budget, merge_command
-from benchmarks.lib.tables import Size, print_table, write_csv
-from benchmarks.lib.workspace import Workspace, parser, remove
+from benchmarks.lib.programs import MERGE, command
+from benchmarks.lib.promises import Case, least_budget
+from benchmarks.lib.tables import Row, Size
+from benchmarks.lib.workspace import Workspace, benchmark, remove
 
 SHAPES = {
     "llama": ("llama-100m",),
     "giant tensor": ("giant", "--tensor-size", "160MiB"),
     "12000 tensors": ("moe", "--num-tensors", "12000"),
 }
-LEAST = "least"
-NO_BUDGET = "none"
 FACTORS: dict[str, tuple[Any, ...]] = {
     "shape": tuple(SHAPES),
     # Of the models, in turn.
     "dtypes": ("bf16", "f16", "f32", "bf16+f32", "f16+bf16+f32"),
     "models": (2, 3, 5, 8, 10),
-    "budget": (LEAST, "300MiB", "400MiB", "1GiB", NO_BUDGET),
+    "budget": ("least", "300MiB", "400MiB", "1GiB", "none"),
     "workers": (1, 2, 4, 8),
     "io": ("pread", "mmap"),
     "backend": ("llvm", "torch"),
@@ -45,7 +37,9 @@ OPTIONS = ("workers", "io", "backend", "dtype", "digest")
 Combination = Mapping[str, Any]
 NUM_DRAWN = 200
 """Combinations that the next one is chosen from."""
-HEADER = ("sources", "models", "chunks", *OPTIONS[1:], *promises.HEADER, "promise")
+TITLES = ("sources", "models", "chunks", *OPTIONS[1:], *promises.BASIC, "promise")
+FIGURES = ("budget_bytes", "projected_bytes", "reported_bytes", "measured_bytes", "strip_bytes")
+COLUMNS = (*FACTORS, *FIGURES, "seconds", "promise")
 
 
 def combinations(count: int, generator: random.Random) -> Iterator[Combination]:
@@ -57,12 +51,11 @@ def combinations(count: int, generator: random.Random) -> Iterator[Combination]:
     def pairs(combination: Combination) -> set[tuple[Any, ...]]:
         return set(itertools.combinations(combination.items(), 2))
 
+    values = ([(name, value) for value in FACTORS[name]] for name in FACTORS)
     missing = {
         pair
-        for (name, values), (other, others) in itertools.combinations(FACTORS.items(), 2)
-        for pair in itertools.product(
-            ((name, value) for value in values), ((other, value) for value in others)
-        )
+        for one, other in itertools.combinations(values, 2)
+        for pair in itertools.product(one, other)
     }
     while missing or count > 0:
         drawn = (
@@ -75,83 +68,51 @@ def combinations(count: int, generator: random.Random) -> Iterator[Combination]:
         yield best
 
 
-class Merges:
-    """Runs combinations as merges, on sources that are written when they are first needed."""
+def measure(args: argparse.Namespace, workspace: Workspace) -> tuple[list[Row], bool]:
+    """Measure everything, and print."""
+    output = workspace.scratch("merged")
 
-    def __init__(self, workspace: Workspace, python: str) -> None:
-        self._workspace = workspace
-        self._python = python
-        self._output = workspace.scratch("merged")
-        self._links: dict[str, Path] = {}
-
-    def measure(self, combination: Combination) -> dict[str, Any]:
-        """Merge once, and return the row; a broken promise is printed with its command."""
-        budget, dtypes = combination["budget"], combination["dtypes"].split("+")
-        models = [
-            self._model(combination["shape"], dtypes[number % len(dtypes)], number)
-            for number in range(combination["models"])
-        ]
-        options = [f"--{name}={combination[name]}" for name in OPTIONS]
-        where = self._python, models, self._output
-        command = merge_command("shardmix", *where, options=options)
-        os.sync()
-        remove(self._output)
-        if budget == LEAST:
-            nbytes = least_budget(command, self._output, is_tried=False)
-        else:
-            nbytes = 0 if budget == NO_BUDGET else Size(budget)
-        command += budget_option(nbytes)
-        finished = run(command)
-        may_be_refused = None if budget != LEAST else False
-        judged = promises.judged(finished, nbytes, is_refused=may_be_refused)
-        if judged["promise"] not in ("kept", "refused"):
-            print(f"{judged['promise']}: {shlex.join(command)}\n  {finished.last_words()}")
-        return judged | dict(combination)
-
-    def _model(self, shape: str, dtype: str, number: int) -> Path:
-        """Return a folder of hard links, the same for every merge that has it at this place."""
+    @functools.cache
+    def model(shape: str, dtype: str, number: int) -> Path:
+        # A folder of hard links, the same for every merge that has it at this place.
         original = f"{shape}-{dtype}".replace(" ", "-")
-        name = f"{original}-{number}"
-        if name not in self._links:
-            options = (*SHAPES[shape], "--dtype", dtype.upper())
-            folder = self._workspace.checkpoint(original, *options)
-            self._links[name] = self._workspace.linked_copy(folder, name)
-        return self._links[name]
+        folder = workspace.checkpoint(original, *SHAPES[shape], "--dtype", dtype.upper())
+        return workspace.linked_copies([folder], f"{original}-{number}", 1)[0]
 
+    def measure_one(one: Combination) -> Row:
+        dtypes = itertools.cycle(one["dtypes"].split("+"))
+        models = [model(one["shape"], next(dtypes), number) for number in range(one["models"])]
+        options = [f"--{name}={one[name]}" for name in OPTIONS]
+        words = command(MERGE, args.python, models, output=output, options=options)
+        os.sync()
+        remove(output)
+        nbytes, is_refused = 0, None
+        if one["budget"] == "least":
+            nbytes, is_refused = least_budget(words, output, is_tried=False), False
+        elif one["budget"] != "none":
+            nbytes = Size(one["budget"])
+        row, finished = promises.measure(Case({}, words, nbytes, is_refused=is_refused))
+        if not promises.are_kept([row]):
+            told = shlex.join([*words, *promises.budget_option(nbytes)])
+            print(f"{row['promise']}: {told}\n  {finished.last_words()}")
+        return row | one | {"sources": f"{one['shape']}, {one['dtypes']}"}
 
-def cells(row: Mapping[str, Any]) -> list[object]:
-    """Return the cells of the table."""
-    chosen = (row[name] for name in OPTIONS[1:])
-    first = [f"{row['shape']}, {row['dtypes']}", row["models"], promises.chunks(row)]
-    return [*first, *chosen, *promises.cells(row), row["promise"]]
-
-
-def main() -> None:
-    """Measure everything; exit with 1 if a promise was broken."""
-    args = parser(
-        "Hold shardmix's memory promise over many combinations.",
-        combinations=(64, "how many, at least"),
-        seed=(0, "other seeds give other combinations"),
-        csv=(Path("memory-promise.csv"), "raw figures"),
-    ).parse_args()
-    with Workspace(args) as workspace:
-        print_facts(args.work_dir, args.python)
-        merges = Merges(workspace, args.python)
-        chosen = combinations(args.combinations, random.Random(args.seed))
-        rows = [merges.measure(combination) for combination in chosen]
-    print_table(HEADER, map(cells, rows))
+    rows = list(map(measure_one, combinations(args.combinations, random.Random(args.seed))))
+    promises.print_rows(TITLES, rows)
     measured = [row for row in rows if row["projected_bytes"]]
     kept = sum(row["promise"] == "kept" for row in measured)
     worst = max(row["measured_bytes"] / row["projected_bytes"] for row in measured)
     print(
-        f"\n{kept} of {len(measured)} merges kept the promise, {len(rows) - len(measured)} "
+        f"{kept} of {len(measured)} merges kept the promise, {len(rows) - len(measured)} "
         f"were refused; the worst measured / projected is {worst:.3f}"
     )
-    figures = ("budget_bytes", "projected_bytes", "reported_bytes", "measured_bytes")
-    columns = (*FACTORS, *figures, "strip_bytes", "seconds", "promise")
-    write_csv(args.csv, [{name: row[name] for name in columns} for row in rows])
-    raise SystemExit(promises.exit_status(rows))
+    return [{name: row[name] for name in COLUMNS} for row in rows], promises.are_kept(rows)
 
 
 if __name__ == "__main__":
-    main()
+    benchmark(
+        measure,
+        combinations=(64, "how many, at least"),
+        seed=(0, "other seeds give other combinations"),
+        csv=(Path("memory-promise.csv"), "raw figures"),
+    )

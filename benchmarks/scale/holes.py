@@ -1,11 +1,11 @@
 """Sparse files: which ranges hold data, and ranges given back to the disk. Linux.
 
-A hole reads as zeros and takes no room. What is a hole in every source is zero in the output,
-wherever the writer is: a hole made there before, while or after it writes leaves the same bytes.
-Should a merge write anything else there, its digests would say so afterwards. Nothing else is
-touched, and never a file's first bytes, where the header comes last.
+What is a hole in every source is zero in the output, wherever the writer is: a hole made there
+before, while or after it writes leaves the same bytes. Nothing else is touched, and never a file's
+first bytes, where the header comes last.
 """
 
+import contextlib
 import ctypes
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,13 +26,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def data_ranges(descriptor: int) -> Iterator[Range]:
     """Yield the ranges of an open file that are no holes, in order."""
     position, size = 0, os.fstat(descriptor).st_size
-    while position < size:
-        try:
+    with contextlib.suppress(OSError):  # ENXIO: nothing but a hole from here on
+        while position < size:
             start = os.lseek(descriptor, position, os.SEEK_DATA)
-        except OSError:  # ENXIO: nothing but a hole from here on
-            return
-        position = os.lseek(descriptor, start, os.SEEK_HOLE)
-        yield start, position
+            position = os.lseek(descriptor, start, os.SEEK_HOLE)
+            yield start, position
 
 
 def union(ranges: Iterable[Range]) -> list[Range]:
@@ -59,12 +57,9 @@ def gaps(ranges: Sequence[Range], size: int, *, align: int = PAGE_BYTES) -> list
 
 def punch(descriptor: int, start: int, stop: int) -> None:
     """Make a range a hole; pages that wait to be written are dropped with it. Raises OSError."""
-    result = _libc.fallocate(
-        descriptor, _KEEP_SIZE_AND_PUNCH, ctypes.c_int64(start), ctypes.c_int64(stop - start)
-    )
-    if result:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    place = ctypes.c_int64(start), ctypes.c_int64(stop - start)
+    if _libc.fallocate(descriptor, _KEEP_SIZE_AND_PUNCH, *place):
+        raise OSError(number := ctypes.get_errno(), os.strerror(number))
 
 
 def zero_ranges(sources: Sequence[Path]) -> list[Range]:
@@ -84,15 +79,10 @@ def sweep(
     `zeros`: by the name of a file in the folder; both may come later.
     """
     for name, ranges in zeros.items():
-        try:
-            descriptor = os.open(folder / name, os.O_WRONLY)
-        except FileNotFoundError:  # not begun, or the folder has just become the output
-            continue
-        try:
-            status = os.fstat(descriptor)
+        # There is none if it is not begun, or if the folder has just become the output.
+        with contextlib.suppress(FileNotFoundError), (folder / name).open("r+b") as file:
+            status = os.fstat(file.fileno())
             data_bytes = status.st_size - sum(stop - start for start, stop in ranges)
             if status.st_blocks * 512 > data_bytes + slack_bytes:
                 for start, stop in ranges:
-                    punch(descriptor, start, stop)
-        finally:
-            os.close(descriptor)
+                    punch(file.fileno(), start, stop)

@@ -1,22 +1,14 @@
-"""Times what touches no weights: whole-process `shardmix plan` on large shapes, and `--help`.
-
-    python -m benchmarks.scale.planning --work-dir WORK
-
-Beside each plan stands the least that any planner must do: a bare python that reads and decodes
-the same headers. The checkpoints are sparse files: true headers, no data.
-"""
+"""Times what touches no weights: whole-process `shardmix plan` on large shapes, and `--help`."""
 
 import argparse
 import statistics
 from pathlib import Path
-from typing import Any
 
 from benchmarks.lib.processes import run_or_exit
-from benchmarks.lib.programs import plan_command
-from benchmarks.lib.tables import mib, over, print_table, spread, where
-from benchmarks.lib.workspace import Workspace, benchmark, parser
+from benchmarks.lib.programs import PLAN, command
+from benchmarks.lib.tables import Row, column, mib, over, print_table, spread
+from benchmarks.lib.workspace import Workspace, benchmark
 
-Row = dict[str, Any]
 # A program of its own, so that its start-up is counted as shardmix's is.
 READ_HEADERS = """
 import json, pathlib, struct, sys
@@ -25,56 +17,55 @@ for folder in sys.argv[1:]:
         with path.open("rb") as file:
             json.loads(file.read(*struct.unpack("<Q", file.read(8))))
 """
+MANY = ("moe", "--num-tensors", 90000, "--hidden-size", 2048, "--moe-intermediate-size", 768)
+PLANS = {
+    "plan 3 x 70B": (3, "llama-3-70b-sparse", "llama-3-70b"),
+    "plan 10 x 90,000 tensors": (10, "moe-90000-sparse", *MANY),
+}
 
 
 def measure(args: argparse.Namespace, workspace: Workspace) -> tuple[list[Row], bool]:
     """Measure and print."""
     rows: list[Row] = []
     output = workspace.scratch("merged")
-    large = ("llama-3-70b", "--sparse")
-    many = ("moe", "--num-tensors", 90000, "--hidden-size", 2048, "--intermediate-size", 768)
     jobs = {}
-    for title, count, name, kind in (
-        ("plan 3 x 70B", 3, "llama-3-70b-sparse", large),
-        ("plan 10 x 90,000 tensors", 10, "moe-90000-sparse", (*many, "--sparse")),
-    ):
-        first = workspace.checkpoint(name, *kind)
-        copies = [workspace.linked_copy(first, f"{name}-{n}") for n in range(1, count)]
-        models = [first, *copies]
-        reference = [args.python, "-c", READ_HEADERS, *map(str, models)]
-        command = plan_command(args.python, models, output)
-        jobs[title] = (command, "python: read the headers", reference)
+    for title, (count, name, *kind) in PLANS.items():
+        first = workspace.checkpoint(name, *kind, "--sparse")
+        models = [first, *workspace.linked_copies([first], name, count - 1)]
+        reference = [args.python, "-c", READ_HEADERS, *models]
+        planned = command(PLAN, args.python, models, output=output)
+        jobs[title] = (planned, "python: read the headers", reference)
     click = [args.python, "-c", "import click"]
-    shardmix_help = [args.python, "-m", "shardmix", "--help"]
-    jobs["--help"] = (shardmix_help, "python: import click", click)
+    jobs["--help"] = ([args.python, "-m", "shardmix", "--help"], "python: import click", click)
     for number in range(args.rounds + 1):
-        for title, (command, _, reference) in jobs.items():
-            beside, finished = run_or_exit(reference), run_or_exit(command)
+        for title, (words, _, reference) in jobs.items():
+            beside, finished = run_or_exit(reference), run_or_exit(words)
             row = {
                 "job": title,
                 "round": number,
-                "wall_s": round(finished.wall_s, 4),
+                "wall_s": finished.wall_s,
                 "peak_bytes": finished.peak_bytes,
-                "reference_wall_s": round(beside.wall_s, 4),
+                "reference_wall_s": beside.wall_s,
                 "reference_peak_bytes": beside.peak_bytes,
             }
             if number:  # round 0 brings files into the cache
                 rows.append(row)
-            elif title.startswith("plan"):
+            elif title in PLANS:
                 plan = finished.report()
                 print(f"{title}: {plan['num_tensors']} tensors, {plan['num_models']} models")
     table = []
     for title, (_, reference_title, _) in jobs.items():
-        mine = where(rows, job=title)
-        wall, beside_it = ([row[name] for row in mine] for name in ("wall_s", "reference_wall_s"))
-        peak = max(row["peak_bytes"] for row in mine)
-        ratio = over(statistics.median(wall), statistics.median(beside_it))
-        table.append([title, spread(wall), mib(peak), reference_title, spread(beside_it), ratio])
+        names = ("wall_s", "reference_wall_s", "peak_bytes")
+        wall, beside_it, peaks = (column(rows, name, job=title) for name in names)
+        ratio = over(*map(statistics.median, (wall, beside_it)))
+        table.append(
+            [title, spread(wall), mib(max(peaks)), reference_title, spread(beside_it), ratio]
+        )
     print()
     print_table(("", "wall s", "peak MiB", "beside", "wall s", "ratio"), table)
     return rows, True
 
 
 if __name__ == "__main__":
-    options = {"rounds": (5, "measurements of each"), "csv": (Path("planning.csv"), "raw figures")}
-    benchmark(measure, parser("Time shardmix plan and --help.", **options))
+    rounds, csv = (5, "measurements of each"), (Path("planning.csv"), "raw figures")
+    benchmark(measure, rounds=rounds, csv=csv)

@@ -1,14 +1,7 @@
-"""Rehearses a merge of three 70B (or 671B) models on a small disk: whole, killed and gone on with.
-
-    python -m benchmarks.scale.rehearsal --work-dir WORK
-    python -m benchmarks.scale.rehearsal --work-dir WORK --model deepseek-v3-fine --kills 2
-
-The sources are sparse files with the true names and shapes, true headers, and random values in
-some places of each shard. While shardmix merges them, holes are made where it writes zeros, so that
-the output takes no more disk than those places. Ends with status 1 if anything is not as promised.
-"""
+"""Rehearses a merge of three models of 70B or 671B on a small disk: whole, killed, gone on with."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -17,72 +10,66 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lib.machine import print_facts, wait_until_idle
+from benchmarks.lib.machine import wait_until_idle
 from benchmarks.lib.processes import Finished, run, run_or_exit
-from benchmarks.lib.programs import budget_option, merge_command, plan_command
-from benchmarks.lib.shapes import PRESETS
-from benchmarks.lib.tables import Size, mib, print_table, write_csv
-from benchmarks.lib.workspace import Workspace, parser, remove
+from benchmarks.lib.programs import MERGE, PLAN, command, patched
+from benchmarks.lib.promises import budget_option
+from benchmarks.lib.tables import Row, Size, mib, print_table
+from benchmarks.lib.workspace import PRESETS, Workspace, benchmark, remove
 from benchmarks.scale.holes import Range, sweep, zero_ranges
 
 WEIGHTS = (0.5, 0.3, 0.2)
 # shardmix without its check that the disk has room for the output, in which holes are made.
-ON_SMALL_DISK = """
-from shardmix import api
-api.check_disk = lambda *_arguments, **_options: None
-from shardmix.cli import main
-main()
-"""
+ON_SMALL_DISK = "from shardmix import api; api.check_disk = lambda *_, **_options: None"
 NEARLY_ALL = 0.99
 """Of what the journal claims must be kept; the last leaf of a file is a short one."""
 LEAF_BYTES = 4 * 1024**2
 """Bytes that one line of the journal claims (`system.hashing`)."""
 LEAST_FREE_BYTES = 10 * 10**9
 """Of the disk; with less the rehearsal ends."""
-
-
-Step = dict[str, Any]
-"""One process of the rehearsal: a row of the CSV."""
-FIGURES: dict[str, tuple[str, Callable[[Step], str]]] = {
+FIGURES = {
     # Read of sources and written, or read again; of a killed merge, for the leaves claimed.
-    "moved_bytes": ("GB moved", lambda step: f"{step['moved_bytes'] / 1e9:.1f}"),
+    "moved_bytes": "GB moved",
     # Source bytes that were not read again, since an earlier run had done their part.
-    "kept_bytes": ("GB kept", lambda step: f"{step['kept_bytes'] / 1e9:.1f}"),
+    "kept_bytes": "GB kept",
     # Output that the journal claims at the end of the process.
-    "claimed_bytes": ("GB claimed", lambda step: f"{step['claimed_bytes'] / 1e9:.1f}"),
+    "claimed_bytes": "GB claimed",
     # Until it claimed anything new: start, plan, and check of the old.
-    "first_claim_s": ("1st claim s", lambda step: f"{step['first_claim_s']:.1f}"),
-    "peak_bytes": ("peak MiB", lambda step: mib(step["peak_bytes"])),
+    "first_claim_s": "1st claim s",
+    "peak_bytes": "peak MiB",
     # Promised by the merge's report, or if it was killed by the plan's.
-    "projected_bytes": ("projected", lambda step: mib(step["projected_bytes"])),
-    "budget_bytes": ("budget", lambda step: mib(step["budget_bytes"])),
+    "projected_bytes": "projected MiB",
+    "budget_bytes": "budget MiB",
     # The most that the growing output took of the disk, or of what waits to be written to it.
-    "staged_bytes": ("staged GB", lambda step: f"{step['staged_bytes'] / 1e9:.1f}"),
+    "staged_bytes": "staged GB",
 }
-"""Columns of figures that a step may have: each with its title and its cell."""
+"""Columns of figures that a step may have: each with its title."""
 
 
-def step_of(step: str, finished: Finished, outcome: str, **figures: Any) -> Step:
-    """Return a step; an outcome in capitals is not as promised."""
-    known = {"peak_bytes": finished.peak_bytes, "output_digest": ""} | figures
+def step_of(step: str, finished: Finished, outcome: str, **figures: Any) -> Row:
+    """Return the row of one process; an outcome in capitals is not as promised."""
     first = {"step": step, "outcome": outcome, "is_as_promised": outcome.islower()}
     first["wall_s"] = round(finished.wall_s, 3)
+    known = {"peak_bytes": finished.peak_bytes, "output_digest": ""} | figures
     return first | dict.fromkeys(FIGURES, 0) | known
 
 
-def print_steps(steps: Sequence[Step]) -> None:
+def print_steps(steps: Sequence[Row]) -> None:
     """Print a table of the steps."""
-    header = ["step", "wall s", "GB/s", *(title for title, _ in FIGURES.values()), "outcome"]
     rows = []
     for step in steps:
-        rate = step["moved_bytes"] / step["wall_s"] / 1e9
-        cells = [cell(step) if step[name] else "" for name, (_, cell) in FIGURES.items()]
-        rows.append([step["step"], f"{step['wall_s']:.1f}", f"{rate:.2f}", *cells, step["outcome"]])
-    print_table(header, rows)
+        rate = f"{step['moved_bytes'] / step['wall_s'] / 1e9:.2f}"
+        cells = [step["step"], f"{step['wall_s']:.1f}", rate]
+        for name, title in FIGURES.items():
+            told = f"{step[name] / (1e9 if 'GB' in title else 1):.1f}"
+            told = mib(step[name]) if "MiB" in title else told
+            cells.append(told if step[name] else "")
+        rows.append([*cells, step["outcome"]])
+    print_table(["step", "wall s", "GB/s", *FIGURES.values(), "outcome"], rows)
 
 
 class Watch:
@@ -91,28 +78,32 @@ class Watch:
     def __init__(
         self, staging: Path, zeros: Mapping[str, Sequence[Range]], kill_at_bytes: float
     ) -> None:
-        self._staging = staging
+        self._staging, self._journal = staging, staging / "journal"
         self._zeros = zeros
         self._kill_at_bytes = kill_at_bytes
         self._position = self._num_lines = 0
         self._started = time.perf_counter()
-        self._look_at_journal()
-        self.claimed_before = self.claimed_bytes
+        self.claimed_before = self.claimed_bytes()
         """What earlier runs had done."""
         self.first_claim_s = 0.0
         self.staged_bytes = 0
         """The most that the growing output took of the disk."""
 
-    @property
     def claimed_bytes(self) -> int:
-        """Bytes of output that are claimed by now, to a leaf."""
+        """Return the bytes of output that the journal claims by now, to a leaf."""
+        # There is none if the merge has not begun, or if the output is in place.
+        with contextlib.suppress(FileNotFoundError), self._journal.open("rb") as file:
+            file.seek(self._position)
+            added = file.read()
+            self._position += len(added)
+            self._num_lines += added.count(b"\n")
         return max(0, self._num_lines - 1) * LEAF_BYTES  # the first line says what merge it is
 
     def __call__(self, pid: int) -> None:
         """Look once; raises SystemExit if the disk runs low."""
         seconds = time.perf_counter() - self._started
-        self._look_at_journal()
-        if not self.first_claim_s and self.claimed_bytes > self.claimed_before:
+        claimed = self.claimed_bytes()
+        if not self.first_claim_s and claimed > self.claimed_before:
             self.first_claim_s = seconds
         self.staged_bytes = max(self.staged_bytes, disk_bytes(self._staging / "model"))
         disk = self._staging.parent
@@ -121,19 +112,9 @@ class Watch:
                 f"{disk}: less than {LEAST_FREE_BYTES // 10**9} GB are left on this disk; "
                 "free some space, or give another --work-dir"
             )
-        if self.claimed_bytes >= self._kill_at_bytes:
+        if claimed >= self._kill_at_bytes:
             os.kill(pid, signal.SIGKILL)
         sweep(self._staging / "model", self._zeros)
-
-    def _look_at_journal(self) -> None:
-        try:
-            with (self._staging / "journal").open("rb") as file:
-                file.seek(self._position)
-                added = file.read()
-        except FileNotFoundError:  # not begun, or the output is in place
-            return
-        self._position += len(added)
-        self._num_lines += added.count(b"\n")
 
 
 def disk_bytes(folder: Path) -> int:
@@ -141,11 +122,9 @@ def disk_bytes(folder: Path) -> int:
 
     Files may come and go meanwhile.
     """
-    try:
-        with os.scandir(folder) as entries:
-            return sum(entry.stat().st_blocks * 512 for entry in entries)
-    except FileNotFoundError:
-        return 0
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        return sum(entry.stat().st_blocks * 512 for entry in entries)
+    return 0
 
 
 class Rehearsal:
@@ -158,11 +137,11 @@ class Rehearsal:
         self._staging = workspace.scratch(".merged.shardmix")
         options = ("--sparse", "--regions", args.regions)
         self._sources = workspace.checkpoints(f"{args.model}-sparse", "abc", args.model, *options)
-        self._budget = budget_option(args.max_memory)
-        where = (args.python, self._sources, self._output)
-        command = plan_command(*where, weights=WEIGHTS, options=self._budget)
-        run_or_exit(command)  # brings files into the cache
-        planned = run_or_exit(command)
+        self._where = {"output": self._output, "weights": WEIGHTS}
+        self._where["options"] = budget_option(args.max_memory)
+        words = command(PLAN, args.python, self._sources, **self._where)
+        run_or_exit(words)  # brings files into the cache
+        planned = run_or_exit(words)
         self._plan = plan = planned.report()
         print(
             f"3 x {args.model}: {plan['num_tensors']} tensors, {len(plan['shards'])} shards, "
@@ -184,13 +163,10 @@ class Rehearsal:
     def merge(self, step: str, *, kill_at_bytes: float = math.inf) -> None:
         """Merge to the end, or until it is killed when so much is claimed."""
         is_killed, args, plan = kill_at_bytes < math.inf, self._args, self._plan
-        where = (args.python, self._sources, self._output)
-        how = {"weights": WEIGHTS, "fsync": args.fsync, "options": self._budget}
-        command = merge_command("shardmix", *where, **how)
-        command[1:3] = ["-c", ON_SMALL_DISK]
+        words = command(MERGE, args.python, self._sources, fsync=args.fsync, **self._where)
         wait_until_idle()
         watch = Watch(self._staging, self._zeros, kill_at_bytes)
-        finished = run(command, watch=watch)
+        finished = run(patched(words, ON_SMALL_DISK), watch=watch)
         for folder in (self._staging / "model", self._output):
             sweep(folder, self._zeros, slack_bytes=0)
         if finished.returncode == 0 and is_killed:
@@ -205,7 +181,7 @@ class Rehearsal:
             digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
         projected = report.get("projected_peak_bytes", plan["projected_peak_bytes"])
         read_bytes, total_bytes = plan["bytes_read"], plan["bytes_written"]
-        claimed_bytes = watch.claimed_bytes if is_killed else total_bytes
+        claimed_bytes = watch.claimed_bytes() if is_killed else total_bytes
         kept_bytes = report.get("bytes_kept", 0)
         outcome = "killed" if is_killed else "whole"
         if finished.peak_bytes > min(projected, args.max_memory):
@@ -238,21 +214,33 @@ class Rehearsal:
             self.merge("gone on to the end")
         # The digests made while merging, then numpy's sum of the sources.
         words = [f"{path}={weight}" for path, weight in zip(self._sources, WEIGHTS, strict=True)]
-        looks = {
-            "shardmix verify": (["shardmix", "verify", self._output], total_bytes),
-            "numpy's sum": (["benchmarks.scale.expected_merge", self._output, *words], 0),
-        }
-        for step, (command, moved_bytes) in looks.items():
-            finished = run([args.python, "-m", *command])
+        looks = (
+            ("shardmix verify", ["shardmix", "verify", self._output], total_bytes),
+            ("numpy's sum", ["benchmarks.scale.expected_merge", self._output, *words], 0),
+        )
+        for step, module, moved_bytes in looks:
+            finished = run([args.python, "-m", *module])
             print(f"{step}: {finished.stdout}{finished.stderr if finished.returncode else ''}")
             outcome = "DIFFERENT" if finished.returncode else "equal"
             self.steps.append(step_of(step, finished, outcome, moved_bytes=moved_bytes))
 
 
-def main() -> None:
-    """Rehearse and report; exit with 1 if something is not as promised."""
-    args = parser(
-        "Rehearse the merge of three huge models on a small disk.",
+def measure(args: argparse.Namespace, workspace: Workspace) -> tuple[list[Row], bool]:
+    """Rehearse and report."""
+    rehearsal = Rehearsal(args, workspace)
+    rehearsal.take_steps()
+    steps = rehearsal.steps
+    print_steps(steps)
+    digests = {step["output_digest"] for step in steps} - {""}
+    for digest in digests:
+        print(f"\ndigest of the output's digests: {digest}")
+    is_as_promised = all(step["is_as_promised"] for step in steps) and len(digests) <= 1
+    return [{"model": args.model, **step} for step in steps], is_as_promised
+
+
+if __name__ == "__main__":
+    benchmark(
+        measure,
         model=("llama-3-70b", "its shape", PRESETS),
         max_memory=(Size("1GiB"), "the budget"),
         regions=(6, "of data in each shard, 2 MiB each"),
@@ -261,20 +249,4 @@ def main() -> None:
         undisturbed=(True, "a merge that is not killed, too"),
         fsync=(False, "merge with fsync"),
         csv=(Path("rehearsal.csv"), "raw figures"),
-    ).parse_args()
-    with Workspace(args) as workspace:
-        print_facts(args.work_dir, args.python)
-        rehearsal = Rehearsal(args, workspace)
-        rehearsal.take_steps()
-    steps = rehearsal.steps
-    print_steps(steps)
-    digests = {step["output_digest"] for step in steps} - {""}
-    for digest in digests:
-        print(f"\ndigest of the output's digests: {digest}")
-    write_csv(args.csv, [{"model": args.model, **step} for step in steps])
-    is_as_promised = all(step["is_as_promised"] for step in steps) and len(digests) <= 1
-    raise SystemExit(0 if is_as_promised else 1)
-
-
-if __name__ == "__main__":
-    main()
+    )

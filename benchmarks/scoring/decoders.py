@@ -1,12 +1,10 @@
 """Writes what scoring needs beyond tensors: a tokenizer, and small decoders that have one.
 
 Runs in an environment with transformers, in a process of its own.
-
-    python -m benchmarks.scoring.decoders OUT --decoder-seed 1
-    python -m benchmarks.scoring.decoders CHECKPOINT
 """
 
 import argparse
+import json
 import pydoc_data.topics
 from pathlib import Path
 
@@ -14,8 +12,8 @@ import torch
 from tokenizers import ByteLevelBPETokenizer, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-VOCAB_SIZE = 32000
-
+CONFIG = json.loads(Path(__file__).with_name("decoder.json").read_text())
+"""Of a Llama of 58 million parameters."""
 # Std of the initial values, by seed. One for all would give losses, and so weights, that differ
 # by less than what two tools may: far larger values give a decoder that is surely wrong.
 INITIALIZER_RANGES = (0.02, 0.05, 0.08)
@@ -27,46 +25,22 @@ def write_tokenizer(folder: Path, texts: Path | None) -> None:
     That text is small: with `texts`, what is to be scored is trained on as well, so that it takes
     about as few tokens as a real tokenizer, which has seen all of English, would make of it.
     """
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     tokenizer = ByteLevelBPETokenizer()
     corpus = [*pydoc_data.topics.topics.values()]
     if texts is not None:
         corpus += [texts.read_text()] * 2  # a pair that occurs once is never joined
-    names = ["<unk>", *special.values()]
-    tokenizer.train_from_iterator(
-        corpus, vocab_size=VOCAB_SIZE, show_progress=False, special_tokens=names
-    )
+    names = list(special.values())
+    how = {"vocab_size": CONFIG["vocab_size"], "show_progress": False, "special_tokens": names}
+    tokenizer.train_from_iterator(corpus, **how)
     # As Llama's: a bos in front, no eos behind.
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A",
         pair="<s> $A <s> $B",
         special_tokens=[("<s>", tokenizer.token_to_id("<s>"))],
     )
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._tokenizer, unk_token="<unk>", **special
-    )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, **special)
     wrapped.save_pretrained(folder)
-
-
-def write_decoder(folder: Path, seed: int) -> None:
-    """Write a Llama of 58 million random float32 values in shards."""
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=2048,
-        initializer_range=INITIALIZER_RANGES[seed % len(INITIALIZER_RANGES)],
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=3,
-        tie_word_embeddings=False,
-        dtype="float32",
-    )
-    torch.manual_seed(seed)
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="80MB")
 
 
 if __name__ == "__main__":
@@ -77,4 +51,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     write_tokenizer(args.out, args.texts)
     if args.decoder_seed is not None:
-        write_decoder(args.out, args.decoder_seed)
+        std = INITIALIZER_RANGES[args.decoder_seed % len(INITIALIZER_RANGES)]
+        torch.manual_seed(args.decoder_seed)
+        decoder = LlamaForCausalLM(LlamaConfig(**CONFIG, initializer_range=std))
+        decoder.save_pretrained(args.out, max_shard_size="80MB")

@@ -1,82 +1,55 @@
-"""Holds the peak memory and the reads of `shardmix score` against what it promises.
-
-    python -m benchmarks.scoring.memory --work-dir WORK --data llm_examples.json
-
-Two tables: a bf16 llama of 2.2B parameters (4.5 GB), scored as two models, at several budgets; and
-the same inside a memory control group smaller than one model, beside transformers with accelerate's
-disk offload. Ends with status 1 if a promise was broken.
-"""
+"""Holds the peak memory and the reads of `shardmix score` against what it promises."""
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.lib import promises
-from benchmarks.lib.control_group import NoMemoryGroupError, memory_group, run_within
-from benchmarks.lib.machine import can_drop_caches, drop_caches, print_facts, wait_until_idle
+from benchmarks.lib.control_group import NoMemoryGroupError, memory_group
+from benchmarks.lib.machine import can_drop_caches, drop_caches, wait_until_idle
 from benchmarks.lib.processes import run_or_exit
-from benchmarks.lib.programs import budget_option, score_command
-from benchmarks.lib.promises import Row
-from benchmarks.lib.tables import Size, mib, over, print_table, write_csv
-from benchmarks.lib.workspace import Workspace, parser
-from benchmarks.scoring.task import copy_examples
+from benchmarks.lib.programs import SCORINGS, command
+from benchmarks.lib.promises import BASIC, GROUP, Case
+from benchmarks.lib.tables import Row, Size, mib, over, where
+from benchmarks.lib.workspace import MADE_UP, Workspace, benchmark
 
 MAX_READS = 1.1
 """Times the checkpoints' bytes that a scoring may read: each once, and a little."""
 TOO_SMALL = Size("64MiB")
 """Less than python with torch takes for itself."""
+
+
 READS = {
     # Weights, all models together, as the tool counts them.
-    "bytes_read": "weights read",
+    "weights read": "bytes_read",
     # What read calls returned to the process, and what came from disk; libraries included.
-    "read_calls_bytes": "read calls",
-    "disk_bytes": "from disk",
+    "read calls": "read_calls_bytes",
+    "from disk": "disk_bytes",
 }
-HEADER = ("case", *promises.HEADER, *READS.values(), "s", "promise", "charged MiB", "OOM kills")
+CELLS = {
+    title: lambda row, name=name: over(row[name], row["checkpoint_bytes"])
+    for title, name in READS.items()
+}
+TITLES = ("case", *BASIC, *READS, "s", "promise", *GROUP)
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One scoring to measure."""
-
-    title: str
-    tool: str
-    budget_bytes: int = 0
-    """`--max-memory`; 0 leaves it to shardmix."""
-    group_bytes: int = 0
-    """Size of the memory control group that it runs in; 0 for none."""
-    is_refused: bool = False
-    """Whether the budget is too small for any scoring, so that shardmix must say so."""
-
-
-def measure(case: Case, python: str, models: Sequence[Path], data: Path) -> Row:
+def measure_one(case: Case, python: str, checkpoint_bytes: int) -> Row:
     """Score once, with the models out of the page cache and the libraries in it."""
-    print(f"scoring: {case.title} ...", file=sys.stderr)
+    print(f"scoring: {case.named['case']} ...", file=sys.stderr)
     if can_drop_caches():
         drop_caches()
     run_or_exit([python, "-c", "import torch, transformers, accelerate"])
     wait_until_idle()
-    options = budget_option(case.budget_bytes)
-    command = score_command(case.tool, python, models, data, options=options)
-    finished, charged = run_within(case.group_bytes, command)
-    row = promises.judged(finished, case.budget_bytes, is_refused=case.is_refused)
-    shards = [path for model in models for path in model.glob("*.safetensors")]
-    checkpoint_bytes = sum(path.stat().st_size for path in shards)
-    bytes_read = 0 if finished.returncode else finished.report().get("bytes_read", 0)
-    if case.tool != "shardmix" and not finished.returncode:
+    row, finished = promises.measure(case)
+    bytes_read = 0 if row["failure"] else finished.report().get("bytes_read", 0)
+    if row["tool"] != "shardmix" and not row["failure"]:
         row["promise"] = "-"
     elif bytes_read > MAX_READS * checkpoint_bytes:
         row["promise"] = "BROKEN: reads"
-    return {
-        "case": case.title,
-        "tool": case.tool,
-        "group_bytes": case.group_bytes,
-        **row,
-        "charged_mib": charged[0],
-        "oom_kills": charged[1],
+    return row | {
         "checkpoint_bytes": checkpoint_bytes,
         "bytes_read": bytes_read,
         "read_calls_bytes": finished.read_calls_bytes,
@@ -85,71 +58,58 @@ def measure(case: Case, python: str, models: Sequence[Path], data: Path) -> Row:
     }
 
 
-def print_rows(rows: Sequence[Row]) -> None:
-    """Print the scorings side by side and, below, what those without figures said."""
-    table = []
-    for row in rows:
-        figures = [""] * (len(READS) + 1)
-        if not row["failure"]:
-            figures = [over(row[name], row["checkpoint_bytes"]) for name in READS]
-            figures.append(f"{row['seconds']:.1f}")
-        last = (row[name] for name in ("promise", "charged_mib", "oom_kills"))
-        table.append([row["case"], *promises.cells(row), *figures, *last])
-    print_table(HEADER, table)
-    promises.print_failures(rows)
+def measure(args: argparse.Namespace, workspace: Workspace) -> tuple[list[Row], bool]:
+    """Measure everything, and print."""
+    model = workspace.checkpoint(args.preset, args.preset)
+    if not (model / "tokenizer.json").exists():
+        run_or_exit([args.python, "-m", "benchmarks.scoring.decoders", model])
+    models = [model, *workspace.linked_copies([model], args.preset, 1)]
+    shards = [path for folder in models for path in folder.glob("*.safetensors")]
+    checkpoint_bytes = sum(path.stat().st_size for path in shards)
+    data = workspace.examples(args.data, args.num_examples)
+    if not can_drop_caches():
+        print("page cache: as it is, only root may empty it")
+    os.sync()
 
+    def case(title: str, *budget: int, tool: str = "shardmix", **how: Any) -> Case:
+        words = command(SCORINGS[tool], args.python, models, data=data)
+        return Case({"case": title, "tool": tool}, words, *budget, **how)
 
-def group_cases(args: argparse.Namespace) -> list[Case]:
-    """Return both tools outside and inside a control group; without the right to one, outside."""
-    budgets = {"shardmix": min(args.budgets), "accelerate": 0}
-    cases = [
-        Case(f"{tool}{place}", tool, budget, group)
-        for tool, budget in budgets.items()
-        for place, group in (("", 0), (", inside", args.group_size))
-        if args.accelerate or tool == "shardmix"
-    ]
+    def measure_all(title: str, cases: Sequence[Case]) -> list[Row]:
+        print(title)
+        rows = [measure_one(each, args.python, checkpoint_bytes) for each in cases]
+        promises.print_rows(TITLES, rows, CELLS)
+        return rows
+
+    cases = [case(args.preset, budget) for budget in (*args.budgets, 0)]
+    cases.append(case("too small a budget", TOO_SMALL, is_refused=True))
+    rows = measure_all("\nBudgets\n", cases)
+    groups = {"": 0, ", inside": args.group_size}
     try:
         with memory_group(args.group_size):
-            return cases
+            pass
     except NoMemoryGroupError as error:
         print(f"inside a control group: skipped, {error}\n")
-        return [case for case in cases if not case.group_bytes]
+        del groups[", inside"]
+    budgets = {"shardmix": min(args.budgets)} | ({"accelerate": 0} if args.accelerate else {})
+    cases = [
+        case(f"{tool}{place}", budget, tool=tool, group_bytes=nbytes)
+        for tool, budget in budgets.items()
+        for place, nbytes in groups.items()
+    ]
+    inside = f"inside a control group of {mib(args.group_size)} MiB"
+    rows += measure_all(f"Beside accelerate, and {inside}\n", cases)
+    return rows, promises.are_kept(where(rows, tool="shardmix"))
 
 
-def main() -> None:
-    """Measure everything; exit with 1 if more was held or read than promised."""
-    args = parser(
-        "Hold the peak memory of shardmix score against its promise.",
+if __name__ == "__main__":
+    benchmark(
+        measure,
         budgets=([Size(size) for size in ("1.5GiB", "2GiB", "4GiB")], "values of --max-memory"),
         preset=("llama-2b", "shape of the checkpoint"),
-        data=(Path, "file of examples; default: 45 made-up ones"),
+        data=(MADE_UP, "file of examples"),
         num_examples=(8, "the first so many"),
         group_size=(Size("2GiB"), "of the control group"),
         accelerate=(True, "beside accelerate"),
         csv=(Path("scoring-memory.csv"), "raw figures"),
-    ).parse_args()
-    with Workspace(args) as workspace:
-        print_facts(args.work_dir, args.python)
-        model = workspace.checkpoint(args.preset, args.preset)
-        if not (model / "tokenizer.json").exists():
-            run_or_exit([args.python, "-m", "benchmarks.scoring.decoders", model])
-        models = [model, workspace.linked_copy(model, f"{args.preset}-copy")]
-        data = copy_examples(args.data, workspace.scratch("examples.json"), args.num_examples)
-        if not can_drop_caches():
-            print("page cache: as it is, only root may empty it")
-        os.sync()
-        print("\nBudgets\n")
-        cases = [Case(args.preset, "shardmix", budget) for budget in (*args.budgets, 0)]
-        cases.append(Case("too small a budget", "shardmix", TOO_SMALL, is_refused=True))
-        rows = [measure(case, args.python, models, data) for case in cases]
-        print_rows(rows)
-        print(f"Beside accelerate, and inside a control group of {mib(args.group_size)} MiB\n")
-        compared = [measure(case, args.python, models, data) for case in group_cases(args)]
-        print_rows(compared)
-    rows += compared
-    write_csv(args.csv, rows)
-    raise SystemExit(promises.exit_status([row for row in rows if row["tool"] == "shardmix"]))
-
-
-if __name__ == "__main__":
-    main()
+    )

@@ -1,13 +1,12 @@
-"""Train and measure a small decoder: a Llama of three million parameters, made from nothing.
+"""The family of decoders: a base that knows half of the verbs, and fine-tunes on one task each.
 
-Its tokenizer is made from nothing as well. Knows nothing of tasks or of merging.
+All are Llamas of three million parameters, made from nothing, as is their tokenizer. The base is
+trained on all eight tasks of `sentences`, as a chat model has met many tasks, but with half of the
+verbs. Each fine-tune sees all verbs, in one task. Knows nothing of merging.
 """
-
-from __future__ import annotations
 
 import random
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,148 +18,137 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-VOCABULARY_SIZE = 512
-IGNORED = -100
-"""The label of a token that counts for nothing in the loss."""
+from benchmarks.lib.batches import IGNORED, Example, batch_of
+from benchmarks.study.mixing import NUM_EXAMPLES, Family
+from benchmarks.study.sentences import TASKS, Action, make_actions, make_example, make_sentences
 
-Example = dict[str, str]
-"""`input` and `output`, as `shardmix score` reads them."""
+NUM_BASE = 20_000
+NUM_TUNING = 4_000
+NUM_TESTS = 200
+"""Examples: of all tasks together, of one task, of a test."""
+BASE_RATE = 1e-3
+TUNING_RATE = 5e-4
+"""Peak rates; reached after a twentieth of the steps, then falling linearly to nearly zero."""
+BATCH_SIZE = 32
+TEST_BATCH_SIZE = 100
+SPECIAL = {"unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "<pad>"}
+CONFIG = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+Decoder = tuple[LlamaForCausalLM, PreTrainedTokenizerBase]
 
 
-@dataclass(frozen=True, slots=True)
-class DecoderTraining:
-    """What a training run depends on, besides its first model and its examples."""
+def prepare_decoders(work_dir: Path, seed: int) -> Family:
+    """Train the base, then a fine-tune a task, and return the family."""
+    actions = make_actions(seed)
+    folders = {name: work_dir / name for name in ("base", *TASKS)}
 
-    learning_rate: float
-    """Peak rate; reached after a twentieth of the steps, then falling linearly to nearly zero."""
-    batch_size: int = 32
-    """Examples a step."""
-    seed: int = 0
-    """Seeds the order of the examples."""
+    def examples_of(task: str, whose: list[Action], count: int, what: str) -> list[Example]:
+        """Make examples of one task, or each of any."""
+        sentences = make_sentences(whose, count, f"{seed} {what}")
+        return [make_example(task or draw.choice(list(TASKS)), each) for each in sentences]
+
+    draw = random.Random(seed)
+    examples = examples_of("", actions.known, NUM_BASE, "base")
+    # The pieces of words are those of all verbs; what to do with them is left to learn.
+    base = new_decoder(examples_of("", actions.train, NUM_TUNING, "tokenizer"), seed)
+    train_decoder(base, examples, BASE_RATE, seed, folders["base"])
+    tests: dict[str, list[Example]] = {}
+    for task in TASKS:
+        examples = examples_of(task, actions.train, NUM_TUNING, f"tuning {task}")
+        train_decoder(load_decoder(folders["base"]), examples, TUNING_RATE, seed, folders[task])
+        tests[task] = examples_of(task, actions.held_out, NUM_TESTS, f"test {task}")
+
+    def draw_examples(task: str, number: int) -> list[Example]:
+        return examples_of(task, actions.train, NUM_EXAMPLES, f"draw {task} {number}")
+
+    return Family(
+        name="decoder",
+        pooling="cls",
+        folders=folders,
+        development_tasks=("perfect", "future", "where"),
+        other_tests=(),
+        draw_examples=draw_examples,
+        mix_folder=work_dir / "mix",
+        measure=lambda folder, test: exact_match(folder, tests[test]),
+    )
 
 
-def train_tokenizer(examples: list[Example]) -> PreTrainedTokenizerFast:
-    """Train a byte-pair tokenizer whose pieces are whole words or parts of one."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+def new_decoder(examples: list[Example], seed: int) -> Decoder:
+    """Return random weights, and a tokenizer whose pieces are whole words or parts of one."""
+    tokens = Tokenizer(models.BPE(unk_token=SPECIAL["unk"]))
     # The space goes with the word that follows it, so that pieces join without a rule.
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE, special_tokens=["<unk>", "<s>", "</s>", "<pad>"]
-    )
+    tokens.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=list(SPECIAL.values()))
     texts = (f"{example['input']} {example['output']}" for example in examples)
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-    )
-
-
-def new_decoder(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
-    """Return a Llama with random weights."""
+    tokens.train_from_iterator(texts, trainer)
+    names = {f"{name}_token": token for name, token in SPECIAL.items()}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, **names)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
+    del ids["unk_token_id"]
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **CONFIG, **ids)), tokenizer
 
 
-def load_decoder(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+def load_decoder(folder: Path) -> Decoder:
     """Load a model folder."""
     model = LlamaForCausalLM.from_pretrained(folder)
     return model, PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def save_decoder(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a model folder."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def train_decoder(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[Example],
-    settings: DecoderTraining,
-) -> float:
-    """Train the model in place, by one pass over the examples; return the seconds it took.
+    decoder: Decoder, examples: list[Example], rate: float, seed: int, folder: Path
+) -> None:
+    """Train by one pass over the examples, and save.
 
     Only tokens of the output, and its end, count in the loss.
     """
-    order = random.Random(settings.seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=0.01, fused=True
-    )
-    num_steps = -(-len(examples) // settings.batch_size)
+    model, tokenizer = decoder
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
-        max_lr=settings.learning_rate,
-        total_steps=num_steps,
+        max_lr=rate,
+        total_steps=-(-len(examples) // BATCH_SIZE),
         pct_start=0.05,
         anneal_strategy="linear",
         # AdamW keeps its own momentum; only the rate is to change.
         cycle_momentum=False,
     )
-    encoded = [_encode(tokenizer, example) for example in examples]
-    shuffled = order.sample(encoded, k=len(encoded))
+    shuffled = random.Random(seed).sample(examples, k=len(examples))
     started = time.perf_counter()
     model.train()
-    for start in range(0, len(shuffled), settings.batch_size):
-        batch = _pad(shuffled[start : start + settings.batch_size], tokenizer.pad_token_id)
-        loss = model(**batch).loss
+    for start in range(0, len(shuffled), BATCH_SIZE):
+        loss = model(**batch_of(shuffled[start : start + BATCH_SIZE], tokenizer)).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
         optimizer.step()
         schedule.step()
     model.eval()
-    return time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    told = f"{model.num_parameters() / 1e6:.1f} M parameters, {len(examples)} examples"
+    print(f"decoder {folder.name}: trained, {told}, {seconds:.0f} s", flush=True)
+    for part in decoder:
+        part.save_pretrained(folder)
 
 
 @torch.no_grad()
-def exact_match(folder: Path, examples: list[Example], batch_size: int = 100) -> float:
+def exact_match(folder: Path, examples: list[Example]) -> float:
     """Return the percentage of examples whose whole output greedy decoding would give.
 
     Greedy decoding gives the output exactly if every token of it, and its end, is the most
     probable after the ones before it; one pass with the right tokens given shows that.
     """
     model, tokenizer = load_decoder(folder)
-    encoded = [_encode(tokenizer, example) for example in examples]
     num_right = 0
-    for start in range(0, len(encoded), batch_size):
-        batch = _pad(encoded[start : start + batch_size], tokenizer.pad_token_id)
-        labels = batch["labels"][:, 1:]
-        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        right = (logits[:, :-1].argmax(dim=-1) == labels) | (labels == IGNORED)
+    for start in range(0, len(examples), TEST_BATCH_SIZE):
+        batch = batch_of(examples[start : start + TEST_BATCH_SIZE], tokenizer)
+        labels = batch.pop("labels")[:, 1:]
+        right = (model(**batch).logits[:, :-1].argmax(dim=-1) == labels) | (labels == IGNORED)
         num_right += int(right.all(dim=1).sum())
     return 100 * num_right / len(examples)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], int]:
-    """Return the tokens of input, output and end, and how many of them are the input's."""
-    prompt = tokenizer(example["input"])["input_ids"]
-    whole = tokenizer(f"{example['input']} {example['output']}")["input_ids"]
-    return [*whole, tokenizer.eos_token_id], len(prompt)
-
-
-def _pad(encoded: list[tuple[list[int], int]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    length = max(len(tokens) for tokens, _ in encoded)
-    input_ids = torch.full((len(encoded), length), pad_token_id)
-    labels = torch.full((len(encoded), length), IGNORED)
-    attention_mask = torch.zeros((len(encoded), length), dtype=torch.long)
-    for row, (tokens, prompt_length) in enumerate(encoded):
-        input_ids[row, : len(tokens)] = torch.tensor(tokens)
-        labels[row, prompt_length : len(tokens)] = torch.tensor(tokens[prompt_length:])
-        attention_mask[row, : len(tokens)] = 1
-    return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}

