@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from shardmix.plan.merge_plan import MergePlan as MergePlan
     from shardmix.recipe import Recipe as Recipe
     from shardmix.recipe import RecipeModel as RecipeModel
-    from shardmix.reports import MergeReport as MergeReport
-    from shardmix.reports import ModelReport as ModelReport
-    from shardmix.reports import PlanReport as PlanReport
+    from shardmix.reports.merge_report import MergeReport as MergeReport
+    from shardmix.reports.model_report import ModelReport as ModelReport
+    from shardmix.reports.plan_report import PlanReport as PlanReport
     from shardmix.score_and_merge import merge_by_examples as merge_by_examples
     from shardmix.verification.status import StatusReport as StatusReport
     from shardmix.verification.status import status as status
@@ -59,9 +59,9 @@ _HOME = {
     "merge_by_examples": "score_and_merge",
     "MergeOptions": "options",
     "MergePlan": "plan.merge_plan",
-    "MergeReport": "reports",
-    "ModelReport": "reports",
-    "PlanReport": "reports",
+    "MergeReport": "reports.merge_report",
+    "ModelReport": "reports.model_report",
+    "PlanReport": "reports.plan_report",
     "ProgressEvent": "execute.progress",
     "StatusReport": "verification.status",
     "VerifyReport": "verification.verify",

@@ -9,6 +9,7 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shardmix._typing import Unpack
 from shardmix.errors import (
@@ -18,34 +19,28 @@ from shardmix.errors import (
     ShardmixError,
     SourceChangedError,
 )
-from shardmix.execute.merge import execute_plan
-from shardmix.execute.prepare import ready
-from shardmix.execute.progress import OnProgress
-from shardmix.execute.read_ahead import reading_ahead
 from shardmix.options import MergeOptions, digest_algorithm, run_settings
 from shardmix.output.destination import check_disk, check_output, resolve_output
 from shardmix.output.disk_need import disk_needed_nbytes
-from shardmix.output.journal import Journal, open_journal
 from shardmix.output.permissions import readers_of
 from shardmix.output.staging import Staging, open_staging, settle, staged_nbytes
 from shardmix.plan import planner
 from shardmix.plan.merge_plan import MergePlan
 from shardmix.plan.opening import OpenedModels, disk_errors_named, open_models
-from shardmix.profiling.recorder import check_profile_path, recording
+from shardmix.profiling.profile_file import check_profile_path
 from shardmix.recipe.build import ModelsArgument, build_recipe
 from shardmix.recipe.recipe import Recipe
-from shardmix.reports import (
-    MergeReport,
-    ModelReport,
-    PlanReport,
-    describe_merge,
-    describe_model,
-    describe_plan,
-)
 from shardmix.sources.resolve import ResolvedSource, open_source, resolve_all
 from shardmix.system.files import free_nbytes
 from shardmix.system.hashing import LEAF_NBYTES
 from shardmix.system.units import format_size, parse_size
+
+if TYPE_CHECKING:
+    from shardmix.execute.progress import OnProgress
+    from shardmix.output.journal import Journal
+    from shardmix.reports.merge_report import MergeReport
+    from shardmix.reports.model_report import ModelReport
+    from shardmix.reports.plan_report import PlanReport
 
 
 def merge(
@@ -53,10 +48,10 @@ def merge(
     output: str | PathLike[str],
     *,
     model_type: str | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: "OnProgress | None" = None,
     cancel: threading.Event | None = None,
     **options: Unpack[MergeOptions],
-) -> MergeReport:
+) -> "MergeReport":
     """Merge models into one: out = Σ weightᵢ · modelᵢ, streamed, in bounded memory.
 
     Args:
@@ -96,9 +91,9 @@ def merge_resolved(
     options: MergeOptions,
     *,
     resolved: Mapping[str, ResolvedSource],
-    on_progress: OnProgress | None = None,
+    on_progress: "OnProgress | None" = None,
     cancel: threading.Event | None = None,
-) -> MergeReport:
+) -> "MergeReport":
     """Merge models as `merge` does, of which some texts are resolved already."""
     settle(resolve_output(output))
     recipe = checked_recipe(models, model_type, options)
@@ -164,10 +159,18 @@ def merge_opened(
     output: str | PathLike[str],
     options: MergeOptions,
     *,
-    on_progress: OnProgress | None = None,
+    on_progress: "OnProgress | None" = None,
     cancel: threading.Event | None = None,
-) -> MergeReport:
+) -> "MergeReport":
     """Merge models that are open. Arguments and errors are those of `merge`."""
+    # Imported here: a plan needs none of it.
+    from shardmix.execute.merge import execute_plan
+    from shardmix.execute.prepare import ready
+    from shardmix.execute.read_ahead import reading_ahead
+    from shardmix.output.journal import open_journal
+    from shardmix.profiling.recorder import recording
+    from shardmix.reports.merge_report import describe_merge
+
     target = resolve_output(output)
     settle(target)
     plan = opened.plan(options)
@@ -260,8 +263,10 @@ def checked_recipe(models: ModelsArgument, model_type: str | None, options: Merg
     )
 
 
-def report_plan(plan: MergePlan) -> PlanReport:
+def report_plan(plan: MergePlan) -> "PlanReport":
     """Return the report of a plan, with the free space for its output."""
+    from shardmix.reports.plan_report import describe_plan
+
     if not plan.output:
         return describe_plan(plan, disk_free=None)
     target = Path(plan.output)
@@ -269,7 +274,7 @@ def report_plan(plan: MergePlan) -> PlanReport:
     return describe_plan(plan, disk_free=free_nbytes(target) + staged_nbytes(target))
 
 
-def inspect(source: str | PathLike[str]) -> ModelReport:
+def inspect(source: str | PathLike[str]) -> "ModelReport":
     """Return the report of a model folder, `.safetensors` file or Hub id, from headers only.
 
     Raises `SourceError` if it cannot be read. A model that cannot be merged can still be inspected.
@@ -278,6 +283,8 @@ def inspect(source: str | PathLike[str]) -> ModelReport:
         >>> shardmix.inspect("org/name").num_parameters
         22713216
     """
+    from shardmix.reports.model_report import describe_model
+
     with disk_errors_named():
         return describe_model(open_source(str(source)))
 
@@ -294,7 +301,7 @@ def _limit_readers(staging: Staging, plan: MergePlan) -> tuple[str, ...]:
     return note
 
 
-def _kept(staging: Staging, journal: Journal, plan: MergePlan, error: BaseException) -> str:
+def _kept(staging: Staging, journal: "Journal", plan: MergePlan, error: BaseException) -> str:
     """Return a hint on the saved work of an unfinished merge, and how to go on; "" if there is
     none."""
     if staging.is_placed:

@@ -19,7 +19,7 @@ from shardmix.conventions.model_types import AUTO_CLASSES, check_model_type
 from shardmix.errors import RecipeError, SourceError, one_line
 from shardmix.options import MergeOptions
 from shardmix.recipe.build import build_recipe
-from shardmix.reports import MergeReport
+from shardmix.reports.merge_report import MergeReport
 from shardmix.score_and_merge import merge_by_examples
 from shardmix.scoring.examples import ExamplesArgument, load_examples
 from shardmix.scoring.options import ScoreOptions, check_options

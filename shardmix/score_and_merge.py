@@ -24,7 +24,7 @@ from shardmix.output.destination import check_disk, resolve_output
 from shardmix.output.score_log import ScoreLog, ScoringIdentity, weight_files
 from shardmix.output.staging import Staging, open_staging, settle, staged_nbytes
 from shardmix.plan.merge_plan import MergePlan
-from shardmix.reports import MergeReport
+from shardmix.reports.merge_report import MergeReport
 from shardmix.scoring.examples import Example, ExamplesArgument, load_examples
 from shardmix.scoring.options import ScoreOptions, ScoreSettings, check_options
 from shardmix.scoring.report import OnScoreProgress, ScoreReport

@@ -105,7 +105,10 @@ def test_steps_begin_at_any(draw):
         (["shardmix/cli/commands.py", "tests/cli/test_progress.py"], ["tests/cli"]),
         (["shardmix/plan/layout.py"], ["tests/golden", "tests/plan"]),
         (["shardmix/dtypes.py"], ["tests/test_dtypes.py"]),
-        (["shardmix/api.py", "shardmix/reports.py"], ["tests/cli", "tests/test_merge.py"]),
+        (
+            ["shardmix/api.py", "shardmix/reports/merge_report.py"],
+            ["tests/cli", "tests/test_merge.py"],
+        ),
         (["tests/golden/outputs.json"], ["tests/golden"]),
         (["tests/plan/test_gone.py"], []),
         (["README.md", "docs/design.md"], []),

@@ -30,7 +30,7 @@ def profile_files(asked: Path | None) -> tuple[Path | None, Path | None]:
             subject=f"--profile {str(asked)!r}",
             remedy="pip install 'shardmix[profile]', or name a .json file for only the figures",
         )
-    from shardmix.profiling.recorder import is_profile
+    from shardmix.profiling.profile_file import is_profile
 
     figures = asked.with_suffix(".json")
     # With its figures beside it, it is the picture of an earlier merge.

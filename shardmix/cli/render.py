@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from shardmix.reports import MergeReport, ModelReport, ParametersReport, PlanReport, ShardReport
+    from shardmix.reports.merge_report import MergeReport
+    from shardmix.reports.model_report import ModelReport
+    from shardmix.reports.plan_facts import ShardReport
+    from shardmix.reports.plan_report import ParametersReport, PlanReport
     from shardmix.scoring.report import ScoreReport
     from shardmix.verification.status import StatusReport
     from shardmix.verification.verify import VerifyReport

@@ -214,23 +214,7 @@ def _take(anomalies: LeafAnomalies, plan: MergePlan, found: AnomalySum) -> None:
     if anomalies.nonfinite and plan.settings.on_nonfinite == ERROR:
         name, counts = next(iter(anomalies.nonfinite.items()))
         raise NonfiniteError(
-            nonfinite_finding(name, counts, plan),
+            plan.nonfinite_finding(name, counts),
             subject=name,
             remedy="mend the model that holds them, or allow them: --on-nonfinite warn",
         )
-
-
-def nonfinite_finding(name: str, counts: tuple[int, int, int], plan: MergePlan) -> str:
-    """Describe the values of a merged tensor that are not finite."""
-    num_nan, num_inf, num_overflowed = counts
-    parts = []
-    if num_nan:
-        parts.append(f"{num_nan} NaN")
-    if num_inf - num_overflowed:
-        parts.append(f"{num_inf - num_overflowed} Inf")
-    if num_overflowed:
-        parts.append(
-            f"{num_overflowed} values too large for {plan.tensor_dtype(name)}, made Inf by "
-            "rounding (--dtype bfloat16 or float32 has room for them)"
-        )
-    return " and ".join(parts) + " in the merged tensor"

@@ -334,6 +334,21 @@ class MergePlan:
             if shard.full_name(stored) == name
         )
 
+    def nonfinite_finding(self, name: str, counts: tuple[int, int, int]) -> str:
+        """Describe the values of a merged tensor that are not finite."""
+        num_nan, num_inf, num_overflowed = counts
+        parts = []
+        if num_nan:
+            parts.append(f"{num_nan} NaN")
+        if num_inf - num_overflowed:
+            parts.append(f"{num_inf - num_overflowed} Inf")
+        if num_overflowed:
+            parts.append(
+                f"{num_overflowed} values too large for {self.tensor_dtype(name)}, made Inf by "
+                "rounding (--dtype bfloat16 or float32 has room for them)"
+            )
+        return " and ".join(parts) + " in the merged tensor"
+
     def with_disk_needed(self, nbytes: int) -> "MergePlan":
         """Return the same merge with the disk space of its output, now that it is known."""
         return replace(self, disk_needed_nbytes=nbytes)

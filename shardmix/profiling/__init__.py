@@ -3,6 +3,7 @@
 sampler                samples memory, page cache and VRAM, by a thread
 recorder               records a merge, and writes its profile at the end
 profile                the profile; its field names are the JSON's
+profile_file           where a profile may be, and what it may replace
 plot                   a profile as a picture, by matplotlib, in a process of its own
 
 The hot loop knows only a `Clock`, and calls `lap(stage, nbytes)` at the end of a stage. So a

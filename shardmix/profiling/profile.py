@@ -18,9 +18,6 @@ from shardmix.system.timer import FINISH, STAGES, StageClock
 
 COMPLETE, CANCELLED, FAILED = "complete", "cancelled", "failed"
 
-FIRST_BYTES = b'{"profile_version":'
-"""First bytes of a profile's file."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedMerge:

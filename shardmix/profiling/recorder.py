@@ -1,29 +1,26 @@
-"""Records a merge while it runs: checks the profile's path, samples, and writes the profile.
+"""Records a merge while it runs: samples, and writes the profile.
 
 Puts sampler, stage clock and profile together. Draws no picture.
 """
 
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from shardmix.compute.backend import Backend
 from shardmix.errors import MergeCancelled, OutputError, ShardmixError
-from shardmix.output.staging import staging_path
 from shardmix.plan.merge_plan import MergePlan
 from shardmix.profiling.profile import (
     CANCELLED,
     COMPLETE,
     FAILED,
-    FIRST_BYTES,
     Profile,
     Samples,
     planned_merge,
     stage_profiles,
     this_machine,
 )
+from shardmix.profiling.profile_file import write_profile
 from shardmix.profiling.sampler import (
     MEMORY_COLUMNS,
     VRAM_COLUMNS,
@@ -31,8 +28,6 @@ from shardmix.profiling.sampler import (
     memory_probe,
     vram_probe,
 )
-from shardmix.system.files import open_regular
-from shardmix.system.held_folder import open_folder
 from shardmix.system.memory import peak_resident_nbytes
 from shardmix.system.timer import FINISH, NO_CLOCK, STAGES, Clock, StageClock
 
@@ -115,76 +110,14 @@ def recording(path: str | None) -> Iterator[Recording]:
         except BaseException as error:
             is_stopped = isinstance(error, MergeCancelled | KeyboardInterrupt)
             try:
-                _write(path, recorded.profile(CANCELLED if is_stopped else FAILED))
+                _write_profile(path, recorded.profile(CANCELLED if is_stopped else FAILED))
             except OutputError as unwritten:
                 if isinstance(error, ShardmixError):
                     error.add_hint(str(unwritten))
             raise
-        _write(path, recorded.profile(COMPLETE))
+        _write_profile(path, recorded.profile(COMPLETE))
 
 
-def check_profile_path(path: str | None, output: Path | None, inputs: Sequence[Path]) -> None:
-    """Refuse a profile that could not be written, or would destroy something. Opens no source.
-
-    `path` is absolute; `inputs` are model folders and weight files. Raises `OutputError`.
-    """
-    if path is None:
-        return
-    file = Path(path)
-    kept_clean = [] if output is None else [output, staging_path(output)]
-    for folder in (*kept_clean, *(source.resolve() for source in inputs)):
-        if folder == file or folder in file.parents:
-            raise OutputError(
-                f"a profile cannot be in {folder}",
-                subject=file,
-                remedy="choose a place outside it",
-            )
-    if not file.parent.is_dir():
-        raise OutputError(f"there is no folder {file.parent}", subject=file, remedy="make it first")
-    if not os.access(file.parent, os.W_OK | os.X_OK):
-        raise OutputError(
-            "cannot be written to",
-            subject=file,
-            remedy="choose another place for the profile",
-        )
-    _check_replaceable(file)
-
-
-def _check_replaceable(file: Path) -> None:
-    if file.is_symlink():
-        raise OutputError(
-            "is a link, which a profile does not follow",
-            subject=file,
-            remedy="name another file",
-        )
-    if file.exists() and not is_profile(file):
-        raise OutputError(
-            "exists and is not a profile; nothing else would be replaced",
-            subject=file,
-            remedy="choose another name",
-        )
-
-
-def is_profile(file: Path) -> bool:
-    """Return True if a file is a profile of a merge, by its first bytes."""
-    try:
-        with open_regular(file) as opened:
-            return opened.read(len(FIRST_BYTES)) == FIRST_BYTES
-    except OSError:
-        return False
-
-
-def _write(path: str, profile: Profile | None) -> None:
-    if profile is None:
-        return
-    file = Path(path)
-    _check_replaceable(file)  # again: the first check was before the merge
-    try:
-        with open_folder(file.parent) as folder:
-            folder.replace(file.name, profile.to_json())
-    except OSError as error:
-        raise OutputError(
-            f"the profile cannot be written ({error.strerror})",
-            subject=path,
-            remedy="check its permissions and its disk",
-        ) from None
+def _write_profile(path: str, profile: Profile | None) -> None:
+    if profile is not None:
+        write_profile(path, profile.to_json())

@@ -10,7 +10,7 @@ import shardmix
 from shardmix.errors import OutputError, RecipeError
 from shardmix.execute.thread_executor import TaskQueue
 from shardmix.output.journal import Journal
-from shardmix.profiling import recorder
+from shardmix.profiling import profile_file, recorder
 from shardmix.profiling.profile import Profile
 from shardmix.system.units import MIB
 from tests.support.cut_off import cut_off, cut_off_after, folder_bytes, large_models
@@ -246,9 +246,9 @@ def test_bad_place_is_refused_early(small, tmp_path, monkeypatch, place, error, 
     (tmp_path / "mine.json").write_text('{"precious": 1}')
     (tmp_path / "folder.json").mkdir()
     (tmp_path / "frozen").mkdir()
-    access = recorder.os.access  # root may write anywhere
+    access = profile_file.os.access  # root may write anywhere
     monkeypatch.setattr(
-        recorder.os, "access", lambda path, *mode: path.name != "frozen" and access(path, *mode)
+        profile_file.os, "access", lambda path, *mode: path.name != "frozen" and access(path, *mode)
     )
     before = folder_bytes(tmp_path)
     for act in (shardmix.merge, shardmix.plan_merge):
