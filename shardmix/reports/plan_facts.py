@@ -1,4 +1,4 @@
-"""What the reports of a plan and of its merge have in common, and the report of one file."""
+"""Common parts of the reports of a plan and of its merge, and the report of one file."""
 
 from dataclasses import dataclass
 from typing import Any

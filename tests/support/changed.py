@@ -16,11 +16,13 @@ ROOT = Path(__file__).resolve().parents[2]
 ALWAYS = ("tests/test_docs.py", "tests/test_house.py", "tests/test_imports.py")
 """What any change may break, and takes seconds."""
 DECIDE_BYTES = {"compute", "execute", "matching", "methods", "output", "plan", "recipe", "sources"}
-OF_TOP_LEVEL = {
+TESTED_ELSEWHERE = {
+    "errors": ("tests/test_errors.py", "tests/test_redaction.py"),
     "reports": ("tests/cli",),
     "score_and_merge": ("tests/test_lm_cocktail.py",),
 }
-"""Modules at the top whose tests have other names; by default, tests/test_merge.py has them."""
+"""Packages and modules whose tests have other names; of a module at the top, tests/test_merge.py
+has them by default."""
 
 
 def changed_files(since: str | None = None) -> list[str]:
@@ -48,13 +50,13 @@ def select_tests(changed: Iterable[str]) -> list[str]:
 def _tests_of_one(path: Path) -> Iterable[str]:
     top, *rest = path.parts
     if top == "shardmix" and len(rest) > 1:
-        yield f"tests/{rest[0]}"
+        yield from TESTED_ELSEWHERE.get(rest[0], (f"tests/{rest[0]}",))
         if rest[0] in DECIDE_BYTES:
             yield "tests/golden"
     elif top == "shardmix":
         own = f"tests/test_{path.stem}.py"
         default = own if (ROOT / own).exists() else "tests/test_merge.py"
-        yield from OF_TOP_LEVEL.get(path.stem, (default,))
+        yield from TESTED_ELSEWHERE.get(path.stem, (default,))
     elif top == "tests" and path.name.startswith("test_"):
         yield path.as_posix()
     elif top == "tests" and len(rest) > 1 and rest[0] not in ("support", "generators"):
