@@ -102,7 +102,8 @@ def merge(
 
     SOURCE=WEIGHT... is two or more models with their weights, or one recipe.yaml in mergekit's
     language. A SOURCE is a model folder, a .safetensors file, or a Hub id org/name[@revision]; with
-    a method that has no weights, it stands alone.
+    a method that has no weights, it stands alone. SOURCE+ADAPTER is a model with a LoRA adapter,
+    and may be the only one.
     """
     with errors_reported(json=json, quiet=quiet):
         figures, picture = pictures.profile_files(profile)
@@ -227,7 +228,8 @@ def plan(
 
     SOURCE=WEIGHT... is two or more models with their weights, or one recipe.yaml in mergekit's
     language. A SOURCE is a model folder, a .safetensors file, or a Hub id org/name[@revision]; with
-    a method that has no weights, it stands alone.
+    a method that has no weights, it stands alone. SOURCE+ADAPTER is a model with a LoRA adapter,
+    and may be the only one.
     """
     with errors_reported(json=json, quiet=quiet):
         options = arguments.merge_options(others)

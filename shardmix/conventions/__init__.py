@@ -3,7 +3,8 @@
 weight_names           names of weight files, shards and indexes, by loader
 file_kinds             auxiliary files, which go along with the weights, and kinds left out
 folder_kinds           folders that are no model in safetensors, and the remedy for each
-adapters               adapters such as LoRA, by the names of their tensors
+adapters               adapters such as LoRA, by the names of their tensors, and in a user's text
+peft                   LoRA adapters as PEFT saves them: config and names of tensors
 naming                 meanings of tensor names and config keys in transformers
 declarations           declarations of transformers' classes (ties, names), from a table
 ask_transformers       a program that asks transformers of a class that the table lacks

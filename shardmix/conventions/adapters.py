@@ -1,20 +1,19 @@
-"""Adapters such as LoRA, by the names of their tensors: small weights that change a base model.
+"""Adapters such as LoRA: small weights that change a base model.
 
-A model's output depends on the product of their matrices, and the mean of products is not the
-product of means. Pure rules on names.
+Known by the names of their tensors, and by the texts of a user, `BASE+ADAPTER` as in mergekit. A
+model's output depends on the product of their matrices, and the mean of products is not the
+product of means.
 """
 
 import re
 from collections.abc import Collection, Iterator
+from pathlib import Path
 
 ADAPTER_RULE = (
     "the mean of two adapters' matrices is not the mean of what they do to the model (mean B × "
     "mean A is not mean B·A)"
 )
-ADAPTER_REMEDY = (
-    "merge each adapter into its base model first, with PEFT's merge_and_unload() and "
-    "save_pretrained(), and give the models that this makes"
-)
+ADAPTER_REMEDY = "give each with its base model, as BASE+ADAPTER"
 
 # Cheap to search in all names at once; the pattern then judges.
 _HINTS = ("lora", "hada_w", "lokr_w", "ia3_l", "prompt_embeddings", "vera_", "oft_", "boft_")
@@ -73,3 +72,38 @@ def _adapter_tensors(names: Collection[str]) -> Iterator[tuple[str, str]]:
             yield name, name[: match.start()]
         elif name == _PROMPT:
             yield name, name
+
+
+def divided(text: str) -> tuple[str, str | None]:
+    """Return the model and the adapter that a text names; the adapter is None for a mere model.
+
+    As in mergekit the last `+` divides them, unless all is an existing path. Of several, it is the
+    last that an existing path follows.
+
+    Example:
+        >>> divided("org/base+org/math+org/code@main")
+        ('org/base+org/math', 'org/code@main')
+    """
+    if "+" not in text or _exists(text):
+        return text, None
+    places = [at for at, letter in enumerate(text) if letter == "+"][::-1]
+    at = next((at for at in places if text[at + 1 :] and _exists(text[at + 1 :])), places[0])
+    return text[:at], text[at + 1 :]
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).expanduser().exists()
+    except (OSError, RuntimeError):
+        return False
+
+
+def is_adapted(text: str) -> bool:
+    """Return True if a text names a model with an adapter."""
+    return divided(text)[1] is not None
+
+
+def parts_of(text: str) -> list[str]:
+    """Return the model and the adapters that a text names, in order."""
+    base, adapter = divided(text)
+    return [base] if adapter is None else [*parts_of(base), adapter]

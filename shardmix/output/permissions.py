@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from shardmix.conventions.adapters import parts_of
 from shardmix.plan.merge_plan import MergePlan
 
 _OWNER, _GROUP, _OTHERS = 0o700, 0o070, 0o007
@@ -64,8 +65,9 @@ def _paths(plan: MergePlan) -> Iterator[str]:
     folders = {
         str(Path(file.path).parent)
         for source in plan.sources
-        if source.identity.hub_id is None and Path(source.path).is_dir()
+        for single_files in ([part for part in parts_of(source.path) if Path(part).is_file()],)
         for file in source.identity.files
+        if file.commit is None and file.path not in single_files
     }
     yield from (file.path for file in plan.files)
     yield from sorted(folders)

@@ -58,6 +58,17 @@ class SourceFileRecord(msgspec.Struct, frozen=True):
     """SHA-256 (hex) of its header."""
 
 
+class AdapterRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An adapter that was applied to a model."""
+
+    name: str
+    """Hub id with revision, or the name of its folder."""
+    hub_id: str | None = None
+    """`org/name`, if it came from the Hub."""
+    commit: str | None = None
+    """The commit on the Hub."""
+
+
 class SourceRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """One model that was merged."""
 
@@ -70,7 +81,14 @@ class SourceRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     commit: str | None = None
     """The commit on the Hub."""
     path: str | None = None
-    """Its path, if that was to be recorded."""
+    """Its path, if that was to be recorded; with adapters, the text that opens them all."""
+    adapters: tuple[AdapterRecord, ...] = ()
+    """The adapters that were applied to it, in order."""
+
+    @property
+    def base_name(self) -> str:
+        """Its name without those of its adapters."""
+        return self.name.removesuffix("".join(f"+{adapter.name}" for adapter in self.adapters))
 
 
 class FileRecord(msgspec.Struct, frozen=True):
@@ -262,7 +280,8 @@ def recorded_recipe(provenance: Provenance, path: Path) -> Recipe:
     try:
         recipe = recipe_from_dict(provenance.recipe)
         # By number: two models may have one public name, and one of them be the base model.
-        recipe = checked(recipe.with_sources([str(n) for n in range(len(recipe.sources))]))
+        numbered = recipe.with_sources([str(n) for n in range(len(recipe.sources))])
+        recipe = checked(numbered, may_be_one=True)
     except RecipeError:
         raise SourceError(
             f"its recipe is none that shardmix {__version__} understands",
@@ -328,11 +347,16 @@ def _nonfinite_lines(anomalies: LeafAnomalies) -> Iterator[bytes]:
 
 def _source_record(plan: MergePlan, source: PlannedSource) -> SourceRecord:
     identity = source.identity
+    is_local = None in (identity.hub_id, *(adapter.hub_id for adapter in identity.adapters))
     return SourceRecord(
         name=source.name,
         hub_id=identity.hub_id,
         commit=identity.commit,
-        path=source.path if plan.record_paths and identity.hub_id is None else None,
+        path=source.path if plan.record_paths and is_local else None,
+        adapters=tuple(
+            AdapterRecord(adapter.name, adapter.hub_id, adapter.commit)
+            for adapter in identity.adapters
+        ),
         files=tuple(
             SourceFileRecord(file.name, file.nbytes, file.header_sha256) for file in identity.files
         ),

@@ -413,15 +413,14 @@ class MergePlan:
         return tuple(
             FileIdentity(
                 model=source.name,
-                file=file.name if commit else file.path,
-                commit=commit,
+                file=file.name if file.commit else file.path,
+                commit=file.commit,
                 size=file.nbytes,
-                modified=None if commit else file.mtime_ns,
+                modified=None if file.commit else file.mtime_ns,
                 header=file.header_sha256,
-                stamp=None if commit else file.stamp,
+                stamp=None if file.commit else file.stamp,
             )
             for source in self.sources
-            for commit in (source.identity.commit,)
             for file in source.identity.files
         )
 

@@ -52,15 +52,6 @@ class ConfigSource:
     """Folder of config and main weights in it: "" or the folder of one of these modules."""
 
 
-def public_name(source: Source) -> str:
-    """Return a source's name for publication: its Hub id, or its own name without a path."""
-    if source.identity.hub_id is not None:
-        return source.text
-    if source.is_single_file:
-        return Path(source.identity.files[0].path).name
-    return source.root.resolve().name
-
-
 @contextmanager
 def disk_errors_named() -> Iterator[None]:
     """Turn an error that no check foresaw, such as a folder without permission, into a clear
@@ -72,9 +63,10 @@ def disk_errors_named() -> Iterator[None]:
 
 
 def _paths(source: Source) -> list[Path]:
-    """Return the paths of a source on the disk: its folder, and files that may be links."""
+    """Return the paths of a source on the disk: its folders, and files that may be links."""
     files = [Path(file.path) for part in source.parts for file in part.identity.files]
-    return files if source.is_single_file else [source.root, *files]
+    adapters = [Path(adapter.path) for adapter in source.identity.adapters]
+    return [*adapters, *files] if source.is_single_file else [source.root, *adapters, *files]
 
 
 def _check_model_type(*, model_type: str | None, config_source: ConfigSource) -> None:
@@ -94,7 +86,7 @@ def _check_model_type(*, model_type: str | None, config_source: ConfigSource) ->
 
 def _open_config_source(resolved: ResolvedSource | None, first: Source) -> ConfigSource:
     if resolved is None:
-        name = public_name(first)
+        name = first.public_name
         return ConfigSource(
             name,
             first.root,

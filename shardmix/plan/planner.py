@@ -39,7 +39,7 @@ from shardmix.plan.chunk_size import whole_chunk_nbytes
 from shardmix.plan.layout import FileNumbers, TensorParameters, plan_shards
 from shardmix.plan.memory_budget import Gathering, plan_memory
 from shardmix.plan.merge_plan import MergePlan, ModuleConfig, OutputShard, PlannedSource
-from shardmix.plan.opening import ConfigSource, OpenedModels, public_name
+from shardmix.plan.opening import ConfigSource, OpenedModels
 from shardmix.plan.output_modules import PlannedModules, plan_modules
 from shardmix.plan.weight_warnings import weight_warnings
 from shardmix.recipe import Recipe
@@ -128,6 +128,7 @@ def _plan_merge(
             max_memory=settings.max_memory_nbytes,
         ),
         *adapter_warnings(part for source in sources for part in source.parts),
+        *dict.fromkeys(note for source in sources for note in source.warnings),
         *_auxiliary_file_warnings(auxiliary_files, left_out, config_source),
     ]
     if _stem(sources[0], config_source) not in MARKS and _lacks_config(
@@ -206,7 +207,7 @@ def _planned_sources(
         planned.append(
             PlannedSource(
                 text=source.text,
-                name=public_name(source),
+                name=source.public_name,
                 path=source.path,
                 identity=replace(
                     source.identity,

@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
+from shardmix.conventions.adapters import is_adapted
 from shardmix.conventions.model_types import check_model_type
 from shardmix.conventions.sentence_modules import check_pooling
 from shardmix.dtypes import OUT_DTYPES
@@ -123,10 +124,13 @@ def parse_source_words(
 ) -> list[str | tuple[str, float]]:
     """Parse the models of a command line: SOURCE=WEIGHT, where the last `=` divides them.
 
-    If the method's models have no weight, words are sources; so is the word of the base model.
+    If the method's models have no weight, words are sources; so is the word of the base model. A
+    model with an adapter that is the only one needs no weight.
     """
     if not has_weights(merge_method(method or linear.NAME)):
         return list(words)
+    if len(words) == 1 and base_model is None and is_adapted(words[0]) and "=" not in words[0]:
+        return [(words[0], 1.0)]
     return [word if word == base_model else _weighted(word) for word in words]
 
 
@@ -167,10 +171,11 @@ def parse_parameter_words(words: Sequence[str]) -> dict[str, str | list[str]]:
     return found
 
 
-def checked(recipe: Recipe, *, is_sum_checked: bool = False) -> Recipe:
+def checked(recipe: Recipe, *, is_sum_checked: bool = False, may_be_one: bool = False) -> Recipe:
     """Return the recipe with its base model apart and its parameters in their types.
 
-    `is_sum_checked`: weights that are not normalised must sum to 1. Raises `RecipeError`.
+    `is_sum_checked`: weights that are not normalised must sum to 1. `may_be_one`: one model is
+    enough, whatever it is; otherwise it must have an adapter. Raises `RecipeError`.
     """
     for source in (*recipe.sources, recipe.config_from):
         if source is not None:
@@ -196,7 +201,7 @@ def checked(recipe: Recipe, *, is_sum_checked: bool = False) -> Recipe:
         parameters=checked_settings(recipe.parameters, method, "parameters", of_model=False),
     )
     recipe = _with_base_apart(recipe, method)
-    _check_number_of_models(recipe, method)
+    _check_number_of_models(recipe, method, may_be_one=may_be_one)
     if not recipe.depends_on_tensor:
         (params,) = resolve_parameters(recipe, ()).groups
         if is_sum_checked and not params.shared[NORMALIZE]:
@@ -255,11 +260,13 @@ def _with_base_apart(recipe: Recipe, method: MergeMethod) -> Recipe:
     return replace(recipe, base_model=None, config_from=recipe.config_from or base)
 
 
-def _check_number_of_models(recipe: Recipe, method: MergeMethod) -> None:
+def _check_number_of_models(recipe: Recipe, method: MergeMethod, *, may_be_one: bool) -> None:
     needs = method.needs(representative(recipe))
     count, beside = len(recipe.models), " beside the base model" if needs.base_model else ""
     num_sources = len(recipe.sources)
-    if num_sources < 2:
+    if num_sources == 1:  # its adapter is merged into it
+        may_be_one = may_be_one or is_adapted(recipe.sources[0])
+    if num_sources < 1 or (num_sources == 1 and not may_be_one):
         example = "SOURCE=WEIGHT" if has_weights(method) else "SOURCE"
         raise RecipeError(
             f"{num_sources} model{'s' * (num_sources != 1)} given: a merge needs at least two",

@@ -4,7 +4,6 @@ A key that is unknown, or of a feature that shardmix does not have, is refused b
 parameters are checked later, by the method's declarations.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -85,11 +84,7 @@ def load_recipe(path: Path) -> Recipe:
             subject=path,
             remedy="mend the value, or leave the tag out",
         ) from None
-    recipe = recipe_from_dict(content, origin=str(path))
-    for source in recipe.sources:
-        if "+" in source and not os.path.lexists(source):
-            raise _adapter_error(source, str(path))
-    return recipe
+    return recipe_from_dict(content, origin=str(path))
 
 
 def recipe_from_dict(content: object, *, origin: str = "recipe") -> Recipe:
@@ -222,11 +217,17 @@ def difference_keys(value: object, *, where: str = "recipe") -> tuple[str, ...]:
 
 
 def _source(value: object, *, key: str, where: str) -> str:
-    """Return a model's source from its forms: text, {path, revision}, {model: either of these}."""
+    """Return a model's source from text, {path, revision}, or {model: either, lora: either}.
+
+    An adapter, `lora`, follows a `+`.
+    """
     if isinstance(value, dict):
         if "model" in value:
-            inner = _known_keys(value, ("model",), f"{where}: {key}")["model"]
-            return _source(inner, key=f"{key}.model", where=where)
+            known = _known_keys(value, ("model", "lora"), f"{where}: {key}")
+            model = _source(known["model"], key=f"{key}.model", where=where)
+            if known.get("lora") is None:
+                return model
+            return f"{model}+{_source(known['lora'], key=f'{key}.lora', where=where)}"
         known = _known_keys(value, ("path", "revision"), f"{where}: {key}")
         path = _source(known.get("path"), key=f"{key}.path", where=where)
         revision = known.get("revision")
@@ -234,14 +235,6 @@ def _source(value: object, *, key: str, where: str) -> str:
             return path
         return f"{path}@{_text(revision, key=f'{key}.revision', where=where)}"
     return _text(value, key=key, where=where)
-
-
-def _adapter_error(model: str, where: str) -> RecipeError:
-    return RecipeError(
-        f"{model}: adapters (model+adapter, lora) are not applied while merging yet",
-        subject=where,
-        remedy="merge the adapter into its model first (peft: merge_and_unload), and name that",
-    )
 
 
 def _text(value: object, *, key: str, where: str) -> str:
@@ -264,8 +257,6 @@ def _known_keys(content: object, known: Sequence[str], where: str) -> dict[str, 
     for key in content:
         if key in known:
             continue
-        if key == "lora":
-            raise _adapter_error(shown(content[key]), where)
         if isinstance(key, str) and known is _KEYS and key in _REFUSED:
             finding, remedy = _REFUSED[key]
             raise RecipeError(f"`{key}`: {finding}", subject=where, remedy=remedy)

@@ -113,6 +113,10 @@ class Source(Protocol):
         """The model as the user named it; for a module, followed by the module's folder."""
 
     @property
+    def public_name(self) -> str:
+        """Its name for publication: Hub id, or its own name without a path."""
+
+    @property
     def folder(self) -> Path:
         """The folder with weights, config and tokenizer: the model's, or one of its modules'."""
 
@@ -146,6 +150,10 @@ class Source(Protocol):
     @property
     def left_out(self) -> tuple[LeftOut, ...]:
         """Files of its repository on the Hub that were not fetched."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Warnings for the user about the source itself."""
 
     @property
     def subfolder(self) -> str:
@@ -225,6 +233,11 @@ class WrappedSource:
         return self._inner.text
 
     @property
+    def public_name(self) -> str:
+        """Public name of the inner source."""
+        return self._inner.public_name
+
+    @property
     def folder(self) -> Path:
         """Folder of the inner source."""
         return self._inner.folder
@@ -263,6 +276,11 @@ class WrappedSource:
     def left_out(self) -> tuple[LeftOut, ...]:
         """Files of the inner source that were not fetched."""
         return self._inner.left_out
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Warnings about the inner source."""
+        return self._inner.warnings
 
     @property
     def subfolder(self) -> str:

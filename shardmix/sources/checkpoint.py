@@ -78,6 +78,8 @@ class Checkpoint:
     """All modules of a sentence-transformers model, in order."""
     others: tuple["Checkpoint", ...] = ()
     """Checkpoints of further modules with weights; empty for most models."""
+    warnings: tuple[str, ...] = ()
+    """Warnings about it; a checkpoint has none of its own."""
 
     @property
     def root(self) -> Path:
@@ -100,6 +102,15 @@ class Checkpoint:
         files = [file.name for part in self.parts for file in part.identity.files]
         indexes = [f"{part.subfolder}/{index_name(MODEL)}" for part in self.parts if part.subfolder]
         return (*files, *indexes)
+
+    @property
+    def public_name(self) -> str:
+        """Its Hub id, or its own name without a path."""
+        if self.identity.hub_id is not None:
+            return self.text
+        if self.is_single_file:
+            return Path(self.identity.files[0].path).name
+        return self.root.resolve().name
 
     def extent(self, row: int) -> Extent | None:
         """Return the extent of a tensor; in a checkpoint all are stored as they are."""
@@ -200,7 +211,9 @@ def _read_part(
     root = located.path.parent if is_single_file else located.path
     named = f"{source}/{subfolder}" if subfolder else source
     stored = stored or _weight_files(named, root, subfolder, limits.max_memory)
-    files = [_regular_file(named, root, path) for path in stored.paths]
+    files = [
+        replace(_regular_file(named, root, path), commit=located.commit) for path in stored.paths
+    ]
     read = _read_headers(named, root / subfolder, files, stored, limits)
     return Checkpoint(
         text=named,

@@ -31,6 +31,9 @@ from shardmix.conventions.module_tree import (
     module_subfolders,
     read_modules,
 )
+from shardmix.conventions.peft import CONFIG_NAME as ADAPTER_CONFIG
+from shardmix.conventions.peft import WEIGHTS_NAME as ADAPTER_WEIGHTS
+from shardmix.conventions.peft import no_adapter
 from shardmix.conventions.sentence_modules import MODULES_NAME
 from shardmix.conventions.weight_names import MARKS, STEMS, index_name, stored_stem, weights_name
 from shardmix.errors import SourceError, one_line, printable, shown
@@ -115,6 +118,16 @@ def fetch(repository: Repository, *, with_weights: bool = True) -> LocalSource:
     return LocalSource(folder, repository.repo_id, folder.name, left_out)
 
 
+def fetch_adapter(repository: Repository) -> LocalSource:
+    """Return the local copy of an adapter's repository: its config and its weights.
+
+    Raises `SourceError`.
+    """
+    with logs_redacted():
+        folder, left_out = _download(repository, with_weights=True, is_adapter=True)
+    return LocalSource(folder, repository.repo_id, folder.name, left_out)
+
+
 def snapshot(path: Path) -> Path:
     """Return the snapshot that a repository's folder in the Hub's cache stands for, or the path."""
     snapshots = path / "snapshots"
@@ -168,6 +181,7 @@ def _pin(repo_id: str, revision: str | None) -> Repository:
             raise refusal.of(repository.name) from None
         cached = _cached(repo_id, revision, with_weights=True)
         cached = cached or _cached(repo_id, revision, with_weights=False)
+        cached = cached or _cached_adapter(repo_id, revision)
         if cached is None:
             raise _not_cached(repository) from None
         if not HF_HUB_OFFLINE:
@@ -191,14 +205,22 @@ def _not_cached(repository: Repository) -> SourceError:
     )
 
 
-def _download(repository: Repository, *, with_weights: bool) -> tuple[Path, tuple[LeftOut, ...]]:
+def _download(
+    repository: Repository, *, with_weights: bool, is_adapter: bool = False
+) -> tuple[Path, tuple[LeftOut, ...]]:
     if repository.unreachable:
-        cached = _cached(repository.repo_id, repository.commit, with_weights=with_weights)
+        repo_id, commit = repository.repo_id, repository.commit
+        if is_adapter:
+            cached = _cached_adapter(repo_id, commit)
+        else:
+            cached = _cached(repo_id, commit, with_weights=with_weights)
         if cached is None:
             raise _not_cached(repository)
         return cached, ()
     try:
         with _progress_bars(shown=SHOW_DOWNLOADS.get()):
+            if is_adapter:
+                return _fetch_adapter(repository), ()
             return _fetch(repository, with_weights=with_weights)
     except SourceError as error:
         raise error.of(repository.name) from None
@@ -280,6 +302,24 @@ def _fetch(repository: Repository, *, with_weights: bool) -> tuple[Path, tuple[L
     return folder, tuple(left_out)
 
 
+def _fetch_adapter(repository: Repository) -> Path:
+    """Fetch an adapter's config and weights into the cache; return the folder."""
+    from huggingface_hub import snapshot_download
+
+    wanted = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+    if not all(name in repository.sizes for name in wanted):
+        raise no_adapter(repository.sizes)
+    folder = Path(
+        snapshot_download(
+            repository.repo_id,
+            revision=repository.commit or repository.revision,
+            allow_patterns=[glob.escape(name) for name in wanted],
+        )
+    )
+    _remember(repository, folder)
+    return folder
+
+
 def _remember(repository: Repository, folder: Path) -> None:
     """Let the cache know, offline, which commit the revision stood for.
 
@@ -350,6 +390,14 @@ def _cached(repo_id: str, revision: str | None, *, with_weights: bool) -> Path |
     subfolders = [folder / subfolder for subfolder in module_subfolders(read_modules(folder))]
     weights = [subfolder / name for subfolder in subfolders for name in _WEIGHTS]
     return folder if any(path.exists() for path in weights) else None
+
+
+def _cached_adapter(repo_id: str, revision: str | None) -> Path | None:
+    """Return the folder of an earlier download of an adapter, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo_id, ADAPTER_WEIGHTS, revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _refusal(error: BaseException | None) -> SourceError | None:

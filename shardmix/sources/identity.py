@@ -68,12 +68,28 @@ class SourceFile:
     """Its path within the model's folder, with `/`."""
     stamp: FileStamp | None = None
     """Further status of its file system; None if not checked."""
+    commit: str | None = None
+    """Commit of its repository on the Hub; None if it is local."""
 
     def check_status(self, status: os.stat_result) -> None:
         """Raise `SourceChangedError` if the file has another size or time of modification now."""
         same_time = self.mtime_ns is None or self.mtime_ns == status.st_mtime_ns
         if status.st_size != self.nbytes or not same_time:
             raise has_changed(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedAdapter:
+    """An adapter that is applied to a model while it is read."""
+
+    name: str
+    """Its public name: Hub id with revision, or the name of its folder."""
+    path: str
+    """Absolute path of its folder."""
+    hub_id: str | None = None
+    """`org/name`, if it came from the Hub."""
+    commit: str | None = None
+    """Its commit on the Hub."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +104,8 @@ class SourceIdentity:
     """Commit of its files on the Hub."""
     decoding: str = ""
     """Way of decoding, if its elements are decoded while they are read."""
+    adapters: tuple[AppliedAdapter, ...] = ()
+    """The adapters that are applied, in order; their files follow the model's own."""
 
     def check_unchanged(self) -> None:
         """Raise `SourceChangedError` for the first file that changed since it was opened.

@@ -1,20 +1,32 @@
 """A source's text → its value, once: a local path, or a commit on the Hub; and then a `Source`.
 
 Whoever plans, scores or merges is handed the value, so that all see the same commit, even if a
-branch moves in between. The kinds of sources are a table here.
+branch moves in between. The kinds of sources are a table here. `BASE+ADAPTER` is a model with an
+adapter applied; of `BASE+A+B`, A is applied first.
 """
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from shardmix.conventions.adapters import divided
 from shardmix.errors import SourceError, is_unicode, one_line
 from shardmix.errors.redaction import without_user
+from shardmix.sources.adapted import AdaptedSource
+from shardmix.sources.adapters import open_adapter
 from shardmix.sources.base import Opening, Source
 from shardmix.sources.checkpoint import open_checkpoint
 from shardmix.sources.headers import Headers
-from shardmix.sources.hub import LocalSource, Repository, fetch, is_hub_id, pin, snapshot
+from shardmix.sources.hub import (
+    LocalSource,
+    Repository,
+    fetch,
+    fetch_adapter,
+    is_hub_id,
+    pin,
+    snapshot,
+)
 
 KINDS: tuple[Callable[[Opening], Source | None], ...] = (open_checkpoint,)
 """Functions that open a source of one kind, or return None if it is of another; the first wins."""
@@ -32,13 +44,20 @@ class ResolvedSource:
     """A local folder or file."""
     repository: Repository | None = None
     """A commit on the Hub."""
+    base: "ResolvedSource | None" = None
+    """The model that this is an adapter on; None for a model."""
 
     def fetch(self, *, with_weights: bool = True) -> LocalSource:
         """Return its files on this machine, downloading those that are not there yet.
 
-        Without weights only the files that go along with them are fetched. Raises `SourceError`.
+        Without weights only the files that go along with them are fetched; of an adapter on a
+        model, the model's. Raises `SourceError`.
         """
+        if self.base is not None and not with_weights:
+            return self.base.fetch(with_weights=False)
         if self.repository is not None:
+            if self.base is not None:
+                return fetch_adapter(self.repository)
             return fetch(self.repository, with_weights=with_weights)
         if self.path is None:
             raise AssertionError(f"{self.text}: neither a path nor a repository")
@@ -49,8 +68,22 @@ def resolve(text: str) -> ResolvedSource:
     """Return the model that a text stands for at this moment. Downloads nothing.
 
     Anything that exists on disk is local; `org/name` or `org/name@revision` is a Hub id, and its
-    commit is decided here. Raises `SourceError`.
+    commit is decided here. Otherwise a `+` divides a model from an adapter on it: as in mergekit
+    the last one, unless what follows it is only a part of an existing path. Raises `SourceError`.
     """
+    base, adapter = divided(text)
+    if adapter is None:
+        return _resolve_one(text)
+    if not base or not adapter:
+        raise SourceError(
+            "names no model before the `+`, or no adapter after it",
+            subject=text,
+            remedy="write it as BASE+ADAPTER",
+        )
+    return replace(_resolve_one(adapter), text=text, base=resolve(base))
+
+
+def _resolve_one(text: str) -> ResolvedSource:
     try:
         path = Path(text).expanduser()
         is_local = path.exists()
@@ -101,6 +134,11 @@ def _open(resolved: ResolvedSource, headers: Headers, max_memory: int | None) ->
     def open_other(text: str) -> Source:
         return _open(resolve(text), headers, max_memory)
 
+    if resolved.base is not None:
+        base = _open(resolved.base, headers, max_memory)
+        text = resolved.text.removeprefix(f"{resolved.base.text}+")
+        opening = Opening(text, resolved.fetch(), headers, max_memory, open_other)
+        return AdaptedSource(base, open_adapter(opening), resolved.text)
     opening = Opening(resolved.text, resolved.fetch(), headers, max_memory, open_other)
     found = next(source for kind in KINDS if (source := kind(opening)) is not None)
     for decoder in DECODERS:

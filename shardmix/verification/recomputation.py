@@ -11,6 +11,7 @@ from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
+from shardmix.conventions.adapters import parts_of
 from shardmix.conventions.module_tree import module_subfolders, read_modules
 from shardmix.conventions.sentence_modules import MODULES_NAME
 from shardmix.errors import RecipeError, ShardmixError, SourceError
@@ -24,6 +25,7 @@ from shardmix.output.provenance import PROVENANCE_NAME, Provenance, SourceRecord
 from shardmix.plan import planner
 from shardmix.plan.merge_plan import MergePlan
 from shardmix.plan.opening import disk_errors_named, open_models
+from shardmix.sources.hub import is_hub_id
 from shardmix.sources.resolve import resolve_all
 
 
@@ -115,15 +117,16 @@ def recompute(
 
 def _location(folder: Path, number: int, source: SourceRecord, names: Sequence[str]) -> str:
     """Return the path or Hub id of a source that the user did not name."""
-    if source.hub_id is not None and source.commit is not None:
-        return f"{source.hub_id}@{source.commit}"
-    recorded = [Path(source.path)] if source.path else []
+    # With adapters, a part may be a Hub id.
+    recorded = parts_of(source.path) if source.path else []
+    if recorded and all(_exists(part) or is_hub_id(part) for part in recorded):
+        return str(source.path)
     is_alone = names.count(source.name) == 1
-    is_plain = Path(source.name).name == source.name  # a stranger may have written `../..`
-    beside = [folder.resolve().parent / source.name] if is_alone and is_plain else []
-    for location in (*recorded, *beside):
-        if os.path.exists(location):  # noqa: PTH110 - False, too, for texts that cannot be paths
-            return str(location)
+    origins = [(source.base_name, source.hub_id, source.commit)]
+    origins += [(adapter.name, adapter.hub_id, adapter.commit) for adapter in source.adapters]
+    found = [_part_location(folder, *origin, is_alone=is_alone) for origin in origins]
+    if None not in found:
+        return "+".join(filter(None, found))
     if not is_alone:
         raise _ambiguous(SourceError, source.name, names).of(folder)
     raise SourceError(
@@ -131,6 +134,21 @@ def _location(folder: Path, number: int, source: SourceRecord, names: Sequence[s
         subject=source.name,
         remedy=f"say where it is: --source {source.name}=PATH, or --source {number}=PATH",
     )
+
+
+def _part_location(
+    folder: Path, name: str, hub_id: str | None, commit: str | None, *, is_alone: bool
+) -> str | None:
+    """Return the path or Hub id of a model or an adapter, or None if it is not to be found."""
+    if hub_id is not None and commit is not None:
+        return f"{hub_id}@{commit}"
+    is_plain = Path(name).name == name  # a stranger may have written `../..`
+    beside = folder.resolve().parent / name
+    return str(beside) if is_alone and is_plain and _exists(str(beside)) else None
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(path)  # noqa: PTH110 - False, too, for texts that cannot be paths
 
 
 def _ambiguous(kind: type[ShardmixError], name: str, names: Sequence[str]) -> ShardmixError:

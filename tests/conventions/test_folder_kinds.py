@@ -40,7 +40,7 @@ FOLDERS = [
         "folder, such as SOURCE/unet",
     ),
     (["model_index.json"], "none of them is here in safetensors"),
-    (["adapter_model.safetensors", "adapter_config.json"], "merge_and_unload()"),
+    (["adapter_model.safetensors", "adapter_config.json"], "as BASE+ADAPTER"),
     (["pytorch_lora_weights.safetensors"], "holds an adapter (pytorch_lora_weights.safetensors)"),
     (["model.fp16.safetensors"], "in a variant only (model.fp16.safetensors); give that file"),
     (["diffusion_pytorch_model.bf16.safetensors"], "give that file itself as the source"),
@@ -215,7 +215,7 @@ def test_an_adapter_is_refused(tmp_path, name):
     for each in "ab":
         save_file({name: torch.ones(2, 2)}, tmp_path / f"{each}.safetensors")
         models.append((tmp_path / f"{each}.safetensors", 0.5))
-    with pytest.raises(SourceError, match=r"is an adapter, not a model.*merge_and_unload\(\)"):
+    with pytest.raises(SourceError, match=r"is an adapter, not a model.*as BASE\+ADAPTER"):
         shardmix.plan_merge(models)
 
 

@@ -164,6 +164,8 @@ def test_last_equals_sign_divides():
 def test_words_follow_the_method():
     """A word is a source if its models have no weight, or if it is the base model."""
     assert parse_source_words(["a=1", "b"], method="slerp") == ["a=1", "b"]
+    assert parse_source_words(["a+b"]) == [("a+b", 1.0)]
+    assert parse_source_words(["a+b=0.5", "c=0.5"]) == [("a+b", 0.5), ("c", 0.5)]
     words = parse_source_words(["a", "b=2"], method="task_arithmetic", base_model="a")
     assert words == ["a", ("b", 2.0)]
 

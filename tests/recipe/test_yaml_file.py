@@ -139,8 +139,8 @@ def test_mergekits_defaults_hold(tmp_path):
         (f"{TWO}chat_template: auto", "`chat_template`: .*`config_from`"),
         (f"{TWO}seed: 1", "`seed`: no method draws random numbers yet"),
         (f"{TWO}allow_weight_sum: true", "`allow_weight_sum`: .*not checked in a recipe"),
-        ("models: [{model: a+b}]", r"recipe.yaml: a\+b: adapters .* merge_and_unload"),
-        ("models: [{model: {model: a, lora: b}}]", "adapters .* are not applied"),
+        ("models: [{model: {model: a, lora: [b]}}]", "`model.lora` is \\['b'\\], not text"),
+        ("lora: b\nmodels: []", "unknown key 'lora'"),
     ],
 )
 def test_wrong_recipe_is_refused(tmp_path, text, finding):
@@ -194,6 +194,20 @@ def test_options_override_the_recipe(tmp_path):
         load(tmp_path, TWO, parameters={"weight": 1})
     with pytest.raises(RecipeError, match="task_arithmetic needs a base model"):
         load(tmp_path, TWO, method="task_arithmetic")
+
+
+@pytest.mark.parametrize(
+    ("model", "source"),
+    [
+        ("a+b", "a+b"),
+        ("{model: a, lora: b}", "a+b"),
+        ("{model: {path: o/a, revision: v1}, lora: {path: o/b, revision: v2}}", "o/a@v1+o/b@v2"),
+    ],
+)
+def test_adapters_follow_a_plus(tmp_path, model, source):
+    """As in mergekit; one model with an adapter is enough."""
+    text = f"models: [{{model: {model}, parameters: {{weight: 1}}}}]\nmerge_method: linear\n"
+    assert load(tmp_path, text).sources == (source,)
 
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "reference" / "methods" / "recipes"

@@ -10,6 +10,7 @@ import torch
 from shardmix.dtypes import element_nbytes
 from shardmix.errors import SourceChangedError
 from shardmix.sources.resolve import open_source
+from tests.support.adapters import random_adapter, save_adapter
 from tests.support.models import random_model, random_tensor, save_model
 from tests.support.negated_source import MARK, add_kind
 
@@ -58,7 +59,24 @@ def negated(folder):
     return path
 
 
-FACTORIES = (single_file, sharded, links, modules, negated)
+def adapted(folder):
+    """A model with adapters that change, replace and scale some of its tensors."""
+    tensors = {
+        "a.weight": random_tensor((7, 5), seed=1).bfloat16(),
+        "a.bias": random_tensor((7,), seed=2),
+        "b.weight": random_tensor((300, 9), seed=3).half(),
+        "norm": torch.ones(5),
+    }
+    base = save_model(folder / "m", tensors)
+    save_adapter(folder / "one", random_adapter(tensors, ["a", "b"], rank=2, seed=4), r=2)
+    scaled = random_adapter(tensors, ["b"], rank=3, seed=5)
+    scaled["base_model.model.b.lora_magnitude_vector"] = torch.rand(300)
+    scaled["base_model.model.a.bias"] = torch.rand(7)
+    save_adapter(folder / "two", scaled, r=3, use_dora=True)
+    return f"{base}+{folder / 'one'}+{folder / 'two'}"
+
+
+FACTORIES = (single_file, sharded, links, modules, negated, adapted)
 
 
 @pytest.fixture(params=FACTORIES, ids=lambda factory: factory.__name__)

@@ -216,9 +216,10 @@ def test_a_file_of_the_hub_has_no_stamp(tmp_path, models):
     """Its commit stands for it, and a cache may be moved."""
     plan = shardmix.plan_merge(models)
     assert all(file.stamp is not None for file in plan.file_identities())
-    sources = (
-        dataclasses.replace(source, identity=dataclasses.replace(source.identity, commit="c0ffee"))
-        for source in plan.sources
-    )
+    sources = []
+    for source in plan.sources:
+        files = tuple(dataclasses.replace(f, commit="c0ffee") for f in source.identity.files)
+        identity = dataclasses.replace(source.identity, commit="c0ffee", files=files)
+        sources.append(dataclasses.replace(source, identity=identity))
     of_the_hub = dataclasses.replace(plan, sources=tuple(sources))
     assert all(file.stamp is None for file in of_the_hub.file_identities())

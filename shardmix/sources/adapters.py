@@ -1,0 +1,729 @@
+"""LoRA adapters: opened by their config and header, and matched to the tensors of a base model.
+
+Reads no tensor data. What an adapter does is decided here, tensor by tensor, as `Change`s; an
+adapter that does not fit its base, or contradicts its own config, is refused before a weight is
+read. `sources.adapted` applies the changes.
+"""
+
+import hashlib
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from shardmix.conventions import peft
+from shardmix.conventions.peft import LoraConfig, Part
+from shardmix.dtypes import DTYPES, FLOAT_DTYPES
+from shardmix.errors import SourceError, listed, shown
+from shardmix.formats.strict_json import MAX_JSON_NBYTES, read_json
+from shardmix.formats.tensor_table import TensorTable
+from shardmix.sources.base import Opening, Source
+from shardmix.sources.checkpoint import open_checkpoint
+from shardmix.sources.identity import FileStamp, SourceFile
+from shardmix.system.files import open_regular, read_regular, refuse_link_outside
+
+_MOST_PARAMETERS = 6
+ONES = -1
+"""The row of a `View` of a matrix of ones."""
+
+
+class View(NamedTuple):
+    """A matrix within one of an adapter's tensors: element (i, j) is at start + i·row + j·column.
+
+    Plans have very many of them.
+    """
+
+    tensor: int
+    """Row of the tensor in the adapter's table, or `ONES`."""
+    start: int = 0
+    """Its first element in the tensor."""
+    row_step: int = 0
+    """Elements from one row to the next."""
+    column_step: int = 0
+    """Elements from one column to the next."""
+
+
+class Patch(NamedTuple):
+    """A low-rank change of some rows of a tensor: they become W + scaling · left·right."""
+
+    first_row: int
+    """First row; a tensor's rows are all but its last axes, as `Change.num_columns` says."""
+    num_rows: int
+    """Number of rows."""
+    rank: int
+    """Columns of `left`, and rows of `right`."""
+    left: View
+    """Matrix (rows, rank)."""
+    right: View
+    """Matrix (rank, columns)."""
+    scaling: float
+    """Factor of their product, in double precision."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """All that an adapter does to one tensor of its base, in the order of the fields."""
+
+    num_columns: int
+    """The tensor is changed as a matrix of this many columns."""
+    value: int | None = None
+    """Row of the adapter's tensor that replaces it."""
+    patches: tuple[Patch, ...] = ()
+    """Low-rank changes, in the order of rows; none overlap."""
+    magnitude: int | None = None
+    """Row of DoRA's magnitudes: each row is scaled to have such a norm."""
+    is_by_column: bool = False
+    """True if each column is scaled, not each row."""
+    tokens: int | None = None
+    """Row of the adapter's tensor of single rows that replace the tensor's own."""
+    token_rows: tuple[int, ...] = ()
+    """The rows that they replace."""
+
+    @property
+    def is_value(self) -> bool:
+        """True if the tensor is only replaced."""
+        return not self.patches and self.magnitude is None and self.tokens is None
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An opened adapter."""
+
+    text: str
+    """The adapter as the user named it."""
+    name: str
+    """Its name in public: Hub id with revision, or the name of its folder."""
+    config: LoraConfig = field(repr=False)
+    """The meaning of its config."""
+    weights: Source = field(repr=False)
+    """Its tensors."""
+    files: tuple[SourceFile, ...] = field(repr=False)
+    """Its config and its weight file, named after it."""
+    parts: tuple[Part, ...] = field(repr=False)
+    """The meaning of each tensor."""
+
+    @property
+    def hub_id(self) -> str | None:
+        """`org/name`, if it came from the Hub."""
+        return self.weights.identity.hub_id
+
+    @property
+    def commit(self) -> str | None:
+        """Its commit, if it came from the Hub."""
+        return self.weights.identity.commit
+
+    @property
+    def folder(self) -> Path:
+        """Its folder."""
+        return self.weights.folder
+
+
+def open_adapter(opening: Opening) -> Adapter:
+    """Open an adapter's folder, reading its config and header.
+
+    Raises `SourceError` if it is none that can be applied, `BudgetError` as for a checkpoint.
+    """
+    folder = opening.located.path
+    config_path, path = folder / peft.CONFIG_NAME, folder / peft.WEIGHTS_NAME
+    try:
+        _refuse_others(folder)
+        refuse_link_outside(folder, config_path)
+        refuse_link_outside(folder, path)
+        config = peft.lora_config(read_json(config_path))
+        located = replace(opening.located, path=path)
+        weights = open_checkpoint(replace(opening, located=located))
+        parts = tuple(map(peft.part_of, weights.tensors.names))
+    except SourceError as error:
+        raise error if error.subject else error.of(opening.text) from None
+    is_from_hub = weights.identity.commit is not None
+    name = opening.text if is_from_hub else Path(os.path.realpath(folder)).name
+    files = (_config_file(config_path), *weights.identity.files)
+    commit = weights.identity.commit
+    named = tuple(
+        replace(file, name=f"{name}/{Path(file.path).name}", commit=commit) for file in files
+    )
+    return Adapter(opening.text, name, config, weights, named, parts)
+
+
+def _refuse_others(folder: Path) -> None:
+    """Raise `SourceError` if a folder is not that of an adapter in safetensors."""
+    if not folder.is_dir():
+        raise SourceError("is a file; an adapter is a folder", remedy="give its folder")
+    if not all(os.path.lexists(folder / name) for name in (peft.CONFIG_NAME, peft.WEIGHTS_NAME)):
+        raise peft.no_adapter({path.name for path in folder.iterdir()})
+
+
+def _config_file(path: Path) -> SourceFile:
+    """Return the config as a file of the source: it decides values, so a change must be found."""
+    try:
+        with open_regular(path) as file:
+            status = os.fstat(file.fileno())
+        content = read_regular(path, max_nbytes=MAX_JSON_NBYTES)
+    except OSError as error:
+        raise SourceError(
+            f"cannot be read ({error.strerror or error})",
+            subject=path,
+            remedy="check its permissions and its disk",
+        ) from None
+    return SourceFile(
+        path=str(path.absolute()),
+        nbytes=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        header_sha256=hashlib.sha256(content).hexdigest(),
+        name=path.name,
+        stamp=FileStamp.of(status),
+    )
+
+
+def base_warning(adapter: Adapter, base: Source) -> str | None:
+    """Return a warning if an adapter names another base than it is given, or None."""
+    named = adapter.config.base_model
+    if not named:
+        return None
+    own = {
+        base.text.partition("@")[0],
+        base.identity.hub_id or "",
+        base.root.name,
+        base.root.resolve().name,
+        str(base.config.get("_name_or_path") or ""),
+    }
+    # Of a path on another machine only the last part can be known here.
+    ends = {Path(text).name.lower() for text in own if text}
+    ends |= {part.removeprefix("models--").split("--")[-1].lower() for part in base.root.parts}
+    is_hub_id = named.count("/") == 1 and not named.startswith((".", "/", "~"))
+    if base.identity.hub_id is not None and is_hub_id:
+        is_same = named.lower() == base.identity.hub_id.lower()
+    else:
+        is_same = Path(named.rstrip("/")).name.lower() in ends
+    if is_same:
+        return None
+    return (
+        f"{adapter.text}: was trained on {shown(named)}, by its {peft.CONFIG_NAME}, and is applied "
+        f"to {base.text}; the tensors fit, so make sure that the models are the same"
+    )
+
+
+def changes_of(adapter: Adapter, base: Source) -> dict[int, Change]:
+    """Return row of a base's table → what the adapter does to that tensor.
+
+    Raises `SourceError` if the adapter does not fit the base, or contradicts its own config.
+    """
+    try:
+        return _Matching(adapter, base).changes()
+    except SourceError as error:
+        raise error.of(f"{adapter.text}") from None
+
+
+@dataclass(slots=True)
+class _Pair:
+    """The matrices of one module, by kind: rows of the adapter's table."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+
+    def names(self) -> Collection[str]:
+        return self.rows.keys()
+
+
+class _Matching:
+    """Matches an adapter's parts to a base's tensors."""
+
+    def __init__(self, adapter: Adapter, base: Source) -> None:
+        self._adapter, self._base = adapter, base
+        self._config = adapter.config
+        self._table = adapter.weights.tensors
+        self._names = _BaseNames(base.tensors, base.text)
+        self._model_types = _model_types(base.config)
+        self._changes: dict[int, Change] = {}
+
+    def changes(self) -> dict[int, Change]:
+        modules: dict[str, dict[int, _Pair]] = {}
+        for row, part in enumerate(self._adapter.parts):
+            if part.kind == peft.VALUE:
+                self._add_value(row, part.module)
+            else:
+                pair = modules.setdefault(part.module, {}).setdefault(part.depth, _Pair())
+                if part.kind in pair.rows:
+                    raise SourceError(
+                        f"holds {shown(self._table.names[row])} twice, for two adapters",
+                        remedy="save one adapter a folder",
+                    )
+                pair.rows[part.kind] = row
+        for module, pairs in modules.items():
+            self._add_module(module, pairs)
+        if not self._changes:
+            raise SourceError("changes nothing: it holds no tensors", remedy="fetch it again")
+        return self._changes
+
+    # Whole values: modules that were trained as they are.
+
+    def _add_value(self, row: int, name: str) -> None:
+        target = self._find(name, name)
+        info, value = self._base.tensors[target], self._table[row]
+        if info.shape != value.shape:
+            rows = "the vocabulary was resized" if info.shape[1:] == value.shape[1:] else ""
+            raise SourceError(
+                f"replaces {name} {list(info.shape)} by {list(value.shape)}"
+                f"{f': {rows}' if rows else ''}; shapes must be the base's",
+                remedy="resize the base's embeddings first (resize_token_embeddings) and save it"
+                if rows
+                else "name the model that it was trained on",
+            )
+        is_float = value.dtype in FLOAT_DTYPES and info.dtype in FLOAT_DTYPES
+        if not is_float and value.dtype != info.dtype:
+            raise SourceError(
+                f"replaces {name} in {info.dtype} by {value.dtype}; floats are replaced by floats",
+                remedy="name the model that it was trained on",
+            )
+        self._extend(target, name, value=row)
+
+    # Low-rank changes of modules.
+
+    def _add_module(self, module: str, pairs: Mapping[int, _Pair]) -> None:
+        for depth in sorted(pairs):
+            rows = pairs[depth].rows
+            for one, other in (
+                (peft.A, peft.B),
+                (peft.B, peft.A),
+                (peft.EMBEDDING_A, peft.EMBEDDING_B),
+                (peft.EMBEDDING_B, peft.EMBEDDING_A),
+            ):
+                if one in rows and other not in rows:
+                    raise SourceError(
+                        f"holds {one} of {module} but not its {other}", remedy="fetch it again"
+                    )
+            if peft.MAGNITUDE in rows and not self._config.has_magnitudes:
+                raise SourceError(
+                    f"holds DoRA's magnitudes of {module}, but its config says use_dora: false",
+                    remedy="fetch it again",
+                )
+        first = pairs[min(pairs)].rows
+        if peft.TOKENS in first:
+            self._add_tokens(module, first[peft.TOKENS])
+            if len(first) == 1:
+                return
+        if peft.EMBEDDING_A in first:
+            self._add_embedding(module, first)
+        elif peft.A in first:
+            name = f"{module}.weight"
+            is_weight = len(pairs) == 1 and not self._config.target_parameters
+            target = self._find(name, module) if is_weight else self._names.find(name)
+            if len(pairs) == 1 and target is not None:
+                self._add_weight(module, f"{module}.weight", target, first)
+            else:
+                self._add_parameters(module, pairs)
+        else:
+            kinds = listed(sorted(first))
+            raise SourceError(
+                f"holds {kinds} of {module}, but not its matrices", remedy="fetch it again"
+            )
+
+    def _add_embedding(self, module: str, rows: Mapping[str, int]) -> None:
+        name = f"{module}.weight"
+        target = self._find(name, module)
+        a, b = self._matrix(rows[peft.EMBEDDING_A]), self._matrix(rows[peft.EMBEDDING_B])
+        rank = self._rank(module, a[0], b[1])
+        shape = self._base.tensors.shapes[target]
+        if shape != (a[1], b[0]):
+            raise self._misfit(name, shape, a, b)
+        # W (n, d) changes by (B·A) transposed: A is (rank, n), and B is (d, rank).
+        left = View(rows[peft.EMBEDDING_A], 0, 1, a[1])
+        right = View(rows[peft.EMBEDDING_B], 0, 1, rank)
+        patch = Patch(0, a[1], rank, left, right, self._config.scaling_of(module))
+        self._add_patches(target, name, (patch,), b[0], rows, is_by_column=True)
+
+    def _add_weight(self, module: str, name: str, target: int, rows: Mapping[str, int]) -> None:
+        """Add the change of a weight: of a linear layer, a convolution, or stacked matrices."""
+        shape = self._base.tensors.shapes[target]
+        a, b = self._shape(rows[peft.A]), self._shape(rows[peft.B])
+        if len(a) > 2 or len(b) > 2:
+            self._add_convolution(module, name, target, rows)
+        elif len(shape) == 3:
+            self._add_stacked(name, name, target, rows)
+        else:
+            self._add_linear(module, name, target, rows)
+        if peft.BIAS in rows:
+            self._add_bias(module, rows[peft.BIAS])
+
+    def _add_linear(self, module: str, name: str, target: int, rows: Mapping[str, int]) -> None:
+        shape = self._base.tensors.shapes[target]
+        a, b = self._matrix(rows[peft.A]), self._matrix(rows[peft.B])
+        rank = self._rank(module, a[0], b[1])
+        fits = shape == (b[0], a[1])
+        fits_transposed = shape == (a[1], b[0])
+        if fits and fits_transposed:
+            fits = not self._is_transposed(module)
+        if not fits and not fits_transposed:
+            raise self._misfit(name, shape, a, b)
+        left, right = View(rows[peft.B], 0, rank, 1), View(rows[peft.A], 0, a[1], 1)
+        if not fits:
+            left, right = View(rows[peft.A], 0, 1, a[1]), View(rows[peft.B], 0, 1, rank)
+        patch = Patch(0, shape[0], rank, left, right, self._config.scaling_of(module))
+        self._add_patches(target, name, (patch,), shape[1], rows, is_by_column=not fits)
+
+    def _is_transposed(self, module: str) -> bool:
+        """Return True if a square weight is stored as (in, out)."""
+        if not self._model_types:
+            return self._config.fan_in_fan_out
+        is_such = not peft.CONV1D_TYPES.isdisjoint(self._model_types)
+        return is_such and module.rpartition(".")[2] in peft.CONV1D_MODULES
+
+    def _add_convolution(
+        self, module: str, name: str, target: int, rows: Mapping[str, int]
+    ) -> None:
+        shape = self._base.tensors.shapes[target]
+        a, b = self._shape(rows[peft.A]), self._shape(rows[peft.B])
+        kernel = shape[2:]
+        is_grouped = len(shape) > 2 and (a[0] != b[1] or a[1] != shape[1])
+        if is_grouped and a[2:] == kernel and b[0] == shape[0] and b[1] and a[0] % b[1] == 0:
+            raise SourceError(
+                f"changes {name}, a convolution in groups, by B·A that mixes the groups: no "
+                "weight of its shape does the same; PEFT cannot merge it either",
+                remedy="train it without this module, or keep it an adapter",
+            )
+        rank = self._rank(module, a[0], b[1] if len(b) > 1 else 0)
+        if (b[0], *a[1:]) != shape or b[2:] != (1,) * len(kernel):
+            raise self._misfit(name, shape, a, b)
+        columns = _product(shape[1:])
+        left, right = View(rows[peft.B], 0, rank, 1), View(rows[peft.A], 0, columns, 1)
+        patch = Patch(0, shape[0], rank, left, right, self._config.scaling_of(module))
+        self._add_patches(target, name, (patch,), columns, rows)
+
+    def _add_bias(self, module: str, row: int) -> None:
+        name = f"{module}.bias"
+        target = self._find(name, name)
+        shape, own = self._base.tensors.shapes[target], self._shape(row)
+        if shape != own:
+            raise SourceError(
+                f"adds {list(own)} to {name} {list(shape)}; shapes must be the same",
+                remedy="name the model that it was trained on",
+            )
+        scaling = self._config.scaling_of(module)
+        patch = Patch(0, 1, 1, View(ONES), View(row, 0, 0, 1), scaling)
+        self._add_patches(target, name, (patch,), shape[0], {})
+
+    # Parameters that are no module's weight: stacked experts.
+
+    def _add_parameters(self, module: str, pairs: Mapping[int, _Pair]) -> None:
+        """Match the matrices of a module's parameters, which only their nesting tells apart."""
+        names = self._names.below(module)
+        targets = [
+            (name, row)
+            for name, row in names.items()
+            if any(
+                name == end or name.endswith(f".{end}") for end in self._config.target_parameters
+            )
+        ]
+        depths = sorted(pairs, reverse=True)  # the first parameter is wrapped first
+        if len(targets) != len(depths) or len(targets) > _MOST_PARAMETERS:
+            raise SourceError(
+                f"changes {module}, of which {self._base.text} has {len(targets)} of the "
+                f"{len(depths)} parameters that it changes",
+                remedy="name the model that it was trained on",
+            )
+        order = {name: number for number, name in enumerate(peft.PARAMETER_ORDER)}
+        fitting = [
+            [self._fits(self._base.tensors.shapes[row], pairs[depth].rows) for _, row in targets]
+            for depth in depths
+        ]
+        ends = [name.rpartition(".")[2] for name, _ in targets]
+        choices = list(_assignments(fitting))
+        if len(choices) > 1 and all(end in order for end in ends):
+            ordered = sorted(range(len(targets)), key=lambda number: order[ends[number]])
+            choices = [tuple(ordered)] if tuple(ordered) in choices else choices
+        if len(choices) != 1:
+            problem = "fit none" if not choices else "fit in several ways"
+            raise SourceError(
+                f"changes {len(depths)} parameters of {module} ({listed(ends)}) by matrices that "
+                f"{problem}",
+                remedy="name the model that it was trained on",
+            )
+        for depth, number in zip(depths, choices[0], strict=True):
+            name, row = targets[number]
+            rows = pairs[depth].rows
+            if len(self._base.tensors.shapes[row]) == 3:
+                self._add_stacked(name, name, row, rows)
+            else:
+                self._add_linear(name, name, row, rows)
+
+    def _fits(self, shape: Sequence[int], rows: Mapping[str, int]) -> bool:
+        """Return True if matrices have the shapes for a parameter."""
+        a, b = self._shape(rows[peft.A]), self._shape(rows[peft.B])
+        if len(a) != 2 or len(b) != 2 or len(shape) not in (2, 3):
+            return False
+        sizes = (b[0], a[1])
+        return sizes == tuple(shape[-2:]) or sizes == tuple(reversed(shape[-2:]))
+
+    def _add_stacked(self, module: str, name: str, target: int, rows: Mapping[str, int]) -> None:
+        """Add the change of stacked matrices (experts, m, n): B·A of each expert.
+
+        A is (experts · rank, in), expert by expert; B is (out, rank · experts), the experts of each
+        column together. Source: `ParamWrapper.get_delta_weight`.
+        """
+        num, m, n = self._base.tensors.shapes[target]
+        shape = self._base.tensors.shapes[target]
+        a, b = self._matrix(rows[peft.A]), self._matrix(rows[peft.B])
+        if peft.MAGNITUDE in rows or peft.BIAS in rows:
+            raise SourceError(
+                f"holds magnitudes or a bias of {name}, of which PEFT makes none",
+                remedy="fetch it again",
+            )
+        if num < 1 or a[0] % num:
+            raise self._misfit(name, shape, a, b)
+        rank = self._rank(module, a[0] // num, b[1] // num)
+        fits, fits_transposed = (m, n) == (b[0], a[1]), (n, m) == (b[0], a[1])
+        if fits and fits_transposed:
+            fits = peft.TRANSPOSED_EXPERTS.isdisjoint(self._model_types)
+        if b[1] != num * rank or not (fits or fits_transposed):
+            raise self._misfit(name, shape, a, b)
+        scaling = self._config.scaling_of(module)
+        patches = []
+        for expert in range(num):
+            of_a = View(rows[peft.A], expert * rank * a[1], a[1], 1)
+            of_b = View(rows[peft.B], expert, num * rank, num)
+            if not fits:
+                of_a, of_b = (
+                    of_a._replace(row_step=1, column_step=a[1]),
+                    of_b._replace(row_step=num, column_step=num * rank),
+                )
+            left, right = (of_b, of_a) if fits else (of_a, of_b)
+            patches.append(Patch(expert * m, m, rank, left, right, scaling))
+        self._add_patches(target, name, tuple(patches), n, rows)
+
+    # Rows of embeddings.
+
+    def _add_tokens(self, module: str, row: int) -> None:
+        name = f"{module}.weight"
+        target = self._find(name, module)
+        indices = self._config.token_indices
+        rows = next(
+            (
+                rows
+                for end, rows in indices.items()
+                if not end or module == end or module.endswith(f".{end}")
+            ),
+            None,
+        )
+        shape, own = self._base.tensors.shapes[target], self._shape(row)
+        if rows is None or len(shape) != 2 or own != (len(rows), shape[1]):
+            raise SourceError(
+                f"replaces rows of {name} {list(shape)} by {list(own)}, which are not those that "
+                "its config lists in trainable_token_indices",
+                remedy="fetch it again",
+            )
+        if max(rows, default=0) >= shape[0]:
+            raise SourceError(
+                f"replaces row {max(rows)} of {name}, which has {shape[0]}",
+                remedy="name the model that it was trained on, with its vocabulary resized alike",
+            )
+        self._check_float(target, name)
+        self._extend(target, name, tokens=row, token_rows=rows, num_columns=shape[1])
+
+    # Common to all.
+
+    def _add_patches(
+        self,
+        target: int,
+        name: str,
+        patches: tuple[Patch, ...],
+        num_columns: int,
+        rows: Mapping[str, int],
+        *,
+        is_by_column: bool = False,
+    ) -> None:
+        self._check_float(target, name)
+        most = max(patches[0].num_rows, num_columns)
+        if patches[0].rank > most:
+            raise SourceError(
+                f"changes {name} {list(self._base.tensors.shapes[target])} by matrices of rank "
+                f"{patches[0].rank}, beyond the matrix itself",
+                remedy="fetch it again",
+            )
+        magnitude = rows.get(peft.MAGNITUDE)
+        if self._config.has_magnitudes and magnitude is None and rows:
+            raise SourceError(
+                f"lacks DoRA's magnitudes of {name}, which its config asks for (use_dora)",
+                remedy="fetch it again",
+            )
+        if magnitude is not None:
+            count = num_columns if is_by_column else patches[0].num_rows
+            if _product(self._shape(magnitude)) != count:
+                raise SourceError(
+                    f"has {list(self._shape(magnitude))} magnitudes for {name}; DoRA has {count}",
+                    remedy="fetch it again",
+                )
+        self._extend(
+            target,
+            name,
+            patches=patches,
+            num_columns=num_columns,
+            magnitude=magnitude,
+            is_by_column=is_by_column,
+        )
+
+    def _extend(self, target: int, name: str, **fields: object) -> None:
+        """Add fields to a tensor's change. Raises `SourceError` if it has one of them already."""
+        change = self._changes.get(target)
+        if change is None:
+            change = Change(num_columns=max(1, _product(self._base.tensors.shapes[target][1:])))
+        for key in ("value", "patches", "tokens"):
+            if key in fields and getattr(change, key) not in (None, ()):
+                raise SourceError(
+                    f"changes {name} twice", remedy="check that it is the adapter of one model"
+                )
+        self._changes[target] = replace(change, **fields)  # type: ignore[arg-type]
+
+    def _find(self, name: str, what: str) -> int:
+        """Return the base's row of a tensor. Raises `SourceError` if it has none."""
+        row = self._names.find(name)
+        if row is not None:
+            return row
+        trained = self._config.base_model
+        by = f" (it was trained on {shown(trained)})" if trained else ""
+        raise SourceError(
+            f"changes {what}, and {self._base.text} has no {name}{by}",
+            remedy="name the model that it was trained on, saved with all that it changes",
+        )
+
+    def _check_float(self, target: int, name: str) -> None:
+        dtype = DTYPES[self._base.tensors.dtype_ranks[target]]
+        if dtype not in FLOAT_DTYPES:
+            raise SourceError(
+                f"changes {name}, which {self._base.text} stores in {dtype}; it is quantised, or "
+                "no weight",
+                remedy="name the unquantised model",
+            )
+
+    def _shape(self, row: int) -> tuple[int, ...]:
+        info = self._table[row]
+        if info.dtype not in FLOAT_DTYPES:
+            raise SourceError(
+                f"{info.name} is {info.dtype}; an adapter's matrices are floats of 16 bits or more",
+                remedy="save it without quantisation",
+            )
+        return info.shape
+
+    def _matrix(self, row: int) -> tuple[int, int]:
+        shape = self._shape(row)
+        if len(shape) != 2 or 0 in shape:
+            raise SourceError(
+                f"{self._table.names[row]} is {list(shape)}, no matrix; it may be a part that a "
+                "trainer did not gather before it saved",
+                remedy="save it again with all shards gathered",
+            )
+        return shape[0], shape[1]
+
+    def _rank(self, module: str, of_a: int, of_b: int) -> int:
+        """Return the rank of a module, on which its matrices and the config agree."""
+        if of_a != of_b:
+            raise SourceError(
+                f"A of {module} has rank {of_a}, and B {of_b}; they must be the same",
+                remedy="fetch it again",
+            )
+        rank = self._config.rank_of(module)
+        if of_a != rank:
+            raise SourceError(
+                f"the matrices of {module} have rank {of_a}, and its config says {rank}",
+                remedy="fetch config and weights again: they are not of one adapter",
+            )
+        return rank
+
+    def _misfit(
+        self, name: str, shape: Sequence[int], a: Sequence[int], b: Sequence[int]
+    ) -> SourceError:
+        return SourceError(
+            f"B {list(b)} · A {list(a)} does not fit {name} {list(shape)} of {self._base.text}",
+            remedy="name the model that it was trained on",
+        )
+
+
+class _BaseNames:
+    """The names of a base's tensors, and the ways in which an adapter's names differ from them.
+
+    A base may store the names of its class, of a model without a head, or with a wrapper's prefix.
+    """
+
+    def __init__(self, tensors: TensorTable, text: str) -> None:
+        self._rows = {name: row for row, name in enumerate(tensors.names)}
+        self._text = text
+        self._prefixes: list[tuple[str, str]] = []
+        self._unknown: set[str] = set()
+
+    def find(self, name: str) -> int | None:
+        """Return the row of a tensor by an adapter's name for it, or None."""
+        for old, new in (("", ""), *self._prefixes):
+            if name.startswith(old):
+                row = self._rows.get(new + name.removeprefix(old))
+                if row is not None:
+                    return row
+        found = self._another_prefix(name)
+        if found is None:
+            return None
+        self._prefixes.append(found)
+        return self._rows[found[1] + name.removeprefix(found[0])]
+
+    def below(self, module: str) -> dict[str, int]:
+        """Return the parameters directly in a module: the adapter's name of each → row."""
+        found = {}
+        for old, new in (("", ""), *self._prefixes):
+            if not module.startswith(old):
+                continue
+            start = f"{new}{module.removeprefix(old)}."
+            for name, row in self._rows.items():
+                end = name.removeprefix(start)
+                if end != name and "." not in end:
+                    found[f"{module}.{end}"] = row
+            if found:
+                break
+        return found
+
+    def _another_prefix(self, name: str) -> tuple[str, str] | None:
+        """Return the prefix to take off a name, and the one to put there; None if neither helps.
+
+        What follows the prefix has the number of a layer, or is a module and its parameter.
+        """
+        parts = name.split(".")
+        numbers = [at for at, part in enumerate(parts) if part.isdecimal()]
+        most = max(0, numbers[0] - 1 if numbers else len(parts) - 2)
+        key = parts[-2] if len(parts) > 1 else name
+        if key in self._unknown:  # names of one kind fail alike: look through all names once
+            return None
+        for count in range(most + 1):
+            end = ".".join(parts[count:])
+            names = [each for each in self._rows if each == end or each.endswith(f".{end}")]
+            if len(names) == 1:
+                old = "".join(f"{part}." for part in parts[:count])
+                return old, names[0].removesuffix(end)
+            if len(names) > 1:
+                raise SourceError(
+                    f"changes {name}, and {self._text} has several of such a name "
+                    f"({listed(names, 2)})",
+                    remedy="name the model that it was trained on",
+                )
+        self._unknown.add(key)
+        return None
+
+
+def _assignments(fitting: Sequence[Sequence[bool]]) -> Iterator[tuple[int, ...]]:
+    """Yield each way to give every row of a square table a column of its own that is True there."""
+    if not fitting:
+        yield ()
+        return
+    for column, fits in enumerate(fitting[0]):
+        if fits:
+            rest = [[*row[:column], False, *row[column + 1 :]] for row in fitting[1:]]
+            for others in _assignments(rest):
+                yield (column, *others)
+
+
+def _model_types(config: Mapping[str, object]) -> frozenset[str]:
+    """Return the types of a model and of its parts."""
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    return frozenset(str(part["model_type"]) for part in parts if part.get("model_type"))
+
+
+def _product(sizes: Sequence[int]) -> int:
+    count = 1
+    for size in sizes:
+        count *= size
+    return count
