@@ -23,10 +23,9 @@ class KernelKind(NamedTuple):
     @classmethod
     def of(cls, segment: Segment, out_dtype: str | None = None) -> "KernelKind":
         """Return the kind for a segment, or for the segment with another output dtype."""
-        declared = merge_method(segment.method).num_factors
         return cls(
             method=segment.method,
-            num_factors=len(segment.factors) if declared is None else declared,
+            num_factors=len(segment.factors) or segment.num_pending,
             dtypes=segment.dtypes,
             are_changes=segment.are_changes,
             out_dtype=out_dtype or segment.out_dtype,

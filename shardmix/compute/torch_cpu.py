@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 
 import torch
 
@@ -115,10 +114,7 @@ class TorchBackend:
         chunk_nbytes = VECTOR * WIDEST_NBYTES * max(1, self._most_sources)
         combiner, *_ = self._on_gpu(device, chunk_nbytes=chunk_nbytes)
         for segment in self._kinds.values():
-            num_factors = merge_method(segment.method).num_factors
-            if num_factors is not None and not segment.factors:  # they follow from statistics
-                segment = replace(segment, factors=(1.0,) * num_factors)
-            combiner.begin(segment, 0, VECTOR)
+            combiner.begin(segment.with_placeholders(), 0, VECTOR)
             for source in range(len(segment.dtypes)):
                 staging = combiner.staging(source)
                 staging[:] = bytes(len(staging))

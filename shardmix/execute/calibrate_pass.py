@@ -31,7 +31,6 @@ from shardmix.plan.merge_plan import (
     OutputShard,
     PlannedSource,
     Segment,
-    SegmentSource,
 )
 from shardmix.sources.identity import SourceFile, SourceIdentity
 from shardmix.system.units import MIB
@@ -180,8 +179,8 @@ def _trial_plan(plan: MergePlan) -> Iterator[MergePlan]:
             num_elements=num_elements,
             out_offset=number * num_elements * out_width,
             sources=tuple(
-                SegmentSource(source, dtype, 0, offset)
-                for source, (dtype, offset) in enumerate(zip(dtypes, offsets, strict=True))
+                source._replace(source=number, file=0, offset=offset)
+                for number, (source, offset) in enumerate(zip(common.sources, offsets, strict=True))
             ),
         )
         for number in range(count)

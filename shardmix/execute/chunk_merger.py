@@ -7,7 +7,6 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from shardmix.anomalies import AnomalySum, LeafAnomalies
@@ -15,7 +14,6 @@ from shardmix.compute.backend import Backend, Combiner, Combiners, load_backend
 from shardmix.dtypes import element_nbytes
 from shardmix.execute.executor import IsStopped
 from shardmix.execute.tasks import Chunk, TensorRanges, chunks
-from shardmix.methods.registry import merge_method
 from shardmix.plan.merge_plan import MergePlan, Segment
 from shardmix.sources.readers import Reader, open_reader
 from shardmix.system.hashing import LEAF_NBYTES
@@ -198,8 +196,7 @@ class ChunkMerger:
     ) -> memoryview:
         """Read a whole tensor, gather its statistics, and merge it."""
         reader, clock = self._reader, self._clock
-        num_factors = merge_method(segment.method).num_factors or 0
-        combiner.begin(replace(segment, factors=(0.0,) * num_factors), 0, segment.num_elements)
+        combiner.begin(segment.with_placeholders(), 0, segment.num_elements)
         views = []
         for number, source in enumerate(segment.sources):
             views.append(reader.view(source.file, source.offset, combiner.staging(number)))

@@ -20,14 +20,13 @@ from shardmix.execute.executor import IsStopped, Job, Task, TaskResult
 from shardmix.execute.jobs import run_job
 from shardmix.execute.progress import OnProgress
 from shardmix.execute.tasks import Chunk, leaves_per_task
-from shardmix.methods import keep_first
 from shardmix.methods.registry import merge_method
 from shardmix.methods.statistics import (
     GROUP_NUM_ELEMENTS,
     PIECE_NUM_ELEMENTS,
     Partial,
-    Statistic,
     gathered,
+    num_groups,
 )
 from shardmix.plan.chunk_size import chunk_num_elements
 from shardmix.plan.merge_plan import MergePlan, Segment
@@ -61,14 +60,6 @@ class Unkept:
     def add_statistics(self, name: str, found: TensorStatistics) -> None:
         """Add a tensor's statistics."""
         self.statistics[name] = found
-
-
-def needed_statistics(plan: MergePlan, segment: Segment) -> tuple[Statistic, ...]:
-    """Return the statistics that decide a segment's factors; () if the plan has the factors."""
-    if segment.method == keep_first.NAME:
-        return ()
-    params = plan.parameters[segment.parameters]
-    return merge_method(segment.method).needs(params).statistics
 
 
 def with_factors(plan: MergePlan, segment: Segment, found: TensorStatistics) -> Segment:
@@ -129,12 +120,12 @@ class PieceReader:
 
     def whole(self, segment: Segment) -> TensorStatistics:
         """Read a whole tensor, and return its statistics."""
-        groups = [self.group(segment, number) for number in range(_num_groups(segment))]
+        groups = [self.group(segment, number) for number in range(num_groups(segment.num_elements))]
         return totalled(self._plan, segment, groups)
 
     def group(self, segment: Segment, number: int) -> TensorStatistics:
         """Read one group of elements, and return its statistics."""
-        needed = needed_statistics(self._plan, segment)
+        needed = self._plan.needed_statistics(segment)
         return tuple(gathered(needed, self._read(segment, number)))
 
     def _read(self, segment: Segment, number: int) -> Iterator[list[Values]]:
@@ -173,7 +164,7 @@ class WholeTensors:
         can hold it (`can_hold`): then `of_held` gathers from it, and nothing is read twice.
         """
         segment = chunk.segment
-        if not needed_statistics(self._plan, segment):
+        if not self._plan.needed_statistics(segment):
             return segment
         if self._last is not None and self._last.name == segment.name:
             return self._last
@@ -196,7 +187,7 @@ def tensors_to_gather(plan: MergePlan, known: KnownStatistics) -> list[Segment]:
     return [
         segment
         for segment in plan.segments()
-        if needed_statistics(plan, segment)
+        if plan.needed_statistics(segment)
         and segment.name not in known.statistics
         and not _is_read_whole(plan, segment)
     ]
@@ -223,7 +214,7 @@ def gather_tasks(segments: Sequence[Segment]) -> list[Task]:
     return [
         Task(number, group, group + 1)
         for number, segment in enumerate(segments)
-        for group in range(_num_groups(segment))
+        for group in range(num_groups(segment.num_elements))
     ]
 
 
@@ -244,14 +235,10 @@ class Totals:
         groups = self._groups.setdefault(number, {})
         groups[result.task.first_leaf] = result.value
         segment = self._segments[number]
-        if len(groups) == _num_groups(segment):
+        if len(groups) == num_groups(segment.num_elements):
             del self._groups[number]
             ordered = [groups[group] for group in sorted(groups)]
             self._known.add_statistics(segment.name, totalled(self._plan, segment, ordered))
-
-
-def _num_groups(segment: Segment) -> int:
-    return -(-segment.num_elements // GROUP_NUM_ELEMENTS)
 
 
 def _group(segment: Segment, number: int) -> range:
@@ -273,7 +260,7 @@ def totalled(
     """Return a tensor's statistics from those of its groups, in order."""
     return tuple(
         statistic.total([group[number] for group in groups])
-        for number, statistic in enumerate(needed_statistics(plan, segment))
+        for number, statistic in enumerate(plan.needed_statistics(segment))
     )
 
 
@@ -281,7 +268,7 @@ def whole_statistics(
     plan: MergePlan, segment: Segment, raw: Sequence[memoryview]
 ) -> TensorStatistics:
     """Return the statistics of a tensor that is in memory. `raw` are all bytes of each source."""
-    needed = needed_statistics(plan, segment)
+    needed = plan.needed_statistics(segment)
 
     def values(number: int) -> Iterator[list[Values]]:
         for first, last in _pieces(segment, number):
@@ -291,7 +278,7 @@ def whole_statistics(
             ]
 
     widths = [element_nbytes(dtype) for dtype in segment.dtypes]
-    groups = [tuple(gathered(needed, values(n))) for n in range(_num_groups(segment))]
+    groups = [tuple(gathered(needed, values(n))) for n in range(num_groups(segment.num_elements))]
     return totalled(plan, segment, groups)
 
 

@@ -22,6 +22,9 @@ Partial = tuple[float, ...]
 class Statistic(Protocol):
     """A statistic over all values of a tensor, in the base model (if any) and each other model."""
 
+    def num_entries(self, num_values: int) -> int:
+        """Return its number of entries for so many models, the base model among them."""
+
     def of_piece(self, values: Sequence[Any]) -> Partial:
         """Return a piece's part. `values` are float64 arrays, which it must not change."""
 
@@ -32,6 +35,10 @@ class Statistic(Protocol):
 @dataclass(frozen=True, slots=True)
 class Gram:
     """The scalar products of all pairs of values: <x0, x0>, <x0, x1>, ..., <x1, x1>, ..."""
+
+    def num_entries(self, num_values: int) -> int:
+        """Return the number of pairs."""
+        return num_values * (num_values + 1) // 2
 
     def of_piece(self, values: Sequence[Any]) -> Partial:
         """Return the products' sums, row by row of the upper triangle."""
@@ -44,6 +51,16 @@ class Gram:
     def total(self, partials: Sequence[Partial]) -> Partial:
         """Return the products of several parts together."""
         return tuple(map(_exact_sum, zip(*partials, strict=True)))
+
+
+def num_entries(statistics: Sequence[Statistic], num_values: int) -> int:
+    """Return the number of entries of several statistics of a tensor."""
+    return sum(statistic.num_entries(num_values) for statistic in statistics)
+
+
+def num_groups(num_elements: int) -> int:
+    """Return the number of groups of a tensor."""
+    return -(-num_elements // GROUP_NUM_ELEMENTS)
 
 
 def sum_of_piece(values: Any) -> float:

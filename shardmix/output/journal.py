@@ -30,6 +30,7 @@ from shardmix.anomalies import NO_ANOMALIES, LeafAnomalies
 from shardmix.dtypes import element_nbytes
 from shardmix.errors import OutputError, writing_failed
 from shardmix.methods import keep_first
+from shardmix.methods.statistics import num_entries
 from shardmix.plan.identity import MergeDescription, asked_otherwise, changed_files
 from shardmix.plan.merge_plan import MergePlan
 from shardmix.system.hashing import LEAF_NBYTES, LeafDigests, num_leaves
@@ -50,6 +51,11 @@ class _Head(_Format):
     plan_digest: str
     merge: MergeDescription
     file_nbytes: tuple[int, ...]
+
+
+_LONGEST_FLOAT = float.hex(-float.fromhex("0x1.fffffffffffffp+1023"))
+# A line's end, and brackets of a few statistics.
+_MOST_STATISTICS_NBYTES = 1 + 16
 
 
 class _StatisticsLine(msgspec.Struct, array_like=True):
@@ -261,7 +267,7 @@ def open_journal(folder: HeldFolder, plan: MergePlan) -> Journal:
 
 
 def journal_nbytes(plan: MergePlan) -> int:
-    """Return the most bytes that a merge's journal takes without NaN and Inf.
+    """Return the most bytes that a merge's journal takes without NaN and Inf, statistics included.
 
     Integers may differ between models in every leaf of their tensor.
     """
@@ -272,6 +278,10 @@ def journal_nbytes(plan: MergePlan) -> int:
         line = _Line(number, len(leaves), "00" * leaves.digest_nbytes)
         lines += len(leaves) * (len(msgspec.json.encode(line)) + 1)
         for segment in shard.segments:
+            if segment.is_pending:
+                count = num_entries(plan.needed_statistics(segment), len(segment.sources))
+                line_of = _StatisticsLine(segment.name, ((_LONGEST_FLOAT,) * count,), "0" * 16)
+                lines += len(msgspec.json.encode(line_of)) + _MOST_STATISTICS_NBYTES
             if segment.method == keep_first.NAME:
                 stop = segment.out_offset + segment.num_elements * element_nbytes(segment.out_dtype)
                 num_parts = num_leaves(stop) - segment.out_offset // LEAF_NBYTES

@@ -131,7 +131,16 @@ class _Group:
         self.narrow, self.narrow_factors = _counted(method, params, is_wide=False)
         """The sources that count, the base model among them, and their factors, in float32."""
         self.wide, self.wide_factors = _counted(method, params, is_wide=True)
+        self._num_factors = method.num_factors
+        self._has_base = needs.base_model
         """The same for tensors that are computed in float64."""
+
+    def num_pending(self, sources: Sequence[int]) -> int:
+        """Return the number of factors that follow from statistics of a tensor of these sources."""
+        if not self.is_whole:
+            return 0
+        num_models = len(sources) - self._has_base
+        return num_models if self._num_factors is None else self._num_factors
 
 
 def _counted(
@@ -279,4 +288,5 @@ class _SourceColumns:
                 for source in sources
             ),
             factors=factors,
+            num_pending=group.num_pending(sources) if is_float else 0,
         )

@@ -249,11 +249,28 @@ class Gathering:
     """Size of a chunk that holds the largest of these tensors, so that it is read only once."""
     num_sources: int
     """Largest number of sources of one tensor."""
+    num_tensors: int
+    """Number of these tensors."""
+    num_entries: int
+    """Number of entries of all their statistics."""
+    num_group_entries: int
+    """Largest number of entries of all groups of one tensor."""
+
+    @property
+    def kept_nbytes(self) -> int:
+        """Memory of the statistics themselves: of all tensors, and of the groups of one."""
+        num_floats = self.num_entries + self.num_group_entries
+        return num_floats * _FLOAT_OBJECT_NBYTES + self.num_tensors * _STATISTICS_NBYTES
 
     @property
     def worker_nbytes(self) -> int:
         """Memory of a worker's pieces: as stored, as float64, and their products."""
         return (2 * self.num_sources + 2) * PIECE_NUM_ELEMENTS * _FLOAT64_NBYTES
+
+
+# A float of Python in a tuple; a tensor's name and tuples in a dictionary.
+_FLOAT_OBJECT_NBYTES = 40
+_STATISTICS_NBYTES = 400
 
 
 def plan_memory(
@@ -295,6 +312,7 @@ def _fitted(
     best_chunk = BEST_CHUNK_NBYTES["cuda" if settings.on_cuda else settings.backend]
     whole = 0
     if gathering is not None:
+        reserved += gathering.kept_nbytes
         reader_nbytes += gathering.worker_nbytes
         if not settings.on_cuda:
             least = 1 << (gathering.whole_chunk_nbytes - 1).bit_length()

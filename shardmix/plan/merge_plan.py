@@ -16,6 +16,8 @@ from shardmix.conventions.file_kinds import LeftOut
 from shardmix.conventions.module_tree import inner_path
 from shardmix.formats.safetensors_layout import HEADER_LENGTH_NBYTES
 from shardmix.methods.base import Params
+from shardmix.methods.registry import merge_method
+from shardmix.methods.statistics import Statistic
 from shardmix.options import RunSettings
 from shardmix.plan.memory_budget import Gathering, MemoryPlan
 from shardmix.recipe import Recipe
@@ -114,8 +116,18 @@ class Segment:
     sources: tuple[SegmentSource, ...]
     """The sources that count, the base model first if there is one."""
     factors: tuple[float, ...]
-    """The method's factors, in double precision; empty if they follow from statistics of the whole
-    tensor, which are not known yet."""
+    """The method's factors, in double precision; empty as long as they are pending."""
+    num_pending: int = 0
+    """Number of factors that follow from statistics of the whole tensor."""
+
+    @property
+    def is_pending(self) -> bool:
+        """True if it has factors that are not known yet."""
+        return self.num_pending > 0 and not self.factors
+
+    def with_placeholders(self) -> "Segment":
+        """Return the same segment with as many factors as it will have."""
+        return replace(self, factors=(1.0,) * self.num_pending) if self.is_pending else self
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -348,6 +360,12 @@ class MergePlan:
                 "rounding (--dtype bfloat16 or float32 has room for them)"
             )
         return " and ".join(parts) + " in the merged tensor"
+
+    def needed_statistics(self, segment: Segment) -> tuple[Statistic, ...]:
+        """Return the statistics that decide a segment's factors; () if they need none."""
+        if not segment.num_pending:
+            return ()
+        return merge_method(segment.method).needs(self.parameters[segment.parameters]).statistics
 
     def with_disk_needed(self, nbytes: int) -> "MergePlan":
         """Return the same merge with the disk space of its output, now that it is known."""

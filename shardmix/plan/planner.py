@@ -30,9 +30,9 @@ from shardmix.matching.fused_tensors import split_alike
 from shardmix.matching.modules import ModularModel
 from shardmix.matching.parts import match_parts
 from shardmix.matching.tensors import MatchedTensors, match_tensors
-from shardmix.methods import keep_first
 from shardmix.methods.base import Params
 from shardmix.methods.registry import merge_method
+from shardmix.methods.statistics import num_entries, num_groups
 from shardmix.options import RunSettings
 from shardmix.plan.backend_choice import decide
 from shardmix.plan.chunk_size import whole_chunk_nbytes
@@ -103,7 +103,7 @@ def _plan_merge(
     shards = tuple(shard for part in parts for shard in part.shards)
     settings = decide(settings, shards)
     write_nbytes = sum(shard.file_nbytes for shard in shards)
-    gathering = _gathering(shards)
+    gathering = _gathering(shards, [params for part in parts for params in part.parameters])
     auxiliary_files = find_auxiliary_files(
         config_source.folder,
         weights=_merged_files(config_source, parts),
@@ -417,19 +417,25 @@ def _config_dtypes(
     return tuple(config_dtypes(config, columns).items())
 
 
-def _gathering(shards: Sequence[OutputShard]) -> Gathering | None:
+def _gathering(shards: Sequence[OutputShard], parameters: Sequence[Params]) -> Gathering | None:
     """Return the needs of gathering statistics; None if the factors of all segments are known."""
-    pending = [
-        segment
-        for shard in shards
-        for segment in shard.segments
-        if segment.method != keep_first.NAME
-        and not segment.factors
-        and merge_method(segment.method).num_factors
-    ]
+    pending = [segment for shard in shards for segment in shard.segments if segment.is_pending]
     if not pending:
         return None
+    nums_entries = [
+        num_entries(
+            merge_method(segment.method).needs(parameters[segment.parameters]).statistics,
+            len(segment.sources),
+        )
+        for segment in pending
+    ]
     return Gathering(
         whole_chunk_nbytes=max(map(whole_chunk_nbytes, pending)),
         num_sources=max(len(segment.sources) for segment in pending),
+        num_tensors=len(pending),
+        num_entries=sum(nums_entries),
+        num_group_entries=max(
+            entries * num_groups(segment.num_elements)
+            for entries, segment in zip(nums_entries, pending, strict=True)
+        ),
     )
