@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from shardmix.compute.backend import NonfiniteCounts
 from shardmix.compute.keep_first import KeepFirst
-from shardmix.execute.write_pass import nonfinite_finding
 from shardmix.methods import keep_first
 from shardmix.plan.memory_budget import VRAM_BUFFERS_PER_WORKER
+from shardmix.plan.merge_plan import MergePlan
 from shardmix.system.units import MIB
 from tests.support.combining import (
     COMPILED,
@@ -286,6 +286,6 @@ def test_rounded_infinities_are_told_apart(counts, said):
     They are counted once: as values that were too large, not as infinities as well.
     """
     plan = SimpleNamespace(tensor_dtype=lambda name: "F16")
-    told = nonfinite_finding("w", counts, plan)
+    told = MergePlan.nonfinite_finding(plan, "w", counts)
     assert told.startswith(said)
     assert told.count("Inf") == (counts[1] > counts[2]) + (counts[2] > 0)

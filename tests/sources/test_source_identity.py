@@ -8,7 +8,7 @@ import pytest
 
 import shardmix
 from shardmix.errors import OutputError, SourceChangedError, SourceError
-from shardmix.execute import compare_pass, jobs, merge
+from shardmix.execute import compare_pass, jobs, merge, prepare
 from shardmix.sources.identity import FileStamp, SourceFile, SourceIdentity
 from tests.support.cut_off import cut_off, folder_bytes, large_models
 
@@ -148,15 +148,13 @@ def test_change_during_backend_choice(tmp_path, models, monkeypatch):
 
     The plan is made anew then, and would take the edited file for the planned one.
     """
-    from shardmix import api
-
-    ready = api.ready
+    ready = prepare.ready
 
     def replanned(plan, options, replan):
         times_kept(models[1][0] / NAME, edit)
         return ready(replan(options), options, replan)
 
-    monkeypatch.setattr(api, "ready", replanned)
+    monkeypatch.setattr(prepare, "ready", replanned)
     with pytest.raises(SourceChangedError, match="has changed since its header was read"):
         shardmix.merge(models, tmp_path / "out")
 
