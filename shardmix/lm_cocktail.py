@@ -15,7 +15,7 @@ from typing import Any
 
 from shardmix import api
 from shardmix._typing import Unpack
-from shardmix.conventions.model_types import AUTO_CLASSES, check_model_type
+from shardmix.conventions.model_types import MODEL_TYPES, check_model_type
 from shardmix.errors import RecipeError, SourceError, one_line
 from shardmix.options import MergeOptions
 from shardmix.recipe.build import build_recipe
@@ -229,7 +229,7 @@ def _mixed(
                 print(name, weight)
             if output_path is not None:
                 print(f"Saved the new model to {output}")
-        auto_class = getattr(_transformers(), AUTO_CLASSES[model_type])
+        auto_class = getattr(_transformers(), MODEL_TYPES[model_type].auto_class)
         return auto_class.from_pretrained(str(output), trust_remote_code=trust_remote_code)
 
 
@@ -248,7 +248,7 @@ def _check_loadable(model: ResolvedSource, model_type: str, *, trust_remote_code
             subject=source,
             remedy="check its config.json, or fetch it again",
         ) from None
-    auto_class = AUTO_CLASSES[model_type]
+    auto_class = MODEL_TYPES[model_type].auto_class
     known = type(config) in getattr(transformers, auto_class)._model_mapping
     if not known and auto_class not in getattr(config, "auto_map", {}):
         raise SourceError(

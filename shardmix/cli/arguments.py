@@ -53,9 +53,11 @@ def first_word(scoring: "ScoreOptions") -> str:
 def required_model_type(model_type: str | None) -> str:
     """Return the model type; raise `RecipeError` if there is none."""
     if model_type is None:
+        from shardmix.conventions.model_types import MODEL_TYPES
+
         raise RecipeError(
             "--weights-from needs --model-type",
-            remedy="name decoder, encoder, reranker or encoder-decoder",
+            remedy=f"name one of {', '.join(MODEL_TYPES)}",
         )
     return model_type
 

@@ -1,6 +1,10 @@
-"""The model types of the LM-Cocktail functions and the scorer, and the loader of each."""
+"""The model types of the LM-Cocktail functions and the scorer: one row each, with all that differs.
+
+The scorer's objective of each is in `scoring.objectives`.
+"""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from shardmix.errors import RecipeError, shown
@@ -10,20 +14,65 @@ ENCODER = "encoder"
 RERANKER = "reranker"
 ENCODER_DECODER = "encoder-decoder"
 
-AUTO_CLASSES = {
-    DECODER: "AutoModelForCausalLM",
-    ENCODER: "AutoModel",
-    RERANKER: "AutoModelForSequenceClassification",
-    ENCODER_DECODER: "AutoModelForSeq2SeqLM",
-}
-"""Model type → the class of transformers that loads it."""
+
+@dataclass(frozen=True, slots=True)
+class ModelType:
+    """A type of model, and what is different for it."""
+
+    name: str
+    """Its name in options and recipes."""
+    auto_class: str
+    """The class of transformers that loads it."""
+    heads: tuple[str, ...]
+    """Ends of class names, in a config's `architectures`, that fit it."""
+    takes_queries: bool = False
+    """True if its examples are a query and passages; else they are a text and its output."""
+    embeds: bool = False
+    """True if it gives a vector a text, without a head: a head or pooler beside it does not
+    count."""
+    joins_pairs: bool = False
+    """True if it reads a query and a passage as one sequence."""
+    has_two_sides: bool = False
+    """True if an encoder reads the input, and a decoder the output."""
+
+
+_TYPES = (
+    ModelType(
+        DECODER,
+        "AutoModelForCausalLM",
+        heads=("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"),
+    ),
+    # Encoders are trained with the head of a masked language model.
+    ModelType(
+        ENCODER,
+        "AutoModel",
+        heads=("ForMaskedLM", "ForPreTraining"),
+        takes_queries=True,
+        embeds=True,
+    ),
+    ModelType(
+        RERANKER,
+        "AutoModelForSequenceClassification",
+        heads=("ForSequenceClassification",),
+        takes_queries=True,
+        joins_pairs=True,
+    ),
+    ModelType(
+        ENCODER_DECODER,
+        "AutoModelForSeq2SeqLM",
+        heads=("ForConditionalGeneration", "ForSpeechSeq2Seq"),
+        has_two_sides=True,
+    ),
+)
+MODEL_TYPES = {each.name: each for each in _TYPES}
+"""All types, by name."""
 
 
 def check_model_type(model_type: str) -> None:
     """Raise `RecipeError` if this is no model type."""
-    if not isinstance(model_type, str) or model_type not in AUTO_CLASSES:
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         raise RecipeError(
-            f"must be one of {', '.join(AUTO_CLASSES)}", subject=f"model type {model_type!r}"
+            f"must be one of {', '.join(MODEL_TYPES)}", subject=f"model type {model_type!r}"
         )
 
 
@@ -32,14 +81,6 @@ _HEADS = (
     *("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForMaskedLM"),
     *("ForPreTraining", "ForImageClassification", "ForCTC", "ForSpeechSeq2Seq"),
 )
-# The heads that a model of each type may have. An encoder is loaded without a head; encoders are
-# trained with that of a masked language model.
-_FITTING_HEADS = {
-    DECODER: ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"),
-    ENCODER: ("ForMaskedLM", "ForPreTraining"),
-    RERANKER: ("ForSequenceClassification",),
-    ENCODER_DECODER: ("ForConditionalGeneration", "ForSpeechSeq2Seq"),
-}
 # Families that read in both directions; as a decoder they would get a head of random weights.
 _ENCODER_FAMILIES = frozenset(
     (
@@ -55,10 +96,10 @@ def fitting_types(config: Mapping[str, Any]) -> list[str]:
     architectures = config.get("architectures")
     named = architectures if isinstance(architectures, list) else []
     return [
-        model_type
-        for model_type, heads in _FITTING_HEADS.items()
-        if any(str(name).endswith(heads) for name in named)
-        if contradiction(config, model_type) is None
+        each.name
+        for each in MODEL_TYPES.values()
+        if any(str(name).endswith(each.heads) for name in named)
+        if contradiction(config, each.name) is None
     ]
 
 
@@ -75,7 +116,7 @@ def contradiction(
     heads = [head for name in named for head in _HEADS if str(name).endswith(head)]
     if model_type == ENCODER and has_modules:
         return None
-    fits = any(head in _FITTING_HEADS[model_type] for head in heads)
+    fits = any(head in MODEL_TYPES[model_type].heads for head in heads)
     if heads and not fits:
         return f"architectures {shown(named)}"
     family, is_decoder = str(config.get("model_type")), config.get("is_decoder") is True

@@ -15,8 +15,8 @@ from shardmix.output.destination import check_disk
 from shardmix.output.model_folder import write_all_but_weights
 from shardmix.output.staging import Staging
 from shardmix.plan.merge_plan import MergePlan
+from shardmix.system.hashing import SHA256, digest_nbytes
 
-_LONGEST_DIGEST = "0" * 64
 # The staging folder, and in it the lock and the marker of the rename.
 _STAGING_NBYTES = 3 * BLOCK_NBYTES
 
@@ -30,8 +30,9 @@ def disk_needed_nbytes(plan: MergePlan) -> int:
     write_all_but_weights(plan, folder)
     for shard in plan.shards:
         folder.sizes[shard.filename] = shard.file_nbytes
-    digests = dict.fromkeys(folder.sizes, _LONGEST_DIGEST)
-    provenance.write_provenance(plan, folder, digests, NO_ANOMALIES, plan_digest=_LONGEST_DIGEST)
+    digests = dict.fromkeys(folder.sizes, "00" * digest_nbytes(plan.digest_algorithm))
+    any_digest = "00" * digest_nbytes(SHA256)
+    provenance.write_provenance(plan, folder, digests, NO_ANOMALIES, plan_digest=any_digest)
     journal_blocks = -(-journal.journal_nbytes(plan) // BLOCK_NBYTES)
     return folder.nbytes + journal_blocks * BLOCK_NBYTES + _STAGING_NBYTES
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardmix.conventions.model_types import ENCODER, ENCODER_DECODER, RERANKER
 from shardmix.errors import RecipeError, SourceError, one_line
 from shardmix.scoring.examples import Example, QueryExample, TextExample
 from shardmix.scoring.options import ScoreSettings
@@ -105,7 +104,7 @@ def _silent(
     settings: ScoreSettings,
     max_length: int,
 ) -> tuple[str, ...]:
-    if settings.model_type in (ENCODER, RERANKER):
+    if settings.type.takes_queries:
         return ()
     silent = [number for number, sequence in enumerate(sequences) if not sequence.labels]
     for start in range(0, len(sequences), settings.batch_size):
@@ -141,7 +140,7 @@ def _max_length(tokenizer: Any, settings: ScoreSettings, config: Mapping[str, An
         limits.append(positions)
     own = tokenizer.model_max_length
     # RoBERTa's positions start at 2: its tokenizer knows how many are left, its config does not.
-    if settings.model_type in (ENCODER, RERANKER) and 0 < own < _NO_LIMIT:
+    if settings.type.takes_queries and 0 < own < _NO_LIMIT:
         limits.append(int(own))
     return min(limits)
 
@@ -156,12 +155,11 @@ class _Encoder:
         self.num_cut = 0
 
     def encode(self, example: Example) -> list[TokenSequence]:
-        model_type = self._settings.model_type
         if isinstance(example, TextExample):
-            if model_type == ENCODER_DECODER:
+            if self._settings.type.has_two_sides:
                 return [self._source_and_target(example)]
             return [self._prompt_and_output(example)]
-        if model_type == RERANKER:
+        if self._settings.type.joins_pairs:
             pairs = [(example.query, passage) for passage in _candidates(example)]
             return [self._text(example.name, *pair) for pair in pairs]
         texts = (example.query, *_candidates(example))

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardmix.conventions.model_types import ENCODER, RERANKER
 from shardmix.errors import RecipeError, one_line, shown
 from shardmix.scoring.options import ScoreSettings
 
@@ -69,7 +68,7 @@ def load_examples(examples: ExamplesArgument, settings: ScoreSettings) -> tuple[
     if not named:
         raise RecipeError("no examples given", remedy="give a few, five or so")
     draw = random.Random(settings.seed)
-    if settings.model_type in (ENCODER, RERANKER):
+    if settings.type.takes_queries:
         queries = [_query_example(name, item, settings, draw) for name, item in named]
         _check_comparable(queries, settings)
         return tuple(queries)
@@ -166,7 +165,7 @@ def _query_example(
 
 def _check_comparable(examples: Sequence[QueryExample], settings: ScoreSettings) -> None:
     """Refuse a query without anything to compare: its loss would be 0 for any model."""
-    num_compared = 1 if settings.model_type == RERANKER else settings.batch_size
+    num_compared = 1 if settings.type.joins_pairs else settings.batch_size
     for start in range(0, len(examples), num_compared):
         batch = examples[start : start + num_compared]
         if len(batch) == 1 and not batch[0].negatives:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from accelerate.utils import set_module_tensor_to_device
 
-from shardmix.conventions.model_types import ENCODER
 from shardmix.errors import BudgetError, ShardmixError, SourceError, listed, one_line
 from shardmix.scoring import fit
 from shardmix.scoring.batches import shape_batches
@@ -174,7 +173,7 @@ def _notes(
     """Return notes for the user on how the model was read."""
     notes = []
     unused = weights.unused()
-    if unused and settings.model_type != ENCODER:  # an encoder is often stored with some head
+    if unused and not settings.type.embeds:  # an encoder is often stored with some head
         notes.append(
             f"{source.text}: stores {listed(unused, 3)}, which its config does not use; "
             "scored without"
@@ -284,7 +283,7 @@ def _sizes(model: Any, objective: Objective) -> ModelSizes:
 def _check_complete(source: Source, weights: ModelWeights, settings: ScoreSettings) -> None:
     """Refuse a model with parts that would be random; an encoder's pooler is not used."""
     missing = weights.missing()
-    if settings.model_type == ENCODER:
+    if settings.type.embeds:
         missing = [name for name in missing if "pooler." not in name]
     if missing:
         raise SourceError(

@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional
 
 from shardmix.conventions.model_types import (
-    AUTO_CLASSES,
     DECODER,
     ENCODER,
     ENCODER_DECODER,
@@ -53,9 +52,17 @@ class Losses:
 class Objective(ABC):
     """The behaviour that all types of models share."""
 
-    def __init__(self, encoded: EncodedExamples, settings: ScoreSettings) -> None:
+    takes_queries: ClassVar[bool]
+    """True if its examples are a query and passages, as its model type's row must say."""
+
+    def __init__(
+        self,
+        encoded: EncodedExamples,
+        settings: ScoreSettings,
+        embedding: Embedding | None = None,
+    ) -> None:
         self.encoded = encoded
-        self.auto_class = AUTO_CLASSES[settings.model_type]
+        self.auto_class = settings.type.auto_class
         self._settings = settings
         self._filler = encoded.pad_token_id
         self.nbytes = 0
@@ -95,6 +102,8 @@ class Objective(ABC):
 
 class _TokenObjective(Objective):
     """Loss of tokens: a result is the sum of a sequence's losses, and their number."""
+
+    takes_queries = False
 
     def prepare(self, model: Any) -> None:
         """Prepare as above, and make the output head compute only logits at labels."""
@@ -181,12 +190,17 @@ class EncoderDecoderObjective(_TokenObjective):
 class EncoderObjective(Objective):
     """Contrastive loss of a query's passage among all passages of its batch."""
 
+    takes_queries = True
+
     def __init__(
-        self, encoded: EncodedExamples, settings: ScoreSettings, embedding: Embedding
+        self,
+        encoded: EncodedExamples,
+        settings: ScoreSettings,
+        embedding: Embedding | None = None,
     ) -> None:
         super().__init__(encoded, settings)
-        self._embedding = embedding
-        self.nbytes = embedding.nbytes
+        self._embedding = embedding or Embedding((CLS,))
+        self.nbytes = self._embedding.nbytes
 
     def run(self, model: Any, shape: BatchShape, device: torch.device) -> list[Any]:
         """Return one normalised float32 vector for each sequence."""
@@ -215,6 +229,8 @@ class EncoderObjective(Objective):
 class RerankerObjective(Objective):
     """Cross-entropy of the positive among its own candidates, over relevance scores."""
 
+    takes_queries = True
+
     def run(self, model: Any, shape: BatchShape, device: torch.device) -> list[Any]:
         """Return one relevance score for each pair.
 
@@ -242,18 +258,20 @@ class RerankerObjective(Objective):
         return Losses(fmean(means), tuple(per_example))
 
 
+OBJECTIVES: dict[str, type[Objective]] = {
+    DECODER: DecoderObjective,
+    ENCODER: EncoderObjective,
+    RERANKER: RerankerObjective,
+    ENCODER_DECODER: EncoderDecoderObjective,
+}
+"""Model type → its objective."""
+
+
 def objective_for(
     encoded: EncodedExamples, settings: ScoreSettings, embedding: Embedding | None = None
 ) -> Objective:
     """Return the objective of the settings' model type; an encoder's uses `embedding`."""
-    if settings.model_type == ENCODER:
-        return EncoderObjective(encoded, settings, embedding or Embedding((CLS,)))
-    kinds: dict[str, type[Objective]] = {
-        DECODER: DecoderObjective,
-        RERANKER: RerankerObjective,
-        ENCODER_DECODER: EncoderDecoderObjective,
-    }
-    return kinds[settings.model_type](encoded, settings)
+    return OBJECTIVES[settings.model_type](encoded, settings, embedding)
 
 
 @contextmanager

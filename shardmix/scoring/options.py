@@ -4,7 +4,7 @@ import operator
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
-from shardmix.conventions.model_types import DECODER, check_model_type
+from shardmix.conventions.model_types import DECODER, MODEL_TYPES, ModelType, check_model_type
 from shardmix.conventions.sentence_modules import check_pooling
 from shardmix.dtypes import OUT_DTYPES
 from shardmix.errors import RecipeError
@@ -64,6 +64,11 @@ class ScoreSettings:
     pooling: str | None = None
     chat_template: bool = False
     trust_remote_code: bool = False
+
+    @property
+    def type(self) -> ModelType:
+        """The row of its model type."""
+        return MODEL_TYPES[self.model_type]
 
 
 def check_options(model_type: str, options: ScoreOptions) -> ScoreSettings:

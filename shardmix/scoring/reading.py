@@ -6,7 +6,6 @@ Loads tokenizers one after the other, and holds none.
 from collections.abc import Sequence
 from pathlib import Path
 
-from shardmix.conventions.model_types import ENCODER, RERANKER
 from shardmix.conventions.vocabularies import (
     CONFIG_NAME,
     CUTTING_NAMES,
@@ -114,7 +113,7 @@ def _told(
     distinct = list({id(encoded): encoded for encoded in found}.values())
     if len(distinct) < 2:
         return []
-    counts_pairs = settings.model_type in (ENCODER, RERANKER)
+    counts_pairs = settings.type.takes_queries
     parts = []
     for encoded in distinct[:_MOST_NAMED]:
         names = [source.text for source, own in zip(sources, found, strict=True) if own is encoded]

@@ -13,7 +13,6 @@ import msgspec
 import torch
 
 from shardmix._typing import Unpack
-from shardmix.conventions.model_types import AUTO_CLASSES, ENCODER
 from shardmix.conventions.sentence_modules import CLS
 from shardmix.errors import RecipeError, SourceError
 from shardmix.scoring.embedding import Embedding, embedding_of
@@ -96,7 +95,7 @@ def score_opened(
     _open_device(device)
     readings, notes = read_examples(loaded, sources, settings)
     embeddings = _embeddings(sources, settings)
-    import_model_code(sources[0], AUTO_CLASSES[model_type])
+    import_model_code(sources[0], settings.type.auto_class)
     started = time.perf_counter()
     scores: list[ModelScore] = []
     reserved: int | None = None
@@ -173,7 +172,7 @@ def compute_losses(
 
 def _embeddings(sources: Sequence[Source], settings: ScoreSettings) -> list[Embedding]:
     """Return each encoder's embedding; empty for other types of models."""
-    if settings.model_type != ENCODER:
+    if not settings.type.embeds:
         return []
     return [embedding_of(source, settings.pooling) for source in sources]
 

@@ -150,6 +150,11 @@ def file_hasher(algorithm: str) -> Hasher | None:
     return hashlib.sha256() if is_sequential(algorithm) else None
 
 
+def digest_nbytes(algorithm: str) -> int:
+    """Return the length of a file's digest in bytes."""
+    return len((file_hasher(algorithm) or _leaf_hasher(algorithm)).digest())
+
+
 def read_range(descriptor: int, start: int, stop: int, buffer: memoryview) -> Iterator[memoryview]:
     """Yield a file's bytes from `start` to `stop`, read into `buffer` a piece at a time.
 

@@ -185,7 +185,7 @@ CASES: list[Case] = [
     Case("source: a name of escapes", _a_source("\x1b[2J\n", Path.mkdir), "\\x1b[2J\\n: is empty"),
     Case("words: escapes", _words("merge", "\x1b[2J=x", "b=1"), "\\x1b[2J=x: weight 'x' is not", 2),
     Case("words: line breaks", _words("merge", "a\nb"), "'a\\nb': no weight given", 2),
-    Case("words: a device", _words("merge", "/dev/zero=1", "/dev/zero=0"), "not a .safetensors file"),
+    Case("words: a device", _words("plan", "/dev/zero=1", "/dev/zero=0"), "not a .safetensors"),
     Case("output: escapes", _output("\x1b[2J.safetensors"), "\\x1b[2J.safetensors: names a file"),
     Case("output: line breaks", _output("a\nb/c.safetensors"), "a\\nb/c.safetensors: names a file"),
     Case("output: not UTF-8", _output("\udcff"), "cannot be a path"),
