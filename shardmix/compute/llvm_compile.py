@@ -1,13 +1,13 @@
 """Compiles methods for this processor. Knows addresses, not buffers or files."""
 
 import ctypes
-import platform
 
 import llvmlite.binding as llvm
 
 from shardmix.compute.llvm_assembly import assembly
 from shardmix.compute.llvm_kind import KernelKind
 from shardmix.dtypes import BY_NAME, LLVM_DTYPES
+from shardmix.system.llvm import compiled
 
 LEAST_INFINITE = {name: BY_NAME[name].least_infinite for name in LLVM_DTYPES}
 """The least float32, as bits, that rounding makes infinite; all above are infinite, too, or NaN."""
@@ -85,38 +85,14 @@ class Kernel:
         return largest
 
 
-def finding() -> str | None:
-    """Return why kernels do not work on this processor, or None if they do."""
-    machine = platform.machine().lower()
-    if machine in ("aarch64", "arm64"):
-        return None
-    if machine not in ("x86_64", "amd64"):
-        return f"it is not tried on {machine} processors"
-    if not llvm.get_host_cpu_features().get("f16c"):
-        return "this processor lacks the instructions f16c"
-    return None
-
-
 class Kernels:
     """Compiles kernels, each once; they live as long as this object."""
 
     def __init__(self) -> None:
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
         self._kernels: dict[KernelKind, Kernel] = {}
 
     def kernel(self, kind: KernelKind) -> Kernel:
         """Return the kernel of a kind."""
         if kind not in self._kernels:
-            self._kernels[kind] = self._compiled(kind)
+            self._kernels[kind] = Kernel(compiled(assembly(kind)))
         return self._kernels[kind]
-
-    def _compiled(self, kind: KernelKind) -> Kernel:
-        module = llvm.parse_assembly(assembly(kind))
-        module.verify()
-        machine = llvm.Target.from_default_triple().create_target_machine(
-            cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=2
-        )
-        engine = llvm.create_mcjit_compiler(module, machine)  # the machine now belongs to it
-        engine.finalize_object()
-        return Kernel(engine)

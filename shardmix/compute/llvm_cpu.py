@@ -13,12 +13,13 @@ from contextlib import contextmanager
 
 from shardmix.anomalies import NonfiniteCounts
 from shardmix.compute.llvm_assembly import FAILED
-from shardmix.compute.llvm_compile import LEAST_INFINITE, Kernels, finding
+from shardmix.compute.llvm_compile import LEAST_INFINITE, Kernels
 from shardmix.compute.llvm_kind import KernelKind
 from shardmix.compute.staged_chunk import StagedChunk
 from shardmix.dtypes import element_nbytes
 from shardmix.plan.merge_plan import Segment
 from shardmix.system.buffers import address
+from shardmix.system.llvm import finding
 
 _FLOAT32_NBYTES = 4
 

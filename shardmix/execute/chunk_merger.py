@@ -14,7 +14,8 @@ from shardmix.compute.backend import Backend, Combiner, Combiners, load_backend
 from shardmix.dtypes import element_nbytes
 from shardmix.execute.executor import IsStopped
 from shardmix.execute.tasks import Chunk, TensorRanges, chunks
-from shardmix.plan.merge_plan import MergePlan, Segment
+from shardmix.plan.merge_plan import MergePlan, Segment, SegmentSource
+from shardmix.sources.identity import SourceFile
 from shardmix.sources.readers import Reader, open_reader
 from shardmix.system.hashing import LEAF_NBYTES
 from shardmix.system.page_cache import PassedRanges
@@ -114,6 +115,7 @@ class ChunkMerger:
                 plan, reader, statistics, num_sources=num_sources
             )
         self._num_files = len(plan.files)
+        self._same_files = _same_files(plan)
         self._chunk_nbytes = plan.memory.chunk_nbytes
         self._lanes = lanes
         self._reader = reader
@@ -173,6 +175,8 @@ class ChunkMerger:
                 return self._start_whole(segment, combiner, self._tensors)
             segment = found
         combiner.begin(segment, start, chunk.num_elements)
+        if self._same_files is not None and self._is_read_twice(segment):
+            return self._start_shared(segment, start, combiner)
         descriptors = reader.descriptors(segment.files)
         if descriptors is not None and (done := combiner.read(descriptors)) is not None:
             data, seconds = done
@@ -187,6 +191,32 @@ class ChunkMerger:
             combiner.add(number, view)
             clock.lap(REDUCE, len(staging))
         data = combiner.finish()
+        reader.release()
+        clock.lap(REDUCE)
+        return data
+
+    def _is_read_twice(self, segment: Segment) -> bool:
+        """Return True if two sources have the same bytes of one file."""
+        return len(set(map(self._place, segment.sources))) < len(segment.sources)
+
+    def _place(self, source: SegmentSource) -> tuple[int, int]:
+        file = source.file if self._same_files is None else self._same_files.get(source.file)
+        return source.file if file is None else file, source.offset
+
+    def _start_shared(self, segment: Segment, start: int, combiner: Combiner) -> memoryview:
+        """Read a chunk of which several sources have the same bytes, these only once."""
+        reader, clock = self._reader, self._clock
+        views: dict[tuple[int, int], memoryview] = {}
+        for number, source in enumerate(segment.sources):
+            place = self._place(source)
+            if place not in views:
+                position = source.offset + start * element_nbytes(source.dtype)
+                views[place] = reader.view(source.file, position, combiner.staging(number))
+            clock.lap(READ, len(views[place]))
+            combiner.add(number, views[place])
+            clock.lap(REDUCE, len(views[place]))
+        data = combiner.finish()
+        views.clear()
         reader.release()
         clock.lap(REDUCE)
         return data
@@ -260,3 +290,17 @@ def _anomalies(
                 part = (start - first) // width, (end - first) // width
                 found.count(name, combiner.count_nonfinite(*part))
         yield leaf, found.total()
+
+
+def _same_files(plan: MergePlan) -> dict[int, int] | None:
+    """Return number of a file → number of the first one that is the same file.
+
+    Several models on one base have its files. None if there are none, or if sources go to a GPU,
+    where each needs a buffer of its own.
+    """
+    if plan.settings.on_cuda:
+        return None
+    firsts: dict[SourceFile, int] = {}
+    numbers = {number: firsts.setdefault(file, number) for number, file in enumerate(plan.files)}
+    same = {number: first for number, first in numbers.items() if number != first}
+    return same or None

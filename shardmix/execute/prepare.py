@@ -75,7 +75,7 @@ def _memory(plan: MergePlan) -> MemoryPlan:
     return plan_memory(
         plan.settings,
         num_tensors=plan.num_tensors,
-        reader_nbytes=plan.reader_nbytes,
+        readers=plan.readers,
         gathering=plan.gathering,
     )
 

@@ -157,6 +157,7 @@ def fit_memory(
     max_vram: int | None = None,
     mapped_views: int = 0,
     reader_nbytes: int = 0,
+    num_shared_bases: int = 0,
 ) -> MemoryPlan:
     """Choose the chunk, at most the best one, and the workers, so that both budgets hold.
 
@@ -165,7 +166,8 @@ def fit_memory(
     away (unless their number was asked for), then shrinks the chunk further. `num_devices` are the
     GPUs that share the workers, 0 on the CPU. The bound of each is `max_vram`, or else its free
     memory by `vram`. `mapped_views` is the number of sources that one chunk may have mapped.
-    `reader_nbytes` is the memory of the sources' own readers for each worker.
+    `reader_nbytes` is the memory of the sources' own readers for each worker, without the chunks
+    that they keep of `num_shared_bases`.
 
     Raises `BudgetError` if not even one smallest chunk fits, naming the least that works.
     """
@@ -184,7 +186,7 @@ def fit_memory(
     for count, size in choices:
         # A chunk of a whole tensor is so large that what is mapped of it counts, too.
         mapped = mapped_views if size > best_chunk_of_parts else 0
-        buffers = count * (BUFFERS_PER_WORKER + mapped) * size
+        buffers = count * (BUFFERS_PER_WORKER + mapped + num_shared_bases) * size
         beside = _WORKER_NBYTES + mapped_views * _MAPPED_NBYTES + reader_nbytes
         peak = reserved + buffers + count * beside
         busiest = -(-count // num_devices) if num_devices else 0
@@ -242,6 +244,18 @@ def _vram_nbytes(buffers_nbytes: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class ReaderMemory:
+    """The memory of sources' own readers, which decode tensors."""
+
+    worker_nbytes: int = 0
+    """Memory of a worker's readers, besides the buffers of a chunk."""
+    num_shared_bases: int = 0
+    """Number of bases whose bytes are kept for several sources: each takes a chunk's size."""
+    uses_kernels: bool = False
+    """True if they compile kernels, so that llvmlite is loaded whatever the backend."""
+
+
+@dataclass(frozen=True, slots=True)
 class Gathering:
     """The memory that a method needs for statistics of whole tensors."""
 
@@ -277,27 +291,29 @@ def plan_memory(
     settings: RunSettings,
     *,
     num_tensors: int,
-    reader_nbytes: int = 0,
+    readers: ReaderMemory | None = None,
     gathering: Gathering | None = None,
 ) -> MemoryPlan:
     """Fit chunks and workers to the budgets and to the process's present memory.
 
-    `num_tensors` are the output's: of each there may be something to tell. `reader_nbytes` is what
-    the sources' own readers take for each worker. `gathering` is for methods that need statistics.
+    `num_tensors` are the output's: of each there may be something to tell. `readers` are the
+    sources' own. `gathering` is for methods that need statistics.
 
     Where the device is still open, to the GPU's, with the peak of whichever takes more. Raises
     `BudgetError` where one smallest chunk does not fit.
     """
     num_gpus = num_devices(settings.device)
+    readers = ReaderMemory() if readers is None else readers
     if not settings.is_device_open:
-        reserved = reserved_nbytes(settings.backend, num_devices=num_gpus, num_tensors=num_tensors)
-        return _fitted(settings, reserved, num_gpus, reader_nbytes, gathering)
+        libraries = {settings.backend, LLVM} if readers.uses_kernels else {settings.backend}
+        reserved = reserved_nbytes(*libraries, num_devices=num_gpus, num_tensors=num_tensors)
+        return _fitted(settings, reserved, num_gpus, readers, gathering)
     # Both are tried in one process, with the libraries of both.
     reserved = reserved_nbytes(TORCH, LLVM, num_devices=num_gpus, num_tensors=num_tensors)
-    on_gpu = _fitted(settings, reserved, num_gpus, reader_nbytes, gathering)
+    on_gpu = _fitted(settings, reserved, num_gpus, readers, gathering)
     # torch's chunks are larger than the kernels', so either fits into this one's memory.
     cpu_settings = replace(settings, device="cpu", backend=TORCH)
-    on_cpu = _fitted(cpu_settings, reserved, 0, reader_nbytes, gathering)
+    on_cpu = _fitted(cpu_settings, reserved, 0, readers, gathering)
     peak = max(on_gpu.projected_peak_nbytes, on_cpu.projected_peak_nbytes)
     return replace(on_gpu, projected_peak_nbytes=peak)
 
@@ -306,9 +322,10 @@ def _fitted(
     settings: RunSettings,
     reserved: int,
     num_gpus: int,
-    reader_nbytes: int,
+    readers: ReaderMemory,
     gathering: Gathering | None,
 ) -> MemoryPlan:
+    reader_nbytes = readers.worker_nbytes
     best_chunk = BEST_CHUNK_NBYTES["cuda" if settings.on_cuda else settings.backend]
     whole = 0
     if gathering is not None:
@@ -328,4 +345,5 @@ def _fitted(
         max_vram=settings.max_vram_nbytes,
         mapped_views=MAX_MAPPED_AT_ONCE if settings.io == "mmap" else 0,
         reader_nbytes=reader_nbytes,
+        num_shared_bases=readers.num_shared_bases,
     )

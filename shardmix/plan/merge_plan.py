@@ -19,7 +19,7 @@ from shardmix.methods.base import Params
 from shardmix.methods.registry import merge_method
 from shardmix.methods.statistics import Statistic
 from shardmix.options import RunSettings
-from shardmix.plan.memory_budget import Gathering, MemoryPlan
+from shardmix.plan.memory_budget import Gathering, MemoryPlan, ReaderMemory
 from shardmix.recipe import Recipe
 from shardmix.sources.base import Source
 from shardmix.sources.identity import FileStamp, SourceFile, SourceIdentity
@@ -43,8 +43,6 @@ class PlannedSource:
     """A text that opens it again, from any folder: an absolute path, for most."""
     identity: SourceIdentity
     """Identity of its bytes: the weight files to read, and their commit."""
-    reader_nbytes: int = 0
-    """Memory of its readers for each worker, besides the buffers of a chunk."""
     decoders: tuple[Source, ...] = field(default=(), repr=False, compare=False)
     """Its opened parts with tensors that are decoded while they are read."""
 
@@ -279,6 +277,8 @@ class MergePlan:
     """Disk space of the output, all files counted in whole blocks, and of the journal."""
     settings: RunSettings
     """Device, way to read, budgets."""
+    readers: ReaderMemory
+    """The memory of the sources' own readers."""
     gathering: Gathering | None
     """The statistics' need of memory; None if the method needs no statistics."""
     memory: MemoryPlan
@@ -311,11 +311,6 @@ class MergePlan:
     def decoders(self) -> tuple[Source, ...]:
         """Sources that decode while reading; their numbers follow those of the files."""
         return tuple(decoder for source in self.sources for decoder in source.decoders)
-
-    @property
-    def reader_nbytes(self) -> int:
-        """Memory of the sources' own readers for each worker."""
-        return sum(source.reader_nbytes for source in self.sources)
 
     @property
     def num_tensors(self) -> int:
@@ -395,6 +390,7 @@ class MergePlan:
         paths = {"output", "config_source_folder", "modules_folder"}
         irrelevant = paths | {
             *(
+                "readers",
                 "gathering",
                 "settings",
                 "memory",

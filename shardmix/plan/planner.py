@@ -37,7 +37,7 @@ from shardmix.options import RunSettings
 from shardmix.plan.backend_choice import decide
 from shardmix.plan.chunk_size import whole_chunk_nbytes
 from shardmix.plan.layout import FileNumbers, TensorParameters, plan_shards
-from shardmix.plan.memory_budget import Gathering, plan_memory
+from shardmix.plan.memory_budget import Gathering, ReaderMemory, plan_memory
 from shardmix.plan.merge_plan import MergePlan, ModuleConfig, OutputShard, PlannedSource
 from shardmix.plan.opening import ConfigSource, OpenedModels
 from shardmix.plan.output_modules import PlannedModules, plan_modules
@@ -55,6 +55,7 @@ from shardmix.sources.auxiliary_files import (
 from shardmix.sources.base import Source
 from shardmix.sources.checkpoint import CONFIG_NAME, read_config
 from shardmix.sources.identity import SourceFile
+from shardmix.sources.shared_readers import SharedReaders
 from shardmix.system.hashing import XXH3
 from shardmix.system.page_cache import plan_cache_use
 
@@ -104,6 +105,7 @@ def _plan_merge(
     settings = decide(settings, shards)
     write_nbytes = sum(shard.file_nbytes for shard in shards)
     gathering = _gathering(shards, [params for part in parts for params in part.parameters])
+    readers = _reader_memory(planned)
     auxiliary_files = find_auxiliary_files(
         config_source.folder,
         weights=_merged_files(config_source, parts),
@@ -161,11 +163,12 @@ def _plan_merge(
         shards=shards,
         disk_needed_nbytes=write_nbytes,  # what lies beside the weights is added from the plan
         settings=settings,
+        readers=readers,
         gathering=gathering,
         memory=plan_memory(
             settings,
             num_tensors=sum(len(shard.tensor_names) for shard in shards),
-            reader_nbytes=sum(source.reader_nbytes for source in planned),
+            readers=readers,
             gathering=gathering,
         ),
         cache_use=plan_cache_use(
@@ -214,7 +217,6 @@ def _planned_sources(
                     files=tuple(files),
                     decoding="; ".join(filter(None, (part.identity.decoding for part in parts))),
                 ),
-                reader_nbytes=sum(map(_reader_nbytes, decoders)),
                 decoders=decoders,
             )
         )
@@ -234,9 +236,15 @@ def _decodes(part: Source) -> bool:
     return part.tensors.decoded is not None and bool(part.tensors.decoded.any())
 
 
-def _reader_nbytes(source: Source) -> int:
-    with closing(source.open_reader()) as reader:
-        return reader.overhead_nbytes
+def _reader_memory(planned: Sequence[PlannedSource]) -> ReaderMemory:
+    """Return the memory of the sources' own readers."""
+    decoders = [decoder for source in planned for decoder in source.decoders]
+    shared, nbytes = SharedReaders(), 0
+    for decoder in decoders:
+        with closing(decoder.open_shared_reader(shared)) as reader:
+            nbytes += reader.overhead_nbytes
+    uses_kernels = any(decoder.uses_kernels for decoder in decoders)
+    return ReaderMemory(nbytes, shared.num_shared, uses_kernels)
 
 
 def _lacks_config(config_source: ConfigSource, auxiliary_files: Sequence[str]) -> bool:

@@ -6,7 +6,9 @@ resolve                a source's text → its value, once; and the table of kin
 hub                    a repository on the Hub → its commit, and the local copy of that commit
 headers, checkpoint    a model in safetensors files, opened by its headers
 adapters               LoRA adapters, matched to the tensors of a base by `conventions.peft`
-adapted, low_rank      a base with an adapter applied while it is read; the arithmetic of that
+adapted                a base with an adapter applied while it is read
+low_rank, ..._kernel   the arithmetic of that, by numpy and as machine code
+shared_readers         readers of one worker that read the base of several sources once
 open_files             open files, in bounded number
 readers                byte ranges of files in, read or mapped; and streams of decoded tensors
 auxiliary_files        the files that go along with the weights, found by `conventions.file_kinds`

@@ -7,7 +7,7 @@ way: that is done once, when the merged values are written.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -16,7 +16,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from shardmix.dtypes import DTYPE_RANK, DTYPES, WIDE_DTYPES, element_nbytes, tensor_nbytes
+from shardmix.dtypes import (
+    DTYPE_RANK,
+    DTYPES,
+    FLOAT_DTYPES,
+    WIDE_DTYPES,
+    element_nbytes,
+    tensor_nbytes,
+)
 from shardmix.formats.tensor_table import TensorTable
 from shardmix.sources.adapters import (
     ONES,
@@ -27,14 +34,16 @@ from shardmix.sources.adapters import (
     base_warning,
     changes_of,
 )
-from shardmix.sources.base import Source, TensorReader, WrappedSource
+from shardmix.sources.base import Readers, Source, TensorReader, WrappedSource
 from shardmix.sources.identity import AppliedAdapter, SourceIdentity
 from shardmix.sources.low_rank import Floats, Stored, add_product, stored, widened
+from shardmix.sources.low_rank_kernel import kernel
 
-_PIECE_NUM_ELEMENTS = 1 << 17
-"""Elements of W that are changed at once: with their matrices they fit into a core's cache."""
+_PIECE_NUM_ELEMENTS = 1 << 18
+"""Elements of W that are changed at once: those of most chunks."""
 _MOST_CACHED_NBYTES = 8 << 20
-_MOST_RIGHT_NBYTES = 16 << 20
+_MOST_KEPT_NBYTES = 16 << 20
+_MOST_LEFT_NBYTES = 4 << 20
 _DECODING = "LoRA: W + scaling · B·A, in order of rank"
 
 
@@ -56,6 +65,11 @@ class AdaptedSource(WrappedSource):
     def adapter(self) -> Adapter:
         """The adapter."""
         return self._adapter
+
+    @property
+    def changes(self) -> Mapping[int, Change]:
+        """Row of the table → what the adapter does to that tensor."""
+        return self._changes
 
     @property
     def text(self) -> str:
@@ -95,14 +109,99 @@ class AdaptedSource(WrappedSource):
         own = [f"{self._adapter.text}: {note}" for note in self._adapter.config.notes]
         return (*self._inner.warnings, *([warning] if warning else []), *own)
 
+    uses_kernels = True
+    """Its readers compile the kernel of `low_rank_kernel`."""
+
     def open_reader(self) -> TensorReader:
         """Return a reader for one worker."""
-        return _AdaptedReader(self._inner, self._adapter, self._changes, self._tensors.dtype_ranks)
+        return self._reader(self._inner.open_reader())
+
+    def open_shared_reader(self, shared: Readers) -> TensorReader:
+        """Return a reader for one worker that shares the reading of the base."""
+        return self._reader(shared.reader_of(self._inner))
+
+    def _reader(self, below: TensorReader) -> TensorReader:
+        tensors, below_tensors = self._tensors, self._inner.tensors
+        return _AdaptedReader(below, below_tensors, self._adapter, self._changes, tensors)
+
+    def changes_to(self, base: Source) -> Source | None:
+        """Return scaling · B·A, if it is on this base: nothing of the base is read then.
+
+        None also if the adapter does more: replaces values or scales them (DoRA).
+        """
+        if any(not change.is_low_rank for change in self._changes.values()):
+            return None
+        if base.identity == self._inner.identity:
+            return _AdapterChanges(self, None)
+        below = self._inner.changes_to(base)
+        return None if below is None else _AdapterChanges(self, below)
 
     def check_unchanged(self) -> None:
         """Raise `SourceChangedError` if base or adapter changed."""
         super().check_unchanged()
         self.identity.check_unchanged()
+
+
+class _AdapterChanges(WrappedSource):
+    """The changes that an adapter makes to its base, and those that were made below it."""
+
+    holds_changes = True
+    """True: its floats are changes."""
+
+    def __init__(self, adapted: AdaptedSource, below: Source | None) -> None:
+        super().__init__(adapted, _change_table(adapted.base.tensors))
+        self._adapted, self._below = adapted, below
+
+    @cached_property
+    def identity(self) -> SourceIdentity:
+        """Identity of the adapted model; the way of decoding is another."""
+        whole = self._adapted.identity
+        return replace(whole, decoding=f"{whole.decoding}; only the changes")
+
+    def open_reader(self) -> TensorReader:
+        """Return a reader for one worker."""
+        return self._reader(None if self._below is None else self._below.open_reader())
+
+    def open_shared_reader(self, shared: Readers) -> TensorReader:
+        """Return a reader for one worker that shares the reading of changes below."""
+        return self._reader(None if self._below is None else shared.reader_of(self._below))
+
+    def _reader(self, below: TensorReader | None) -> TensorReader:
+        adapter, changes = self._adapted.adapter, self._adapted.changes
+        return _AdaptedReader(below or _ZeroReader(), self.tensors, adapter, changes, self.tensors)
+
+
+class _ZeroReader:
+    """Reads zeros; a `TensorReader`."""
+
+    overhead_nbytes = 0
+    """It has no memory of its own."""
+
+    def read(self, row: int, start: int, into: memoryview) -> None:
+        """Fill `into` with zeros."""
+        np.frombuffer(into, np.uint8)[:] = 0
+
+    def prefetch(self, row: int, start: int, num_elements: int) -> None:
+        """Do nothing: nothing is read."""
+
+    def close(self) -> None:
+        """Do nothing: nothing is open."""
+
+
+def _change_table(table: TensorTable) -> TensorTable:
+    """Return the tensors with all floats in the dtype of changes to them."""
+    is_float = np.isin(table.dtype_ranks, [DTYPE_RANK[name] for name in FLOAT_DTYPES])
+    is_wide = np.isin(table.dtype_ranks, [DTYPE_RANK[name] for name in WIDE_DTYPES])
+    wanted = np.where(is_wide, DTYPE_RANK["F64"], DTYPE_RANK["F32"])
+    ranks = np.where(is_float, wanted, table.dtype_ranks).astype(np.uint8)
+    dtypes = [DTYPES[rank] for rank in ranks.tolist()]
+    nbytes = np.array(
+        [tensor_nbytes(dtype, shape) for dtype, shape in zip(dtypes, table.shapes, strict=True)],
+        np.int64,
+    )
+    kept = table.dtype_ranks if table.kept_ranks is None else table.kept_ranks
+    wide = replace(table, dtype_ranks=ranks, nbytes=nbytes, kept_ranks=kept)
+    return wide.with_decoded(np.flatnonzero(is_float))
 
 
 def _location(hub_id: str | None, commit: str | None, path: str) -> str:
@@ -160,20 +259,22 @@ class _AdaptedReader:
 
     def __init__(
         self,
-        base: Source,
+        base: TensorReader,
+        base_tensors: TensorTable,
         adapter: Adapter,
-        changes: dict[int, Change],
-        dtype_ranks: npt.NDArray[np.uint8],
+        changes: Mapping[int, Change],
+        tensors: TensorTable,
     ) -> None:
-        self._base = base.open_reader()
-        self._tensors = base.tensors
+        self._base = base
+        self._tensors = base_tensors
         self._values = adapter.weights.open_reader()
         self._own = adapter.weights.tensors
         self._changes = changes
-        self._dtype_ranks = dtype_ranks
+        self._dtype_ranks = tensors.dtype_ranks
         patches = [patch for change in changes.values() for patch in change.patches]
         raw = max((self._raw_nbytes(patch) for patch in patches), default=0)
         self._matrices = _Matrices(self._values, self._own, min(raw, _MOST_CACHED_NBYTES))
+        self._left: tuple[object, Floats] | None = None
         self._right: tuple[object, Floats] | None = None
         self._scratch: dict[str, bytearray] = {}
         self._factors: OrderedDict[tuple[int, int], Floats] = OrderedDict()
@@ -190,6 +291,7 @@ class _AdaptedReader:
             (element_nbytes(DTYPES[self._dtype_ranks[row]]) for row in self._changes), default=4
         )
         pieces = 4 * wide + 8  # raw elements, product, sum, widened; and for norms in float64
+        left = max((wide * patch.rank * patch.num_rows for patch in patches), default=0)
         right = max((patch.rank for patch in patches), default=0) * max(widths, default=0) * wide
         norms = max(
             (
@@ -202,7 +304,8 @@ class _AdaptedReader:
         return (
             self._base.overhead_nbytes
             + pieces * _PIECE_NUM_ELEMENTS
-            + 2 * min(right, _MOST_RIGHT_NBYTES)
+            + 2 * min(right, _MOST_KEPT_NBYTES)
+            + 2 * min(left, max(_MOST_LEFT_NBYTES, wide * _PIECE_NUM_ELEMENTS))
             + 2 * self._matrices.capacity_nbytes
             + norms
         )
@@ -218,10 +321,14 @@ class _AdaptedReader:
             return
         wide = np.float64 if DTYPES[self._dtype_ranks[row]] in WIDE_DTYPES else np.float32
         out = np.frombuffer(into, wide)
+        for at in range(0, len(out), _PIECE_NUM_ELEMENTS):
+            piece = out[at : at + _PIECE_NUM_ELEMENTS]
+            self._sum(row, change, start + at, piece)
+        if change.magnitude is None and change.tokens is None:
+            return
         at = 0
         for part in _rectangles(start, start + len(out), change.num_columns):
             piece = out[at : at + part.num_elements].reshape(part.num_rows, part.num_columns)
-            self._sum(row, change, part, piece)
             if change.magnitude is not None:
                 self._scale(row, change, part, piece)
             if change.tokens is not None:
@@ -244,63 +351,90 @@ class _AdaptedReader:
 
     # W + scaling · left·right.
 
-    def _sum(self, row: int, change: Change, part: _Rectangle, out: Floats) -> None:
-        """Set a piece to the sum of W and all low-rank changes."""
-        values, dtype = self._weights(row, change, part)
-        done = part.first_row
-        for patch in _overlapping(change.patches, part):
-            first = max(patch.first_row, part.first_row)
-            stop = min(patch.first_row + patch.num_rows, part.first_row + part.num_rows)
-            if done < first:
-                rows = slice(done - part.first_row, first - part.first_row)
-                out[rows] = widened(values[rows], dtype, out.dtype)
-            rows = slice(first - part.first_row, stop - part.first_row)
-            left = self._matrices.read(
-                patch.left, first - patch.first_row, stop - first, 0, patch.rank, out.dtype
-            )
-            step = max(1, _MOST_RIGHT_NBYTES // (patch.rank * out.dtype.itemsize))
-            for column in range(0, part.num_columns, step):
-                columns = slice(column, min(column + step, part.num_columns))
-                right = self._right_of(patch, part, columns, change.num_columns, out.dtype)
-                add_product(
-                    values[rows, columns], dtype, out[rows, columns], left, right, patch.scaling
-                )
-            done = stop
-        if done < part.first_row + part.num_rows:
-            rows = slice(done - part.first_row, part.num_rows)
-            out[rows] = widened(values[rows], dtype, out.dtype)
+    def _sum(self, row: int, change: Change, start: int, out: Floats) -> None:
+        """Set elements from `start` on to the sum of W and all low-rank changes."""
+        values, dtype = self._weights(row, change, start, len(out))
+        width, stop = change.num_columns, start + len(out)
+        done = start
+        for patch in change.patches:
+            first = max(start, patch.first_row * width)
+            last = min(stop, (patch.first_row + patch.num_rows) * width)
+            if first >= last:
+                continue
+            between = slice(done - start, first - start)
+            out[between] = widened(values[between], dtype, out.dtype)
+            inside = slice(first - start, last - start)
+            begin = first - patch.first_row * width
+            self._add(patch, width, begin, dtype, values[inside], out[inside])
+            done = last
+        rest = slice(done - start, None)
+        out[rest] = widened(values[rest], dtype, out.dtype)
 
-    def _weights(self, row: int, change: Change, part: _Rectangle) -> tuple[Stored, str]:
-        """Read a piece of W as it is stored; return it, and its dtype."""
+    def _weights(self, row: int, change: Change, start: int, count: int) -> tuple[Stored, str]:
+        """Read elements of W as they are stored; return them, and their dtype."""
         reader, tensors, number = self._base, self._tensors, row
         if change.value is not None:
             reader, tensors, number = self._values, self._own, change.value
         dtype = DTYPES[tensors.dtype_ranks[number]]
-        nbytes = part.num_elements * element_nbytes(dtype)
+        nbytes = count * element_nbytes(dtype)
         if len(self._scratch.get(dtype, ())) < nbytes:
             self._scratch[dtype] = bytearray(nbytes)
         raw = memoryview(self._scratch[dtype])[:nbytes]
-        reader.read(number, part.first_row * change.num_columns + part.first_column, raw)
-        return stored(raw, dtype).reshape(part.num_rows, part.num_columns), dtype
+        reader.read(number, start, raw)
+        return stored(raw, dtype), dtype
 
-    def _right_of(
-        self,
-        patch: Patch,
-        part: _Rectangle,
-        columns: slice,
-        width: int,
-        dtype: npt.DTypeLike,
-    ) -> Floats:
-        """Return columns of a patch's right matrix; whole, it is kept for the next pieces."""
-        first, count = part.first_column + columns.start, columns.stop - columns.start
-        if patch.rank * width * np.dtype(dtype).itemsize > _MOST_RIGHT_NBYTES:
-            return self._matrices.read(patch.right, 0, patch.rank, first, count, dtype)
-        key = patch.right, patch.rank, width, dtype
+    def _add(
+        self, patch: Patch, width: int, start: int, dtype: str, values: Stored, out: Floats
+    ) -> None:
+        """Set elements of a patch from its `start` on to `values` + scaling · left·right."""
+        row, column = divmod(start, width)
+        num_rows = -(-(column + len(out)) // width)
+        left = self._left_of(patch, row, num_rows, out.dtype)
+        right = self._right_of(patch, width, out.dtype)
+        compiled = kernel(dtype) if out.dtype == np.float32 and right is not None else None
+        if compiled is not None and right is not None:
+            compiled.add_range(values, out, column, left, right, patch.scaling)
+            return
+        at = 0
+        for part in _rectangles(column, column + len(out), width):
+            rows = left[part.first_row : part.first_row + part.num_rows]
+            shape = part.num_rows, part.num_columns
+            its_values = values[at : at + part.num_elements].reshape(shape)
+            its_out = out[at : at + part.num_elements].reshape(shape)
+            step = max(1, _MOST_KEPT_NBYTES // (patch.rank * out.dtype.itemsize))
+            for first in range(0, part.num_columns, step):
+                columns = slice(first, min(first + step, part.num_columns))
+                begin, count = part.first_column + first, columns.stop - first
+                if right is None:
+                    some = self._matrices.read(patch.right, 0, patch.rank, begin, count, out.dtype)
+                else:
+                    some = right[:, begin : begin + count]
+                add_product(
+                    dtype, its_values[:, columns], its_out[:, columns], rows, some, patch.scaling
+                )
+            at += part.num_elements
+
+    def _left_of(self, patch: Patch, row: int, num_rows: int, dtype: npt.DTypeLike) -> Floats:
+        """Return rows of a patch's left matrix; a small one is kept whole for the next piece."""
+        if patch.num_rows * patch.rank * np.dtype(dtype).itemsize > _MOST_LEFT_NBYTES:
+            return self._matrices.read(patch.left, row, num_rows, 0, patch.rank, dtype)
+        key = patch.left, dtype
+        if self._left is None or self._left[0] != key:
+            self._left = None  # before the next one takes memory
+            whole = self._matrices.read(patch.left, 0, patch.num_rows, 0, patch.rank, dtype)
+            self._left = key, whole
+        return self._left[1][row : row + num_rows]
+
+    def _right_of(self, patch: Patch, width: int, dtype: npt.DTypeLike) -> Floats | None:
+        """Return a patch's right matrix, which is kept for the next piece; None if it is large."""
+        if patch.rank * width * np.dtype(dtype).itemsize > _MOST_KEPT_NBYTES:
+            return None
+        key = patch.right, dtype
         if self._right is None or self._right[0] != key:
-            self._right = None  # before the next one takes memory
+            self._right = None
             whole = self._matrices.read(patch.right, 0, patch.rank, 0, width, dtype)
             self._right = key, whole
-        return self._right[1][:, first : first + count]
+        return self._right[1]
 
     # DoRA.
 
@@ -347,10 +481,10 @@ class _AdaptedReader:
     def _squares(
         self, row: int, change: Change, part: _Rectangle, dtype: npt.DTypeLike
     ) -> npt.NDArray[np.float64]:
-        values = np.empty((part.num_rows, part.num_columns), dtype)
-        self._sum(row, change, part, values)
+        values = np.empty(part.num_elements, dtype)
+        self._sum(row, change, part.first_row * change.num_columns + part.first_column, values)
         squares: npt.NDArray[np.float64] = np.square(values, dtype=np.float64)
-        return squares
+        return squares.reshape(part.num_rows, part.num_columns)
 
     def _keep_factors(
         self,
@@ -383,15 +517,6 @@ class _AdaptedReader:
 def _block_rows(change: Change) -> int:
     """Return the number of rows whose norms are computed together."""
     return max(1, _PIECE_NUM_ELEMENTS // change.num_columns)
-
-
-def _overlapping(patches: Sequence[Patch], part: _Rectangle) -> Iterator[Patch]:
-    """Yield the patches that change some of a piece's rows."""
-    for patch in patches:
-        if patch.first_row >= part.first_row + part.num_rows:
-            return
-        if patch.first_row + patch.num_rows > part.first_row:
-            yield patch
 
 
 class _Matrices:

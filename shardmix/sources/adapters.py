@@ -81,6 +81,11 @@ class Change:
     """The rows that they replace."""
 
     @property
+    def is_low_rank(self) -> bool:
+        """True if it only adds a low-rank matrix."""
+        return self.value is None and self.magnitude is None and self.tokens is None
+
+    @property
     def is_value(self) -> bool:
         """True if the tensor is only replaced."""
         return not self.patches and self.magnitude is None and self.tokens is None

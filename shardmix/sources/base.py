@@ -69,6 +69,13 @@ class TensorReader(Protocol):
         """Close files and free memory."""
 
 
+class Readers(Protocol):
+    """The readers of one worker: sources made of one base share its reader."""
+
+    def reader_of(self, source: "Source") -> TensorReader:
+        """Return the reader of a base."""
+
+
 class Source(Protocol):
     """An opened model, or a module of one. Can be pickled, for use in another process."""
 
@@ -102,6 +109,16 @@ class Source(Protocol):
 
     def open_reader(self) -> TensorReader:
         """Return a reader for one worker. Opens no file yet."""
+
+    def open_shared_reader(self, shared: "Readers") -> TensorReader:
+        """Return the same; what it reads of a base, it reads by `shared`, with its other sources'.
+
+        Most sources are made of no other.
+        """
+
+    @property
+    def uses_kernels(self) -> bool:
+        """True if its readers compile kernels by LLVM, whose memory must be counted."""
 
     def check_unchanged(self) -> None:
         """Raise `SourceChangedError` if it changed since it was opened."""
@@ -222,6 +239,15 @@ class WrappedSource:
     def open_reader(self) -> TensorReader:
         """Return a reader of the inner source."""
         return self._inner.open_reader()
+
+    def open_shared_reader(self, shared: Readers) -> TensorReader:
+        """Return a reader of its own."""
+        return self.open_reader()
+
+    @property
+    def uses_kernels(self) -> bool:
+        """True if readers of the inner source compile kernels."""
+        return self._inner.uses_kernels
 
     def check_unchanged(self) -> None:
         """Raise `SourceChangedError` if the inner source changed."""

@@ -33,7 +33,7 @@ from shardmix.conventions.weight_names import (
 from shardmix.errors import SourceError, shown, unreadable
 from shardmix.formats.strict_json import read_index, read_json
 from shardmix.formats.tensor_table import TensorTable
-from shardmix.sources.base import Extent, Opening, Source, TensorReader, stored_extent
+from shardmix.sources.base import Extent, Opening, Readers, Source, TensorReader, stored_extent
 from shardmix.sources.headers import SHORT_HEADER_NBYTES, Headers
 from shardmix.sources.hub import LocalSource
 from shardmix.sources.identity import FileStamp, SourceFile, SourceIdentity
@@ -127,6 +127,15 @@ class Checkpoint:
     def open_reader(self) -> TensorReader:
         """Return a reader for one worker."""
         return StoredReader(self.identity.files, self.tensors)
+
+    def open_shared_reader(self, shared: Readers) -> TensorReader:
+        """Return a reader for one worker: it is made of no other source."""
+        return self.open_reader()
+
+    @property
+    def uses_kernels(self) -> bool:
+        """Return False: it only reads."""
+        return False
 
     def check_unchanged(self) -> None:
         """Raise `SourceChangedError` if a file changed since its header was read."""

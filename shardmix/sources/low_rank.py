@@ -34,9 +34,9 @@ def widened(values: Stored, dtype: str, wide: npt.DTypeLike = np.float32) -> Flo
 
 
 def add_product(
-    values: Stored, dtype: str, out: Floats, left: Floats, right: Floats, scaling: float
+    dtype: str, values: Stored, out: Floats, left: Floats, right: Floats, scaling: float
 ) -> None:
-    """Set `out` (rows, columns) to widened `values` + scaling · left·right.
+    """Set `out` (rows, columns) to widened `values` (of a dtype) + scaling · left·right.
 
     `left` is (rows, rank), `right` (rank, columns), both in the dtype of `out`.
     """

@@ -35,6 +35,7 @@ from shardmix.formats.tensor_table import TensorTable
 from shardmix.sources.base import Source
 from shardmix.sources.identity import SourceFile, cut_short, reading_failed
 from shardmix.sources.open_files import OpenFiles
+from shardmix.sources.shared_readers import SharedReaders
 from shardmix.system.buffers import HUGE_PAGE_NBYTES
 from shardmix.system.files import MAX_IO_NBYTES
 from shardmix.system.sigbus import GuardedRange, guard, unguard
@@ -165,14 +166,14 @@ class StoredReader:
 class _DecodedStream:
     """All tensors that a source decodes, as one stream of bytes."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, shared: SharedReaders) -> None:
         tensors = source.tensors
         if tensors.decoded is None:
             raise AssertionError(f"{source.text}: decodes nothing")
         self._rows = np.flatnonzero(tensors.decoded)
         self._starts = tensors.starts[self._rows]
         self._tensors = tensors
-        self.reader = source.open_reader()
+        self.reader = source.open_shared_reader(shared)
 
     def read(self, offset: int, into: memoryview) -> None:
         """Fill `into` with the stream's bytes from `offset` on, the start of an element."""
@@ -193,7 +194,8 @@ class DecodingReader:
     def __init__(self, stored: Reader, num_files: int, decoders: Sequence[Source]) -> None:
         self._stored = stored
         self._num_files = num_files
-        self._streams = [_DecodedStream(decoder) for decoder in decoders]
+        self._shared = SharedReaders()
+        self._streams = [_DecodedStream(decoder, self._shared) for decoder in decoders]
 
     def descriptors(self, files: Sequence[int]) -> Sequence[int] | None:
         """Return files open for reading, or None if one of them is a stream."""
@@ -205,6 +207,7 @@ class DecodingReader:
         """Return bytes of a file or of a stream from `offset`."""
         if file < self._num_files:
             return self._stored.view(file, offset, into)
+        self._shared.keep_at_most(len(into))  # decoded, a base's elements are no narrower
         self._streams[file - self._num_files].read(offset, into)
         return into
 

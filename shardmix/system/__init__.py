@@ -9,6 +9,7 @@ page_cache             the pages of files that stay in the system's cache
 memory, cgroups        memory taken by the process, and available to it, in a container too
 buffers                buffers aligned so that copying to and from files is fast
 sigbus                 a mapped page that cannot be loaded sets a mark; the process lives on
+llvm                   assembly of LLVM → machine code for this processor
 gpus                   the GPUs of the machine, counted without torch
 threads, timer         threads that end with their block; the time workers spend at each stage
 """

@@ -281,3 +281,79 @@ def test_embedding_matrices_are_swapped(tmp_path):
     text = f"{save_model(tmp_path / 'base', tall)}+{save_adapter(tmp_path / 'lora', swapped)}"
     shardmix.merge({text: 1.0}, tmp_path / "out")
     assert_same_bits(load_model(tmp_path / "out"), rounded(with_adapter(tall, matrices)))
+
+
+def test_numpy_gives_the_same_bits(tmp_path, base, adapters, monkeypatch):
+    """Without llvmlite, numpy computes what kernels do."""
+    from shardmix.sources import adapted
+
+    monkeypatch.setattr(adapted, "kernel", lambda dtype: None)
+    shardmix.merge({f"{tmp_path}/base+{tmp_path}/lora0": 1.0}, tmp_path / "out")
+    assert_same_bits(load_model(tmp_path / "out"), rounded(with_adapter(base, adapters[0])))
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "slerp"])
+def test_base_is_read_once(tmp_path, base, adapters, monkeypatch, method):
+    """Of eight adapters on one base, one reads it; if changes are what counts, none does.
+
+    What no adapter changes is read once, too.
+    """
+    num_bytes = 0
+    read = os.preadv
+
+    def counted(descriptor, buffers, offset):
+        nonlocal num_bytes
+        count = read(descriptor, buffers, offset)
+        if "/base/" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            num_bytes += count
+        return count
+
+    texts = [f"{tmp_path}/base+{tmp_path}/lora{number % 2}" for number in range(8)]
+    for number in range(2):  # of which each changes all that is a matrix
+        save_adapter(tmp_path / f"lora{number}", random_adapter(base, MODULES, seed=number))
+    options = {"io": "pread", "backend": "torch", "method": method}
+    if method == "linear":
+        models = [(text, 1 / 8) for text in texts]
+    else:
+        models = texts[:1] if method == "slerp" else [(text, 1 / 8) for text in texts]
+        options |= {"base_model": tmp_path / "base"}
+        options |= {"parameters": {"t": 0.3}} if method == "slerp" else {}
+    monkeypatch.setattr(os, "preadv", counted)
+    shardmix.merge(models, tmp_path / "out", **options)
+    changed = sum(base[f"{module}.weight"].nbytes for module in MODULES)
+    others = sum(tensor.nbytes for tensor in base.values()) - changed
+    # For slerp both models' values count, and tensors are held whole.
+    assert num_bytes == (changed + others) * (2 if method == "slerp" else 1)
+
+
+def test_changes_are_taken_as_they_are(tmp_path, base):
+    """Task arithmetic with the adapters' base takes B·A itself, not fl(W + B·A) - W."""
+    matrices = [random_adapter(base, MODULES, seed=seed) for seed in range(2)]
+    texts = []
+    for number, each in enumerate(matrices):
+        tiny = {name: tensor * 1e-8 for name, tensor in each.items()}
+        matrices[number] = tiny
+        save_adapter(tmp_path / f"tiny{number}", tiny)
+        texts.append(f"{tmp_path}/base+{tmp_path}/tiny{number}")
+    stacked = f"{texts[0]}+{tmp_path}/tiny1"
+    options = {"method": "task_arithmetic", "base_model": tmp_path / "base", "dtype": "float32"}
+    shardmix.merge([(texts[0], 2.0**30), (stacked, 0.5)], tmp_path / "out", **options)
+    zeros = {name: torch.zeros(tensor.shape) for name, tensor in base.items()}
+    one = with_adapter(zeros, matrices[0])
+    both = with_adapter(one, matrices[1])
+    expected = {
+        name: tensor.float() + (one[name] * 2.0**30 + both[name] * 0.5)
+        for name, tensor in base.items()
+    }
+    assert_same_bits(load_model(tmp_path / "out"), expected)
+
+
+def test_scaled_changes_are_subtracted(tmp_path, base):
+    """DoRA has no change that is known without its base."""
+    matrices = random_adapter(base, MODULES)
+    for module in MODULES:
+        size = base[f"{module}.weight"].shape[0]
+        matrices[f"{PREFIX}{module}.lora_magnitude_vector"] = torch.rand(size)
+    save_adapter(tmp_path / "lora", matrices, use_dora=True)
+    source = open_source(f"{tmp_path}/base+{tmp_path}/lora")
+    assert source.changes_to(open_source(str(tmp_path / "base"))) is None
