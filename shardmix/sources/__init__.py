@@ -7,7 +7,8 @@ hub                    a repository on the Hub → its commit, and the local cop
 headers, checkpoint    a model in safetensors files, opened by its headers
 adapters               LoRA adapters, matched to the tensors of a base by `conventions.peft`
 adapted                a base with an adapter applied while it is read
-low_rank, ..._kernel   the arithmetic of that, by numpy and as machine code
+low_rank               the arithmetic of that, by numpy
+low_rank_kernel        the same as machine code
 shared_readers         readers of one worker that read the base of several sources once
 open_files             open files, in bounded number
 readers                byte ranges of files in, read or mapped; and streams of decoded tensors
