@@ -3,8 +3,11 @@
 Names, widths and ranks are those of the safetensors library (0.8):
 https://github.com/huggingface/safetensors/blob/main/safetensors/src/tensor.rs
 
-A new dtype is a row here. Only a float that compiled kernels shall handle needs more: how
-`compute.llvm_loops` widens it, rounds to it and writes its NaN. A test names what a row lacks.
+A new dtype is a row here. A FLOAT must be one that torch adds and rounds; others, such as FP8, are
+a CODE, which a kind of source decodes. More is needed only by a float that compiled kernels shall
+handle (how `compute.llvm_loops` widens it, rounds to it and writes its NaN), and by one that
+`--dtype` shall name (`OUT_DTYPES` below, and its help in `cli.options`). Tests name what a row
+lacks.
 """
 
 import math

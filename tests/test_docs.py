@@ -58,6 +58,10 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 500
 
 
+def test_the_design_is_one_page():
+    assert len((ROOT / "docs" / "design.md").read_text(encoding="utf-8").split()) <= 950
+
+
 def test_the_readme_has_no_figure_of_its_own():
     """Each row of its table is one of docs/benchmarks: the same seconds, the same peak."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")

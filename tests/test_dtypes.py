@@ -9,7 +9,7 @@ import torch
 import shardmix
 from shardmix.cli.commands import app
 from shardmix.compute import llvm_loops
-from shardmix.compute.torch_ops import TORCH_DTYPES
+from shardmix.compute.torch_ops import TORCH_DTYPES, is_finite
 from shardmix.compute.widened import widened
 from shardmix.dtypes import BY_NAME, CODE, COMPLEX, DTYPES, FLOAT, LLVM_DTYPES, OUT_DTYPES
 from tests.support.models import CONFIG
@@ -50,6 +50,15 @@ def test_floats_are_widened_exactly(dtype):
     stored = torch.randn(999, dtype=torch.float64).to(getattr(torch, dtype.torch_name))
     raw = memoryview(stored.view(torch.uint8).numpy())
     assert widened(raw, dtype.name).tolist() == stored.double().tolist()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: dtype.name)
+def test_torch_adds_each_float(dtype):
+    """torch stores codes, such as FP8, but does not add them: a merge would fail in its midst."""
+    out = torch.empty(2, dtype=getattr(torch, dtype.torch_name))
+    out.copy_(torch.tensor([1.0, 2.0]))
+    assert is_finite(out)
+    assert out.add_(out).tolist() == [2.0, 4.0]
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: dtype.name)

@@ -11,7 +11,7 @@ ask_transformers       a program that asks transformers of a class that the tabl
 class_defaults         the meaning of a key that a config leaves out
 config_keys            effect of a config's key: none, the use of the weights, their meaning
 vocabularies           token by id, from a tokenizer's files
-model_types            decoder, encoder, reranker, encoder-decoder, and the loader of each
+model_types            decoder, encoder, reranker, encoder-decoder: a row each
 module_tree            the modules of a sentence-transformers folder
 sentence_modules       the files that make a bare encoder a sentence-transformers model
 """

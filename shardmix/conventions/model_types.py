@@ -14,6 +14,15 @@ ENCODER = "encoder"
 RERANKER = "reranker"
 ENCODER_DECODER = "encoder-decoder"
 
+CONTINUATION = "continuation"
+"""Reading: input and output, as one sequence."""
+TWO_SIDES = "two sides"
+"""Reading: the input by an encoder, the output by a decoder."""
+TEXTS = "texts"
+"""Reading: a query and its passages, each by itself."""
+PAIRS = "pairs"
+"""Reading: a query with each of its passages, as one sequence."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelType:
@@ -25,15 +34,16 @@ class ModelType:
     """The class of transformers that loads it."""
     heads: tuple[str, ...]
     """Ends of class names, in a config's `architectures`, that fit it."""
-    takes_queries: bool = False
-    """True if its examples are a query and passages; else they are a text and its output."""
+    reads: str
+    """Its way to read an example: CONTINUATION, TWO_SIDES, TEXTS or PAIRS."""
     embeds: bool = False
     """True if it gives a vector a text, without a head: a head or pooler beside it does not
     count."""
-    joins_pairs: bool = False
-    """True if it reads a query and a passage as one sequence."""
-    has_two_sides: bool = False
-    """True if an encoder reads the input, and a decoder the output."""
+
+    @property
+    def takes_queries(self) -> bool:
+        """True if its examples are a query and passages; else they are an input and an output."""
+        return self.reads in (TEXTS, PAIRS)
 
 
 _TYPES = (
@@ -41,27 +51,27 @@ _TYPES = (
         DECODER,
         "AutoModelForCausalLM",
         heads=("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"),
+        reads=CONTINUATION,
     ),
     # Encoders are trained with the head of a masked language model.
     ModelType(
         ENCODER,
         "AutoModel",
         heads=("ForMaskedLM", "ForPreTraining"),
-        takes_queries=True,
+        reads=TEXTS,
         embeds=True,
     ),
     ModelType(
         RERANKER,
         "AutoModelForSequenceClassification",
         heads=("ForSequenceClassification",),
-        takes_queries=True,
-        joins_pairs=True,
+        reads=PAIRS,
     ),
     ModelType(
         ENCODER_DECODER,
         "AutoModelForSeq2SeqLM",
         heads=("ForConditionalGeneration", "ForSpeechSeq2Seq"),
-        has_two_sides=True,
+        reads=TWO_SIDES,
     ),
 )
 MODEL_TYPES = {each.name: each for each in _TYPES}

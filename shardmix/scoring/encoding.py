@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shardmix.conventions.model_types import PAIRS, TWO_SIDES
 from shardmix.errors import RecipeError, SourceError, one_line
 from shardmix.scoring.examples import Example, QueryExample, TextExample
 from shardmix.scoring.options import ScoreSettings
@@ -156,10 +157,10 @@ class _Encoder:
 
     def encode(self, example: Example) -> list[TokenSequence]:
         if isinstance(example, TextExample):
-            if self._settings.type.has_two_sides:
+            if self._settings.type.reads == TWO_SIDES:
                 return [self._source_and_target(example)]
             return [self._prompt_and_output(example)]
-        if self._settings.type.joins_pairs:
+        if self._settings.type.reads == PAIRS:
             pairs = [(example.query, passage) for passage in _candidates(example)]
             return [self._text(example.name, *pair) for pair in pairs]
         texts = (example.query, *_candidates(example))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shardmix.conventions.model_types import PAIRS
 from shardmix.errors import RecipeError, one_line, shown
 from shardmix.scoring.options import ScoreSettings
 
@@ -53,7 +54,7 @@ def load_examples(examples: ExamplesArgument, settings: ScoreSettings) -> tuple[
     drawn here, once for all models. Raises `RecipeError`.
     """
     if isinstance(examples, tuple) and examples and isinstance(examples[0], Example):
-        return examples  # loaded already
+        return _loaded(examples, settings)
     if isinstance(examples, str | Path):
         named = _read_file(Path(examples))
     else:
@@ -73,6 +74,20 @@ def load_examples(examples: ExamplesArgument, settings: ScoreSettings) -> tuple[
         _check_comparable(queries, settings)
         return tuple(queries)
     return tuple(_text_example(name, item) for name, item in named)
+
+
+def _loaded(examples: tuple[Example, ...], settings: ScoreSettings) -> tuple[Example, ...]:
+    """Return examples that are loaded already; refuse those of another kind of model."""
+    kind = QueryExample if settings.type.takes_queries else TextExample
+    for example in examples:
+        if not isinstance(example, kind):
+            raise RecipeError(
+                f"is a {type(example).__name__}; a model of type {settings.model_type} takes a "
+                f"{kind.__name__}",
+                subject=example.name,
+                remedy="load the examples with this model type",
+            )
+    return examples
 
 
 def _read_file(path: Path) -> list[tuple[str, Any]]:
@@ -165,7 +180,7 @@ def _query_example(
 
 def _check_comparable(examples: Sequence[QueryExample], settings: ScoreSettings) -> None:
     """Refuse a query without anything to compare: its loss would be 0 for any model."""
-    num_compared = 1 if settings.type.joins_pairs else settings.batch_size
+    num_compared = 1 if settings.type.reads == PAIRS else settings.batch_size
     for start in range(0, len(examples), num_compared):
         batch = examples[start : start + num_compared]
         if len(batch) == 1 and not batch[0].negatives:

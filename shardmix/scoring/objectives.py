@@ -18,12 +18,18 @@ import torch
 from torch.nn import functional
 
 from shardmix.conventions.model_types import (
+    CONTINUATION,
     DECODER,
     ENCODER,
     ENCODER_DECODER,
+    PAIRS,
     RERANKER,
+    TEXTS,
+    TWO_SIDES,
+    ModelType,
 )
 from shardmix.conventions.sentence_modules import CLS
+from shardmix.errors import RecipeError
 from shardmix.scoring.batches import BatchShape, padded, padded_inputs
 from shardmix.scoring.embedding import Embedding
 from shardmix.scoring.encoding import EncodedExamples, TokenSequence
@@ -52,8 +58,10 @@ class Losses:
 class Objective(ABC):
     """The behaviour that all types of models share."""
 
-    takes_queries: ClassVar[bool]
-    """True if its examples are a query and passages, as its model type's row must say."""
+    reads: ClassVar[str]
+    """The reading that its losses are for; that of its model type's row."""
+    embeds: ClassVar[bool] = False
+    """True if it takes an embedding; as its model type's row."""
 
     def __init__(
         self,
@@ -102,8 +110,6 @@ class Objective(ABC):
 
 class _TokenObjective(Objective):
     """Loss of tokens: a result is the sum of a sequence's losses, and their number."""
-
-    takes_queries = False
 
     def prepare(self, model: Any) -> None:
         """Prepare as above, and make the output head compute only logits at labels."""
@@ -162,6 +168,8 @@ class _TokenObjective(Objective):
 class DecoderObjective(_TokenObjective):
     """Mean loss of the output's tokens, each predicted by the token before it."""
 
+    reads = CONTINUATION
+
     def run(self, model: Any, shape: BatchShape, device: torch.device) -> list[Any]:
         """Return (sum of losses, number of labels) for each sequence."""
         sequences = self._sequences(shape)
@@ -174,6 +182,8 @@ class DecoderObjective(_TokenObjective):
 
 class EncoderDecoderObjective(_TokenObjective):
     """Mean loss of the target's tokens, given the source and the tokens before."""
+
+    reads = TWO_SIDES
 
     def run(self, model: Any, shape: BatchShape, device: torch.device) -> list[Any]:
         """Return (sum of losses, number of labels) for each sequence."""
@@ -190,7 +200,8 @@ class EncoderDecoderObjective(_TokenObjective):
 class EncoderObjective(Objective):
     """Contrastive loss of a query's passage among all passages of its batch."""
 
-    takes_queries = True
+    reads = TEXTS
+    embeds = True
 
     def __init__(
         self,
@@ -229,7 +240,7 @@ class EncoderObjective(Objective):
 class RerankerObjective(Objective):
     """Cross-entropy of the positive among its own candidates, over relevance scores."""
 
-    takes_queries = True
+    reads = PAIRS
 
     def run(self, model: Any, shape: BatchShape, device: torch.device) -> list[Any]:
         """Return one relevance score for each pair.
@@ -270,8 +281,29 @@ OBJECTIVES: dict[str, type[Objective]] = {
 def objective_for(
     encoded: EncodedExamples, settings: ScoreSettings, embedding: Embedding | None = None
 ) -> Objective:
-    """Return the objective of the settings' model type; an encoder's uses `embedding`."""
-    return OBJECTIVES[settings.model_type](encoded, settings, embedding)
+    """Return the objective of the settings' model type; an encoder's uses `embedding`.
+
+    Raises `RecipeError` if there is none, or if it is for examples that are read in another way: of
+    such it would give a loss of nothing.
+    """
+    row, objective = settings.type, OBJECTIVES.get(settings.model_type)
+    if objective is None:
+        raise _no_objective(row, "has no line in scoring.objectives.OBJECTIVES")
+    if (objective.reads, objective.embeds) != (row.reads, row.embeds):
+        raise _no_objective(
+            row,
+            f"its row says reads={row.reads!r}, embeds={row.embeds}; {objective.__name__} is for "
+            f"reads={objective.reads!r}, embeds={objective.embeds}",
+        )
+    return objective(encoded, settings, embedding)
+
+
+def _no_objective(row: ModelType, finding: str) -> RecipeError:
+    return RecipeError(
+        finding,
+        subject=f"model type {row.name!r}",
+        remedy="mend its row of conventions.model_types, or its line of OBJECTIVES",
+    )
 
 
 @contextmanager

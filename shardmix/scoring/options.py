@@ -4,7 +4,12 @@ import operator
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
-from shardmix.conventions.model_types import DECODER, MODEL_TYPES, ModelType, check_model_type
+from shardmix.conventions.model_types import (
+    CONTINUATION,
+    MODEL_TYPES,
+    ModelType,
+    check_model_type,
+)
 from shardmix.conventions.sentence_modules import check_pooling
 from shardmix.dtypes import OUT_DTYPES
 from shardmix.errors import RecipeError
@@ -96,7 +101,7 @@ def check_options(model_type: str, options: ScoreOptions) -> ScoreSettings:
         seed=_whole_number("seed", settings.seed, least=0),
     )
     check_temperature(settings.temperature)
-    if settings.chat_template and model_type != DECODER:
+    if settings.chat_template and settings.type.reads != CONTINUATION:
         raise RecipeError(
             f"a chat template is for decoders, not for a model of type {model_type}",
             remedy="leave it out",

@@ -6,7 +6,6 @@ from shardmix import api
 from shardmix.cli import options as cli_options
 from shardmix.conventions.model_types import MODEL_TYPES
 from shardmix.options import MergeOptions
-from shardmix.scoring.objectives import OBJECTIVES
 from shardmix.scoring.options import ScoreOptions, ScoreSettings
 from shardmix.system.hashing import ALGORITHMS, digest_nbytes, file_digest
 from tests.support.models import random_model, save_model
@@ -62,13 +61,6 @@ def _metavars(name):
 )
 def test_help_names_what_the_table_has(name, table):
     assert _metavars(name) == {table}
-
-
-def test_each_model_type_has_an_objective():
-    """It takes the examples that the type's row says: others would give a loss of nothing."""
-    assert OBJECTIVES.keys() == MODEL_TYPES.keys()
-    for name, model_type in MODEL_TYPES.items():
-        assert OBJECTIVES[name].takes_queries == model_type.takes_queries
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
