@@ -81,9 +81,12 @@ class AdaptedSource(WrappedSource):
         """Files of the base, then those of the adapter."""
         inner, own = self._inner.identity, self._adapter
         applied = AppliedAdapter(own.name, str(own.folder.absolute()), own.hub_id, own.commit)
+        # By number: the folder of a local adapter may have another name the next time.
+        number = len(inner.adapters) + 1
+        files = (replace(file, name=f"adapter-{number}/{file.name}") for file in own.files)
         return replace(
             inner,
-            files=(*inner.files, *own.files),
+            files=(*inner.files, *files),
             decoding="; ".join(filter(None, (inner.decoding, _DECODING))),
             adapters=(*inner.adapters, applied),
         )

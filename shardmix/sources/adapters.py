@@ -104,7 +104,7 @@ class Adapter:
     weights: Source = field(repr=False)
     """Its tensors."""
     files: tuple[SourceFile, ...] = field(repr=False)
-    """Its config and its weight file, named after it."""
+    """Its config and its weight file."""
     parts: tuple[Part, ...] = field(repr=False)
     """The meaning of each tensor."""
 
@@ -145,9 +145,7 @@ def open_adapter(opening: Opening) -> Adapter:
     name = opening.text if is_from_hub else Path(os.path.realpath(folder)).name
     files = (_config_file(config_path), *weights.identity.files)
     commit = weights.identity.commit
-    named = tuple(
-        replace(file, name=f"{name}/{Path(file.path).name}", commit=commit) for file in files
-    )
+    named = tuple(replace(file, name=Path(file.path).name, commit=commit) for file in files)
     return Adapter(opening.text, name, config, weights, named, parts)
 
 

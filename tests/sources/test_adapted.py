@@ -173,12 +173,17 @@ def test_output_is_verified(tmp_path, base, adapters):
     assert shardmix.verify(tmp_path / "far" / "out", recompute=True).is_verified
     record = json.loads((tmp_path / "out" / "shardmix.json").read_text())
     assert str(tmp_path) not in json.dumps(record)
+    (tmp_path / "lora0").rename(tmp_path / "moved")
+    given = {"1": f"{tmp_path}/base+{tmp_path}/moved"}
+    assert shardmix.verify(tmp_path / "out", recompute=True, sources=given).is_verified
+    (tmp_path / "moved").rename(tmp_path / "lora0")
     assert record["sources"][0]["name"] == "base+lora0"
     assert record["sources"][0]["adapters"] == [{"name": "lora0"}]
     assert "`base+lora0`" in (tmp_path / "out" / "README.md").read_text()
     save_adapter(tmp_path / "lora0", random_adapter(base, MODULES, seed=9, dtype=torch.bfloat16))
     assert not shardmix.verify(tmp_path / "out", recompute=True).is_verified
-    given = {"1": f"{tmp_path}/base+{tmp_path}/lora1"}
+    (tmp_path / "lora1").rename(tmp_path / "renamed")
+    given = {"1": f"{tmp_path}/base+{tmp_path}/renamed"}
     with pytest.raises(SourceError, match=r"is not the base\+lora0 that was merged"):
         shardmix.verify(tmp_path / "out", recompute=True, sources=given)
 

@@ -172,6 +172,73 @@ def test_any_revision_merges_with_a_folder(
     assert card["base_model_relation"] == "merge"
 
 
+def adapter(value: float) -> dict[str, bytes]:
+    """Return the files of an adapter that adds this value to all of `w`."""
+    tensors = {
+        "base_model.model.w.lora_A.weight": np.full((1, 5), value, np.float32),
+        "base_model.model.w.lora_B.weight": np.ones((3, 1), np.float32),
+    }
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    files = {"adapter_config.json": json.dumps(config).encode(), "training_args.bin": b"pickle"}
+    return files | {"adapter_model.safetensors": save(tensors)}
+
+
+VERIFY = """
+import sys, shardmix
+print(shardmix.verify(sys.argv[1], recompute=True).problems)
+"""
+
+
+def test_adapters_are_fetched(hub: HubServer, machine: Machine, tmp_path: Path) -> None:
+    """Only what is applied; both commits are recorded, and suffice to recompute the output."""
+    files = model() | {"model.safetensors": weights(1.0, "w.weight")}
+    base, first = hub.push("org/base", files), hub.push("org/lora", adapter(2.0))
+    local = save_locally(tmp_path / "own", adapter(4.0))
+    text = f"org/base@main+org/lora+{local}"
+    out = tmp_path / "out"
+
+    done = machine.run("-c", MERGE, json.dumps({text: 1.0}), str(out))
+
+    assert done.returncode == 0, done.stderr
+    assert (
+        load_file(out / "model.safetensors")["w.weight"].tolist() == np.full((3, 5), 7.0).tolist()
+    )
+    assert "training_args.bin" not in hub.fetched()
+    [source] = json.loads((out / "shardmix.json").read_text())["sources"]
+    assert (source["name"], source["commit"]) == ("org/base@main+org/lora+own", base)
+    assert source["adapters"] == [
+        {"name": "org/lora", "hub_id": "org/lora", "commit": first},
+        {"name": "own"},
+    ]
+    hub.push("org/lora", adapter(9.0))
+    hub.push("org/base", model(9.0))
+    verified = machine.run("-c", VERIFY, str(out))
+    assert verified.stdout == "()\n", verified.stderr
+    offline = machine.run(
+        "-c",
+        MERGE,
+        json.dumps({f"org/base@{base}+org/lora@{first}": 1.0}),
+        str(tmp_path / "off"),
+        HF_HUB_OFFLINE="1",
+    )
+    assert offline.returncode == 0, offline.stderr
+
+
+def test_adapters_that_are_none_are_refused(hub: HubServer, machine: Machine) -> None:
+    hub.push("org/base", model())
+    files = adapter(1.0)
+    del files["adapter_model.safetensors"]
+    hub.push("org/pickled", files | {"adapter_model.bin": b""})
+    expected = {
+        "org/base+org/base": "org/base: is a model: it has no adapter_config.json",
+        "org/base+org/pickled": "only as a pickle (adapter_model.bin)",
+        "org/base+org/missing": "no such Hub repository",
+    }
+    messages = machine.refusals(*expected)
+    for finding, message in zip(expected.values(), messages, strict=True):
+        assert finding in message
+
+
 # What is recorded, and gone on with
 
 
