@@ -6,6 +6,7 @@ folder_kinds           folders that are no model in safetensors, and the remedy 
 adapters               adapters such as LoRA, by the names of their tensors, and in a user's text
 peft                   LoRA adapters as PEFT saves them: config and names of tensors
 naming                 meanings of tensor names and config keys in transformers
+tensor_names           names that mean one parameter: wrappers', older versions', fused ones
 declarations           declarations of transformers' classes (ties, names), from a table
 ask_transformers       a program that asks transformers of a class that the table lacks
 class_defaults         the meaning of a key that a config leaves out

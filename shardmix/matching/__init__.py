@@ -2,7 +2,6 @@
 
 parts                  corresponding parts: the model itself, modules with weights of their own
 tensors                corresponding tensors, ties resolved; or the reason they cannot be merged
-tensor_names           names that mean one parameter: wrappers', older versions'
 fused_tensors          tensors that one model stores in one piece and another in several
 ties                   the tensor that holds a parameter that is not stored
 belonging              the check of models with the same tensors; calls the modules below

@@ -12,6 +12,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shardmix.conventions.tensor_names import (
+    FUSIONS,
+    ROW,
+    STACKED,
+    STACKED_PARTS,
+    TAKEN_APART,
+    class_names,
+    plain_ending,
+    whole_ending,
+)
 from shardmix.dtypes import DTYPES, tensor_nbytes
 from shardmix.formats.safetensors_layout import TensorInfo
 from shardmix.formats.tensor_table import TensorTable
@@ -19,14 +29,6 @@ from shardmix.sources.base import Source, TensorReader, WrappedSource
 
 if TYPE_CHECKING:
     from shardmix.conventions.declarations import Renaming
-
-# The ways in which a loader joins pieces so that each stays contiguous: experts stacked; experts
-# stacked, each of several parts in a row; parts in a row. And the reverse of the last one.
-_STACKED = (("MergeModulelist", 0),)
-_STACKED_PARTS = (("MergeModulelist", 0), ("Concatenate", 1))
-_ROW = (("Concatenate", 0),)
-_TAKEN_APART = (("Chunk", 0),)
-_KNOWN = (_STACKED, _STACKED_PARTS, _ROW, _TAKEN_APART)
 
 Shape = tuple[int, ...]
 
@@ -48,14 +50,13 @@ def split_alike(sources: Sequence[Source]) -> tuple[Sequence[Source], list[str]]
     from shardmix.conventions.declarations import (
         declaration_of,  # models that agree need none of it
     )
-    from shardmix.matching.tensor_names import class_names
 
     declarations = [declaration_of(source.config, source.folder) for source in sources]
     fused = [
-        _whole(renaming)
+        whole_ending(renaming)
         for own in declarations
         for renaming in own.renames
-        if renaming.ops in _KNOWN
+        if renaming.ops in FUSIONS
     ]
     if not any(text in name for text in set(fused) for names in stored for name in names):
         return sources, []
@@ -86,14 +87,14 @@ def _pieces(
     renaming: "Renaming", name: str, shape: Shape, others: Sequence[Mapping[str, TensorInfo]]
 ) -> list[_Piece]:
     """Return another model's pieces of a tensor, in the order of their data in it."""
-    if renaming.ops not in _KNOWN:
+    if renaming.ops not in FUSIONS:
         return []
-    parts = renaming.to if renaming.ops == _TAKEN_APART else renaming.sources
-    head, end, tail = name.rpartition(_whole(renaming))
+    parts = renaming.to if renaming.ops == TAKEN_APART else renaming.sources
+    head, end, tail = name.rpartition(whole_ending(renaming))
     if not end or (tail and not tail.startswith(".")):
         return []
-    names = [head + _plain(part) + tail for part in parts]
-    if renaming.ops in (_STACKED, _STACKED_PARTS):
+    names = [head + plain_ending(part) + tail for part in parts]
+    if renaming.ops in (STACKED, STACKED_PARTS):
         num_experts = shape[0] if len(shape) > 1 else 0
         # A stranger's file may name any number; pieces are tensors of some model.
         if num_experts * len(parts) > max(map(len, others)):
@@ -110,23 +111,13 @@ def _pieces(
 
 def _fills(renaming: "Renaming", pieces: Sequence[_Piece], shape: Shape) -> bool:
     """Return True if pieces, one after the other, are a tensor of a shape."""
-    if renaming.ops in (_ROW, _TAKEN_APART):
+    if renaming.ops in (ROW, TAKEN_APART):
         rows = sum(piece.shape[0] if piece.shape else 0 for piece in pieces)
         return rows == shape[0] and all(piece.shape[1:] == shape[1:] for piece in pieces)
     num_parts = len(pieces) // shape[0]
-    part = shape[1:] if renaming.ops == _STACKED else (shape[1] // num_parts, *shape[2:])
-    is_even = renaming.ops == _STACKED or shape[1] % num_parts == 0
+    part = shape[1:] if renaming.ops == STACKED else (shape[1] // num_parts, *shape[2:])
+    is_even = renaming.ops == STACKED or shape[1] % num_parts == 0
     return is_even and all(piece.shape == part for piece in pieces)
-
-
-def _whole(renaming: "Renaming") -> str:
-    """Return the part of the fused tensor's name that stands for the pieces' parts."""
-    return _plain(renaming.sources[0] if renaming.ops == _TAKEN_APART else renaming.to[0])
-
-
-def _plain(pattern: str) -> str:
-    """Return a pattern of the table without its escapes: a part of a name, perhaps with a star."""
-    return pattern.replace("\\.", ".").removeprefix("^")
 
 
 class _DividedSource(WrappedSource):

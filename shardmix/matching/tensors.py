@@ -20,9 +20,9 @@ from shardmix.conventions.adapters import (
     adapter_tensor,
     is_of_adapter,
 )
+from shardmix.conventions.tensor_names import without_wrappers
 from shardmix.dtypes import DTYPES, FLOAT_DTYPES, INTEGER_DTYPES
 from shardmix.errors import MismatchError, SourceError, listed
-from shardmix.matching.tensor_names import without_wrappers
 from shardmix.sources.base import Source
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ def _names_of_class(
     stored: Sequence[Sequence[str]], declarations: Sequence["Declaration"]
 ) -> list[Sequence[str]]:
     """Return all models' names in their classes' form, spelled as in the first one."""
-    from shardmix.matching.tensor_names import aligned, class_names, prefix_of
+    from shardmix.conventions.tensor_names import aligned, class_names, prefix_of
 
     first = class_names(stored[0], declarations[0])
     others = set(first)

@@ -7,17 +7,27 @@ read. `sources.adapted` applies the changes.
 
 import hashlib
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from shardmix.conventions import peft
+from shardmix.conventions.declarations import Declaration, Renaming, declaration_of
 from shardmix.conventions.peft import LoraConfig, Part
+from shardmix.conventions.tensor_names import (
+    STACKED,
+    STACKED_PARTS,
+    class_names,
+    plain_ending,
+    whole_ending,
+)
 from shardmix.dtypes import DTYPES, FLOAT_DTYPES
 from shardmix.errors import SourceError, listed, shown
 from shardmix.formats.strict_json import MAX_JSON_NBYTES, read_json
-from shardmix.formats.tensor_table import TensorTable
 from shardmix.sources.base import Opening, Source
 from shardmix.sources.checkpoint import open_checkpoint
 from shardmix.sources.identity import FileStamp, SourceFile
@@ -218,6 +228,24 @@ def changes_of(adapter: Adapter, base: Source) -> dict[int, Change]:
         raise error.of(f"{adapter.text}") from None
 
 
+class _Place(NamedTuple):
+    """The rows of a base's tensor that are one parameter of its class, or a part of one."""
+
+    row: int
+    """Row of the tensor in the base's table."""
+    first_row: int
+    """First of the tensor's own rows; see `Patch.first_row`."""
+    num_rows: int
+    """Number of rows."""
+
+
+class _Stack(NamedTuple):
+    """A parameter of stacked experts, and the tensors that hold it, in order."""
+
+    shape: tuple[int, int, int]
+    places: tuple[_Place, ...]
+
+
 @dataclass(slots=True)
 class _Pair:
     """The matrices of one module, by kind: rows of the adapter's table."""
@@ -235,7 +263,7 @@ class _Matching:
         self._adapter, self._base = adapter, base
         self._config = adapter.config
         self._table = adapter.weights.tensors
-        self._names = _BaseNames(base.tensors, base.text)
+        self._names = _BaseNames(base)
         self._model_types = _model_types(base.config)
         self._changes: dict[int, Change] = {}
 
@@ -310,6 +338,10 @@ class _Matching:
         elif peft.A in first:
             name = f"{module}.weight"
             is_weight = len(pairs) == 1 and not self._config.target_parameters
+            expert = self._names.expert(name) if len(pairs) == 1 else None
+            if expert is not None:
+                self._add_expert(module, *expert, first)
+                return
             target = self._find(name, module) if is_weight else self._names.find(name)
             if len(pairs) == 1 and target is not None:
                 self._add_weight(module, f"{module}.weight", target, first)
@@ -364,6 +396,21 @@ class _Matching:
         patch = Patch(0, shape[0], rank, left, right, self._config.scaling_of(module))
         self._add_patches(target, name, (patch,), shape[1], rows, is_by_column=not fits)
 
+    def _add_expert(
+        self, module: str, place: _Place, num_columns: int, rows: Mapping[str, int]
+    ) -> None:
+        """Add the change of one expert, of which the base stores all in one piece."""
+        name = f"{module}.weight"
+        shape = place.num_rows, num_columns
+        a, b = self._matrix(rows[peft.A]), self._matrix(rows[peft.B])
+        rank = self._rank(module, a[0], b[1])
+        if shape != (b[0], a[1]) or rows.keys() != {peft.A, peft.B}:
+            raise self._misfit(name, shape, a, b)
+        left, right = View(rows[peft.B], 0, rank, 1), View(rows[peft.A], 0, a[1], 1)
+        scaling = self._config.scaling_of(module)
+        patch = Patch(place.first_row, place.num_rows, rank, left, right, scaling)
+        self._add_patches(place.row, name, (patch,), num_columns, rows)
+
     def _is_transposed(self, module: str) -> bool:
         """Return True if a square weight is stored as (in, out)."""
         if not self._model_types:
@@ -409,13 +456,11 @@ class _Matching:
 
     def _add_parameters(self, module: str, pairs: Mapping[int, _Pair]) -> None:
         """Match the matrices of a module's parameters, which only their nesting tells apart."""
-        names = self._names.below(module)
+        ends = self._config.target_parameters
         targets = [
             (name, row)
-            for name, row in names.items()
-            if any(
-                name == end or name.endswith(f".{end}") for end in self._config.target_parameters
-            )
+            for name, row in (self._names.below(module) | self._names.stacks(module)).items()
+            if any(f".{name}".endswith(f".{end}") for end in ends)
         ]
         depths = sorted(pairs, reverse=True)  # the first parameter is wrapped first
         if len(targets) != len(depths) or len(targets) > _MOST_PARAMETERS:
@@ -426,28 +471,31 @@ class _Matching:
             )
         order = {name: number for number, name in enumerate(peft.PARAMETER_ORDER)}
         fitting = [
-            [self._fits(self._base.tensors.shapes[row], pairs[depth].rows) for _, row in targets]
+            [self._fits(self._shape_of(target), pairs[depth].rows) for _, target in targets]
             for depth in depths
         ]
-        ends = [name.rpartition(".")[2] for name, _ in targets]
+        names = [name.rpartition(".")[2] for name, _ in targets]
         choices = list(_assignments(fitting))
-        if len(choices) > 1 and all(end in order for end in ends):
-            ordered = sorted(range(len(targets)), key=lambda number: order[ends[number]])
+        if len(choices) > 1 and all(name in order for name in names):
+            ordered = sorted(range(len(targets)), key=lambda number: order[names[number]])
             choices = [tuple(ordered)] if tuple(ordered) in choices else choices
         if len(choices) != 1:
             problem = "fit none" if not choices else "fit in several ways"
             raise SourceError(
-                f"changes {len(depths)} parameters of {module} ({listed(ends)}) by matrices that "
+                f"changes {len(depths)} parameters of {module} ({listed(names)}) by matrices that "
                 f"{problem}",
                 remedy="name the model that it was trained on",
             )
         for depth, number in zip(depths, choices[0], strict=True):
-            name, row = targets[number]
+            name, target = targets[number]
             rows = pairs[depth].rows
-            if len(self._base.tensors.shapes[row]) == 3:
-                self._add_stacked(name, name, row, rows)
+            if isinstance(target, int) and len(self._shape_of(target)) == 2:
+                self._add_linear(name, name, target, rows)
             else:
-                self._add_linear(name, name, row, rows)
+                self._add_stacked(name, name, target, rows)
+
+    def _shape_of(self, target: "int | _Stack") -> tuple[int, ...]:
+        return self._base.tensors.shapes[target] if isinstance(target, int) else target.shape
 
     def _fits(self, shape: Sequence[int], rows: Mapping[str, int]) -> bool:
         """Return True if matrices have the shapes for a parameter."""
@@ -457,14 +505,16 @@ class _Matching:
         sizes = (b[0], a[1])
         return sizes == tuple(shape[-2:]) or sizes == tuple(reversed(shape[-2:]))
 
-    def _add_stacked(self, module: str, name: str, target: int, rows: Mapping[str, int]) -> None:
+    def _add_stacked(
+        self, module: str, name: str, target: "int | _Stack", rows: Mapping[str, int]
+    ) -> None:
         """Add the change of stacked matrices (experts, m, n): B·A of each expert.
 
         A is (experts · rank, in), expert by expert; B is (out, rank · experts), the experts of each
         column together. Source: `ParamWrapper.get_delta_weight`.
         """
-        num, m, n = self._base.tensors.shapes[target]
-        shape = self._base.tensors.shapes[target]
+        shape = self._shape_of(target)
+        num, m, n = shape
         a, b = self._matrix(rows[peft.A]), self._matrix(rows[peft.B])
         if peft.MAGNITUDE in rows or peft.BIAS in rows:
             raise SourceError(
@@ -491,7 +541,14 @@ class _Matching:
                 )
             left, right = (of_b, of_a) if fits else (of_a, of_b)
             patches.append(Patch(expert * m, m, rank, left, right, scaling))
-        self._add_patches(target, name, tuple(patches), n, rows)
+        if isinstance(target, int):
+            self._add_patches(target, name, tuple(patches), n, rows)
+            return
+        first = 0
+        for place in target.places:
+            cut = tuple(_cut(patches[first // m], first % m, place.num_rows, place.first_row))
+            self._add_patches(place.row, name, cut, n, {})
+            first += place.num_rows
 
     # Rows of embeddings.
 
@@ -564,17 +621,23 @@ class _Matching:
             is_by_column=is_by_column,
         )
 
-    def _extend(self, target: int, name: str, **fields: object) -> None:
+    def _extend(self, target: int, name: str, **fields: Any) -> None:
         """Add fields to a tensor's change. Raises `SourceError` if it has one of them already."""
         change = self._changes.get(target)
         if change is None:
             change = Change(num_columns=max(1, _product(self._base.tensors.shapes[target][1:])))
-        for key in ("value", "patches", "tokens"):
-            if key in fields and getattr(change, key) not in (None, ()):
-                raise SourceError(
-                    f"changes {name} twice", remedy="check that it is the adapter of one model"
-                )
-        self._changes[target] = replace(change, **fields)  # type: ignore[arg-type]
+        patches = sorted((*change.patches, *fields.get("patches", ())), key=lambda each: each[0])
+        overlap = any(
+            one.first_row + one.num_rows > other.first_row for one, other in pairwise(patches)
+        )
+        is_twice = any(
+            key in fields and getattr(change, key) is not None for key in ("value", "tokens")
+        )
+        if overlap or is_twice:
+            raise SourceError(
+                f"changes {name} twice", remedy="check that it is the adapter of one model"
+            )
+        self._changes[target] = replace(change, **fields | {"patches": tuple(patches)})
 
     def _find(self, name: str, what: str) -> int:
         """Return the base's row of a tensor. Raises `SourceError` if it has none."""
@@ -646,11 +709,22 @@ class _BaseNames:
     A base may store the names of its class, of a model without a head, or with a wrapper's prefix.
     """
 
-    def __init__(self, tensors: TensorTable, text: str) -> None:
-        self._rows = {name: row for row, name in enumerate(tensors.names)}
-        self._text = text
+    def __init__(self, base: Source) -> None:
+        self._base, self._text = base, base.text
+        self._shapes = base.tensors.shapes
+        self._rows = {name: row for row, name in enumerate(base.tensors.names)}
         self._prefixes: list[tuple[str, str]] = []
         self._unknown: set[str] = set()
+
+    @cached_property
+    def _declaration(self) -> Declaration:
+        return declaration_of(self._base.config, self._base.folder)
+
+    @cached_property
+    def _class_rows(self) -> dict[str, int]:
+        """Name in the base's class → row."""
+        names = class_names(self._base.tensors.names, self._declaration)
+        return {name: row for row, name in enumerate(names)}
 
     def find(self, name: str) -> int | None:
         """Return the row of a tensor by an adapter's name for it, or None."""
@@ -659,11 +733,69 @@ class _BaseNames:
                 row = self._rows.get(new + name.removeprefix(old))
                 if row is not None:
                     return row
+        row = self._class_rows.get(name)
+        if row is not None:
+            return row
         found = self._another_prefix(name)
         if found is None:
             return None
         self._prefixes.append(found)
         return self._rows[found[1] + name.removeprefix(found[0])]
+
+    def stacks(self, module: str) -> dict[str, _Stack]:
+        """Return the parameters of experts in a module that the base stores one by one."""
+        found = {}
+        for fusion in self._fusions:
+            ending = whole_ending(fusion)
+            name = f"{module}.{ending.rpartition('.')[2]}"
+            if f".{name}".endswith(ending if ending.startswith(".") else f".{ending}"):
+                stack = self._stack(name.removesuffix(ending), fusion)
+                if stack is not None:
+                    found[name] = stack
+        return found
+
+    def _stack(self, head: str, fusion: Renaming) -> _Stack | None:
+        parts = [head + plain_ending(part) for part in fusion.sources]
+        places: list[_Place] = []
+        num = rows = columns = 0
+        while all(part.replace("*", str(num), 1) in self._class_rows for part in parts):
+            for part in parts:
+                row = self._class_rows[part.replace("*", str(num), 1)]
+                if len(self._shapes[row]) != 2:
+                    return None
+                height, columns = self._shapes[row]
+                places.append(_Place(row, 0, height))
+                rows += height
+            num += 1
+        shapes = {self._shapes[place.row] for place in places}
+        return _Stack((num, rows // num, columns), tuple(places)) if len(shapes) == 1 else None
+
+    def expert(self, name: str) -> tuple[_Place, int] | None:
+        """Return the rows of one expert's weight, and its columns, if the base stacks them all."""
+        if name in self._rows or not re.search(r"\.\d+\.[^.]+\.weight$", name):
+            return None
+        for fusion in self._fusions:
+            for number, part in enumerate(map(plain_ending, fusion.sources)):
+                pattern = re.escape(part).replace(re.escape("*"), r"(\d{1,6})", 1)
+                match = re.search(rf"{pattern}$", name)
+                if match is None or "*" not in part:
+                    continue
+                row = self.find(name[: match.start()] + whole_ending(fusion))
+                if row is None or len(self._shapes[row]) != 3:
+                    continue
+                num, height, columns = self._shapes[row]
+                piece, rest = divmod(height, len(fusion.sources))
+                if rest or int(match[1]) >= num:
+                    continue
+                first = int(match[1]) * height + number * piece
+                return _Place(row, first, piece), columns
+        return None
+
+    @property
+    def _fusions(self) -> list[Renaming]:
+        """The ways in which transformers stacks this class's experts."""
+        renames = self._declaration.renames
+        return [each for each in renames if each.ops in (STACKED, STACKED_PARTS)]
 
     def below(self, module: str) -> dict[str, int]:
         """Return the parameters directly in a module: the adapter's name of each → row."""
@@ -705,6 +837,12 @@ class _BaseNames:
                 )
         self._unknown.add(key)
         return None
+
+
+def _cut(patch: Patch, start: int, num_rows: int, first_row: int) -> Iterator[Patch]:
+    """Yield the part of a patch that changes `num_rows` of its rows, moved to `first_row`."""
+    left = patch.left._replace(start=patch.left.start + start * patch.left.row_step)
+    yield patch._replace(first_row=first_row, num_rows=num_rows, left=left)
 
 
 def _assignments(fitting: Sequence[Sequence[bool]]) -> Iterator[tuple[int, ...]]:

@@ -9,8 +9,8 @@ from safetensors.numpy import load_file, save_file
 import shardmix
 from shardmix.conventions import declarations, naming
 from shardmix.conventions.declarations import declaration_of
+from shardmix.conventions.tensor_names import aligned, class_names, without_wrappers
 from shardmix.errors import MismatchError
-from shardmix.matching.tensor_names import aligned, class_names, without_wrappers
 from shardmix.matching.tensors import match_tensors
 from shardmix.sources.resolve import open_source
 

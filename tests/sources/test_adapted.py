@@ -362,3 +362,35 @@ def test_scaled_changes_are_subtracted(tmp_path, base):
     save_adapter(tmp_path / "lora", matrices, use_dora=True)
     source = open_source(f"{tmp_path}/base+{tmp_path}/lora")
     assert source.changes_to(open_source(str(tmp_path / "base"))) is None
+
+
+def test_experts_may_be_stacked(tmp_path):
+    """An adapter of single experts fits a base that stacks them, with the same bits."""
+    config = {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe"}
+    prefix = "model.layers.0.mlp.experts"
+    shapes = {"gate_proj": (7, 5), "up_proj": (7, 5), "down_proj": (5, 7)}
+    apart = {
+        f"{prefix}.{expert}.{name}.weight": random_tensor(shape, seed=10 * expert + len(name))
+        for expert in range(3)
+        for name, shape in shapes.items()
+    }
+    modules = [name.removesuffix(".weight") for name in apart if ".1.up" not in name]
+    matrices = random_adapter(apart, modules, rank=3)
+    save_adapter(tmp_path / "lora", matrices, r=3, rank_pattern={})
+
+    def stacked(tensors):
+        of = {
+            name: [tensors[f"{prefix}.{expert}.{name}.weight"] for expert in range(3)]
+            for name in shapes
+        }
+        gate_up = [torch.cat(pair) for pair in zip(of["gate_proj"], of["up_proj"], strict=True)]
+        return {
+            f"{prefix}.gate_up_proj": torch.stack(gate_up),
+            f"{prefix}.down_proj": torch.stack(of["down_proj"]),
+        }
+
+    save_model(tmp_path / "base", stacked(apart), config=config)
+    shardmix.merge({f"{tmp_path}/base+{tmp_path}/lora": 1.0}, tmp_path / "out")
+    scaling = float(torch.tensor(8 / 3))
+    expected = stacked(with_adapter(apart, matrices, scaling=scaling))
+    assert_same_bits(load_model(tmp_path / "out"), expected)

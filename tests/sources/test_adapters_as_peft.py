@@ -50,6 +50,33 @@ def gpt_oss():
     return transformers.GptOssForCausalLM(config)
 
 
+def qwen_moe():
+    """Experts that transformers stacks, and whose files store them one by one."""
+    config = transformers.Qwen2MoeConfig(
+        **SMALL, moe_intermediate_size=24, shared_expert_intermediate_size=24, num_experts=4
+    )
+    return transformers.Qwen2MoeForCausalLM(config)
+
+
+def mixtral():
+    """The same, under other names."""
+    config = transformers.MixtralConfig(**SMALL | {"intermediate_size": 24}, num_local_experts=3)
+    return transformers.MixtralForCausalLM(config)
+
+
+def vit():
+    """A class whose names are not those of its files."""
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=56,
+        image_size=32,
+        patch_size=8,
+    )
+    return transformers.ViTForImageClassification(config)
+
+
 class Convolutions(transformers.PreTrainedModel):
     """Convolutions of one, two and three dimensions."""
 
@@ -135,6 +162,25 @@ VARIANTS = {
             "target_modules": ["q_proj"],
             "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
         },
+    ),
+    "experts_stored_apart": (
+        qwen_moe,
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        },
+    ),
+    "experts_of_other_names": (
+        mixtral,
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+            "rank_pattern": {"experts.down_proj": 2},
+        },
+    ),
+    "class_names": (
+        vit,
+        {"target_modules": ["q_proj", "projection"], "modules_to_save": ["classifier"]},
     ),
     "experts_half": (
         gpt_oss,

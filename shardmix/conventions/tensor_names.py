@@ -119,3 +119,22 @@ def _rename(pattern: re.Pattern[str], name: str, renaming: "Renaming") -> str:
     }
     replacement = re.sub(r"\\(\d)", lambda index: groups.get(int(index[1]), ""), replacement)
     return before + name.removeprefix(before).replace(match.group(0), replacement, 1)
+
+
+# The ways in which a loader joins pieces so that each stays contiguous: experts stacked; experts
+# stacked, each of several parts in a row; parts in a row. And the reverse of the last one.
+STACKED = (("MergeModulelist", 0),)
+STACKED_PARTS = (("MergeModulelist", 0), ("Concatenate", 1))
+ROW = (("Concatenate", 0),)
+TAKEN_APART = (("Chunk", 0),)
+FUSIONS = (STACKED, STACKED_PARTS, ROW, TAKEN_APART)
+
+
+def whole_ending(renaming: "Renaming") -> str:
+    """Return the part of the fused tensor's name that stands for the pieces' parts."""
+    return plain_ending(renaming.sources[0] if renaming.ops == TAKEN_APART else renaming.to[0])
+
+
+def plain_ending(pattern: str) -> str:
+    """Return a pattern of the table without its escapes: a part of a name, perhaps with a star."""
+    return pattern.replace("\\.", ".").removeprefix("^")
