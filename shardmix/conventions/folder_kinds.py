@@ -1,4 +1,4 @@
-"""Kinds of folders and files that are no model in safetensors, and the remedy for each.
+"""Kinds of folders and files that are no model, and the remedy for each.
 
 Two tables, of names and of sentences. Opens nothing: the names may come from a disk or the Hub.
 """
@@ -55,7 +55,8 @@ def _shards(names: Sequence[str], source: str) -> SourceError:
     shards = [(shard, name) for name in names if (shard := shard_name(name)) and "/" not in name]
     first, name = shards[0]
     here = {shard.number for shard, _ in shards if shard.stem == first.stem}
-    index = index_name(first.stem.removesuffix(".safetensors"))
+    suffix = name[name.rindex(".") :]
+    index = f"{first.stem.removesuffix(suffix)}{suffix}.index.json"
     finding = f"has shards such as {name} but no {index}, which says what is in which"
     missing = [str(number) for number in range(1, first.count + 1) if number not in here]
     if missing and 0 not in here:
@@ -86,7 +87,7 @@ _FOLDERS = (
         "has the weights in a variant only ({found})",
         "load it with from_pretrained(..., variant=...) and save it without",
     ),
-    _Kind(r"[^/]+[-_.]\d+[-_.]?of[-_.]?\d+\.safetensors", _shards),
+    _Kind(r"[^/]+[-_.]\d+[-_.]?of[-_.]?\d+\.(safetensors|bin)", _shards),
     _Kind(
         r"model-rank-\d+-part-\d+\.safetensors",
         "holds {found}, the state of vLLM's workers, cut to pieces",
@@ -135,9 +136,13 @@ _FOLDERS = (
     ),
     _Kind(
         r"(?!training_args|optimizer|scheduler|scaler|rng_state|random_states)"
-        r"[^/]+\.(bin|pt|pth|ckpt|pkl)",
-        "has weights only as pickle (.bin): {found}; shardmix reads safetensors only, which "
-        "cannot run code",
+        r"[^/]+\.(bin|pt|pth|ckpt)",
+        f"has {{found}} but neither {weights_name(MODEL)} nor pytorch_model.bin",
+        "if one of them is the whole model, give the file itself as the source",
+    ),
+    _Kind(
+        r"[^/]+\.(pkl|pickle)",
+        "has weights only as pickle ({found}), which may run code",
         _RESAVE,
     ),
     _Kind(
@@ -198,7 +203,7 @@ _FOLDERS = (
 _FILES = (
     (r"\.index\.json", "is the index of a model in shards", "give its folder"),
     (r"\.gguf", "is GGUF", "use the original checkpoint that it was made from"),
-    (r"\.(bin|pt|pth|ckpt|pkl|pickle)", "is a pickle, which may run code", _RESAVE),
+    (r"\.(pkl|pickle)", "is a pickle, which may run code", _RESAVE),
     (
         r"\.(onnx|tflite|mlmodel|h5|keras|msgpack|ot|npz|engine|nemo)",
         "holds weights in another format",

@@ -247,7 +247,7 @@ def _notes(unknown: list[str]) -> tuple[str, ...]:
 def _not_supported(what: str) -> SourceError:
     return SourceError(
         f"is an adapter of a kind that is not applied here: {what}; of PEFT's kinds only LoRA is",
-        remedy=_TASK_REMEDY + ", if PEFT can",
+        remedy=f"{_TASK_REMEDY}, if PEFT can",
     )
 
 

@@ -29,6 +29,8 @@ MARKS = {
 """Stem → the file beside such weights that makes them a model; config.json for other stems."""
 
 SUFFIX = ".safetensors"
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+"""Suffixes of files of `torch.save`."""
 
 _SHARD = re.compile(
     r"(?P<stem>.+?)[-_.](?P<number>\d{1,6})[-_.]?of[-_.]?(?P<count>\d{1,6})(?P<end>\.\w+)"
@@ -57,13 +59,42 @@ def index_name(stem: str) -> str:
     return stem + SUFFIX + ".index.json"
 
 
-def stored_stem(has: Callable[[str], bool], *, is_diffusers: bool = False) -> str | None:
-    """Return the stem of a folder's weights, or None if it has none; `has` tells if a file exists.
+@dataclass(frozen=True, slots=True)
+class StoredWeights:
+    """The names of a folder's weight files."""
+
+    stem: str
+    """Stem of such weights in safetensors: the output's."""
+    whole: str
+    """Name of the file that holds all weights."""
+    index: str
+    """Name of the index of shards."""
+
+
+_IN_SAFETENSORS = tuple(StoredWeights(stem, weights_name(stem), index_name(stem)) for stem in STEMS)
+# As torch.save writes them: the same loaders' names, if there is nothing in safetensors.
+_IN_TORCH_FILES = tuple(
+    StoredWeights(stem, f"{name}.bin", f"{name}.bin.index.json")
+    for name, stem in (
+        ("pytorch_model", MODEL),
+        (DIFFUSERS, DIFFUSERS),
+        (OPEN_CLIP_OLD, OPEN_CLIP_OLD),
+    )
+)
+ALL_WEIGHTS = (*_IN_SAFETENSORS, *_IN_TORCH_FILES)
+"""All names that some loader looks for, in the order in which they count."""
+
+
+def stored_weights(
+    has: Callable[[str], bool], *, is_diffusers: bool = False
+) -> StoredWeights | None:
+    """Return a folder's weights, or None if it has none; `has` tells if a file exists.
 
     A component of diffusers is loaded from diffusers' own name first.
     """
-    stems = (DIFFUSERS, *STEMS) if is_diffusers else STEMS
-    return next((stem for stem in stems if has(weights_name(stem)) or has(index_name(stem))), None)
+    first = [each for each in _IN_SAFETENSORS if is_diffusers and each.stem == DIFFUSERS]
+    candidates = (*first, *ALL_WEIGHTS)
+    return next((each for each in candidates if has(each.whole) or has(each.index)), None)
 
 
 def stem_of(name: str) -> str:

@@ -2,6 +2,7 @@
 
 safetensors_layout     headers encoded, and the length of a header; pure bytes
 safetensors_header     headers decoded, in pieces, and judged
+torch_file             files of torch.save: their tensors, found without running anything
 tensor_table           a model's tensors in columns: names, shapes, dtypes, offsets
 file_metadata          the `__metadata__` of output files
 strict_json            config, modules and index: JSON of strangers
@@ -29,8 +30,9 @@ here and in other packages:
   followed only in the Hub's cache: a link out of a folder from elsewhere could put a file of this
   machine into a model that is then published. The source itself may be a link, and so may a whole
   folder of shards on another disk.
-- Nothing is run: no pickle is opened, no chat template rendered, no code of a model imported by
-  merging.
+- Nothing is run: no chat template is rendered, no code of a model imported by merging. The pickle
+  in a file of `torch.save` goes through a machine that knows only what describes tensors; its
+  memory is at most 20 times the pickle's length, which is compared with the budget first.
 - Nothing printed is obeyed by a terminal (`errors.printable`), and nothing printed is a secret
   (`errors.redaction`).
 """

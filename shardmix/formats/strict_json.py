@@ -94,6 +94,8 @@ def read_index(path: Path, *, max_memory: int | None = None) -> dict[str, str]:
             subject=path,
             remedy="fetch it again",
         )
+    # An index is called as its files are: model.safetensors.index.json.
+    suffix = Path(path.name.removesuffix(".index.json")).suffix
     for name in set(weight_map.values()):
         finding = file_name_finding(name)
         if finding is not None:
@@ -103,9 +105,9 @@ def read_index(path: Path, *, max_memory: int | None = None) -> dict[str, str]:
                 subject=path,
                 remedy="fetch it again",
             )
-        if not name.endswith(".safetensors"):
+        if not name.endswith(suffix):
             raise SourceError(
-                f"names {shown(name)}, which is not a .safetensors file",
+                f"names {shown(name)}, which is not a {suffix} file",
                 subject=path,
                 remedy="fetch or save the model in safetensors",
             )

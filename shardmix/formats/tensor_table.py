@@ -14,6 +14,16 @@ from shardmix.formats.safetensors_layout import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
+class View:
+    """The way that a tensor's elements lie in its file."""
+
+    offset: int
+    """Offset of the first element, in bytes."""
+    strides: tuple[int, ...]
+    """Distance between neighbours in each dimension, in elements; none is negative."""
+
+
+@dataclass(frozen=True, slots=True)
 class TensorTable:
     """All tensors of a model, by file and within it by offset; row i is one tensor.
 
@@ -64,6 +74,20 @@ class TensorTable:
     def is_decoded(self, row: int) -> bool:
         """Return True if a tensor is decoded while it is read."""
         return self.decoded is not None and bool(self.decoded[row])
+
+    def take(self, rows: npt.NDArray[np.int32]) -> "TensorTable":
+        """Return some rows; decoded ones must all be among them, since they are one stream."""
+        return replace(
+            self,
+            names=tuple(self.names[row] for row in rows.tolist()),
+            shapes=tuple(self.shapes[row] for row in rows.tolist()),
+            dtype_ranks=self.dtype_ranks[rows],
+            files=self.files[rows],
+            starts=self.starts[rows],
+            nbytes=self.nbytes[rows],
+            decoded=None if self.decoded is None else self.decoded[rows],
+            kept_ranks=None if self.kept_ranks is None else self.kept_ranks[rows],
+        )
 
     def with_decoded(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> "TensorTable":
         """Return the same tensors with these rows decoded, besides those that are already."""

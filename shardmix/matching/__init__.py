@@ -4,6 +4,7 @@ parts                  corresponding parts: the model itself, modules with weigh
 tensors                corresponding tensors, ties resolved; or the reason they cannot be merged
 fused_tensors          tensors that one model stores in one piece and another in several
 ties                   the tensor that holds a parameter that is not stored
+tied_copies            names of tied parameters that files of torch.save give twice
 belonging              the check of models with the same tensors; calls the modules below
 differences            differences: an error, or a warning if they are minor or allowed
 configs                differences of configs, part by part

@@ -11,6 +11,7 @@ from typing import Any
 
 from shardmix.conventions.module_tree import Module, config_names, inner_path
 from shardmix.conventions.sentence_modules import MODEL_CONFIG_NAME, MODULES_NAME, pooling_modes
+from shardmix.conventions.weight_names import stored_weights
 from shardmix.formats.strict_json import MAX_JSON_NBYTES, read_json
 from shardmix.matching.differences import Difference, shown_value
 from shardmix.matching.parts import match_parts
@@ -120,7 +121,7 @@ def _weights_of_some(sources: Sequence[Source]) -> Iterator[Difference]:
             )
         yield Difference(
             MODULES_NAME,
-            f"{', '.join(f'{part.subfolder}/' for part in mine)}: holds safetensors weights in "
+            f"{', '.join(f'{part.subfolder}/' for part in mine)}: holds weights in "
             f"{source.text}, and {lack}",
             "they are not merged",
             is_refused=True,
@@ -338,7 +339,7 @@ def _read(root: Path, name: str) -> dict[str, Any] | None:
 
 def _has_merged_weights(model: ModularModel, module: Module) -> bool:
     names = _names_in(model.root, module.subfolder)
-    return any(name in ("model.safetensors", "model.safetensors.index.json") for name in names)
+    return stored_weights(names.__contains__) is not None
 
 
 def _unmerged_weights(

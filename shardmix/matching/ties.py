@@ -76,9 +76,9 @@ def share(
     that a model does not hold by any name is in none of its rows.
     """
     universe = dict.fromkeys(name for model in models for name in model.rows)
-    pairs = [list(_pairs(model, universe)) for model in models]
+    pairs = [list(pairs_of(model, universe)) for model in models]
     holders = [_Holder(model, own) for model, own in zip(models, pairs, strict=True)]
-    declared = list(_pairs(output, universe))
+    declared = list(pairs_of(output, universe))
     # The first model's pairs, too: the output's config may not name its class.
     groups = _groups([pair for own in (declared, *pairs) for pair in own])
     is_tied = {pair.tie: pair.tie.is_in_force(output.config) for pair in declared}
@@ -235,7 +235,7 @@ def _groups(pairs: Sequence[Pair]) -> dict[str, str]:
     return {name: root(name) for name in list(parent)}
 
 
-def _pairs(model: NamedModel, universe: Mapping[str, None]) -> Iterator[Pair]:
+def pairs_of(model: NamedModel, universe: Mapping[str, None]) -> Iterator[Pair]:
     """Yield the pairs of a model's class with at least one name present."""
     declaration = model.declaration
     ties = _conventional(universe) if declaration.is_conventional else declaration.ties
@@ -291,7 +291,7 @@ def _by_beginning(
 def shared_with(model: NamedModel) -> dict[str, str]:
     """Return each parameter that a model does not store → the stored one that it shares."""
     found = {}
-    pairs = list(_pairs(model, dict.fromkeys(model.rows)))
+    pairs = list(pairs_of(model, dict.fromkeys(model.rows)))
     holder = _Holder(model, pairs)
     stored = {row: name for name, row in model.rows.items()}
     for pair in pairs:

@@ -16,6 +16,7 @@ from shardmix.conventions.module_tree import Module, read_modules
 from shardmix.conventions.sentence_modules import MODULES_NAME
 from shardmix.errors import RecipeError, unreadable
 from shardmix.matching.tensors import check_mergeable
+from shardmix.matching.tied_copies import without_tied_copies
 from shardmix.recipe import Recipe
 from shardmix.sources.base import Source
 from shardmix.sources.checkpoint import (
@@ -157,7 +158,7 @@ def open_models(
     for source in open_sources(models, max_memory=max_memory):
         for part in source.parts:
             check_mergeable(part, recipe.allow_differences)
-        sources.append(source)
+        sources.append(without_tied_copies(source))
     named = None if recipe.config_from is None else resolved[recipe.config_from]
     config_source = _open_config_source(named, sources[0])
     _check_model_type(model_type=recipe.model_type, config_source=config_source)

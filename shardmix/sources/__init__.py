@@ -4,7 +4,8 @@ base                   the seam: `Source`, an opened model, and `TensorReader`
 identity               identity of a source's bytes, and the check that its files are unchanged
 resolve                a source's text → its value, once; and the table of kinds of sources
 hub                    a repository on the Hub → its commit, and the local copy of that commit
-headers, checkpoint    a model in safetensors files, opened by its headers
+headers, checkpoint    a model in files of safetensors or torch.save, opened by their headers
+views                  tensors whose elements lie in a file in another order
 adapters               LoRA adapters, matched to the tensors of a base by `conventions.peft`
 adapted                a base with an adapter applied while it is read
 low_rank               the arithmetic of that, by numpy

@@ -20,24 +20,27 @@ from shardmix.conventions.file_kinds import LeftOut
 from shardmix.conventions.folder_kinds import no_weights, no_weights_file
 from shardmix.conventions.module_tree import Module, module_subfolders, read_modules
 from shardmix.conventions.weight_names import (
+    ALL_WEIGHTS,
     DIFFUSERS,
     MODEL,
-    STEMS,
     SUFFIX,
+    TORCH_SUFFIXES,
+    StoredWeights,
     index_name,
     shard_name,
     stem_of,
-    stored_stem,
+    stored_weights,
     weights_name,
 )
 from shardmix.errors import SourceError, shown, unreadable
 from shardmix.formats.strict_json import read_index, read_json
-from shardmix.formats.tensor_table import TensorTable
+from shardmix.formats.tensor_table import TensorTable, View
 from shardmix.sources.base import Extent, Opening, Readers, Source, TensorReader, stored_extent
-from shardmix.sources.headers import SHORT_HEADER_NBYTES, Headers
+from shardmix.sources.headers import SHORT_HEADER_NBYTES, Headers, read_torch_header
 from shardmix.sources.hub import LocalSource
 from shardmix.sources.identity import FileStamp, SourceFile, SourceIdentity
 from shardmix.sources.readers import StoredReader
+from shardmix.sources.views import ViewReader
 from shardmix.system.files import refuse_link_outside
 from shardmix.system.memory import check_room
 
@@ -66,6 +69,8 @@ class Checkpoint:
     """Content of config.json; empty if there is none."""
     tensors: TensorTable = field(repr=False)
     """The tensors, in columns."""
+    views: Mapping[int, View] = field(default_factory=dict, repr=False, hash=False)
+    """Row of a tensor whose elements are in another order → the way that they lie."""
     stem: str = MODEL
     """Stem of its weight files, one of those in `weight_names`; MODEL for other names."""
     left_out: tuple[LeftOut, ...] = ()
@@ -113,7 +118,7 @@ class Checkpoint:
         return self.root.resolve().name
 
     def extent(self, row: int) -> Extent | None:
-        """Return the extent of a tensor; in a checkpoint all are stored as they are."""
+        """Return the extent of a tensor; None if its elements are in another order."""
         return stored_extent(self.identity, self.tensors, row)
 
     @property
@@ -126,7 +131,9 @@ class Checkpoint:
 
     def open_reader(self) -> TensorReader:
         """Return a reader for one worker."""
-        return StoredReader(self.identity.files, self.tensors)
+        if not self.views:
+            return StoredReader(self.identity.files, self.tensors)
+        return ViewReader(self.identity.files, self.tensors, self.views)
 
     def open_shared_reader(self, shared: Readers) -> TensorReader:
         """Return a reader for one worker: it is made of no other source."""
@@ -162,7 +169,7 @@ def open_checkpoint(opening: Opening) -> Checkpoint:
     subfolders = [
         subfolder
         for subfolder in dict.fromkeys(("", *keys))
-        if _has_weights(located.path / subfolder)
+        if _stored_weights(located.path / subfolder) is not None
     ]
     parts = [
         replace(_read_part(source, located, subfolder, None, limits), key=keys.get(subfolder, ""))
@@ -232,6 +239,7 @@ def _read_part(
         metadata=read.metadata,
         config=read_config(root, subfolder),
         tensors=read.tensors,
+        views=read.views,
         stem=stored.stem,
         subfolder=subfolder,
     )
@@ -253,16 +261,17 @@ def weight_names(folder: Path, *, max_memory: int | None = None) -> tuple[str, .
 
     Files in folders of sentence-transformers' modules are among them, with their indexes.
     """
-    names = {weights_name(stem) for stem in STEMS if (folder / weights_name(stem)).is_file()}
-    for path in (folder / index_name(stem) for stem in STEMS):
+    names = {each.whole for each in ALL_WEIGHTS if (folder / each.whole).is_file()}
+    for path in (folder / each.index for each in ALL_WEIGHTS):
         if path.is_file():
             refuse_link_outside(folder, path)
             names.update(read_index(path, max_memory=max_memory).values())
     for subfolder in module_subfolders(read_modules(folder)):
-        inner = (folder / subfolder).glob(f"*{SUFFIX}")
-        if _has_weights(folder / subfolder):
+        stored = _stored_weights(folder / subfolder)
+        if stored is not None:
+            inner = (folder / subfolder).glob(f"*{Path(stored.whole).suffix}")
             names.update(path.relative_to(folder).as_posix() for path in inner)
-            names.add(f"{subfolder}/{index_name(MODEL)}")
+            names.add(f"{subfolder}/{stored.index}")
     return tuple(sorted(names))
 
 
@@ -279,22 +288,18 @@ def read_config(root: Path, subfolder: str = "") -> dict[str, Any]:
     return config
 
 
-def _has_weights(folder: Path) -> bool:
-    return _stem(folder) is not None
-
-
-def _stem(folder: Path) -> str | None:
-    """Return the stem of a folder's weights, or None if it has none with a name that is loaded."""
+def _stored_weights(folder: Path) -> StoredWeights | None:
+    """Return a folder's weights, or None if it has none with a name that is loaded."""
 
     def has(name: str) -> bool:
         return os.path.lexists(folder / name)
 
-    found = stored_stem(has)
-    has_both = found == MODEL and any(
+    found = stored_weights(has)
+    has_both = (found is not None and found.stem == MODEL) and any(
         has(name) for name in (weights_name(DIFFUSERS), index_name(DIFFUSERS))
     )
     if has_both and "_class_name" in read_config(folder):
-        return stored_stem(has, is_diffusers=True)
+        return stored_weights(has, is_diffusers=True)
     return found
 
 
@@ -308,19 +313,21 @@ class _WeightFiles:
     """Tensor → file, by the index; None without one."""
     stem: str
     """Their stem."""
+    index: str = ""
+    """Name of the index that they have, or would have."""
 
 
 def _weight_files(source: str, root: Path, subfolder: str, max_memory: int | None) -> _WeightFiles:
     """Return the weight files of a model's folder, or of one of its modules."""
     folder = root / subfolder
-    stem = _stem(folder)
-    if stem is None:
+    stored = _stored_weights(folder)
+    if stored is None:
         raise no_weights(_names_in(folder), source).of(source)
     # Both present: as in transformers, the single file counts.
-    if os.path.lexists(folder / weights_name(stem)):
-        refuse_link_outside(root, folder / weights_name(stem))
-        return _WeightFiles([folder / weights_name(stem)], None, stem)
-    index_path = folder / index_name(stem)
+    if os.path.lexists(folder / stored.whole):
+        refuse_link_outside(root, folder / stored.whole)
+        return _WeightFiles([folder / stored.whole], None, stored.stem, stored.index)
+    index_path = folder / stored.index
     refuse_link_outside(root, index_path)
     weight_map = read_index(index_path, max_memory=max_memory)
     paths = [folder / name for name in sorted(set(weight_map.values()))]
@@ -332,12 +339,12 @@ def _weight_files(source: str, root: Path, subfolder: str, max_memory: int | Non
                 subject=index_path,
                 remedy="fetch it again",
             )
-    return _WeightFiles(paths, weight_map, stem)
+    return _WeightFiles(paths, weight_map, stored.stem, stored.index)
 
 
 def _refuse_partial_file(source: str, path: Path) -> None:
     """Raise `SourceError` if a file is no whole model: of another kind, or one of several."""
-    if path.suffix != ".safetensors":
+    if path.suffix not in (SUFFIX, *TORCH_SUFFIXES):
         raise no_weights_file(path.name).of(source)
     shard = shard_name(path.name)
     if shard is not None:
@@ -347,7 +354,7 @@ def _refuse_partial_file(source: str, path: Path) -> None:
             remedy=f"give their folder, {path.parent}, with the index in it (or rename the "
             "file, if it is a whole model)",
         )
-    for index_path in (path.parent / index_name(stem) for stem in STEMS):
+    for index_path in (path.parent / each.index for each in ALL_WEIGHTS):
         if index_path.is_file():
             refuse_link_outside(path.parent, index_path)
             files = set(read_index(index_path).values())
@@ -403,6 +410,8 @@ class _ReadHeaders:
     """Metadata of each file."""
     tensors: TensorTable
     """The tensors in them."""
+    views: Mapping[int, View]
+    """Row of a tensor whose elements are in another order → the way that they lie."""
 
 
 def _read_headers(
@@ -412,33 +421,39 @@ def _read_headers(
     stored: _WeightFiles,
     limits: _Limits,
 ) -> _ReadHeaders:
-    weight_map, index = stored.weight_map, index_name(stored.stem)
+    weight_map, index = stored.weight_map, stored.index
     known: list[SourceFile] = []
     metadata: list[Mapping[str, str]] = []
     names: list[str] = []
     shapes: list[tuple[int, ...]] = []
     columns: list[tuple[npt.NDArray[Any], ...]] = []
+    views: dict[int, View] = {}
     for number, (file, path) in enumerate(zip(files, stored.paths, strict=True)):
-        header, data_start, sha256 = limits.headers.read(
+        read = read_torch_header if path.suffix in TORCH_SUFFIXES else limits.headers.read
+        header = read(
             path,
             file.nbytes,
             num_before=limits.num_header_bytes,
             max_memory=limits.max_memory,
         )
-        known.append(replace(file, header_sha256=sha256))
+        known.append(replace(file, header_sha256=header.sha256))
         metadata.append(header.metadata)
-        limits.num_header_bytes += data_start
+        limits.num_header_bytes += header.nbytes_read
         rows: slice | npt.NDArray[np.int64] = slice(None)
         if weight_map is not None:
             within = path.relative_to(folder)
             rows = _named_by_index(source, within, header.names, weight_map, index)
+        chosen = range(len(header.names)) if isinstance(rows, slice) else rows.tolist()
+        for row, view in header.views.items():
+            if row in chosen:
+                views[len(names) + chosen.index(row)] = view
         if isinstance(rows, slice):
             names += header.names
             shapes += header.shapes
         else:
-            names += [header.names[row] for row in rows.tolist()]
-            shapes += [header.shapes[row] for row in rows.tolist()]
-        starts = header.starts[rows] + data_start
+            names += [header.names[row] for row in chosen]
+            shapes += [header.shapes[row] for row in chosen]
+        starts = header.starts[rows]
         numbers = np.full(len(starts), number, dtype=np.int32)
         columns.append((header.dtype_ranks[rows], numbers, starts, header.nbytes[rows]))
     if weight_map is not None and len(names) != len(weight_map):
@@ -458,11 +473,13 @@ def _read_headers(
         )
     dtype_ranks, all_files, all_starts, nbytes = map(np.concatenate, zip(*columns, strict=True))
     tensors = TensorTable(tuple(names), tuple(shapes), dtype_ranks, all_files, all_starts, nbytes)
-    return _ReadHeaders(tuple(known), tuple(metadata), tensors)
+    if views:
+        tensors = tensors.with_decoded(sorted(views))
+    return _ReadHeaders(tuple(known), tuple(metadata), tensors, views)
 
 
 def _named_by_index(
-    source: str, file: Path, names: list[str], weight_map: dict[str, str], index: str
+    source: str, file: Path, names: Sequence[str], weight_map: dict[str, str], index: str
 ) -> slice | npt.NDArray[np.int64]:
     """Return the rows for which the index names this file, in case two files store one name."""
     if not weight_map.keys() >= set(names):

@@ -35,7 +35,7 @@ from shardmix.conventions.peft import CONFIG_NAME as ADAPTER_CONFIG
 from shardmix.conventions.peft import WEIGHTS_NAME as ADAPTER_WEIGHTS
 from shardmix.conventions.peft import no_adapter
 from shardmix.conventions.sentence_modules import MODULES_NAME
-from shardmix.conventions.weight_names import MARKS, STEMS, index_name, stored_stem, weights_name
+from shardmix.conventions.weight_names import ALL_WEIGHTS, MARKS, StoredWeights, stored_weights
 from shardmix.errors import SourceError, one_line, printable, shown
 from shardmix.errors.redaction import HIDDEN, logs_redacted
 from shardmix.formats.strict_json import file_name_finding, read_index
@@ -49,8 +49,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MOST_COMMIT_NBYTES = 100
 # Without any of these, a repository's files besides weights mean nothing to a merge.
 _MODEL_MARKS = ("config.json", MODULES_NAME, *MARKS.values())
-_MODULE_WEIGHTS = (".safetensors", ".safetensors.index.json")
-_WEIGHTS = tuple(name(stem) for stem in STEMS for name in (weights_name, index_name))
+_MODULE_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+_WEIGHTS = tuple(name for each in ALL_WEIGHTS for name in (each.whole, each.index))
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^@\s]+)?")
 
 
@@ -260,27 +260,26 @@ def _fetch(repository: Repository, *, with_weights: bool) -> tuple[Path, tuple[L
     commit = repository.commit or repository.revision
     files = list(sizes)
     subfolders = _module_subfolders(repo_id, files, commit)
-    stems = {
-        subfolder: stem
+    stored = {
+        subfolder: found
         for subfolder in ("", *subfolders)
-        if (stem := _stem(files, subfolder)) is not None
+        if (found := _stored_weights(files, subfolder)) is not None
     }
-    if with_weights and not stems:
+    if with_weights and not stored:
         raise no_weights(files, repo_id)
     weights: list[str] = []
-    for subfolder, stem in stems.items() if with_weights else ():
+    for subfolder, found in stored.items() if with_weights else ():
         # Both present: as in transformers, the single file counts.
-        whole, index = weights_name(stem), index_name(stem)
-        if inner_path(subfolder, whole) in files:
-            weights.append(inner_path(subfolder, whole))
+        if inner_path(subfolder, found.whole) in files:
+            weights.append(inner_path(subfolder, found.whole))
             continue
-        fetched = hf_hub_download(repo_id, inner_path(subfolder, index), revision=commit)
+        fetched = hf_hub_download(repo_id, inner_path(subfolder, found.index), revision=commit)
         shards = sorted(set(read_index(Path(fetched)).values()))
-        weights += [inner_path(subfolder, name) for name in (index, *shards)]
+        weights += [inner_path(subfolder, name) for name in (found.index, *shards)]
     of_modules = [
         name
         for name in files
-        if "/" in name and name.rpartition("/")[0] in stems and name.endswith(_MODULE_WEIGHTS)
+        if "/" in name and name.rpartition("/")[0] in stored and name.endswith(_MODULE_WEIGHTS)
     ]
     auxiliary_files, left_out = _auxiliary_files(sizes, {*weights, *of_modules}, subfolders)
     for name in (*auxiliary_files, *weights):
@@ -369,8 +368,8 @@ def _module_subfolders(repo_id: str, files: list[str], commit: str | None) -> tu
     return module_subfolders(read_modules(folder))
 
 
-def _stem(files: list[str], subfolder: str) -> str | None:
-    return stored_stem(lambda name: inner_path(subfolder, name) in files)
+def _stored_weights(files: list[str], subfolder: str) -> StoredWeights | None:
+    return stored_weights(lambda name: inner_path(subfolder, name) in files)
 
 
 def _cached(repo_id: str, revision: str | None, *, with_weights: bool) -> Path | None:

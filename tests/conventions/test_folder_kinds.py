@@ -69,8 +69,8 @@ FOLDERS = [
     (["model.Q4_K_M.gguf"], "only as GGUF (model.Q4_K_M.gguf)"),
     (["openvino_model.xml", "openvino_model.bin"], "only for OpenVINO"),
     (["consolidated.00.pth", "params.json"], "as Meta releases them (consolidated.00.pth)"),
-    (["pytorch_model.bin", "config.json", "tf_model.h5"], "only as pickle (.bin)"),
-    (["sd-v1-4.ckpt"], "only as pickle"),
+    (["model.pkl", "config.json", "tf_model.h5"], "only as pickle (model.pkl)"),
+    (["sd-v1-4.ckpt"], "give the file itself as the source"),
     (["tf_model.h5", "config.json"], "from_tf=True"),
     (["saved_model/saved_model.pb"], "from_tf=True"),
     (["bert_model.ckpt.index", "bert_model.ckpt.data-00000-of-00001"], "from_tf=True"),
@@ -85,7 +85,7 @@ FOLDERS = [
     (["model.safetensors.incomplete"], "a download that is not finished"),
     (["my-model/model.safetensors", "my-model/config.json"], "give that folder: SOURCE/my-model"),
     (["downloads.zip", "x.gguf", "m/model.safetensors"], "m/ below it has; give that folder"),
-    (["pytorch_model.bin", "2_Dense/model.safetensors"], "only as pickle"),
+    (["weights.pt", "2_Dense/model.safetensors"], "has weights.pt but neither"),
     (["a/x.safetensors.index.json", "b/model.safetensors"], "but a/, b/ below it has"),
 ]  # fmt: skip
 
@@ -108,7 +108,7 @@ def test_other_kind_of_folder_is_recognised(tmp_path, names, finding):
     [
         ("model.safetensors.index.json", "the index of a model in shards; give its folder"),
         ("model-q4.gguf", "GGUF"),
-        ("pytorch_model.bin", "a pickle"),
+        ("model.pkl", "a pickle"),
         ("model.onnx", "another format"),
         ("model.zip", "an archive; unpack it"),
         ("model.tar.gz", "an archive; unpack it"),

@@ -245,10 +245,10 @@ def test_unbounded_tokenizer_says_no_length(models):
 @pytest.mark.parametrize("order", [1, -1])
 def test_weights_pickled_in_one_are_named(models, order):
     """The way on makes the one that has them only so like the other."""
-    (models[1] / "2_Dense" / "model.safetensors").rename(models[1] / "2_Dense/pytorch_model.bin")
+    (models[1] / "2_Dense" / "model.safetensors").rename(models[1] / "2_Dense" / "model.pkl")
     with pytest.raises(MismatchError) as caught:
         plan(models[::order])
     message = str(caught.value)
-    assert f"and in {models[1]} only a pickle (2_Dense/pytorch_model.bin)" in message
-    assert message.count("pytorch_model.bin") == 1
+    assert f"and in {models[1]} only a pickle (2_Dense/model.pkl)" in message
+    assert message.count("model.pkl") == 1
     assert "load that model in sentence-transformers and save it" in message

@@ -75,11 +75,14 @@ def test_an_empty_folder_is_refused(tmp_path):
 
 
 def test_pickled_weights_name_the_conversion(tmp_path):
-    """Pickled weights are refused, with the way to convert them."""
+    """Weights that are a plain pickle are refused, with the way to convert them."""
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
-    assert "only as pickle" in refused(tmp_path)
+    for source in (tmp_path, tmp_path / "pytorch_model.bin"):
+        assert "pytorch_model.bin: is a pickle, which may run code" in refused(source)
+        assert "save_file of safetensors" in refused(source)
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "model.pkl")
+    assert "only as pickle (model.pkl)" in refused(tmp_path)
     assert "safe_serialization=True" in refused(tmp_path)
-    assert "not a .safetensors file" in refused(tmp_path / "pytorch_model.bin")
 
 
 def test_gguf_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 huggingface_hub reads its settings when it is imported, so every scenario is a process of its own.
 """
 
+import io
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.numpy import load_file, save
 
@@ -314,6 +316,37 @@ def test_moved_config_is_another_merge(hub: HubServer, machine: Machine, tmp_pat
 # What is fetched
 
 
+def torch_weights(value: float, *names: str) -> bytes:
+    """Return a file of torch.save in which all is this value."""
+    buffer = io.BytesIO()
+    torch.save({name: torch.full((3, 5), value) for name in names or ("w",)}, buffer)
+    return buffer.getvalue()
+
+
+def test_torch_files_are_fetched_if_alone(hub: HubServer, machine: Machine, tmp_path: Path) -> None:
+    """As safetensors come first, a repository's pytorch_model.bin is fetched only without them."""
+    config = {"config.json": b'{"model_type": "test"}'}
+    weight_map = {"v": "pytorch_model-00001-of-00002.bin", "w": "pytorch_model-00002-of-00002.bin"}
+    shards = {shard: torch_weights(3.0, name) for name, shard in weight_map.items()}
+    index = {"pytorch_model.bin.index.json": json.dumps({"weight_map": weight_map}).encode()}
+    hub.push(
+        "org/old", config | {"pytorch_model.bin": torch_weights(1.0), "training_args.bin": b""}
+    )
+    hub.push("org/both", model(2.0) | {"pytorch_model.bin": torch_weights(9.0)})
+    hub.push("org/shards", config | shards | index)
+    old, both, sharded = machine.find("org/old", "org/both", "org/shards")
+
+    assert sorted(path.name for path in old.iterdir()) == ["config.json", "pytorch_model.bin"]
+    assert "pytorch_model.bin" not in {path.name for path in both.iterdir()}
+    assert {path.name for path in sharded.iterdir()} == {*config, *shards, *index}
+    pairs = json.dumps([["org/old", 0.5], ["org/both", 0.5]])
+    done = machine.run("-c", MERGE, pairs, str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert np.all(load_file(tmp_path / "out" / "model.safetensors")["w"] == 1.5)
+    again = machine.run("-c", MERGE, pairs, str(tmp_path / "offline"), HF_HUB_OFFLINE="1")
+    assert again.returncode == 0, again.stderr
+
+
 def test_only_what_goes_along_is_fetched(hub: HubServer, machine: Machine) -> None:
     """What goes along is fetched, and no more."""
     wanted = {
@@ -588,7 +621,7 @@ def test_unmergeable_model_is_not_fetched(hub: HubServer, machine: Machine) -> N
     """What cannot be merged is refused before any weights are fetched."""
     config = {"config.json": b"{}"}
     hub.push("org/tuned", model())
-    hub.push("org/pickled", config | {"pytorch_model.bin": b"pickle"})
+    hub.push("org/pickled", config | {"model.pkl": b"pickle"})
     hub.push("org/gguf", config | {"model-q4.gguf": b"GGUF"})
     hub.push("org/adapter", {"adapter_model.safetensors": b"", "training_args.bin": b""})
     hub.push("org/empty", {"README.md": b"soon"})
@@ -596,7 +629,7 @@ def test_unmergeable_model_is_not_fetched(hub: HubServer, machine: Machine) -> N
     expected = {
         "org/missing": "no such local path and no such Hub repository",
         "org/tuned@v9": "no such revision; check the branch, tag or commit",
-        "org/pickled": "only as pickle (.bin): pytorch_model.bin; shardmix reads safetensors",
+        "org/pickled": "only as pickle (model.pkl), which may run code",
         "org/gguf": "has weights only as GGUF",
         "org/adapter": "holds an adapter (adapter_model.safetensors), not a model; ",
         "org/empty": f"has neither model.safetensors nor {INDEX}",

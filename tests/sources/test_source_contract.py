@@ -76,7 +76,15 @@ def adapted(folder):
     return f"{base}+{folder / 'one'}+{folder / 'two'}"
 
 
-FACTORIES = (single_file, sharded, links, modules, negated, adapted)
+def torch_files(folder):
+    """A model as torch.save writes it, with transposed matrices."""
+    tensors = {name: x.t() if x.ndim == 2 else x for name, x in random_model(6).items()}
+    (folder / "m").mkdir()
+    torch.save(tensors, folder / "m" / "pytorch_model.bin")
+    return folder / "m"
+
+
+FACTORIES = (single_file, sharded, links, modules, torch_files, negated, adapted)
 
 
 @pytest.fixture(params=FACTORIES, ids=lambda factory: factory.__name__)

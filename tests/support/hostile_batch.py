@@ -17,7 +17,13 @@ from click.testing import CliRunner
 
 from shardmix.cli.commands import app
 from shardmix.system.memory import peak_resident_nbytes
-from tests.support import hostile_adapters, hostile_folders, hostile_headers, hostile_words
+from tests.support import (
+    hostile_adapters,
+    hostile_folders,
+    hostile_headers,
+    hostile_torch_files,
+    hostile_words,
+)
 from tests.support.hostile_inputs import Words
 
 CASES = (
@@ -25,6 +31,7 @@ CASES = (
     *hostile_folders.CASES,
     *hostile_words.CASES,
     *hostile_adapters.CASES,
+    *hostile_torch_files.CASES,
 )
 _LONGEST_SECONDS = 10
 _WEIGHT = "=0.5"

@@ -216,7 +216,7 @@ _FOLDERS: list[tuple[str, Build, str]] = [
     ("a snapshot that links to a file outside", _hub_cache("../../../secret"), _LINKED),
     ("a snapshot that links far up", _hub_cache("/etc/passwd"), _LINKED),
     ("a snapshot whose blobs are a link", _hub_cache("../../blobs/secret", ".."), _LINKED),
-    ("pickles alone", a_folder({"model.safetensors": "", "model.bin": "x"}), "only as pickle"),
+    ("pickles alone", a_folder({"model.safetensors": "", "model.pkl": "x"}), "only as pickle"),
     ("GGUF alone", a_folder({"model.safetensors": "", "q4.gguf": "GGUF"}), "only as GGUF"),
     (
         "nothing at all",

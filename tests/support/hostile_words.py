@@ -176,7 +176,7 @@ CASES: list[Case] = [
     Case("recipe: itself", _recipe_that_is(lambda p: p.symlink_to(p)), "symbolic links", 2),
     Case("source: a pipe", _a_source("m.safetensors", os.mkfifo), "is not a regular file"),
     Case("source: a pipe of no suffix", _a_source("m", os.mkfifo), "not a .safetensors file"),
-    Case("source: a pickle", _a_source("m.bin", Path.touch), "not a .safetensors file"),
+    Case("source: a pickle", _a_source("m.bin", Path.touch), "not a file of torch.save"),
     Case(
         "source: a device by link", _a_source("m.safetensors", _to_dev_zero), "not a regular file"
     ),
