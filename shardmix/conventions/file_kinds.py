@@ -163,6 +163,13 @@ _KINDS = (
         is_told=False,
         is_only_in_root=True,
     ),
+    _kind(
+        "describes a quantisation, which the output does not have",
+        r"hf_quant_config\.json|quantize_config\.json|quant_config\.json",
+        _NOTHING,
+        is_told=False,
+        is_only_in_root=True,
+    ),
     _kind("hidden", r"\..*", r"\..*"),
     _kind(ADAPTER, _ADAPTER_FILE, _NOTHING, is_only_in_root=True),
     _kind(

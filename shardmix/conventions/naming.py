@@ -5,13 +5,16 @@ Pure tables and rules. Names are matched by their endings, since the same module
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 TIE_KEY = "tie_word_embeddings"
 """The config's key that decides if parameters share a tensor."""
 SCALE_KEY = "scale_decoder_outputs"
 """The config's key that decides if the input of the output head is scaled."""
+
+DTYPE_KEYS = ("dtype", "torch_dtype")
+"""The config's key for the dtype of the weights: since transformers 5, and the one before."""
 
 # Output heads that share the input embedding if `tie_word_embeddings` is true, so that a
 # checkpoint may leave them out ...
@@ -53,6 +56,17 @@ _QUANTISED_NAMES = frozenset(
     )
 )
 _QUANTISATION_KEYS = ("quantization_config", "compression_config", "quantization")
+_UNQUANTISED = "merge the unquantised checkpoint that it was made from"
+_OTHER_QUANTISATIONS = {
+    **dict.fromkeys(
+        ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"),
+        f"{_UNQUANTISED}, or what transformers' dequantize() and save_pretrained() write of it",
+    ),
+    **dict.fromkeys(
+        ("gptq", "awq", "auto-round", "hqq", "quanto", "aqlm", "exl2", "exl3", "quark", "torchao"),
+        f"{_UNQUANTISED}, and quantise the output again with the same tool",
+    ),
+}
 _QUANTISED_PREFIX = "bitsandbytes__"
 _QUANTISED_BYTE_ENDINGS = ("_blocks", "_scales")  # MXFP4; ordinary names unless they hold bytes
 
@@ -120,13 +134,30 @@ def declared_quantisation(config: Mapping[str, Any]) -> tuple[str, str] | None:
 
     Returns None if it declares none.
     """
+    for key, quantisation in _quantisations(config):
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+        return key, str(method or "unknown method")
+    return None
+
+
+def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the first quantisation that a config declares: {} for none, None for no object."""
+    for _, quantisation in _quantisations(config):
+        return quantisation if isinstance(quantisation, dict) else None
+    return {}
+
+
+def _quantisations(config: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """Yield key (dotted if nested) and value of each quantisation that a config declares."""
     parts = {"": config, **{f"{key}.": part for key, part in _nested_parts(config).items()}}
     for prefix, part in parts.items():
         for key in filter(part.get, _QUANTISATION_KEYS):
-            quantisation = part[key]
-            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-            return f"{prefix}{key}", str(method or "unknown method")
-    return None
+            yield f"{prefix}{key}", part[key]
+
+
+def quantisation_remedy(method: str) -> str:
+    """Return what to merge instead of a model whose quantisation is not decoded."""
+    return _OTHER_QUANTISATIONS.get(method, _UNQUANTISED)
 
 
 def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-DTYPE_KEYS = ("dtype", "torch_dtype")
-"""The key since transformers 5, and the one before."""
+from shardmix.conventions.naming import DTYPE_KEYS
 
 _PARTS = ("encoder", "decoder", "text_encoder", "audio_encoder")
 _NO_PARTS = ("quantization_config", "compression_config", "generation_config")

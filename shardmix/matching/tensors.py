@@ -87,7 +87,7 @@ def check_mergeable(source: Source, allow_differences: Collection[str] = ()) -> 
             f"is quantised ({declared[1]}, in config.json); a weighted sum of quantised codes "
             "would be silently wrong",
             subject=text,
-            remedy="merge the unquantised checkpoints",
+            remedy=naming.quantisation_remedy(declared[1]),
         )
     if declared is not None and QUANTISATION not in allow_differences:
         raise SourceError(

@@ -21,7 +21,7 @@ import yaml
 from shardmix._version import __version__
 from shardmix.conventions.model_types import ENCODER
 from shardmix.conventions.module_tree import inner_path
-from shardmix.conventions.naming import TIE_KEY, without_quantisation
+from shardmix.conventions.naming import DTYPE_KEYS, TIE_KEY, without_quantisation
 from shardmix.conventions.sentence_modules import (
     CLS,
     MODULES_NAME,
@@ -32,8 +32,7 @@ from shardmix.conventions.sentence_modules import (
 from shardmix.conventions.weight_names import DIFFUSERS, index_name, stem_of
 from shardmix.errors import printable, unreadable, writing_failed
 from shardmix.formats.strict_json import read_json
-from shardmix.matching.config_dtypes import DTYPE_KEYS, with_dtypes
-from shardmix.matching.tensors import QUANTISATION
+from shardmix.matching.config_dtypes import with_dtypes
 from shardmix.methods.registry import merge_method
 from shardmix.output.counted_folder import CountedFile, CountedFolder
 from shardmix.plan.merge_plan import MergePlan, ModuleConfig, OutputShard
@@ -103,8 +102,8 @@ def _adapt_config(plan: MergePlan, folder: OutputFolder, part: ModuleConfig) -> 
     is_kept = plan.recipe.output_dtype == KEEP
     if not is_kept and "" in dtypes and not any(map(adapted.get, DTYPE_KEYS)):
         adapted["torch_dtype"] = dtypes[""]  # transformers 5 reads the old key as well
-    if QUANTISATION in plan.recipe.allow_differences:
-        adapted = without_quantisation(adapted)
+    # Weights were decoded; or the key is stale, which was refused unless it is allowed.
+    adapted = without_quantisation(adapted)
     # If nothing changes, the config source's file stays as it is, byte for byte.
     if adapted != config:
         _write_json(folder, name, adapted)

@@ -4,7 +4,7 @@ Reads headers and small files; checks each model by itself.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,8 +85,9 @@ def _check_model_type(*, model_type: str | None, config_source: ConfigSource) ->
         )
 
 
-def _open_config_source(resolved: ResolvedSource | None, first: Source) -> ConfigSource:
+def _open_config_source(resolved: ResolvedSource | None, sources: Sequence[Source]) -> ConfigSource:
     if resolved is None:
+        first = sources[0]
         name = first.public_name
         return ConfigSource(
             name,
@@ -106,10 +107,12 @@ def _open_config_source(resolved: ResolvedSource | None, first: Source) -> Confi
     name = resolved.text if located.hub_id is not None else folder.resolve().name
     modules = () if is_single_file else read_modules(folder)
     subfolder = main_subfolder(folder, modules)
+    # The config of a model of the merge is true of its tensors, which may have been decoded.
+    opened = [source.config for source in sources if source.folder == folder / subfolder]
     return ConfigSource(
         name,
         folder,
-        read_config(folder / subfolder),
+        opened[0] if opened else read_config(folder / subfolder),
         located.commit,
         is_named=True,
         weights=(located.path.name,) if is_single_file else weight_names(folder),
@@ -160,6 +163,6 @@ def open_models(
             check_mergeable(part, recipe.allow_differences)
         sources.append(without_tied_copies(source))
     named = None if recipe.config_from is None else resolved[recipe.config_from]
-    config_source = _open_config_source(named, sources[0])
+    config_source = _open_config_source(named, sources)
     _check_model_type(model_type=recipe.model_type, config_source=config_source)
     return OpenedModels(tuple(sources), config_source)

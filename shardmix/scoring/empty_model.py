@@ -54,6 +54,8 @@ def build_empty_model(
             config = transformers.AutoConfig.from_pretrained(
                 str(folder), trust_remote_code=trust_remote_code
             )
+            # The weights of a quantised model arrive decoded.
+            vars(config).pop("quantization_config", None)
             # Buffers are computed, not stored: on the meta device they would be lost.
             with init_empty_weights(include_buffers=False):
                 model = getattr(transformers, auto_class).from_config(

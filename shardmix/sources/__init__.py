@@ -6,6 +6,8 @@ resolve                a source's text → its value, once; and the table of kin
 hub                    a repository on the Hub → its commit, and the local copy of that commit
 headers, checkpoint    a model in files of safetensors or torch.save, opened by their headers
 views                  tensors whose elements lie in a file in another order
+quantised              a quantised model, decoded while it is read; `quantisation` has the schemes
+quantised_reader       its tensors as float32, piece by piece
 adapters               LoRA adapters, matched to the tensors of a base by `conventions.peft`
 adapted                a base with an adapter applied while it is read
 low_rank               the arithmetic of that, by numpy

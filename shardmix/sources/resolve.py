@@ -27,10 +27,11 @@ from shardmix.sources.hub import (
     pin,
     snapshot,
 )
+from shardmix.sources.quantised import decode_quantised
 
 KINDS: tuple[Callable[[Opening], Source | None], ...] = (open_checkpoint,)
 """Functions that open a source of one kind, or return None if it is of another; the first wins."""
-DECODERS: tuple[Callable[[Source], Source | None], ...] = ()
+DECODERS: tuple[Callable[[Source], Source | None], ...] = (decode_quantised,)
 """Functions that wrap an opened source whose tensors are codes, or return None if none are."""
 
 

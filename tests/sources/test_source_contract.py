@@ -13,6 +13,7 @@ from shardmix.sources.resolve import open_source
 from tests.support.adapters import random_adapter, save_adapter
 from tests.support.models import random_model, random_tensor, save_model
 from tests.support.negated_source import MARK, add_kind
+from tests.support.quantised_models import FORMS, FP8, mxfp4_experts
 
 
 def single_file(folder):
@@ -84,7 +85,18 @@ def torch_files(folder):
     return folder / "m"
 
 
-FACTORIES = (single_file, sharded, links, modules, torch_files, negated, adapted)
+def quantised(folder):
+    """A model in FP8 by blocks and with experts in MXFP4, beside a norm."""
+    g = torch.Generator().manual_seed(6)
+    stored, _ = next(iter(FORMS))((131, 130), g)
+    experts, _ = mxfp4_experts((2, 9, 64), g)
+    tensors = {f"w.{name}": tensor for name, tensor in stored.items()}
+    tensors |= {f"e.up_{name}": tensor for name, tensor in experts.items()}
+    config = {"model_type": "test", "quantization_config": FP8}
+    return save_model(folder / "m", {**tensors, "norm": torch.ones(5)}, config=config)
+
+
+FACTORIES = (single_file, sharded, links, modules, torch_files, quantised, negated, adapted)
 
 
 @pytest.fixture(params=FACTORIES, ids=lambda factory: factory.__name__)
