@@ -1,0 +1,124 @@
+"""LoRA adapters merged into a base: shardmix beside PEFT's merge_and_unload, and a plain merge.
+
+The plain merge is a linear one of the base's bytes alone. Warm, by turns, nobody forces files to
+disk; whole processes.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.lib.machine import read_into_cache, wait_until_idle
+from benchmarks.lib.processes import run, run_or_exit
+from benchmarks.lib.tables import Row, column, mib, over, print_table, spread
+from benchmarks.lib.workspace import Workspace, benchmark, remove
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MAKE = """
+import json, sys
+from pathlib import Path
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+base, folder, rank, seed, names = *map(Path, sys.argv[1:3]), *map(int, sys.argv[3:5]), sys.argv[5:]
+torch.manual_seed(seed)
+tensors = {}
+for path in base.glob("*.safetensors"):
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():
+            module = name.removesuffix(".weight")
+            if module.rpartition(".")[2] in names:
+                rows, columns = file.get_slice(name).get_shape()
+                start = f"base_model.model.{module}.lora_"
+                tensors[f"{start}A.weight"] = (torch.randn(rank, columns) / 50).bfloat16()
+                tensors[f"{start}B.weight"] = (torch.randn(rows, rank) / 50).bfloat16()
+folder.mkdir()
+save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank}
+config |= {"target_modules": names, "base_model_name_or_path": str(base)}
+(folder / "adapter_config.json").write_text(json.dumps(config))
+"""
+PEFT = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, output, *adapters = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+model = PeftModel.from_pretrained(model, adapters[0]).merge_and_unload()
+model.save_pretrained(output)
+"""
+
+
+def adapters(args: argparse.Namespace, workspace: Workspace, base: Path) -> list[Path]:
+    """Make the adapters that are not there yet."""
+    found = []
+    for seed in range(args.adapters):
+        folder = workspace.lasting(f"rank-{args.rank}-{seed}")
+        if not folder.exists():
+            words = [base, folder, str(args.rank), str(seed), *PROJECTIONS]
+            run_or_exit([workspace.python("shardmix"), "-c", MAKE, *words])
+        found.append(folder)
+    return found
+
+
+def measure(args: argparse.Namespace, workspace: Workspace) -> tuple[Sequence[Row], bool]:
+    """Measure everything, and print."""
+    base = workspace.checkpoint(f"{args.preset}-a", args.preset)
+    (copy,) = workspace.linked_copies([base], args.preset, 1)
+    made, output = adapters(args, workspace, base), workspace.scratch("merged")
+    shardmix = [workspace.python("shardmix"), "-m", "shardmix", "merge"]
+    rest = ["-o", str(output), "--no-fsync", "--json", "--quiet"]
+    share = 1 / len(made)
+    several = [f"{base}+{each}={share}" for each in made]
+    ways = {
+        "shardmix, the base alone": [*shardmix, f"{base}=1", f"{copy}=0", *rest],
+        "shardmix, an adapter": [*shardmix, f"{base}+{made[0]}", *rest],
+        f"shardmix, {len(made)} adapters": [*shardmix, *several, *rest],
+        "PEFT, an adapter": [workspace.python("peft"), "-c", PEFT, base, output, made[0]],
+    }
+    rows: list[Row] = []
+    for number in range(args.rounds):
+        for name, words in ways.items():
+            remove(output)
+            read_into_cache([base, *made])
+            wait_until_idle(limit_s=5)
+            done = run(words)
+            if done.returncode:
+                raise SystemExit(f"{name}: {done.stderr}")
+            rows.append(
+                {
+                    "way": name,
+                    "round": number,
+                    "seconds": done.wall_s,
+                    "cpu_seconds": round(done.user_s + done.system_s, 3),
+                    "peak_bytes": done.peak_bytes,
+                    "read_bytes": done.read_calls_bytes,
+                }
+            )
+    first = min(column(rows, "seconds", way="shardmix, the base alone"))
+    table = [
+        (
+            name,
+            spread(column(rows, "seconds", way=name)),
+            over(min(column(rows, "seconds", way=name)), first),
+            spread(column(rows, "cpu_seconds", way=name)),
+            mib(max(column(rows, "peak_bytes", way=name))),
+            mib(max(column(rows, "read_bytes", way=name))),
+        )
+        for name in ways
+    ]
+    header = ("way", "s", "best / best alone", "CPU s", "peak MiB", "MiB read")
+    print_table(header, table)
+    return rows, True
+
+
+if __name__ == "__main__":
+    benchmark(
+        measure,
+        environments=("shardmix", "peft"),
+        preset=("llama-1b", "shape of the base"),
+        rank=(16, "of the adapters"),
+        adapters=(8, "merged at once"),
+        rounds=(5, "of each"),
+        csv=(Path("adapters.csv"), "raw figures"),
+    )
