@@ -179,7 +179,7 @@ def _overhead_nbytes(tensors: TensorTable, coded: Sequence[CodedTensor]) -> int:
     ]
     return (
         PIECE_NBYTES
-        + min(EXPERTS_NBYTES, max(experts, default=0))
+        + 2 * min(EXPERTS_NBYTES, max(experts, default=0))  # codes; scales have fewer bytes
         + 512 * max(groups, default=0)
         + max(ordered, default=0)
     )

@@ -18,7 +18,7 @@ from shardmix.formats.coded_tensors import (
     unpack_rows,
     with_tensor_scale,
 )
-from shardmix.formats.small_floats import Bytes, Floats, decode
+from shardmix.formats.small_floats import Bytes, Floats, decode, exponents
 from shardmix.formats.tensor_table import TensorTable
 from shardmix.sources.base import Source
 from shardmix.system.units import KIB, MIB
@@ -32,6 +32,7 @@ EXPERTS_NBYTES = 32 * MIB
 
 An expert of gpt-oss has 8 MiB. A larger one is read in parts, again for each request.
 """
+_HELD = 2  # of one tensor: codes, and scales
 _WORD_ROWS = 32
 
 
@@ -79,9 +80,8 @@ class QuantisedReader:
         self._codings = codings
         self._rows = rows
         self._own_nbytes = overhead_nbytes
-        self._expert = (-1, -1)
-        """Row and number of the matrix whose codes are held."""
-        self._expert_codes = np.empty(0, np.uint8)
+        self._held: dict[int, tuple[int, Bytes]] = {}
+        """Row of stored codes or scales of experts → number and bytes of the matrix held."""
 
     @property
     def overhead_nbytes(self) -> int:
@@ -126,7 +126,7 @@ class QuantisedReader:
 
     def close(self) -> None:
         """Close files and free memory."""
-        self._expert, self._expert_codes = (-1, -1), np.empty(0, np.uint8)
+        self._held.clear()
         self._inner.close()
 
     def _width(self, stored_row: int) -> int:
@@ -289,14 +289,12 @@ class QuantisedReader:
         for start in range(0, stored.rows, step):
             num_rows = min(step, stored.rows - start)
             part = self._expert_rows(codes, matrix, start, num_rows, stored.rows, row_nbytes)
+            exponents_of = self._expert_rows(
+                scales, matrix, start, num_rows, stored.rows, num_groups
+            )
             values = np.empty((num_rows, group), np.float32)
             decode(coding.code, part[:, number * nbytes : (number + 1) * nbytes], values)
-            grid = self._values(
-                scales,
-                (matrix * stored.rows + start) * num_groups,
-                num_rows * num_groups,
-            ).reshape(num_rows, num_groups)
-            apply_scales(values, grid[:, number : number + 1], 1, 0)
+            apply_scales(values, exponents(exponents_of[:, number : number + 1]), 1, 0)
             wanted = values[:, first : first + num_columns].T
             if target is not None:
                 target[:, start : start + num_rows] = wanted
@@ -308,19 +306,22 @@ class QuantisedReader:
                     out[left:right] = wanted[index, left - low : right - low]
 
     def _expert_rows(
-        self, codes: int, matrix: int, start: int, num_rows: int, rows: int, row_nbytes: int
+        self, stored_row: int, matrix: int, start: int, num_rows: int, rows: int, row_nbytes: int
     ) -> Bytes:
-        """Return rows of a matrix of codes, held as a whole if it is small enough."""
+        """Return rows of a matrix of codes or of scales, held as a whole if it is small enough."""
         position = matrix * rows * row_nbytes
         if rows * row_nbytes > EXPERTS_NBYTES:
-            data = self._bytes(codes, position + start * row_nbytes, num_rows * row_nbytes)
+            data = self._bytes(stored_row, position + start * row_nbytes, num_rows * row_nbytes)
             return data.reshape(num_rows, row_nbytes)
-        if self._expert != (codes, matrix):
-            self._expert, self._expert_codes = (-1, -1), np.empty(0, np.uint8)
-            self._expert_codes = self._bytes(codes, position, rows * row_nbytes)
-            self._expert = codes, matrix
-        whole = self._expert_codes.reshape(rows, row_nbytes)
-        return whole[start : start + num_rows]
+        held = self._held.get(stored_row)
+        if held is None or held[0] != matrix:
+            del held
+            if stored_row not in self._held and len(self._held) == _HELD:
+                self._held.clear()
+            self._held.pop(stored_row, None)
+            held = matrix, self._bytes(stored_row, position, rows * row_nbytes)
+            self._held[stored_row] = held
+        return held[1].reshape(rows, row_nbytes)[start : start + num_rows]
 
 
 def _next_piece(matrices: Matrices, start: int, num_elements: int) -> _Piece:
