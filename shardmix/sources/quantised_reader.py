@@ -80,6 +80,8 @@ class QuantisedReader:
         self._codings = codings
         self._rows = rows
         self._own_nbytes = overhead_nbytes
+        self._last: tuple[object, Floats] = None, np.empty((0, 0), np.float32)
+        """Blocks and columns of the last piece, and their factors: many pieces share blocks."""
         self._held: dict[int, tuple[int, Bytes]] = {}
         """Row of stored codes or scales of experts → number and bytes of the matrix held."""
 
@@ -127,6 +129,7 @@ class QuantisedReader:
     def close(self) -> None:
         """Close files and free memory."""
         self._held.clear()
+        self._last = None, np.empty((0, 0), np.float32)
         self._inner.close()
 
     def _width(self, stored_row: int) -> int:
@@ -165,6 +168,12 @@ class QuantisedReader:
         scales, zeros = int(self._rows.scales[row]), int(self._rows.zeros[row])
         order = int(self._rows.orders[row])
         block = coding.block
+        is_shared = block[0] != 1 and zeros < 0 and order < 0
+        blocks = _touched(block[0], piece.first_row, piece.num_rows)
+        place = row, piece.matrix, blocks, piece.first_column, piece.num_columns
+        if is_shared and self._last[0] == place:
+            apply_scales(out, self._last[1], block[0], piece.first_row)
+            return
         columns = None
         if order >= 0:
             columns = self._groups_of_columns(order, row, piece, matrices.grid(block)[1])
@@ -181,7 +190,10 @@ class QuantisedReader:
             subtract_zeros(
                 out, _of_columns(points, block, piece, columns), block[0], piece.first_row
             )
-        apply_scales(out, _of_columns(factors, block, piece, columns), block[0], piece.first_row)
+        factors = _of_columns(factors, block, piece, columns)
+        apply_scales(out, factors, block[0], piece.first_row)
+        if is_shared:
+            self._last = place, factors
 
     def _values(self, stored_row: int, start: int, count: int) -> Floats:
         width = self._width(stored_row)
