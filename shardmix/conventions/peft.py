@@ -106,18 +106,19 @@ _SAVED = re.compile(r"\.(?:modules_to_save(?:\.(?!weight$|bias$)[^.]+)?|original
 _LEFT_OVER = re.compile(r"(^|\.)(lora_\w+|token_adapter)(\.|$)")
 
 
+def weights_name(names: Collection[str]) -> str | None:
+    """Return the file of an adapter's weights, by its files' names; None if it is no adapter."""
+    found = next((name for name in (WEIGHTS_NAME, PICKLE_NAME) if name in names), None)
+    return found if CONFIG_NAME in names else None
+
+
 def no_adapter(names: Collection[str]) -> SourceError:
-    """Return the error for a folder that is no adapter's in safetensors, by its files' names."""
+    """Return the error for a folder that is no adapter's, by its files' names."""
     if CONFIG_NAME not in names:
         what = "a model" if "config.json" in names else "not an adapter"
         return SourceError(
             f"is {what}: it has no {CONFIG_NAME}; after a `+` comes an adapter that PEFT saved",
             remedy="give its folder or Hub id",
-        )
-    if PICKLE_NAME in names:
-        return SourceError(
-            f"has its weights only as a pickle ({PICKLE_NAME}), which may run code",
-            remedy="load it in PEFT and save it again with save_pretrained()",
         )
     return SourceError(
         f"has no {WEIGHTS_NAME}; the download may be incomplete", remedy="fetch it again"

@@ -140,9 +140,9 @@ def open_adapter(opening: Opening) -> Adapter:
     Raises `SourceError` if it is none that can be applied, `BudgetError` as for a checkpoint.
     """
     folder = opening.located.path
-    config_path, path = folder / peft.CONFIG_NAME, folder / peft.WEIGHTS_NAME
+    config_path = folder / peft.CONFIG_NAME
     try:
-        _refuse_others(folder)
+        path = folder / _weights_name(folder)
         refuse_link_outside(folder, config_path)
         refuse_link_outside(folder, path)
         config = peft.lora_config(read_json(config_path))
@@ -159,12 +159,16 @@ def open_adapter(opening: Opening) -> Adapter:
     return Adapter(opening.text, name, config, weights, named, parts)
 
 
-def _refuse_others(folder: Path) -> None:
-    """Raise `SourceError` if a folder is not that of an adapter in safetensors."""
+def _weights_name(folder: Path) -> str:
+    """Return the name of an adapter's weight file; raise `SourceError` if a folder has none."""
     if not folder.is_dir():
         raise SourceError("is a file; an adapter is a folder", remedy="give its folder")
-    if not all(os.path.lexists(folder / name) for name in (peft.CONFIG_NAME, peft.WEIGHTS_NAME)):
-        raise peft.no_adapter({path.name for path in folder.iterdir()})
+    names = (peft.CONFIG_NAME, peft.WEIGHTS_NAME, peft.PICKLE_NAME, "config.json")
+    there = {name for name in names if os.path.lexists(folder / name)}
+    found = peft.weights_name(there)
+    if found is None:
+        raise peft.no_adapter(there)
+    return found
 
 
 def _config_file(path: Path) -> SourceFile:

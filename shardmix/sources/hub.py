@@ -32,8 +32,10 @@ from shardmix.conventions.module_tree import (
     read_modules,
 )
 from shardmix.conventions.peft import CONFIG_NAME as ADAPTER_CONFIG
+from shardmix.conventions.peft import PICKLE_NAME as ADAPTER_PICKLE
 from shardmix.conventions.peft import WEIGHTS_NAME as ADAPTER_WEIGHTS
 from shardmix.conventions.peft import no_adapter
+from shardmix.conventions.peft import weights_name as adapter_weights
 from shardmix.conventions.sentence_modules import MODULES_NAME
 from shardmix.conventions.weight_names import ALL_WEIGHTS, MARKS, StoredWeights, stored_weights
 from shardmix.errors import SourceError, one_line, printable, shown
@@ -305,9 +307,10 @@ def _fetch_adapter(repository: Repository) -> Path:
     """Fetch an adapter's config and weights into the cache; return the folder."""
     from huggingface_hub import snapshot_download
 
-    wanted = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-    if not all(name in repository.sizes for name in wanted):
+    weights = adapter_weights(repository.sizes)
+    if weights is None:
         raise no_adapter(repository.sizes)
+    wanted = (ADAPTER_CONFIG, weights)
     folder = Path(
         snapshot_download(
             repository.repo_id,
@@ -395,8 +398,11 @@ def _cached_adapter(repo_id: str, revision: str | None) -> Path | None:
     """Return the folder of an earlier download of an adapter, or None."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repo_id, ADAPTER_WEIGHTS, revision=revision)
-    return Path(found).parent if isinstance(found, str) else None
+    for name in (ADAPTER_WEIGHTS, ADAPTER_PICKLE):
+        found = try_to_load_from_cache(repo_id, name, revision=revision)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
 
 
 def _refusal(error: BaseException | None) -> SourceError | None:

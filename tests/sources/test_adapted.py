@@ -394,3 +394,30 @@ def test_experts_may_be_stacked(tmp_path):
     scaling = float(torch.tensor(8 / 3))
     expected = stacked(with_adapter(apart, matrices, scaling=scaling))
     assert_same_bits(load_model(tmp_path / "out"), expected)
+
+
+def test_pickled_adapters_are_applied(tmp_path, base, adapters):
+    """As those in safetensors, and nothing in them is run."""
+    folder = save_adapter(tmp_path / "pickled", {})
+    (folder / "adapter_model.safetensors").unlink()
+    strided = {name: tensor.T.contiguous().T for name, tensor in adapters[0].items()}
+    torch.save(strided, folder / "adapter_model.bin")
+    shardmix.merge({f"{tmp_path}/base+{folder}": 1.0}, tmp_path / "out")
+    assert_same_bits(load_model(tmp_path / "out"), rounded(with_adapter(base, adapters[0])))
+
+
+def test_quantised_base_is_adapted(tmp_path):
+    """What is decoded is changed before it is rounded."""
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randn((256, 384), generator=generator).to(torch.float8_e4m3fn)
+    scales = torch.rand((2, 3), generator=generator)
+    tensors = {"q.weight": codes, "q.weight_scale_inv": scales, "norm.weight": torch.ones(4)}
+    quantisation = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    save_model(tmp_path / "base", tensors, config={"quantization_config": quantisation})
+    blocks = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    decoded = {"q.weight": codes.float() * blocks, "norm.weight": torch.ones(4)}
+    matrices = random_adapter(decoded, ["q"])
+    save_adapter(tmp_path / "lora", matrices)
+    text = f"{tmp_path}/base+{tmp_path}/lora"
+    shardmix.merge({text: 1.0}, tmp_path / "out", dtype="float32")
+    assert_same_bits(load_model(tmp_path / "out"), with_adapter(decoded, matrices))

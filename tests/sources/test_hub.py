@@ -230,10 +230,10 @@ def test_adapters_that_are_none_are_refused(hub: HubServer, machine: Machine) ->
     hub.push("org/base", model())
     files = adapter(1.0)
     del files["adapter_model.safetensors"]
-    hub.push("org/pickled", files | {"adapter_model.bin": b""})
+    hub.push("org/without", files)
     expected = {
         "org/base+org/base": "org/base: is a model: it has no adapter_config.json",
-        "org/base+org/pickled": "only as a pickle (adapter_model.bin)",
+        "org/base+org/without": "has no adapter_model.safetensors",
         "org/base+org/missing": "no such Hub repository",
     }
     messages = machine.refusals(*expected)

@@ -167,7 +167,7 @@ _FOLDERS: list[tuple[str, Build, str]] = [
     (
         "a pickle",
         _files({_CONFIG_FILE: json.dumps(_CONFIG), "adapter_model.bin": b"\x80\x02"}),
-        "only as a pickle",
+        "adapter_model.bin",
     ),
     ("a model", _files({"config.json": "{}"}), "is a model"),
     ("a config that is no JSON", _files({_CONFIG_FILE: "{", _FILE: b""}), "not valid JSON"),
