@@ -103,9 +103,10 @@ def test_stacked_adapters_follow_in_order(tmp_path, base, adapters):
     assert_same_bits(load_model(tmp_path / "out"), rounded(expected))
 
 
-def test_adapted_models_are_summed(tmp_path, base, adapters):
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_adapted_models_are_summed(tmp_path, base, adapters, way):
     texts = [f"{tmp_path}/base+{tmp_path}/lora{number}" for number in range(2)]
-    shardmix.merge([(texts[0], 0.75), (texts[1], 0.25)], tmp_path / "out")
+    shardmix.merge([(texts[0], 0.75), (texts[1], 0.25)], tmp_path / "out", **way)
     models = [with_adapter(base, each) for each in adapters]
     expected = {
         name: weighted_sum([model[name] for model in models], [0.75, 0.25], torch.bfloat16)
