@@ -16,6 +16,7 @@ from shardmix import _lazy
 from shardmix._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from shardmix.api import convert as convert
     from shardmix.api import inspect as inspect
     from shardmix.api import merge as merge
     from shardmix.api import plan_merge as plan_merge
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "merge": "api",
+    "convert": "api",
     "plan_merge": "api",
     "inspect": "api",
     "report_plan": "api",

@@ -19,6 +19,7 @@ from shardmix.errors import (
     ShardmixError,
     SourceChangedError,
 )
+from shardmix.methods import passthrough
 from shardmix.options import MergeOptions, digest_algorithm, run_settings
 from shardmix.output.destination import check_disk, check_output, resolve_output
 from shardmix.output.disk_need import disk_needed_nbytes
@@ -82,6 +83,27 @@ def merge(
     return merge_resolved(
         models, output, model_type, options, resolved={}, on_progress=on_progress, cancel=cancel
     )
+
+
+def convert(
+    source: str | PathLike[str],
+    output: str | PathLike[str],
+    *,
+    on_progress: "OnProgress | None" = None,
+    cancel: threading.Event | None = None,
+    **options: Unpack[MergeOptions],
+) -> "MergeReport":
+    """Store one model anew in safetensors: bit for bit, or rounded once to another `dtype`.
+
+    `source` is anything that `merge` reads; names lose what wrappers such as torch.compile added.
+    Other arguments and errors are those of `merge`.
+
+    Example:
+        >>> shardmix.convert("pytorch_model.bin", "converted", max_memory="1GiB").num_models
+        1
+    """
+    options["method"] = passthrough.NAME
+    return merge([str(source)], output, on_progress=on_progress, cancel=cancel, **options)
 
 
 def merge_resolved(

@@ -19,8 +19,9 @@ def merge_options(arguments: dict[str, Any]) -> dict[str, Any]:
     options["fsync"] = not arguments["no_fsync"]
     # An absent switch must not override a recipe's own.
     for switch in ("normalize", "allow_weight_sum"):
-        options[switch] = options[switch] or None
-    words = options.pop("parameters")
+        if switch in options:
+            options[switch] = options[switch] or None
+    words = options.pop("parameters", ())
     if words:
         from shardmix.recipe.build import parse_parameter_words
 

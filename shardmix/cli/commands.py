@@ -164,6 +164,37 @@ def merge(
         render.merge_report(report, profile=figures, json=json, quiet=quiet)
 
 
+@_command(example="shardmix convert ./pytorch_model.bin ./converted --dtype bfloat16")
+@opt.source
+@opt.output_word
+@opt.converting
+@opt.overwrite
+@opt.share
+@opt.no_fsync
+@opt.restart
+@opt.digest
+@opt.record_paths
+@opt.json
+@opt.quiet
+def convert(source: str, output: Path, *, json: bool, quiet: bool, **others: Any) -> None:
+    """Store one model anew in safetensors, bit for bit unless --dtype changes it.
+
+    SOURCE is anything that `merge` reads: a folder or file of torch.save, a quantised model, a
+    model with an adapter (SOURCE+ADAPTER). Names lose what wrappers added to them.
+    """
+    with errors_reported(json=json, quiet=quiet):
+        options = arguments.merge_options(others)
+        with rare_collections():
+            from shardmix import api
+            from shardmix.cli import render
+            from shardmix.cli.progress import progress_display
+
+        with progress_display(quiet=quiet) as on_progress:
+            report = api.convert(source, output, on_progress=on_progress, **options)
+            ignore_signals()  # all is done: nothing is left to stop
+        render.merge_report(report, profile=None, json=json, quiet=quiet)
+
+
 @_command(example="shardmix score org/base ./tuned --data examples.jsonl --model-type decoder")
 @opt.sources
 @opt.data

@@ -28,6 +28,9 @@ def together(*parameters: _Parameter) -> _Parameter:
 models = click.argument("models", metavar="SOURCE=WEIGHT...", nargs=-1, required=True)
 sources = click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
 
+source = click.argument("source", metavar="SOURCE")
+output_word = click.argument("output", metavar="OUT", type=Path)
+
 output = click.option(
     *("--output", "-o"),
     metavar="OUT",
@@ -301,6 +304,17 @@ merging = together(
     allow_weight_sum,
     allow_differences,
     pooling,
+    config_from,
+)
+# Options of a conversion, which has one source and no arithmetic but rounding.
+converting = together(
+    max_memory,
+    dtype,
+    max_shard_size,
+    io,
+    backend,
+    workers,
+    allow_differences,
     config_from,
 )
 # Options of losses, and of the weights computed from them.

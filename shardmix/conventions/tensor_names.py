@@ -23,10 +23,11 @@ def without_wrappers(names: Sequence[str]) -> Sequence[str]:
 
     transformers does not read such names, so no output should have them.
     """
-    if names and all(name.startswith(_MODULE_PREFIX) for name in names):
-        names = [name.removeprefix(_MODULE_PREFIX) for name in names]
     if any("_orig_mod." in name or "_wrapped_module." in name for name in names):
         names = [_WRAPPERS.sub("", name) for name in names]
+    # Afterwards, since a compiled module may be distributed as well as the other way round.
+    if names and all(name.startswith(_MODULE_PREFIX) for name in names):
+        names = [name.removeprefix(_MODULE_PREFIX) for name in names]
     return names
 
 

@@ -7,5 +7,6 @@ linear                 the weighted sum
 keep_first             the first model's values, for integers
 task_arithmetic        the base model plus a weighted sum of models' changes to it
 slerp                  spherical interpolation between the base model and another
+passthrough            one model as it is
 registry               every method by name
 """

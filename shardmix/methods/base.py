@@ -89,6 +89,8 @@ class MergeMethod(Protocol):
     """True if `combine` is Σ factorᵢ · valueᵢ, in order: backends have a faster way for that."""
     takes_changes: ClassVar[bool]
     """True if `combine` takes each model's changes (model - base) in place of its values."""
+    is_copy: ClassVar[bool]
+    """True if the output is its one model: bits are copied, NaN and all, if the dtype stays."""
 
     def check(self, params: Params) -> None:
         """Raise `RecipeError` if the values do not go together."""

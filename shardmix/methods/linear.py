@@ -22,6 +22,7 @@ class Linear(WeightedModels):
     )
     is_weighted_sum: ClassVar[bool] = True
     takes_changes: ClassVar[bool] = False
+    is_copy: ClassVar[bool] = False
 
     def check(self, params: Params) -> None:
         """Raise `RecipeError` if the weights leave nothing of any model or cannot be normalised."""

@@ -5,11 +5,12 @@ import difflib
 from shardmix.errors import RecipeError
 from shardmix.methods.base import MergeMethod, Parameter
 from shardmix.methods.linear import Linear
+from shardmix.methods.passthrough import Passthrough
 from shardmix.methods.slerp import Slerp
 from shardmix.methods.task_arithmetic import TaskArithmetic
 
 METHODS: dict[str, MergeMethod] = {
-    method.name: method for method in (Linear(), TaskArithmetic(), Slerp())
+    method.name: method for method in (Linear(), TaskArithmetic(), Slerp(), Passthrough())
 }
 
 

@@ -29,6 +29,7 @@ class Slerp:
     num_factors: ClassVar[int | None] = 2
     is_weighted_sum: ClassVar[bool] = False
     takes_changes: ClassVar[bool] = False
+    is_copy: ClassVar[bool] = False
 
     def check(self, params: Params) -> None:
         """Accept any t within its bounds."""

@@ -28,6 +28,7 @@ class TaskArithmetic(WeightedModels):
     )
     is_weighted_sum: ClassVar[bool] = False
     takes_changes: ClassVar[bool] = True
+    is_copy: ClassVar[bool] = False
 
     def check(self, params: Params) -> None:
         """Raise `RecipeError` if the weights cannot be normalised, or are infinite with lambda."""

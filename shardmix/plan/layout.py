@@ -173,6 +173,11 @@ class _SourceColumns:
         self._out_ranks = np.array([DTYPE_RANK[dtype] for dtype in out_dtypes])
         self._is_float = np.array([dtype in FLOAT_DTYPES for dtype in out_dtypes])
         self._method_name = parameters.method.name
+        # Tensors that are copied bit for bit.
+        self._is_copied = ~self._is_float
+        if parameters.method.is_copy:
+            kept = sources[0].tensors.dtype_ranks[matched.rows[0]]
+            self._is_copied |= kept == self._out_ranks
         self._first_group = parameters.num_groups_before
         self._groups = [_Group(parameters.method, params) for params in parameters.groups]
         self._group_of = parameters.rows
@@ -238,6 +243,7 @@ class _SourceColumns:
             return [0]
         before, after = order[:-1], order[1:]
         joined = self._is_float[before] & (self._out_ranks[before] == self._out_ranks[after])
+        joined &= self._is_copied[before] == self._is_copied[after]
         joined &= self._group_of[before] == self._group_of[after]
         if any(group.is_whole for group in self._groups):
             is_whole = np.array([group.is_whole for group in self._groups])
@@ -273,7 +279,7 @@ class _SourceColumns:
             name=self._prefix + self._names[first],
             num_tensors=len(members),
             num_elements=num_elements,
-            method=self._method_name if is_float else keep_first.NAME,
+            method=keep_first.NAME if self._is_copied[first] else self._method_name,
             parameters=self._first_group + number,
             out_dtype=out_dtype,
             out_offset=out_offset,

@@ -265,7 +265,7 @@ def _check_number_of_models(recipe: Recipe, method: MergeMethod, *, may_be_one: 
     count, beside = len(recipe.models), " beside the base model" if needs.base_model else ""
     num_sources = len(recipe.sources)
     if num_sources == 1:  # its adapter is merged into it
-        may_be_one = may_be_one or is_adapted(recipe.sources[0])
+        may_be_one = may_be_one or method.is_copy or is_adapted(recipe.sources[0])
     if num_sources < 1 or (num_sources == 1 and not may_be_one):
         example = "SOURCE=WEIGHT" if has_weights(method) else "SOURCE"
         raise RecipeError(

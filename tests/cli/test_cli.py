@@ -234,13 +234,13 @@ def test_bare_call_prints_help():
     """Without a command there is help, with every command in its order."""
     done = shardmix()
     listed = re.findall(r"^  ([a-z]+)  ", done.stderr, flags=re.MULTILINE)
-    assert listed == ["merge", "score", "plan", "verify", "status", "inspect"]
+    assert listed == ["merge", "convert", "score", "plan", "verify", "status", "inspect"]
     assert shardmix("-h").stdout == shardmix("--help").stdout
     assert shardmix("--version").stdout.startswith("shardmix ")
 
 
 def test_help_fits_a_terminal_of_80_columns():
-    for command in ("merge", "score", "plan", "verify", "status", "inspect"):
+    for command in ("merge", "convert", "score", "plan", "verify", "status", "inspect"):
         lines = shardmix(command, "--help").stdout.splitlines()
         assert max(map(len, lines)) <= 80
         assert f"shardmix {command} " in lines[-1]  # the example, in one line

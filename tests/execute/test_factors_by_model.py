@@ -45,6 +45,7 @@ class UnitMean:
     num_factors = None
     is_weighted_sum = False
     takes_changes = False
+    is_copy = False
 
     def check(self, params):
         pass

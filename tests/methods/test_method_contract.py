@@ -66,6 +66,7 @@ CASES = [
     Case("slerp", Params({"t": 0.3}, ({},)), slerp_oracle(0.3)),
     Case("slerp", Params({"t": 0.0}, ({},)), lambda v: v[0]),
     Case("slerp", Params({"t": 1.0}, ({},)), lambda v: v[1]),
+    Case("passthrough", Params({}, ({},)), lambda v: v[0]),
 ]
 IDS = [f"{number}-{case.method}" for number, case in enumerate(CASES)]
 
