@@ -88,7 +88,8 @@ def decode_quantised(source: Source) -> Source | None:
     declared = quantisation_config(source.config)
     if declared is None or str(declared.get("quant_method") or "") not in METHODS:
         return None
-    stored = Stored(source.tensors, lambda row: _integers(source, row))
+    reader = source.open_reader()
+    stored = Stored(source.tensors, lambda row: _integers(source.tensors, reader, row))
     try:
         coded = find_coded(stored, read_declaration(declared))
         if not coded:
@@ -98,17 +99,14 @@ def decode_quantised(source: Source) -> Source | None:
         left_out = list(left_over(stored, claimed.tolist()))
     except SourceError as error:
         raise error.of(source.text) from None
+    finally:
+        reader.close()
     return QuantisedSource(source, coded, left_out)
 
 
-def _integers(source: Source, row: int) -> tuple[int, ...]:
-    tensors = source.tensors
+def _integers(tensors: TensorTable, reader: TensorReader, row: int) -> tuple[int, ...]:
     buffer = bytearray(int(tensors.nbytes[row]))
-    reader = source.open_reader()
-    try:
-        reader.read(row, 0, memoryview(buffer))
-    finally:
-        reader.close()
+    reader.read(row, 0, memoryview(buffer))
     dtype = np.int64 if tensors[row].dtype == "I64" else np.int32
     return tuple(np.frombuffer(buffer, dtype).tolist())
 

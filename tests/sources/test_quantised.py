@@ -510,3 +510,26 @@ def test_scales_of_nan_are_told(tmp_path):
     folder = save_model(tmp_path / "m", tensors, config=config_of(COMPRESSED))
     report = shardmix.merge([(folder, 0.5), (folder, 0.5)], tmp_path / "out", on_nonfinite="warn")
     assert "m.weight" in str(report)
+
+
+def test_adapters_apply_to_decoded_weights(tmp_path):
+    """BASE+ADAPTER of a quantised base is that of the base decoded to float32."""
+    stored, values = BY_NAME["fp8_blocks"]((130, 140), torch.Generator().manual_seed(8))
+    name = "model.layers.0.mlp.up_proj"
+    tensors = {f"{name}.{part}": tensor for part, tensor in stored.items()}
+    save_model(tmp_path / "coded", tensors, config=config_of(FP8))
+    save_model(tmp_path / "plain", {f"{name}.weight": values}, config={"model_type": "test"})
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["up_proj"]})
+    )
+    prefix = f"base_model.model.{name}"
+    matrices = {
+        f"{prefix}.lora_A.weight": random_tensor((2, 140), seed=1),
+        f"{prefix}.lora_B.weight": random_tensor((130, 2), seed=2),
+    }
+    save_file(matrices, tmp_path / "lora" / "adapter_model.safetensors")
+    for base in ("coded", "plain"):
+        text = f"{tmp_path / base}+{tmp_path / 'lora'}"
+        shardmix.merge([(text, 1.0)], tmp_path / f"{base} out", dtype="float32")
+    assert weights_of(tmp_path / "coded out") == weights_of(tmp_path / "plain out")
