@@ -21,6 +21,7 @@ from tests.support import (
     hostile_adapters,
     hostile_folders,
     hostile_headers,
+    hostile_quantised,
     hostile_torch_files,
     hostile_words,
 )
@@ -32,6 +33,7 @@ CASES = (
     *hostile_words.CASES,
     *hostile_adapters.CASES,
     *hostile_torch_files.CASES,
+    *hostile_quantised.CASES,
 )
 _LONGEST_SECONDS = 10
 _WEIGHT = "=0.5"
