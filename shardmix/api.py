@@ -1,10 +1,11 @@
 """The library's functions: `merge`, `plan_merge`, `inspect`. They print nothing.
 
-Composes the packages. Imports torch only to merge.
+Composes the packages. A function imports what planning does not need, since `plan` must start
+quickly; torch is imported only to merge.
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from os import PathLike
@@ -20,15 +21,12 @@ from shardmix.errors import (
     SourceChangedError,
 )
 from shardmix.methods import passthrough
-from shardmix.options import MergeOptions, digest_algorithm, run_settings
+from shardmix.options import MergeOptions, RunSettings, digest_algorithm, run_settings
 from shardmix.output.destination import check_disk, check_output, resolve_output
 from shardmix.output.disk_need import disk_needed_nbytes
-from shardmix.output.permissions import readers_of
-from shardmix.output.staging import Staging, open_staging, settle, staged_nbytes
 from shardmix.plan import planner
 from shardmix.plan.merge_plan import MergePlan
 from shardmix.plan.opening import OpenedModels, disk_errors_named, open_models
-from shardmix.profiling.profile_file import check_profile_path
 from shardmix.recipe.build import ModelsArgument, build_recipe
 from shardmix.recipe.recipe import Recipe
 from shardmix.sources.resolve import ResolvedSource, open_source, resolve_all
@@ -39,6 +37,7 @@ from shardmix.system.units import format_size, parse_size
 if TYPE_CHECKING:
     from shardmix.execute.progress import OnProgress
     from shardmix.output.journal import Journal
+    from shardmix.output.staging import Staging
     from shardmix.reports.merge_report import MergeReport
     from shardmix.reports.model_report import ModelReport
     from shardmix.reports.plan_report import PlanReport
@@ -117,6 +116,8 @@ def merge_resolved(
     cancel: threading.Event | None = None,
 ) -> "MergeReport":
     """Merge models as `merge` does, of which some texts are resolved already."""
+    from shardmix.output.staging import settle
+
     settle(resolve_output(output))
     recipe = checked_recipe(models, model_type, options)
     opened = open_merge(recipe, output, options, resolved=resolved)
@@ -140,7 +141,7 @@ class OpenedMerge:
         with disk_errors_named():
             if self.target is not None:
                 check_output(self.target, overwrite=settings.overwrite, inputs=self.models.paths)
-            check_profile_path(settings.profile, self.target, self.models.paths)
+            _check_profile(settings, self.target, self.models.paths)
             plan = planner.plan_merge(
                 self.recipe,
                 self.models,
@@ -168,7 +169,7 @@ def open_merge(
     with disk_errors_named():
         if target is not None:
             check_output(target, overwrite=settings.overwrite, inputs=())
-        check_profile_path(settings.profile, target, inputs=())
+        _check_profile(settings, target, inputs=())
         named = () if recipe.config_from is None else (recipe.config_from,)
         others = [text for text in (*recipe.sources, *named) if text not in resolved]
         known = {**resolved, **resolve_all(others)}
@@ -190,6 +191,7 @@ def merge_opened(
     from shardmix.execute.prepare import ready
     from shardmix.execute.read_ahead import reading_ahead
     from shardmix.output.journal import open_journal
+    from shardmix.output.staging import open_staging, settle
     from shardmix.profiling.recorder import recording
     from shardmix.reports.merge_report import describe_merge
 
@@ -291,6 +293,8 @@ def report_plan(plan: MergePlan) -> "PlanReport":
 
     if not plan.output:
         return describe_plan(plan, disk_free=None)
+    from shardmix.output.staging import staged_nbytes
+
     target = Path(plan.output)
     # The disk space of an earlier merge's work is not needed once more.
     return describe_plan(plan, disk_free=free_nbytes(target) + staged_nbytes(target))
@@ -311,11 +315,22 @@ def inspect(source: str | PathLike[str]) -> "ModelReport":
         return describe_model(open_source(str(source)))
 
 
-def _limit_readers(staging: Staging, plan: MergePlan) -> tuple[str, ...]:
+def _check_profile(settings: RunSettings, target: Path | None, inputs: Sequence[Path]) -> None:
+    """Refuse a profile that could not be written, or would destroy something."""
+    if settings.profile is None:
+        return
+    from shardmix.profiling.profile_file import check_profile_path
+
+    check_profile_path(settings.profile, target, inputs)
+
+
+def _limit_readers(staging: "Staging", plan: MergePlan) -> tuple[str, ...]:
     """Limit an output's readers to those of every source, unless asked not to; return a note of
     it."""
     if plan.settings.share:
         return ()
+    from shardmix.output.permissions import readers_of
+
     with disk_errors_named():
         readers = readers_of(plan, group=staging.hidden.status().st_gid)
     note = readers.note(staging.output, staging.folder.mode)
@@ -323,7 +338,7 @@ def _limit_readers(staging: Staging, plan: MergePlan) -> tuple[str, ...]:
     return note
 
 
-def _kept(staging: Staging, journal: "Journal", plan: MergePlan, error: BaseException) -> str:
+def _kept(staging: "Staging", journal: "Journal", plan: MergePlan, error: BaseException) -> str:
     """Return a hint on the saved work of an unfinished merge, and how to go on; "" if there is
     none."""
     if staging.is_placed:

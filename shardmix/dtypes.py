@@ -103,6 +103,8 @@ WIDE_DTYPES = frozenset(name for name in FLOAT_DTYPES if BY_NAME[name].bits > 32
 """Names of the floats that float32 cannot hold: they are summed in float64."""
 WIDEST_NBYTES = max(dtype.bits for dtype in _TABLE) // 8
 """Bytes of the widest element."""
+CODE_DTYPES = ("F8_E4M3", "F8_E5M2", "U8", "I8", "I32")
+"""Names of the dtypes that quantised tensors store their codes in."""
 LLVM_DTYPES = frozenset(dtype.name for dtype in _TABLE if dtype.llvm_name is not None)
 """Names of the dtypes that compiled kernels read and write."""
 OUT_DTYPES = {BY_NAME[name].torch_name or "": name for name in ("F32", "F16", "BF16")}

@@ -50,7 +50,24 @@ def test_help_loads_no_torch_and_no_engine(command):
 def test_command_line_loads_only_click():
     """The command line itself loads click, and nothing else."""
     names = (*HEAVY, "rich", "msgspec", "numpy", "psutil", "yaml", "huggingface_hub", "pydantic")
+    names += ("logging",)
     code = f"import sys, shardmix.cli.commands\nprint([m for m in {names!r} if m in sys.modules])"
+    assert python(code) == "[]\n"
+
+
+def test_plan_loads_only_what_it_needs(tmp_path):
+    """A plan of local safetensors folders loads none of what reads, writes or downloads weights."""
+    a, b = (save_model(tmp_path / name, random_model(1)) for name in "ab")
+    needless = (
+        *("compute.", "execute.", "profiling.", "verification.", "scoring.", "output.staging"),
+        *("sources.adapt", "sources.hub", "sources.readers", "conventions.peft"),
+        *("sources.quantis", "matching.tied_copies", "formats.torch_file", "errors.logs"),
+    )
+    code = (
+        f"import sys, shardmix\nshardmix.plan_merge({{{str(a)!r}: 0.5, {str(b)!r}: 0.5}})\n"
+        "loaded = [name.removeprefix('shardmix.') for name in sys.modules]\n"
+        f"print([name for name in loaded if name.startswith({needless!r})])"
+    )
     assert python(code) == "[]\n"
 
 

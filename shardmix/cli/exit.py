@@ -20,7 +20,7 @@ def errors_reported(
     signal.signal(signal.SIGTERM, _raise_once)
     signal.signal(signal.SIGINT, _raise_once)
     try:
-        from shardmix.sources.hub import SHOW_DOWNLOADS
+        from shardmix.sources.located import SHOW_DOWNLOADS
 
         SHOW_DOWNLOADS.set(not quiet)
         yield

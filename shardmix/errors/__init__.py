@@ -15,6 +15,7 @@ The kinds let a caller tell apart the cases that it can handle. An error has par
 finding (with the rule), the remedy, and hints that callers add.
 
 redaction              leaves credentials and tokens out of every message
+logs                   leaves them out of log records
 """
 
 import errno

@@ -10,15 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from shardmix.conventions.declarations import declaration_of
-from shardmix.conventions.weight_names import SUFFIX
 from shardmix.matching.ties import NamedModel, pairs_of
 from shardmix.sources.base import Readers, Source, TensorReader, WrappedSource
 
 
 def without_tied_copies(source: Source) -> Source:
     """Return a source without the second names of tied parameters that share their bytes."""
-    if all(file.name.endswith(SUFFIX) for file in source.identity.files):
-        return source  # there each tensor has bytes of its own
     groups = _names_of_one_storage(source)
     if not groups:
         return source

@@ -7,15 +7,18 @@ Anomalies in the data (NaN) are unknown beforehand; they are added as they are f
 import threading
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shardmix.anomalies import NO_ANOMALIES
 from shardmix.output import journal, provenance
 from shardmix.output.counted_folder import BLOCK_NBYTES, CountedFolder
 from shardmix.output.destination import check_disk
 from shardmix.output.model_folder import write_all_but_weights
-from shardmix.output.staging import Staging
 from shardmix.plan.merge_plan import MergePlan
 from shardmix.system.hashing import SHA256, digest_nbytes
+
+if TYPE_CHECKING:
+    from shardmix.output.staging import Staging
 
 # The staging folder, and in it the lock and the marker of the rename.
 _STAGING_NBYTES = 3 * BLOCK_NBYTES
@@ -44,7 +47,7 @@ class AnomalyRoom:
     that is nearly full the merge ends here and can be resumed, instead of failing hours later.
     """
 
-    def __init__(self, plan: MergePlan, staging: Staging) -> None:
+    def __init__(self, plan: MergePlan, staging: "Staging") -> None:
         self._plan, self._staging = plan, staging
         self._lock = threading.Lock()
         self._nbytes = 0

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from shardmix.errors import BudgetError
 from shardmix.methods.statistics import PIECE_NUM_ELEMENTS
 from shardmix.options import LLVM, TORCH, RunSettings
-from shardmix.sources.readers import MAX_MAPPED_AT_ONCE
+from shardmix.sources.base import MAX_MAPPED_AT_ONCE
 from shardmix.system.gpus import cuda_in_use, gpu_names, num_devices, torch_has_cuda_build
 from shardmix.system.memory import resident_nbytes
 from shardmix.system.threads import num_cores

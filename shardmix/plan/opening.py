@@ -14,9 +14,9 @@ from shardmix.conventions.file_kinds import LeftOut
 from shardmix.conventions.model_types import contradiction, fitting_types
 from shardmix.conventions.module_tree import Module, read_modules
 from shardmix.conventions.sentence_modules import MODULES_NAME
+from shardmix.conventions.weight_names import SUFFIX
 from shardmix.errors import RecipeError, unreadable
 from shardmix.matching.tensors import check_mergeable
-from shardmix.matching.tied_copies import without_tied_copies
 from shardmix.recipe import Recipe
 from shardmix.sources.base import Source
 from shardmix.sources.checkpoint import (
@@ -147,6 +147,16 @@ class OpenedModels:
         return (*paths, *named)
 
 
+def _without_tied_copies(source: Source) -> Source:
+    """Leave out the second names of tied parameters; in safetensors each has bytes of its own."""
+    if all(file.name.endswith(SUFFIX) for file in source.identity.files):
+        return source
+    # Imported here: few models need it.
+    from shardmix.matching.tied_copies import without_tied_copies
+
+    return without_tied_copies(source)
+
+
 def open_models(
     recipe: Recipe, resolved: Mapping[str, ResolvedSource], *, max_memory: int | None
 ) -> OpenedModels:
@@ -161,7 +171,7 @@ def open_models(
     for source in open_sources(models, max_memory=max_memory):
         for part in source.parts:
             check_mergeable(part, recipe.allow_differences)
-        sources.append(without_tied_copies(source))
+        sources.append(_without_tied_copies(source))
     named = None if recipe.config_from is None else resolved[recipe.config_from]
     config_source = _open_config_source(named, sources)
     _check_model_type(model_type=recipe.model_type, config_source=config_source)

@@ -13,13 +13,11 @@ FIRST_BYTES = b'{"profile_version":'
 """First bytes of a profile's file."""
 
 
-def check_profile_path(path: str | None, output: Path | None, inputs: Sequence[Path]) -> None:
+def check_profile_path(path: str, output: Path | None, inputs: Sequence[Path]) -> None:
     """Refuse a profile that could not be written, or would destroy something. Opens no source.
 
     `path` is absolute; `inputs` are model folders and weight files. Raises `OutputError`.
     """
-    if path is None:
-        return
     file = Path(path)
     kept_clean = [] if output is None else [output, staging_path(output)]
     for folder in (*kept_clean, *(source.resolve() for source in inputs)):

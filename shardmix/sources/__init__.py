@@ -3,6 +3,7 @@
 base                   the seam: `Source`, an opened model, and `TensorReader`
 identity               identity of a source's bytes, and the check that its files are unchanged
 resolve                a source's text → its value, once; and the table of kinds of sources
+located                a model's place: on this machine, or a repository on the Hub
 hub                    a repository on the Hub → its commit, and the local copy of that commit
 headers, checkpoint    a model in files of safetensors or torch.save, opened by their headers
 views                  tensors whose elements lie in a file in another order

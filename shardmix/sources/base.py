@@ -14,8 +14,12 @@ from shardmix.conventions.file_kinds import LeftOut
 from shardmix.conventions.module_tree import Module
 from shardmix.formats.tensor_table import TensorTable
 from shardmix.sources.headers import Headers
-from shardmix.sources.hub import LocalSource
 from shardmix.sources.identity import SourceFile, SourceIdentity
+from shardmix.sources.located import LocalSource
+
+MAX_MAPPED_AT_ONCE = 3
+"""The most sources of one chunk that are mapped; further ones are read. Each mapping takes
+memory."""
 
 
 @dataclass(frozen=True, slots=True)

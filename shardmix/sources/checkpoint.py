@@ -37,10 +37,8 @@ from shardmix.formats.strict_json import read_index, read_json
 from shardmix.formats.tensor_table import TensorTable, View
 from shardmix.sources.base import Extent, Opening, Readers, Source, TensorReader, stored_extent
 from shardmix.sources.headers import SHORT_HEADER_NBYTES, Headers, read_torch_header
-from shardmix.sources.hub import LocalSource
 from shardmix.sources.identity import FileStamp, SourceFile, SourceIdentity
-from shardmix.sources.readers import StoredReader
-from shardmix.sources.views import ViewReader
+from shardmix.sources.located import LocalSource
 from shardmix.system.files import refuse_link_outside
 from shardmix.system.memory import check_room
 
@@ -131,6 +129,10 @@ class Checkpoint:
 
     def open_reader(self) -> TensorReader:
         """Return a reader for one worker."""
+        # Imported here: a plan reads no tensor.
+        from shardmix.sources.readers import StoredReader
+        from shardmix.sources.views import ViewReader
+
         if not self.views:
             return StoredReader(self.identity.files, self.tensors)
         return ViewReader(self.identity.files, self.tensors, self.views)

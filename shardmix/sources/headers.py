@@ -19,7 +19,6 @@ from shardmix.errors import SourceError, one_line, unreadable
 from shardmix.formats.safetensors_header import HeaderTable, decode_header
 from shardmix.formats.safetensors_layout import HEADER_LENGTH_NBYTES, header_nbytes
 from shardmix.formats.tensor_table import View
-from shardmix.formats.torch_file import read_torch_file
 from shardmix.system.files import open_regular
 from shardmix.system.memory import check_room
 
@@ -132,6 +131,9 @@ def read_torch_header(
                 subject=path,
                 purpose=f"to read its description of {nbytes} bytes",
             )
+
+    # Imported here: few models need it.
+    from shardmix.formats.torch_file import read_torch_file
 
     try:
         with open_regular(path) as file:

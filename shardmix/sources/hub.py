@@ -1,4 +1,4 @@
-"""Hub ids to local folders: only the files of a repository that a merge needs.
+"""Repositories on the Hub to local folders: only the files that a merge needs.
 
 Downloads weights in safetensors, and the files that go along with them. Tokens, mirrors and offline
 mode are huggingface_hub's own (`HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`). Knows nothing of
@@ -11,8 +11,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -39,62 +38,16 @@ from shardmix.conventions.peft import weights_name as adapter_weights
 from shardmix.conventions.sentence_modules import MODULES_NAME
 from shardmix.conventions.weight_names import ALL_WEIGHTS, MARKS, StoredWeights, stored_weights
 from shardmix.errors import SourceError, one_line, printable, shown
-from shardmix.errors.redaction import HIDDEN, logs_redacted
+from shardmix.errors.logs import logs_redacted
+from shardmix.errors.redaction import HIDDEN
 from shardmix.formats.strict_json import file_name_finding, read_index
-from shardmix.system.files import read_regular
-
-SHOW_DOWNLOADS = ContextVar("SHOW_DOWNLOADS", default=False)
-"""True if downloads show progress bars on standard error; a library prints nothing."""
+from shardmix.sources.located import SHOW_DOWNLOADS, LocalSource, Repository
 
 _LOGGER = logging.getLogger(__name__)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_MOST_COMMIT_NBYTES = 100
 # Without any of these, a repository's files besides weights mean nothing to a merge.
 _MODEL_MARKS = ("config.json", MODULES_NAME, *MARKS.values())
 _MODULE_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 _WEIGHTS = tuple(name for each in ALL_WEIGHTS for name in (each.whole, each.index))
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^@\s]+)?")
-
-
-@dataclass(frozen=True, slots=True)
-class LocalSource:
-    """A source on this machine."""
-
-    path: Path
-    """A model folder, or one `.safetensors` file."""
-    hub_id: str | None = None
-    """`org/name`, if it came from the Hub."""
-    commit: str | None = None
-    """Commit of its files, if it came from the Hub."""
-    left_out: tuple[LeftOut, ...] = ()
-    """Files of its repository that were not fetched."""
-
-
-@dataclass(frozen=True, slots=True)
-class Repository:
-    """A repository on the Hub at one commit: whoever fetches from it gets files of that commit."""
-
-    repo_id: str
-    """`org/name`."""
-    revision: str | None
-    """The branch, tag or commit that the user named."""
-    commit: str | None
-    """The commit that it stood for; None only for a mirror that does not say."""
-    sizes: Mapping[str, int] = field(default_factory=dict, repr=False, hash=False)
-    """The repository's files, with their sizes in bytes; 0 if unknown."""
-    unreachable: str = ""
-    """Reason that the Hub could not be asked, so that only the local cache counts."""
-
-    @property
-    def name(self) -> str:
-        """Its name in messages."""
-        revision = "" if self.revision is None else f"@{printable(self.revision)}"
-        return f"{self.repo_id}{revision}"
-
-
-def is_hub_id(text: str) -> bool:
-    """Tell whether a text looks like `org/name` or `org/name@revision`."""
-    return _HUB_ID.fullmatch(text) is not None
 
 
 def pin(hub_id: str) -> Repository:
@@ -128,21 +81,6 @@ def fetch_adapter(repository: Repository) -> LocalSource:
     with logs_redacted():
         folder, left_out = _download(repository, with_weights=True, is_adapter=True)
     return LocalSource(folder, repository.repo_id, folder.name, left_out)
-
-
-def snapshot(path: Path) -> Path:
-    """Return the snapshot that a repository's folder in the Hub's cache stands for, or the path."""
-    snapshots = path / "snapshots"
-    if not (path.name.startswith("models--") and snapshots.is_dir()):
-        return path
-    with suppress(OSError, ValueError):
-        commit = read_regular(path / "refs" / "main", max_nbytes=_MOST_COMMIT_NBYTES)
-        if _COMMIT.fullmatch(commit.decode().strip()):
-            main = snapshots / commit.decode().strip()
-            if main.is_dir():
-                return main
-    all_of_them = [snapshot for snapshot in snapshots.iterdir() if snapshot.is_dir()]
-    return all_of_them[0] if len(all_of_them) == 1 else path
 
 
 def check_endpoint() -> None:

@@ -18,7 +18,7 @@ from shardmix.formats.tensor_table import TensorTable
 from shardmix.sources.base import Source, TensorReader, WrappedSource
 from shardmix.sources.identity import SourceIdentity
 from shardmix.sources.quantisation.coded import NONE, CodedTensor
-from shardmix.sources.quantisation.schemes import CODE_DTYPES, find_coded, left_over
+from shardmix.sources.quantisation.schemes import find_coded, left_over
 from shardmix.sources.quantisation.stored import Stored, read_declaration
 from shardmix.sources.quantised_reader import (
     EXPERTS_NBYTES,
@@ -82,9 +82,6 @@ def decode_quantised(source: Source) -> Source | None:
 
     Raises `SourceError` if the tensors of a known scheme are not whole.
     """
-    ranks = [DTYPE_RANK[dtype] for dtype in CODE_DTYPES]
-    if not np.isin(source.tensors.dtype_ranks, ranks).any():
-        return None
     declared = quantisation_config(source.config)
     if declared is None or str(declared.get("quant_method") or "") not in METHODS:
         return None

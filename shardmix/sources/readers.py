@@ -32,17 +32,13 @@ import numpy as np
 from shardmix.dtypes import DTYPES, element_nbytes
 from shardmix.errors import SourceError
 from shardmix.formats.tensor_table import TensorTable
-from shardmix.sources.base import Source
+from shardmix.sources.base import MAX_MAPPED_AT_ONCE, Source
 from shardmix.sources.identity import SourceFile, cut_short, reading_failed
 from shardmix.sources.open_files import OpenFiles
 from shardmix.sources.shared_readers import SharedReaders
 from shardmix.system.buffers import HUGE_PAGE_NBYTES
 from shardmix.system.files import MAX_IO_NBYTES
 from shardmix.system.sigbus import GuardedRange, guard, unguard
-
-MAX_MAPPED_AT_ONCE = 3
-"""The most sources of one chunk that are mapped; further ones are read. Each mapping takes
-memory."""
 
 # Alignment of the widest element.
 _ELEMENT_ALIGNMENT = 8

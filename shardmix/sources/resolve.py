@@ -10,28 +10,32 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from shardmix.conventions.adapters import divided
+from shardmix.dtypes import CODE_DTYPES, DTYPE_RANK
 from shardmix.errors import SourceError, is_unicode, one_line
 from shardmix.errors.redaction import without_user
-from shardmix.sources.adapted import AdaptedSource
-from shardmix.sources.adapters import open_adapter
 from shardmix.sources.base import Opening, Source
 from shardmix.sources.checkpoint import open_checkpoint
 from shardmix.sources.headers import Headers
-from shardmix.sources.hub import (
-    LocalSource,
-    Repository,
-    fetch,
-    fetch_adapter,
-    is_hub_id,
-    pin,
-    snapshot,
-)
-from shardmix.sources.quantised import decode_quantised
+from shardmix.sources.located import LocalSource, Repository, is_hub_id, snapshot
+
+
+def _decode_quantised(source: Source) -> Source | None:
+    """Decode a model with tensors that may be codes; return None for others."""
+    ranks = [DTYPE_RANK[dtype] for dtype in CODE_DTYPES]
+    if not np.isin(source.tensors.dtype_ranks, ranks).any():
+        return None
+    # Imported here: other models need none of it.
+    from shardmix.sources.quantised import decode_quantised
+
+    return decode_quantised(source)
+
 
 KINDS: tuple[Callable[[Opening], Source | None], ...] = (open_checkpoint,)
 """Functions that open a source of one kind, or return None if it is of another; the first wins."""
-DECODERS: tuple[Callable[[Source], Source | None], ...] = (decode_quantised,)
+DECODERS: tuple[Callable[[Source], Source | None], ...] = (_decode_quantised,)
 """Functions that wrap an opened source whose tensors are codes, or return None if none are."""
 
 
@@ -57,6 +61,8 @@ class ResolvedSource:
         if self.base is not None and not with_weights:
             return self.base.fetch(with_weights=False)
         if self.repository is not None:
+            from shardmix.sources.hub import fetch, fetch_adapter
+
             if self.base is not None:
                 return fetch_adapter(self.repository)
             return fetch(self.repository, with_weights=with_weights)
@@ -106,6 +112,8 @@ def _resolve_one(text: str) -> ResolvedSource:
             subject=without_user(text),
             remedy="check the path",
         )
+    from shardmix.sources.hub import pin
+
     return ResolvedSource(text, repository=pin(text))
 
 
@@ -136,6 +144,10 @@ def _open(resolved: ResolvedSource, headers: Headers, max_memory: int | None) ->
         return _open(resolve(text), headers, max_memory)
 
     if resolved.base is not None:
+        # Imported here: without an adapter, none of it is needed.
+        from shardmix.sources.adapted import AdaptedSource
+        from shardmix.sources.adapters import open_adapter
+
         base = _open(resolved.base, headers, max_memory)
         text = resolved.text.removeprefix(f"{resolved.base.text}+")
         opening = Opening(text, resolved.fetch(), headers, max_memory, open_other)

@@ -25,7 +25,7 @@ from shardmix.output.provenance import PROVENANCE_NAME, Provenance, SourceRecord
 from shardmix.plan import planner
 from shardmix.plan.merge_plan import MergePlan
 from shardmix.plan.opening import disk_errors_named, open_models
-from shardmix.sources.hub import is_hub_id
+from shardmix.sources.located import is_hub_id
 from shardmix.sources.resolve import resolve_all
 
 

@@ -10,8 +10,8 @@ from click.testing import CliRunner
 import shardmix
 from shardmix.cli.commands import app
 from shardmix.errors import one_line, printable, shown
+from shardmix.errors.logs import logs_redacted
 from shardmix.errors.redaction import (
-    logs_redacted,
     without_environment,
     without_secrets,
     without_user,

@@ -14,8 +14,6 @@ SCHEMES: tuple[Callable[[Stored, Declared], Iterator[CodedTensor]], ...] = (
     integers.find,
 )
 """Functions that find the tensors of one scheme; a tensor has one scheme at most."""
-CODE_DTYPES = ("F8_E4M3", "F8_E5M2", "U8", "I8", "I32")
-"""Dtypes of the codes that the schemes know."""
 
 # Scales of what is computed while the model runs: the unquantised model has none.
 _OF_ACTIVATIONS = frozenset(
