@@ -192,7 +192,7 @@ def merge_opened(
     from shardmix.execute.read_ahead import reading_ahead
     from shardmix.output.journal import open_journal
     from shardmix.output.staging import open_staging, settle
-    from shardmix.profiling.recorder import recording
+    from shardmix.profiling.recording import recording
     from shardmix.reports.merge_report import describe_merge
 
     target = resolve_output(output)

@@ -1,6 +1,7 @@
 """The profile of a merge: its memory, page cache and speed over time.
 
 sampler                samples memory, page cache and VRAM, by a thread
+recording              the recording of a merge; of nothing, without a profile
 recorder               records a merge, and writes its profile at the end
 profile                the profile; its field names are the JSON's
 profile_file           where a profile may be, and what it may replace

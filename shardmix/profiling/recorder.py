@@ -29,22 +29,12 @@ from shardmix.profiling.sampler import (
     vram_probe,
 )
 from shardmix.system.memory import peak_resident_nbytes
-from shardmix.system.timer import FINISH, NO_CLOCK, STAGES, Clock, StageClock
+from shardmix.system.timer import FINISH, STAGES, StageClock
 
 _STAGE_COLUMNS = tuple(f"{name}_bytes" for name in STAGES[:FINISH])
 
 
-class Recording:
-    """The recording of a merge without a profile: nothing."""
-
-    clock: Clock = NO_CLOCK
-    """The clock that workers call."""
-
-    def begin_merge(self, plan: MergePlan, backend: Backend) -> None:
-        """Note that all is loaded and the workers start."""
-
-
-class ProfileRecording(Recording):
+class ProfileRecording:
     """The recording of a merge for a profile."""
 
     def __init__(self, sampler: Sampler, *, started: float) -> None:
@@ -90,15 +80,12 @@ class ProfileRecording(Recording):
 
 
 @contextmanager
-def recording(path: str | None) -> Iterator[Recording]:
-    """Record the merge in this block, and write its profile; without a path, do neither.
+def profile_recording(path: str) -> Iterator[ProfileRecording]:
+    """Record the merge in this block, and write its profile.
 
     A merge that began and then fails or is stopped leaves the profile of the part that ran. Raises
     `OutputError` if the file cannot be written.
     """
-    if path is None:
-        yield Recording()
-        return
     started = time.perf_counter()
     with memory_probe() as probe:
         sampler = Sampler(started)

@@ -3,12 +3,15 @@
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from shardmix.anomalies import LeafAnomalies
 from shardmix.execute.merge import MergeOutcome
 from shardmix.plan.merge_plan import MergePlan
 from shardmix.reports.plan_facts import PlanFacts, plan_facts
-from shardmix.scoring.report import ScoreReport
+
+if TYPE_CHECKING:
+    from shardmix.scoring.report import ScoreReport
 
 _MOST_NAMED = 10
 
@@ -49,7 +52,7 @@ class MergeReport(PlanFacts):
     """Warnings about the output."""
     notes: tuple[str, ...] = ()
     """Notes on the output that are no warnings, such as its permissions."""
-    scores: ScoreReport | None = None
+    scores: "ScoreReport | None" = None
     """Losses behind the weights, if these come from examples."""
 
 
