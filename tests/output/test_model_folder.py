@@ -116,7 +116,7 @@ def test_module_folders_are_copied_whole(tmp_path):
         "config_sentence_transformers.json": b"{}",
         "1_Pooling/config.json": b'{"pooling_mode_mean_tokens": true}',
         "Projection/config.json": b"{}",
-        "Projection/pytorch_model.bin": b"the same weights",
+        "Projection/weights.pkl": b"the same weights",
     }
     for folder, _ in models:
         add_files(folder, files)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as st
 
@@ -118,8 +119,18 @@ def test_an_unknown_activation_is_refused(tmp_path):
         score([folder], "encoder", QUERIES)
 
 
+def test_projections_in_torch_files_are_read(tmp_path):
+    """The losses are those of the same weights in safetensors."""
+    folder = embedder(tmp_path, pooler("mean"), st.Dense(WIDTH, 8))
+    expected = score([folder], "encoder", QUERIES).losses
+    stored = folder / "2_Dense" / "model.safetensors"
+    torch.save(load_file(stored), folder / "2_Dense" / "pytorch_model.bin")
+    stored.unlink()
+    assert score([folder], "encoder", QUERIES).losses == expected
+
+
 def test_pickled_projections_are_refused(tmp_path):
     folder = embedder(tmp_path, pooler("mean"), st.Dense(WIDTH, 8))
-    (folder / "2_Dense" / "model.safetensors").rename(folder / "2_Dense" / "pytorch_model.bin")
+    (folder / "2_Dense" / "model.safetensors").rename(folder / "2_Dense" / "model.pkl")
     with pytest.raises(SourceError, match=r"2_Dense has no model\.safetensors"):
         score([folder], "encoder", QUERIES)
