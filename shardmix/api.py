@@ -118,9 +118,11 @@ def merge_resolved(
     """Merge models as `merge` does, of which some texts are resolved already."""
     from shardmix.output.staging import settle
 
-    settle(resolve_output(output))
+    target = resolve_output(output)
+    settle(target)
     recipe = checked_recipe(models, model_type, options)
     opened = open_merge(recipe, output, options, resolved=resolved)
+    opened.check_path(target)
     return merge_opened(opened, output, options, on_progress=on_progress, cancel=cancel)
 
 
@@ -134,6 +136,13 @@ class OpenedMerge:
     """The recipe's models."""
     target: Path | None
     """The folder to make; None if that is left open."""
+
+    def check_path(self, target: Path) -> None:
+        """Raise `OutputError` if the output's path led elsewhere when the models were opened."""
+        if self.target != target:
+            raise OutputError(
+                f"its path leads to {self.target} by now", subject=target, remedy="start again"
+            )
 
     def plan(self, options: MergeOptions) -> MergePlan:
         """Plan the merge with these options. Raises `ShardmixError`."""
@@ -197,11 +206,8 @@ def merge_opened(
 
     target = resolve_output(output)
     settle(target)
+    opened.check_path(target)
     plan = opened.plan(options)
-    if Path(plan.output) != target:
-        raise OutputError(
-            f"its path leads to {plan.output} by now", subject=target, remedy="start again"
-        )
     with open_staging(Path(plan.output), restart=plan.settings.restart) as staging:
         # Again: another process may have made it just before this one had the lock.
         check_output(staging.output, overwrite=plan.settings.overwrite, inputs=())

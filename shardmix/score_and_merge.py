@@ -83,6 +83,7 @@ def merge_by_examples(
     equal = [(name, 1 / len(names)) for name in names]
     recipe = api.checked_recipe(equal, model_type, options)
     opened = api.open_merge(recipe, output, options, resolved=resolved)
+    opened.check_path(target)
 
     def plan() -> MergePlan:
         return opened.plan(options)

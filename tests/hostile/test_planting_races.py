@@ -74,6 +74,12 @@ def test_swap_at_any_moment_touches_nothing(made, tmp_path, name, overwrite):
     assert "refused" in outcomes or not sampling.SAMPLING.is_whole
 
 
+def test_swap_while_settling_is_refused(made, tmp_path):
+    """The path is resolved before an earlier merge is settled, and again when models are opened."""
+    for at in (1, 5, 9):
+        assert merge_swapped(made, tmp_path / str(at), "", at, overwrite=False) == "refused"
+
+
 def merge_swapped(made, folder: Path, name: str, at: int, *, overwrite: bool) -> str:
     """Merge while a path is swapped for a link at the n-th call; return how it ends."""
     models, wanted = made
