@@ -103,7 +103,12 @@ class Checkpoint:
     def weight_names(self) -> tuple[str, ...]:
         """The model's weight files, by path within its folder; and indexes of its modules."""
         files = [file.name for part in self.parts for file in part.identity.files]
-        indexes = [f"{part.subfolder}/{index_name(MODEL)}" for part in self.parts if part.subfolder]
+        indexes = [
+            f"{part.subfolder}/{each.index}"
+            for part in self.parts
+            for each in ALL_WEIGHTS
+            if part.subfolder and each.stem == MODEL
+        ]
         return (*files, *indexes)
 
     @property

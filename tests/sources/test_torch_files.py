@@ -227,3 +227,22 @@ def test_old_and_new_formats_merge_together(tmp_path):
     merged = load_file(tmp_path / "out" / "model.safetensors")
     for name, first in tensors[0].items():
         assert torch.equal(merged[name], first * 0.5 + tensors[1][name] * 0.5)
+
+
+def test_indexes_of_modules_stay_behind(tmp_path):
+    """A module's shards of torch.save become safetensors, and their index says nothing then."""
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "2_Dense", "type": "sentence_transformers.models.Dense"},
+    ]
+    sources = []
+    for seed in range(2):
+        folder = save_model(tmp_path / f"m{seed}", random_model(seed))
+        (folder / "modules.json").write_text(json.dumps(modules))
+        dense = {name: random_tensor((4, 4), seed=seed) for name in ("a.weight", "b.weight")}
+        save_torch(folder / "2_Dense", dense, shards=[["a.weight"], ["b.weight"]])
+        sources.append((folder, 0.5))
+    shardmix.merge(sources, tmp_path / "out")
+    written = sorted(path.name for path in (tmp_path / "out" / "2_Dense").iterdir())
+    assert not [name for name in written if ".bin" in name]
+    assert "model.safetensors.index.json" in written
