@@ -101,6 +101,8 @@ def convert(
         >>> shardmix.convert("pytorch_model.bin", "converted", max_memory="1GiB").num_models
         1
     """
+    if "method" in options:
+        raise TypeError("convert has a method of its own")
     options["method"] = passthrough.NAME
     return merge([str(source)], output, on_progress=on_progress, cancel=cancel, **options)
 

@@ -91,5 +91,7 @@ def test_one_model_passes_through(tmp_path):
     sources = [str(save_model(tmp_path / name, random_model(1))) for name in "ab"]
     with pytest.raises(RecipeError, match="passthrough takes at most 1"):
         shardmix.merge(sources, tmp_path / "out", method="passthrough")
+    with pytest.raises(TypeError, match="a method of its own"):
+        shardmix.convert(sources[0], tmp_path / "out", method="slerp")
     with pytest.raises(RecipeError, match="needs at least two"):
         shardmix.merge({sources[0]: 1.0}, tmp_path / "out")

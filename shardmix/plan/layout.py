@@ -173,11 +173,6 @@ class _SourceColumns:
         self._out_ranks = np.array([DTYPE_RANK[dtype] for dtype in out_dtypes])
         self._is_float = np.array([dtype in FLOAT_DTYPES for dtype in out_dtypes])
         self._method_name = parameters.method.name
-        # Tensors that are copied bit for bit.
-        self._is_copied = ~self._is_float
-        if parameters.method.is_copy:
-            kept = sources[0].tensors.dtype_ranks[matched.rows[0]]
-            self._is_copied |= kept == self._out_ranks
         self._first_group = parameters.num_groups_before
         self._groups = [_Group(parameters.method, params) for params in parameters.groups]
         self._group_of = parameters.rows
@@ -192,6 +187,10 @@ class _SourceColumns:
             self._starts.append(table.starts[rows])
             self._nbytes.append(table.nbytes[rows])
             self._ranks.append(table.dtype_ranks[rows])
+        # Tensors that are copied bit for bit.
+        self._is_copied = ~self._is_float
+        if parameters.method.is_copy:
+            self._is_copied |= self._ranks[0] == self._out_ranks
         # By source: True for tensors whose values there count.
         self._counts = [
             np.array([number in group.wide for group in self._groups])[self._group_of]
