@@ -10,8 +10,9 @@ import shardmix
 from shardmix.cli.commands import app
 from shardmix.compute import llvm_loops
 from shardmix.compute.torch_ops import TORCH_DTYPES, is_finite
-from shardmix.compute.widened import widened
 from shardmix.dtypes import BY_NAME, CODE, COMPLEX, DTYPES, FLOAT, LLVM_DTYPES, OUT_DTYPES
+from shardmix.formats.stored_floats import stored, widened
+from shardmix.system import llvm_floats
 from tests.support.models import CONFIG
 
 WITH_TORCH = [dtype for dtype in BY_NAME.values() if dtype.torch_name is not None]
@@ -40,16 +41,19 @@ def test_each_float_is_known_everywhere(dtype):
     }
     places["compute.torch_ops.TORCH_DTYPES"] = dtype.name in TORCH_DTYPES
     if dtype.name in LLVM_DTYPES:
-        tables = {"WIDEN": llvm_loops.WIDEN, "ROUND": llvm_loops.ROUND, "NAN": llvm_loops.NAN}
+        places["system.llvm_floats.WIDEN"] = dtype.name in llvm_floats.WIDEN
+        tables = {"ROUND": llvm_loops.ROUND, "NAN": llvm_loops.NAN}
         places |= {f"compute.llvm_loops.{name}": dtype.name in it for name, it in tables.items()}
     assert [place for place, is_there in places.items() if not is_there] == []
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: dtype.name)
 def test_floats_are_widened_exactly(dtype):
-    stored = torch.randn(999, dtype=torch.float64).to(getattr(torch, dtype.torch_name))
-    raw = memoryview(stored.view(torch.uint8).numpy())
-    assert widened(raw, dtype.name).tolist() == stored.double().tolist()
+    values = torch.randn(999, dtype=torch.float64).to(getattr(torch, dtype.torch_name))
+    raw = memoryview(values.view(torch.uint8).numpy())
+    wide = widened(stored(raw, dtype.name), dtype.name, np.float64)
+    assert wide.dtype == np.float64
+    assert wide.tolist() == values.double().tolist()
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: dtype.name)

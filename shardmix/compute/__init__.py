@@ -11,7 +11,6 @@ llvm_assembly, llvm_loops  the text of kernels
 llvm_trace             the text of a method between loading and rounding
 keep_first             integers and booleans
 nonfinite              counts NaN and Inf, only if there are some
-widened                stored floats as float64, for statistics
 
 The bytes of an output depend on recipe and sources only. Tests drive layouts, dtypes, numbers of
 models, chunks and workers against an oracle in numpy and float64, and hold all backends to the same

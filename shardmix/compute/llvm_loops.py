@@ -9,6 +9,7 @@ from shardmix.compute.llvm_kind import KernelKind
 from shardmix.compute.llvm_trace import traced
 from shardmix.dtypes import BY_NAME, LLVM_DTYPES, element_nbytes
 from shardmix.plan.chunk_size import VECTOR
+from shardmix.system.llvm_floats import WIDEN, splat
 
 INFINITY = BY_NAME["F32"].infinity or 0
 STORED = {name: BY_NAME[name].llvm_name for name in LLVM_DTYPES}
@@ -56,16 +57,6 @@ _FACTOR = """\
 _LOAD = """\
   %at{n} = getelementptr {type}, ptr %source{n}, i64 %i
   %stored{n} = load <{width} x {type}>, ptr %at{n}, align {alignment}"""
-
-# A bfloat16 is the upper half of a float32.
-WIDEN = {
-    "BF16": """\
-  %long{n} = zext <{width} x i16> %stored{n} to <{width} x i32>
-  %upper{n} = shl <{width} x i32> %long{n}, {sixteen}
-  %value{n} = bitcast <{width} x i32> %upper{n} to <{width} x float>""",
-    "F16": "  %value{n} = fpext <{width} x half> %stored{n} to <{width} x float>",
-    "F32": "  %value{n} = bitcast <{width} x float> %stored{n} to <{width} x float>",
-}
 
 # To nearest even, and every NaN as one bit pattern (quiet, positive), whatever made it.
 ROUND = {
@@ -141,22 +132,18 @@ _ROUND_HALF = """\
   %rounded_{half} = add <{lanes} x i32> %bits_{half}, %almost_{half}"""
 
 
-def _splat(bits: int, width: int) -> str:
-    return f"<{', '.join([f'i32 {bits}'] * width)}>"
-
-
 def loop_of_pairs(num_sources: int) -> str:
     """Return the IR of the loop for only bfloat16."""
     lanes = VECTOR // 2
     words = {
         "lanes": lanes,
         "vector": VECTOR,
-        "sixteen": _splat(16, lanes),
-        "upper_half": _splat(0xFFFF0000, lanes),
-        "last_kept": _splat(0x10000, lanes),
-        "one_half": _splat(0x8000, lanes),
-        "almost_half": _splat(0x7FFF, lanes),
-        "magnitude_mask": _splat(0x7FFFFFFF, lanes),
+        "sixteen": splat(16, lanes),
+        "upper_half": splat(0xFFFF0000, lanes),
+        "last_kept": splat(0x10000, lanes),
+        "one_half": splat(0x8000, lanes),
+        "almost_half": splat(0x7FFF, lanes),
+        "magnitude_mask": splat(0x7FFFFFFF, lanes),
     }
     arguments = _arguments(num_sources, num_sources, lanes)
     halves = [words | {"half": half} for half in ("low", "high")]
@@ -178,11 +165,11 @@ def loop(kind: KernelKind, width: int) -> str:
     """Return the IR of the loop over `width` elements at once; needs at least that many."""
     words = {
         "width": width,
-        "sixteen": _splat(16, width),
-        "one": _splat(1, width),
-        "almost_half": _splat(0x7FFF, width),
-        "magnitude_mask": _splat(0x7FFFFFFF, width),
-        "infinity": _splat(INFINITY, width),
+        "sixteen": splat(16, width),
+        "one": splat(1, width),
+        "almost_half": splat(0x7FFF, width),
+        "magnitude_mask": splat(0x7FFFFFFF, width),
+        "infinity": splat(INFINITY, width),
         "nan": f"<{', '.join([NAN[kind.out_dtype]] * width)}>",
     }
     lines = [

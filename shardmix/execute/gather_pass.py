@@ -14,12 +14,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from shardmix.compute.widened import widened
 from shardmix.dtypes import element_nbytes
 from shardmix.execute.executor import IsStopped, Job, Task, TaskResult
 from shardmix.execute.jobs import run_job
 from shardmix.execute.progress import OnProgress
 from shardmix.execute.tasks import Chunk, leaves_per_task
+from shardmix.formats.stored_floats import stored, widened
 from shardmix.methods.registry import merge_method
 from shardmix.methods.statistics import (
     GROUP_NUM_ELEMENTS,
@@ -136,7 +136,7 @@ class PieceReader:
                 width = element_nbytes(source.dtype)
                 position = source.offset + first * width
                 raw = self._reader.view(source.file, position, buffer[: length * width])
-                values.append(widened(raw, source.dtype))
+                values.append(_wide(raw, source.dtype))
             self._reader.release()
             yield values
 
@@ -254,6 +254,11 @@ def _pieces(segment: Segment, group: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + PIECE_NUM_ELEMENTS, elements.stop)
 
 
+def _wide(raw: memoryview, dtype: str) -> Values:
+    """Return stored floats as float64, exactly."""
+    return np.asarray(widened(stored(raw, dtype), dtype, np.float64), np.float64)
+
+
 def totalled(
     plan: MergePlan, segment: Segment, groups: Sequence[TensorStatistics]
 ) -> TensorStatistics:
@@ -273,7 +278,7 @@ def whole_statistics(
     def values(number: int) -> Iterator[list[Values]]:
         for first, last in _pieces(segment, number):
             yield [
-                widened(view[first * width : last * width], dtype)
+                _wide(view[first * width : last * width], dtype)
                 for view, dtype, width in zip(raw, segment.dtypes, widths, strict=True)
             ]
 

@@ -4,6 +4,7 @@ safetensors_layout     headers encoded, and the length of a header; pure bytes
 safetensors_header     headers decoded, in pieces, and judged
 torch_file             files of torch.save: their tensors, found without running anything
 tensor_table           a model's tensors in columns: names, shapes, dtypes, offsets
+stored_floats          stored floats as arrays, in float32 or float64
 small_floats           the values of codes of 1 to 8 bits, and how they lie in bytes
 coded_tensors          the values of quantised tensors, from codes and the scales of blocks
 file_metadata          the `__metadata__` of output files

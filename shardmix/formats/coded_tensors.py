@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from shardmix.dtypes import FLOAT_DTYPES
 from shardmix.formats.small_floats import (
     E4M3,
     Bytes,
@@ -21,6 +22,7 @@ from shardmix.formats.small_floats import (
     exponents,
     packed_integer,
 )
+from shardmix.formats.stored_floats import stored, widened
 
 WHOLE = 0
 """Length of a block that is as long as its axis."""
@@ -79,21 +81,17 @@ def num_blocks(length: int, block: int) -> int:
     return 1 if block == WHOLE else -(-length // block)
 
 
-def scale_values(dtype: str, stored: Bytes) -> Floats:
+def scale_values(dtype: str, raw: Bytes) -> Floats:
     """Return scales or zero points as float32, from their bytes in a safetensors dtype."""
-    if dtype == "F32":
-        return stored.view(np.float32)
-    if dtype == "BF16":
-        return (stored.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    if dtype == "F16":
-        return np.asarray(stored.view(np.float16), np.float32)
+    if dtype in FLOAT_DTYPES:
+        return np.asarray(widened(stored(raw.data, dtype), dtype), np.float32)
     if dtype == "I8":
-        return np.asarray(stored.view(np.int8), np.float32)
+        return np.asarray(raw.view(np.int8), np.float32)
     if dtype == "F8_E4M3":
-        values = np.empty(len(stored), np.float32)
-        decode(E4M3, stored[None], values[None])
+        values = np.empty(len(raw), np.float32)
+        decode(E4M3, raw[None], values[None])
         return values
-    return exponents(stored)  # E8M0, also as U8
+    return exponents(raw)  # E8M0, also as U8
 
 
 SCALE_DTYPES = frozenset({"F32", "BF16", "F16", "F8_E4M3", "F8_E8M0", "U8"})

@@ -75,12 +75,12 @@ class TensorTable:
         """Return True if a tensor is decoded while it is read."""
         return self.decoded is not None and bool(self.decoded[row])
 
-    def take(self, rows: npt.NDArray[np.int32]) -> "TensorTable":
-        """Return some rows; decoded ones must all be among them, since they are one stream."""
+    def take(self, rows: Sequence[int]) -> "TensorTable":
+        """Return rows by their numbers; all decoded ones are among them, as they are one stream."""
         return replace(
             self,
-            names=tuple(self.names[row] for row in rows.tolist()),
-            shapes=tuple(self.shapes[row] for row in rows.tolist()),
+            names=tuple(self.names[row] for row in rows),
+            shapes=tuple(self.shapes[row] for row in rows),
             dtype_ranks=self.dtype_ranks[rows],
             files=self.files[rows],
             starts=self.starts[rows],

@@ -278,7 +278,7 @@ def _size(*sizes: Any) -> tuple[Any, ...]:
 
 
 _DTYPES = {
-    **{f"torch.{dtype.torch_name}": dtype.name for dtype in BY_NAME.values() if dtype.torch_name},
+    f"torch.{dtype.torch_name}": dtype.name for dtype in BY_NAME.values() if dtype.torch_name
 }
 _STORAGES = {
     "FloatStorage": "F32",

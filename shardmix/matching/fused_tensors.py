@@ -7,7 +7,7 @@ files.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +25,8 @@ from shardmix.conventions.tensor_names import (
 from shardmix.dtypes import DTYPES, tensor_nbytes
 from shardmix.formats.safetensors_layout import TensorInfo
 from shardmix.formats.tensor_table import TensorTable
-from shardmix.sources.base import Source, TensorReader, WrappedSource
+from shardmix.sources.base import Source
+from shardmix.sources.rearranged import RearrangedSource
 
 if TYPE_CHECKING:
     from shardmix.conventions.declarations import Renaming
@@ -78,7 +79,7 @@ def split_alike(sources: Sequence[Source]) -> tuple[Sequence[Source], list[str]]
                 f"{source.text}: stores {next(iter(divided))} in one piece, other models in "
                 "several; the output stores the pieces, which transformers reads as well"
             )
-            source = _DividedSource(source, divided)
+            source = RearrangedSource(source, *_divide(source.tensors, divided))
         found.append(source)
     return found, notes
 
@@ -120,38 +121,6 @@ def _fills(renaming: "Renaming", pieces: Sequence[_Piece], shape: Shape) -> bool
     return is_even and all(piece.shape == part for piece in pieces)
 
 
-class _DividedSource(WrappedSource):
-    """A source of whose tensors some are taken for several."""
-
-    def __init__(self, inner: Source, divided: Mapping[str, Sequence[_Piece]]) -> None:
-        tensors, self._rows, self._firsts = _divide(inner.tensors, divided)
-        super().__init__(inner, tensors)
-
-    def open_reader(self) -> TensorReader:
-        """Return a reader of the pieces."""
-        return _PieceReader(self._inner.open_reader(), self._rows, self._firsts)
-
-
-class _PieceReader:
-    """Reads a piece as a part of the inner source's tensor; a `TensorReader`."""
-
-    def __init__(self, inner: TensorReader, rows: Sequence[int], firsts: Sequence[int]) -> None:
-        self._inner, self._rows, self._firsts = inner, rows, firsts
-        self.overhead_nbytes = inner.overhead_nbytes
-
-    def read(self, row: int, start: int, into: memoryview) -> None:
-        """Fill `into` with elements of a piece, from `start` on. Raises `SourceError`."""
-        self._inner.read(self._rows[row], self._firsts[row] + start, into)
-
-    def prefetch(self, row: int, start: int, num_elements: int) -> None:
-        """Announce elements that will be read soon."""
-        self._inner.prefetch(self._rows[row], self._firsts[row] + start, num_elements)
-
-    def close(self) -> None:
-        """Close the inner reader."""
-        self._inner.close()
-
-
 def _divide(
     table: TensorTable, divided: Mapping[str, Sequence[_Piece]]
 ) -> tuple[TensorTable, list[int], list[int]]:
@@ -177,14 +146,11 @@ def _divide(
             first += math.prod(piece.shape)
         if start != int(table.starts[row]) + int(table.nbytes[row]):
             raise AssertionError(f"{name}: its pieces are not all of it")
-    pieces = TensorTable(
+    pieces = replace(
+        table.take(rows),
         names=tuple(names),
         shapes=tuple(shapes),
-        dtype_ranks=table.dtype_ranks[rows],
-        files=table.files[rows],
         starts=np.array(starts, np.int64),
         nbytes=np.array(nbytes, np.int64),
-        decoded=None if table.decoded is None else table.decoded[rows],
-        kept_ranks=None if table.kept_ranks is None else table.kept_ranks[rows],
     )
     return pieces, rows, firsts

@@ -6,12 +6,10 @@ formats, so it is left out here as well, if the class declares the tie and the c
 
 from collections import defaultdict
 
-import numpy as np
-import numpy.typing as npt
-
 from shardmix.conventions.declarations import declaration_of
 from shardmix.matching.ties import NamedModel, pairs_of
-from shardmix.sources.base import Readers, Source, TensorReader, WrappedSource
+from shardmix.sources.base import Source
+from shardmix.sources.rearranged import RearrangedSource
 
 
 def without_tied_copies(source: Source) -> Source:
@@ -31,7 +29,7 @@ def without_tied_copies(source: Source) -> Source:
     if not copies:
         return source
     kept = [row for name, row in rows.items() if name not in copies]
-    return _Chosen(source, np.array(kept, np.int32))
+    return RearrangedSource(source, table.take(kept), kept, [0] * len(kept))
 
 
 def _names_of_one_storage(source: Source) -> list[set[str]]:
@@ -42,39 +40,3 @@ def _names_of_one_storage(source: Source) -> list[set[str]]:
         if table.nbytes[row] and not table.is_decoded(row):
             groups[place, table.shapes[row], int(table.dtype_ranks[row])].add(table.names[row])
     return [names for names in groups.values() if len(names) > 1]
-
-
-class _Chosen(WrappedSource):
-    """Some tensors of a source."""
-
-    def __init__(self, inner: Source, rows: npt.NDArray[np.int32]) -> None:
-        super().__init__(inner, inner.tensors.take(rows))
-        self._rows = rows
-
-    def open_reader(self) -> TensorReader:
-        """Return a reader that knows these tensors by their own rows."""
-        return _ChosenReader(self._inner.open_reader(), self._rows)
-
-    def open_shared_reader(self, shared: Readers) -> TensorReader:
-        """Return such a reader; the inner source reads its base by `shared`."""
-        return _ChosenReader(self._inner.open_shared_reader(shared), self._rows)
-
-
-class _ChosenReader:
-    """Reads tensors of the inner source by other numbers."""
-
-    def __init__(self, inner: TensorReader, rows: npt.NDArray[np.int32]) -> None:
-        self._inner, self._rows = inner, rows
-        self.overhead_nbytes = inner.overhead_nbytes
-
-    def read(self, row: int, start: int, into: memoryview) -> None:
-        """Fill `into` with elements of a tensor from `start` on. Raises `SourceError`."""
-        self._inner.read(int(self._rows[row]), start, into)
-
-    def prefetch(self, row: int, start: int, num_elements: int) -> None:
-        """Announce elements that will be read soon."""
-        self._inner.prefetch(int(self._rows[row]), start, num_elements)
-
-    def close(self) -> None:
-        """Close the inner reader."""
-        self._inner.close()

@@ -104,7 +104,7 @@ class Digests(msgspec.Struct, frozen=True):
     """The digests of the output's files."""
 
     algorithm: str
-    """One of `digests.ALGORITHMS`."""
+    """One of `hashing.ALGORITHMS`."""
     leaf_bytes: int
     """Size of the leaves that files are hashed in (xxh3 and blake3)."""
     files: dict[str, FileRecord]

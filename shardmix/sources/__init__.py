@@ -6,6 +6,7 @@ resolve                a source's text → its value, once; and the table of kin
 located                a model's place: on this machine, or a repository on the Hub
 hub                    a repository on the Hub → its commit, and the local copy of that commit
 headers, checkpoint    a model in files of safetensors or torch.save, opened by their headers
+rearranged             a source of parts of another one's tensors
 views                  tensors whose elements lie in a file in another order
 quantised              a quantised model, decoded while it is read; `quantisation` has the schemes
 quantised_reader       its tensors as float32, piece by piece

@@ -24,6 +24,7 @@ from shardmix.dtypes import (
     element_nbytes,
     tensor_nbytes,
 )
+from shardmix.formats.stored_floats import Floats, Stored, stored, widened
 from shardmix.formats.tensor_table import TensorTable
 from shardmix.sources.adapters import (
     ONES,
@@ -36,7 +37,7 @@ from shardmix.sources.adapters import (
 )
 from shardmix.sources.base import Readers, Source, TensorReader, WrappedSource
 from shardmix.sources.identity import AppliedAdapter, SourceIdentity
-from shardmix.sources.low_rank import Floats, Stored, add_product, stored, widened
+from shardmix.sources.low_rank import add_product
 from shardmix.sources.low_rank_kernel import kernel
 
 _PIECE_NUM_ELEMENTS = 1 << 18

@@ -6,31 +6,8 @@ sum is then multiplied by the scaling, as PEFT does, and added to W. Knows array
 """
 
 import numpy as np
-import numpy.typing as npt
 
-from shardmix.dtypes import BY_NAME
-
-Stored = npt.NDArray[np.generic]
-"""Elements as they are stored; of bfloat16 and float16 the bits, in uint16."""
-Floats = npt.NDArray[np.floating]
-"""Elements in float32 or float64."""
-
-
-def stored(raw: memoryview, dtype: str) -> Stored:
-    """Return bytes as an array of elements of a dtype (a safetensors name)."""
-    return np.frombuffer(raw, BY_NAME[dtype].numpy_name)
-
-
-def widened(values: Stored, dtype: str, wide: npt.DTypeLike = np.float32) -> Floats:
-    """Return stored elements as contiguous float32 or float64; exact, unless they are wider."""
-    if dtype == "BF16":
-        bits = values.astype(np.uint32, order="C")
-        bits <<= 16
-        found: Floats = bits.view(np.float32)
-    else:
-        found = values.view({"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype])
-    with np.errstate(over="ignore"):
-        return np.ascontiguousarray(found, wide)
+from shardmix.formats.stored_floats import Floats, Stored, widened
 
 
 def add_product(

@@ -12,7 +12,8 @@ import threading
 import numpy as np
 
 from shardmix.dtypes import BY_NAME, LLVM_DTYPES, element_nbytes
-from shardmix.sources.low_rank import Floats, Stored
+from shardmix.formats.stored_floats import Floats, Stored
+from shardmix.system.llvm_floats import WIDEN, splat
 
 # Sums of a tile fill half of the registers of AVX-512, and all of AVX2's. The rest of the columns
 # goes one by one.
@@ -73,20 +74,10 @@ _LAST = """\
   %value{n}_at = getelementptr {type}, ptr %values, i64 %value{n}_offset
   %stored{n} = load <{width} x {type}>, ptr %value{n}_at, align {alignment}
 {widen}
-  %result{n} = fadd <{width} x float> %wide{n}, %scaled{n}
+  %result{n} = fadd <{width} x float> %value{n}, %scaled{n}
   %out{n}_offset = mul i64 %out_step, {n}
   %out{n}_at = getelementptr float, ptr %out, i64 %out{n}_offset
   store <{width} x float> %result{n}, ptr %out{n}_at, align 4"""
-
-# A bfloat16 is the upper half of a float32.
-_WIDEN = {
-    "BF16": """\
-  %long{n} = zext <{width} x i16> %stored{n} to <{width} x i32>
-  %upper{n} = shl <{width} x i32> %long{n}, {sixteen}
-  %wide{n} = bitcast <{width} x i32> %upper{n} to <{width} x float>""",
-    "F16": "  %wide{n} = fpext <{width} x half> %stored{n} to <{width} x float>",
-    "F32": "  %wide{n} = bitcast <{width} x float> %stored{n} to <{width} x float>",
-}
 
 # All rows of some columns: tiles of several rows, then the rest one by one.
 _COLUMNS = """
@@ -216,7 +207,7 @@ def _tile(dtype: str, rows: int, width: int) -> str:
         "width": width,
         "type": BY_NAME[dtype].llvm_name,
         "alignment": element_nbytes(dtype),
-        "sixteen": f"<{', '.join(['i32 16'] * width)}>",
+        "sixteen": splat(16, width),
     }
 
     def of_each(part: str, splat_of: str = "") -> str:
@@ -226,7 +217,7 @@ def _tile(dtype: str, rows: int, width: int) -> str:
             if splat_of:
                 name = f"{splat_of}{n}"
                 more["splat"] = _SPLAT.format(name=name, width=width, value=f"%{name}_value")
-            more["widen"] = _WIDEN[dtype].format_map(words | more)
+            more["widen"] = WIDEN[dtype].format_map(words | more)
             lines.append(part.format_map(words | more))
         return "\n".join(lines)
 

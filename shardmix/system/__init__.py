@@ -10,6 +10,7 @@ memory, cgroups        memory taken by the process, and available to it, in a co
 buffers                buffers aligned so that copying to and from files is fast
 sigbus                 a mapped page that cannot be loaded sets a mark; the process lives on
 llvm                   assembly of LLVM → machine code for this processor
+llvm_floats            stored floats as vectors of float32, as that assembly
 gpus                   the GPUs of the machine, counted without torch
 threads, timer         threads that end with their block; the time workers spend at each stage
 """

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardmix.formats.stored_floats import stored, widened
 from shardmix.sources import low_rank_kernel
-from shardmix.sources.low_rank import add_product, stored, widened
+from shardmix.sources.low_rank import add_product
 from tests.support.adapters import applied
 from tests.support.models import random_tensor
 
