@@ -115,7 +115,7 @@ class MergeOptions(TypedDict, total=False):
     on_nonfinite: str
     """Reaction to NaN or Inf in the output: "warn" (default: count them by tensor) or "error"."""
     digest: str
-    """Digest of the output's files: xxh3 (default), blake3 or sha256."""
+    """Algorithm of the output files' digests: one of `hashing.ALGORITHMS`; default xxh3."""
     record_paths: bool
     """Record the sources' paths on this machine in the output's shardmix.json."""
     profile: str | PathLike[str] | None

@@ -152,7 +152,7 @@ _FOLDERS = (
     ),
     _Kind(
         r"[^/]+\.gguf",
-        "has weights only as GGUF ({found}); shardmix merges safetensors",
+        "has weights only as GGUF ({found}), which shardmix does not read",
         "use the original checkpoint that it was made from",
     ),
     _Kind(

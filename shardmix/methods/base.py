@@ -80,7 +80,7 @@ class MergeMethod(Protocol):
     summary: ClassVar[str]
     """One sentence for people."""
     reference: ClassVar[str]
-    """Address of the paper that it comes from; "" for common knowledge."""
+    """Address (https) of the paper that it comes from, or of the library whose behaviour it has."""
     parameters: ClassVar[tuple[Parameter, ...]]
     """Its parameters."""
     num_factors: ClassVar[int | None]

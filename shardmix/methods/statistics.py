@@ -26,7 +26,10 @@ class Statistic(Protocol):
         """Return its number of entries for so many models, the base model among them."""
 
     def of_piece(self, values: Sequence[Any]) -> Partial:
-        """Return a piece's part. `values` are float64 arrays, which it must not change."""
+        """Return a piece's part. `values` are float64 arrays, which it must not change.
+
+        It may make one array of a piece's size at a time; the memory budget counts that one.
+        """
 
     def total(self, partials: Sequence[Partial]) -> Partial:
         """Return the statistic of several parts, or of several totals, together."""

@@ -106,7 +106,7 @@ class Digests(msgspec.Struct, frozen=True):
     algorithm: str
     """One of `hashing.ALGORITHMS`."""
     leaf_bytes: int
-    """Size of the leaves that files are hashed in (xxh3 and blake3)."""
+    """Size of the leaves that files are hashed in, unless the digest is the whole file's."""
     files: dict[str, FileRecord]
     """Path within the output → file."""
 

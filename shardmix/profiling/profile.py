@@ -53,7 +53,7 @@ class PlannedMerge:
     projected_vram_bytes: int
     """Upper bound of the GPU memory that torch reserves, on one GPU; 0 on the CPU."""
     digest: str
-    """Digest of the output's files: xxh3, blake3 or sha256."""
+    """Algorithm of the output files' digests: one of `hashing.ALGORITHMS`."""
     fsync: bool
     """True if files are forced to disk before the output appears."""
     plan_digest: str

@@ -53,7 +53,7 @@ class PlanFacts:
     shards: tuple[ShardReport, ...]
     """The weight files."""
     digest: str
-    """Digest of the output's files: xxh3, blake3 or sha256."""
+    """Algorithm of the output files' digests: one of `hashing.ALGORITHMS`."""
     left_out: tuple[LeftOut, ...]
     """Files and folders of the config source that are left out, with the reasons."""
 

@@ -4,7 +4,7 @@ units                  "2GiB" ⇄ bytes
 files                  free space, the limits of one call, files that are safe to open
 held_folder            a folder held by its descriptor, in which no link is followed
 locks                  one process at a time in a folder
-hashing                files cut into leaves of 4 MiB and hashed: xxh3, blake3, sha256
+hashing                files cut into leaves of 4 MiB and hashed, by any of a table of algorithms
 page_cache             the pages of files that stay in the system's cache
 memory, cgroups        memory taken by the process, and available to it, in a container too
 buffers                buffers aligned so that copying to and from files is fast

@@ -10,7 +10,8 @@ import errno
 import hashlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import xxhash
@@ -23,14 +24,6 @@ LEAF_NBYTES = 4 * MIB
 """Part of the digest's definition; chunks may be of any size."""
 READ_NBYTES = 256 * 1024
 """Bytes read at once to hash an existing file."""
-
-XXH3 = "xxh3"
-"""XXH3-128: against corruption, at the speed of memory."""
-BLAKE3 = "blake3"
-"""BLAKE3: tamper evidence (extra `blake3`)."""
-SHA256 = "sha256"
-"""SHA-256 of the whole file, as the Hub shows it, at the price of one core a file."""
-ALGORITHMS = (XXH3, BLAKE3, SHA256)
 
 
 class Hasher(Protocol):
@@ -46,6 +39,38 @@ class Hasher(Protocol):
         """Return an independent hasher with the same bytes added."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Algorithm:
+    """A way to make digests."""
+
+    leaf: Callable[[], Hasher]
+    """Makes a hasher of a leaf's bytes."""
+    whole: Callable[[], Hasher] | None = None
+    """Makes a hasher of a file from end to end; None if its leaves' digests are enough."""
+    package: str | None = None
+    """Package, and extra of shardmix, that it takes; None if it is always there."""
+
+
+def _blake3() -> Hasher:
+    import blake3
+
+    return blake3.blake3()
+
+
+XXH3 = "xxh3"
+SHA256 = "sha256"
+_ALGORITHMS = {
+    # Against corruption, at the speed of memory.
+    XXH3: _Algorithm(xxhash.xxh3_128),
+    # Tamper evidence.
+    "blake3": _Algorithm(_blake3, package="blake3"),
+    # The whole file's, as the Hub shows it, at the price of one core a file.
+    SHA256: _Algorithm(xxhash.xxh3_128, whole=hashlib.sha256),
+}
+ALGORITHMS = tuple(_ALGORITHMS)
+"""Names of all algorithms."""
+
+
 def check_algorithm(algorithm: str, *, is_choice: bool = True) -> None:
     """Raise `RecipeError` if an algorithm is unknown or not installed.
 
@@ -55,18 +80,20 @@ def check_algorithm(algorithm: str, *, is_choice: bool = True) -> None:
         raise RecipeError(
             f"must be one of {', '.join(ALGORITHMS)}", subject=f"digest {algorithm!r}"
         )
-    if algorithm == BLAKE3 and importlib.util.find_spec("blake3") is None:
-        other = ", or use --digest sha256 or xxh3" if is_choice else ""
+    package = _ALGORITHMS[algorithm].package
+    if package is not None and importlib.util.find_spec(package) is None:
+        others = [name for name, each in _ALGORITHMS.items() if each.package is None]
+        other = f", or use --digest {' or '.join(others)}" if is_choice else ""
         raise RecipeError(
-            "is not installed (pip install 'shardmix[blake3]')",
-            subject="digest blake3",
+            f"is not installed (pip install 'shardmix[{package}]')",
+            subject=f"digest {algorithm}",
             remedy=f"install it{other}",
         )
 
 
 def is_sequential(algorithm: str) -> bool:
     """Return True if a digest needs the file to be read from end to end."""
-    return algorithm == SHA256
+    return _ALGORITHMS[algorithm].whole is not None
 
 
 def num_leaves(file_nbytes: int) -> int:
@@ -147,7 +174,8 @@ class LeafHasher:
 
 def file_hasher(algorithm: str) -> Hasher | None:
     """Return a hasher for a whole file if the algorithm needs one, else None."""
-    return hashlib.sha256() if is_sequential(algorithm) else None
+    whole = _ALGORITHMS[algorithm].whole
+    return None if whole is None else whole()
 
 
 def digest_nbytes(algorithm: str) -> int:
@@ -215,8 +243,4 @@ def file_digest(descriptor: int, algorithm: str) -> str:
 
 
 def _leaf_hasher(algorithm: str) -> Hasher:
-    if algorithm == BLAKE3:
-        import blake3
-
-        return blake3.blake3()
-    return xxhash.xxh3_128()
+    return _ALGORITHMS[algorithm].leaf()

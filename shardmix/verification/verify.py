@@ -66,7 +66,7 @@ class VerifyReport:
     bytes_read: int
     """Bytes read of them, and of the sources if it was recomputed."""
     digest: str
-    """Digest of the files: xxh3, blake3 or sha256."""
+    """Algorithm of the files' digests: one of `hashing.ALGORITHMS`."""
     provenance_sha256: str
     """SHA-256 (hex) of shardmix.json, as `sha256sum` shows it."""
     proof: str
