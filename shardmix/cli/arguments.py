@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from shardmix.cli.options import names_of, scoring
 from shardmix.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -31,13 +32,9 @@ def merge_options(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def score_options(arguments: dict[str, Any], *, dtype: str) -> "ScoreOptions":
     """Return only the scoring options that were given; the library knows the defaults."""
-    from shardmix.scoring.options import ScoreOptions
-
-    shared = {"dtype", "device", "max_memory", "max_vram", "pooling"}
-    names = set(ScoreOptions.__annotations__) - shared
     given = {
         name: value
-        for name in sorted(names)
+        for name in sorted(names_of(scoring))
         if (value := arguments[name]) is not None and value is not False
     }
     if dtype != "auto":

@@ -25,6 +25,11 @@ def together(*parameters: _Parameter) -> _Parameter:
     return decorate
 
 
+def names_of(parameters: _Parameter) -> list[str]:
+    """Return the names that a function gets for these parameters, in order."""
+    return [each.name for each in click.command()(parameters(lambda: None)).params if each.name]
+
+
 models = click.argument("models", metavar="SOURCE=WEIGHT...", nargs=-1, required=True)
 sources = click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
 

@@ -6,18 +6,20 @@ Puts the single checks together. Reads small files; no weights.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shardmix.conventions.naming import SCALE_KEY, TIE_KEY, declared_quantisation, input_embedding
 from shardmix.matching.config_fit import config_misfits
 from shardmix.matching.configs import NamedConfig, config_differences
 from shardmix.matching.differences import Difference, settle
-from shardmix.matching.modules import ModularModel, module_differences
 from shardmix.matching.preprocessors import preprocessor_differences
 from shardmix.matching.tensors import QUANTISATION
 from shardmix.matching.tokenizers import TokenizerFolder, tokenizer_differences
 from shardmix.recipe import Recipe
 from shardmix.sources.base import Source
+
+if TYPE_CHECKING:
+    from shardmix.matching.modules import ModularModel
 
 _WOULD_NOT_LOAD = "the output would not load"
 
@@ -40,7 +42,7 @@ def check_belong_together(
     recipe: Recipe,
     *,
     config_sources: Sequence[PartConfig],
-    modular_config_source: ModularModel | None = None,
+    modular_config_source: "ModularModel | None" = None,
     max_memory: int | None = None,
 ) -> tuple[str, ...]:
     """Return warnings for the differences between models that have the same tensors.
@@ -50,7 +52,7 @@ def check_belong_together(
     modules if no model does. `max_memory` (bytes) bounds the process. Raises `MismatchError` for a
     difference over which no average makes sense.
     """
-    found = list(module_differences(sources, modular_config_source, recipe.pooling))
+    found = _module_differences(sources, modular_config_source, recipe.pooling)
     for number, (group, config_source) in enumerate(zip(groups, config_sources, strict=True)):
         if number == 0 or any("model_type" in part.config for part in group):
             found += _quantisations(group, config_source)
@@ -66,6 +68,17 @@ def check_belong_together(
         found += _tokenizer_differences(group, config_source, max_memory)
         found += _preprocessor_differences(group, config_source)
     return settle(found, recipe.allow_differences)
+
+
+def _module_differences(
+    sources: Sequence[Source], config_source: "ModularModel | None", pooling: str | None
+) -> list[Difference]:
+    if config_source is None and not any(each.modules or len(each.parts) > 1 for each in sources):
+        return []
+    # Imported here: models without modules need none of it.
+    from shardmix.matching.modules import module_differences
+
+    return list(module_differences(sources, config_source, pooling))
 
 
 def _quantisations(group: Sequence[Source], config_source: PartConfig) -> Iterator[Difference]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from shardmix._typing import Unpack
 from shardmix.conventions.file_kinds import LeftOut
@@ -27,7 +27,6 @@ from shardmix.errors import BudgetError, listed
 from shardmix.matching.belonging import PartConfig, check_belong_together
 from shardmix.matching.config_dtypes import config_dtypes
 from shardmix.matching.fused_tensors import split_alike
-from shardmix.matching.modules import ModularModel
 from shardmix.matching.parts import match_parts
 from shardmix.matching.tensors import MatchedTensors, match_tensors
 from shardmix.methods.base import Params
@@ -58,6 +57,9 @@ from shardmix.sources.identity import SourceFile
 from shardmix.sources.shared_readers import SharedReaders
 from shardmix.system.hashing import XXH3
 from shardmix.system.page_cache import plan_cache_use
+
+if TYPE_CHECKING:
+    from shardmix.matching.modules import ModularModel
 
 
 class Outcome(TypedDict, total=False):
@@ -282,11 +284,13 @@ class _PlannedPart:
 
 def _modular_config_source(
     recipe: Recipe, config_source: ConfigSource, first: Source
-) -> ModularModel | None:
+) -> "ModularModel | None":
     """Return the model that gives the output its modules, unless it is a whole model of the
     merge."""
     if recipe.config_from is None and not first.is_single_file:
         return None
+    from shardmix.matching.modules import ModularModel
+
     return ModularModel(
         recipe.config_from or config_source.name, config_source.folder, config_source.modules
     )

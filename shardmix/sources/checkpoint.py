@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from shardmix.conventions.file_kinds import LeftOut
-from shardmix.conventions.folder_kinds import no_weights, no_weights_file
 from shardmix.conventions.module_tree import Module, module_subfolders, read_modules
 from shardmix.conventions.weight_names import (
     ALL_WEIGHTS,
@@ -329,6 +328,8 @@ def _weight_files(source: str, root: Path, subfolder: str, max_memory: int | Non
     folder = root / subfolder
     stored = _stored_weights(folder)
     if stored is None:
+        from shardmix.conventions.folder_kinds import no_weights
+
         raise no_weights(_names_in(folder), source).of(source)
     # Both present: as in transformers, the single file counts.
     if os.path.lexists(folder / stored.whole):
@@ -352,6 +353,8 @@ def _weight_files(source: str, root: Path, subfolder: str, max_memory: int | Non
 def _refuse_partial_file(source: str, path: Path) -> None:
     """Raise `SourceError` if a file is no whole model: of another kind, or one of several."""
     if path.suffix not in (SUFFIX, *TORCH_SUFFIXES):
+        from shardmix.conventions.folder_kinds import no_weights_file
+
         raise no_weights_file(path.name).of(source)
     shard = shard_name(path.name)
     if shard is not None:
