@@ -4,6 +4,8 @@ destination            checks of an output's path: it destroys nothing, and its 
 disk_need              the disk space of a merge, counted by the code that writes
 counted_folder         a folder that counts sizes instead of writing
 staging                filled in a hidden folder, put in place by one rename
+hidden_folder          that folder: found or made, this user's own, locked
+swap                   the rename, and what a killed one leaves
 journal                the finished leaves of a merge, for the next call to go on
 score_log              the scores so far, for the next call
 file_writer            byte ranges out

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shardmix.errors import OutputError
-from shardmix.output.staging import staging_path
+from shardmix.output.hidden_folder import staging_path
 from shardmix.system.files import open_regular
 from shardmix.system.held_folder import open_folder
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from shardmix.errors import OutputError, SourceError
 from shardmix.output.destination import resolve_output
+from shardmix.output.hidden_folder import staging_path
 from shardmix.output.journal import summarise
 from shardmix.output.provenance import EDITED, PROVENANCE_NAME, read_provenance, recorded_recipe
 from shardmix.output.score_log import num_models_scored
-from shardmix.output.staging import Staging, existing_staging, staging_path
+from shardmix.output.staging import Staging, existing_staging
 from shardmix.plan.identity import MergeDescription
 from shardmix.recipe.parameters import source_weights
 from shardmix.recipe.yaml_file import recipe_to_dict

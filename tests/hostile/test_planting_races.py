@@ -8,7 +8,7 @@ import pytest
 
 import shardmix
 from shardmix.errors import OutputError
-from shardmix.output import staging as staging_module
+from shardmix.output import hidden_folder
 from shardmix.system.held_folder import HeldFolder
 from tests.support import sampling
 from tests.support.cut_off import folder_bytes
@@ -176,7 +176,7 @@ def test_staging_folder_swap_is_not_opened(made, precious, tmp_path, monkeypatch
 
     Between the look at its owner and the opening: a link is not opened.
     """
-    checked = staging_module._owner_if_private
+    checked = hidden_folder._owner_if_private
 
     def swap_after(path, parent, there):
         owner = checked(path, parent, there)
@@ -184,7 +184,7 @@ def test_staging_folder_swap_is_not_opened(made, precious, tmp_path, monkeypatch
             swap(path, precious.folder)
         return owner
 
-    monkeypatch.setattr(staging_module, "_owner_if_private", swap_after)
+    monkeypatch.setattr(hidden_folder, "_owner_if_private", swap_after)
     with pytest.raises(OutputError):
         shardmix.merge(made[0], tmp_path / "out")
     precious.check()

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 import pytest
 
 from shardmix.errors import OutputError
-from shardmix.output import staging as staging_module
+from shardmix.output.hidden_folder import LockedFolder
 from shardmix.output.staging import open_staging, settle
+from shardmix.output.swap import Swap
 from tests.support.models import random_model, save_model
 
 
@@ -55,13 +56,13 @@ def test_after_an_error_nothing_is_left(tmp_path, error):
 
 def test_an_interrupt_while_folders_close(tmp_path, monkeypatch):
     """An interrupt after all is in place says so, also if it comes as the last folder closes."""
-    close = staging_module._Opened.close
+    close = LockedFolder.close
 
     def close_and_stop(self):
         close(self)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(staging_module._Opened, "close", close_and_stop)
+    monkeypatch.setattr(LockedFolder, "close", close_and_stop)
     with (
         pytest.raises(KeyboardInterrupt, match="out is complete and in place"),
         staged_folder(tmp_path / "out", overwrite=False, fsync=False) as folder,
@@ -237,14 +238,14 @@ def test_kill_at_exchange_leaves_old_or_new(tmp_path, monkeypatch, moment):
     """A kill around the exchange leaves the old or the new."""
     out = model(tmp_path / "out")
     old = (out / "model.safetensors").read_bytes()
-    exchange = staging_module._exchange
+    exchange = Swap.exchange
 
     def killed(*args):
         if moment == "after":
             exchange(*args)
         raise Killed
 
-    monkeypatch.setattr(staging_module, "_exchange", killed)
+    monkeypatch.setattr(Swap, "exchange", killed)
     with pytest.raises(Killed), open_staging(out) as staging:
         fill(staging.folder.path)
         staging.is_worth_keeping = True
@@ -271,7 +272,7 @@ def test_kill_between_steps_restores_the_old(tmp_path, monkeypatch):
         staging.parent.move("out", staging.hidden, "old")
         raise Killed
 
-    monkeypatch.setattr(staging_module, "_exchange", killed)
+    monkeypatch.setattr(Swap, "exchange", killed)
     with pytest.raises(Killed), open_staging(out) as staging:
         fill(staging.folder.path)
         staging.is_worth_keeping = True

@@ -6,7 +6,8 @@ import pytest
 
 import shardmix
 from shardmix.errors import OutputError
-from shardmix.output import staging as staging_module
+from shardmix.output.hidden_folder import LockedFolder
+from shardmix.output.swap import Swap
 from shardmix.system.held_folder import open_folder
 from shardmix.system.locks import lock_owner
 from tests.support.cut_off import cut_off, large_models
@@ -21,7 +22,7 @@ def kill_while_placing(out, monkeypatch, *, after_exchange):
     """Merge over a model, and leave what a kill just behind or amid the exchange leaves."""
     models = large_models(out.parent)
     save_model(out, random_model(1))
-    place, clear = staging_module._exchange, staging_module._clear
+    place, clear = Swap.exchange, Swap.clear
 
     def exchange(staging, old):
         if after_exchange:
@@ -30,13 +31,13 @@ def kill_while_placing(out, monkeypatch, *, after_exchange):
             staging.parent.move("out", staging.hidden, "old")
         raise Killed
 
-    monkeypatch.setattr(staging_module, "_exchange", exchange)
-    monkeypatch.setattr(staging_module, "_clear", lambda _folder: None)
-    monkeypatch.setattr(staging_module._Opened, "remove_empty", lambda _opened: None)
+    monkeypatch.setattr(Swap, "exchange", exchange)
+    monkeypatch.setattr(Swap, "clear", lambda _folder: None)
+    monkeypatch.setattr(LockedFolder, "remove_empty", lambda _opened: None)
     with pytest.raises(Killed):
         shardmix.merge(models, out, overwrite=True)
     monkeypatch.undo()
-    assert clear is staging_module._clear
+    assert clear is Swap.clear
     return models
 
 
