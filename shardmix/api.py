@@ -291,6 +291,9 @@ def checked_recipe(models: ModelsArgument, model_type: str | None, options: Merg
         allow_weight_sum=options.get("allow_weight_sum"),
         allow_differences=options.get("allow_differences"),
         pooling=options.get("pooling"),
+        as_adapter=options.get("as_adapter"),
+        rank=options.get("rank"),
+        energy=options.get("energy"),
         model_type=model_type,
     )
 

@@ -90,6 +90,12 @@ class MergeOptions(TypedDict, total=False):
     pooling: str | None
     """Pooling of an encoder: cls, mean, max, mean_sqrt_len, weightedmean or lasttoken; default:
     that of its sentence-transformers modules, else cls."""
+    as_adapter: bool | None
+    """Write the changes to the base model as a LoRA adapter that PEFT loads, not the model."""
+    rank: int | None
+    """Largest rank of that adapter; default: the ranks of the models' own adapters, added up."""
+    energy: float | None
+    """Share of each matrix's squared norm, from 0 to 1, that the least rank must keep."""
     max_memory: int | str | None
     """Bound on the whole process's peak resident memory ("2GiB"); default: only what speed
     needs."""

@@ -156,6 +156,12 @@ config_from = click.option(
     metavar="SOURCE",
     help="Model that gives config, tokenizer and chat template. Default: the first model.",
 )
+as_adapter = click.option(
+    "--as-adapter",
+    is_flag=True,
+    help="Write the weighted sum of changes to the base model as a LoRA adapter for PEFT, not the "
+    "model. Of adapters it is exact, and ranks add up; SOURCE=WEIGHT need not sum to 1.",
+)
 overwrite = click.option(
     "--overwrite",
     is_flag=True,
@@ -310,6 +316,7 @@ merging = together(
     allow_differences,
     pooling,
     config_from,
+    as_adapter,
 )
 # Options of a conversion, which has one source and no arithmetic but rounding.
 converting = together(

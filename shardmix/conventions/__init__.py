@@ -5,6 +5,7 @@ file_kinds             auxiliary files, which go along with the weights, and kin
 folder_kinds           folders that are no model in safetensors, and the remedy for each
 adapters               adapters such as LoRA, by the names of their tensors, and in a user's text
 peft                   LoRA adapters as PEFT saves them: config and names of tensors
+peft_output            LoRA adapters as PEFT loads them, for those that are written
 naming                 meanings of tensor names and config keys in transformers
 tensor_names           names that mean one parameter: wrappers', older versions', fused ones
 declarations           declarations of transformers' classes (ties, names), from a table

@@ -9,6 +9,11 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+CONFIG_NAME = "adapter_config.json"
+"""Name of the config that makes a folder an adapter's."""
+MOST_RANK = 1 << 16
+"""The largest rank: beyond that of any matrix that is trained."""
+
 ADAPTER_RULE = (
     "the mean of two adapters' matrices is not the mean of what they do to the model (mean B × "
     "mean A is not mean B·A)"

@@ -11,15 +11,12 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shardmix.conventions.adapters import CONFIG_NAME, MOST_RANK
 from shardmix.errors import SourceError, listed, shown
 
-CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 LORA = "LORA"
-
-MOST_RANK = 1 << 16
-"""The largest rank: beyond that of any matrix that is trained."""
 
 # Kinds of PEFT besides LoRA, by `peft_type`, as people call them.
 _KINDS = {
@@ -188,6 +185,8 @@ class LoraConfig:
     """Ending of an embedding's name → the rows that it replaces; "" for any embedding."""
     base_model: str
     """Name or path of the model that it was trained on; "" if it names none."""
+    task_type: str = ""
+    """PEFT's name of the model's task; "" if it names none."""
     notes: tuple[str, ...] = ()
     """Warnings for the user."""
 
@@ -234,6 +233,7 @@ def lora_config(content: Mapping[str, Any]) -> LoraConfig:
         target_parameters=names,
         token_indices=_token_indices(content.get("trainable_token_indices")),
         base_model=str(content.get("base_model_name_or_path") or ""),
+        task_type=str(content.get("task_type") or ""),
         notes=_notes(unknown),
     )
 

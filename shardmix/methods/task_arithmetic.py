@@ -14,11 +14,13 @@ from shardmix.methods.base import (
 )
 from shardmix.methods.ops import A, Ops
 
+NAME = "task_arithmetic"
+
 
 class TaskArithmetic(WeightedModels):
     """out = base + lambda · Σ weightᵢ · (modelᵢ - base), divided by Σ weightᵢ if `normalize`."""
 
-    name: ClassVar[str] = "task_arithmetic"
+    name: ClassVar[str] = NAME
     summary: ClassVar[str] = "the base model plus a weighted sum of what each model changed in it"
     reference: ClassVar[str] = "https://arxiv.org/abs/2212.04089"
     parameters: ClassVar[tuple[Parameter, ...]] = (

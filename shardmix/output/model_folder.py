@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import yaml
 
 from shardmix._version import __version__
+from shardmix.conventions.adapters import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from shardmix.conventions.model_types import ENCODER
 from shardmix.conventions.module_tree import inner_path
 from shardmix.conventions.naming import DTYPE_KEYS, TIE_KEY, without_quantisation
@@ -56,6 +57,9 @@ OutputFolder = HeldFolder | CountedFolder
 def write_all_but_weights(plan: MergePlan, folder: OutputFolder) -> None:
     """Write all files of an output that do not depend on its weights."""
     write_auxiliary_files(plan, folder)
+    if plan.adapter_config:
+        with _writing(folder, ADAPTER_CONFIG_NAME) as file:
+            file.write(plan.adapter_config)
     write_model_card(plan, folder)
     write_index(plan, folder)
 
@@ -143,9 +147,10 @@ def _write_index(shards: Sequence[OutputShard], folder: OutputFolder, name: str)
 def write_model_card(plan: MergePlan, folder: OutputFolder) -> None:
     """Write the model card: the models, their weights, and the recipe to repeat the merge."""
     # As huggingface_hub's ModelCard would, whose import takes longer than planning a 70B merge.
+    ids = list(dict.fromkeys(_model_ids(plan)))
     data = {
-        "base_model": list(dict.fromkeys(_model_ids(plan))),
-        "base_model_relation": "merge",
+        "base_model": ids[:1] if plan.adapter_config else ids,
+        "base_model_relation": "adapter" if plan.adapter_config else "merge",
         "library_name": _library_name(plan),
         "tags": ["merge", "shardmix"],
     }
@@ -180,6 +185,8 @@ def _has_modules(plan: MergePlan) -> bool:
 
 
 def _library_name(plan: MergePlan) -> str | None:
+    if plan.adapter_config:
+        return "peft"
     if stem_of(plan.shards[0].filename) == DIFFUSERS:
         return "diffusers"
     if _has_modules(plan) or _needs_sentence_modules(plan):
@@ -199,15 +206,24 @@ def _card_text(plan: MergePlan) -> str:
     text = yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False, allow_unicode=True)
     config_source = _as_code(plan.config_source_name)
     paper = f" ([{method.reference}]({method.reference}))" if method.reference else ""
+    by = f"[shardmix](https://pypi.org/project/shardmix/) {__version__}"
+    what = f"""A merge of {plan.num_models} models by {by},
+by the method `{method.name}`{paper}: {method.summary}. Computed in float32, and rounded once to the
+output's dtype."""
+    beside = (
+        f"Config, tokenizer and the other files beside the weights are those of {config_source}."
+    )
+    if plan.adapter_config:
+        what = f"""A LoRA adapter on {config_source}, written by {by}. It adds the weighted sum of
+what each of these models changed in its base{paper}."""
+        beside = f"Load it with PEFT on {config_source}."
     return f"""# {title}
 
-A merge of {plan.num_models} models by [shardmix](https://pypi.org/project/shardmix/) {__version__},
-by the method `{method.name}`{paper}: {method.summary}. Computed in float32, and rounded once to the
-output's dtype.
+{what}
 
 {_model_table(public)}
 
-Config, tokenizer and the other files beside the weights are those of {config_source}.
+{beside}
 
 ## Recipe
 

@@ -2,6 +2,9 @@
 
 opening                the opened models of a recipe
 planner                names, dtypes, files, every offset, and the memory
+adapter_plan           the same for an output that is an adapter
+planned_sources        the files and streams that are read, and the memory of their readers
+outcome                the keywords of a plan that concern its output
 layout                 output files: headers, offsets, and the segments of their data
 chunk_size             the number of elements of a chunk
 backend_choice         the device, the backend and the way to read, if left to auto

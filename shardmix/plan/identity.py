@@ -67,6 +67,9 @@ def _asked(merge: MergeDescription) -> Iterator[tuple[str, object]]:
     yield "model type", recipe.model_type
     yield "allow differences", recipe.allow_differences
     yield "pooling", recipe.pooling
+    yield "as adapter", recipe.as_adapter
+    yield "rank", recipe.rank
+    yield "energy", recipe.energy
     yield "digest", merge.digest
     yield "record paths", merge.record_paths
 

@@ -271,6 +271,8 @@ class MergePlan:
     """Absolute path of the model that gives modules that the config source lacks, or ""."""
     modules: OutputModules
     """Files of sentence-transformers modules to write besides auxiliary files."""
+    adapter_config: str
+    """Content of the output's adapter_config.json; "" if the output is a model."""
     shards: tuple[OutputShard, ...]
     """All weight files that will be written."""
     disk_needed_nbytes: int

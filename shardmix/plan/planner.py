@@ -4,14 +4,11 @@ Decides names, dtypes, output shards, every offset and the memory before a byte 
 Pure, except that it looks for files beside the weights and at the memory in use and available.
 """
 
-import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from shardmix._typing import Unpack
 from shardmix.conventions.file_kinds import LeftOut
@@ -36,10 +33,12 @@ from shardmix.options import RunSettings
 from shardmix.plan.backend_choice import decide
 from shardmix.plan.chunk_size import whole_chunk_nbytes
 from shardmix.plan.layout import FileNumbers, TensorParameters, plan_shards
-from shardmix.plan.memory_budget import Gathering, ReaderMemory, plan_memory
-from shardmix.plan.merge_plan import MergePlan, ModuleConfig, OutputShard, PlannedSource
+from shardmix.plan.memory_budget import Gathering, plan_memory
+from shardmix.plan.merge_plan import MergePlan, ModuleConfig, OutputShard
 from shardmix.plan.opening import ConfigSource, OpenedModels
+from shardmix.plan.outcome import Outcome
 from shardmix.plan.output_modules import PlannedModules, plan_modules
+from shardmix.plan.planned_sources import planned_sources, reader_memory
 from shardmix.plan.weight_warnings import weight_warnings
 from shardmix.recipe import Recipe
 from shardmix.recipe.build import recipe_notes
@@ -53,24 +52,11 @@ from shardmix.sources.auxiliary_files import (
 )
 from shardmix.sources.base import Source
 from shardmix.sources.checkpoint import CONFIG_NAME, read_config
-from shardmix.sources.identity import SourceFile
-from shardmix.sources.shared_readers import SharedReaders
 from shardmix.system.hashing import XXH3
 from shardmix.system.page_cache import plan_cache_use
 
 if TYPE_CHECKING:
     from shardmix.matching.modules import ModularModel
-
-
-class Outcome(TypedDict, total=False):
-    """The path of an output, and the content of its provenance."""
-
-    output: Path | None
-    """The folder to make, or None if that is open."""
-    digest_algorithm: str
-    """Algorithm of its files' digests; default: XXH3."""
-    record_paths: bool
-    """True if its provenance records the sources' paths on this machine; default: False."""
 
 
 def plan_merge(
@@ -84,6 +70,11 @@ def plan_merge(
     Raises `MismatchError` if the models do not fit, `BudgetError` if the memory budget cannot hold
     one smallest chunk.
     """
+    if recipe.as_adapter:
+        # Imported here: models need none of it.
+        from shardmix.plan.adapter_plan import plan_adapter
+
+        return plan_adapter(recipe, opened, settings, **outcome)
     try:
         return _plan_merge(recipe, opened, settings, **outcome)
     except BudgetError as error:
@@ -100,14 +91,14 @@ def _plan_merge(
     matched = match_parts(sources)
     modules = plan_modules(recipe, sources, matched, config_source.folder, config_source.modules)
     groups = _placed(matched.groups, modules)
-    planned, numbers = _planned_sources(sources, groups)
+    planned, numbers = planned_sources(sources, groups)
     parts = _planned_parts(recipe, groups, numbers, config_source, modules)
     main = parts[0]
     shards = tuple(shard for part in parts for shard in part.shards)
     settings = decide(settings, shards)
     write_nbytes = sum(shard.file_nbytes for shard in shards)
     gathering = _gathering(shards, [params for part in parts for params in part.parameters])
-    readers = _reader_memory(planned)
+    readers = reader_memory(planned)
     auxiliary_files = find_auxiliary_files(
         config_source.folder,
         weights=_merged_files(config_source, parts),
@@ -162,6 +153,7 @@ def _plan_merge(
         ),
         modules_folder="" if modules.folder is None else str(modules.folder.absolute()),
         modules=modules.output,
+        adapter_config="",
         shards=shards,
         disk_needed_nbytes=write_nbytes,  # what lies beside the weights is added from the plan
         settings=settings,
@@ -188,65 +180,6 @@ def _read_as(recipe: Recipe, sources: Sequence[Source]) -> Sequence[Source]:
         return sources
     base, *others = sources
     return [base, *(other.changes_to(base) or other for other in others)]
-
-
-def _planned_sources(
-    sources: Sequence[Source], groups: Sequence[Sequence[Source]]
-) -> tuple[tuple[PlannedSource, ...], list[tuple[FileNumbers, ...]]]:
-    """Return the files to read of each source, and for each group the numbers of its parts' files.
-
-    Files are numbered source by source; streams of decoded tensors have the numbers that follow.
-    """
-    planned: list[PlannedSource] = []
-    firsts: list[list[int]] = []
-    num_files = 0
-    parts_of = list(zip(*groups, strict=True))
-    for source, parts in zip(sources, parts_of, strict=True):
-        files: list[SourceFile] = []
-        firsts.append([])
-        for part in parts:
-            firsts[-1].append(num_files + len(files))
-            files += part.identity.files
-        num_files += len(files)
-        decoders = tuple(part for part in parts if _decodes(part))
-        planned.append(
-            PlannedSource(
-                text=source.text,
-                name=source.public_name,
-                path=source.path,
-                identity=replace(
-                    source.identity,
-                    files=tuple(files),
-                    decoding="; ".join(filter(None, (part.identity.decoding for part in parts))),
-                ),
-                decoders=decoders,
-            )
-        )
-    streams = itertools.count(num_files)
-    numbers = [
-        [
-            FileNumbers(first, next(streams) if _decodes(part) else first)
-            for first, part in zip(its_firsts, parts, strict=True)
-        ]
-        for its_firsts, parts in zip(firsts, parts_of, strict=True)
-    ]
-    return tuple(planned), list(zip(*numbers, strict=True))
-
-
-def _decodes(part: Source) -> bool:
-    """Return True if some tensors are decoded while they are read."""
-    return part.tensors.decoded is not None and bool(part.tensors.decoded.any())
-
-
-def _reader_memory(planned: Sequence[PlannedSource]) -> ReaderMemory:
-    """Return the memory of the sources' own readers."""
-    decoders = [decoder for source in planned for decoder in source.decoders]
-    shared, nbytes = SharedReaders(), 0
-    for decoder in decoders:
-        with closing(decoder.open_shared_reader(shared)) as reader:
-            nbytes += reader.overhead_nbytes
-    uses_kernels = any(decoder.uses_kernels for decoder in decoders)
-    return ReaderMemory(nbytes, shared.num_shared, uses_kernels)
 
 
 def _lacks_config(config_source: ConfigSource, auxiliary_files: Sequence[str]) -> bool:

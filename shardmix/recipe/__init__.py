@@ -3,6 +3,7 @@
 recipe                 the values: `Recipe`, `RecipeModel`, and the settings of parameters
 parameters             settings, checked by the method's declarations, resolved for every tensor
 yaml_file              recipes in YAML and JSON, read and written
+adapter                recipes whose output is an adapter, checked
 build                  a checked recipe from words, pairs, files and options
 
 The recipe and its sources decide every byte of the output. The output's path and the memory budget

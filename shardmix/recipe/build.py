@@ -12,9 +12,10 @@ from shardmix.conventions.model_types import check_model_type
 from shardmix.conventions.sentence_modules import check_pooling
 from shardmix.dtypes import OUT_DTYPES
 from shardmix.errors import RecipeError, is_unicode, shown
-from shardmix.methods import linear
+from shardmix.methods import linear, task_arithmetic
 from shardmix.methods.base import MergeMethod
 from shardmix.methods.registry import merge_method
+from shardmix.recipe.adapter import check_adapter, with_common_base
 from shardmix.recipe.parameters import (
     checked_settings,
     representative,
@@ -67,6 +68,8 @@ def build_recipe(
     """
     recipe, origin, is_sum_checked = _as_recipe(models)
     given: dict[str, Any] = {key: value for key, value in others.items() if value is not None}
+    if given.get("as_adapter") and not origin and not isinstance(models, Recipe):
+        given["merge_method"] = task_arithmetic.NAME
     if "allow_differences" in given:
         given["allow_differences"] = difference_keys(given["allow_differences"])
     if method is not None:
@@ -75,7 +78,7 @@ def build_recipe(
         given["base_model"] = str(base_model)
     if dtype is not None:
         given |= {"dtype": None, "out_dtype": dtype}
-    recipe = replace(recipe, **given)
+    recipe = with_common_base(replace(recipe, **given))
     asked = settings(parameters, where="parameters")
     if normalize is not None:
         asked = overlaid(asked, plain({NORMALIZE: normalize}))
@@ -186,6 +189,7 @@ def checked(recipe: Recipe, *, is_sum_checked: bool = False, may_be_one: bool = 
         check_model_type(recipe.model_type)
     if recipe.pooling is not None:
         check_pooling(recipe.pooling)
+    check_adapter(recipe)
     method = merge_method(recipe.merge_method)
     recipe = replace(
         recipe,

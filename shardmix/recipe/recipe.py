@@ -86,6 +86,12 @@ class Recipe:
     pooling: str | None = None
     """Pooling of an encoder's token states into one vector, one of `sentence_modules.POOLINGS`.
     None: as its modules say; without modules, cls."""
+    as_adapter: bool = False
+    """Write the changes to the base model as a LoRA adapter, not the model."""
+    rank: int | None = None
+    """Largest rank of the adapter's matrices; None: the ranks of the models' adapters, added up."""
+    energy: float | None = None
+    """Share of each matrix's squared norm that the least rank must keep; None: `rank` decides."""
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import yaml
 
 from shardmix.errors import RecipeError, is_unicode, one_line, shown
+from shardmix.methods import task_arithmetic
 from shardmix.methods.base import Value
 from shardmix.methods.registry import METHODS
 from shardmix.recipe.parameters import suggestion
@@ -26,6 +27,7 @@ _TEXT_KEYS = ("merge_method", "dtype", "out_dtype", "config_from", "model_type",
 _KEYS = (
     *("models", "merge_method", "base_model", "parameters", "dtype", "out_dtype"),
     *("config_from", "max_shard_size", "model_type", "allow_differences", "pooling"),
+    *("as_adapter", "rank", "energy"),
 )
 _MODEL_KEYS = ("model", "parameters")
 _REFUSED = {
@@ -114,8 +116,28 @@ def recipe_from_dict(content: object, *, origin: str = "recipe") -> Recipe:
         options["allow_differences"] = difference_keys(top["allow_differences"], where=origin)
     if top.get("max_shard_size") is not None:
         options["max_shard_size"] = parse_size(top["max_shard_size"])
+    options |= _of_adapter(top, origin)
     parameters = settings(top.get("parameters"), where=origin)
     return Recipe(tuple(models), parameters=parameters, **options)
+
+
+def _of_adapter(top: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """Return the keys of a recipe for an adapter; its method need not be named."""
+    found: dict[str, Any] = {}
+    for key, kind, what in (
+        ("as_adapter", bool, "true or false"),
+        ("rank", int, "a whole number"),
+        ("energy", (int, float), "a number"),
+    ):
+        value = top.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+            raise RecipeError(f"`{key}` is {shown(value)}; it must be {what}", subject=origin)
+        found[key] = value
+    if found.get("as_adapter") and top.get("merge_method") is None:
+        found["merge_method"] = task_arithmetic.NAME
+    return found
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:

@@ -30,10 +30,11 @@ from shardmix.sources.adapters import (
     ONES,
     Adapter,
     Change,
+    LowRankPair,
     Patch,
     View,
     base_warning,
-    changes_of,
+    matched,
 )
 from shardmix.sources.base import Readers, Source, TensorReader, WrappedSource
 from shardmix.sources.identity import AppliedAdapter, SourceIdentity
@@ -53,7 +54,8 @@ class AdaptedSource(WrappedSource):
 
     def __init__(self, base: Source, adapter: Adapter, text: str) -> None:
         self._adapter = adapter
-        self._changes = changes_of(adapter, base)
+        found = matched(adapter, base)
+        self._changes, self._pairs = found.changes, found.pairs
         self._text = text
         super().__init__(base, _changed_table(base, adapter, self._changes))
 
@@ -71,6 +73,11 @@ class AdaptedSource(WrappedSource):
     def changes(self) -> Mapping[int, Change]:
         """Row of the table → what the adapter does to that tensor."""
         return self._changes
+
+    @property
+    def pairs(self) -> Sequence[LowRankPair]:
+        """The adapter's matrices, as it stores them."""
+        return self._pairs
 
     @property
     def text(self) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shardmix.conventions import peft
+from shardmix.conventions.adapters import CONFIG_NAME
 from shardmix.conventions.declarations import Declaration, Renaming, declaration_of
 from shardmix.conventions.peft import LoraConfig, Part
 from shardmix.conventions.tensor_names import (
@@ -101,6 +102,34 @@ class Change:
         return not self.patches and self.magnitude is None and self.tokens is None
 
 
+class LowRankPair(NamedTuple):
+    """Matrices A and B of one parameter as an adapter stores them: B·A, times the scaling."""
+
+    name: str
+    """The parameter's name as the adapter means it: a module's weight, or stacked experts."""
+    module: str
+    """The module whose name the matrices have."""
+    depth: int
+    """Number of `base_layer`s in their names."""
+    a: int
+    """Row of A in the adapter's table."""
+    b: int
+    """Row of B."""
+    is_embedding: bool
+    """True if they are an embedding's, with names of their own."""
+    num_stacked: int
+    """Number of matrices that the parameter stacks: A has their ranks one after the other, and B
+    the columns of one rank together. 1 for most."""
+    rank: int
+    """Rank of each."""
+    scaling: float
+    """Factor of B·A."""
+    places: tuple[tuple[int, int, int], ...]
+    """Row of the base's table, the first of its rows that change, and their number."""
+    bias: int | None = None
+    """Row of what is added to the module's bias."""
+
+
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """An opened adapter."""
@@ -140,7 +169,7 @@ def open_adapter(opening: Opening) -> Adapter:
     Raises `SourceError` if it is none that can be applied, `BudgetError` as for a checkpoint.
     """
     folder = opening.located.path
-    config_path = folder / peft.CONFIG_NAME
+    config_path = folder / CONFIG_NAME
     try:
         path = folder / _weights_name(folder)
         refuse_link_outside(folder, config_path)
@@ -163,7 +192,7 @@ def _weights_name(folder: Path) -> str:
     """Return the name of an adapter's weight file; raise `SourceError` if a folder has none."""
     if not folder.is_dir():
         raise SourceError("is a file; an adapter is a folder", remedy="give its folder")
-    names = (peft.CONFIG_NAME, peft.WEIGHTS_NAME, peft.PICKLE_NAME, "config.json")
+    names = (CONFIG_NAME, peft.WEIGHTS_NAME, peft.PICKLE_NAME, "config.json")
     there = {name for name in names if os.path.lexists(folder / name)}
     found = peft.weights_name(there)
     if found is None:
@@ -216,18 +245,28 @@ def base_warning(adapter: Adapter, base: Source) -> str | None:
     if is_same:
         return None
     return (
-        f"{adapter.text}: was trained on {shown(named)}, by its {peft.CONFIG_NAME}, and is applied "
+        f"{adapter.text}: was trained on {shown(named)}, by its {CONFIG_NAME}, and is applied "
         f"to {base.text}; the tensors fit, so make sure that the models are the same"
     )
 
 
-def changes_of(adapter: Adapter, base: Source) -> dict[int, Change]:
-    """Return row of a base's table → what the adapter does to that tensor.
+@dataclass(frozen=True, slots=True)
+class MatchedAdapter:
+    """All that an adapter does to its base."""
+
+    changes: dict[int, Change]
+    """Row of the base's table → what it does to that tensor."""
+    pairs: tuple[LowRankPair, ...]
+    """Its matrices, as it stores them."""
+
+
+def matched(adapter: Adapter, base: Source) -> MatchedAdapter:
+    """Return what an adapter does to a base.
 
     Raises `SourceError` if the adapter does not fit the base, or contradicts its own config.
     """
     try:
-        return _Matching(adapter, base).changes()
+        return _Matching(adapter, base).matched()
     except SourceError as error:
         raise error.of(f"{adapter.text}") from None
 
@@ -270,8 +309,9 @@ class _Matching:
         self._names = _BaseNames(base)
         self._model_types = _model_types(base.config)
         self._changes: dict[int, Change] = {}
+        self._pairs: list[LowRankPair] = []
 
-    def changes(self) -> dict[int, Change]:
+    def matched(self) -> MatchedAdapter:
         modules: dict[str, dict[int, _Pair]] = {}
         for row, part in enumerate(self._adapter.parts):
             if part.kind == peft.VALUE:
@@ -288,7 +328,7 @@ class _Matching:
             self._add_module(module, pairs)
         if not self._changes:
             raise SourceError("changes nothing: it holds no tensors", remedy="fetch it again")
-        return self._changes
+        return MatchedAdapter(self._changes, tuple(self._pairs))
 
     # Whole values: modules that were trained as they are.
 
@@ -370,6 +410,8 @@ class _Matching:
         right = View(rows[peft.EMBEDDING_B], 0, 1, rank)
         patch = Patch(0, a[1], rank, left, right, self._config.scaling_of(module))
         self._add_patches(target, name, (patch,), b[0], rows, is_by_column=True)
+        ab = rows[peft.EMBEDDING_A], rows[peft.EMBEDDING_B]
+        self._add_pair(name, module, ab, [(target, patch)], is_embedding=True)
 
     def _add_weight(self, module: str, name: str, target: int, rows: Mapping[str, int]) -> None:
         """Add the change of a weight: of a linear layer, a convolution, or stacked matrices."""
@@ -383,6 +425,7 @@ class _Matching:
             self._add_linear(module, name, target, rows)
         if peft.BIAS in rows:
             self._add_bias(module, rows[peft.BIAS])
+            self._pairs[-1] = self._pairs[-1]._replace(bias=rows[peft.BIAS])
 
     def _add_linear(self, module: str, name: str, target: int, rows: Mapping[str, int]) -> None:
         shape = self._base.tensors.shapes[target]
@@ -399,6 +442,7 @@ class _Matching:
             left, right = View(rows[peft.A], 0, 1, a[1]), View(rows[peft.B], 0, 1, rank)
         patch = Patch(0, shape[0], rank, left, right, self._config.scaling_of(module))
         self._add_patches(target, name, (patch,), shape[1], rows, is_by_column=not fits)
+        self._add_pair(name, module, (rows[peft.A], rows[peft.B]), [(target, patch)])
 
     def _add_expert(
         self, module: str, place: _Place, num_columns: int, rows: Mapping[str, int]
@@ -414,6 +458,7 @@ class _Matching:
         scaling = self._config.scaling_of(module)
         patch = Patch(place.first_row, place.num_rows, rank, left, right, scaling)
         self._add_patches(place.row, name, (patch,), num_columns, rows)
+        self._add_pair(name, module, (rows[peft.A], rows[peft.B]), [(place.row, patch)])
 
     def _is_transposed(self, module: str) -> bool:
         """Return True if a square weight is stored as (in, out)."""
@@ -442,6 +487,7 @@ class _Matching:
         left, right = View(rows[peft.B], 0, rank, 1), View(rows[peft.A], 0, columns, 1)
         patch = Patch(0, shape[0], rank, left, right, self._config.scaling_of(module))
         self._add_patches(target, name, (patch,), columns, rows)
+        self._add_pair(name, module, (rows[peft.A], rows[peft.B]), [(target, patch)])
 
     def _add_bias(self, module: str, row: int) -> None:
         name = f"{module}.bias"
@@ -545,14 +591,46 @@ class _Matching:
                 )
             left, right = (of_b, of_a) if fits else (of_a, of_b)
             patches.append(Patch(expert * m, m, rank, left, right, scaling))
+        ab = rows[peft.A], rows[peft.B]
         if isinstance(target, int):
             self._add_patches(target, name, tuple(patches), n, rows)
+            placed = [(target, patch) for patch in patches]
+            self._add_pair(name, module, ab, placed, num_stacked=num)
             return
-        first = 0
+        first, placed = 0, []
         for place in target.places:
             cut = tuple(_cut(patches[first // m], first % m, place.num_rows, place.first_row))
             self._add_patches(place.row, name, cut, n, {})
+            placed += [(place.row, patch) for patch in cut]
             first += place.num_rows
+        self._add_pair(name, module, ab, placed, num_stacked=num)
+
+    def _add_pair(
+        self,
+        name: str,
+        module: str,
+        ab: tuple[int, int],
+        placed: Sequence[tuple[int, Patch]],
+        *,
+        is_embedding: bool = False,
+        num_stacked: int = 1,
+    ) -> None:
+        """Note matrices as they are stored, and the rows that they change."""
+        part = self._adapter.parts[ab[0]]
+        self._pairs.append(
+            LowRankPair(
+                name=name,
+                module=part.module,
+                depth=part.depth,
+                a=ab[0],
+                b=ab[1],
+                is_embedding=is_embedding,
+                num_stacked=num_stacked,
+                rank=placed[0][1].rank,
+                scaling=placed[0][1].scaling,
+                places=tuple((row, patch.first_row, patch.num_rows) for row, patch in placed),
+            )
+        )
 
     # Rows of embeddings.
 

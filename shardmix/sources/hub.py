@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from shardmix.conventions.adapters import CONFIG_NAME as ADAPTER_CONFIG
 from shardmix.conventions.file_kinds import (
     OTHER_WEIGHTS,
     UNPRINTABLE,
@@ -30,7 +31,6 @@ from shardmix.conventions.module_tree import (
     module_subfolders,
     read_modules,
 )
-from shardmix.conventions.peft import CONFIG_NAME as ADAPTER_CONFIG
 from shardmix.conventions.peft import PICKLE_NAME as ADAPTER_PICKLE
 from shardmix.conventions.peft import WEIGHTS_NAME as ADAPTER_WEIGHTS
 from shardmix.conventions.peft import no_adapter

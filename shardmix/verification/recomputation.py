@@ -74,15 +74,25 @@ def recompute(
         for number, source in enumerate(provenance.sources, start=1)
     ]
     recorded = recorded_recipe(provenance, folder / PROVENANCE_NAME)
+    if recorded.rank is not None:
+        raise SourceError(
+            "holds factors of singular value decompositions, whose last bits differ between "
+            "machines, so that computing them again proves nothing",
+            subject=folder,
+            remedy="verify it by its digests, without --recompute",
+        )
+    # A model's config says how weights are tied; an adapter has none.
+    config_from = None if recorded.as_adapter else str(folder)
     recipe = replace(
-        recorded.with_sources(locations, config_from=str(folder)),  # it says how weights are tied
+        recorded.with_sources(locations, config_from=config_from),
         # All but their weights was judged when they were merged.
         allow_differences=(*recorded.allow_differences, EVERYTHING, QUANTISATION),
     )
     options: MergeOptions = {"max_memory": max_memory}
     settings = run_settings(options)
     with disk_errors_named():
-        resolved = resolve_all((*recipe.sources, str(folder)))
+        named = () if config_from is None else (config_from,)
+        resolved = resolve_all((*recipe.sources, *named))
         opened = open_models(recipe, resolved, max_memory=settings.max_memory_nbytes)
         plan = planner.plan_merge(recipe, opened, settings)
     for model, source in enumerate(provenance.sources):
