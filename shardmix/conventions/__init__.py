@@ -3,6 +3,7 @@
 weight_names           names of weight files, shards and indexes, by loader
 file_kinds             auxiliary files, which go along with the weights, and kinds left out
 folder_kinds           folders that are no model in safetensors, and the remedy for each
+dcp_keys               the model's tensors among all that a trainer saved
 adapters               adapters such as LoRA, by the names of their tensors, and in a user's text
 peft                   LoRA adapters as PEFT saves them: config and names of tensors
 peft_output            LoRA adapters as PEFT loads them, for those that are written

@@ -8,7 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shardmix.conventions.adapters import ADAPTER_REMEDY, ADAPTER_RULE
-from shardmix.conventions.weight_names import MODEL, STEMS, index_name, shard_name, weights_name
+from shardmix.conventions.weight_names import (
+    DCP_METADATA,
+    MODEL,
+    STEMS,
+    index_name,
+    shard_name,
+    weights_name,
+)
 from shardmix.errors import SourceError, listed
 
 _RESAVE = (
@@ -66,6 +73,33 @@ def _shards(names: Sequence[str], source: str) -> SourceError:
     )
 
 
+def _distributed(names: Sequence[str], source: str) -> SourceError:
+    described = [name for name in names if name.rpartition("/")[2] == DCP_METADATA]
+    parts = [name for name in names if name.endswith(".distcp")]
+    by_rank = [name for name in names if re.fullmatch(r"([^/]+/)?__\d+\.metadata", name)]
+    if by_rank:
+        return SourceError(
+            f"holds a distributed checkpoint that each rank described for itself ({by_rank[0]})",
+            remedy="save it with use_collectives=True",
+        )
+    if not described:
+        return SourceError(
+            f"has {listed(_sorted(set(parts)))} but no {DCP_METADATA}, which is written last and "
+            "says what is in them: the checkpoint was not saved or copied to its end",
+            remedy="fetch it again, or give an earlier checkpoint",
+        )
+    folders = _sorted({name.rpartition("/")[0] for name in described})
+    if folders[0]:
+        return SourceError(
+            f"has no weights itself, but distributed checkpoints below it: {listed(folders)}",
+            remedy=f"give one of them, such as {source.rstrip('/')}/{folders[-1]}",
+        )
+    return SourceError(
+        "holds a distributed checkpoint of torch, which is read from a folder only",
+        remedy="download the repository, and give the folder that it lies in",
+    )
+
+
 _IN_A_FOLDER = r"[^/]+/[^/]+\.safetensors(\.index\.json)?"
 
 # The first kind that matches counts; those that a merge can use with the least work come first.
@@ -104,11 +138,7 @@ _FOLDERS = (
         "give a repository's id (org/name), or a snapshot with files in it "
         "(models--org--name/snapshots/COMMIT)",
     ),
-    _Kind(
-        r"pytorch_model_fsdp_\d+/|([^/]+/)?[^/]+\.distcp|([^/]+/)?\.metadata",
-        "holds a distributed checkpoint of PyTorch's FSDP ({found})",
-        "join it first: accelerate merge-weights FOLDER OUT",
-    ),
+    _Kind(r"([^/]+/)?([^/]+\.distcp|\.metadata)", _distributed),
     _Kind(
         r"global_step\d+/|([^/]+/)?(bf16_)?zero_pp_rank_.*|zero_to_fp32\.py|([^/]+/)?mp_rank_.*",
         "holds a checkpoint of DeepSpeed ({found})",
@@ -216,6 +246,7 @@ _FILES = (
     ),
     (r"\.ya?ml", "is a recipe", "give it without a weight, as the only word"),
     (r"\.json", "is JSON", "give the model's folder"),
+    (r"\.(distcp|metadata)", "is a part of a distributed checkpoint", "give its folder"),
 )
 
 

@@ -31,7 +31,11 @@ MARKS = {
 SUFFIX = ".safetensors"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 """Suffixes of files of `torch.save`."""
+DCP_METADATA = ".metadata"
+"""The file that describes a distributed checkpoint of torch (DCP)."""
 
+# The folder of such a checkpoint beside config and tokenizer, as accelerate names it.
+_FSDP_FOLDER = re.compile(r"pytorch_model_fsdp_\d+")
 _SHARD = re.compile(
     r"(?P<stem>.+?)[-_.](?P<number>\d{1,6})[-_.]?of[-_.]?(?P<count>\d{1,6})(?P<end>\.\w+)"
 )
@@ -95,6 +99,11 @@ def stored_weights(
     first = [each for each in _IN_SAFETENSORS if is_diffusers and each.stem == DIFFUSERS]
     candidates = (*first, *ALL_WEIGHTS)
     return next((each for each in candidates if has(each.whole) or has(each.index)), None)
+
+
+def is_fsdp_folder(name: str) -> bool:
+    """Return True if accelerate stores a model's distributed checkpoint in a folder so named."""
+    return _FSDP_FOLDER.fullmatch(name) is not None
 
 
 def stem_of(name: str) -> str:

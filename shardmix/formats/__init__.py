@@ -3,6 +3,9 @@
 safetensors_layout     headers encoded, and the length of a header; pure bytes
 safetensors_header     headers decoded, in pieces, and judged
 torch_file             files of torch.save: their tensors, found without running anything
+torch_record           a record of a distributed checkpoint: such a file of one tensor
+dcp_metadata           the description of such a checkpoint: chunks, records, names
+dcp_chunks             the check that chunks fill a tensor
 tensor_table           a model's tensors in columns: names, shapes, dtypes, offsets
 stored_floats          stored floats as arrays, in float32 or float64
 small_floats           the values of codes of 1 to 8 bits, and how they lie in bytes

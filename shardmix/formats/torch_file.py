@@ -12,7 +12,7 @@ import io
 import math
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -20,16 +20,17 @@ from shardmix.dtypes import BY_NAME
 from shardmix.errors import SourceError, one_line, shown
 
 MOST_PICKLE_NBYTES = 256 << 20
-_MOST_DIRECTORY_NBYTES = 256 << 20
 _MOST_DIMENSIONS = 64
 _MOST_DEPTH = 4
 _LOCAL_HEADER_NBYTES = 30
+_CENTRAL_HEADER_NBYTES = 46
 _ENCRYPTED = 0x1
+_HAS_DESCRIPTOR = 0x8
 _LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 _RESAVE = "load it with torch.load and save it with save_file of safetensors, or torch.save"
 
-# The usual names of the weights in a trainer's checkpoint.
-_NESTED = ("state_dict", "model_state_dict", "model", "module")
+STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module")
+"""The usual names of the weights in a trainer's checkpoint."""
 
 
 class Storage(NamedTuple):
@@ -63,6 +64,19 @@ class StoredTensor(NamedTuple):
         return True
 
 
+class StoredBytes(NamedTuple):
+    """The bytes of a storage in a file."""
+
+    start: int
+    """Their first byte."""
+    stop: int
+    """The one past their last."""
+    checksum: int
+    """Their CRC-32; 0 if the writer took none."""
+    changing: Sequence[slice]
+    """Parts of the file that depend on them: checksums, and an identity made of these."""
+
+
 @dataclass(frozen=True, slots=True)
 class TorchFile:
     """The tensors of a file, and the bytes that describe them."""
@@ -77,6 +91,11 @@ class TorchFile:
     """SHA-256 (hex) of these bytes."""
 
 
+def named_dtype(torch_name: str) -> str | None:
+    """Return the safetensors dtype of a name such as `torch.float32`, or None."""
+    return _DTYPES.get(torch_name)
+
+
 def read_torch_file(
     file: BinaryIO, *, file_nbytes: int, check_size: Callable[[int], None] = lambda nbytes: None
 ) -> TorchFile:
@@ -85,7 +104,7 @@ def read_torch_file(
     `check_size` is called with the length of each part before it is read. Raises `SourceError` if
     it is no such file, or describes something else than tensors; the caller adds the file.
     """
-    archive = _Archive(file, file_nbytes, check_size)
+    archive = Archive(file, file_nbytes, check_size)
     description = archive.read_pickle()
     tensors = dict(_named_tensors(_state(load_description(description))))
     starts = {}
@@ -93,17 +112,26 @@ def read_torch_file(
         key = tensor.storage.key
         if key not in starts:
             starts[key] = archive.storage_start(tensor.storage)
-        _check_within(name, tensor)
+        check_within(name, tensor)
     digest = hashlib.sha256(description)
     digest.update(repr(sorted(starts.items())).encode())
     return TorchFile(tensors, starts, len(description), digest.hexdigest())
 
 
-class _Archive:
+class Archive:
     """The zip archive around a pickle and its storages."""
 
-    def __init__(self, file: BinaryIO, file_nbytes: int, check_size: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        file: BinaryIO,
+        file_nbytes: int,
+        check_size: Callable[[int], None] = lambda nbytes: None,
+        *,
+        most_nbytes: int = MOST_PICKLE_NBYTES,
+    ) -> None:
+        """Open an archive; `most_nbytes` bounds its pickle and its directory."""
         self._file = file
+        self._most_nbytes = most_nbytes
         self._check_size = check_size
         self._file_nbytes = file_nbytes
         file.seek(0)
@@ -111,7 +139,7 @@ class _Archive:
         if not start.startswith(b"PK\x03\x04"):
             raise _no_zip(start)
         try:
-            self._zip = zipfile.ZipFile(_Bounded(file, check_size))
+            self._zip = zipfile.ZipFile(_Bounded(file, check_size, most_nbytes))
         except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError) as error:
             raise SourceError(
                 f"is a damaged archive of torch.save ({one_line(error)})", remedy="fetch it again"
@@ -137,10 +165,41 @@ class _Archive:
             raise SourceError(
                 "is of a machine with big-endian numbers", remedy="save it again on another one"
             )
-        return self._content(self._entries[f"{self._root}data.pkl"], MOST_PICKLE_NBYTES)
+        return self._content(self._entries[f"{self._root}data.pkl"], self._most_nbytes)
 
     def storage_start(self, storage: Storage) -> int:
         """Return a storage's first byte in the file; raise `SourceError` if it is not all there."""
+        return self._start(self._storage_entry(storage))
+
+    def stored(self, storage: Storage) -> "StoredBytes":
+        """Return the bytes of a storage, and the parts of the file that depend on them.
+
+        Raises `SourceError` if they are not all there.
+        """
+        entry = self._storage_entry(storage)
+        entries = [entry, self._entries.get(f"{self._root}.data/serialization_id")]
+        named = {each.filename: self._start(each) for each in entries if each is not None}
+        start = named[entry.filename]
+        parts = []
+        for each in (each for each in entries if each is not None):
+            stop = named[each.filename] + each.file_size
+            if each is not entry:
+                parts.append(slice(named[each.filename], stop))
+            if each.flag_bits & _HAS_DESCRIPTOR:
+                parts.append(slice(stop + 4, stop + 8))
+            else:
+                parts.append(slice(each.header_offset + 14, each.header_offset + 18))
+        at = self._zip.start_dir
+        for each in self._zip.infolist():
+            self._file.seek(at)
+            header = self._file.read(_CENTRAL_HEADER_NBYTES)
+            if each.filename in named:
+                parts.append(slice(at + 16, at + 20))
+            lengths = (int.from_bytes(header[i : i + 2], "little") for i in (28, 30, 32))
+            at += _CENTRAL_HEADER_NBYTES + sum(lengths)
+        return StoredBytes(start, start + entry.file_size, entry.CRC, parts)
+
+    def _storage_entry(self, storage: Storage) -> zipfile.ZipInfo:
         entry = self._entries.get(f"{self._root}data/{storage.key}")
         if entry is None:
             raise SourceError(
@@ -154,7 +213,7 @@ class _Archive:
                 f"{storage.num_elements * width}",
                 remedy="fetch it again",
             )
-        return self._start(entry)
+        return entry
 
     def _content(self, entry: zipfile.ZipInfo, most_nbytes: int) -> bytes:
         if entry.file_size > most_nbytes:
@@ -193,13 +252,14 @@ class _Archive:
 class _Bounded:
     """A file that refuses to be read in pieces of any size, as a hostile directory would have."""
 
-    def __init__(self, file: BinaryIO, check_size: Callable[[int], None]) -> None:
+    def __init__(self, file: BinaryIO, check_size: Callable[[int], None], most_nbytes: int) -> None:
         self._file = file
         self._check_size = check_size
+        self._most_nbytes = most_nbytes
         self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
 
     def read(self, count: int = -1) -> bytes:
-        most = _MOST_DIRECTORY_NBYTES
+        most = self._most_nbytes
         self._check_size(min(max(count, 0), most))
         content = self._file.read(min(count, most) if count >= 0 else most)
         if len(content) == most:
@@ -421,7 +481,7 @@ def _state(value: Any) -> Mapping[Any, Any]:
             break
         if any(isinstance(each, StoredTensor) for each in value.values()):
             return value
-        inner = [value[key] for key in _NESTED if isinstance(value.get(key), dict)]
+        inner = [value[key] for key in STATE_DICT_KEYS if isinstance(value.get(key), dict)]
         if len(inner) != 1:
             break
         value = inner[0]
@@ -470,7 +530,7 @@ def _checked(tensor: StoredTensor) -> StoredTensor:
     return tensor
 
 
-def _check_within(name: str, tensor: StoredTensor) -> None:
+def check_within(name: str, tensor: StoredTensor) -> None:
     """Raise `SourceError` if a tensor reaches beyond its storage."""
     storage, dtype, offset, shape, strides = tensor
     width = BY_NAME[dtype].bits // 8

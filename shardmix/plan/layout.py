@@ -77,7 +77,7 @@ def plan_shards(
         sources[0].text,
         before=sources[0].metadata,
         after=(metadata for _, _, metadata in groups),
-        is_laid_out_anew=recipe.max_shard_size is not None,
+        is_laid_out_anew=(recipe.max_shard_size or sources[0].max_shard_size) is not None,
     )
     return tuple(columns.output_shard(*group) for group in groups), notes
 
@@ -91,7 +91,8 @@ def _shard_groups(
 ) -> list[tuple[str, list[int], Mapping[str, str]]]:
     """Return each output file's name, its tensors (indexes into `matched.names`), its metadata."""
     metadata = first.metadata
-    if recipe.max_shard_size is not None:
+    max_shard_size = recipe.max_shard_size or first.max_shard_size
+    if max_shard_size is not None:
         from huggingface_hub import split_state_dict_into_shards_factory
 
         index_of = {name: index for index, name in enumerate(matched.names)}
@@ -99,7 +100,7 @@ def _shard_groups(
             index_of,  # its values stand for the tensors; sizes come from the headers
             get_storage_size=lambda index: tensor_nbytes(out_dtypes[index], matched.shapes[index]),
             filename_pattern=pattern,
-            max_shard_size=recipe.max_shard_size,
+            max_shard_size=max_shard_size,
         )
         is_one = len(metadata) == len(split.filename_to_tensors) == 1
         common = merged_metadata(metadata[0]) if is_one else format_only(metadata)

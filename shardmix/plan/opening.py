@@ -24,6 +24,7 @@ from shardmix.sources.checkpoint import (
     read_config,
     weight_names,
 )
+from shardmix.sources.dcp_folders import dcp_folders
 from shardmix.sources.resolve import ResolvedSource, open_sources
 
 
@@ -104,6 +105,9 @@ def _open_config_source(resolved: ResolvedSource | None, sources: Sequence[Sourc
     located = resolved.fetch(with_weights=False)
     is_single_file = not located.path.is_dir()
     folder = located.path.parent if is_single_file else located.path
+    distributed = dcp_folders(located)
+    if distributed is not None:
+        folder = distributed[1]
     name = resolved.text if located.hub_id is not None else folder.resolve().name
     modules = () if is_single_file else read_modules(folder)
     subfolder = main_subfolder(folder, modules)

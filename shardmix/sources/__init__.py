@@ -8,6 +8,9 @@ hub                    a repository on the Hub → its commit, and the local cop
 headers, checkpoint    a model in files of safetensors or torch.save, opened by their headers
 rearranged             a source of parts of another one's tensors
 views                  tensors whose elements lie in a file in another order
+dcp_folders, dcp       a model in a distributed checkpoint of torch
+chunks                 its tensors, put together from their chunks
+gathering              elements that lie apart in a file, in bounded memory
 quantised              a quantised model, decoded while it is read; `quantisation` has the schemes
 quantised_reader       its tensors as float32, piece by piece
 adapters               LoRA adapters, matched to the tensors of a base by `conventions.peft`

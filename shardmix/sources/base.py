@@ -165,6 +165,10 @@ class Source(Protocol):
         """Stem of its weight files, one of those in `weight_names`."""
 
     @property
+    def max_shard_size(self) -> str | None:
+        """Size of the shards of an output that takes its layout; None if its files are shards."""
+
+    @property
     def weight_names(self) -> tuple[str, ...]:
         """The model's weight files, by path within its folder; and indexes of its modules."""
 
@@ -296,6 +300,11 @@ class WrappedSource:
     def stem(self) -> str:
         """Stem of the inner source."""
         return self._inner.stem
+
+    @property
+    def max_shard_size(self) -> str | None:
+        """Size of shards of the inner source."""
+        return self._inner.max_shard_size
 
     @property
     def weight_names(self) -> tuple[str, ...]:

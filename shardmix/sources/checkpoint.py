@@ -20,6 +20,7 @@ from shardmix.conventions.file_kinds import LeftOut
 from shardmix.conventions.module_tree import Module, module_subfolders, read_modules
 from shardmix.conventions.weight_names import (
     ALL_WEIGHTS,
+    DCP_METADATA,
     DIFFUSERS,
     MODEL,
     SUFFIX,
@@ -99,6 +100,11 @@ class Checkpoint:
         return (self, *self.others)
 
     @property
+    def max_shard_size(self) -> str | None:
+        """Return None: its files are shards."""
+        return None
+
+    @property
     def weight_names(self) -> tuple[str, ...]:
         """The model's weight files, by path within its folder; and indexes of its modules."""
         files = [file.name for part in self.parts for file in part.identity.files]
@@ -175,7 +181,7 @@ def open_checkpoint(opening: Opening) -> Checkpoint:
     subfolders = [
         subfolder
         for subfolder in dict.fromkeys(("", *keys))
-        if _stored_weights(located.path / subfolder) is not None
+        if stored_weights_in(located.path / subfolder) is not None
     ]
     parts = [
         replace(_read_part(source, located, subfolder, None, limits), key=keys.get(subfolder, ""))
@@ -234,7 +240,7 @@ def _read_part(
     named = f"{source}/{subfolder}" if subfolder else source
     stored = stored or _weight_files(named, root, subfolder, limits.max_memory)
     files = [
-        replace(_regular_file(named, root, path), commit=located.commit) for path in stored.paths
+        replace(regular_file(named, root, path), commit=located.commit) for path in stored.paths
     ]
     read = _read_headers(named, root / subfolder, files, stored, limits)
     return Checkpoint(
@@ -273,12 +279,24 @@ def weight_names(folder: Path, *, max_memory: int | None = None) -> tuple[str, .
             refuse_link_outside(folder, path)
             names.update(read_index(path, max_memory=max_memory).values())
     for subfolder in module_subfolders(read_modules(folder)):
-        stored = _stored_weights(folder / subfolder)
+        stored = stored_weights_in(folder / subfolder)
         if stored is not None:
             inner = (folder / subfolder).glob(f"*{Path(stored.whole).suffix}")
             names.update(path.relative_to(folder).as_posix() for path in inner)
             names.add(f"{subfolder}/{stored.index}")
+    if not names and (folder / DCP_METADATA).is_file():
+        names = {DCP_METADATA, *(path.name for path in folder.glob("*.distcp"))}
     return tuple(sorted(names))
+
+
+def check_room_for(num_tensors: int, source: str, *, max_memory: int | None) -> None:
+    """Raise `BudgetError` if to plan with so many tensors might exceed the process's budget."""
+    check_room(
+        _MEMORY_PER_TENSOR * num_tensors,
+        max_memory=max_memory,
+        subject=source,
+        purpose=f"to plan with its {num_tensors} tensors",
+    )
 
 
 def read_config(root: Path, subfolder: str = "") -> dict[str, Any]:
@@ -294,7 +312,7 @@ def read_config(root: Path, subfolder: str = "") -> dict[str, Any]:
     return config
 
 
-def _stored_weights(folder: Path) -> StoredWeights | None:
+def stored_weights_in(folder: Path) -> StoredWeights | None:
     """Return a folder's weights, or None if it has none with a name that is loaded."""
 
     def has(name: str) -> bool:
@@ -326,7 +344,7 @@ class _WeightFiles:
 def _weight_files(source: str, root: Path, subfolder: str, max_memory: int | None) -> _WeightFiles:
     """Return the weight files of a model's folder, or of one of its modules."""
     folder = root / subfolder
-    stored = _stored_weights(folder)
+    stored = stored_weights_in(folder)
     if stored is None:
         from shardmix.conventions.folder_kinds import no_weights
 
@@ -390,7 +408,8 @@ def _names_in(folder: Path) -> list[str]:
     return names
 
 
-def _regular_file(source: str, root: Path, path: Path) -> SourceFile:
+def regular_file(source: str, root: Path, path: Path) -> SourceFile:
+    """Return a file of a model, as it is now. Raises `SourceError` if it is no regular file."""
     try:
         status = path.stat()
     except OSError as error:
@@ -475,12 +494,7 @@ def _read_headers(
         )
     limits.num_tensors += len(names)
     if limits.num_header_bytes > SHORT_HEADER_NBYTES:
-        check_room(
-            _MEMORY_PER_TENSOR * limits.num_tensors,
-            max_memory=limits.max_memory,
-            subject=source,
-            purpose=f"to plan with its {limits.num_tensors} tensors",
-        )
+        check_room_for(limits.num_tensors, source, max_memory=limits.max_memory)
     dtype_ranks, all_files, all_starts, nbytes = map(np.concatenate, zip(*columns, strict=True))
     tensors = TensorTable(tuple(names), tuple(shapes), dtype_ranks, all_files, all_starts, nbytes)
     if views:

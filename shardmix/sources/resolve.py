@@ -18,6 +18,7 @@ from shardmix.errors import SourceError, is_unicode, one_line
 from shardmix.errors.redaction import without_user
 from shardmix.sources.base import Opening, Source
 from shardmix.sources.checkpoint import open_checkpoint
+from shardmix.sources.dcp_folders import dcp_folders
 from shardmix.sources.headers import Headers
 from shardmix.sources.located import LocalSource, Repository, is_hub_id, snapshot
 
@@ -33,7 +34,18 @@ def _decode_quantised(source: Source) -> Source | None:
     return decode_quantised(source)
 
 
-KINDS: tuple[Callable[[Opening], Source | None], ...] = (open_checkpoint,)
+def _open_dcp(opening: Opening) -> Source | None:
+    """Open a distributed checkpoint of torch; return None for other models."""
+    folders = dcp_folders(opening.located)
+    if folders is None:
+        return None
+    # Imported here: other models need none of it.
+    from shardmix.sources.dcp import open_dcp
+
+    return open_dcp(opening, *folders)
+
+
+KINDS: tuple[Callable[[Opening], Source | None], ...] = (_open_dcp, open_checkpoint)
 """Functions that open a source of one kind, or return None if it is of another; the first wins."""
 DECODERS: tuple[Callable[[Source], Source | None], ...] = (_decode_quantised,)
 """Functions that wrap an opened source whose tensors are codes, or return None if none are."""

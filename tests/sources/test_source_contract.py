@@ -11,6 +11,7 @@ from shardmix.dtypes import element_nbytes
 from shardmix.errors import SourceChangedError
 from shardmix.sources.resolve import open_source
 from tests.support.adapters import random_adapter, save_adapter
+from tests.support.dcp_checkpoints import cut_along, save_dcp
 from tests.support.models import random_model, random_tensor, save_model
 from tests.support.negated_source import MARK, add_kind
 from tests.support.quantised_models import FORMS, FP8, mxfp4_experts
@@ -85,6 +86,12 @@ def torch_files(folder):
     return folder / "m"
 
 
+def distributed(folder):
+    """A checkpoint of several ranks, of which some tensors are in one chunk."""
+    tensors = random_model(7) | {"scalar": torch.tensor(1.5), "empty": torch.empty(0, 4)}
+    return save_dcp(folder / "m", tensors, cut=cut_along(1, 3))
+
+
 def quantised(folder):
     """A model in FP8 by blocks and with experts in MXFP4, beside a norm."""
     g = torch.Generator().manual_seed(6)
@@ -96,7 +103,10 @@ def quantised(folder):
     return save_model(folder / "m", {**tensors, "norm": torch.ones(5)}, config=config)
 
 
-FACTORIES = (single_file, sharded, links, modules, torch_files, quantised, negated, adapted)
+FACTORIES = (
+    *(single_file, sharded, links, modules, torch_files, distributed),
+    *(quantised, negated, adapted),
+)
 
 
 @pytest.fixture(params=FACTORIES, ids=lambda factory: factory.__name__)

@@ -1,0 +1,102 @@
+"""Elements of a file that lie apart, gathered in bounded memory. Knows files and strides.
+
+A range of a tensor's elements is divided into boxes of whole rows; each is read in pieces of one
+buffer.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shardmix.sources.identity import SourceFile
+from shardmix.sources.readers import PreadReader
+from shardmix.system.buffers import buffer_for_reading
+
+BUFFER_NBYTES = 1 << 20
+"""Memory of a gatherer."""
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+"""Width of an element → the dtype that moves it."""
+# Up to here a range is read with all that lies between the wanted elements: it costs less than
+# another call.
+_CHEAP_NBYTES = 16 << 10
+
+
+class Gatherer:
+    """Reads elements of files that are some strides apart."""
+
+    def __init__(self, files: Sequence[SourceFile]) -> None:
+        self._files = PreadReader(files)
+        self._buffer: memoryview | None = None
+
+    def gather(self, file: int, offset: int, strides: Sequence[int], out: npt.NDArray[Any]) -> None:
+        """Fill an array from elements that are `strides` apart, the first at byte `offset`.
+
+        Strides count elements. Raises `SourceError`.
+        """
+        if out.size == 0:
+            return
+        width = out.itemsize
+        spans = [(size - 1) * stride for size, stride in zip(out.shape, strides, strict=True)]
+        nbytes = (sum(spans) + 1) * width
+        steps = tuple(stride * width for stride in strides)
+        if nbytes == out.nbytes and out.flags.c_contiguous and _is_in_order(out, steps):
+            self._files.view(file, offset, memoryview(out.data).cast("B"))
+            return
+        if nbytes <= max(_CHEAP_NBYTES, min(2 * out.nbytes, BUFFER_NBYTES)):
+            if self._buffer is None:
+                self._buffer = buffer_for_reading(BUFFER_NBYTES)
+            raw = self._files.view(file, offset, self._buffer[:nbytes])
+            out[...] = np.ndarray(out.shape, out.dtype, raw, strides=steps)
+            return
+        # Halves along the dimension whose elements are furthest apart.
+        axis = int(np.argmax(spans))
+        half = out.shape[axis] // 2
+        first, second = np.split(out, [half], axis)
+        self.gather(file, offset, strides, first)
+        self.gather(file, offset + half * strides[axis] * width, strides, second)
+
+    def close(self) -> None:
+        """Close all files."""
+        self._files.close()
+
+
+def _is_in_order(out: npt.NDArray[Any], steps: Sequence[int]) -> bool:
+    """Return True if elements follow one another in a file as in a contiguous array."""
+    return all(
+        size == 1 or step == own
+        for size, step, own in zip(out.shape, steps, out.strides, strict=True)
+    )
+
+
+def boxes(
+    shape: tuple[int, ...], start: int, stop: int
+) -> Iterator[tuple[int, int, tuple[int, ...], tuple[int, ...]]]:
+    """Divide a range of a tensor's elements, in the order of its shape, into boxes.
+
+    Yields of each box its first element and the one past its last, the first one's indexes, and the
+    box's shape.
+    """
+    while start < stop:
+        # The largest box that begins here: whole rows of the last dimensions.
+        inner, dimensions = 1, len(shape)
+        while (
+            dimensions
+            and start % (inner * shape[dimensions - 1]) == 0
+            and inner * shape[dimensions - 1] <= stop - start
+        ):
+            inner *= shape[dimensions - 1]
+            dimensions -= 1
+        count = 1
+        if dimensions:
+            at = start // inner % shape[dimensions - 1]
+            count = min((stop - start) // inner, shape[dimensions - 1] - at)
+        before = (1,) * (dimensions - 1)
+        box = (*before, count, *shape[dimensions:]) if dimensions else shape
+        origin, rest = [], start
+        for size in reversed(shape):
+            origin.append(rest % size)
+            rest //= size
+        yield start, start + count * inner, tuple(reversed(origin)), box
+        start += count * inner

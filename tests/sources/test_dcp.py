@@ -1,0 +1,149 @@
+"""Distributed checkpoints of torch: the bytes are those that torch's own loader gives."""
+
+import random
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import shardmix
+from shardmix.dtypes import element_nbytes
+from shardmix.sources.resolve import open_source
+from tests.sources.test_torch_files import LOADED, all_of, expected
+from tests.support.dcp_checkpoints import cut_along, save_dcp, whole
+from tests.support.models import random_model, random_tensor, save_model
+
+WEIGHTS = "model.safetensors"
+
+
+def loaded(folder, tensors, under="model"):
+    """Return what torch's loader makes of a checkpoint with tensors like these."""
+    state = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+    nested = state if under is None else {under: state}
+    dcp.load(nested, checkpoint_id=str(folder), no_dist=True)
+    return state
+
+
+@st.composite
+def boxes(draw, shape):
+    """Boxes that fill a shape, made by cuts of boxes."""
+    found = [((0,) * len(shape), tuple(shape))]
+    for _ in range(draw(st.integers(0, 5)) if shape else 0):
+        number = draw(st.integers(0, len(found) - 1))
+        offsets, sizes = found[number]
+        axis = draw(st.integers(0, len(shape) - 1))
+        at = draw(st.integers(0, sizes[axis]))
+        first = (offsets, (*sizes[:axis], at, *sizes[axis + 1 :]))
+        moved = (*offsets[:axis], offsets[axis] + at, *offsets[axis + 1 :])
+        second = (moved, (*sizes[:axis], sizes[axis] - at, *sizes[axis + 1 :]))
+        found[number : number + 1] = [first, second]
+    # torch knows a chunk by its first element, so that an empty one must not begin where another
+    # does.
+    filled = {offsets for offsets, sizes in found if 0 not in sizes}
+    kept = {box[0]: box for box in found if 0 not in box[1] or box[0] not in filled}
+    return draw(st.permutations(list(kept.values())))
+
+
+@st.composite
+def cut_tensors(draw):
+    dtype = getattr(torch, draw(st.sampled_from(LOADED)))
+    shape = draw(st.lists(st.integers(0, 6), max_size=4))
+    count = int(torch.Size(shape).numel())
+    seed = draw(st.integers(0, 2**16))
+    values = torch.tensor(random.Random(seed).choices(range(200), k=count)).to(dtype)
+    return values.reshape(shape), draw(boxes(shape))
+
+
+def transposed(chunk):
+    """Return a chunk whose elements lie in the file in another order."""
+    return chunk.clone() if chunk.ndim < 2 else chunk.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(cut_tensors(), min_size=1, max_size=4), st.booleans())
+def test_any_boxes_are_read_as_torch_loads(tmp_path_factory, tensors, is_transposed):
+    named = {f"t{number}": tensor for number, (tensor, _) in enumerate(tensors)}
+    cuts = {f"t{number}": cut for number, (_, cut) in enumerate(tensors)}
+    folder = save_dcp(
+        tmp_path_factory.mktemp("m"),
+        named,
+        cut=lambda name, _: cuts[name],
+        **({"stored": transposed} if is_transposed else {}),
+    )
+    source = open_source(str(folder))
+    whole_tensors = all_of(source)
+    assert whole_tensors == expected(loaded(folder, named))
+    reader = source.open_reader()
+    for row, info in enumerate(source.tensors):
+        content, width = whole_tensors[info.name][2], element_nbytes(info.dtype)
+        for start in range(info.num_elements):
+            part = bytearray((info.num_elements - start + 1) // 2 * width)
+            reader.read(row, start, memoryview(part))
+            assert bytes(part) == content[start * width : start * width + len(part)]
+    reader.close()
+
+
+def test_large_chunks_are_read_in_pieces(tmp_path):
+    """By columns, by rows, and in another order, with more than a buffer between neighbours."""
+    tensors = {"a": random_tensor((1500, 900), seed=1), "b": random_tensor((60, 70, 80), seed=2)}
+    for axis in range(3):
+        folder = save_dcp(tmp_path / f"{axis}", tensors, cut=cut_along(axis, 3), stored=transposed)
+        source = open_source(str(folder))
+        assert source.tensors.decoded.all()
+        assert all_of(source) == expected(tensors)
+
+
+def test_whole_chunks_are_ranges_of_files(tmp_path):
+    tensors = random_model(1) | {"empty": torch.empty(0, 3), "scalar": torch.tensor(2.5)}
+    source = open_source(str(save_dcp(tmp_path / "m", tensors)))
+    assert source.tensors.decoded is None
+    assert all_of(source) == expected(tensors)
+
+
+@pytest.mark.parametrize("under", ["model", "state_dict", None])
+def test_torch_s_own_checkpoints_are_read(tmp_path, under):
+    """With optimizer, step and extra state, which are not the model's."""
+    tensors = random_model(2)
+    model = tensors | {"x._extra_state": "text"}
+    state = model if under is None else {under: model}
+    optimizer = {"state": [{"exp_avg": torch.ones(3)}], "lr": 0.1}
+    dcp.save(
+        state | {"optimizer": optimizer, "epoch": 3}, checkpoint_id=str(tmp_path), no_dist=True
+    )
+    assert all_of(open_source(str(tmp_path))) == expected(tensors)
+
+
+NAMES = sorted(random_model(0))
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic"])
+@pytest.mark.parametrize(
+    "way", [{}, {"io": "mmap", "dtype": "bfloat16"}, {"backend": "torch"}], ids=str
+)
+def test_merges_are_those_of_safetensors(tmp_path, method, way):
+    dtype = torch.bfloat16 if "dtype" in way else torch.float32
+    models = [random_model(seed, dtype) for seed in range(3)]
+    cuts = [whole, cut_along(0, 4), cut_along(1, 3)]
+    for kind in ("dcp", "new"):
+        sources = [
+            save_dcp(tmp_path / f"dcp{number}", tensors, cut=cut)
+            if kind == "dcp"
+            else save_model(tmp_path / f"new{number}", tensors, config={})
+            for number, (tensors, cut) in enumerate(zip(models, cuts, strict=True))
+        ]
+        asked = {"method": method, **way}
+        if method == "slerp":
+            asked |= {"base_model": sources[1], "parameters": {"t": 0.3}}
+            shardmix.merge(sources[1:], tmp_path / kind, **asked)
+            continue
+        if method == "task_arithmetic":
+            asked["base_model"] = sources[0]
+        shardmix.merge(zip(sources[1:], (0.3, 0.7), strict=True), tmp_path / kind, **asked)
+    assert (tmp_path / "dcp" / WEIGHTS).read_bytes() == (tmp_path / "new" / WEIGHTS).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "dcp").iterdir()) == sorted(
+        path.name for path in (tmp_path / "new").iterdir()
+    )
+    assert shardmix.verify(tmp_path / "dcp").is_verified
+    assert shardmix.verify(tmp_path / "dcp", recompute=True).problems == ()
