@@ -294,6 +294,8 @@ def checked_recipe(models: ModelsArgument, model_type: str | None, options: Merg
         as_adapter=options.get("as_adapter"),
         rank=options.get("rank"),
         energy=options.get("energy"),
+        tokenizer_source=options.get("tokenizer_source"),
+        pad_to_multiple_of=options.get("pad_to_multiple_of"),
         model_type=model_type,
     )
 

@@ -96,6 +96,12 @@ class MergeOptions(TypedDict, total=False):
     """Largest rank of that adapter; default: the ranks of the models' own adapters, added up."""
     energy: float | None
     """Share of each matrix's squared norm, from 0 to 1, that the least rank must keep."""
+    tokenizer_source: str | PathLike[str] | None
+    """The output's vocabulary, to which rows are mapped by token: "base" (the base model's, or the
+    first one's), "union" (that and the others' further tokens), or one of the models; default:
+    "refuse", models with other vocabularies are refused."""
+    pad_to_multiple_of: int | None
+    """Number of rows of that vocabulary's tensors: the next multiple of this."""
     max_memory: int | str | None
     """Bound on the whole process's peak resident memory ("2GiB"); default: only what speed
     needs."""

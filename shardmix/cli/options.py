@@ -162,6 +162,19 @@ as_adapter = click.option(
     help="Write the weighted sum of changes to the base model as a LoRA adapter for PEFT, not the "
     "model. Of adapters it is exact, and ranks add up; SOURCE=WEIGHT need not sum to 1.",
 )
+tokenizer_source = click.option(
+    "--tokenizer-source",
+    metavar="refuse|base|union|SOURCE",
+    help="Vocabulary of OUT if the models' differ, to which rows are mapped by token: the base's "
+    "(without one, the first model's), the union of all, or one model's. Default: refuse.",
+)
+pad_to_multiple_of = click.option(
+    "--pad-to-multiple-of",
+    metavar="N",
+    type=int,
+    help="Number of rows of that vocabulary: the next multiple of N. Default: as many as its "
+    "source has, or its tokens need.",
+)
 overwrite = click.option(
     "--overwrite",
     is_flag=True,
@@ -317,6 +330,8 @@ merging = together(
     pooling,
     config_from,
     as_adapter,
+    tokenizer_source,
+    pad_to_multiple_of,
 )
 # Options of a conversion, which has one source and no arithmetic but rounding.
 converting = together(

@@ -4,6 +4,7 @@ Knows tokenizer.json, vocab.txt, vocab.json, SentencePiece's models, tiktoken's 
 tekken.json. Holds two columns, not the tokens: a vocabulary may have 260,000.
 """
 
+import itertools
 import json
 import re
 from array import array
@@ -55,6 +56,18 @@ CUTTING_NAMES = ("merges.txt", "vocab.bpe", "bpe.codes", "source.spm", "target.s
 TEMPLATE_NAMES = ("chat_template.jinja", "chat_template.json")
 """Files that hold a chat template."""
 
+_OTHER_TOKENIZER_FILES = re.compile(
+    r"chat_template.*|additional_chat_templates/.*|vocab\..*|.*\.(?:tiktoken|spm|bpe)|"
+    r"tokenizer\.model\.v\w+|tokenization_\w+\.py"
+)
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Return True if a file, by its path within the model's folder, is part of its tokenizer."""
+    known = (*VOCABULARY_NAMES, *SIDE_NAMES, *CUTTING_NAMES, *TEMPLATE_NAMES)
+    return name in known or _OTHER_TOKENIZER_FILES.fullmatch(name) is not None
+
+
 _MAX_NBYTES = 150_000_000
 # Memory for each byte: the file, its tokens as a dict, their hashes; 3 measured.
 _MEMORY_PER_BYTE = 4
@@ -91,10 +104,18 @@ class TokenizerJson:
 
     vocabulary: Vocabulary
     """The model's own, without added tokens."""
+    num_entries: int
+    """Number of its entries: more than it has ids if two share one."""
     added: dict[int, str]
     """Id → added token."""
+    added_tokens: tuple["AddedToken", ...]
+    """The added tokens, in the file's order."""
     merges: str
     """Digest of the merges, or of a unigram model's scores."""
+    kind: str
+    """Type of the model: BPE, WordPiece, Unigram or WordLevel."""
+    ignores_merges: bool
+    """True if a whole word that is a token is found without merges."""
     steps: dict[str, str]
     """Step (`normalizer`, ...) → its settings in canonical form."""
 
@@ -107,14 +128,21 @@ class _Model(msgspec.Struct):
     byte_fallback: bool | None = None
 
 
-class _AddedToken(msgspec.Struct):
+class AddedToken(msgspec.Struct, frozen=True):
+    """A token that is found in a text before the text is split."""
+
     id: int
     content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = True
+    special: bool = False
 
 
 class _TokenizerFile(msgspec.Struct):
     model: _Model
-    added_tokens: list[_AddedToken] | None = None
+    added_tokens: list[AddedToken] | None = None
     normalizer: msgspec.Raw = msgspec.Raw(b"null")
     pre_tokenizer: msgspec.Raw = msgspec.Raw(b"null")
     post_processor: msgspec.Raw = msgspec.Raw(b"null")
@@ -188,9 +216,15 @@ def read_tokenizer_json(folder: Path, *, max_memory: int | None) -> TokenizerJso
         vocab, merges = _compact(model.vocab), _compact(model.merges)
         # A unigram model has scores instead of merges.
         decisive = vocab if vocab[:1] == b"[" else merges
+        entries = itertools.count()
+        pairs = (pair for pair, _ in zip(_json_pairs(vocab), entries, strict=False))
         return TokenizerJson(
-            vocabulary=vocabulary(_json_pairs(vocab)),
+            vocabulary=vocabulary(pairs),
+            num_entries=next(entries),
+            added_tokens=tuple(file.added_tokens or ()),
             added={token.id: token.content for token in file.added_tokens or () if is_id(token.id)},
+            kind=model.type or "BPE",
+            ignores_merges=bool(model.ignore_merges),
             merges=xxhash.xxh3_128_hexdigest(decisive),
             steps=steps,
         )

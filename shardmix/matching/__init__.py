@@ -13,6 +13,9 @@ config_labels          names of classes with the same number
 config_dtypes          the dtypes that a config states, compared with stored tensors
 config_fit             statements of a config that tensors contradict
 tokenizers             differences of tokenizers: ids, splitting of text, settings
+model_tokens           a model's tokens, each with one id
+mapped_tensors         tensors with a row for each token, and their correspondence
+vocabulary_maps        the output's vocabulary, and the row of every token in every model
 preprocessors          differences in the preparation of pictures and sounds
 modules                differences of sentence-transformers modules
 

@@ -65,7 +65,8 @@ def check_belong_together(
                 if other.key not in told
             ]
             found += _scale_differences(group, config_source)
-        found += _tokenizer_differences(group, config_source, max_memory)
+        if number or recipe.tokenizer is None:  # otherwise rows are mapped by token
+            found += _tokenizer_differences(group, config_source, max_memory)
         found += _preprocessor_differences(group, config_source)
     return settle(found, recipe.allow_differences)
 

@@ -191,7 +191,7 @@ def _resolved(
     from shardmix.matching.ties import NamedModel, share
 
     declarations = [declaration_of(source.config, source.folder) for source in sources]
-    known = _names_of_class(stored, declarations)
+    known = names_of_class(stored, declarations)
     row_of = [_rows(names) for names in known]
     partial = _names_not_in_all(row_of)
     if partial and all(set(names) == set(stored[0]) for names in stored):
@@ -250,7 +250,7 @@ def _tie_statements(config: Mapping[str, Any]) -> tuple[object, ...]:
     )
 
 
-def _names_of_class(
+def names_of_class(
     stored: Sequence[Sequence[str]], declarations: Sequence["Declaration"]
 ) -> list[Sequence[str]]:
     """Return all models' names in their classes' form, spelled as in the first one."""

@@ -63,11 +63,13 @@ class TokenizerFolder:
 
 
 @dataclass(frozen=True, slots=True)
-class _Files:
+class SmallFiles:
     """A model's tokenizer as its small files describe it."""
 
     name: str
+    """The user's name for the model."""
     folder: Path
+    """The model's folder."""
     vocabularies: tuple[str, ...]
     """Names of the files with a vocabulary; the first one is read first."""
     config: Mapping[str, Any]
@@ -93,10 +95,10 @@ def tokenizer_differences(
     files = []
     for folder in folders:
         try:
-            files.append(_files(folder))
+            files.append(small_files(folder))
         except SourceError as error:
             found.append(_told(f"{error}; its tokenizer was not compared"))
-            files.append(_Files(folder.name, folder.path, (), {}, {}))
+            files.append(SmallFiles(folder.name, folder.path, (), {}, {}))
     first = next((own for own in (files[output], *files) if own.vocabularies), None)
     if first is None:
         return found
@@ -126,7 +128,7 @@ def tokenizer_differences(
 
 
 def _beyond_rows(
-    files: _Files, num_rows: int | None, max_memory: int | None
+    files: SmallFiles, num_rows: int | None, max_memory: int | None
 ) -> Iterator[Difference]:
     """Find ids of the output's tokenizer that the embedding has no row for.
 
@@ -160,13 +162,14 @@ def _told(finding: str, consequence: str = "", key: str = KEY) -> Difference:
     return Difference(key, finding, consequence, is_refused=False)
 
 
-def _files(folder: TokenizerFolder) -> _Files:
+def small_files(folder: TokenizerFolder) -> SmallFiles:
+    """Read a tokenizer's small files. Raises `SourceError`."""
     path = folder.path
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     present = [name for name in VOCABULARY_NAMES if name in names]
     present += sorted(name for name in names if name.endswith(TIKTOKEN_SUFFIX))
     if not present:
-        return _Files(folder.name, path, (), {}, {})
+        return SmallFiles(folder.name, path, (), {}, {})
     side = {name: _read_side(path, name) if name in names else {} for name in SIDE_NAMES}
     config = {**side[SPECIAL_NAME], **side[CONFIG_NAME]}
     if "chat_template" not in config and not names.isdisjoint(TEMPLATE_NAMES):
@@ -177,7 +180,7 @@ def _files(folder: TokenizerFolder) -> _Files:
         text = _token_text(token)
         if number.isdecimal() and len(number) < 10 and text is not None:
             added[int(number)] = text
-    return _Files(folder.name, path, tuple(present), config, added)
+    return SmallFiles(folder.name, path, tuple(present), config, added)
 
 
 def _read_side(folder: Path, name: str) -> dict[str, Any]:
@@ -201,8 +204,8 @@ def _token_text(token: object) -> str | None:
 
 
 def _compared(
-    first: _Files,
-    other: _Files,
+    first: SmallFiles,
+    other: SmallFiles,
     known: dict[str, "_Read"],
     num_rows: int | None,
     max_memory: int | None,
@@ -261,7 +264,7 @@ def _compared(
 class _Read:
     """A tokenizer whose vocabulary has been read."""
 
-    files: _Files
+    files: SmallFiles
     file: str
     """Name of the file that holds the vocabulary."""
     vocabulary: Vocabulary
@@ -281,7 +284,7 @@ class _Read:
         return read | {number: self.added[number] for number in ids if number in self.added}
 
 
-def _read_vocabulary(files: _Files, name: str, max_memory: int | None) -> _Read:
+def _read_vocabulary(files: SmallFiles, name: str, max_memory: int | None) -> _Read:
     if name != TOKENIZER_JSON:
         own = read_vocabulary(files.folder, name, max_memory=max_memory)
         return _Read(files, name, own.with_added(files.added), files.added, None)
@@ -312,7 +315,7 @@ def _differs(one: Path, other: Path, name: str) -> bool:
     return not (name in _LISTS and same_lines(one / name, other / name))
 
 
-def _settings(first: _Files, other: _Files) -> list[str]:
+def _settings(first: SmallFiles, other: SmallFiles) -> list[str]:
     found = []
     for key in _SPECIAL_KEYS:
         one, two = _token_text(first.config.get(key)), _token_text(other.config.get(key))

@@ -30,12 +30,14 @@ from shardmix.conventions.sentence_modules import (
     pooling_config,
     sentence_modules,
 )
+from shardmix.conventions.token_ids import GENERATION_NAME
 from shardmix.conventions.weight_names import DIFFUSERS, index_name, stem_of
 from shardmix.errors import printable, unreadable, writing_failed
 from shardmix.formats.strict_json import read_json
 from shardmix.matching.config_dtypes import with_dtypes
 from shardmix.methods.registry import merge_method
 from shardmix.output.counted_folder import CountedFile, CountedFolder
+from shardmix.output.tokenizer_files import tokenizer_file, with_new_tokens
 from shardmix.plan.merge_plan import MergePlan, ModuleConfig, OutputShard
 from shardmix.recipe import Recipe
 from shardmix.recipe.recipe import KEEP, plain_value
@@ -68,10 +70,31 @@ def write_auxiliary_files(plan: MergePlan, folder: OutputFolder) -> None:
     """Copy the config source's auxiliary files, with a config that is true of the output."""
     for name in plan.auxiliary_files:
         _copy(Path(plan.config_source_folder) / name, folder, name)
+    if plan.vocabulary is not None:
+        for name in plan.vocabulary.files:
+            _write_tokenizer_file(plan, folder, name)
     main = ModuleConfig(plan.main_subfolder, plan.config_dtypes, plan.untied)
     for part in (main, *plan.module_configs):
         _adapt_config(plan, folder, part)
     _write_modules(plan, folder)
+
+
+def _write_tokenizer_file(plan: MergePlan, folder: OutputFolder, name: str) -> None:
+    """Write a file of the tokenizer that rows were mapped to, with further tokens if it has some.
+
+    Raises `SourceChangedError` if it is another than it was then.
+    """
+    vocabulary = plan.vocabulary
+    assert vocabulary is not None
+    path = Path(plan.tokenizer_folder) / name
+    content = tokenizer_file(path, dict(vocabulary.digests)[name])
+    inner = inner_path(plan.main_subfolder, name)
+    changed = with_new_tokens(name, content, vocabulary)
+    try:
+        with folder.create(inner) as file:
+            file.write(content if changed is None else changed)
+    except OSError as error:
+        raise writing_failed(folder.path / inner, error) from None
 
 
 def _write_modules(plan: MergePlan, folder: OutputFolder) -> None:
@@ -101,6 +124,13 @@ def _adapt_config(plan: MergePlan, folder: OutputFolder, part: ModuleConfig) -> 
     config = read_json(Path(plan.config_source_folder) / name)
     if part.subfolder and "model_type" not in config:
         return  # a module's arguments, not a config of transformers
+    own = config
+    if plan.vocabulary is not None:
+        configs = dict(plan.vocabulary.configs)
+        config = json.loads(configs[name]) if name in configs else config
+        generation = inner_path(part.subfolder, GENERATION_NAME)
+        if generation in configs:
+            _write_json(folder, generation, json.loads(configs[generation]))
     dtypes = dict(part.dtypes)
     adapted = untied(with_dtypes(config, dtypes), part.untied)
     is_kept = plan.recipe.output_dtype == KEEP
@@ -109,7 +139,7 @@ def _adapt_config(plan: MergePlan, folder: OutputFolder, part: ModuleConfig) -> 
     # Weights were decoded; or the key is stale, which was refused unless it is allowed.
     adapted = without_quantisation(adapted)
     # If nothing changes, the config source's file stays as it is, byte for byte.
-    if adapted != config:
+    if adapted != own:
         _write_json(folder, name, adapted)
 
 

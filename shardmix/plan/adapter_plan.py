@@ -149,6 +149,8 @@ def assembled(
         untied=(),
         main_subfolder="",
         module_configs=(),
+        tokenizer_folder="",
+        vocabulary=None,
         modules_folder="",
         modules=OutputModules(),
         adapter_config=json.dumps(content, indent=2, ensure_ascii=False) + "\n",

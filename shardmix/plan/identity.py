@@ -7,6 +7,7 @@ from shardmix.plan.merge_plan import FileIdentity, MergePlan
 from shardmix.recipe import Recipe
 from shardmix.recipe.parameters import used_weights
 from shardmix.recipe.recipe import NORMALIZE, WEIGHT, plain_value
+from shardmix.recipe.tokenizer import tokenizer_entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ def _asked(merge: MergeDescription) -> Iterator[tuple[str, object]]:
     yield "as adapter", recipe.as_adapter
     yield "rank", recipe.rank
     yield "energy", recipe.energy
+    yield "tokenizer", ", ".join(map(str, tokenizer_entries(recipe.tokenizer).values())) or None
     yield "digest", merge.digest
     yield "record paths", merge.record_paths
 

@@ -14,6 +14,7 @@ import msgspec
 
 from shardmix.conventions.file_kinds import LeftOut
 from shardmix.conventions.module_tree import inner_path
+from shardmix.conventions.vocabularies import AddedToken
 from shardmix.formats.safetensors_layout import HEADER_LENGTH_NBYTES
 from shardmix.methods.base import Params
 from shardmix.methods.registry import merge_method
@@ -232,6 +233,26 @@ class ModuleConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputVocabulary:
+    """The vocabulary of an output whose models had others."""
+
+    num_rows: int
+    """Rows of its tensors with a row for each token."""
+    num_tokens: int
+    """Tokens of its tokenizer."""
+    files: tuple[str, ...]
+    """Files of the tokenizer within its model's folder, and within the output's main folder."""
+    digests: tuple[tuple[str, str], ...]
+    """XXH3 (hex) of each of these files: the rows were mapped by this content."""
+    added: tuple[AddedToken, ...]
+    """Tokens that the output's tokenizer has besides."""
+    entries: tuple[tuple[int, str], ...]
+    """Entries that its vocabulary has besides: id and token."""
+    configs: tuple[tuple[str, str], ...]
+    """Path within the output → JSON, of the configs that name other sizes or ids."""
+
+
+@dataclass(frozen=True, slots=True)
 class MergePlan:
     """Everything a merge will do. Sizes in bytes."""
 
@@ -269,6 +290,10 @@ class MergePlan:
     """The same for further modules with weights."""
     modules_folder: str
     """Absolute path of the model that gives modules that the config source lacks, or ""."""
+    tokenizer_folder: str
+    """Absolute path of the folder that gives the tokenizer of `vocabulary`, or ""."""
+    vocabulary: OutputVocabulary | None
+    """The output's vocabulary, if rows are mapped to it."""
     modules: OutputModules
     """Files of sentence-transformers modules to write besides auxiliary files."""
     adapter_config: str
@@ -389,7 +414,7 @@ class MergePlan:
 
     def _decisive_parts(self) -> Iterator[object]:
         """Yield all that decides the output's bytes, always in the same order."""
-        paths = {"output", "config_source_folder", "modules_folder"}
+        paths = {"output", "config_source_folder", "modules_folder", "tokenizer_folder"}
         irrelevant = paths | {
             *(
                 "readers",
@@ -406,7 +431,9 @@ class MergePlan:
         yield self.public_recipe
         for each in fields(self):
             if each.name not in irrelevant | in_parts:
-                yield each.name, getattr(self, each.name)
+                value = getattr(self, each.name)
+                if each.name != "vocabulary" or value is not None:
+                    yield each.name, value
         for source in self.sources:
             identity = source.identity
             yield source.name, identity.hub_id, identity.commit, identity.decoding

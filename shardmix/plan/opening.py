@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shardmix.conventions.file_kinds import LeftOut
 from shardmix.conventions.model_types import contradiction, fitting_types
@@ -26,6 +26,9 @@ from shardmix.sources.checkpoint import (
 )
 from shardmix.sources.dcp_folders import dcp_folders
 from shardmix.sources.resolve import ResolvedSource, open_sources
+
+if TYPE_CHECKING:
+    from shardmix.plan.output_vocabulary import MappedModels
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +138,8 @@ class OpenedModels:
     """The models, in the recipe's order."""
     config_source: ConfigSource
     """Source of config, tokenizer and other auxiliary files."""
+    mapped: "MappedModels | None" = None
+    """The models with their rows mapped to one vocabulary, if the recipe asks for one."""
 
     def check_untouched(self) -> None:
         """Raise `SourceChangedError` if a model may be another than was opened."""
@@ -179,4 +184,18 @@ def open_models(
     named = None if recipe.config_from is None else resolved[recipe.config_from]
     config_source = _open_config_source(named, sources)
     _check_model_type(model_type=recipe.model_type, config_source=config_source)
-    return OpenedModels(tuple(sources), config_source)
+    mapped = None
+    if recipe.tokenizer is not None:
+        # Imported here: most merges need none of it.
+        from shardmix.plan.output_vocabulary import map_models
+
+        mapped = map_models(
+            recipe,
+            sources,
+            config_source.config,
+            config_source.folder,
+            config_source.main_subfolder,
+            config_source.name,
+            max_memory,
+        )
+    return OpenedModels(tuple(sources), config_source, mapped)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from shardmix._typing import Unpack
 from shardmix.conventions.file_kinds import LeftOut
 from shardmix.conventions.module_tree import inner_path, module_subfolders
+from shardmix.conventions.vocabularies import is_tokenizer_file
 from shardmix.conventions.weight_names import DIFFUSERS, MARKS, MODEL
 from shardmix.dtypes import (
     FLOAT_DTYPES,
@@ -87,7 +88,12 @@ def plan_merge(
 def _plan_merge(
     recipe: Recipe, opened: OpenedModels, settings: RunSettings, **outcome: Unpack[Outcome]
 ) -> MergePlan:
-    sources, config_source = _read_as(recipe, opened.sources), opened.config_source
+    sources: Sequence[Source] = opened.sources
+    config_source = opened.config_source
+    mapped = opened.mapped
+    if mapped is not None:
+        sources, config_source = mapped.sources, replace(config_source, config=mapped.config)
+    sources = _read_as(recipe, sources)
     matched = match_parts(sources)
     modules = plan_modules(recipe, sources, matched, config_source.folder, config_source.modules)
     groups = _placed(matched.groups, modules)
@@ -104,9 +110,12 @@ def _plan_merge(
         weights=_merged_files(config_source, parts),
         is_single_file=config_source.is_single_file,
     )
+    if mapped is not None:
+        auxiliary_files = _without_tokenizer(auxiliary_files, config_source.main_subfolder)
     left_out = tuple(dict.fromkeys((*auxiliary_files.left_out, *config_source.left_out)))
     warnings = [
         *recipe_notes(recipe),
+        *(() if mapped is None else mapped.notes),
         *weight_warnings(
             recipe,
             [params for part in parts for params in part.parameters],
@@ -151,6 +160,8 @@ def _plan_merge(
         module_configs=tuple(
             ModuleConfig(part.subfolder, part.config_dtypes, part.untied) for part in parts[1:]
         ),
+        tokenizer_folder="" if mapped is None else str(mapped.folder.absolute()),
+        vocabulary=None if mapped is None else mapped.vocabulary,
         modules_folder="" if modules.folder is None else str(modules.folder.absolute()),
         modules=modules.output,
         adapter_config="",
@@ -171,6 +182,19 @@ def _plan_merge(
             fsync=settings.fsync,
         ),
         warnings=tuple(warnings),
+    )
+
+
+def _without_tokenizer(auxiliary_files: AuxiliaryFiles, subfolder: str) -> AuxiliaryFiles:
+    """Return a config source's auxiliary files without those of its tokenizer."""
+    prefix = inner_path(subfolder, "")
+    return replace(
+        auxiliary_files,
+        files=tuple(
+            name
+            for name in auxiliary_files.files
+            if not (name.startswith(prefix) and is_tokenizer_file(name.removeprefix(prefix)))
+        ),
     )
 
 

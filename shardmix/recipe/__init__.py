@@ -1,6 +1,7 @@
 """The user's request: models, a method, its parameters. mergekit's language, in YAML or Python.
 
 recipe                 the values: `Recipe`, `RecipeModel`, and the settings of parameters
+tokenizer              the vocabulary that a recipe asks for
 parameters             settings, checked by the method's declarations, resolved for every tensor
 yaml_file              recipes in YAML and JSON, read and written
 adapter                recipes whose output is an adapter, checked

@@ -31,6 +31,13 @@ from shardmix.recipe.recipe import (
     overlaid,
     plain,
 )
+from shardmix.recipe.tokenizer import (
+    BASE,
+    REFUSE,
+    UNION,
+    RecipeTokenizer,
+    checked_padding,
+)
 from shardmix.recipe.yaml_file import difference_keys, load_recipe, settings
 
 WEIGHT_SUM_TOLERANCE = 1e-3
@@ -58,6 +65,8 @@ def build_recipe(
     normalize: bool | None = None,
     allow_weight_sum: bool | None = None,
     dtype: str | None = None,
+    tokenizer_source: str | PathLike[str] | None = None,
+    pad_to_multiple_of: int | None = None,
     **others: Any,
 ) -> Recipe:
     """Return a checked recipe.
@@ -79,6 +88,8 @@ def build_recipe(
     if dtype is not None:
         given |= {"dtype": None, "out_dtype": dtype}
     recipe = with_common_base(replace(recipe, **given))
+    tokenizer = _tokenizer(recipe.tokenizer, tokenizer_source, pad_to_multiple_of)
+    recipe = replace(recipe, tokenizer=tokenizer)
     asked = settings(parameters, where="parameters")
     if normalize is not None:
         asked = overlaid(asked, plain({NORMALIZE: normalize}))
@@ -137,6 +148,31 @@ def parse_source_words(
     return [word if word == base_model else _weighted(word) for word in words]
 
 
+def _tokenizer(
+    own: RecipeTokenizer | None, source: str | PathLike[str] | None, padding: int | None
+) -> RecipeTokenizer | None:
+    """Return a recipe's vocabulary, with options that replace its parts."""
+    if source is not None and str(source) == REFUSE:
+        if padding is not None:
+            raise _padding_without_source()
+        return None
+    if source is not None:
+        own = replace(own or RecipeTokenizer(), source=str(source))
+    if padding is not None:
+        if own is None:
+            raise _padding_without_source()
+        own = replace(own, pad_to_multiple_of=checked_padding(padding))
+    return own
+
+
+def _padding_without_source() -> RecipeError:
+    return RecipeError(
+        "would change nothing without a source of the tokenizer",
+        subject="pad_to_multiple_of",
+        remedy="name one with --tokenizer-source (tokenizer_source=), such as base",
+    )
+
+
 def has_weights(method: MergeMethod) -> bool:
     """Return True if each model of a method has a weight."""
     return any(each.name == WEIGHT and each.by_model for each in method.parameters)
@@ -191,6 +227,7 @@ def checked(recipe: Recipe, *, is_sum_checked: bool = False, may_be_one: bool = 
         check_pooling(recipe.pooling)
     check_adapter(recipe)
     method = merge_method(recipe.merge_method)
+    _check_tokenizer(recipe)
     recipe = replace(
         recipe,
         models=tuple(
@@ -233,6 +270,27 @@ def _check_dtype(dtype: str | None) -> None:
         )
 
 
+def _check_tokenizer(recipe: Recipe) -> None:
+    """Raise `RecipeError` if a vocabulary is asked of a model that is not merged."""
+    tokenizer = recipe.tokenizer
+    if tokenizer is None:
+        return
+    named = [(f"tokens[{shown(row.token)}]", row.model) for row in tokenizer.tokens]
+    if tokenizer.source not in (BASE, UNION):
+        named.insert(0, ("tokenizer_source", tokenizer.source))
+    named.append(("tokenizer.base", tokenizer.base))
+    for key, model in named:
+        if model is not None and model not in recipe.sources:
+            raise RecipeError(
+                f"names {model}, which is none of the models"
+                f"{suggestion(model, (REFUSE, BASE, UNION, *recipe.sources))}",
+                subject=key,
+                remedy="name base, union or a model as the recipe names it"
+                if key == "tokenizer_source"
+                else "name a model as the recipe names it",
+            )
+
+
 def _with_base_apart(recipe: Recipe, method: MergeMethod) -> Recipe:
     """Return the recipe without the base model among its models, if the method takes one.
 
@@ -261,7 +319,13 @@ def _with_base_apart(recipe: Recipe, method: MergeMethod) -> Recipe:
             f"`base_model`: {method.name} takes no base model, and {base} is none of the models",
             remedy="give it among the models, or as `config_from` if it has the config",
         )
-    return replace(recipe, base_model=None, config_from=recipe.config_from or base)
+    tokenizer = recipe.tokenizer
+    return replace(
+        recipe,
+        base_model=None,
+        config_from=recipe.config_from or base,
+        tokenizer=None if tokenizer is None else replace(tokenizer, base=base),
+    )
 
 
 def _check_number_of_models(recipe: Recipe, method: MergeMethod, *, may_be_one: bool) -> None:

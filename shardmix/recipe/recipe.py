@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from shardmix.methods import linear
 from shardmix.methods.base import Value
+from shardmix.recipe.tokenizer import RecipeTokenizer
 
 KEEP = "keep"
 """The output dtype that keeps each tensor's dtype in the first model."""
@@ -92,6 +93,8 @@ class Recipe:
     """Largest rank of the adapter's matrices; None: the ranks of the models' adapters, added up."""
     energy: float | None = None
     """Share of each matrix's squared norm that the least rank must keep; None: `rank` decides."""
+    tokenizer: RecipeTokenizer | None = None
+    """The output's vocabulary, to whose tokens rows are mapped; None: all models have one."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -107,8 +110,10 @@ class Recipe:
         base = None if self.base_model is None else sources[0]
         others = sources if base is None else sources[1:]
         models = zip(self.models, others, strict=True)
+        names = dict(zip(self.sources, sources, strict=True))
         return replace(
             self,
+            tokenizer=None if self.tokenizer is None else self.tokenizer.renamed(names),
             base_model=base,
             config_from=config_from,
             models=tuple(replace(model, source=source) for model, source in models),

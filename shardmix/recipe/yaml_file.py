@@ -16,6 +16,7 @@ from shardmix.methods.base import Value
 from shardmix.methods.registry import METHODS
 from shardmix.recipe.parameters import suggestion
 from shardmix.recipe.recipe import Choice, Recipe, RecipeModel, Setting, Settings, plain_value
+from shardmix.recipe.tokenizer import tokenizer_entries, tokenizer_of
 from shardmix.system.files import read_regular
 from shardmix.system.units import parse_size
 
@@ -28,19 +29,12 @@ _KEYS = (
     *("models", "merge_method", "base_model", "parameters", "dtype", "out_dtype"),
     *("config_from", "max_shard_size", "model_type", "allow_differences", "pooling"),
     *("as_adapter", "rank", "energy"),
+    *("tokenizer_source", "tokenizer"),
 )
 _MODEL_KEYS = ("model", "parameters")
 _REFUSED = {
     "slices": ("merging by layers is not supported yet", "give whole models under `models`"),
     "modules": ("merging module by module is not supported yet", "give models under `models`"),
-    "tokenizer_source": (
-        "vocabularies are not merged",
-        "leave it out, and name the model that gives the tokenizer by `config_from`",
-    ),
-    "tokenizer": (
-        "vocabularies are not merged",
-        "leave it out, and name the model that gives the tokenizer by `config_from`",
-    ),
     "chat_template": (
         "a chat template is not changed",
         "leave it out: it comes from the model that `config_from` names",
@@ -117,6 +111,7 @@ def recipe_from_dict(content: object, *, origin: str = "recipe") -> Recipe:
     if top.get("max_shard_size") is not None:
         options["max_shard_size"] = parse_size(top["max_shard_size"])
     options |= _of_adapter(top, origin)
+    options["tokenizer"] = tokenizer_of(top, _source, _known_keys, origin)
     parameters = settings(top.get("parameters"), where=origin)
     return Recipe(tuple(models), parameters=parameters, **options)
 
@@ -152,11 +147,11 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     if recipe.base_model is not None:
         content["base_model"] = recipe.base_model
     content |= _parameters_entry(recipe.parameters)
-    for key in _KEYS[_KEYS.index("dtype") :]:
+    for key in _KEYS[_KEYS.index("dtype") : _KEYS.index("tokenizer_source")]:
         value = getattr(recipe, key)
         if value:
             content[key] = list(value) if isinstance(value, tuple) else value
-    return content
+    return content | tokenizer_entries(recipe.tokenizer)
 
 
 def _parameters_entry(settings: Settings) -> dict[str, Any]:

@@ -7,6 +7,7 @@ located                a model's place: on this machine, or a repository on the 
 hub                    a repository on the Hub → its commit, and the local copy of that commit
 headers, checkpoint    a model in files of safetensors or torch.save, opened by their headers
 rearranged             a source of parts of another one's tensors
+mapped_rows            a model with its rows in the order of another vocabulary
 views                  tensors whose elements lie in a file in another order
 dcp_folders, dcp       a model in a distributed checkpoint of torch
 chunks                 its tensors, put together from their chunks
