@@ -30,6 +30,7 @@ from shardmix.system.hashing import LEAF_NBYTES
 from shardmix.system.units import MIB
 from tests.plan.test_planner import all_segments, two_models
 from tests.support.models import save_model
+from tests.support.sampling import sample
 from tests.support.simulated_cuda import SimulatedCuda
 
 
@@ -318,8 +319,10 @@ def test_recomputing_measures_as_well(tmp_path, monkeypatch, gpu):
     assert gpu.chunks_nbytes
 
 
-@pytest.mark.parametrize("io", ["pread", "mmap"])
-@pytest.mark.parametrize("dtype", ["keep", "bfloat16"])
+@pytest.mark.parametrize(
+    ("io", "dtype"),
+    sample("trials", [(io, it) for io in ("pread", "mmap") for it in ("keep", "bfloat16")], 2),
+)
 def test_a_trial_does_what_the_merge_will_do(tmp_path, monkeypatch, gpu, io, dtype):
     """Of most of the merge: in its dtypes, of as many sources, with all its workers."""
     small = {"s": torch.ones(10, dtype=torch.float64), "large": torch.ones(1000).half()}

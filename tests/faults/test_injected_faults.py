@@ -10,6 +10,7 @@ import pytest
 
 from tests.faults.faulty_cli import Fault
 from tests.faults.merges import NEW, Variation, calls_of
+from tests.support.sampling import every_nth
 
 NEW_OUTPUT = Variation(sharded=False, fsync=True)
 OVERWRITING = Variation(overwrite=True, sharded=False)
@@ -99,7 +100,7 @@ def test_disk_that_stays_away_is_named(bench, made, variation):
     """If no file can be looked at any more, the error names the first, not one that follows."""
     looks = [at for at, call in enumerate(made[variation], start=1) if call[0] == "stat"]
     ends = []
-    for at in looks:
+    for at in every_nth(looks, 6):
         merge = bench.merge(variation)
         lost = Fault(at=at, action="error", number=errno.EIO, is_lasting=True)
         done = merge.run(lost)

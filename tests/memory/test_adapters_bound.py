@@ -1,5 +1,6 @@
 """Adapters keep the projection, whatever their matrices take; peak resident in a fresh process."""
 
+import itertools
 import json
 import re
 
@@ -10,6 +11,7 @@ from shardmix.system.units import parse_size
 from tests.support.adapters import PREFIX, random_adapter, save_adapter
 from tests.support.fresh_process import python
 from tests.support.models import save_model
+from tests.support.sampling import sample
 
 pytestmark = pytest.mark.machine
 
@@ -63,9 +65,10 @@ def models(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("chunk", [None, "small"])
-@pytest.mark.parametrize("backend", ["torch", "auto"])
-@pytest.mark.parametrize("adapters", ["large", "scaled", "small"])
+CASES = list(itertools.product(["large", "scaled", "small"], ["torch", "auto"], [None, "small"]))
+
+
+@pytest.mark.parametrize(("adapters", "backend", "chunk"), sample("peaks of adapters", CASES, 5))
 def test_peak_is_projected(models, tmp_path, adapters, backend, chunk):
     """Without a budget, and with the least one that works."""
     names = [f"small{number}" for number in range(8)] if adapters == "small" else [adapters]

@@ -1,5 +1,6 @@
 """Methods keep the projection, whatever they make on the way; peak resident in a fresh process."""
 
+import itertools
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from tests.support.fresh_process import python
 from tests.support.models import save_model
+from tests.support.sampling import sample
 
 pytestmark = pytest.mark.machine
 
@@ -37,10 +39,12 @@ def models(tmp_path_factory):
     return [str(folder / "a"), str(folder / "b")]
 
 
-@pytest.mark.parametrize("io", ["pread", "mmap"])
-@pytest.mark.parametrize("backend", ["torch", "auto"])
-@pytest.mark.parametrize("max_memory", [None, "360MiB"])
-@pytest.mark.parametrize("method", METHODS)
+CASES = list(itertools.product(METHODS, [None, "360MiB"], ["torch", "auto"], ["pread", "mmap"]))
+
+
+@pytest.mark.parametrize(
+    ("method", "max_memory", "backend", "io"), sample("peaks of methods", CASES, 6)
+)
 def test_peak_is_projected(models, tmp_path, method, max_memory, backend, io):
     """With tensors that fit into a chunk and others that don't."""
     base, other = models

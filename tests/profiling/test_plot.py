@@ -17,6 +17,7 @@ from shardmix.errors import OutputError, RecipeError
 from shardmix.profiling.profile import Profile
 from tests.support.cut_off import folder_bytes
 from tests.support.models import random_model, save_model
+from tests.support.sampling import sample
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 needs_matplotlib = pytest.mark.skipif(
@@ -158,7 +159,10 @@ def texts(path: Path) -> str:
 
 
 @needs_matplotlib
-@pytest.mark.parametrize("case", ["plain", "budget", "gpu", "no /proc", "few samples", "cut off"])
+@pytest.mark.parametrize(
+    "case",
+    sample("pictures", ["plain", "budget", "gpu", "no /proc", "few samples", "cut off"], 2),
+)
 def test_every_profile_draws_reproducibly(profile, tmp_path, case):
     """Every profile can be drawn, and the same one the same."""
     from shardmix.profiling.plot import draw

@@ -1,5 +1,6 @@
 """Losses of real architectures, streamed, against the reference's formula computed plainly."""
 
+import itertools
 import json
 
 import pytest
@@ -20,6 +21,7 @@ from tests.support.language_models import (
     save_language_model,
     save_tokenizer,
 )
+from tests.support.sampling import sample
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +53,9 @@ def test_a_streamed_loss_is_the_plain_one(models, kind):
     assert report.num_passes == (1,)
 
 
-@pytest.mark.parametrize("grain", list(Grain))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "grain"), sample("cuts of models", list(itertools.product(KINDS, Grain)), 24)
+)
 def test_cut_and_batches_do_not_matter(models, kind, grain, monkeypatch):
     """Neither the cut nor the batches matter."""
     examples = examples_for(kind)

@@ -13,6 +13,7 @@ from shardmix.errors import OutputError
 from shardmix.score_and_merge import merge_by_examples
 from tests.support.cut_off import cut_off_after, folder_bytes
 from tests.support.language_models import TEXTS, save_language_model
+from tests.support.sampling import sample
 
 NOTE = "no model was scored again"
 
@@ -174,7 +175,7 @@ def test_restarting_scores_anew(models, tmp_path, monkeypatch):
     assert names == []
 
 
-@pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("part", sample("torn scores", [0.1, 0.5, 0.9, 0.999], 2))
 def test_a_torn_record_is_ignored(models, tmp_path, monkeypatch, part):
     """Whatever of it a power cut has left."""
     with scored(monkeypatch, fail_at=2), pytest.raises(KeyboardInterrupt):

@@ -24,6 +24,7 @@ from tests.support.language_models import (
     save_tokenizer,
     write_examples,
 )
+from tests.support.sampling import sample
 
 
 def two_models(tmp_path: Path, kind: str) -> list[Path]:
@@ -138,7 +139,9 @@ def test_tokenizer_in_a_module_is_found(tmp_path):
     assert any("tokenizers differ" in warning for warning in report.warnings)
 
 
-@pytest.mark.parametrize("words", [[], ["-q"], ["--json"], ["--json", "-q"]])
+@pytest.mark.parametrize(
+    "words", sample("ways to be quiet", [[], ["-q"], ["--json"], ["--json", "-q"]], 2)
+)
 def test_difference_is_told_in_quiet(tmp_path, words):
     """The difference is told also in quiet.
 

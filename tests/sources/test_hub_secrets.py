@@ -11,6 +11,7 @@ import pytest
 from tests.sources.test_hub import Machine, hub, machine, model, weights  # noqa: F401 - fixtures
 from tests.support.hub_server import EXPIRED_TOKEN, HubServer
 from tests.support.models import random_model, save_model
+from tests.support.sampling import sample
 
 USER, PASSWORD = "us3r", "s3cr3t/w:@rd"
 SECRETS = ("us3r", "s3cr3t", "w:@rd", "w%3A%40rd", quote(PASSWORD, safe=""))
@@ -62,19 +63,21 @@ def down(hub: HubServer) -> None:  # noqa: F811
     hub.is_down = True
 
 
+TROUBLES = [
+    (broken, {}),
+    (broken, {"HF_DEBUG": "1"}),
+    (down, {}),
+    (down, {"HF_DEBUG": "1"}),
+    (HubServer.stop, {}),
+    (None, {"HF_HUB_OFFLINE": "1"}),
+    (None, {"HTTPS_PROXY": "http://us3r:s3cr3t@127.0.0.1:9", "HTTP_PROXY": "us3r:s3cr3t@[::1"}),
+    (None, {"ALL_PROXY": "socks9://us3r:s3cr3t@127.0.0.1:9"}),
+    (None, {"HTTP_PROXY": "http://us3r:s3cr3t@127.0.0.1:9"}),
+]
+
+
 @pytest.mark.parametrize(
-    ("trouble", "settings"),
-    [
-        (broken, {}),
-        (broken, {"HF_DEBUG": "1"}),
-        (down, {}),
-        (down, {"HF_DEBUG": "1"}),
-        (HubServer.stop, {}),
-        (None, {"HF_HUB_OFFLINE": "1"}),
-        (None, {"HTTPS_PROXY": "http://us3r:s3cr3t@127.0.0.1:9", "HTTP_PROXY": "us3r:s3cr3t@[::1"}),
-        (None, {"ALL_PROXY": "socks9://us3r:s3cr3t@127.0.0.1:9"}),
-        (None, {"HTTP_PROXY": "http://us3r:s3cr3t@127.0.0.1:9"}),
-    ],
+    ("trouble", "settings"), sample("troubles of the Hub", TROUBLES, 5, kinds=lambda case: case[:1])
 )
 def test_troubles_tell_no_secret(hub, machine, trouble, settings):  # noqa: F811
     hub.push("org/name", model(1.0))

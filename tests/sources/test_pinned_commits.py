@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from tests.sources.test_hub import Machine, hub, machine  # noqa: F401 - fixtures
 from tests.support.hub_server import HubServer
 from tests.support.language_models import TEXTS, save_language_model
+from tests.support.sampling import sample
 
 # Says when the models are scored, and merges once it is told to.
 WAITS = """
@@ -49,7 +50,7 @@ def tensors_of(folder: Path) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", sample("ways to score and merge", WAYS, 1))
 def test_the_scored_commit_is_merged(
     hub: HubServer,  # noqa: F811
     machine: Machine,  # noqa: F811

@@ -114,7 +114,7 @@ def models(folder, *, kind="aligned"):
 
 # What is in flight when the page is found missing: a kernel without the interpreter's lock, a copy
 # to an aligned buffer with it, and numpy's comparison.
-@pytest.mark.parametrize(("io", "backend", "kind"), sample("sources cut while read", CUTS, 5))
+@pytest.mark.parametrize(("io", "backend", "kind"), sample("sources cut while read", CUTS, 3))
 def test_source_cut_while_read_is_an_error(tmp_path, io, backend, kind):
     """A source cut short while it is read is an error."""
     if backend == "llvm":
