@@ -187,8 +187,33 @@ def listed(names: Collection[str], most: int = 5) -> str:
     return ", ".join(itertools.islice(names, most)) + more
 
 
+_MOST_SHOWN = 200
+
+
+def _is_large(value: object) -> bool:
+    """Return True if a value has so many inner ones that its text could be of any length.
+
+    A list may hold another one twice, and that a third one twice: forty of them, a text of a
+    terabyte.
+    """
+    left, count = [value], 0
+    while left:
+        inner = left.pop()
+        count += 1
+        if count > _MOST_SHOWN:
+            return True
+        if isinstance(inner, dict):
+            left += itertools.islice(inner.keys(), _MOST_SHOWN)
+            left += itertools.islice(inner.values(), _MOST_SHOWN)
+        elif isinstance(inner, list | tuple | set | frozenset):
+            left += itertools.islice(inner, _MOST_SHOWN)
+    return False
+
+
 def shown(value: object, limit: int = 60) -> str:
     """Format a value of a stranger's file for a message, cut short, whatever it is."""
+    if _is_large(value):
+        return f"a large {type(value).__name__}"
     try:
         text = printable(repr(value))
     except (ValueError, RecursionError):  # an integer of many digits, or deep nesting

@@ -20,9 +20,9 @@ MOST_METADATA_NBYTES = 1 << 30
 """A larger one is refused unread: it would be of seven million chunks."""
 USUAL_MEMORY = 8
 """Bytes of memory for each of the file's: 3 measured, of 720,000 chunks."""
-_MOST_MEMORY = 28  # if nothing comes in the usual forms; 11 measured
+_MOST_MEMORY = 20  # if nothing comes in the usual forms; 11 measured
 # The fewest bytes for each object that the pickle makes, of at most 100 bytes of memory.
-_USUAL_OBJECT_NBYTES, _LEAST_OBJECT_NBYTES = 16, 4
+_USUAL_OBJECT_NBYTES, _LEAST_OBJECT_NBYTES = 16, 6
 _FREE_OBJECTS = 10_000
 _MOST_STACKED = 10_000
 _MOST_DIMENSIONS = 64

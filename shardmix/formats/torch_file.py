@@ -14,7 +14,7 @@ import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
 from shardmix.dtypes import BY_NAME
 from shardmix.errors import SourceError, one_line, shown
@@ -22,6 +22,10 @@ from shardmix.errors import SourceError, one_line, shown
 MOST_PICKLE_NBYTES = 256 << 20
 _MOST_DIMENSIONS = 64
 _MOST_DEPTH = 4
+_MOST_ARGUMENTS = 16
+# The fewest bytes of a pickle for each object that it makes: 15 of a model's.
+_LEAST_OBJECT_NBYTES = 6
+_FREE_OBJECTS = 10_000
 _LOCAL_HEADER_NBYTES = 30
 _CENTRAL_HEADER_NBYTES = 46
 _ENCRYPTED = 0x1
@@ -327,14 +331,17 @@ def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
 
 
 def _ordered(pairs: Any = ()) -> _State:
-    state = _State()
-    for key, value in pairs:
-        state[key] = value
-    return state
+    # Python 3 sets the entries afterwards. A list of them could be named again and again, and each
+    # call would copy it.
+    if pairs != ():
+        raise SourceError("makes a dictionary as only Python 2 does", remedy=_RESAVE)
+    return _State()
 
 
-def _size(*sizes: Any) -> tuple[Any, ...]:
-    return tuple(*sizes)
+def _size(sizes: Any = ()) -> tuple[Any, ...]:
+    if not isinstance(sizes, tuple):  # a text would become as many objects, at each call
+        raise TypeError(f"a size made of a {type(sizes).__name__}")
+    return sizes
 
 
 _DTYPES = {
@@ -374,6 +381,10 @@ class _Machine(pickle._Unpickler):
     read: Callable[[int], bytes]
     stack: list[Any]
 
+    def __init__(self, content: bytes) -> None:
+        super().__init__(io.BytesIO(content))
+        self.num_left = _FREE_OBJECTS + len(content) // _LEAST_OBJECT_NBYTES
+
     def find_class(self, module: str, name: str) -> Any:
         """Return what a name of the pickle stands for here."""
         full = f"{module}.{name}"
@@ -408,6 +419,8 @@ class _Machine(pickle._Unpickler):
                 f"calls {shown(function)}, which is no part of a tensor",
                 remedy=f"save a file with tensors alone: {_RESAVE}",
             )
+        if len(arguments) > _MOST_ARGUMENTS:
+            raise ValueError(f"{len(arguments)} arguments")
         self.stack[-1] = function(*arguments)
 
     def load_build(self) -> None:
@@ -435,21 +448,37 @@ _ALLOWED = (
     *("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "SETITEM", "SETITEMS", "BINGET", "LONG_BINGET"),
     *("BINPUT", "LONG_BINPUT", "MEMOIZE", "GLOBAL", "STACK_GLOBAL", "BINPERSID", "DUP"),
 )
-_Machine.dispatch = {
-    **{
-        code: pickle._Unpickler.dispatch[code]
-        for code in (getattr(pickle, name)[0] for name in _ALLOWED)
-    },
-    **{
-        code[0]: cast("Callable[[pickle.Unpickler], None]", function)
-        for code, function in (
-            (pickle.REDUCE, _Machine.load_reduce),
-            (pickle.BUILD, _Machine.load_build),
-            (pickle.EMPTY_DICT, _Machine.load_empty_dictionary),
-            (pickle.FRAME, _Machine.load_frame),
-        )
-    },
-}
+_OURS = (
+    (pickle.REDUCE, _Machine.load_reduce),
+    (pickle.BUILD, _Machine.load_build),
+    (pickle.EMPTY_DICT, _Machine.load_empty_dictionary),
+    (pickle.FRAME, _Machine.load_frame),
+)
+# They take a byte of the pickle and a hundred of memory.
+_MAKING = ("MARK", "EMPTY_LIST", "EMPTY_DICT", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "REDUCE")
+
+
+def _counted(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Return an instruction that may be carried out only so many times."""
+
+    def load_counted(machine: _Machine) -> None:
+        machine.num_left -= 1
+        if machine.num_left < 0:
+            raise ValueError("too many objects for its length")
+        load(machine)
+
+    return load_counted
+
+
+def _dispatch() -> dict[int, Callable[[pickle.Unpickler], None]]:
+    codes = [getattr(pickle, name)[0] for name in _ALLOWED]
+    found: dict[int, Any] = {code: pickle._Unpickler.dispatch[code] for code in codes}
+    found |= {code[0]: function for code, function in _OURS}
+    making = [getattr(pickle, name)[0] for name in _MAKING]
+    return found | {code: _counted(found[code]) for code in making}
+
+
+_Machine.dispatch = _dispatch()
 
 
 def load_description(content: bytes) -> Any:
@@ -458,7 +487,7 @@ def load_description(content: bytes) -> Any:
     Raises `SourceError` if it does anything else, or is damaged.
     """
     try:
-        return _Machine(io.BytesIO(content)).load()
+        return _Machine(content).load()
     except SourceError:
         raise
     except KeyError as error:

@@ -1,18 +1,24 @@
 """Distributed checkpoints of torch: the bytes are those that torch's own loader gives."""
 
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import shardmix
 from shardmix.dtypes import element_nbytes
+from shardmix.errors import SourceError
 from shardmix.sources.resolve import open_source
 from tests.sources.test_torch_files import LOADED, all_of, expected
+from tests.support.cut_off import cut_off
 from tests.support.dcp_checkpoints import cut_along, save_dcp, whole
+from tests.support.dcp_ranks import PLACEMENTS
 from tests.support.models import random_model, random_tensor, save_model
 
 WEIGHTS = "model.safetensors"
@@ -115,7 +121,37 @@ def test_torch_s_own_checkpoints_are_read(tmp_path, under):
     assert all_of(open_source(str(tmp_path))) == expected(tensors)
 
 
-NAMES = sorted(random_model(0))
+@pytest.fixture(scope="module")
+def by_ranks(tmp_path_factory):
+    """Checkpoints that four processes saved together."""
+    folder = tmp_path_factory.mktemp("ranks")
+    words = [sys.executable, "-m", "tests.support.dcp_ranks", str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("way", [*PLACEMENTS, "fsdp", "flat"])
+def test_checkpoints_of_ranks_are_read(by_ranks, way):
+    """FSDP, tensor parallelism and both; the optimizer's tensors are left."""
+    state = torch.load(by_ranks / f"{way}.bin", weights_only=False)
+    model = state.get("model", state)
+    tensors = {name: x for name, x in model.items() if isinstance(x, torch.Tensor)}
+    source = open_source(str(by_ranks / way))
+    assert all_of(source) == expected(tensors)
+    assert len(tensors) > 5
+    is_whole = way == "whole"
+    assert (source.tensors.decoded is None) == is_whole
+    assert is_whole or source.tensors.decoded.sum() > len(tensors) / 2
+
+
+def test_checkpoints_of_ranks_are_joined(by_ranks, tmp_path):
+    report = shardmix.convert(by_ranks / "both", tmp_path / "out")
+    stored = torch.load(by_ranks / "both.bin", weights_only=False)["model"]
+    joined = load_file(tmp_path / "out" / WEIGHTS)
+    assert joined.keys() == stored.keys()
+    assert all(torch.equal(joined[name], stored[name]) for name in joined)
+    assert report.num_models == 1
 
 
 @pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic"])
@@ -147,3 +183,59 @@ def test_merges_are_those_of_safetensors(tmp_path, method, way):
     )
     assert shardmix.verify(tmp_path / "dcp").is_verified
     assert shardmix.verify(tmp_path / "dcp", recompute=True).problems == ()
+
+
+def test_folders_of_accelerate_are_read(tmp_path):
+    """The config and tokenizer lie around the checkpoint; either folder may be given."""
+    tensors = random_model(3)
+    folder = tmp_path / "checkpoint-10"
+    inner = save_dcp(folder / "pytorch_model_fsdp_0", tensors, cut=cut_along(0, 2))
+    save_dcp(folder / "optimizer_0", {"exp_avg": torch.ones(3)}, under="optimizer")
+    (inner / "config.json").unlink()
+    (folder / "config.json").write_text('{"model_type": "test"}')
+    (folder / "tokenizer.json").write_text("{}")
+    for number, named in enumerate((folder, inner)):
+        source = open_source(str(named))
+        assert source.config == {"model_type": "test"}
+        assert source.public_name == "checkpoint-10"
+        assert source.path == str(named)
+        out = tmp_path / f"out{number}"
+        shardmix.convert(named, out)
+        assert sorted(path.name for path in out.iterdir()) == [
+            *("README.md", "config.json", WEIGHTS, "shardmix.json", "tokenizer.json")
+        ]
+        stored = load_file(out / WEIGHTS)
+        assert all(torch.equal(stored[name], tensors[name]) for name in tensors)
+    other = save_model(tmp_path / "other", random_model(4))
+    shardmix.merge({inner: 0.5, other: 0.5}, tmp_path / "merged", config_from=inner)
+    assert (tmp_path / "merged" / "tokenizer.json").exists()
+
+
+def test_other_weights_come_first(tmp_path):
+    folder = tmp_path / "checkpoint-10"
+    save_dcp(folder / "pytorch_model_fsdp_0", random_model(3))
+    save_model(folder, random_model(4))
+    assert [file.name for file in open_source(str(folder)).identity.files] == [WEIGHTS]
+    (folder / WEIGHTS).unlink()
+    save_dcp(folder / "pytorch_model_fsdp_1", random_model(3))
+    with pytest.raises(SourceError, match="holds several distributed checkpoints: pytorch_mod"):
+        open_source(str(folder))
+
+
+def test_cut_off_merges_go_on(tmp_path):
+    tensors = [
+        {f"w{n}": random_tensor((1024, 1024), seed=9 * k + n) for n in range(4)} for k in (0, 1)
+    ]
+    sources = [
+        save_dcp(tmp_path / f"m{number}", each, cut=cut_along(number, 3))
+        for number, each in enumerate(tensors)
+    ]
+    out = tmp_path / "out"
+    models = dict.fromkeys(sources, 0.5)
+    cut_off(models, out, num_leaves=2, record_paths=True)
+    report = shardmix.merge(models, out, record_paths=True)
+    assert report.bytes_kept > 0
+    assert shardmix.verify(out, recompute=True).problems == ()
+    merged = load_file(out / WEIGHTS)
+    for name, first in tensors[0].items():
+        assert torch.equal(merged[name], first * 0.5 + tensors[1][name] * 0.5)

@@ -19,6 +19,7 @@ from shardmix.cli.commands import app
 from shardmix.system.memory import peak_resident_nbytes
 from tests.support import (
     hostile_adapters,
+    hostile_dcp,
     hostile_folders,
     hostile_headers,
     hostile_quantised,
@@ -33,6 +34,7 @@ CASES = (
     *hostile_words.CASES,
     *hostile_adapters.CASES,
     *hostile_torch_files.CASES,
+    *hostile_dcp.CASES,
     *hostile_quantised.CASES,
 )
 _LONGEST_SECONDS = 10
