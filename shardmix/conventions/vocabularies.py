@@ -4,7 +4,6 @@ Knows tokenizer.json, vocab.txt, vocab.json, SentencePiece's models, tiktoken's 
 tekken.json. Holds two columns, not the tokens: a vocabulary may have 260,000.
 """
 
-import itertools
 import json
 import re
 from array import array
@@ -105,7 +104,7 @@ class TokenizerJson:
     vocabulary: Vocabulary
     """The model's own, without added tokens."""
     num_entries: int
-    """Number of its entries: more than it has ids if two share one."""
+    """Number of its entries: more than it has ids if two share one, or if one is no number."""
     added: dict[int, str]
     """Id → added token."""
     added_tokens: tuple["AddedToken", ...]
@@ -216,11 +215,9 @@ def read_tokenizer_json(folder: Path, *, max_memory: int | None) -> TokenizerJso
         vocab, merges = _compact(model.vocab), _compact(model.merges)
         # A unigram model has scores instead of merges.
         decisive = vocab if vocab[:1] == b"[" else merges
-        entries = itertools.count()
-        pairs = (pair for pair, _ in zip(_json_pairs(vocab), entries, strict=False))
         return TokenizerJson(
-            vocabulary=vocabulary(pairs),
-            num_entries=next(entries),
+            vocabulary=vocabulary(_json_pairs(vocab)),
+            num_entries=vocab.count(b'"') // 2,
             added_tokens=tuple(file.added_tokens or ()),
             added={token.id: token.content for token in file.added_tokens or () if is_id(token.id)},
             kind=model.type or "BPE",

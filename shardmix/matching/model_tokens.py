@@ -27,6 +27,7 @@ from shardmix.system.memory import give_back_free_memory
 
 _OWN_NAMES = (TOKENIZER_JSON, "vocab.txt", "vocab.json")
 """Files whose ids are the model's; a SentencePiece model's are shifted by some classes."""
+_NUM_NAMED = 3
 _BYTE_LEVEL = '"type": "ByteLevel"'
 
 
@@ -201,8 +202,8 @@ def _refuse_unclear(tokens: ModelTokens, num_entries: int, max_memory: int | Non
         raise _twice(tokens.files, text, pair)
     if num_entries != len(tokens.own.ids):
         raise SourceError(
-            f"{tokens.file} has {num_entries} tokens but {len(tokens.own.ids)} ids: two tokens "
-            "share one, so that its row is not clear",
+            f"{tokens.file} has {num_entries} tokens but {len(tokens.own.ids)} ids: two share one, "
+            "or one is no number, so that rows are not clear",
             subject=tokens.name,
             remedy="correct it, or fetch it again",
         )
@@ -235,7 +236,20 @@ def _quoted(token: str) -> str:
     return f'"{printable(token[:40])}"'
 
 
-def few(tokens: Sequence[str], most: int = 3) -> str:
+def differing_tokens(one: ModelTokens, other: ModelTokens) -> str:
+    """Describe the tokens that only one of two models has."""
+    found = []
+    for own, theirs in ((one, other), (other, one)):
+        ids = own.all.ids[~np.isin(own.all.hashes, theirs.all.hashes)].tolist()
+        if ids:
+            texts = own.texts(ids[:_NUM_NAMED], None)
+            more = f" and {len(ids) - _NUM_NAMED} more" if len(ids) > _NUM_NAMED else ""
+            named = ", ".join(_quoted(texts[number]) for number in ids[:_NUM_NAMED])
+            found.append(f"only in {own.name}: {named}{more}")
+    return "; ".join(found) or "both tokenizers have the same tokens, other rows are padding"
+
+
+def few(tokens: Sequence[str], most: int = _NUM_NAMED) -> str:
     """Return a few tokens in quotation marks, and the number of the rest."""
     return listed([_quoted(token) for token in tokens], most)
 

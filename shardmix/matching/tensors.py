@@ -22,7 +22,7 @@ from shardmix.conventions.adapters import (
 )
 from shardmix.conventions.tensor_names import without_wrappers
 from shardmix.dtypes import DTYPES, FLOAT_DTYPES, INTEGER_DTYPES
-from shardmix.errors import MismatchError, SourceError, listed
+from shardmix.errors import MismatchError, ShardmixError, SourceError, listed
 from shardmix.sources.base import Source
 
 if TYPE_CHECKING:
@@ -379,18 +379,35 @@ def _common_shapes(
             for name, mine, other in zip(names, first, shapes, strict=True)
             if mine != other
         )
-        remedy = "merge models of one architecture"
+        remedy, tokens = "merge models of one architecture", ""
         if naming.has_vocabulary_axis(name) and mine[1:] == other[1:]:
             remedy = (
-                "give both models the same tokens first, since this looks like a resized "
-                "vocabulary (model.resize_token_embeddings in transformers)"
+                "map their rows by token with --tokenizer-source base or union (tokenizer_source "
+                "in a recipe or in Python)"
             )
+            tokens = _differing_tokens(sources[0], source)
         raise MismatchError(
-            f"{list(mine)} in {sources[0].text}, {list(other)} in {source.text}; shapes must match",
+            f"{list(mine)} in {sources[0].text}, {list(other)} in {source.text}{tokens}; shapes "
+            "must match",
             subject=name,
             remedy=remedy,
         )
     return tuple(first)
+
+
+def _differing_tokens(one: Source, other: Source) -> str:
+    """Describe the tokens that only one of two models has; "" if a tokenizer cannot be read."""
+    from shardmix.matching.model_tokens import differing_tokens, read_model_tokens
+    from shardmix.matching.tokenizers import TokenizerFolder
+
+    try:
+        read = [
+            read_model_tokens(TokenizerFolder(source.text, source.folder), max_memory=None)
+            for source in (one, other)
+        ]
+        return f" ({differing_tokens(*read)})"
+    except ShardmixError:
+        return ""
 
 
 def _refuse_mixed_kinds(

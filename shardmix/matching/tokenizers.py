@@ -393,6 +393,8 @@ def _refused(
         finding=f"{KEY}: {count} {noun}: {'; '.join(words)}",
         consequence=f"the output takes the tokenizer of {one.name}",
         is_refused=True,
+        remedy="map their rows by token with --tokenizer-source base or union (tokenizer_source in "
+        "a recipe or in Python)",
     )
 
 

@@ -134,3 +134,137 @@ def test_config_has_the_outputs_ids(tmp_path):
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation == {"suppress_tokens": [found["w4"], -1], "bos_token_id": 13}
     assert any("pad_token_id 2, suppress_tokens 2" in note for note in report.warnings)
+
+
+def pair(tmp_path, **options):
+    """Save two models of which each has tokens that the other lacks; return paths and tensors."""
+    a = model_of(tmp_path / "a", numbered(SHARED), ["<a>", "<both>"], seed=1, **options)
+    b = model_of(tmp_path / "b", numbered(SHARED), ["<both>", "<b>", "<c>"], seed=2, **options)
+    return str(tmp_path / "a"), str(tmp_path / "b"), a, b
+
+
+def test_refusal_names_the_tokens(tmp_path):
+    """By default; if only rows differ in number it says so."""
+    a, b, _, _ = pair(tmp_path)
+    with pytest.raises(shardmix.MismatchError) as caught:
+        shardmix.merge({a: 0.5, b: 0.5}, tmp_path / "out")
+    assert f'only in {a}: "<a>"; only in {b}: "<b>", "<c>"' in str(caught.value)
+    assert "--tokenizer-source base or union" in str(caught.value)
+    model_of(tmp_path / "wide", numbered(SHARED), ["<a>", "<both>"], rows=64)
+    with pytest.raises(shardmix.MismatchError, match="same tokens, other rows are padding"):
+        shardmix.merge({a: 0.5, str(tmp_path / "wide"): 0.5}, tmp_path / "out")
+
+
+def recipe(tmp_path, models, tokens, **tokenizer):
+    """Write a recipe with mergekit's `tokenizer`."""
+    content = {
+        "models": [{"model": model, "parameters": {"weight": 0.5}} for model in models],
+        "merge_method": "linear",
+        "dtype": "float32",
+        "tokenizer": {**tokenizer, "tokens": tokens},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_tokens_take_the_rows_that_are_named(tmp_path):
+    """A model's row, another token's, an id's, zeros; with force in models that have one, too."""
+    a, b, of_a, of_b = pair(tmp_path)
+    tokens = {
+        "<a>": {"source": a},
+        "<both>": {"source": b, "force": True},
+        "<b>": {"source": {"kind": "zero"}},
+        "<c>": {"source": {"kind": "model_token", "model": a, "token": "w3"}, "force": True},
+        "w5": {"source": {"kind": "zero"}},
+        "w6": {"source": {"kind": "zero"}, "force": True},
+        "<new>": {"source": {"kind": "model_token", "model": b, "token_id": 4}},
+    }
+    out, ids, _ = merged(tmp_path, recipe(tmp_path, [a, b], tokens))
+    va, vb = ids_of(tmp_path / "a"), ids_of(tmp_path / "b")
+    assert ids == {**va, "<b>": 14, "<c>": 15, "<new>": 16}
+    for name in (EMBEDDING, HEAD):
+        x, y = of_a[name].double(), of_b[name].double()
+        wanted = {
+            "<a>": x[va["<a>"]],
+            "<both>": y[vb["<both>"]],
+            "<b>": y[vb["<b>"]] / 2,
+            "<c>": x[3],
+            "w5": (x[5] + y[5]) / 2,
+            "w6": torch.zeros(6),
+            "<new>": y[4],
+        }
+        for token, row in wanted.items():
+            assert torch.equal(out[name][ids[token]], row.float()), token
+
+
+def test_padding_is_the_givers(tmp_path):
+    """Rows without a token are merged where both have them, else they are the giver's."""
+    a = model_of(tmp_path / "a", numbered(SHARED), rows=20, seed=1)
+    b = model_of(tmp_path / "b", numbered(SHARED), ["<b>"], rows=16, seed=2)
+    models = {str(tmp_path / "a"): 0.5, str(tmp_path / "b"): 0.5}
+    for source, rows, first in (("base", 20, 13), ("union", 20, 13), (str(tmp_path / "b"), 16, 13)):
+        out, _, _ = merged(tmp_path, models, tokenizer_source=source, dtype="float32")
+        x, y = a[EMBEDDING].float(), b[EMBEDDING].float()
+        assert len(out[EMBEDDING]) == rows
+        assert torch.equal(out[EMBEDDING][first:16], (x[first:16] + y[first:16]) / 2)
+        assert torch.equal(out[EMBEDDING][16:], x[16:20] if rows == 20 else x[:0])
+        # Row 12 is a token in one model, and padding in the other.
+        assert torch.equal(out[EMBEDDING][12], x[12] if source == "base" else y[12])
+
+
+@pytest.mark.parametrize(("multiple", "rows"), [(1, 13), (8, 16), (64, 64)])
+def test_rows_are_a_multiple(tmp_path, multiple, rows):
+    """Beyond the giver's rows they are averages of all rows before, in each model."""
+    a = model_of(tmp_path / "a", numbered(SHARED), rows=14, seed=1)
+    b = model_of(tmp_path / "b", numbered(SHARED), ["<b>"], rows=40, seed=2)
+    models = {str(tmp_path / "a"): 0.5, str(tmp_path / "b"): 0.5}
+    options = {"tokenizer_source": "union", "pad_to_multiple_of": multiple, "dtype": "float32"}
+    out, _, _ = merged(tmp_path, models, **options)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == rows
+    for name in (EMBEDDING, HEAD):
+        x, y = a[name].double(), b[name].double()
+        own = torch.cat([(x[:12] + y[:12]) / 2, y[12:13]])
+        assert len(out[name]) == rows
+        assert torch.equal(out[name][:13], own.float())
+        if rows > 13:
+            own = torch.cat([own, (x[13:14] + y[13:14]) / 2])
+            torch.testing.assert_close(out[name][13], own[13].float())
+            for row in out[name][14:]:
+                torch.testing.assert_close(row, own.mean(0).float(), rtol=1e-6, atol=1e-6)
+
+
+def test_options_say_what_a_recipe_says(tmp_path):
+    """They replace its source and its multiple."""
+    a, b, _, _ = pair(tmp_path)
+    path = recipe(tmp_path, [a, b], {}, source="base")
+    first, _, _ = merged(tmp_path, path, tokenizer_source="union", pad_to_multiple_of=8)
+    path = recipe(tmp_path, [a, b], {}, source="union", pad_to_multiple_of=8)
+    again, _, _ = merged(tmp_path, path)
+    assert len(first[EMBEDDING]) == 16
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    with pytest.raises(shardmix.MismatchError, match="shapes must match"):
+        shardmix.merge(path, tmp_path / "refused", tokenizer_source="refuse")
+
+
+def test_base_of_linear_fills_in(tmp_path):
+    """As in mergekit: a base model that is one of the models gives rows that others lack."""
+    words = {
+        name: numbered([*SHARED, *more]) for name, more in {"a": [], "b": ["x"], "c": ["x"]}.items()
+    }
+    saved = {
+        name: model_of(tmp_path / name, vocab, seed=seed)
+        for seed, (name, vocab) in enumerate(words.items())
+    }
+    models = {str(tmp_path / name): 0.25 if name != "c" else 0.5 for name in "abc"}
+    rows = [saved[name][EMBEDDING][12].double() for name in "bc"]
+    for base, lacking in ((None, sum(rows) / 2), (str(tmp_path / "c"), rows[1])):
+        out, ids, _ = merged(
+            tmp_path, models, tokenizer_source="union", base_model=base, dtype="float32"
+        )
+        wanted = 0.25 * lacking.float().double() + 0.25 * rows[0] + 0.5 * rows[1]
+        torch.testing.assert_close(out[EMBEDDING][ids["x"]].double(), wanted, rtol=1e-6, atol=1e-6)
+        report = shardmix.verify(
+            tmp_path / "out", recompute=True, sources={name: tmp_path / name for name in "abc"}
+        )
+        assert report.is_verified, report.problems

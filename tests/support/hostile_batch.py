@@ -24,6 +24,7 @@ from tests.support import (
     hostile_headers,
     hostile_quantised,
     hostile_torch_files,
+    hostile_vocabularies,
     hostile_words,
 )
 from tests.support.hostile_inputs import Words
@@ -36,6 +37,7 @@ CASES = (
     *hostile_torch_files.CASES,
     *hostile_dcp.CASES,
     *hostile_quantised.CASES,
+    *hostile_vocabularies.CASES,
 )
 _LONGEST_SECONDS = 10
 _WEIGHT = "=0.5"
