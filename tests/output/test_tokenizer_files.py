@@ -108,7 +108,7 @@ def test_added_tokens_are_united(tmp_path, kind):
     assert loaded.chat_template == "{{ messages }}"
 
 
-def test_apart_trained_bpe_keeps_the_bases_splits(tmp_path):
+def test_apart_trained_bpe_splits_as_base(tmp_path):
     """Entries of another byte-level BPE get ids and rows, and no text is split into them."""
     first = save(tmp_path / "a", byte_level(ONE), ["<|x|>"])
     second = save(tmp_path / "b", byte_level(TWO), ["<|y|>", "<|x|>"])
@@ -126,7 +126,7 @@ def test_apart_trained_bpe_keeps_the_bases_splits(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
-def test_other_apart_trained_ones_are_refused(tmp_path, kind):
+def test_other_apart_trained_is_refused(tmp_path, kind):
     """With what to use; base and a model map what they share, and split as those."""
     first = save(tmp_path / "a", KINDS[kind](ONE))
     second = save(tmp_path / "b", KINDS[kind](TWO))
@@ -149,7 +149,7 @@ def test_words_looked_up_whole_are_refused(tmp_path):
         merged(tmp_path, "a", "b", tokenizer_source="union")
 
 
-def test_a_tokenizer_changed_since_is_an_error(tmp_path, monkeypatch):
+def test_a_changed_tokenizer_is_an_error(tmp_path, monkeypatch):
     """Rows were mapped by the tokenizer as it was opened."""
     save(tmp_path / "a", byte_level(ONE), ["<|x|>"])
     save(tmp_path / "b", byte_level(ONE), ["<|y|>"])
