@@ -18,10 +18,6 @@ def merge_options(arguments: dict[str, Any]) -> dict[str, Any]:
 
     options = {name: arguments[name] for name in MergeOptions.__annotations__ if name in arguments}
     options["fsync"] = not arguments["no_fsync"]
-    # An absent switch must not override a recipe's own.
-    for switch in ("normalize", "allow_weight_sum", "as_adapter"):
-        if switch in options:
-            options[switch] = options[switch] or None
     words = options.pop("parameters", ())
     if words:
         from shardmix.recipe.build import parse_parameter_words

@@ -136,11 +136,13 @@ parameters = click.option(
 normalize = click.option(
     "--normalize",
     is_flag=True,
+    default=None,  # absent, it does not override the recipe's own
     help="Rescale the weights to sum to 1; short for -p normalize=true.",
 )
 allow_weight_sum = click.option(
     "--allow-weight-sum",
     is_flag=True,
+    default=None,  # absent, it does not override the recipe's own
     help="Accept SOURCE=WEIGHT words whose sum is not 1, an error otherwise (linear only).",
 )
 allow_differences = click.option(
@@ -159,6 +161,7 @@ config_from = click.option(
 as_adapter = click.option(
     "--as-adapter",
     is_flag=True,
+    default=None,  # absent, it does not override the recipe's own
     help="Write the weighted sum of changes to the base model as a LoRA adapter for PEFT, not the "
     "model. Of adapters it is exact, and ranks add up; SOURCE=WEIGHT need not sum to 1.",
 )

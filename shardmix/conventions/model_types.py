@@ -14,14 +14,32 @@ ENCODER = "encoder"
 RERANKER = "reranker"
 ENCODER_DECODER = "encoder-decoder"
 
-CONTINUATION = "continuation"
-"""Reading: input and output, as one sequence."""
-TWO_SIDES = "two sides"
-"""Reading: the input by an encoder, the output by a decoder."""
-TEXTS = "texts"
-"""Reading: a query and its passages, each by itself."""
-PAIRS = "pairs"
-"""Reading: a query with each of its passages, as one sequence."""
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A way to read an example, and what the scorer does differently for it."""
+
+    name: str
+    """Its name."""
+    takes_queries: bool
+    """True if its examples are a query and passages; else they are an input and an output."""
+    loss_of_tokens: bool
+    """True if a loss is a mean over tokens of the output, and so the tokenizer's matter."""
+    has_own_limit: bool
+    """True if the tokenizer's own longest text counts: that of RoBERTa knows how many of the
+    config's positions are left."""
+
+
+CONTINUATION = Reading(
+    "continuation", takes_queries=False, loss_of_tokens=True, has_own_limit=False
+)
+"""Input and output, as one sequence."""
+TWO_SIDES = Reading("two sides", takes_queries=False, loss_of_tokens=True, has_own_limit=False)
+"""The input by an encoder, the output by a decoder."""
+TEXTS = Reading("texts", takes_queries=True, loss_of_tokens=False, has_own_limit=True)
+"""A query and its passages, each by itself."""
+PAIRS = Reading("pairs", takes_queries=True, loss_of_tokens=False, has_own_limit=True)
+"""A query with each of its passages, as one sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +52,13 @@ class ModelType:
     """The class of transformers that loads it."""
     heads: tuple[str, ...]
     """Ends of class names, in a config's `architectures`, that fit it."""
-    reads: str
+    reads: Reading
     """Its way to read an example: CONTINUATION, TWO_SIDES, TEXTS or PAIRS."""
     embeds: bool = False
     """True if it gives a vector a text, without a head: a head or pooler beside it does not
     count."""
-
-    @property
-    def takes_queries(self) -> bool:
-        """True if its examples are a query and passages; else they are an input and an output."""
-        return self.reads in (TEXTS, PAIRS)
+    scores: bool = False
+    """True if a model without a head cannot be of this type."""
 
 
 _TYPES = (
@@ -66,6 +81,7 @@ _TYPES = (
         "AutoModelForSequenceClassification",
         heads=("ForSequenceClassification",),
         reads=PAIRS,
+        scores=True,
     ),
     ModelType(
         ENCODER_DECODER,
@@ -124,20 +140,22 @@ def contradiction(
     architectures = config.get("architectures")
     named = architectures if isinstance(architectures, list) else []
     heads = [head for name in named for head in _HEADS if str(name).endswith(head)]
-    if model_type == ENCODER and has_modules:
+    kind = MODEL_TYPES[model_type]
+    if kind.embeds and has_modules:
         return None
-    fits = any(head in MODEL_TYPES[model_type].heads for head in heads)
+    fits = any(head in kind.heads for head in heads)
     if heads and not fits:
         return f"architectures {shown(named)}"
     family, is_decoder = str(config.get("model_type")), config.get("is_decoder") is True
     is_bare = bool(named) and all(str(name).endswith("Model") for name in named)
-    if model_type == RERANKER and family in _ENCODER_FAMILIES and is_bare:
+    if kind.scores and family in _ENCODER_FAMILIES and is_bare:
         return f"architectures {shown(named)}, without a head that scores"
-    if model_type in (DECODER, ENCODER_DECODER) and family in _ENCODER_FAMILIES and not is_decoder:
+    writes = kind.reads in (CONTINUATION, TWO_SIDES)
+    if writes and family in _ENCODER_FAMILIES and not is_decoder:
         return f"model_type {shown(family)}, which reads in both directions"
     two_sided = config.get("is_encoder_decoder")
-    if model_type == DECODER and two_sided is True:
+    if kind.reads == CONTINUATION and two_sided is True:
         return "is_encoder_decoder true"
-    if model_type == ENCODER_DECODER and two_sided is False:
+    if kind.reads == TWO_SIDES and two_sided is False:
         return "is_encoder_decoder false"
     return None

@@ -16,7 +16,7 @@ from shardmix.system.memory import resident_nbytes
 
 
 def chosen_executor() -> Executor:
-    """Return the executor for jobs. This is the one choice among executors."""
+    """Return the executor for jobs; a trial of a device (`calibrate_pass`) takes threads."""
     return ThreadExecutor()
 
 

@@ -132,9 +132,9 @@ class _Group:
         self.narrow, self.narrow_factors = _counted(method, params, is_wide=False)
         """The sources that count, the base model among them, and their factors, in float32."""
         self.wide, self.wide_factors = _counted(method, params, is_wide=True)
+        """The same for tensors that are computed in float64."""
         self._num_factors = method.num_factors
         self._has_base = needs.base_model
-        """The same for tensors that are computed in float64."""
 
     def num_pending(self, sources: Sequence[int]) -> int:
         """Return the number of factors that follow from statistics of a tensor of these sources."""

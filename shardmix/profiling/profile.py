@@ -26,7 +26,7 @@ class PlannedMerge:
     num_models: int
     """Models merged."""
     num_tensors: int
-    """Models merged."""
+    """Tensors of the output."""
     bytes_read: int
     """Weight bytes to read."""
     bytes_written: int

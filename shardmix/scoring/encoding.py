@@ -105,7 +105,7 @@ def _silent(
     settings: ScoreSettings,
     max_length: int,
 ) -> tuple[str, ...]:
-    if settings.type.takes_queries:
+    if not settings.type.reads.loss_of_tokens:
         return ()
     silent = [number for number, sequence in enumerate(sequences) if not sequence.labels]
     for start in range(0, len(sequences), settings.batch_size):
@@ -140,8 +140,7 @@ def _max_length(tokenizer: Any, settings: ScoreSettings, config: Mapping[str, An
     if positions is not None:
         limits.append(positions)
     own = tokenizer.model_max_length
-    # RoBERTa's positions start at 2: its tokenizer knows how many are left, its config does not.
-    if settings.type.takes_queries and 0 < own < _NO_LIMIT:
+    if settings.type.reads.has_own_limit and 0 < own < _NO_LIMIT:
         limits.append(int(own))
     return min(limits)
 

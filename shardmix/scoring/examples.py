@@ -69,7 +69,7 @@ def load_examples(examples: ExamplesArgument, settings: ScoreSettings) -> tuple[
     if not named:
         raise RecipeError("no examples given", remedy="give a few, five or so")
     draw = random.Random(settings.seed)
-    if settings.type.takes_queries:
+    if settings.type.reads.takes_queries:
         queries = [_query_example(name, item, settings, draw) for name, item in named]
         _check_comparable(queries, settings)
         return tuple(queries)
@@ -78,7 +78,7 @@ def load_examples(examples: ExamplesArgument, settings: ScoreSettings) -> tuple[
 
 def _loaded(examples: tuple[Example, ...], settings: ScoreSettings) -> tuple[Example, ...]:
     """Return examples that are loaded already; refuse those of another kind of model."""
-    kind = QueryExample if settings.type.takes_queries else TextExample
+    kind = QueryExample if settings.type.reads.takes_queries else TextExample
     for example in examples:
         if not isinstance(example, kind):
             raise RecipeError(

@@ -27,6 +27,7 @@ from shardmix.conventions.model_types import (
     TEXTS,
     TWO_SIDES,
     ModelType,
+    Reading,
 )
 from shardmix.conventions.sentence_modules import CLS
 from shardmix.errors import RecipeError
@@ -58,7 +59,7 @@ class Losses:
 class Objective(ABC):
     """The behaviour that all types of models share."""
 
-    reads: ClassVar[str]
+    reads: ClassVar[Reading]
     """The reading that its losses are for; that of its model type's row."""
     embeds: ClassVar[bool] = False
     """True if it takes an embedding; as its model type's row."""
@@ -292,8 +293,9 @@ def objective_for(
     if (objective.reads, objective.embeds) != (row.reads, row.embeds):
         raise _no_objective(
             row,
-            f"its row says reads={row.reads!r}, embeds={row.embeds}; {objective.__name__} is for "
-            f"reads={objective.reads!r}, embeds={objective.embeds}",
+            f"its row says reads={row.reads.name!r}, embeds={row.embeds}; "
+            f"{objective.__name__} is for reads={objective.reads.name!r}, "
+            f"embeds={objective.embeds}",
         )
     return objective(encoded, settings, embedding)
 

@@ -113,22 +113,22 @@ def _told(
     distinct = list({id(encoded): encoded for encoded in found}.values())
     if len(distinct) < 2:
         return []
-    counts_pairs = settings.type.takes_queries
+    is_of_tokens = settings.type.reads.loss_of_tokens
     parts = []
     for encoded in distinct[:_MOST_NAMED]:
         names = [source.text for source, own in zip(sources, found, strict=True) if own is encoded]
         count = sum(
-            sequence.num_tokens if counts_pairs else len(sequence.labels)
+            len(sequence.labels) if is_of_tokens else sequence.num_tokens
             for sequence in encoded.sequences
         )
         parts.append(f"{', '.join(names)}: {count} tokens")
     if len(distinct) > _MOST_NAMED:
         parts.append("...")
     consequence = (
-        "losses compare passages, whatever their tokens"
-        if counts_pairs
-        else "a loss is a mean over a model's own tokens, so that these losses, and the weights "
-        "that follow, are not comparable in general"
+        "a loss is a mean over a model's own tokens, so that these losses, and the weights that "
+        "follow, are not comparable in general"
+        if is_of_tokens
+        else "losses compare whole texts, whatever their tokens"
     )
     return [
         "tokenizers differ: each model reads the examples by its own "

@@ -37,7 +37,7 @@ def test_an_ill_fitting_row_is_refused(tmp_path, monkeypatch, reads, example):
     """An objective gets no examples that are read in another way: their loss would be 0."""
     folder = save_language_model("llama-reranker", tmp_path / "m")
     add_type(monkeypatch, reads=reads)
-    with pytest.raises(RecipeError, match=f"'judge': its row says reads='{reads}', embeds"):
+    with pytest.raises(RecipeError, match=f"'judge': its row says reads='{reads.name}', embeds"):
         score([folder], "judge", [example])
 
 

@@ -7,14 +7,15 @@ import torch
 
 from shardmix.compute.torch_cpu import TorchBackend
 from shardmix.compute.torch_cuda import cuda_methods, cuda_sums
+from shardmix.dtypes import BY_NAME, DTYPES, FLOAT_DTYPES, LLVM_DTYPES
 from shardmix.methods.registry import merge_method
 from shardmix.plan.chunk_size import chunk_num_elements
 from shardmix.plan.merge_plan import Segment, SegmentSource
 from tests.support.simulated_cuda import SimulatedCuda
 
-NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+NAMES = {getattr(torch, BY_NAME[name].torch_name): name for name in DTYPES if name in FLOAT_DTYPES}
 FLOATS = list(NAMES)
-COMPILED = [torch.bfloat16, torch.float16, torch.float32]
+COMPILED = [dtype for dtype, name in NAMES.items() if name in LLVM_DTYPES]
 
 
 def segment_of(dtypes, out_dtype, weights, num_elements, method="linear"):
