@@ -285,6 +285,7 @@ def checked_recipe(models: ModelsArgument, model_type: str | None, options: Merg
         base_model=options.get("base_model"),
         parameters=options.get("parameters"),
         dtype=options.get("dtype"),
+        quantize=options.get("quantize"),
         config_from=None if config_from is None else str(config_from),
         max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
         normalize=options.get("normalize"),

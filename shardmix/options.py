@@ -70,6 +70,9 @@ class MergeOptions(TypedDict, total=False):
 
     dtype: str | None
     """Output dtype: "keep" (each tensor's in the first model), float32, float16 or bfloat16."""
+    quantize: str | None
+    """Quantisation of the output's linear layers: "fp8-blocks", as DeepSeek-V3 stores them. `dtype`
+    is then that of its other tensors."""
     config_from: str | PathLike[str] | None
     """Source of config, tokenizer and other auxiliary files; default: the first model."""
     max_shard_size: int | str | None

@@ -77,6 +77,12 @@ dtype = click.option(
     metavar="keep|float32|float16|bfloat16",
     help="Output dtype; keep (the default) is each tensor's dtype in the first model.",
 )
+quantize = click.option(
+    "--quantize",
+    metavar="fp8-blocks",
+    help="Write the matrices of linear layers as FP8 codes with a scale for each 128 × 128, as "
+    "DeepSeek-V3 does; --dtype is then that of all other tensors.",
+)
 max_shard_size = click.option(
     "--max-shard-size",
     metavar="SIZE",
@@ -320,6 +326,7 @@ merging = together(
     max_vram,
     merge_device,
     dtype,
+    quantize,
     max_shard_size,
     io,
     backend,
@@ -340,6 +347,7 @@ merging = together(
 converting = together(
     max_memory,
     dtype,
+    quantize,
     max_shard_size,
     io,
     backend,

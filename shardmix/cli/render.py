@@ -205,6 +205,7 @@ def plan_report(report: "PlanReport", *, json: bool, quiet: bool = False) -> Non
         for name, value in (
             ("output", _plain(report.output) or "not named"),
             ("tensors", str(report.num_tensors)),
+            *_quantized(report),
             ("read", format_size(report.bytes_read)),
             ("write", format_size(report.bytes_written)),
             (
@@ -239,6 +240,15 @@ def plan_report(report: "PlanReport", *, json: bool, quiet: bool = False) -> Non
     )
     shortage = ("the output's disk has too little room: the merge would be refused",)
     _warnings(report.warnings + shortage * too_full)
+
+
+def _quantized(report: "PlanReport") -> Iterator[tuple[str, str]]:
+    if report.quantized is not None:
+        quantized = report.quantized
+        yield (
+            "quantised",
+            f"{quantized.quantization}: {quantized.num_tensors} tensors, {quantized.rule}",
+        )
 
 
 def _method(report: "PlanReport") -> str:

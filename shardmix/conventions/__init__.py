@@ -9,6 +9,7 @@ peft                   LoRA adapters as PEFT saves them: config and names of ten
 peft_output            LoRA adapters as PEFT loads them, for those that are written
 naming                 meanings of tensor names and config keys in transformers
 tensor_names           names that mean one parameter: wrappers', older versions', fused ones
+output_quantisations   quantisations that an output can have: tensors, names and config
 declarations           declarations of transformers' classes (ties, names), from a table
 ask_transformers       a program that asks transformers of a class that the table lacks
 class_defaults         the meaning of a key that a config leaves out

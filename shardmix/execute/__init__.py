@@ -8,6 +8,7 @@ progress               events for a callback
 tasks                  files divided into tasks, and tasks into chunks; pure
 shared_files           files that several workers use
 chunk_merger           chunks from readers through a backend to a pass's target
+quantising             merged values to codes and scales, for quantised outputs
 gather_pass            gathers statistics of whole tensors
 write_pass             writes output files
 compare_pass           compares output with existing files

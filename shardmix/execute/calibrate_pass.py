@@ -176,6 +176,7 @@ def _trial_plan(plan: MergePlan) -> Iterator[MergePlan]:
             common,
             name="trial",
             num_tensors=1,
+            coded=None,
             num_elements=num_elements,
             out_offset=number * num_elements * out_width,
             sources=tuple(

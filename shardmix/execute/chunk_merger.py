@@ -23,6 +23,7 @@ from shardmix.system.timer import NO_CLOCK, OTHER, READ, REDUCE, Clock
 
 if TYPE_CHECKING:
     from shardmix.execute.gather_pass import TensorStatistics, WholeTensors
+    from shardmix.execute.quantising import KnownScales, Quantising
 
 
 class LeafTarget(Protocol):
@@ -51,6 +52,11 @@ class Merging:
         self._backend = backend
         self._passed = passed
         self._clock = clock
+        self._known_scales: KnownScales | None = None
+        if plan.quantised is not None:
+            from shardmix.execute import quantising
+
+            self._known_scales = quantising.KnownScales()
 
     @contextmanager
     def worker(self) -> Iterator["ChunkMerger"]:
@@ -64,7 +70,9 @@ class Merging:
                 for combiner in self._backend.make_combiners(chunk_nbytes=chunk_nbytes)
             ]
             with closing(open_reader(plan.settings.io, plan.files, plan.decoders)) as reader:
-                yield ChunkMerger(plan, lanes, reader, self._statistics, self._passed, clock)
+                yield ChunkMerger(
+                    plan, lanes, reader, self._statistics, self._known_scales, self._passed, clock
+                )
         finally:
             clock.lap(OTHER)
 
@@ -102,10 +110,16 @@ class ChunkMerger:
         lanes: Sequence[Combiners],
         reader: Reader,
         statistics: "Mapping[str, TensorStatistics]",
+        known_scales: "KnownScales | None",
         passed: PassedRanges | None,
         clock: Clock,
     ) -> None:
         self._plan = plan
+        self._quantising: Quantising | None = None
+        if known_scales is not None:
+            from shardmix.execute import quantising
+
+            self._quantising = quantising.Quantising(plan, known_scales, self._merged)
         self._tensors: WholeTensors | None = None
         if plan.gathering is not None:
             from shardmix.execute import gather_pass
@@ -151,12 +165,21 @@ class ChunkMerger:
             if is_stopped():
                 return None
             self._clock.lap(OTHER)
+            if self._quantising is not None and self._quantising.is_apart(chunk):
+                # It merges other chunks, with the lanes of those in flight.
+                while in_flight:
+                    num_bytes += self._end(shard, *in_flight.popleft(), ranges, target)
+                if chunk.segment.scales_of is not None:
+                    for position, data in self._quantising.scales(shard, chunk):
+                        target.write(position, data)
+                    continue
+                self._quantising.find_scales(shard, chunk)
             combiner = combiners[chunk.segment.method]
             in_flight.append((chunk, combiner, self._start(chunk, combiner)))
             if len(in_flight) == len(self._lanes):
-                num_bytes += self._end(*in_flight.popleft(), ranges, target)
+                num_bytes += self._end(shard, *in_flight.popleft(), ranges, target)
         while in_flight:
-            num_bytes += self._end(*in_flight.popleft(), ranges, target)
+            num_bytes += self._end(shard, *in_flight.popleft(), ranges, target)
         return num_bytes
 
     def source_nbytes(self, shard: int, leaves: tuple[int, int]) -> int:
@@ -241,8 +264,19 @@ class ChunkMerger:
         reader.release()
         return data
 
+    def _merged(self, segment: Segment, start: int, num_elements: int) -> tuple[memoryview, bool]:
+        """Merge elements that are not written; return their bytes, and True if all are finite."""
+        chunk = Chunk(segment, start, num_elements, 0, start, start)
+        combiner = self._lanes[0][segment.method]
+        data = self._start(chunk, combiner)
+        combiner.wait()
+        if self._passed is not None:
+            self._pass(chunk, self._passed)
+        return data, combiner.is_finite
+
     def _end(
         self,
+        shard: int,
         chunk: Chunk,
         combiner: Combiner,
         data: memoryview,
@@ -254,6 +288,8 @@ class ChunkMerger:
         if combiner.disagreeing or not combiner.is_finite:
             for leaf, anomalies in _anomalies(chunk, combiner, ranges):
                 target.note(leaf, anomalies)
+        if chunk.segment.coded is not None and self._quantising is not None:
+            data = self._quantising.codes(shard, chunk, data, is_finite=combiner.is_finite)
         self._clock.lap(REDUCE)
         target.write(chunk.out_position, data)
         if self._passed is not None:
@@ -273,9 +309,10 @@ def _anomalies(
     chunk: Chunk, combiner: Combiner, ranges: TensorRanges
 ) -> Iterator[tuple[int, LeafAnomalies]]:
     """Yield each leaf of the chunk just finished, and its anomalies."""
-    width = element_nbytes(chunk.segment.out_dtype)
+    width = chunk.segment.out_width
     first = chunk.out_position
-    stop = first + chunk.num_elements * width
+    stop = first + chunk.out_nbytes
+    skipped = chunk.out_start - chunk.start
     for leaf in range(first // LEAF_NBYTES, -(-stop // LEAF_NBYTES)):
         start_in_leaf = max(first, leaf * LEAF_NBYTES)
         stop_in_leaf = min(stop, (leaf + 1) * LEAF_NBYTES)
@@ -287,7 +324,7 @@ def _anomalies(
             found.add(LeafAnomalies(disagreeing={chunk.segment.name: tuple(models)}))
         if not combiner.is_finite:
             for name, start, end in ranges.between(start_in_leaf, stop_in_leaf):
-                part = (start - first) // width, (end - first) // width
+                part = [(position - first) // width + skipped for position in (start, end)]
                 found.count(name, combiner.count_nonfinite(*part))
         yield leaf, found.total()
 

@@ -200,7 +200,7 @@ def _is_read_whole(plan: MergePlan, segment: Segment) -> bool:
     if segment.num_elements > chunk_num_elements(segment, chunk_nbytes=plan.memory.chunk_nbytes):
         return False
     task_nbytes = leaves_per_task(plan) * LEAF_NBYTES
-    stop = segment.out_offset + segment.num_elements * element_nbytes(segment.out_dtype)
+    stop = segment.out_offset + segment.num_elements * segment.out_width
     return segment.out_offset // task_nbytes == (stop - 1) // task_nbytes
 
 

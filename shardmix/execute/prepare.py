@@ -77,6 +77,7 @@ def _memory(plan: MergePlan) -> MemoryPlan:
         num_tensors=plan.num_tensors,
         readers=plan.readers,
         gathering=plan.gathering,
+        coding=plan.coding,
     )
 
 

@@ -3,6 +3,7 @@
 A hint: the later reads report errors of a source.
 """
 
+import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -50,7 +51,7 @@ def _beginnings(plan: MergePlan) -> Iterator[tuple[int, int, int]]:
     sources = [
         (source.file, source.offset, segment.num_elements * element_nbytes(source.dtype))
         for shard in plan.shards[: plan.memory.workers]
-        for segment in shard.segments[:1]
+        for segment in itertools.islice(shard.merged, 1)
         for source in segment.sources
         if source.file < num_files  # otherwise it is decoded
     ]

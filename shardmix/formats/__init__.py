@@ -10,6 +10,8 @@ tensor_table           a model's tensors in columns: names, shapes, dtypes, offs
 stored_floats          stored floats as arrays, in float32 or float64
 small_floats           the values of codes of 1 to 8 bits, and how they lie in bytes
 coded_tensors          the values of quantised tensors, from codes and the scales of blocks
+output_coding          matrices written as codes and scales: bands of blocks, and the seam
+fp8_blocks             the coding of DeepSeek-V3's FP8
 file_metadata          the `__metadata__` of output files
 strict_json            config, modules and index: JSON of strangers
 

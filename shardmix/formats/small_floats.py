@@ -15,6 +15,17 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 _WORD_BITS = 32
+_FLOAT32_INFINITY = 0x7F800000
+_SIGN = np.uint32(0x80)
+# Of E4M3: float32's bits of its least normal number, 2^-6, and the bits that float32 has more; what
+# rounds to nearest, and exchanges the exponents' biases, 127 and 7; its largest value and NaN.
+_E4M3_LEAST_NORMAL = np.uint32(121 << 23)
+_E4M3_LOST_BITS = 20
+_E4M3_HALF_STEP = np.uint32(((1 << 19) - 1 - (120 << 23)) % (1 << 32))
+_E4M3_LARGEST_CODE = np.uint32(0x7E)
+_E4M3_NAN = 0x7F
+_COUNTING = np.float32(1 << 14)
+"""Added to it, float32 has 2^-9 as its last bit."""
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The values of FP4 without their sign."""
 
@@ -43,6 +54,8 @@ class Code:
 
 
 E4M3 = Code("e4m3", 8)
+E4M3_LARGEST = 448
+"""The largest value of E4M3."""
 E5M2 = Code("e5m2", 8)
 FP4 = Code("e2m1", 4)
 INT8 = Code("int8", 8)
@@ -74,6 +87,32 @@ def decode(code: Code, stored: Bytes, out: Floats) -> None:
     wider = np.empty((num_rows, num_bytes, per_byte), np.float32)
     _look_up(table, stored, wider)
     out[:] = wider.reshape(num_rows, -1)[:, :num_codes]
+
+
+def encode_e4m3(values: Floats, out: Bytes, scratch: Floats) -> None:
+    """Fill `out` with the codes of float32 values, rounded to nearest even.
+
+    Beyond 448 they are 448; NaN and infinities are NaN, without a sign. `scratch` (2 × values) is
+    changed, and so are the values.
+    """
+    bits, codes, signs = values.view(np.uint32), *scratch.view(np.uint32)
+    np.right_shift(bits, 24, out=signs)
+    signs &= _SIGN
+    bits &= 0x7FFFFFFF
+    small = np.flatnonzero(bits < _E4M3_LEAST_NORMAL)
+    not_finite = np.flatnonzero(bits >= _FLOAT32_INFINITY)
+    # Half a step is added, and a little less if the last bit that stays is 0.
+    np.right_shift(bits, _E4M3_LOST_BITS, out=codes)
+    codes &= 1
+    codes += bits
+    codes += _E4M3_HALF_STEP
+    codes >>= _E4M3_LOST_BITS
+    np.minimum(codes, _E4M3_LARGEST_CODE, out=codes)
+    # Numbers below the least normal one are multiples of 2^-9: float32's own rounding counts them.
+    codes[small] = (values[small] + _COUNTING).view(np.uint32) - _COUNTING.view(np.uint32)
+    codes |= signs
+    codes[not_finite] = _E4M3_NAN
+    np.copyto(out, codes, casting="unsafe")
 
 
 def exponents(stored: Bytes) -> Floats:

@@ -277,7 +277,7 @@ def journal_nbytes(plan: MergePlan) -> int:
         leaves = LeafDigests(plan.digest_algorithm, shard.file_nbytes)
         line = _Line(number, len(leaves), "00" * leaves.digest_nbytes)
         lines += len(leaves) * (len(msgspec.json.encode(line)) + 1)
-        for segment in shard.segments:
+        for segment in shard.merged:
             if segment.is_pending:
                 count = num_entries(plan.needed_statistics(segment), len(segment.sources))
                 line_of = _StatisticsLine(segment.name, ((_LONGEST_FLOAT,) * count,), "0" * 16)

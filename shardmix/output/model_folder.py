@@ -23,6 +23,7 @@ from shardmix.conventions.adapters import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from shardmix.conventions.model_types import ENCODER
 from shardmix.conventions.module_tree import inner_path
 from shardmix.conventions.naming import DTYPE_KEYS, TIE_KEY, without_quantisation
+from shardmix.conventions.output_quantisations import OUTPUT_QUANTISATIONS
 from shardmix.conventions.sentence_modules import (
     CLS,
     MODULES_NAME,
@@ -138,6 +139,10 @@ def _adapt_config(plan: MergePlan, folder: OutputFolder, part: ModuleConfig) -> 
         adapted["torch_dtype"] = dtypes[""]  # transformers 5 reads the old key as well
     # Weights were decoded; or the key is stale, which was refused unless it is allowed.
     adapted = without_quantisation(adapted)
+    quantised = plan.quantised
+    if quantised is not None and part.subfolder == plan.main_subfolder:
+        quantisation = OUTPUT_QUANTISATIONS[quantised.quantisation]
+        adapted["quantization_config"] = quantisation.config(quantised.unconverted)
     # If nothing changes, the config source's file stays as it is, byte for byte.
     if adapted != own:
         _write_json(folder, name, adapted)

@@ -9,6 +9,7 @@ layout                 output files: headers, offsets, and the segments of their
 chunk_size             the number of elements of a chunk
 backend_choice         the device, the backend and the way to read, if left to auto
 memory_budget          the chunk and the workers that fit the budgets
+output_quantisation    the part of an output that is written as codes
 output_modules         the sentence-transformers modules of an output
 output_vocabulary      the models, mapped to the vocabulary that a recipe asks for
 weight_warnings        warnings of weights that leave a model out or make variances negative

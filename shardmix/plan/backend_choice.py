@@ -51,7 +51,7 @@ def _summed_nbytes(shards: Sequence[OutputShard]) -> int:
     return sum(
         segment.num_elements * sum(map(element_nbytes, segment.dtypes))
         for shard in shards
-        for segment in shard.segments
+        for segment in shard.merged
         if segment.method != keep_first.NAME
     )
 
@@ -65,7 +65,7 @@ def _llvm_finding(settings: RunSettings, shards: Sequence[OutputShard]) -> str |
     dtypes = {
         dtype
         for shard in shards
-        for segment in shard.segments
+        for segment in shard.merged
         if segment.method != keep_first.NAME
         for dtype in (*segment.dtypes, segment.out_dtype)
     }

@@ -40,8 +40,21 @@ def _num_elements(method: str, dtypes: tuple[str, ...], out_dtype: str, chunk_nb
 
 def whole_chunk_nbytes(segment: Segment) -> int:
     """Return the size of a chunk that holds a whole segment. Not for weighted sums."""
-    num_elements = -(-segment.num_elements // PAGE_NBYTES) * PAGE_NBYTES
+    return _holding(segment, segment.num_elements)
+
+
+def band_chunk_nbytes(segment: Segment) -> int:
+    """Return the size of a chunk that holds a band of a quantised segment."""
+    assert segment.coded is not None
+    return _holding(segment, segment.coded.bands.largest_num_elements)
+
+
+def _holding(segment: Segment, num_elements: int) -> int:
+    num_elements = -(-num_elements // PAGE_NBYTES) * PAGE_NBYTES
     element = _method_nbytes(segment.dtypes, segment.out_dtype)
+    if merge_method(segment.method).is_weighted_sum:
+        widest = max(_SUM_NBYTES, *map(element_nbytes, (*segment.dtypes, segment.out_dtype)))
+        return max(num_elements * widest, -(-num_elements * element // BUFFERS_PER_WORKER))
     return -(-num_elements * element // _METHOD_BUFFERS)
 
 

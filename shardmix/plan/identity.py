@@ -63,6 +63,7 @@ def _asked(merge: MergeDescription) -> Iterator[tuple[str, object]]:
     ]
     yield "parameters", tuple(others)
     yield "dtype", recipe.output_dtype
+    yield "quantize", recipe.quantize
     yield "config from", merge.config_from
     yield "max shard size", recipe.max_shard_size
     yield "model type", recipe.model_type

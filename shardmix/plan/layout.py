@@ -3,13 +3,14 @@
 Lays out headers and offsets from opened sources; decides nothing about memory or devices.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
+from shardmix.conventions.output_quantisations import OutputQuantisation
 from shardmix.conventions.weight_names import MODEL, shard_pattern
 from shardmix.dtypes import (
     DTYPE_RANK,
@@ -19,12 +20,13 @@ from shardmix.dtypes import (
     element_nbytes,
     tensor_nbytes,
 )
+from shardmix.formats.coded_tensors import Matrices
 from shardmix.formats.file_metadata import format_only, lost_metadata, merged_metadata
 from shardmix.formats.safetensors_layout import HEADER_LENGTH_NBYTES, encode_header
 from shardmix.matching.tensors import MatchedTensors
 from shardmix.methods import keep_first
 from shardmix.methods.base import MergeMethod, Params
-from shardmix.plan.merge_plan import OutputShard, Segment, SegmentSource
+from shardmix.plan.merge_plan import CodedMatrices, OutputShard, Segment, SegmentSource
 from shardmix.recipe import Recipe
 from shardmix.sources.base import Source
 
@@ -44,6 +46,40 @@ class TensorParameters:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputTensors:
+    """The output's dtypes, and the tensors of it that are written as codes."""
+
+    dtypes: Sequence[str]
+    """Safetensors dtype of each matched tensor; of one that is coded, of its values before."""
+    quantisation: OutputQuantisation | None = None
+    """The way to write codes."""
+    coded: frozenset[int] = frozenset()
+    """Indexes of the matched tensors that are written as codes."""
+
+    def entries(
+        self, index: int, name: str, shape: tuple[int, ...]
+    ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """Yield name, dtype and shape of what a file stores of a tensor: itself, and its scales."""
+        if self.quantisation is None or index not in self.coded:
+            yield name, self.dtypes[index], shape
+            return
+        coding = self.quantisation.coding
+        grid = Matrices.of(shape).grid(coding.block)
+        yield name, coding.code_dtype, shape
+        yield self.scales_name(name), coding.scale_dtype, (*shape[:-2], *grid)
+
+    def scales_name(self, name: str) -> str:
+        """Return the name of a tensor's scales."""
+        return f"{name}{self.quantisation.scales_ending if self.quantisation else ''}"
+
+    def nbytes(self, index: int, name: str, shape: tuple[int, ...]) -> int:
+        """Return the bytes that a file stores of a tensor."""
+        return sum(
+            tensor_nbytes(dtype, size) for _, dtype, size in self.entries(index, name, shape)
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class FileNumbers:
     """The numbers of files and streams of one part of a source, as segments use them."""
 
@@ -57,7 +93,7 @@ def plan_shards(
     recipe: Recipe,
     sources: Sequence[Source],
     matched: MatchedTensors,
-    out_dtypes: Sequence[str],
+    written: OutputTensors,
     parameters: TensorParameters,
     *,
     subfolder: str = "",
@@ -66,13 +102,12 @@ def plan_shards(
 ) -> tuple[tuple[OutputShard, ...], list[str]]:
     """Return the output's files, in order, and notes for the user.
 
-    Each file has its header and its segments. `out_dtypes` are safetensors dtypes, one for each of
-    the matched tensors. `subfolder` is the files' folder within the output, and `stem` their stem.
-    `numbers` are those of each source's files.
+    Each file has its header and its segments. `subfolder` is the files' folder within the output,
+    and `stem` their stem. `numbers` are those of each source's files.
     """
     prefix = f"{subfolder}/" if subfolder else ""
-    columns = _SourceColumns(sources, matched, out_dtypes, parameters, prefix, numbers)
-    groups = _shard_groups(recipe, sources[0], matched, out_dtypes, shard_pattern(stem))
+    columns = _SourceColumns(sources, matched, written, parameters, prefix, numbers)
+    groups = _shard_groups(recipe, sources[0], matched, written, shard_pattern(stem))
     notes = lost_metadata(
         sources[0].text,
         before=sources[0].metadata,
@@ -86,7 +121,7 @@ def _shard_groups(
     recipe: Recipe,
     first: Source,
     matched: MatchedTensors,
-    out_dtypes: Sequence[str],
+    written: OutputTensors,
     pattern: str,
 ) -> list[tuple[str, list[int], Mapping[str, str]]]:
     """Return each output file's name, its tensors (indexes into `matched.names`), its metadata."""
@@ -98,7 +133,9 @@ def _shard_groups(
         index_of = {name: index for index, name in enumerate(matched.names)}
         split = split_state_dict_into_shards_factory(
             index_of,  # its values stand for the tensors; sizes come from the headers
-            get_storage_size=lambda index: tensor_nbytes(out_dtypes[index], matched.shapes[index]),
+            get_storage_size=lambda index: written.nbytes(
+                index, matched.names[index], matched.shapes[index]
+            ),
             filename_pattern=pattern,
             max_shard_size=max_shard_size,
         )
@@ -162,7 +199,7 @@ class _SourceColumns:
         self,
         sources: Sequence[Source],
         matched: MatchedTensors,
-        out_dtypes: Sequence[str],
+        written: OutputTensors,
         parameters: TensorParameters,
         prefix: str,
         numbers: Sequence[FileNumbers],
@@ -170,7 +207,8 @@ class _SourceColumns:
         self._prefix = prefix
         self._names = matched.names
         self._shapes = matched.shapes
-        self._out_dtypes = out_dtypes
+        self._written = written
+        self._out_dtypes = out_dtypes = written.dtypes
         self._out_ranks = np.array([DTYPE_RANK[dtype] for dtype in out_dtypes])
         self._is_float = np.array([dtype in FLOAT_DTYPES for dtype in out_dtypes])
         self._method_name = parameters.method.name
@@ -192,6 +230,9 @@ class _SourceColumns:
         self._is_copied = ~self._is_float
         if parameters.method.is_copy:
             self._is_copied |= self._ranks[0] == self._out_ranks
+        self._is_coded = np.zeros(len(out_dtypes), np.bool_)
+        self._is_coded[list(written.coded)] = True
+        self._is_copied &= ~self._is_coded
         # By source: True for tensors whose values there count.
         self._counts = [
             np.array([number in group.wide for group in self._groups])[self._group_of]
@@ -209,21 +250,35 @@ class _SourceColumns:
         self, filename: str, members: Sequence[int], metadata: Mapping[str, str]
     ) -> OutputShard:
         """Lay out one output file and divide its data into segments."""
-        index_of = {self._names[index]: index for index in members}
         header = encode_header(
             (
-                (self._names[index], self._out_dtypes[index], self._shapes[index])
+                entry
                 for index in members
+                for entry in self._written.entries(index, self._names[index], self._shapes[index])
             ),
             metadata,
         )
-        order = np.fromiter(map(index_of.__getitem__, header.names), np.int64, len(members))
+        index_of = {self._names[index]: index for index in members}
+        scales_of = {
+            self._written.scales_name(self._names[index]): index
+            for index in members
+            if index in self._written.coded
+        }
+        is_scales = np.fromiter(map(scales_of.__contains__, header.names), np.bool_)
+        index_of |= scales_of
+        order = np.fromiter(map(index_of.__getitem__, header.names), np.int64, len(header.names))
         offsets = np.array(header.offsets)
         is_filled = offsets[1:] > offsets[:-1]
-        order, starts = order[is_filled], offsets[:-1][is_filled]
+        order, starts, is_scales = order[is_filled], offsets[:-1][is_filled], is_scales[is_filled]
+        bounds = list(pairwise(self._segment_bounds(order)))
+        numbers = {
+            int(order[start]): n for n, (start, _) in enumerate(bounds) if not is_scales[start]
+        }
         segments = tuple(
-            self._segment(order[start:stop], int(starts[start]))
-            for start, stop in pairwise(self._segment_bounds(order))
+            self._scales(int(order[start]), int(starts[start]), numbers)
+            if is_scales[start]
+            else self._segment(order[start:stop], int(starts[start]))
+            for start, stop in bounds
         )
         return OutputShard(
             filename=self._prefix + filename,
@@ -238,13 +293,17 @@ class _SourceColumns:
         )
 
     def _segment_bounds(self, order: npt.NDArray[np.int64]) -> list[int]:
-        """Divide tensors in output order into stretches that are contiguous in every file."""
+        """Divide tensors in output order into stretches that are contiguous in every file.
+
+        A coded tensor and its scales, which have its index, are stretches of their own.
+        """
         if not order.size:
             return [0]
         before, after = order[:-1], order[1:]
         joined = self._is_float[before] & (self._out_ranks[before] == self._out_ranks[after])
         joined &= self._is_copied[before] == self._is_copied[after]
         joined &= self._group_of[before] == self._group_of[after]
+        joined &= ~(self._is_coded[before] | self._is_coded[after])
         if any(group.is_whole for group in self._groups):
             is_whole = np.array([group.is_whole for group in self._groups])
             joined &= ~is_whole[self._group_of[before]]
@@ -295,4 +354,32 @@ class _SourceColumns:
             ),
             factors=factors,
             num_pending=group.num_pending(sources) if is_float else 0,
+            coded=self._coded(first),
+        )
+
+    def _coded(self, index: int) -> CodedMatrices | None:
+        """Return the matrices of a tensor that is written as codes."""
+        quantisation = self._written.quantisation
+        if quantisation is None or not self._is_coded[index]:
+            return None
+        matrices = Matrices.of(self._shapes[index])
+        return CodedMatrices(quantisation.name, matrices.count, matrices.rows, matrices.columns)
+
+    def _scales(self, index: int, out_offset: int, numbers: Mapping[int, int]) -> Segment:
+        """Return the segment of a tensor's scales, in a file of segments with these numbers."""
+        assert self._written.quantisation is not None
+        coding = self._written.quantisation.coding
+        matrices = Matrices.of(self._shapes[index])
+        rows, columns = matrices.grid(coding.block)
+        return Segment(
+            name=self._prefix + self._written.scales_name(self._names[index]),
+            num_tensors=1,
+            num_elements=matrices.count * rows * columns,
+            method=self._method_name,
+            parameters=self._first_group + int(self._group_of[index]),
+            out_dtype=coding.scale_dtype,
+            out_offset=out_offset,
+            sources=(),
+            factors=(),
+            scales_of=numbers[index],
         )

@@ -25,6 +25,7 @@ import sys
 from dataclasses import dataclass, replace
 
 from shardmix.errors import BudgetError
+from shardmix.formats.output_coding import SCRATCH_NBYTES
 from shardmix.methods.statistics import PIECE_NUM_ELEMENTS
 from shardmix.options import LLVM, TORCH, RunSettings
 from shardmix.sources.base import MAX_MAPPED_AT_ONCE
@@ -282,6 +283,31 @@ class Gathering:
         return (2 * self.num_sources + 2) * PIECE_NUM_ELEMENTS * _FLOAT64_NBYTES
 
 
+@dataclass(frozen=True, slots=True)
+class CodingMemory:
+    """The memory that a quantised output needs."""
+
+    band_chunk_nbytes: int
+    """Size of a chunk that holds the largest band of blocks, so that it is merged only once."""
+    num_scales: int
+    """Largest number of scales of one band."""
+    most_known_nbytes: int
+    """Memory of all scales, if they are kept until they are written."""
+
+    @property
+    def worker_nbytes(self) -> int:
+        """Memory of a worker: scratch, and the scales of two bands, each found in two arrays."""
+        return SCRATCH_NBYTES + 4 * self.num_scales * _FLOAT32_NBYTES + SCALES_AT_ONCE_NBYTES
+
+
+SCALES_AT_ONCE_NBYTES = 64 * KIB
+"""Scales that are written at once."""
+KNOWN_SCALES_NBYTES = 16 * MIB
+"""The most memory of scales that are found and not yet written. Others are found again."""
+BAND_NBYTES = 512
+"""Memory of a band's entry among known scales: key, array, and their place in a dictionary."""
+_FLOAT32_NBYTES = 4
+
 # A float of Python in a tuple; a tensor's name and tuples in a dictionary.
 _FLOAT_OBJECT_NBYTES = 40
 _STATISTICS_NBYTES = 400
@@ -293,11 +319,12 @@ def plan_memory(
     num_tensors: int,
     readers: ReaderMemory | None = None,
     gathering: Gathering | None = None,
+    coding: CodingMemory | None = None,
 ) -> MemoryPlan:
     """Fit chunks and workers to the budgets and to the process's present memory.
 
     `num_tensors` are the output's: of each there may be something to tell. `readers` are the
-    sources' own. `gathering` is for methods that need statistics.
+    sources' own. `gathering` is for methods that need statistics, `coding` for quantised outputs.
 
     Where the device is still open, to the GPU's, with the peak of whichever takes more. Raises
     `BudgetError` where one smallest chunk does not fit.
@@ -307,13 +334,13 @@ def plan_memory(
     if not settings.is_device_open:
         libraries = {settings.backend, LLVM} if readers.uses_kernels else {settings.backend}
         reserved = reserved_nbytes(*libraries, num_devices=num_gpus, num_tensors=num_tensors)
-        return _fitted(settings, reserved, num_gpus, readers, gathering)
+        return _fitted(settings, reserved, num_gpus, readers, gathering, coding)
     # Both are tried in one process, with the libraries of both.
     reserved = reserved_nbytes(TORCH, LLVM, num_devices=num_gpus, num_tensors=num_tensors)
-    on_gpu = _fitted(settings, reserved, num_gpus, readers, gathering)
+    on_gpu = _fitted(settings, reserved, num_gpus, readers, gathering, coding)
     # torch's chunks are larger than the kernels', so either fits into this one's memory.
     cpu_settings = replace(settings, device="cpu", backend=TORCH)
-    on_cpu = _fitted(cpu_settings, reserved, 0, readers, gathering)
+    on_cpu = _fitted(cpu_settings, reserved, 0, readers, gathering, coding)
     peak = max(on_gpu.projected_peak_nbytes, on_cpu.projected_peak_nbytes)
     return replace(on_gpu, projected_peak_nbytes=peak)
 
@@ -324,6 +351,7 @@ def _fitted(
     num_gpus: int,
     readers: ReaderMemory,
     gathering: Gathering | None,
+    coding: CodingMemory | None,
 ) -> MemoryPlan:
     reader_nbytes = readers.worker_nbytes
     best_chunk = BEST_CHUNK_NBYTES["cuda" if settings.on_cuda else settings.backend]
@@ -331,14 +359,18 @@ def _fitted(
     if gathering is not None:
         reserved += gathering.kept_nbytes
         reader_nbytes += gathering.worker_nbytes
-        if not settings.on_cuda:
-            least = 1 << (gathering.whole_chunk_nbytes - 1).bit_length()
-            whole = min(least, _LARGEST_WHOLE_NBYTES)
+        whole = gathering.whole_chunk_nbytes
+    if coding is not None:
+        reserved += min(KNOWN_SCALES_NBYTES, coding.most_known_nbytes)
+        reader_nbytes += coding.worker_nbytes
+        whole = max(whole, coding.band_chunk_nbytes)
+    if whole and not settings.on_cuda:
+        whole = min(1 << (whole - 1).bit_length(), _LARGEST_WHOLE_NBYTES)
     return fit_memory(
         reserved=reserved,
         num_devices=num_gpus,
         vram=vram_use(settings.device),
-        best_chunk=max(best_chunk, whole),
+        best_chunk=best_chunk if settings.on_cuda else max(best_chunk, whole),
         small_chunk=best_chunk // 8,
         workers=settings.workers,
         max_memory=settings.max_memory_nbytes,

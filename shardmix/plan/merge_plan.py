@@ -14,13 +14,16 @@ import msgspec
 
 from shardmix.conventions.file_kinds import LeftOut
 from shardmix.conventions.module_tree import inner_path
+from shardmix.conventions.output_quantisations import OUTPUT_QUANTISATIONS
 from shardmix.conventions.vocabularies import AddedToken
+from shardmix.dtypes import element_nbytes
+from shardmix.formats.output_coding import CODE_NBYTES, Bands
 from shardmix.formats.safetensors_layout import HEADER_LENGTH_NBYTES
 from shardmix.methods.base import Params
 from shardmix.methods.registry import merge_method
 from shardmix.methods.statistics import Statistic
 from shardmix.options import RunSettings
-from shardmix.plan.memory_budget import Gathering, MemoryPlan, ReaderMemory
+from shardmix.plan.memory_budget import CodingMemory, Gathering, MemoryPlan, ReaderMemory
 from shardmix.recipe import Recipe
 from shardmix.sources.base import Source
 from shardmix.sources.identity import FileStamp, SourceFile, SourceIdentity
@@ -89,6 +92,25 @@ class SegmentSource(NamedTuple):
     """True if its values are the model's changes to the base model."""
 
 
+class CodedMatrices(NamedTuple):
+    """The matrices of a segment that is written as codes; bands of blocks go into one chunk."""
+
+    quantisation: str
+    """Name in `output_quantisations.OUTPUT_QUANTISATIONS`."""
+    num_matrices: int
+    """Number of matrices, which lie one after another."""
+    rows: int
+    """Rows of each."""
+    columns: int
+    """Columns of each."""
+
+    @property
+    def bands(self) -> Bands:
+        """Their bands."""
+        block = OUTPUT_QUANTISATIONS[self.quantisation].coding.block
+        return Bands(self.num_matrices, self.rows, self.columns, block)
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A range of elements that is contiguous in the output and in every source.
@@ -109,7 +131,7 @@ class Segment:
     parameters: int
     """Index into `MergePlan.parameters`."""
     out_dtype: str
-    """Safetensors dtype of the output."""
+    """Safetensors dtype of the output; of one that is quantised, of its values before that."""
     out_offset: int
     """First byte in the output shard's file."""
     sources: tuple[SegmentSource, ...]
@@ -118,6 +140,15 @@ class Segment:
     """The method's factors, in double precision; empty as long as they are pending."""
     num_pending: int = 0
     """Number of factors that follow from statistics of the whole tensor."""
+    coded: CodedMatrices | None = None
+    """Its one tensor's matrices, if it is written as codes."""
+    scales_of: int | None = None
+    """Index in its file's segments of that whose scales it is; without sources of its own."""
+
+    @property
+    def out_width(self) -> int:
+        """Bytes of an element in the output."""
+        return element_nbytes(self.out_dtype) if self.coded is None else CODE_NBYTES
 
     @property
     def is_pending(self) -> bool:
@@ -160,6 +191,23 @@ class OutputShard:
     """Its tensors, in data order."""
     segments: tuple[Segment, ...]
     """Its data, in order."""
+
+    @property
+    def merged(self) -> Iterator[Segment]:
+        """Its segments with sources: all but the scales of others."""
+        return (segment for segment in self.segments if segment.scales_of is None)
+
+    @property
+    def scales_stop(self) -> int:
+        """Offset of the end of the scales in the file; 0 if there are none."""
+        return max(
+            (
+                segment.out_offset + segment.num_elements * segment.out_width
+                for segment in self.segments
+                if segment.scales_of is not None
+            ),
+            default=0,
+        )
 
     @property
     def subfolder(self) -> str:
@@ -253,6 +301,18 @@ class OutputVocabulary:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantisedOutput:
+    """The tensors of an output that are written as codes."""
+
+    quantisation: str
+    """Name in `output_quantisations.OUTPUT_QUANTISATIONS`."""
+    num_tensors: int
+    """Number of tensors that are quantised, scales not counted."""
+    unconverted: tuple[str, ...]
+    """Modules of the matrices that stay float, as the config names them."""
+
+
+@dataclass(frozen=True, slots=True)
 class MergePlan:
     """Everything a merge will do. Sizes in bytes."""
 
@@ -314,6 +374,10 @@ class MergePlan:
     """The files whose pages stay in the system's page cache."""
     warnings: tuple[str, ...]
     """Warnings for the user before the merge."""
+    quantised: QuantisedOutput | None = None
+    """The quantised part of the output; None if all of it is as merged."""
+    coding: CodingMemory | None = None
+    """The memory that quantising needs; None without."""
 
     @property
     def public_recipe(self) -> Recipe:
@@ -355,8 +419,8 @@ class MergePlan:
         return sum(shard.file_nbytes for shard in self.shards)
 
     def segments(self) -> Iterator[Segment]:
-        """Yield every segment, in output order."""
-        return (segment for shard in self.shards for segment in shard.segments)
+        """Yield every segment that is merged, in output order."""
+        return (segment for shard in self.shards for segment in shard.merged)
 
     def tensor_dtype(self, name: str) -> str:
         """Return the safetensors dtype of a tensor in the output. Slow: reads a header."""
@@ -419,6 +483,7 @@ class MergePlan:
             *(
                 "readers",
                 "gathering",
+                "coding",
                 "settings",
                 "memory",
                 "cache_use",

@@ -35,10 +35,17 @@ from shardmix.plan.backend_choice import decide
 from shardmix.plan.chunk_size import whole_chunk_nbytes
 from shardmix.plan.layout import FileNumbers, TensorParameters, plan_shards
 from shardmix.plan.memory_budget import Gathering, plan_memory
-from shardmix.plan.merge_plan import MergePlan, ModuleConfig, OutputShard
+from shardmix.plan.merge_plan import MergePlan, ModuleConfig, OutputShard, QuantisedOutput
 from shardmix.plan.opening import ConfigSource, OpenedModels
 from shardmix.plan.outcome import Outcome
 from shardmix.plan.output_modules import PlannedModules, plan_modules
+from shardmix.plan.output_quantisation import (
+    check_config,
+    coding_memory,
+    quantised,
+    ragged_notes,
+    written,
+)
 from shardmix.plan.planned_sources import planned_sources, reader_memory
 from shardmix.plan.weight_warnings import weight_warnings
 from shardmix.recipe import Recipe
@@ -104,6 +111,7 @@ def _plan_merge(
     settings = decide(settings, shards)
     write_nbytes = sum(shard.file_nbytes for shard in shards)
     gathering = _gathering(shards, [params for part in parts for params in part.parameters])
+    coding = coding_memory(shards)
     readers = reader_memory(planned)
     auxiliary_files = find_auxiliary_files(
         config_source.folder,
@@ -112,6 +120,7 @@ def _plan_merge(
     )
     if mapped is not None:
         auxiliary_files = _without_tokenizer(auxiliary_files, config_source.main_subfolder)
+    check_config(recipe, auxiliary_files.files, inner_path(main.subfolder, CONFIG_NAME))
     left_out = tuple(dict.fromkeys((*auxiliary_files.left_out, *config_source.left_out)))
     warnings = [
         *recipe_notes(recipe),
@@ -123,6 +132,7 @@ def _plan_merge(
         ),
         *(note for part in parts for note in part.notes),
         *modules.notes,
+        *ragged_notes(shards),
         *check_belong_together(
             sources,
             groups,
@@ -170,11 +180,14 @@ def _plan_merge(
         settings=settings,
         readers=readers,
         gathering=gathering,
+        quantised=main.quantised,
+        coding=coding,
         memory=plan_memory(
             settings,
             num_tensors=sum(len(shard.tensor_names) for shard in shards),
             readers=readers,
             gathering=gathering,
+            coding=coding,
         ),
         cache_use=plan_cache_use(
             read_nbytes=sum(shard.read_nbytes for shard in shards),
@@ -237,6 +250,8 @@ class _PlannedPart:
     """Its tensors' parameters, one for each group that shares them."""
     shards: tuple[OutputShard, ...]
     """Its files."""
+    quantised: QuantisedOutput | None
+    """Its tensors that are written as codes."""
 
 
 def _modular_config_source(
@@ -291,6 +306,7 @@ def _planned_parts(
         group, split_notes = split_alike(group)
         matched = match_tensors(group, config, folder / subfolder)
         out_dtypes = _output_dtypes(recipe.output_dtype, group[0], matched)
+        chosen = None if parts else quantised(recipe, matched, out_dtypes)
         resolved = resolve_parameters(recipe, matched.names)
         parameters = TensorParameters(
             method=merge_method(recipe.merge_method),
@@ -302,7 +318,7 @@ def _planned_parts(
             recipe,
             group,
             matched,
-            out_dtypes,
+            written(recipe, out_dtypes, chosen),
             parameters,
             subfolder=subfolder,
             stem=MODEL if subfolder else _stem(group[0], config_source),
@@ -322,6 +338,7 @@ def _planned_parts(
                 config_dtypes=_config_dtypes(config, matched, out_dtypes),
                 parameters=tuple(parameters.groups),
                 shards=shards,
+                quantised=None if chosen is None else chosen.output,
             )
         )
     return parts
@@ -388,7 +405,7 @@ def _config_dtypes(
 
 def _gathering(shards: Sequence[OutputShard], parameters: Sequence[Params]) -> Gathering | None:
     """Return the needs of gathering statistics; None if the factors of all segments are known."""
-    pending = [segment for shard in shards for segment in shard.segments if segment.is_pending]
+    pending = [segment for shard in shards for segment in shard.merged if segment.is_pending]
     if not pending:
         return None
     nums_entries = [

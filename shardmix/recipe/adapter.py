@@ -7,7 +7,9 @@ from shardmix.errors import RecipeError, listed
 from shardmix.methods import task_arithmetic
 from shardmix.recipe.recipe import Recipe
 
-_WITHOUT_EFFECT = ("config_from", "max_shard_size", "model_type", "pooling", "tokenizer")
+_WITHOUT_EFFECT = (
+    *("quantize", "config_from", "max_shard_size", "model_type", "pooling", "tokenizer"),
+)
 
 
 def with_common_base(recipe: Recipe) -> Recipe:

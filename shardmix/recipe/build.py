@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from shardmix.conventions.adapters import is_adapted
 from shardmix.conventions.model_types import check_model_type
+from shardmix.conventions.output_quantisations import OUTPUT_QUANTISATIONS
 from shardmix.conventions.sentence_modules import check_pooling
 from shardmix.dtypes import OUT_DTYPES
 from shardmix.errors import RecipeError, is_unicode, shown
@@ -221,6 +222,13 @@ def checked(recipe: Recipe, *, is_sum_checked: bool = False, may_be_one: bool = 
             _check_source(source)
     for key in ("dtype", "out_dtype"):
         _check_dtype(getattr(recipe, key))
+    if recipe.quantize is not None and recipe.quantize not in OUTPUT_QUANTISATIONS:
+        raise RecipeError(
+            f"must be {', '.join(OUTPUT_QUANTISATIONS)}"
+            f"{suggestion(recipe.quantize, OUTPUT_QUANTISATIONS)}",
+            subject=f"quantize {shown(recipe.quantize)}",
+            remedy="or leave it out",
+        )
     if recipe.model_type is not None:
         check_model_type(recipe.model_type)
     if recipe.pooling is not None:

@@ -72,6 +72,9 @@ class Recipe:
     Here the arithmetic is always in float32 (float64 if any source is)."""
     out_dtype: str | None = None
     """Output dtype: KEEP, float32, float16 or bfloat16."""
+    quantize: str | None = None
+    """Quantisation that the output's linear layers are written in, by its name in
+    `output_quantisations`; `output_dtype` is then that of the other tensors."""
     config_from: str | None = None
     """Source of config, tokenizer and the other auxiliary files; None: the first of `sources`."""
     max_shard_size: int | None = None

@@ -24,10 +24,13 @@ RECIPE_SUFFIXES = (".yaml", ".yml")
 _MAX_RECIPE_NBYTES = 128 * 1024
 # PyYAML raises these if a value does not fit its tag: `!!int ""`, `!!bool maybe`, ...
 _YAML_STUMBLES = (ValueError, TypeError, LookupError, AttributeError)
-_TEXT_KEYS = ("merge_method", "dtype", "out_dtype", "config_from", "model_type", "pooling")
+_TEXT_KEYS = (
+    *("merge_method", "dtype", "out_dtype"),
+    *("quantize", "config_from", "model_type", "pooling"),
+)
 _KEYS = (
     *("models", "merge_method", "base_model", "parameters", "dtype", "out_dtype"),
-    *("config_from", "max_shard_size", "model_type", "allow_differences", "pooling"),
+    *("quantize", "config_from", "max_shard_size", "model_type", "allow_differences", "pooling"),
     *("as_adapter", "rank", "energy"),
     *("tokenizer_source", "tokenizer"),
 )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardmix.conventions.file_kinds import LeftOut
+from shardmix.conventions.output_quantisations import OUTPUT_QUANTISATIONS
 from shardmix.plan.merge_plan import MergePlan
 from shardmix.recipe.parameters import source_weights
 
@@ -22,6 +23,20 @@ class ShardReport:
     """Source bytes that go into it."""
     sources: tuple[str, ...]
     """Source files of those bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedReport:
+    """The tensors of the output that are written as codes."""
+
+    quantization: str
+    """Name of the quantisation."""
+    num_tensors: int
+    """Number of tensors, their scales not counted."""
+    rule: str
+    """The choice of tensors, in words."""
+    not_converted: tuple[str, ...]
+    """Modules of matrices that stay float, as the config names them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +69,8 @@ class PlanFacts:
     """The weight files."""
     digest: str
     """Algorithm of the output files' digests: one of `hashing.ALGORITHMS`."""
+    quantized: QuantizedReport | None
+    """The tensors that are quantised, or None."""
     left_out: tuple[LeftOut, ...]
     """Files and folders of the config source that are left out, with the reasons."""
 
@@ -74,8 +91,20 @@ def plan_facts(plan: MergePlan) -> dict[str, Any]:
         "weights": source_weights(plan.recipe),
         "shards": _shard_reports(plan),
         "digest": plan.digest_algorithm,
+        "quantized": _quantized(plan),
         "left_out": plan.left_out,
     }
+
+
+def _quantized(plan: MergePlan) -> QuantizedReport | None:
+    if plan.quantised is None:
+        return None
+    return QuantizedReport(
+        quantization=plan.quantised.quantisation,
+        num_tensors=plan.quantised.num_tensors,
+        rule=OUTPUT_QUANTISATIONS[plan.quantised.quantisation].rule,
+        not_converted=plan.quantised.unconverted,
+    )
 
 
 def _shard_reports(plan: MergePlan) -> tuple[ShardReport, ...]:

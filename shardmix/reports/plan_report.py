@@ -88,7 +88,7 @@ def _parameters(plan: MergePlan) -> tuple[ParametersReport, ...]:
     first: dict[int, str] = {}
     num_tensors: Counter[int] = Counter()
     for shard in plan.shards:
-        for segment in shard.segments:
+        for segment in shard.merged:
             if segment.method != keep_first.NAME:
                 first.setdefault(segment.parameters, segment.name)
                 num_tensors[segment.parameters] += segment.num_tensors

@@ -1,0 +1,106 @@
+"""Quantisations that an output can be written in: their tensors, names and config.
+
+The choice of tensors goes by names, as far as these tell that transformers' loader holds a linear
+layer there. What it leaves out stays float, and the config names its modules, so that each loads.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shardmix.formats.fp8_blocks import Fp8Blocks
+from shardmix.formats.output_coding import OutputCoding
+
+PROJECTIONS = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj"),
+    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "wq_b", "wk"),
+    *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3"),
+    *("query", "key", "value", "dense", "fc1", "fc2", "fc_in", "fc_out"),
+    *("query_key_value", "dense_h_to_4h", "dense_4h_to_h", "Wqkv", "Wi", "Wo"),
+    *("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"),
+)
+"""Names of linear layers of attention and of feed-forward networks in transformers."""
+_WEIGHT = ".weight"
+_IN_A_LAYER = re.compile(rf"(?:^|\.)\d+\.(?:.*\.)?(?:{'|'.join(PROJECTIONS)})\.weight\Z")
+_FUSED_EXPERTS = re.compile(r"(.*\.\d+\.(?:.*\.)?experts)\.(gate_up_proj|down_proj)\Z")
+_HEADS = ("lm_head",)
+"""Heads that a loader makes even if they are not stored, since they are tied."""
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputQuantisation:
+    """A quantisation that an output can be written in."""
+
+    name: str
+    """Its name for a user."""
+    coding: OutputCoding
+    """The way a matrix is stored."""
+    scales_ending: str
+    """The end of the name of a tensor's scales, after the tensor's own name."""
+    chosen: Callable[[Mapping[str, Shape]], Iterator[str]]
+    """Yields the tensors to quantise, of names and shapes of all tensors of floats."""
+    rule: str
+    """That choice, in words."""
+    config: Callable[[Sequence[str]], dict[str, Any]]
+    """Returns the config's `quantization_config`, of the modules that stay float."""
+
+
+def linear_weights(shapes: Mapping[str, Shape]) -> Iterator[str]:
+    """Yield the tensors that transformers' FP8 loader holds as codes, of all tensors of floats.
+
+    These are the matrices of attention and feed-forward projections in numbered layers; experts in
+    one tensor if they have outputs before inputs, and no bias, as its `FP8Experts` must have them.
+    """
+    for name, shape in shapes.items():
+        if 0 in shape:
+            continue
+        if len(shape) == 2 and _IN_A_LAYER.search(name) is not None:
+            yield name
+        elif len(shape) == 3 and (found := _FUSED_EXPERTS.fullmatch(name)) is not None:
+            module = found[1]
+            up = shapes.get(f"{module}.gate_up_proj", ())
+            down = shapes.get(f"{module}.down_proj", ())
+            has_bias = f"{module}.down_proj_bias" in shapes
+            if len(up) == len(down) == 3 and not has_bias and up[1:] == (2 * down[2], down[1]):
+                yield name
+
+
+def unconverted_modules(shapes: Mapping[str, Shape], chosen: set[str]) -> tuple[str, ...]:
+    """Return the modules of matrices that stay float, by which a loader leaves them so."""
+    found = dict.fromkeys(_HEADS)
+    for name, shape in shapes.items():
+        if name in chosen or len(shape) < 2:
+            continue
+        if len(shape) == 2 and name.endswith(_WEIGHT):
+            found[name.removesuffix(_WEIGHT)] = None
+        elif len(shape) == 3 and (experts := _FUSED_EXPERTS.fullmatch(name)) is not None:
+            found[experts[1]] = None
+    return tuple(found)
+
+
+def _fp8_config(unconverted: Sequence[str]) -> dict[str, Any]:
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": list(Fp8Blocks.block),
+        "modules_to_not_convert": list(unconverted),
+    }
+
+
+_ALL = (
+    OutputQuantisation(
+        name="fp8-blocks",
+        coding=Fp8Blocks(),
+        scales_ending="_scale_inv",
+        chosen=linear_weights,
+        rule="the matrices of attention and feed-forward projections (q_proj, down_proj, ...) in "
+        "numbered layers; embeddings, norms, heads, routers and biases stay float",
+        config=_fp8_config,
+    ),
+)
+OUTPUT_QUANTISATIONS = {each.name: each for each in _ALL}
+"""By name."""
