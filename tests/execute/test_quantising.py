@@ -237,7 +237,7 @@ def test_killed_merges_go_on(tmp_path, models):
     assert weights_of(out) == weights_of(tmp_path / "expected")
 
 
-def test_another_quantisation_is_another_merge(tmp_path, models):
+def test_it_is_part_of_the_digest(tmp_path, models):
     plans = [shardmix.plan_merge(models, **options) for options in ({}, QUANTIZE)]
     assert plans[0].digest() != plans[1].digest()
     cut_off(models, tmp_path / "out", num_leaves=2, **QUANTIZE)
@@ -284,7 +284,7 @@ def test_our_own_reader_decodes_it(tmp_path, models):
     assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
 
 
-def test_fp8_sources_are_decoded_and_quantised(tmp_path, models):
+def test_fp8_sources_are_quantised_anew(tmp_path, models):
     """FP8 to FP8: values are decoded, merged and quantised anew."""
     shardmix.merge(models, tmp_path / "fp8", **QUANTIZE)
     shardmix.convert(tmp_path / "fp8", tmp_path / "values", dtype="float32")
@@ -342,7 +342,7 @@ def test_unknown_quantisations_are_refused(tmp_path, models):
     ],
     ids=str,
 )
-def test_models_without_linear_layers_are_refused(tmp_path, shapes):
+def test_nothing_to_quantise_is_refused(tmp_path, shapes):
     models = [(save(tmp_path / f"m{n}", seed=n, shapes=shapes, shards=1), 0.5) for n in (0, 1)]
     message = refused(models, tmp_path / "out", **QUANTIZE)
     assert "nothing to quantise" in message
@@ -371,7 +371,7 @@ def test_a_name_of_scales_that_is_taken(tmp_path):
     assert f"{experts}.down_proj_scale_inv is the name of the scales" in message
 
 
-def test_without_a_config_it_is_refused(tmp_path):
+def test_no_config_is_refused(tmp_path):
     """Nobody could tell that the weights are codes."""
     tensors = {"layers.0.q_proj.weight": torch.ones(5, 5)}
     folder = save_model(tmp_path / "m", tensors, config=None)

@@ -107,7 +107,7 @@ def test_least_magnitudes_have_a_scale(bits):
     check(values)
 
 
-def test_not_finite_values_spoil_no_neighbours():
+def test_infinities_spoil_no_neighbours():
     values = torch.randn(128, 256, generator=torch.Generator().manual_seed(2))
     whole, scales = coded(values)
     values[0, 0], values[5, 200], values[6, 201] = torch.nan, torch.inf, -torch.inf
