@@ -1,4 +1,4 @@
-"""Copies of tied parameters that files of torch.save name twice, as views of one storage.
+"""Copies of tied parameters: files of torch.save name one storage twice, DCP stores it twice.
 
 transformers leaves the second name out of safetensors. The same models must merge alike from both
 formats, so it is left out here as well, if the class declares the tie and the config has it.
@@ -14,7 +14,7 @@ from shardmix.sources.rearranged import RearrangedSource
 
 def without_tied_copies(source: Source) -> Source:
     """Return a source without the second names of tied parameters that share their bytes."""
-    groups = _names_of_one_storage(source)
+    groups = [*_names_of_one_storage(source), *source.copies]
     if not groups:
         return source
     table = source.tensors

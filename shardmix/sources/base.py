@@ -5,7 +5,7 @@ Most tensors are stored in a file as they are (`Source.extent`); workers read or
 themselves. All others are decoded by the source's own reader.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -165,6 +165,10 @@ class Source(Protocol):
         """Stem of its weight files, one of those in `weight_names`."""
 
     @property
+    def copies(self) -> Sequence[Collection[str]]:
+        """Groups of tensors with the same bytes, as far as checksums in the files tell."""
+
+    @property
     def max_shard_size(self) -> str | None:
         """Size of the shards of an output that takes its layout; None if its files are shards."""
 
@@ -300,6 +304,11 @@ class WrappedSource:
     def stem(self) -> str:
         """Stem of the inner source."""
         return self._inner.stem
+
+    @property
+    def copies(self) -> Sequence[Collection[str]]:
+        """No groups: its own tensors need not be the inner source's."""
+        return ()
 
     @property
     def max_shard_size(self) -> str | None:

@@ -100,6 +100,11 @@ class Checkpoint:
         return (self, *self.others)
 
     @property
+    def copies(self) -> tuple[frozenset[str], ...]:
+        """No groups: such files have no checksums that count."""
+        return ()
+
+    @property
     def max_shard_size(self) -> str | None:
         """Return None: its files are shards."""
         return None

@@ -6,7 +6,9 @@ read. Opened by that description and the ends of each record; no element is read
 """
 
 import hashlib
+import math
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,10 +41,25 @@ _REFETCH = "fetch it again"
 class DcpSource(WrappedSource):
     """A model whose tensors many ranks stored in chunks."""
 
-    def __init__(self, inner: Checkpoint, chunks: StoredChunks, path: Path) -> None:
+    def __init__(
+        self,
+        inner: Checkpoint,
+        chunks: StoredChunks,
+        path: Path,
+        copies: tuple[tuple[str, ...], ...],
+    ) -> None:
         super().__init__(inner)
         self._chunks = chunks
         self._path = path
+        self._copies = copies
+
+    @property
+    def copies(self) -> tuple[tuple[str, ...], ...]:
+        """Groups of tensors whose chunks have the same forms and checksums.
+
+        A parameter that the model shares is stored by each of its names.
+        """
+        return self._copies
 
     @property
     def path(self) -> str:
@@ -96,7 +113,7 @@ def open_dcp(opening: Opening, folder: Path, root: Path) -> Source:
         tensors=table,
         left_out=located.left_out,
     )
-    return DcpSource(checkpoint, chunks, located.path.absolute())
+    return DcpSource(checkpoint, chunks, located.path.absolute(), _copies(wanted, places))
 
 
 def _described(path: Path, nbytes: int, max_memory: int | None) -> tuple[DcpMetadata, str]:
@@ -186,6 +203,8 @@ class _Places:
     boxes: Sequence[Box]
     are_contiguous: npt.NDArray[np.bool_]
     """By form: True if elements lie in the order of the chunk's shape."""
+    checksums: npt.NDArray[np.uint32]
+    """CRC-32 of the chunk's bytes; 0 if unknown."""
 
 
 class _Stored:
@@ -210,6 +229,7 @@ class _Stored:
         self._starts = np.zeros(len(chosen), np.int64)
         self._files = np.zeros(len(chosen), np.int32)
         self._forms = np.zeros(len(chosen), np.int32)
+        self._checksums = np.zeros(len(chosen), np.uint32)
         self._boxes: dict[tuple[Box, bool], int] = {}
 
     def find(self) -> tuple[list[SourceFile], _Places]:
@@ -233,6 +253,7 @@ class _Stored:
             self._forms,
             [box for box, _ in boxes],
             np.array([is_contiguous for _, is_contiguous in boxes], np.bool_),
+            self._checksums,
         )
 
     def _find_in(self, name: str, own: npt.NDArray[np.int64]) -> SourceFile:
@@ -270,7 +291,7 @@ class _Stored:
             raise unreadable(path, error) from None
         except SourceError as error:
             raise error.of(path) from None
-        for column in (self._offsets, self._lengths, self._starts, self._forms):
+        for column in (self._offsets, self._lengths, self._starts, self._checksums):
             digest.update(column[own].tobytes())
         return replace(file, header_sha256=digest.hexdigest())
 
@@ -279,7 +300,7 @@ class _Stored:
     ) -> None:
         wanted, chunk = self._chunks[number]
         try:
-            tensor, start, _ = reader.read(descriptor, offset, length)
+            tensor, start, checksum = reader.read(descriptor, offset, length)
         except SourceError as error:
             raise error.of(self._subject(number)) from None
         if tensor.dtype != wanted.dtype or tensor.shape != chunk.sizes:
@@ -290,6 +311,8 @@ class _Stored:
             )
         width = BY_NAME[tensor.dtype].bits // 8
         self._starts[number] = offset + start + tensor.offset * width
+        if tensor.storage.num_elements == math.prod(chunk.sizes):
+            self._checksums[number] = checksum
         box = Box(chunk.offsets, chunk.sizes, tensor.strides)
         self._forms[number] = self._boxes.setdefault((box, tensor.is_contiguous), len(self._boxes))
 
@@ -299,6 +322,18 @@ class _Stored:
 
     def _odd(self, number: int, finding: str) -> SourceError:
         return SourceError(finding, subject=self._subject(number), remedy=_REFETCH)
+
+
+def _copies(wanted: Sequence[_Wanted], places: _Places) -> tuple[tuple[str, ...], ...]:
+    """Return the names of tensors of one dtype whose chunks have the same forms and checksums."""
+    groups: dict[tuple[str, bytes], list[str]] = defaultdict(list)
+    described = np.stack((places.forms, places.checksums.astype(np.int64)), axis=1)
+    end = 0
+    for each in wanted:
+        own, end = slice(end, end + len(each.chunks)), end + len(each.chunks)
+        if each.chunks and places.checksums[own].all():
+            groups[each.dtype, described[own].tobytes()].append(each.name)
+    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
 
 def _in_order(wanted: Sequence[_Wanted], places: _Places) -> tuple[TensorTable, StoredChunks]:

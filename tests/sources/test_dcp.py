@@ -1,5 +1,6 @@
 """Distributed checkpoints of torch: the bytes are those that torch's own loader gives."""
 
+import json
 import random
 import subprocess
 import sys
@@ -239,3 +240,30 @@ def test_cut_off_merges_go_on(tmp_path):
     merged = load_file(out / WEIGHTS)
     for name, first in tensors[0].items():
         assert torch.equal(merged[name], first * 0.5 + tensors[1][name] * 0.5)
+
+
+@pytest.mark.parametrize("kind", ["tied", "not tied", "another value"])
+@pytest.mark.parametrize("cut", [whole, cut_along(0, 3)], ids=["whole", "in chunks"])
+def test_tied_copies_are_left_out(tmp_path, kind, cut):
+    """A tied head is stored a second time, as transformers never does in safetensors."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "tie_word_embeddings": kind != "not tied",
+    }
+    sources = []
+    for seed in range(2):
+        tensors = {
+            "model.embed_tokens.weight": random_tensor((6, 4), seed=seed),
+            "model.norm.weight": random_tensor((4,), seed=9 + seed),
+        }
+        head = tensors["model.embed_tokens.weight"].clone()
+        if kind == "another value":
+            head[0, 0] += 1
+        folder = save_dcp(tmp_path / f"m{seed}", tensors | {"lm_head.weight": head}, cut=cut)
+        (folder / "config.json").write_text(json.dumps(config))
+        sources.append((folder, 0.5))
+    shardmix.merge(sources, tmp_path / "out")
+    merged = load_file(tmp_path / "out" / WEIGHTS)
+    assert ("lm_head.weight" in merged) == (kind != "tied")
+    assert len(merged) == 2 + (kind != "tied")
