@@ -22,10 +22,8 @@ from shardmix.sources.base import Source
 from shardmix.sources.checkpoint import (
     main_subfolder,
     read_config,
-    weight_names,
 )
-from shardmix.sources.dcp_folders import dcp_folders
-from shardmix.sources.resolve import ResolvedSource, open_sources
+from shardmix.sources.resolve import ResolvedSource, model_folder, open_sources
 
 if TYPE_CHECKING:
     from shardmix.plan.output_vocabulary import MappedModels
@@ -107,10 +105,8 @@ def _open_config_source(resolved: ResolvedSource | None, sources: Sequence[Sourc
         )
     located = resolved.fetch(with_weights=False)
     is_single_file = not located.path.is_dir()
-    folder = located.path.parent if is_single_file else located.path
-    distributed = dcp_folders(located)
-    if distributed is not None:
-        folder = distributed[1]
+    found = model_folder(located)
+    folder = found.path
     name = resolved.text if located.hub_id is not None else folder.resolve().name
     modules = () if is_single_file else read_modules(folder)
     subfolder = main_subfolder(folder, modules)
@@ -122,7 +118,7 @@ def _open_config_source(resolved: ResolvedSource | None, sources: Sequence[Sourc
         opened[0] if opened else read_config(folder / subfolder),
         located.commit,
         is_named=True,
-        weights=(located.path.name,) if is_single_file else weight_names(folder),
+        weights=found.weights,
         is_single_file=is_single_file,
         left_out=located.left_out,
         modules=modules,

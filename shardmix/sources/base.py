@@ -50,6 +50,26 @@ class Opening:
     """Opens another model by its text, for a source that wraps one."""
 
 
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """The folder of a model that only gives its config and other files; its weights stay unread."""
+
+    path: Path
+    """The folder."""
+    weights: tuple[str, ...]
+    """Its weight files and their indexes, by path within the folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceKind:
+    """A kind of source; both functions return None for a model of another kind."""
+
+    open: "Callable[[Opening], Source | None]"
+    """Opens a model. Raises `SourceError` and `BudgetError`."""
+    folder: Callable[[LocalSource], ModelFolder | None]
+    """Finds the model's folder without opening it. Raises `SourceError`."""
+
+
 class TensorReader(Protocol):
     """Reads tensors of one source for one worker, in bounded memory."""
 

@@ -20,7 +20,6 @@ from shardmix.conventions.file_kinds import LeftOut
 from shardmix.conventions.module_tree import Module, module_subfolders, read_modules
 from shardmix.conventions.weight_names import (
     ALL_WEIGHTS,
-    DCP_METADATA,
     DIFFUSERS,
     MODEL,
     SUFFIX,
@@ -35,7 +34,15 @@ from shardmix.conventions.weight_names import (
 from shardmix.errors import SourceError, shown, unreadable
 from shardmix.formats.strict_json import read_index, read_json
 from shardmix.formats.tensor_table import TensorTable, View
-from shardmix.sources.base import Extent, Opening, Readers, Source, TensorReader, stored_extent
+from shardmix.sources.base import (
+    Extent,
+    ModelFolder,
+    Opening,
+    Readers,
+    Source,
+    TensorReader,
+    stored_extent,
+)
 from shardmix.sources.headers import SHORT_HEADER_NBYTES, Headers, read_torch_header
 from shardmix.sources.identity import FileStamp, SourceFile, SourceIdentity
 from shardmix.sources.located import LocalSource
@@ -273,25 +280,26 @@ def main_subfolder(folder: Path, modules: Sequence[Module]) -> str:
     )
 
 
-def weight_names(folder: Path, *, max_memory: int | None = None) -> tuple[str, ...]:
-    """Return the weight files of a folder with names that loaders look for; () if it has none.
+def checkpoint_folder(located: LocalSource) -> ModelFolder:
+    """Return a model's folder, with the weight files that have names that loaders look for.
 
     Files in folders of sentence-transformers' modules are among them, with their indexes.
     """
+    folder = located.path
+    if not folder.is_dir():
+        return ModelFolder(folder.parent, (folder.name,))
     names = {each.whole for each in ALL_WEIGHTS if (folder / each.whole).is_file()}
     for path in (folder / each.index for each in ALL_WEIGHTS):
         if path.is_file():
             refuse_link_outside(folder, path)
-            names.update(read_index(path, max_memory=max_memory).values())
+            names.update(read_index(path).values())
     for subfolder in module_subfolders(read_modules(folder)):
         stored = stored_weights_in(folder / subfolder)
         if stored is not None:
             inner = (folder / subfolder).glob(f"*{Path(stored.whole).suffix}")
             names.update(path.relative_to(folder).as_posix() for path in inner)
             names.add(f"{subfolder}/{stored.index}")
-    if not names and (folder / DCP_METADATA).is_file():
-        names = {DCP_METADATA, *(path.name for path in folder.glob("*.distcp"))}
-    return tuple(sorted(names))
+    return ModelFolder(folder, tuple(sorted(names)))
 
 
 def check_room_for(num_tensors: int, source: str, *, max_memory: int | None) -> None:

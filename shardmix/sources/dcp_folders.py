@@ -5,8 +5,19 @@ from pathlib import Path
 
 from shardmix.conventions.weight_names import DCP_METADATA, is_fsdp_folder
 from shardmix.errors import SourceError, listed
+from shardmix.sources.base import ModelFolder
 from shardmix.sources.checkpoint import CONFIG_NAME, stored_weights_in
 from shardmix.sources.located import LocalSource
+
+
+def dcp_folder(located: LocalSource) -> ModelFolder | None:
+    """Return the model's folder, with the checkpoint's files if they lie in it."""
+    folders = dcp_folders(located)
+    if folders is None:
+        return None
+    stored, folder = folders
+    names = (path.name for path in folder.glob("*.distcp"))
+    return ModelFolder(folder, (DCP_METADATA, *sorted(names)) if stored == folder else ())
 
 
 def dcp_folders(located: LocalSource) -> tuple[Path, Path] | None:

@@ -16,9 +16,9 @@ from shardmix.conventions.adapters import divided
 from shardmix.dtypes import CODE_DTYPES, DTYPE_RANK
 from shardmix.errors import SourceError, is_unicode, one_line
 from shardmix.errors.redaction import without_user
-from shardmix.sources.base import Opening, Source
-from shardmix.sources.checkpoint import open_checkpoint
-from shardmix.sources.dcp_folders import dcp_folders
+from shardmix.sources.base import ModelFolder, Opening, Source, SourceKind
+from shardmix.sources.checkpoint import checkpoint_folder, open_checkpoint
+from shardmix.sources.dcp_folders import dcp_folder, dcp_folders
 from shardmix.sources.headers import Headers
 from shardmix.sources.located import LocalSource, Repository, is_hub_id, snapshot
 
@@ -45,8 +45,8 @@ def _open_dcp(opening: Opening) -> Source | None:
     return open_dcp(opening, *folders)
 
 
-KINDS: tuple[Callable[[Opening], Source | None], ...] = (_open_dcp, open_checkpoint)
-"""Functions that open a source of one kind, or return None if it is of another; the first wins."""
+KINDS = (SourceKind(_open_dcp, dcp_folder), SourceKind(open_checkpoint, checkpoint_folder))
+"""The kinds of sources; the first that knows a model wins."""
 DECODERS: tuple[Callable[[Source], Source | None], ...] = (_decode_quantised,)
 """Functions that wrap an opened source whose tensors are codes, or return None if none are."""
 
@@ -134,6 +134,11 @@ def resolve_all(texts: Iterable[str]) -> dict[str, ResolvedSource]:
     return {text: resolve(text) for text in dict.fromkeys(texts)}
 
 
+def model_folder(located: LocalSource) -> ModelFolder:
+    """Return the folder of a model that only gives its config. Raises `SourceError`."""
+    return next(found for kind in KINDS if (found := kind.folder(located)) is not None)
+
+
 def open_sources(
     resolved: Iterable[ResolvedSource], *, max_memory: int | None = None
 ) -> Iterator[Source]:
@@ -165,7 +170,7 @@ def _open(resolved: ResolvedSource, headers: Headers, max_memory: int | None) ->
         opening = Opening(text, resolved.fetch(), headers, max_memory, open_other)
         return AdaptedSource(base, open_adapter(opening), resolved.text)
     opening = Opening(resolved.text, resolved.fetch(), headers, max_memory, open_other)
-    found = next(source for kind in KINDS if (source := kind(opening)) is not None)
+    found = next(source for kind in KINDS if (source := kind.open(opening)) is not None)
     for decoder in DECODERS:
         found = decoder(found) or found
     return found

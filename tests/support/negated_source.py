@@ -6,7 +6,7 @@ import numpy as np
 
 from shardmix.dtypes import DTYPE_RANK
 from shardmix.sources import resolve
-from shardmix.sources.base import Opening, Source, TensorReader, WrappedSource
+from shardmix.sources.base import Opening, Source, SourceKind, TensorReader, WrappedSource
 from shardmix.sources.checkpoint import open_checkpoint
 from shardmix.sources.identity import SourceIdentity
 
@@ -63,7 +63,9 @@ def open_negated(opening: Opening) -> Source | None:
 
 def add_kind(monkeypatch) -> None:
     """Let texts stand for sources of this kind, as one line in the table does."""
-    monkeypatch.setattr(resolve, "KINDS", (open_negated, *resolve.KINDS))
+    monkeypatch.setattr(
+        resolve, "KINDS", (SourceKind(open_negated, lambda _: None), *resolve.KINDS)
+    )
 
 
 class WidenedSource(WrappedSource):
