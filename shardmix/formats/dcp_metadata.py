@@ -273,11 +273,9 @@ def _info(state: Any) -> _Info:
     transforms = state.get("transform_descriptors") or []
     if not isinstance(path, str):
         raise TypeError(f"a {type(path).__name__} as a path")
-    if not (_is_count(offset) and _is_count(length)):
-        raise _odd(f"has a record of {shown(length)} bytes at {shown(offset)}, which cannot be")
     if not isinstance(transforms, list | tuple):
         raise TypeError(f"a {type(transforms).__name__} as transforms")
-    return _Info(path, offset, length, ", ".join(map(shown, transforms[:3])))
+    return _Info(path, *_extent(offset, length), ", ".join(map(shown, transforms[:3])))
 
 
 def _metadata(state: Any) -> DcpMetadata:
@@ -353,7 +351,7 @@ _CALLED: dict[str, Callable[..., Any]] = {
 
 _SIZE_NAME, _INFO_NAME = _Name("torch.Size"), _Name(f"{_FILESYSTEM}.{_INFO}")
 _CHUNK_WORDS = ("offsets", _SIZE_NAME, "sizes", _SIZE_NAME)
-_INFO_WORDS = (
+_RECORD_WORDS = (
     *("fqn", "index", "offset", _SIZE_NAME, _INFO_NAME),
     *("relative_path", "offset", "length"),
 )
@@ -365,14 +363,36 @@ _INT = rb"(?:K[\s\S]|M[\s\S]{2}|J[\s\S]{4}|\x8a\x05[\s\S]{5}|\x8a\x06[\s\S]{6})"
 _SIZE = _GET + rb"(" + _INT + rb"{1,3})[\x85-\x87]\x94\x85\x94R\x94"
 _BEGUN = rb"\)\x81\x94\}\x94\("
 _CHUNK_FORM = re.compile(_BEGUN + _GET + _SIZE + _GET + _SIZE + rb"ub")
-_TEXT = rb"(h[\s\S]|j[\s\S]{4}|\x8c)"
-# An index, up to its name; and on to its record, up to the path; and on to the record's end.
-_INDEX_FORM = re.compile(_BEGUN + _GET + _TEXT)
+# From the memo, or written here and memoized; up to the first end that lets the rest follow.
+_TEXT = rb"(h[\s\S]|j[\s\S]{4}|\x8c[\s\S]{2,256}?\x94)"
 _RECORD_FORM = re.compile(
-    _GET + rb"(?:" + _INT + rb"|N)" + _GET + _SIZE + rb"ub" + _GET + _BEGUN + _GET + _TEXT
+    # The index: its name, a number that is only a hint, and the chunk's first element.
+    _BEGUN
+    + _GET
+    + _TEXT
+    + _GET
+    + rb"(?:"
+    + _INT
+    + rb"|N)"
+    + _GET
+    + _SIZE
+    + rb"ub"
+    # The place: path, offset and length.
+    + _GET
+    + _BEGUN
+    + _GET
+    + _TEXT
+    + _GET
+    + rb"("
+    + _INT
+    + rb")"
+    + _GET
+    + rb"("
+    + _INT
+    + rb")ub"
 )
-_EXTENT_FORM = re.compile(_GET + rb"(" + _INT + rb")" + _GET + rb"(" + _INT + rb")ub")
 _MOST_KNOWN = 100_000
+_INT_NBYTES = {0x4B: 2, 0x4D: 3, 0x4A: 5}  # BININT1, BININT2, BININT
 # REDUCE, NEWOBJ, TUPLE1, TUPLE2, TUPLE3, TUPLE, EMPTY_DICT and EMPTY_LIST.
 _MAKING = frozenset((0x52, 0x81, 0x85, 0x86, 0x87, 0x74, 0x7D, 0x5D))
 
@@ -408,12 +428,6 @@ class _Machine:
         while True:
             code = content[at]
             at += 1
-            if code in _MAKING:
-                num_made += 1
-                if num_made > most_made or len(stack) > _MOST_STACKED:
-                    if self._uses_patterns:
-                        raise _Unusual
-                    raise ValueError("too many objects")
             if code == 0x94:  # MEMOIZE
                 memo[self._num_memoized] = stack[-1]
                 self._num_memoized += 1
@@ -442,24 +456,15 @@ class _Machine:
                 stop = at + 1 + content[at]
                 stack.append(from_bytes(content[at + 1 : stop], "little", signed=True))
                 at = stop
-            elif 0x85 <= code <= 0x87:  # TUPLE1, TUPLE2, TUPLE3
-                count = code - 0x84
-                items = stack[-count:]
-                if len(items) < count:
-                    raise IndexError("an empty stack")
-                stack[-count:] = [tuple(items)]
+            elif code in _MAKING:
+                num_made += 1
+                if num_made > most_made or len(stack) > _MOST_STACKED:
+                    if self._uses_patterns:
+                        raise _Unusual
+                    raise ValueError("too many objects")
+                _make(code, stack, marks)
             elif code == 0x29:  # EMPTY_TUPLE
                 stack.append(())
-            elif code == 0x52:  # REDUCE
-                arguments, called = stack.pop(), stack.pop()
-                stack.append(_call(called, arguments))
-            elif code == 0x81:  # NEWOBJ
-                arguments, named = stack.pop(), stack.pop()
-                if not isinstance(named, _Name) or named.text not in _CLASSES or arguments != ():
-                    raise _unknown("makes", named)
-                stack.append(_Object(_CLASSES[named.text]))
-            elif code == 0x7D:  # EMPTY_DICT
-                stack.append(_Dict())
             elif code == 0x28:  # MARK
                 marks.append(len(stack))
             elif code == 0x75:  # SETITEMS
@@ -478,8 +483,6 @@ class _Machine:
                 target.state = _BUILT[target.kind](state)
                 if target.kind != _METADATA and isinstance(state, _Dict):
                     state.clear()  # the memo still holds it
-            elif code == 0x5D:  # EMPTY_LIST
-                stack.append([])
             elif code == 0x65:  # APPENDS
                 first = marks.pop()
                 items = stack[first:]
@@ -488,9 +491,6 @@ class _Machine:
             elif code == 0x61:  # APPEND
                 item = stack.pop()
                 _of(stack[-1], list).append(item)
-            elif code == 0x74:  # TUPLE
-                first = marks.pop()
-                stack[first:] = [tuple(stack[first:])]
             elif code in (0x8C, 0x58):  # SHORT_BINUNICODE, BINUNICODE
                 width = 1 if code == 0x8C else 4
                 stop = at + width + from_bytes(content[at : at + width], "little")
@@ -541,51 +541,37 @@ class _Machine:
         return at
 
     def _record_by_pattern(self, at: int, stack: list[Any]) -> int:
-        content, num_before = self._content, self._num_memoized
-        index = _INDEX_FORM.match(content, at)
-        if index is None:
+        found = _RECORD_FORM.match(self._content, at)
+        if found is None:
             return at
-        fqn, name = index.groups()
+        if not self._stand_for(found.group(1, 3, 4, 5, 7, 8, 10, 12), _RECORD_WORDS):
+            return at
+        num_before = self._num_memoized
         self._num_memoized += 2
-        name, stop = self._text(name, index.end())
-        record = _RECORD_FORM.match(content, stop)
-        extent = None
-        if record is not None:
-            number, at_offset, size, offsets, info, of_path, path = record.groups()
-            self._num_memoized += 5
-            path, stop = self._text(path, record.end())
-            extent = _EXTENT_FORM.match(content, stop)
-        if record is None or extent is None:
+        name = self._text(found.group(2))
+        self._num_memoized += 5
+        path = self._text(found.group(9))
+        if type(name) is not str or type(path) is not str:
             self._num_memoized = num_before
             return at
-        of_offset, offset, of_length, length = extent.groups()
-        words = (fqn, number, at_offset, size, info, of_path, of_offset, of_length)
-        if (
-            type(name) is not str
-            or type(path) is not str
-            or not self._stand_for(words, _INFO_WORDS)
-        ):
-            self._num_memoized = num_before
-            return at
-        stack[-1] = _Index(name, self._numbers(offsets))
-        stack.append(_Info(path, *_extent(offset + length), ""))
-        return extent.end()
+        offset, length = _integer(found.group(11)), _integer(found.group(13))
+        stack[-1] = _Index(name, self._numbers(found.group(6)))
+        stack.append(_Info(path, *_extent(offset, length), ""))
+        return found.end()
 
-    def _text(self, get: bytes, at: int) -> tuple[Any, int]:
-        """Return a text from the memo, or the one that begins here; and where it ends."""
-        if get != b"\x8c":
-            return self._got(get), at
-        stop = at + 1 + self._content[at]
-        if self._content[stop : stop + 1] != b"\x94":  # to be memoized
-            return None, at
-        written = self._content[at + 1 : stop]
-        text = self._texts.get(written)
+    def _text(self, pushed: bytes) -> Any:
+        """Return a text from the memo, or one that is written here; None if its length is wrong."""
+        if pushed[0] != 0x8C:
+            return self._got(pushed)
+        if pushed[1] != len(pushed) - 3:
+            return None
+        text = self._texts.get(pushed)
         if text is None:
             _forget_many(self._texts)
-            text = self._texts[written] = written.decode()
+            text = self._texts[pushed] = pushed[2:-1].decode()
         self._memo[self._num_memoized] = text
         self._num_memoized += 1
-        return text, stop + 1
+        return text
 
     def _got(self, get: bytes) -> Any:
         """Return what an instruction gets from the memo; None if it is not there."""
@@ -608,29 +594,56 @@ class _Machine:
         return known
 
 
+def _make(code: int, stack: list[Any], marks: list[int]) -> None:
+    """Carry out an instruction that makes an object."""
+    if 0x85 <= code <= 0x87:  # TUPLE1, TUPLE2, TUPLE3
+        count = code - 0x84
+        if len(stack) < count:
+            raise IndexError("an empty stack")
+        stack[-count:] = [tuple(stack[-count:])]
+    elif code == 0x52:  # REDUCE
+        arguments, called = stack.pop(), stack.pop()
+        stack.append(_call(called, arguments))
+    elif code == 0x81:  # NEWOBJ
+        arguments, named = stack.pop(), stack.pop()
+        if not isinstance(named, _Name) or named.text not in _CLASSES or arguments != ():
+            raise _unknown("makes", named)
+        stack.append(_Object(_CLASSES[named.text]))
+    elif code == 0x7D:  # EMPTY_DICT
+        stack.append(_Dict())
+    elif code == 0x5D:  # EMPTY_LIST
+        stack.append([])
+    else:  # TUPLE
+        first = marks.pop()
+        stack[first:] = [tuple(stack[first:])]
+
+
 def _forget_many(known: dict[Any, Any]) -> None:
     if len(known) >= _MOST_KNOWN:
         known.clear()
 
 
-def _integers(ints: bytes) -> tuple[int, ...]:
+def _integers(pushed: bytes) -> tuple[int, ...]:
     found, at = [], 0
-    while at < len(ints):
-        code = ints[at]
-        if code == 0x8A:
-            at, width = at + 1, ints[at + 1]
-        else:
-            width = {0x4B: 1, 0x4D: 2, 0x4A: 4}[code]
-        signed = code in (0x4A, 0x8A)
-        found.append(int.from_bytes(ints[at + 1 : at + 1 + width], "little", signed=signed))
-        at += 1 + width
+    while at < len(pushed):
+        code = pushed[at]
+        stop = at + (2 + pushed[at + 1] if code == 0x8A else _INT_NBYTES[code])
+        found.append(_integer(pushed[at:stop]))
+        at = stop
     return tuple(found)
 
 
-def _extent(ints: bytes) -> tuple[int, int]:
-    offset, length = _integers(ints)
+def _integer(pushed: bytes) -> int:
+    """Return the integer that an instruction pushes."""
+    code = pushed[0]
+    if code == 0x8A:  # LONG1
+        return int.from_bytes(pushed[2:], "little", signed=True)
+    return int.from_bytes(pushed[1:], "little", signed=code == 0x4A)
+
+
+def _extent(offset: int, length: int) -> tuple[int, int]:
     if not (_is_count(offset) and _is_count(length)):
-        raise _odd(f"has a record of {length} bytes at {offset}, which cannot be")
+        raise _odd(f"has a record of {shown(length)} bytes at {shown(offset)}, which cannot be")
     return offset, length
 
 

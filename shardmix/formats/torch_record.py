@@ -4,10 +4,12 @@ Records of one kind differ in their elements and checksums only. So one of them 
 the others are compared with it: a hundred thousand are judged in seconds.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from typing import BinaryIO, NamedTuple, cast
 
+from shardmix.dtypes import BY_NAME
 from shardmix.errors import SourceError
 from shardmix.formats.torch_file import Archive, StoredTensor, check_within, load_description
 
@@ -21,10 +23,8 @@ class Record(NamedTuple):
     """The tensor of a record."""
 
     tensor: StoredTensor
-    start: int
-    """First byte of its storage, from the record's first."""
-    checksum: int
-    """CRC-32 of its storage; 0 if its writer took none."""
+    first: int
+    """First element's first byte, from the record's first."""
 
 
 class _Kind(NamedTuple):
@@ -41,6 +41,8 @@ class _Kind(NamedTuple):
     """The content of these parts."""
     checksum: slice
     """A place of the checksum, in the bytes after the storage."""
+    has_checksum: bool
+    """True if it is one of the tensor's elements only."""
 
 
 class RecordReader:
@@ -50,10 +52,11 @@ class RecordReader:
         self._kinds: dict[int, list[_Kind]] = {}
         self._num_kinds = 0
 
-    def read(self, descriptor: int, offset: int, length: int) -> Record:
-        """Return the tensor of a record in an open file.
+    def read(self, descriptor: int, offset: int, length: int) -> tuple[Record, int]:
+        """Return a record of an open file, and the CRC-32 of its elements.
 
-        Raises `SourceError` if it is no file of `torch.save` of one tensor, and `OSError`.
+        That is 0 if it is unknown: its writer took none, or not of these elements only. Raises
+        `SourceError` if the record is no file of `torch.save` of one tensor, and `OSError`.
         """
         kinds = self._kinds.get(length, ())
         head = os.pread(descriptor, max(map(_head_nbytes, kinds)), offset) if kinds else b""
@@ -61,11 +64,12 @@ class RecordReader:
             if head.startswith(kind.head):
                 tail = os.pread(descriptor, kind.tail_nbytes, offset + length - kind.tail_nbytes)
                 if b"".join(map(tail.__getitem__, kind.kept)) == kind.tail:
-                    checksum = int.from_bytes(tail[kind.checksum], "little")
-                    return kind.record._replace(checksum=checksum)
+                    if not kind.has_checksum:
+                        return kind.record, 0
+                    return kind.record, int.from_bytes(tail[kind.checksum], "little")
         return self._take_apart(descriptor, offset, length)
 
-    def _take_apart(self, descriptor: int, offset: int, length: int) -> Record:
+    def _take_apart(self, descriptor: int, offset: int, length: int) -> tuple[Record, int]:
         window = cast("BinaryIO", _Window(descriptor, offset, length))
         archive = Archive(window, length, most_nbytes=_MOST_DESCRIPTION_NBYTES)
         tensor = load_description(archive.read_pickle())
@@ -76,7 +80,9 @@ class RecordReader:
             )
         check_within("a record", tensor)
         start, stop, checksum, changing = archive.stored(tensor.storage)
-        record = Record(tensor, start, checksum)
+        width = BY_NAME[tensor.dtype].bits // 8
+        record = Record(tensor, start + tensor.offset * width)
+        has_checksum = stop - start == math.prod(tensor.shape) * width
         tail_nbytes = length - stop
         parts = [slice(part.start - stop, part.stop - stop) for part in changing]
         known = self._kinds.get(length, [])
@@ -90,10 +96,10 @@ class RecordReader:
             tail = os.pread(descriptor, tail_nbytes, offset + stop)
             kept = _between(parts, tail_nbytes)
             content = b"".join(map(tail.__getitem__, kept))
-            kind = _Kind(record, head, tail_nbytes, kept, content, parts[0])
+            kind = _Kind(record, head, tail_nbytes, kept, content, parts[0], has_checksum)
             self._kinds.setdefault(length, known).append(kind)
             self._num_kinds += 1
-        return record
+        return record, checksum if has_checksum else 0
 
 
 def _head_nbytes(kind: _Kind) -> int:

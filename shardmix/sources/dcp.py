@@ -6,7 +6,6 @@ read. Opened by that description and the ends of each record; no element is read
 """
 
 import hashlib
-import math
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ import numpy.typing as npt
 
 from shardmix.conventions.dcp_keys import model_keys
 from shardmix.conventions.weight_names import DCP_METADATA
-from shardmix.dtypes import BY_NAME, DTYPE_RANK, tensor_nbytes
+from shardmix.dtypes import DTYPE_RANK, tensor_nbytes
 from shardmix.errors import SourceError, shown, unreadable
 from shardmix.formats.dcp_chunks import check_chunks
 from shardmix.formats.dcp_metadata import MOST_METADATA_NBYTES, Chunk, DcpMetadata, read_metadata
@@ -221,7 +220,8 @@ class _Stored:
     ) -> None:
         self._text, self._folder, self._root = text, folder, root
         self._records = records = described.records
-        self._chunks = [(each, chunk) for each in wanted for chunk in each.chunks]
+        self._owners = [each for each in wanted for _ in each.chunks]
+        self._chunks = [chunk for each in wanted for chunk in each.chunks]
         chosen = np.array(rows, np.int64)
         self._numbers = np.frombuffer(records.file_numbers, np.int32)[chosen]
         self._offsets = np.frombuffer(records.offsets, np.int64)[chosen]
@@ -230,7 +230,8 @@ class _Stored:
         self._files = np.zeros(len(chosen), np.int32)
         self._forms = np.zeros(len(chosen), np.int32)
         self._checksums = np.zeros(len(chosen), np.uint32)
-        self._boxes: dict[tuple[Box, bool], int] = {}
+        self._boxes: dict[Box, int] = {}
+        self._are_contiguous: list[bool] = []
 
     def find(self) -> tuple[list[SourceFile], _Places]:
         """Return the files, and the place of each chunk in them, by the ends of its record.
@@ -246,13 +247,12 @@ class _Stored:
             own = own[np.argsort(self._offsets[own], kind="stable")]
             self._files[own] = 1 + len(files)
             files.append(self._find_in(self._records.files[number], own))
-        boxes = list(self._boxes)
         return files, _Places(
             self._files,
             self._starts,
             self._forms,
-            [box for box, _ in boxes],
-            np.array([is_contiguous for _, is_contiguous in boxes], np.bool_),
+            list(self._boxes),
+            np.array(self._are_contiguous, np.bool_),
             self._checksums,
         )
 
@@ -298,26 +298,29 @@ class _Stored:
     def _find_chunk(
         self, number: int, descriptor: int, offset: int, length: int, reader: RecordReader
     ) -> None:
-        wanted, chunk = self._chunks[number]
+        wanted, chunk = self._owners[number], self._chunks[number]
         try:
-            tensor, start, checksum = reader.read(descriptor, offset, length)
+            record, checksum = reader.read(descriptor, offset, length)
         except SourceError as error:
             raise error.of(self._subject(number)) from None
+        tensor = record.tensor
         if tensor.dtype != wanted.dtype or tensor.shape != chunk.sizes:
             raise self._odd(
                 number,
                 f"is of {tensor.dtype} {list(tensor.shape)}, and should be of {wanted.dtype} "
                 f"{list(chunk.sizes)}",
             )
-        width = BY_NAME[tensor.dtype].bits // 8
-        self._starts[number] = offset + start + tensor.offset * width
-        if tensor.storage.num_elements == math.prod(chunk.sizes):
-            self._checksums[number] = checksum
-        box = Box(chunk.offsets, chunk.sizes, tensor.strides)
-        self._forms[number] = self._boxes.setdefault((box, tensor.is_contiguous), len(self._boxes))
+        self._starts[number] = offset + record.first
+        self._checksums[number] = checksum
+        box = Box(*chunk, tensor.strides)
+        form = self._boxes.get(box)
+        if form is None:
+            form = self._boxes[box] = len(self._boxes)
+            self._are_contiguous.append(tensor.is_contiguous)
+        self._forms[number] = form
 
     def _subject(self, number: int) -> str:
-        wanted, chunk = self._chunks[number]
+        wanted, chunk = self._owners[number], self._chunks[number]
         return f"the record of {shown(wanted.name)} at {list(chunk.offsets)}"
 
     def _odd(self, number: int, finding: str) -> SourceError:

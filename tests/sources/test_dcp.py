@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from safetensors.torch import load_file
 
 import shardmix
 from shardmix.dtypes import element_nbytes
-from shardmix.errors import SourceError
+from shardmix.errors import ShardmixError, SourceError
+from shardmix.formats import dcp_metadata
+from shardmix.formats.torch_record import RecordReader
 from shardmix.sources.resolve import open_source
 from tests.sources.test_torch_files import LOADED, all_of, expected
 from tests.support.cut_off import cut_off
@@ -267,3 +270,70 @@ def test_tied_copies_are_left_out(tmp_path, kind, cut):
     merged = load_file(tmp_path / "out" / WEIGHTS)
     assert ("lm_head.weight" in merged) == (kind != "tied")
     assert len(merged) == 2 + (kind != "tied")
+
+
+@pytest.fixture(scope="module")
+def description(tmp_path_factory):
+    """The `.metadata` of a small checkpoint."""
+    tensors = {"a": torch.ones(3, 4), "b": torch.ones(300, 2, 2), "c": torch.ones(5)}
+    folder = save_dcp(tmp_path_factory.mktemp("m") / "m", tensors, cut=cut_along(0, 3))
+    return (folder / ".metadata").read_bytes()
+
+
+def facts(content, *, uses_patterns):
+    """Return all that a description says, or the kind of error that it is refused with."""
+    try:
+        found = dcp_metadata._Machine(content, uses_patterns=uses_patterns).run().state
+    except dcp_metadata._Unusual:
+        return facts(content, uses_patterns=False)
+    except Exception as error:
+        return type(error)
+    records = found.records
+    stored = [records.files[number] for number in records.file_numbers], records.transformed
+    rows = {
+        (name, chunk.offsets): records.row(name, chunk.offsets)
+        for name, tensor in found.tensors.items()
+        for chunk in tensor.chunks
+    }
+    places = list(records.offsets), list(records.lengths)
+    return found.tensors, list(found.others), dict(found.paths), stored, rows, places
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_patterns_change_no_meaning(description, data):
+    """Chunks and records are read by patterns as instruction by instruction, also damaged ones."""
+    content = bytearray(description)
+    for _ in range(data.draw(st.integers(0, 3))):
+        at = data.draw(st.integers(11, len(content) - 1))
+        content[at] = data.draw(st.integers(0, 255) | st.sampled_from(list(b"\x94h)\x81}(Kubj")))
+    found = [facts(bytes(content), uses_patterns=each) for each in (True, False)]
+    if isinstance(found[1], type):
+        assert isinstance(found[0], type)
+    else:
+        assert found[0] == found[1]
+    with suppress(ShardmixError):  # anything else is a fault
+        dcp_metadata.read_metadata(bytes(content))
+
+
+def test_few_records_are_taken_apart(tmp_path, monkeypatch):
+    """Of a thousand that differ in their elements only, one is; of odd ones, each."""
+    taken = []
+    take_apart = RecordReader._take_apart
+    monkeypatch.setattr(
+        RecordReader,
+        "_take_apart",
+        lambda self, *place: taken.append(place) or take_apart(self, *place),
+    )
+    tensors = {f"w{n}": random_tensor((4, 6), seed=n) for n in range(100)}
+    folder = save_dcp(tmp_path / "m", tensors, cut=cut_along(0, 2), num_files=1)
+    assert all_of(open_source(str(folder))) == expected(tensors)
+    assert len(taken) == 1
+    content = bytearray((folder / "__0_0.distcp").read_bytes())
+    length = taken[0][2]
+    # The name of the storage in the directory at the end of one record.
+    at = content.rindex(b"archive/data/0", 7 * length, 8 * length)
+    content[at : at + 14] = b"archive/data/1"
+    (folder / "__0_0.distcp").write_bytes(content)
+    with pytest.raises(SourceError, match=r"the record of 'w3' at \[2, 0\]: lacks the storage '0'"):
+        open_source(str(folder))
