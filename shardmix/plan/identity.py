@@ -3,6 +3,9 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import msgspec
+import xxhash
+
 from shardmix.plan.merge_plan import FileIdentity, MergePlan
 from shardmix.recipe import Recipe
 from shardmix.recipe.parameters import used_weights
@@ -23,6 +26,8 @@ class MergeDescription:
     record_paths: bool
     files: tuple[FileIdentity, ...]
     """The weight files of all models."""
+    vocabulary: str = ""
+    """Digest of the map of rows to the output's vocabulary; "" without one."""
 
     @classmethod
     def of(cls, plan: MergePlan) -> "MergeDescription":
@@ -34,7 +39,15 @@ class MergeDescription:
             digest=plan.digest_algorithm,
             record_paths=plan.record_paths,
             files=plan.file_identities(),
+            vocabulary=_vocabulary_digest(plan),
         )
+
+
+def _vocabulary_digest(plan: MergePlan) -> str:
+    if plan.vocabulary is None:
+        return ""
+    maps = [source.identity.decoding for source in plan.sources]
+    return xxhash.xxh3_128_hexdigest(msgspec.json.encode((plan.vocabulary, maps)))
 
 
 def asked_otherwise(then: MergeDescription, now: MergeDescription) -> list[str]:
@@ -101,6 +114,8 @@ def changed_files(then: MergeDescription, now: MergeDescription) -> list[str]:
                 f"{file.file} has changed since (its status did: it was written to or replaced and "
                 "its time of modification set back, or only its rights or links are others)"
             )
+    if then.vocabulary != now.vocabulary:
+        found.append("a tokenizer has changed since, or a config: rows or ids follow other tokens")
     is_told = now.config_source_commit in {file.commit for file in now.files}
     if then.config_source_commit != now.config_source_commit and not is_told:
         found.append(

@@ -165,6 +165,11 @@ class MappedRowsSource(WrappedSource):
         models[self._model] = changes
         return MappedRowsSource(models, self._model, self._maps, self._mapped, self._config, runs)
 
+    def check_unchanged(self) -> None:
+        """Raise `SourceChangedError` if a model that gives rows changed."""
+        for giver in self.givers:
+            self._models[giver].check_unchanged()
+
     @property
     def givers(self) -> set[int]:
         """The numbers of the models whose rows it reads, its own among them."""

@@ -12,9 +12,12 @@ from shardmix.errors import SourceChangedError
 from shardmix.sources.resolve import open_source
 from tests.support.adapters import random_adapter, save_adapter
 from tests.support.dcp_checkpoints import cut_along, save_dcp
+from tests.support.mapped_source import MARK as MAPPED_MARK
+from tests.support.mapped_source import add_mapping
 from tests.support.models import random_model, random_tensor, save_model
 from tests.support.negated_source import MARK, add_kind
 from tests.support.quantised_models import FORMS, FP8, mxfp4_experts
+from tests.support.vocabularies import model_of, numbered
 
 
 def single_file(folder):
@@ -103,15 +106,24 @@ def quantised(folder):
     return save_model(folder / "m", {**tensors, "norm": torch.ones(5)}, config=config)
 
 
+def mapped(folder):
+    """A model with rows of its own, of another model, and computed ones."""
+    model_of(folder / "other", numbered(list("abcdefgh")), seed=7, dtype=torch.float32)
+    model_of(folder / "m", numbered(list("abcdefghij")), seed=8)
+    (folder / "m" / MAPPED_MARK).touch()
+    return folder / "m"
+
+
 FACTORIES = (
     *(single_file, sharded, links, modules, torch_files, distributed),
-    *(quantised, negated, adapted),
+    *(quantised, negated, adapted, mapped),
 )
 
 
 @pytest.fixture(params=FACTORIES, ids=lambda factory: factory.__name__)
 def path(request, tmp_path, monkeypatch):
     add_kind(monkeypatch)
+    add_mapping(monkeypatch)
     return request.param(tmp_path)
 
 

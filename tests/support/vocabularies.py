@@ -57,6 +57,7 @@ def model_of(
     dtype: torch.dtype = torch.bfloat16,
     tied: bool = False,
     kind: str = "BPE",
+    width: int = WIDTH,
     **config: object,
 ) -> Rows:
     """Save a model with a row for each token, and return its tensors."""
@@ -64,13 +65,19 @@ def model_of(
     tokens = [added_token(text, number) for number, text in enumerate(added, start=first)]
     count = first + len(added) if rows is None else rows
     tensors = {
-        EMBEDDING: random_tensor((count, WIDTH), dtype, seed=seed),
-        HEAD: random_tensor((count, WIDTH), dtype, seed=seed + 100),
-        NORM: random_tensor((WIDTH,), dtype, seed=seed + 200),
+        EMBEDDING: random_tensor((count, width), dtype, seed=seed),
+        HEAD: random_tensor((count, width), dtype, seed=seed + 100),
+        NORM: random_tensor((width,), dtype, seed=seed + 200),
     }
     if tied:
         del tensors[HEAD]
-    content = {**LLAMA, "vocab_size": count, "tie_word_embeddings": tied, **config}
+    content = {
+        **LLAMA,
+        "hidden_size": width,
+        "vocab_size": count,
+        "tie_word_embeddings": tied,
+        **config,
+    }
     save_model(folder, tensors, config=content)
     (folder / "tokenizer.json").write_text(tokenizer_json(vocab, tokens, kind))
     return tensors
