@@ -5,10 +5,11 @@ layer there. What it leaves out stays float, and the config names its modules, s
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shardmix.conventions.declarations import Tie
 from shardmix.formats.fp8_blocks import Fp8Blocks
 from shardmix.formats.output_coding import OutputCoding
 
@@ -22,10 +23,14 @@ PROJECTIONS = (
 )
 """Names of linear layers of attention and of feed-forward networks in transformers."""
 _WEIGHT = ".weight"
+_PLAIN = re.compile(r"[\w.]+")
+"""A name of one parameter; others stand for those of any inner model, or are regexes."""
 _IN_A_LAYER = re.compile(rf"(?:^|\.)\d+\.(?:.*\.)?(?:{'|'.join(PROJECTIONS)})\.weight\Z")
 _FUSED_EXPERTS = re.compile(r"(.*\.\d+\.(?:.*\.)?experts)\.(gate_up_proj|down_proj)\Z")
 _HEADS = ("lm_head",)
-"""Heads that a loader makes even if they are not stored, since they are tied."""
+"""The head that a loader makes even if it is not stored."""
+_OWN_LINEAR = frozenset({"falcon", "RefinedWeb", "RefinedWebModel"})
+"""Model types whose layers have a class of their own, which the FP8 loader does not know."""
 
 Shape = tuple[int, ...]
 
@@ -40,20 +45,23 @@ class OutputQuantisation:
     """The way a matrix is stored."""
     scales_ending: str
     """The end of the name of a tensor's scales, after the tensor's own name."""
-    chosen: Callable[[Mapping[str, Shape]], Iterator[str]]
-    """Yields the tensors to quantise, of names and shapes of all tensors of floats."""
+    chosen: Callable[[Mapping[str, Shape], Mapping[str, Any]], Iterator[str]]
+    """Yields the tensors to quantise: of names and shapes of all tensors of floats, and of the
+    output's config."""
     rule: str
     """That choice, in words."""
     config: Callable[[Sequence[str]], dict[str, Any]]
     """Returns the config's `quantization_config`, of the modules that stay float."""
 
 
-def linear_weights(shapes: Mapping[str, Shape]) -> Iterator[str]:
+def linear_weights(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Iterator[str]:
     """Yield the tensors that transformers' FP8 loader holds as codes, of all tensors of floats.
 
     These are the matrices of attention and feed-forward projections in numbered layers; experts in
     one tensor if they have outputs before inputs, and no bias, as its `FP8Experts` must have them.
     """
+    if config.get("model_type") in _OWN_LINEAR:
+        return
     for name, shape in shapes.items():
         if 0 in shape:
             continue
@@ -68,9 +76,19 @@ def linear_weights(shapes: Mapping[str, Shape]) -> Iterator[str]:
                 yield name
 
 
-def unconverted_modules(shapes: Mapping[str, Shape], chosen: set[str]) -> tuple[str, ...]:
-    """Return the modules of matrices that stay float, by which a loader leaves them so."""
+def unconverted_modules(
+    shapes: Mapping[str, Shape], chosen: set[str], ties: Iterable[Tie]
+) -> tuple[str, ...]:
+    """Return the modules of matrices that stay float, by which a loader leaves them so.
+
+    Among them are those that are not stored, since they share a tensor (`ties`).
+    """
     found = dict.fromkeys(_HEADS)
+    for tie in ties:
+        for tied, _ in tie.pairs:
+            name = f"{tie.at}.{tied}" if tie.at else tied
+            if _PLAIN.fullmatch(name) and name.endswith(_WEIGHT) and name not in chosen:
+                found[name.removesuffix(_WEIGHT)] = None
     for name, shape in shapes.items():
         if name in chosen or len(shape) < 2:
             continue

@@ -1,8 +1,9 @@
 """The part of an output that is written as codes: its tensors, memory and warnings."""
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+from shardmix.conventions.declarations import declaration_of
 from shardmix.conventions.output_quantisations import OUTPUT_QUANTISATIONS, unconverted_modules
 from shardmix.dtypes import FLOAT_DTYPES
 from shardmix.errors import RecipeError
@@ -23,10 +24,15 @@ class Chosen(NamedTuple):
     """The quantised output."""
 
 
-def quantised(recipe: Recipe, matched: MatchedTensors, out_dtypes: Sequence[str]) -> Chosen | None:
+def quantised(
+    recipe: Recipe,
+    matched: MatchedTensors,
+    out_dtypes: Sequence[str],
+    config: Mapping[str, Any],
+) -> Chosen | None:
     """Choose the tensors to quantise; None if none is asked for.
 
-    Raises `RecipeError` if there is nothing to quantise.
+    `config` is the output's. Raises `RecipeError` if there is nothing to quantise.
     """
     if recipe.quantize is None:
         return None
@@ -37,7 +43,7 @@ def quantised(recipe: Recipe, matched: MatchedTensors, out_dtypes: Sequence[str]
         for name, shape, dtype in zip(matched.names, matched.shapes, out_dtypes, strict=True)
         if dtype in FLOAT_DTYPES
     }
-    names = set(quantisation.chosen(shapes))
+    names = set(quantisation.chosen(shapes, config))
     if not names:
         raise RecipeError(
             f"nothing to quantise among {len(matched.names)} tensors; chosen are "
@@ -55,9 +61,10 @@ def quantised(recipe: Recipe, matched: MatchedTensors, out_dtypes: Sequence[str]
             subject=f"quantize {quantisation.name}",
             remedy="leave it out, or remove that tensor",
         )
+    ties = (tie for tie in declaration_of(config).ties if tie.is_declared(config))
     return Chosen(
         frozenset(index_of[name] for name in names),
-        QuantisedOutput(quantisation.name, len(names), unconverted_modules(shapes, names)),
+        QuantisedOutput(quantisation.name, len(names), unconverted_modules(shapes, names, ties)),
     )
 
 

@@ -306,7 +306,7 @@ def _planned_parts(
         group, split_notes = split_alike(group)
         matched = match_tensors(group, config, folder / subfolder)
         out_dtypes = _output_dtypes(recipe.output_dtype, group[0], matched)
-        chosen = None if parts else quantised(recipe, matched, out_dtypes)
+        chosen = None if parts else quantised(recipe, matched, out_dtypes, config)
         resolved = resolve_parameters(recipe, matched.names)
         parameters = TensorParameters(
             method=merge_method(recipe.merge_method),
