@@ -16,6 +16,7 @@ class_defaults         the meaning of a key that a config leaves out
 config_keys            effect of a config's key: none, the use of the weights, their meaning
 vocabularies           token by id, from a tokenizer's files
 vocabulary_tensors     the parameters with a row for each token, from a table
+tokenizer_splices      new tokens in a tokenizer's files
 token_ids              ids of tokens and sizes of vocabularies in configs
 model_types            decoder, encoder, reranker, encoder-decoder: a row each
 module_tree            the modules of a sentence-transformers folder

@@ -11,7 +11,6 @@ score_log              the scores so far, for the next call
 file_writer            byte ranges out
 shard_writer           a growing weight file: written, hashed, claimed leaf by leaf
 model_folder           config, index, model card
-tokenizer_files        a tokenizer's files with further tokens
 provenance             shardmix.json, written and read back
 permissions            readers of an output: only those who could read every source
 

@@ -16,6 +16,7 @@ from json.encoder import encode_basestring
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import xxhash
 import yaml
 
 from shardmix._version import __version__
@@ -32,18 +33,19 @@ from shardmix.conventions.sentence_modules import (
     sentence_modules,
 )
 from shardmix.conventions.token_ids import GENERATION_NAME
+from shardmix.conventions.tokenizer_splices import Splice
 from shardmix.conventions.weight_names import DIFFUSERS, index_name, stem_of
 from shardmix.errors import printable, unreadable, writing_failed
 from shardmix.formats.strict_json import read_json
 from shardmix.matching.config_dtypes import with_dtypes
 from shardmix.methods.registry import merge_method
 from shardmix.output.counted_folder import CountedFile, CountedFolder
-from shardmix.output.tokenizer_files import tokenizer_file, with_new_tokens
 from shardmix.plan.merge_plan import MergePlan, ModuleConfig, OutputShard
 from shardmix.recipe import Recipe
 from shardmix.recipe.recipe import KEEP, plain_value
 from shardmix.recipe.yaml_file import recipe_to_dict
 from shardmix.sources.checkpoint import CONFIG_NAME
+from shardmix.sources.identity import has_changed
 from shardmix.system.files import open_regular
 from shardmix.system.held_folder import HeldFolder
 
@@ -81,21 +83,17 @@ def write_auxiliary_files(plan: MergePlan, folder: OutputFolder) -> None:
 
 
 def _write_tokenizer_file(plan: MergePlan, folder: OutputFolder, name: str) -> None:
-    """Write a file of the tokenizer that rows were mapped to, with further tokens if it has some.
+    """Copy a file of the tokenizer that rows were mapped to, with further tokens if it has some.
 
     Raises `SourceChangedError` if it is another than it was then.
     """
     vocabulary = plan.vocabulary
     assert vocabulary is not None
     path = Path(plan.tokenizer_folder) / name
-    content = tokenizer_file(path, dict(vocabulary.digests)[name])
-    inner = inner_path(plan.main_subfolder, name)
-    changed = with_new_tokens(name, content, vocabulary)
-    try:
-        with folder.create(inner) as file:
-            file.write(content if changed is None else changed)
-    except OSError as error:
-        raise writing_failed(folder.path / inner, error) from None
+    own = [splice for splice in vocabulary.splices if splice.name == name]
+    digest = _copy(path, folder, inner_path(plan.main_subfolder, name), own)
+    if digest not in (None, dict(vocabulary.digests)[name]):
+        raise has_changed(path)
 
 
 def _write_modules(plan: MergePlan, folder: OutputFolder) -> None:
@@ -288,24 +286,39 @@ def _as_code(name: str) -> str:
     return f"`{plain}`"
 
 
-def _copy(source: Path, folder: OutputFolder, name: str) -> None:
-    """Copy a file's bytes into the output."""
+def _copy(
+    source: Path, folder: OutputFolder, name: str, splices: Sequence[Splice] = ()
+) -> str | None:
+    """Copy a file's bytes into the output, with texts put in; return the XXH3 of the file's own.
+
+    Returns None if sizes are only counted.
+    """
     try:
         original = open_regular(source)
     except OSError as error:
         raise unreadable(source, error) from None
     with original, _creating(folder, name) as file:
         if isinstance(file, CountedFile):
-            file.count(os.fstat(original.fileno()).st_size)
-            return
-        while True:
-            try:
-                data = original.read(_COPIED_AT_ONCE_NBYTES)
-            except OSError as error:
-                raise unreadable(source, error) from None
-            if not data:
-                break
-            file.write(data)
+            more = sum(len(splice.text.encode()) for splice in splices)
+            file.count(os.fstat(original.fileno()).st_size + more)
+            return None
+        hasher, position = xxhash.xxh3_128(), 0
+        ends = [*(splice.offset for splice in splices), None]
+        for number, end in enumerate(ends):
+            while end is None or position < end:
+                wanted = _COPIED_AT_ONCE_NBYTES
+                try:
+                    data = original.read(wanted if end is None else min(wanted, end - position))
+                except OSError as error:
+                    raise unreadable(source, error) from None
+                if not data:
+                    break
+                hasher.update(data)
+                file.write(data)
+                position += len(data)
+            if end is not None:
+                file.write(splices[number].text.encode())
+        return hasher.hexdigest()
 
 
 def _write_json(folder: OutputFolder, name: str, content: dict[str, Any] | list[Any]) -> None:

@@ -15,7 +15,7 @@ import msgspec
 from shardmix.conventions.file_kinds import LeftOut
 from shardmix.conventions.module_tree import inner_path
 from shardmix.conventions.output_quantisations import OUTPUT_QUANTISATIONS
-from shardmix.conventions.vocabularies import AddedToken
+from shardmix.conventions.tokenizer_splices import Splice
 from shardmix.dtypes import element_nbytes
 from shardmix.formats.output_coding import CODE_NBYTES, Bands
 from shardmix.formats.safetensors_layout import HEADER_LENGTH_NBYTES
@@ -292,10 +292,8 @@ class OutputVocabulary:
     """Files of the tokenizer within its model's folder, and within the output's main folder."""
     digests: tuple[tuple[str, str], ...]
     """XXH3 (hex) of each of these files: the rows were mapped by this content."""
-    added: tuple[AddedToken, ...]
-    """Tokens that the output's tokenizer has besides."""
-    entries: tuple[tuple[int, str], ...]
-    """Entries that its vocabulary has besides: id and token."""
+    splices: tuple[Splice, ...]
+    """Texts to put into these files, for tokens that the output's tokenizer has besides."""
     configs: tuple[tuple[str, str], ...]
     """Path within the output → JSON, of the configs that name other sizes or ids."""
 

@@ -5,7 +5,7 @@ Reads tokenizers and configs; writes nothing.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import xxhash
 from shardmix.conventions.module_tree import inner_path
 from shardmix.conventions.naming import has_vocabulary_axis
 from shardmix.conventions.token_ids import GENERATION_NAME, LostId, with_ids, with_sizes
+from shardmix.conventions.tokenizer_splices import EDITED_NAMES, Splice, splices
 from shardmix.conventions.vocabularies import is_tokenizer_file
 from shardmix.conventions.vocabulary_tensors import stated_size
 from shardmix.errors import MismatchError, SourceError, listed, unreadable
@@ -121,8 +122,7 @@ def map_models(
             num_tokens=len(output.ids),
             files=files,
             digests=tuple((name, _digest(giver.folder / name)) for name in files),
-            added=output.added,
-            entries=output.entries,
+            splices=tuple(_splices(giver.folder, files, output)),
             configs=tuple(configs),
         ),
         folder=giver.folder,
@@ -267,8 +267,31 @@ def _tokenizer_files(giver: Source) -> tuple[str, ...]:
     return tuple(name for name in found.files if is_tokenizer_file(name))
 
 
+def _splices(folder: Path, files: Sequence[str], output: OutputTokens) -> Iterator[Splice]:
+    """Yield what gives the tokenizer's files the output's further tokens."""
+    if not (output.added or output.entries):
+        return
+    entries: dict[str, int] = {}
+    if output.entries:
+        its = output.tokens
+        own = set(its.own.hashes.tolist())
+        added = (*its.added, *output.added)
+        entries = {
+            each.content: each.id for each in added if hash(each.content.encode()) not in own
+        }
+        entries |= {text: number for number, text in output.entries}
+    for name in files:
+        if name in EDITED_NAMES:
+            content = _content(folder / name)
+            yield from splices(name, content, output.added, entries)
+
+
 def _digest(path: Path) -> str:
+    return xxhash.xxh3_128_hexdigest(_content(path))
+
+
+def _content(path: Path) -> bytes:
     try:
-        return xxhash.xxh3_128_hexdigest(read_regular(path, max_nbytes=_MAX_TOKENIZER_NBYTES))
+        return read_regular(path, max_nbytes=_MAX_TOKENIZER_NBYTES)
     except OSError as error:
         raise unreadable(path, error) from None
