@@ -95,6 +95,8 @@ class ModelClass(msgspec.Struct, frozen=True, rename={"model_type": "type"}):
     """Indexes of its ties in the table's parts."""
     renames: tuple[int, ...] = ()
     """Indexes of its renamings."""
+    own: tuple[str, ...] = ()
+    """See `Declaration.own`."""
     asked: bool = False
     """Its ties depend on more of a config than the table can say: transformers must be asked."""
     scale: str = ""
@@ -123,6 +125,9 @@ class Declaration:
     """See `ModelClass.scale`."""
     is_known: bool
     """True if transformers declares the class."""
+    own: frozenset[str] = frozenset()
+    """Names of its own parameters, with # for numbers, that a file's renamings would change. They
+    stay as they are."""
     is_conventional: bool = False
     """True if there is nobody to ask: it brings its own code, or the config names no class. Then
     usual names decide what is shared."""
@@ -154,6 +159,7 @@ def declaration_of(config: Mapping[str, Any], folder: Path | None = None) -> Dec
         prefix=found.prefix,
         scale=found.scale,
         is_known=True,
+        own=frozenset(found.own),
     )
 
 

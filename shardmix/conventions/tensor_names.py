@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _MODULE_PREFIX = "module."  # added by DataParallel and DDP, before every name
 
 
@@ -40,7 +41,17 @@ def class_names(names: Sequence[str], declaration: "Declaration") -> Sequence[st
     for renaming in declaration.renames:
         if not renaming.ops:
             renamed = _renamed(renamed, renaming)
+    if declaration.own:
+        renamed = [
+            name if without_numbers(name) in declaration.own else new
+            for name, new in zip(names, renamed, strict=True)
+        ]
     return renamed if len(set(renamed)) == len(renamed) else names
+
+
+def without_numbers(name: str) -> str:
+    """Return a name with a sign in place of each number: one text for all layers and experts."""
+    return _NUMBER.sub("#", name)
 
 
 def aligned(names: Sequence[str], others: Collection[str], prefix: str) -> Sequence[str]:

@@ -4,7 +4,8 @@
 
 Which parameters share one tensor, by which key of a config, and which names of a checkpoint are
 read as which names of the class. Every class is built on the meta device, without weights, from its
-default config; what a class declares for other configs as well is asked of the class itself.
+default config, or from a small one if that fails; what a class declares for other configs as well
+is asked of the class itself.
 Takes about five minutes. `tests/test_declarations.py` holds the file against the installed version.
 """
 
@@ -28,7 +29,16 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     get_model_conversion_mapping,
 )
-from transformers.core_model_loading import GroupWeightRename, WeightConverter, WeightRenaming
+from transformers.core_model_loading import (
+    GroupWeightRename,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from shardmix.conventions.tensor_names import without_numbers
+from tests.support.small_configs import small_config
 
 STATES = (None, True, False)
 KEY = "tie_word_embeddings"
@@ -92,6 +102,8 @@ def build(cls: type[PreTrainedModel], **chosen: int) -> PreTrainedModel | None:
                         setattr(config, key, value)
                 with torch.device("meta"):
                     return cls(config)
+    with contextlib.suppress(Exception), torch.device("meta"):
+        return cls(small_config(cls, **chosen))
     return None
 
 
@@ -291,6 +303,21 @@ def rename(conversion: Any) -> dict[str, Any]:
     return entry
 
 
+def own_names(model: PreTrainedModel) -> list[str]:
+    """Return the names of a class's parameters that its own renamings would change.
+
+    transformers leaves them as they are if they are read from a file.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    names, stays = model.state_dict(), {}
+    for name in sorted(names, key=dot_natural_key):
+        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, names)
+        stays.setdefault(without_numbers(name), []).append(renamed not in names)
+    return sorted(name for name, found in stays.items() if all(found))
+
+
 def declared(name: str, cls: type[PreTrainedModel]) -> dict[str, Any]:
     """Return all that is declared of a class."""
     model = build(cls, **BUILT_WITH.get(name, {}))
@@ -327,6 +354,9 @@ def declared(name: str, cls: type[PreTrainedModel]) -> dict[str, Any]:
     renamed = renames(model, cls)
     if renamed:
         entry["renames"] = renamed
+    own = [] if model is None else own_names(model)
+    if own:
+        entry["own"] = own
     return entry
 
 

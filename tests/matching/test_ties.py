@@ -234,6 +234,14 @@ def test_names_of_older_versions():
     assert list(class_names(clash, declaration)) == clash
 
 
+def test_names_of_the_class_stay():
+    """A renaming for older files is not applied to a name that is the class's own."""
+    declaration = declaration_of({"architectures": ["AXK1ForCausalLM"], "model_type": "axk1"})
+    own = "model.layers.1.mlp.post_mlp_layernorm.weight"
+    for name in (own, "model.layers.1.post_mlp_layernorm.weight"):
+        assert list(class_names([name], declaration)) == [own]
+
+
 def test_prefix_of_a_base_model():
     assert aligned(["wte", "lm_head"], {"transformer.wte", "lm_head"}, "transformer") == [
         "transformer.wte",
