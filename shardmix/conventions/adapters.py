@@ -32,7 +32,8 @@ _ADAPTER_TENSOR = re.compile(
     r")(\.|$)"
 )
 _PROMPT = "prompt_embeddings"  # the only tensor that PEFT stores for a prompt or prefix
-_WRAPPED = "base_model.model."
+PEFT_PREFIX = "base_model.model."
+"""Added by PEFT before every name of a model that it wraps."""
 _BASE_ENDINGS = (".weight", ".base_layer.weight", ".linear.weight", ".original.weight")
 
 
@@ -46,7 +47,7 @@ def adapter_tensor(names: Collection[str]) -> str | None:
     for name, changed in _adapter_tensors(names):
         stored = stored or frozenset(names)
         has_base = any(f"{changed}{ending}" in stored for ending in _BASE_ENDINGS)
-        if not has_base or name.startswith(_WRAPPED):
+        if not has_base or name.startswith(PEFT_PREFIX):
             return name
     return None
 
@@ -59,7 +60,7 @@ def inner_adapter_tensor(names: Collection[str]) -> str | None:
 def is_of_adapter(name: str) -> bool:
     """Return True if a tensor is an adapter's, or was renamed by PEFT to add an adapter."""
     return (
-        name.startswith(_WRAPPED)
+        name.startswith(PEFT_PREFIX)
         or ".base_layer." in name
         or ".modules_to_save." in name
         or _ADAPTER_TENSOR.search(name) is not None

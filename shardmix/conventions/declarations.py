@@ -83,6 +83,11 @@ class Renaming(msgspec.Struct, frozen=True, rename={"pattern": "re", "sources": 
     sources: tuple[str, ...] = ()
     """The patterns, as declared, of the tensors that are put together."""
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Names of its operations."""
+        return tuple(str(op[0]) for op in self.ops)
+
 
 class ModelClass(msgspec.Struct, frozen=True, rename={"model_type": "type"}):
     """A model class of transformers."""

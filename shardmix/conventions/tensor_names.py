@@ -8,6 +8,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from shardmix.conventions.adapters import PEFT_PREFIX
+
 if TYPE_CHECKING:
     from shardmix.conventions.declarations import Declaration, Renaming
 
@@ -16,6 +18,12 @@ _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+# Experts stacked; experts stacked, each of several parts in a row.
+STACKED = (("MergeModulelist", 0),)
+STACKED_PARTS = (("MergeModulelist", 0), ("Concatenate", 1))
+_TAKING_APART = frozenset({"Chunk", "Split", "Interleave", "Transpose"})
+# Added by PEFT to modules that an adapter changes: such a name is not the model's own.
+_PEFT_MODULES = (".base_layer.", ".modules_to_save.", ".original_module.")
 _MODULE_PREFIX = "module."  # added by DataParallel and DDP, before every name
 
 
@@ -29,6 +37,9 @@ def without_wrappers(names: Sequence[str]) -> Sequence[str]:
     # Afterwards, since a compiled module may be distributed as well as the other way round.
     if names and all(name.startswith(_MODULE_PREFIX) for name in names):
         names = [name.removeprefix(_MODULE_PREFIX) for name in names]
+    is_in_peft = names and all(name.startswith(PEFT_PREFIX) for name in names)
+    if is_in_peft and not any(part in name for name in names for part in _PEFT_MODULES):
+        names = [name.removeprefix(PEFT_PREFIX) for name in names]
     return names
 
 
@@ -133,20 +144,27 @@ def _rename(pattern: re.Pattern[str], name: str, renaming: "Renaming") -> str:
     return before + name.removeprefix(before).replace(match.group(0), replacement, 1)
 
 
-# The ways in which a loader joins pieces so that each stays contiguous: experts stacked; experts
-# stacked, each of several parts in a row; parts in a row. And the reverse of the last one.
-STACKED = (("MergeModulelist", 0),)
-STACKED_PARTS = (("MergeModulelist", 0), ("Concatenate", 1))
-ROW = (("Concatenate", 0),)
-TAKEN_APART = (("Chunk", 0),)
-FUSIONS = (STACKED, STACKED_PARTS, ROW, TAKEN_APART)
+def whole_endings(renaming: "Renaming") -> tuple[str, ...]:
+    """Return the parts of names that a tensor in one piece has where its pieces have theirs."""
+    wholes = renaming.sources[:1] if takes_apart(renaming) else renaming.to
+    return tuple(map(plain_ending, wholes))
 
 
 def whole_ending(renaming: "Renaming") -> str:
-    """Return the part of the fused tensor's name that stands for the pieces' parts."""
-    return plain_ending(renaming.sources[0] if renaming.ops == TAKEN_APART else renaming.to[0])
+    """Return the same of a tensor that its pieces are all of."""
+    return whole_endings(renaming)[0]
+
+
+def takes_apart(renaming: "Renaming") -> bool:
+    """Return True if files have one piece and the class several, or one of another order."""
+    return renaming.kinds[0] in _TAKING_APART
 
 
 def plain_ending(pattern: str) -> str:
     """Return a pattern of the table without its escapes: a part of a name, perhaps with a star."""
     return pattern.replace("\\.", ".").removeprefix("^")
+
+
+def is_matched(renaming: "Renaming", name: str) -> bool:
+    """Return True if a renaming holds for a name."""
+    return _match(re.compile(renaming.pattern), name, renaming) is not None

@@ -21,6 +21,8 @@ class View:
     """Offset of the first element, in bytes."""
     strides: tuple[int, ...]
     """Distance between neighbours in each dimension, in elements; none is negative."""
+    shape: tuple[int, ...] = ()
+    """Its dimensions, if they are not the tensor's: a dimension may be divided in two."""
 
 
 @dataclass(frozen=True, slots=True)

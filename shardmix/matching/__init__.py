@@ -2,7 +2,7 @@
 
 parts                  corresponding parts: the model itself, modules with weights of their own
 tensors                corresponding tensors, ties resolved; or the reason they cannot be merged
-fused_tensors          tensors that one model stores in one piece and another in several
+fused_tensors          tensors that one model stores in one piece or turned, another in several
 ties                   the tensor that holds a parameter that is not stored
 tied_copies            names of tied parameters that files of torch.save give twice
 belonging              the check of models with the same tensors; calls the modules below

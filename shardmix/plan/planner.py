@@ -104,8 +104,9 @@ def _plan_merge(
     matched = match_parts(sources)
     modules = plan_modules(recipe, sources, matched, config_source.folder, config_source.modules)
     groups = _placed(matched.groups, modules)
-    planned, numbers = planned_sources(sources, groups)
-    parts = _planned_parts(recipe, groups, numbers, config_source, modules)
+    arranged = [split_alike(group) for group in groups]
+    planned, numbers = planned_sources(sources, [split for split, _ in arranged])
+    parts = _planned_parts(recipe, arranged, numbers, config_source, modules)
     main = parts[0]
     shards = tuple(shard for part in parts for shard in part.shards)
     settings = decide(settings, shards)
@@ -284,14 +285,17 @@ def _merged_files(config_source: ConfigSource, parts: Sequence[_PlannedPart]) ->
 
 def _planned_parts(
     recipe: Recipe,
-    groups: Sequence[Sequence[Source]],
+    groups: Sequence[tuple[Sequence[Source], Sequence[str]]],
     numbers: Sequence[Sequence[FileNumbers]],
     config_source: ConfigSource,
     modules: PlannedModules,
 ) -> list[_PlannedPart]:
-    """Plan each part by itself: names, ties, dtypes and shards do not depend on other parts."""
+    """Plan each part by itself: names, ties, dtypes and shards do not depend on other parts.
+
+    `groups` has the sources of each part, and notes on them.
+    """
     parts: list[_PlannedPart] = []
-    for group, its_numbers in zip(groups, numbers, strict=True):
+    for (group, split_notes), its_numbers in zip(groups, numbers, strict=True):
         folder, subfolder, config = (
             config_source.folder,
             config_source.main_subfolder,
@@ -303,7 +307,6 @@ def _planned_parts(
                 modules.subfolders[group[0].key],
             )
             config = read_config(folder / subfolder)
-        group, split_notes = split_alike(group)
         matched = match_tensors(group, config, folder / subfolder)
         out_dtypes = _output_dtypes(recipe.output_dtype, group[0], matched)
         chosen = None if parts else quantised(recipe, matched, out_dtypes, config)

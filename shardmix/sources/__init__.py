@@ -6,7 +6,7 @@ resolve                a source's text → its value, once; and the table of kin
 located                a model's place: on this machine, or a repository on the Hub
 hub                    a repository on the Hub → its commit, and the local copy of that commit
 headers, checkpoint    a model in files of safetensors or torch.save, opened by their headers
-rearranged             a source of parts of another one's tensors
+rearranged             a source of parts of another one's tensors, also in another order
 mapped_rows            a model with its rows in the order of another vocabulary
 views                  tensors whose elements lie in a file in another order
 dcp_folders, dcp       a model in a distributed checkpoint of torch

@@ -15,7 +15,7 @@ from shardmix.dtypes import DTYPES, element_nbytes
 from shardmix.formats.tensor_table import TensorTable
 from shardmix.sources.gathering import BUFFER_NBYTES, UNSIGNED, Gatherer, boxes
 from shardmix.sources.identity import SourceFile
-from shardmix.sources.readers import StoredReader
+from shardmix.sources.readers import PreadReader, StoredReader
 
 # Of a chunk in `_Layout`, and of two such tables while a box is filled.
 _CHUNK_NBYTES, _DIMENSION_NBYTES = 200, 60
@@ -74,7 +74,7 @@ class ChunkReader:
         self, files: Sequence[SourceFile], tensors: TensorTable, chunks: StoredChunks
     ) -> None:
         self._stored = StoredReader(files, tensors)
-        self._gatherer = Gatherer(files)
+        self._gatherer = Gatherer(PreadReader(files))
         self._tensors = tensors
         self._chunks = chunks
         self._layout: _Layout | None = None

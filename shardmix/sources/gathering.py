@@ -1,17 +1,15 @@
-"""Elements of a file that lie apart, gathered in bounded memory. Knows files and strides.
+"""Elements that lie apart, gathered in bounded memory. Knows ranges of bytes and strides.
 
 A range of a tensor's elements is divided into boxes of whole rows; each is read in pieces of one
 buffer.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from shardmix.sources.identity import SourceFile
-from shardmix.sources.readers import PreadReader
 from shardmix.system.buffers import buffer_for_reading
 
 BUFFER_NBYTES = 1 << 20
@@ -23,11 +21,21 @@ UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _CHEAP_NBYTES = 16 << 10
 
 
-class Gatherer:
-    """Reads elements of files that are some strides apart."""
+class Ranges(Protocol):
+    """Files, or tensors, that are read by ranges of bytes."""
 
-    def __init__(self, files: Sequence[SourceFile]) -> None:
-        self._files = PreadReader(files)
+    def view(self, file: int, offset: int, into: memoryview) -> memoryview:
+        """Return bytes of a file from `offset` on, as many as `into` has, perhaps in it."""
+
+    def close(self) -> None:
+        """Close all files."""
+
+
+class Gatherer:
+    """Reads elements that are some strides apart."""
+
+    def __init__(self, files: Ranges) -> None:
+        self._files = files
         self._buffer: memoryview | None = None
 
     def gather(self, file: int, offset: int, strides: Sequence[int], out: npt.NDArray[Any]) -> None:

@@ -11,7 +11,7 @@ from shardmix.dtypes import DTYPES, element_nbytes
 from shardmix.formats.tensor_table import TensorTable, View
 from shardmix.sources.gathering import BUFFER_NBYTES, UNSIGNED, Gatherer, boxes
 from shardmix.sources.identity import SourceFile
-from shardmix.sources.readers import StoredReader
+from shardmix.sources.readers import PreadReader, StoredReader
 
 
 class ViewReader:
@@ -24,7 +24,7 @@ class ViewReader:
         self, files: Sequence[SourceFile], tensors: TensorTable, views: Mapping[int, View]
     ) -> None:
         self._stored = StoredReader(files, tensors)
-        self._gatherer = Gatherer(files)
+        self._gatherer = Gatherer(PreadReader(files))
         self._tensors = tensors
         self._views = views
 
@@ -34,14 +34,8 @@ class ViewReader:
         if view is None:
             self._stored.read(row, start, into)
             return
-        width = element_nbytes(DTYPES[self._tensors.dtype_ranks[row]])
-        out = np.frombuffer(into, UNSIGNED[width])
-        file, shape = int(self._tensors.files[row]), self._tensors.shapes[row]
-        for first, last, origin, box in boxes(shape, start, start + len(out)):
-            target = out[first - start : last - start].reshape(box)
-            steps = zip(origin, view.strides, strict=True)
-            offset = view.offset + sum(index * stride for index, stride in steps) * width
-            self._gatherer.gather(file, offset, view.strides, target)
+        dtype, shape = DTYPES[self._tensors.dtype_ranks[row]], self._tensors.shapes[row]
+        gather_view(self._gatherer, int(self._tensors.files[row]), view, shape, dtype, start, into)
 
     def prefetch(self, row: int, start: int, num_elements: int) -> None:
         """Do nothing for elements that are scattered; let the system read others ahead."""
@@ -52,3 +46,22 @@ class ViewReader:
         """Close all files."""
         self._stored.close()
         self._gatherer.close()
+
+
+def gather_view(
+    gatherer: Gatherer,
+    file: int,
+    view: View,
+    shape: tuple[int, ...],
+    dtype: str,
+    start: int,
+    into: memoryview,
+) -> None:
+    """Fill `into` with elements of a view from `start` on, in the order of its shape."""
+    width = element_nbytes(dtype)
+    out = np.frombuffer(into, UNSIGNED[width])
+    for first, last, origin, box in boxes(view.shape or shape, start, start + len(out)):
+        target = out[first - start : last - start].reshape(box)
+        steps = zip(origin, view.strides, strict=True)
+        offset = view.offset + sum(index * stride for index, stride in steps) * width
+        gatherer.gather(file, offset, view.strides, target)

@@ -204,13 +204,22 @@ def test_the_outermost_embedding(tmp_path):
     assert values == {inner: 7, "word_embeddings.weight": 1, H: 3}
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "module._orig_mod.", "base_model.model."]
+)
 def test_wrappers_leave_their_names(tmp_path, prefix):
-    """torch.compile and DDP put their names into tensors'; the output has what loaders read."""
+    """torch.compile, DDP and PEFT add to names of tensors; the output has what loaders read."""
     wrapped = {prefix + E: 1, prefix + H: 1}
     values, _, warnings = merged(tmp_path, (wrapped, LLAMA), ({E: 3, H: 5}, LLAMA))
     assert values == {E: 2, H: 3}
     assert any("wrapper" in warning for warning in warnings)
+
+
+def test_layers_that_an_adapter_changes_stay(tmp_path):
+    """A name within PEFT's module around a layer is not the layer's."""
+    wrapped = {f"base_model.model.{E}": 1, "base_model.model.lm_head.base_layer.weight": 1}
+    with pytest.raises(MismatchError, match="merge_and_unload"):
+        merged(tmp_path, (wrapped, LLAMA), ({E: 3, H: 5}, LLAMA))
 
 
 def test_a_name_with_and_without_wrapper(tmp_path):

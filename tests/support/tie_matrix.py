@@ -206,10 +206,10 @@ class Judge:
                 self.forward = f"none: {one_line(error)[:120]}"
                 return ""
         right = tied_models.outputs_of(reference, self._inputs)
-        if _first_off(tied_models.outputs_of(reference, self._inputs), right):
+        if first_off(tied_models.outputs_of(reference, self._inputs), right):
             self.forward = "none: it is not deterministic"
             return ""
-        return _first_off(tied_models.outputs_of(model, self._inputs), right)
+        return first_off(tied_models.outputs_of(model, self._inputs), right)
 
     def _holding(self, config: PreTrainedConfig, values: Values) -> PreTrainedModel:
         """Return a model that shares nothing and holds these values."""
@@ -252,7 +252,8 @@ def _mean(models: Sequence[Values], weights: Sequence[float]) -> Values:
     return mean
 
 
-def _first_off(actual: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> str:
+def first_off(actual: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> str:
+    """Return in what the outputs of a forward pass differ from the right ones, "" if in nothing."""
     if len(actual) != len(right):
         return f"the forward pass returns {len(actual)} tensors, not {len(right)}"
     for number, (mine, theirs) in enumerate(zip(actual, right, strict=True)):

@@ -187,10 +187,10 @@ class StoredModels:
         return State(label, folder, values, model.config, _computation(model))
 
 
-def load_whole(cls: type[PreTrainedModel], folder: Path) -> PreTrainedModel:
+def load_whole(cls: type[PreTrainedModel], folder: Path, **options: Any) -> PreTrainedModel:
     """Load a model. Raises `NotWholeError` if a name is missing, unexpected or of another shape."""
     try:
-        model, info = cls.from_pretrained(folder, output_loading_info=True)
+        model, info = cls.from_pretrained(folder, output_loading_info=True, **options)
     except Exception as error:
         raise NotWholeError(
             f"does not load: {type(error).__name__}: {one_line(error)[:200]}"
