@@ -25,7 +25,6 @@ from shardmix.dtypes import DTYPES, element_nbytes, tensor_nbytes
 from shardmix.formats.safetensors_layout import TensorInfo
 from shardmix.formats.tensor_table import TensorTable, View
 from shardmix.sources.base import Source
-from shardmix.sources.rearranged import RearrangedSource
 
 if TYPE_CHECKING:
     from shardmix.conventions.declarations import Renaming
@@ -105,6 +104,9 @@ def split_alike(sources: Sequence[Source]) -> tuple[tuple[Source, ...], tuple[st
                 if pieces:
                     divided[info.name] = pieces
         if divided:
+            # Imported here: it loads what reads weights.
+            from shardmix.sources.rearranged import RearrangedSource
+
             notes.append(_note(source, divided))
             source = RearrangedSource(source, *_divide(source.tensors, divided))
         found.append(source)

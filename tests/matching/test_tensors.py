@@ -60,7 +60,7 @@ def test_differing_names_list_a_few_of_each(tmp_path):
     [
         {"a.weight": (2,), "a.lora_A.default.weight": (2,)},
         {"a.base_layer.weight": (2,)},
-        {"base_model.model.a.weight": (2,)},
+        {"base_model.model.a.base_layer.weight": (2,)},
         {"a.modules_to_save.default.weight": (2,)},
     ],
 )
