@@ -158,6 +158,19 @@ class ChunkMerger:
         Returns:
             the number of source bytes; None if it was stopped before the end.
         """
+        if self._quantising is None:
+            return self._merge(shard, leaves, ranges, target, is_stopped)
+        with self._quantising.at_work(shard, leaves):
+            return self._merge(shard, leaves, ranges, target, is_stopped)
+
+    def _merge(
+        self,
+        shard: int,
+        leaves: tuple[int, int],
+        ranges: TensorRanges,
+        target: LeafTarget,
+        is_stopped: IsStopped,
+    ) -> int | None:
         num_bytes = 0
         in_flight: deque[tuple[Chunk, Combiner, memoryview]] = deque()
         parts = chunks(self._plan.shards[shard], *leaves, chunk_nbytes=self._chunk_nbytes)
@@ -170,7 +183,7 @@ class ChunkMerger:
                 while in_flight:
                     num_bytes += self._end(shard, *in_flight.popleft(), ranges, target)
                 if chunk.segment.scales_of is not None:
-                    for position, data in self._quantising.scales(shard, chunk):
+                    for position, data in self._quantising.scales(shard, chunk, is_stopped):
                         target.write(position, data)
                     continue
                 self._quantising.find_scales(shard, chunk)
@@ -180,7 +193,7 @@ class ChunkMerger:
                 num_bytes += self._end(shard, *in_flight.popleft(), ranges, target)
         while in_flight:
             num_bytes += self._end(shard, *in_flight.popleft(), ranges, target)
-        return num_bytes
+        return None if self._quantising is not None and self._quantising.is_cut_off else num_bytes
 
     def source_nbytes(self, shard: int, leaves: tuple[int, int]) -> int:
         """Return the number of source bytes that a range of leaves is merged from."""

@@ -9,17 +9,23 @@ nothing of codes.
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
 from shardmix.conventions.output_quantisations import OUTPUT_QUANTISATIONS
+from shardmix.execute.executor import IsStopped
 from shardmix.execute.tasks import Chunk
 from shardmix.formats.output_coding import Quantiser
 from shardmix.formats.small_floats import Floats
 from shardmix.plan.chunk_size import chunk_num_elements
 from shardmix.plan.memory_budget import BAND_NBYTES, KNOWN_SCALES_NBYTES, SCALES_AT_ONCE_NBYTES
 from shardmix.plan.merge_plan import MergePlan, Segment
+from shardmix.system.hashing import LEAF_NBYTES
+
+_WAIT_SECONDS = 0.002
 
 MergeElements = Callable[[Segment, int, int], tuple[memoryview, bool]]
 """Merges elements from a first one on; returns float32, and True if all are finite."""
@@ -33,6 +39,28 @@ class KnownScales:
         self._nbytes = 0
         self._lock = threading.Lock()
         self._found: dict[tuple[int, int, int], Floats] = {}
+        self._at_work: dict[object, tuple[int, int, int]] = {}
+        """Worker → file, and the range of it that it is writing."""
+
+    @contextmanager
+    def writing(self, worker: object, shard: int, start: int, stop: int) -> Iterator[None]:
+        """Surround the work of a worker on a range of a file."""
+        with self._lock:
+            self._at_work[worker] = shard, start, stop
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._at_work[worker]
+
+    def are_to_come(self, worker: object, shard: int, segment: Segment, band: int) -> bool:
+        """Tell whether another worker is about to find a band's scales."""
+        assert segment.coded is not None
+        its = segment.coded.bands.elements(band)
+        first, last = segment.out_offset + its.start, segment.out_offset + its.stop - 1
+        with self._lock:
+            others = [where for who, where in self._at_work.items() if who is not worker]
+        return any(of == shard and start <= last and first < stop for of, start, stop in others)
 
     def put(self, shard: int, segment: Segment, band: int, scales: Floats) -> None:
         """Keep a band's scales; the oldest ones give way."""
@@ -72,6 +100,16 @@ class Quantising:
         self._quantiser = Quantiser(self._coding)
         self._last: tuple[tuple[str, int], Floats] | None = None
         """The band whose scales were found last, and these."""
+        self.is_cut_off = False
+        """True if scales are missing, since the merge was stopped."""
+
+    @contextmanager
+    def at_work(self, shard: int, leaves: tuple[int, int]) -> Iterator[None]:
+        """Surround the merging of a range of an output file's leaves."""
+        self.is_cut_off = False
+        start, stop = (leaf * LEAF_NBYTES for leaf in leaves)
+        with self._known.writing(self, shard, start, stop):
+            yield
 
     def is_apart(self, chunk: Chunk) -> bool:
         """Tell whether other elements must be merged first: for scales, and for large bands."""
@@ -115,8 +153,13 @@ class Quantising:
             position = end
         return data.cast("B")[chunk.out_start - chunk.start : chunk.out_stop - chunk.start]
 
-    def scales(self, shard: int, chunk: Chunk) -> Iterator[tuple[int, memoryview]]:
-        """Yield positions in the file, and the bytes of a chunk of scales from there on."""
+    def scales(
+        self, shard: int, chunk: Chunk, is_stopped: IsStopped
+    ) -> Iterator[tuple[int, memoryview]]:
+        """Yield positions in the file, and the bytes of a chunk of scales from there on.
+
+        Ends early if the merge is stopped. Waits for scales that another worker is about to find.
+        """
         number = chunk.segment.scales_of
         assert number is not None
         segment = self._plan.shards[shard].segments[number]
@@ -126,6 +169,16 @@ class Quantising:
         num_held = 0
         while first < chunk.out_stop:
             band, skipped = divmod(first, num_scales)
+            while (
+                self._known.get(shard, segment, band) is None
+                and self._known.are_to_come(self, shard, segment, band)
+                and not is_stopped()
+            ):
+                # It waits only for workers further on in the file, where codes are: no circle.
+                time.sleep(_WAIT_SECONDS)
+            if is_stopped():
+                self.is_cut_off = True
+                return
             scales = self._scales(shard, segment, band)
             part = scales[skipped : skipped + chunk.out_stop - first]
             if skipped + len(part) == num_scales:

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,8 +16,11 @@ from safetensors.torch import load_file, save_file
 import shardmix
 from shardmix.compute.backend import load_backend
 from shardmix.errors import RecipeError
+from shardmix.execute import quantising, tasks
+from shardmix.execute.chunk_merger import ChunkMerger
 from shardmix.execute.compare_pass import compare
 from shardmix.plan import memory_budget
+from shardmix.plan.memory_budget import BAND_NBYTES
 from shardmix.sources.resolve import open_source
 from shardmix.system.hashing import LEAF_NBYTES
 from shardmix.system.units import KIB
@@ -201,6 +206,52 @@ def test_cut_off_merges_go_on(tmp_path, models, num_leaves, workers):
     report = shardmix.merge(models, tmp_path / "out", record_paths=False, **QUANTIZE)
     assert report.bytes_kept > 0
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_bands_are_merged_once(tmp_path, models, monkeypatch, workers):
+    """But for those in the leaf of the scales, and at the ends of tasks."""
+    monkeypatch.setattr(tasks, "_LEAST_CODED_LEAVES", 1)
+    apart = []
+    merged = ChunkMerger._merged
+
+    def counted(self, segment, start, num_elements):
+        apart.append((segment, start))
+        return merged(self, segment, start, num_elements)
+
+    monkeypatch.setattr(ChunkMerger, "_merged", counted)
+    shardmix.merge(models, tmp_path / "out", workers=workers, **QUANTIZE)
+    assert apart
+    assert all(segment.out_offset + start < LEAF_NBYTES for segment, start in apart)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_unknown_scales_are_found_again(tmp_path, models, monkeypatch, workers):
+    """If none are kept, each is found when it is written."""
+    shardmix.merge(models, tmp_path / "expected", **QUANTIZE)
+    monkeypatch.setattr(quantising.KnownScales.__init__, "__kwdefaults__", {"most_nbytes": 0})
+    shardmix.merge(models, tmp_path / "out", workers=workers, **QUANTIZE)
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "expected")
+
+
+def test_known_scales_are_bounded():
+    """The oldest give way, and what is written is forgotten."""
+    known = quantising.KnownScales(most_nbytes=3 * (BAND_NBYTES + 4))
+    segment = SimpleNamespace(out_offset=7)
+    scales = [np.full(1, band, np.float32) for band in range(5)]
+    for band in range(5):
+        known.put(0, segment, band, scales[band])
+    assert [known.get(0, segment, band) is not None for band in range(5)] == [False] * 2 + [
+        True
+    ] * 3
+    known.forget(0, segment, 3)
+    known.put(0, segment, 4, scales[4])
+    known.put(0, segment, 0, scales[0])
+    assert [known.get(0, segment, band) for band in range(5)] == [
+        *(scales[0], None, scales[2], None, scales[4]),
+    ]
+    known.put(1, segment, 9, np.zeros(10_000, np.float32))  # more than fits
+    assert known.get(1, segment, 9) is None
 
 
 def test_claims_are_not_trusted(tmp_path, models):
