@@ -12,8 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from shardmix.conventions.output_quantisations import OUTPUT_QUANTISATIONS
 from shardmix.execute.executor import IsStopped
@@ -21,7 +23,11 @@ from shardmix.execute.tasks import Chunk
 from shardmix.formats.output_coding import Quantiser
 from shardmix.formats.small_floats import Floats
 from shardmix.plan.chunk_size import chunk_num_elements
-from shardmix.plan.memory_budget import BAND_NBYTES, KNOWN_SCALES_NBYTES, SCALES_AT_ONCE_NBYTES
+from shardmix.plan.memory_budget import (
+    KNOWN_SCALES_NBYTES,
+    SCALES_AT_ONCE_NBYTES,
+    TENSOR_SCALES_NBYTES,
+)
 from shardmix.plan.merge_plan import MergePlan, Segment
 from shardmix.system.hashing import LEAF_NBYTES
 
@@ -31,6 +37,19 @@ MergeElements = Callable[[Segment, int, int], tuple[memoryview, bool]]
 """Merges elements from a first one on; returns float32, and True if all are finite."""
 
 
+class _Scales(NamedTuple):
+    """The scales of a tensor, as far as they are known."""
+
+    values: Floats
+    """Bands × scales."""
+    are_known: npt.NDArray[np.bool_]
+    """For each band, True if its scales are known and not written yet."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.are_known.nbytes + TENSOR_SCALES_NBYTES
+
+
 class KnownScales:
     """Scales of bands that are found and not written yet, for all workers of a process."""
 
@@ -38,7 +57,8 @@ class KnownScales:
         self._most_nbytes = most_nbytes
         self._nbytes = 0
         self._lock = threading.Lock()
-        self._found: dict[tuple[int, int, int], Floats] = {}
+        self._tensors: dict[tuple[int, int], _Scales] = {}
+        """(File, offset of the codes) → scales."""
         self._at_work: dict[object, tuple[int, int, int]] = {}
         """Worker → file, and the range of it that it is writing."""
 
@@ -63,29 +83,45 @@ class KnownScales:
         return any(of == shard and start <= last and first < stop for of, start, stop in others)
 
     def put(self, shard: int, segment: Segment, band: int, scales: Floats) -> None:
-        """Keep a band's scales; the oldest ones give way."""
-        nbytes = scales.nbytes + BAND_NBYTES
+        """Keep a band's scales; those of the oldest tensors give way."""
+        assert segment.coded is not None
+        key = shard, segment.out_offset
         with self._lock:
-            self._remove((shard, segment.out_offset, band))
-            while self._found and self._nbytes + nbytes > self._most_nbytes:
-                self._remove(next(iter(self._found)))
-            if self._nbytes + nbytes <= self._most_nbytes:
-                self._found[shard, segment.out_offset, band] = scales
-                self._nbytes += nbytes
+            found = self._tensors.get(key)
+            if found is None:
+                num_bands = segment.coded.bands.num_bands
+                found = _Scales(
+                    np.empty((num_bands, len(scales)), np.float32), np.zeros(num_bands, np.bool_)
+                )
+                while self._tensors and self._nbytes + found.nbytes > self._most_nbytes:
+                    self._remove(next(iter(self._tensors)))
+                if self._nbytes + found.nbytes > self._most_nbytes:
+                    return
+                self._tensors[key] = found
+                self._nbytes += found.nbytes
+            found.values[band] = scales
+            found.are_known[band] = True
 
     def get(self, shard: int, segment: Segment, band: int) -> Floats | None:
         """Return a band's scales, or None if they are not kept."""
-        return self._found.get((shard, segment.out_offset, band))
+        found = self._tensors.get((shard, segment.out_offset))
+        if found is None or not found.are_known[band]:
+            return None
+        values: Floats = found.values[band]
+        return values
 
     def forget(self, shard: int, segment: Segment, band: int) -> None:
         """Remove scales that are written."""
+        key = shard, segment.out_offset
         with self._lock:
-            self._remove((shard, segment.out_offset, band))
+            found = self._tensors.get(key)
+            if found is not None:
+                found.are_known[band] = False
+                if not found.are_known.any():
+                    self._remove(key)
 
-    def _remove(self, key: tuple[int, int, int]) -> None:
-        scales = self._found.pop(key, None)
-        if scales is not None:
-            self._nbytes -= scales.nbytes + BAND_NBYTES
+    def _remove(self, key: tuple[int, int]) -> None:
+        self._nbytes -= self._tensors.pop(key).nbytes
 
 
 class Quantising:

@@ -71,6 +71,11 @@ class Bands:
         return num_blocks(self.rows, self.block[0])
 
     @property
+    def num_bands(self) -> int:
+        """Number of bands of all matrices."""
+        return self.num_matrices * self.in_matrix
+
+    @property
     def num_scales(self) -> int:
         """Number of scales of a band."""
         return num_blocks(self.columns, self.block[1])

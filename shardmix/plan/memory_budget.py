@@ -304,8 +304,8 @@ SCALES_AT_ONCE_NBYTES = 64 * KIB
 """Scales that are written at once."""
 KNOWN_SCALES_NBYTES = 16 * MIB
 """The most memory of scales that are found and not yet written. Others are found again."""
-BAND_NBYTES = 512
-"""Memory of a band's entry among known scales: key, array, and their place in a dictionary."""
+TENSOR_SCALES_NBYTES = 1024
+"""Memory of a tensor's entry among known scales: its key, arrays and place in a dictionary."""
 _FLOAT32_NBYTES = 4
 
 # A float of Python in a tuple; a tensor's name and tuples in a dictionary.

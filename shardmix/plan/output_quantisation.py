@@ -10,7 +10,7 @@ from shardmix.errors import RecipeError
 from shardmix.matching.tensors import MatchedTensors
 from shardmix.plan.chunk_size import band_chunk_nbytes
 from shardmix.plan.layout import OutputTensors
-from shardmix.plan.memory_budget import BAND_NBYTES, CodingMemory
+from shardmix.plan.memory_budget import TENSOR_SCALES_NBYTES, CodingMemory
 from shardmix.plan.merge_plan import OutputShard, QuantisedOutput
 from shardmix.recipe import Recipe
 
@@ -116,7 +116,7 @@ def coding_memory(shards: Sequence[OutputShard]) -> CodingMemory | None:
         band_chunk_nbytes=max(map(band_chunk_nbytes, coded)),
         num_scales=max(bands.num_scales for bands in all_bands),
         most_known_nbytes=sum(
-            bands.num_matrices * bands.in_matrix * (4 * bands.num_scales + BAND_NBYTES)
+            TENSOR_SCALES_NBYTES + bands.num_bands * (4 * bands.num_scales + 1)
             for bands in all_bands
         ),
     )

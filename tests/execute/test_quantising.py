@@ -20,7 +20,8 @@ from shardmix.execute import quantising, tasks
 from shardmix.execute.chunk_merger import ChunkMerger
 from shardmix.execute.compare_pass import compare
 from shardmix.plan import memory_budget
-from shardmix.plan.memory_budget import BAND_NBYTES
+from shardmix.plan.memory_budget import TENSOR_SCALES_NBYTES
+from shardmix.plan.merge_plan import CodedMatrices
 from shardmix.sources.resolve import open_source
 from shardmix.system.hashing import LEAF_NBYTES
 from shardmix.system.units import KIB
@@ -235,23 +236,26 @@ def test_unknown_scales_are_found_again(tmp_path, models, monkeypatch, workers):
 
 
 def test_known_scales_are_bounded():
-    """The oldest give way, and what is written is forgotten."""
-    known = quantising.KnownScales(most_nbytes=3 * (BAND_NBYTES + 4))
-    segment = SimpleNamespace(out_offset=7)
-    scales = [np.full(1, band, np.float32) for band in range(5)]
-    for band in range(5):
-        known.put(0, segment, band, scales[band])
-    assert [known.get(0, segment, band) is not None for band in range(5)] == [False] * 2 + [
-        True
-    ] * 3
-    known.forget(0, segment, 3)
-    known.put(0, segment, 4, scales[4])
-    known.put(0, segment, 0, scales[0])
-    assert [known.get(0, segment, band) for band in range(5)] == [
-        *(scales[0], None, scales[2], None, scales[4]),
-    ]
-    known.put(1, segment, 9, np.zeros(10_000, np.float32))  # more than fits
-    assert known.get(1, segment, 9) is None
+    """Those of the oldest tensors give way; those that are written are forgotten."""
+    coded = CodedMatrices("fp8-blocks", 1, 256, 128)  # two bands, a scale each
+    first, second, third = (SimpleNamespace(out_offset=n, coded=coded) for n in range(3))
+    known = quantising.KnownScales(most_nbytes=2 * (TENSOR_SCALES_NBYTES + 10))
+    one, two = (np.full(1, value, np.float32) for value in (1, 2))
+    for segment in (first, second):
+        known.put(0, segment, 0, one)
+        known.put(0, segment, 1, two)
+    assert [known.get(0, first, band) for band in range(2)] == [one, two]
+    assert known.get(1, first, 0) is None
+    known.put(0, third, 1, two)
+    assert [known.get(0, each, 1) for each in (first, second, third)] == [None, two, two]
+    known.forget(0, second, 0)
+    assert [known.get(0, second, band) for band in range(2)] == [None, two]
+    known.forget(0, second, 1)
+    known.put(0, first, 0, one)
+    assert [known.get(0, each, 1) for each in (first, second, third)] == [None, None, two]
+    large = SimpleNamespace(out_offset=3, coded=coded._replace(rows=1 << 20))
+    known.put(0, large, 0, one)
+    assert known.get(0, large, 0) is None
 
 
 def test_claims_are_not_trusted(tmp_path, models):

@@ -20,7 +20,7 @@ def coded(values):
     quantiser, coding = Quantiser(Fp8Blocks()), Fp8Blocks()
     all_scales, codes = [], []
     is_finite = bool(np.isfinite(array).all())
-    for band in range(bands.num_matrices * bands.in_matrix):
+    for band in range(bands.num_bands):
         its = bands.elements(band)
         assert bands.of(its.start) == bands.of(its.stop - 1) == band
         part = array[its.start : its.stop]

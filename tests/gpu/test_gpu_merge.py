@@ -93,6 +93,27 @@ def test_chunks_in_flight_write_cpu_bytes(tmp_path, simulated, count, io):
     assert shardmix.verify(tmp_path / "gpu").is_verified
 
 
+@pytest.mark.parametrize("max_vram", [8 * MIB, 200 * MIB], ids=["parts of bands", "bands"])
+def test_quantised_outputs_are_the_cpus(tmp_path, simulated, max_vram):
+    """Codes of chunks in flight, and of bands that are larger than a chunk."""
+    models = []
+    for number in range(2):
+        tensors = {
+            f"layers.{layer}.q_proj.weight": random_tensor((900, 3000), torch.bfloat16, seed=number)
+            for layer in range(3)
+        }
+        tensors["layers.1.q_proj.weight"][800, 7 + number] = math.nan
+        tensors["norm"] = random_tensor((70_000,), torch.bfloat16, seed=number)
+        models.append((save_model(tmp_path / f"m{number}", tensors), 0.5))
+    options = {"quantize": "fp8-blocks"}
+    on_cpu = shardmix.merge(models, tmp_path / "cpu", device="cpu", **options)
+    options |= {"device": "cuda", "workers": 2, "max_vram": max_vram}
+    on_gpu = shardmix.merge(models, tmp_path / "gpu", **options)
+    assert on_gpu.device == "cuda"
+    assert weights_of(on_gpu) == weights_of(on_cpu)
+    assert on_gpu.nonfinite == on_cpu.nonfinite != ()
+
+
 def test_merge_cut_off_in_flight_resumes(tmp_path, simulated, monkeypatch):
     """A merge that was cut off in flight goes on."""
     models = models_of(tmp_path, 2, dtypes=(torch.float32,), num_elements=6_000_001)
