@@ -17,6 +17,7 @@ from shardmix._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from shardmix.api import convert as convert
+    from shardmix.api import extract as extract
     from shardmix.api import inspect as inspect
     from shardmix.api import merge as merge
     from shardmix.api import plan_merge as plan_merge
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 _HOME = {
     "merge": "api",
     "convert": "api",
+    "extract": "api",
     "plan_merge": "api",
     "inspect": "api",
     "report_plan": "api",

@@ -7,7 +7,7 @@ quickly; torch is imported only to merge.
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from shardmix.errors import (
     MergeCancelled,
     NonfiniteError,
     OutputError,
+    RecipeError,
     ShardmixError,
     SourceChangedError,
 )
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from shardmix.execute.progress import OnProgress
     from shardmix.output.journal import Journal
     from shardmix.output.staging import Staging
+    from shardmix.plan.factor_results import FactorResults
     from shardmix.reports.merge_report import MergeReport
     from shardmix.reports.model_report import ModelReport
     from shardmix.reports.plan_report import PlanReport
@@ -107,6 +109,39 @@ def convert(
     return merge([str(source)], output, on_progress=on_progress, cancel=cancel, **options)
 
 
+def extract(
+    base: str | PathLike[str],
+    tuned: str | PathLike[str],
+    output: str | PathLike[str],
+    *,
+    on_progress: "OnProgress | None" = None,
+    cancel: threading.Event | None = None,
+    **options: Unpack[MergeOptions],
+) -> "MergeReport":
+    """Write what a model changed in its base as a LoRA adapter of at most a rank, for PEFT.
+
+    Both models are anything that `merge` reads. `rank` must be given; with `energy` each matrix has
+    the least rank that keeps this share of its squared norm. The report's `low_rank` has the error
+    of each matrix. What is no weight of a linear layer is kept whole, or left with `skip_others`.
+    Other arguments and errors are those of `merge`.
+
+    Example:
+        >>> shardmix.extract("org/base", "./tuned", "adapter", rank=16).low_rank.relative_error
+        0.031
+    """
+    for name in ("method", "base_model", "as_adapter"):
+        if name in options:
+            raise TypeError(f"extract decides {name} itself")
+    if options.get("rank") is None:
+        raise RecipeError("must be given", subject="rank", remedy="give one such as 16")
+    options |= {"base_model": str(base), "as_adapter": True}
+    if str(base) == str(tuned):
+        raise RecipeError(
+            "is base and tuned model alike", subject=str(base), remedy="name two models"
+        )
+    return merge([(str(tuned), 1.0)], output, on_progress=on_progress, cancel=cancel, **options)
+
+
 def merge_resolved(
     models: ModelsArgument,
     output: str | PathLike[str],
@@ -138,6 +173,8 @@ class OpenedMerge:
     """The recipe's models."""
     target: Path | None
     """The folder to make; None if that is left open."""
+    factors: "FactorResults | None" = None
+    """Factors of an adapter of a given rank, once they are computed."""
 
     def check_path(self, target: Path) -> None:
         """Raise `OutputError` if the output's path led elsewhere when the models were opened."""
@@ -157,6 +194,7 @@ class OpenedMerge:
                 self.recipe,
                 self.models,
                 settings,
+                self.factors,
                 output=self.target,
                 digest_algorithm=digest_algorithm(options),
                 record_paths=options.get("record_paths", False),
@@ -214,6 +252,9 @@ def merge_opened(
         # Again: another process may have made it just before this one had the lock.
         check_output(staging.output, overwrite=plan.settings.overwrite, inputs=())
         notes = _limit_readers(staging, plan)
+        if plan.factoring is not None:
+            opened = _with_factors(opened, plan, staging, on_progress, cancel)
+            plan = opened.plan(options)
         with closing(open_journal(staging.hidden, plan)) as journal:
             try:
                 check_disk(staging.output, plan.disk_needed_nbytes, staged_nbytes=staging.nbytes)
@@ -248,6 +289,47 @@ def merge_opened(
                     error.add_hint(kept)
                 raise
         return describe_merge(plan, result, warnings=warnings, notes=notes)
+
+
+def _with_factors(
+    opened: OpenedMerge,
+    plan: MergePlan,
+    staging: "Staging",
+    on_progress: "OnProgress | None",
+    cancel: threading.Event | None,
+) -> OpenedMerge:
+    """Compute the factors of an adapter that are not stored yet; return the merge with all."""
+    from shardmix.execute.factor_pass import Factor, factor, library
+    from shardmix.output.factor_store import FactorStore
+    from shardmix.plan.factor_results import FactorResults
+
+    factoring = plan.factoring
+    if factoring is None:
+        raise AssertionError("nothing is to be factored")
+    check_disk(staging.output, plan.disk_needed_nbytes, staged_nbytes=staging.nbytes)
+    stacked = plan.sources[-1].decoders[-1] if factoring.products else None
+    with closing(FactorStore(staging.hidden, plan, computed_by=library())) as store:
+        try:
+            factor(Factor(factoring, opened.models.sources, stacked), store, on_progress, cancel)
+            opened.models.check_untouched()
+        except BaseException as error:
+            num_stored = len(store.records)
+            staging.is_worth_keeping = num_stored > 0 and not isinstance(error, SourceChangedError)
+            if num_stored and isinstance(error, ShardmixError | KeyboardInterrupt):
+                kept = (
+                    f"{num_stored} of {factoring.num_tasks} parameters are done and kept in "
+                    f"{staging.path}: the same call goes on from there"
+                )
+                if isinstance(error, ShardmixError):
+                    error.add_hint(kept)
+                else:
+                    error.args = (kept,)
+            raise
+        staging.is_worth_keeping = True
+        found = FactorResults(
+            dict(store.records), store.finished(), tuple(store.computed_by), factoring.peak_nbytes
+        )
+    return replace(opened, factors=found)
 
 
 def plan_merge(
@@ -297,6 +379,7 @@ def checked_recipe(models: ModelsArgument, model_type: str | None, options: Merg
         energy=options.get("energy"),
         tokenizer_source=options.get("tokenizer_source"),
         pad_to_multiple_of=options.get("pad_to_multiple_of"),
+        skip_others=options.get("skip_others"),
         model_type=model_type,
     )
 

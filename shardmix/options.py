@@ -105,6 +105,8 @@ class MergeOptions(TypedDict, total=False):
     "refuse", models with other vocabularies are refused."""
     pad_to_multiple_of: int | None
     """Number of rows of that vocabulary's tensors: the next multiple of this."""
+    skip_others: bool | None
+    """Leave all but weights of linear layers as it is in the base, in an adapter of a rank."""
     max_memory: int | str | None
     """Bound on the whole process's peak resident memory ("2GiB"); default: only what speed
     needs."""

@@ -29,7 +29,8 @@ def test_the_cli_reference_is_what_help_says():
 def test_every_command_shows_an_example():
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     commands = re.findall(r"^## `shardmix (\w+)`", text, flags=re.MULTILINE)
-    assert commands == ["merge", "convert", "score", "plan", "verify", "status", "inspect"]
+    named = ["merge", "convert", "extract", "score", "plan", "verify", "status", "inspect"]
+    assert commands == named
     assert re.findall(r"^Example:\n\n    shardmix (\w+) ", text, flags=re.MULTILINE) == commands
 
 

@@ -15,7 +15,7 @@ TESTS = Path(__file__).parent
 PACKAGES = {path.parent.name for path in (TESTS.parent / "shardmix").glob("*/__init__.py")}
 OTHER_FOLDERS = {"faults", "generators", "golden", "gpu", "hostile", "memory", "support"}
 OF_THE_WHOLE = {
-    *("architectures", "as_adapter", "convert"),
+    *("architectures", "as_adapter", "convert", "extract"),
     *("docs", "ecosystem", "house", "imports", "lm_cocktail_programs", "merge", "reference"),
     *("rehearsal", "weights"),
 }

@@ -195,6 +195,38 @@ def convert(source: str, output: Path, *, json: bool, quiet: bool, **others: Any
         render.merge_report(report, profile=None, json=json, quiet=quiet)
 
 
+@_command(example="shardmix extract org/base ./tuned --rank 16 -o adapter")
+@click.argument("base", metavar="BASE")
+@click.argument("tuned", metavar="TUNED")
+@opt.output
+@opt.extracting
+@opt.overwrite
+@opt.share
+@opt.no_fsync
+@opt.restart
+@opt.digest
+@opt.record_paths
+@opt.json
+@opt.quiet
+def extract(base: str, tuned: str, output: Path, *, json: bool, quiet: bool, **others: Any) -> None:
+    """Write what a model changed in its base as a LoRA adapter of a given rank, for PEFT.
+
+    BASE and TUNED are anything that `merge` reads. Each changed weight of a linear layer becomes
+    factors by its singular values; the report, and OUT's low_rank.json, have the error of each.
+    """
+    with errors_reported(json=json, quiet=quiet):
+        options = arguments.merge_options(others)
+        with rare_collections():
+            from shardmix import api
+            from shardmix.cli import render
+            from shardmix.cli.progress import progress_display
+
+        with progress_display(quiet=quiet) as on_progress:
+            report = api.extract(base, tuned, output, on_progress=on_progress, **options)
+            ignore_signals()  # all is done: nothing is left to stop
+        render.merge_report(report, profile=None, json=json, quiet=quiet)
+
+
 @_command(example="shardmix score org/base ./tuned --data examples.jsonl --model-type decoder")
 @opt.sources
 @opt.data

@@ -184,6 +184,32 @@ pad_to_multiple_of = click.option(
     help="Number of rows of that vocabulary: the next multiple of N. Default: as many as its "
     "source has, or its tokens need.",
 )
+adapter_rank = click.option(
+    "--rank",
+    metavar="R",
+    type=int,
+    help="With --as-adapter: the best approximation of this rank, matrix by matrix.",
+)
+required_rank = click.option(
+    "--rank",
+    metavar="R",
+    type=int,
+    required=True,
+    help="Largest rank of a matrix.",
+)
+energy = click.option(
+    "--energy",
+    metavar="E",
+    type=float,
+    help="With --rank: the least rank up to it that keeps this share of a matrix's squared norm.",
+)
+skip_others = click.option(
+    "--skip-others",
+    is_flag=True,
+    default=None,  # absent, it does not override the recipe's own
+    help="With --rank: leave norms, embeddings, biases and all else that is no weight of a linear "
+    "layer as in the base. Default: they are kept whole, or refused by name.",
+)
 overwrite = click.option(
     "--overwrite",
     is_flag=True,
@@ -342,6 +368,9 @@ merging = together(
     as_adapter,
     tokenizer_source,
     pad_to_multiple_of,
+    adapter_rank,
+    energy,
+    skip_others,
 )
 # Options of a conversion, which has one source and no arithmetic but rounding.
 converting = together(
@@ -354,6 +383,16 @@ converting = together(
     workers,
     allow_differences,
     config_from,
+)
+# Options of an extraction, whose method and base are decided.
+extracting = together(
+    max_memory,
+    dtype,
+    backend,
+    allow_differences,
+    required_rank,
+    energy,
+    skip_others,
 )
 # Options of losses, and of the weights computed from them.
 scoring = together(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from shardmix.plan.low_rank import LowRankReport
     from shardmix.reports.merge_report import MergeReport
     from shardmix.reports.model_report import ModelReport
     from shardmix.reports.plan_facts import ShardReport
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from shardmix.verification.verify import VerifyReport
 
 _NUM_ROWS = 40
+_NUM_WORST = 5
 
 # The longest text that is printed whole; of a longer one, its beginning and its end (the
 # remedy).
@@ -73,6 +75,8 @@ def merge_report(report: "MergeReport", *, profile: Path | None, json: bool, qui
             "projected",
             soft_wrap=True,
         )
+        if report.low_rank is not None:
+            _low_rank(console, report.low_rank)
         if report.bytes_kept:
             console.print(
                 f"went on where an earlier merge was cut off: {format_size(report.bytes_kept)} did "
@@ -86,6 +90,24 @@ def merge_report(report: "MergeReport", *, profile: Path | None, json: bool, qui
         console.print(f"shardmix.json: sha256 {report.provenance_sha256}", soft_wrap=True)
     if not (json and quiet):
         _warnings(report.warnings)
+
+
+def _low_rank(console: "Console", report: "LowRankReport") -> None:
+    """Print the error of an adapter's factors, in all and of the worst ones."""
+    console.print(
+        f"factors of {len(report.parameters)} parameters: relative error "
+        f"{report.relative_error:.3g} in all; low_rank.json in the output has each",
+        soft_wrap=True,
+    )
+    worst = sorted(report.parameters, key=lambda each: -each.relative_error)
+    for each in worst[:_NUM_WORST]:
+        console.print(
+            f"    {_plain(each.name)}: rank {each.rank}, error {each.relative_error:.3g}, energy "
+            f"{each.energy:.4g}",
+            soft_wrap=True,
+        )
+    if report.kept_whole:
+        console.print(f"kept whole: {len(report.kept_whole)} parameters", soft_wrap=True)
 
 
 def verify_report(report: "VerifyReport", *, json: bool, quiet: bool) -> None:

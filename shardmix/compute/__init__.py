@@ -10,6 +10,7 @@ llvm_kind              what a kernel is compiled for
 llvm_assembly, llvm_loops  the text of kernels
 llvm_trace             the text of a method between loading and rounding
 keep_first             integers and booleans
+truncated_svd          low-rank factors of matrices and of products
 nonfinite              counts NaN and Inf, only if there are some
 
 The bytes of an output depend on recipe and sources only. Tests drive layouts, dtypes, numbers of

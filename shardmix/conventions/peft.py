@@ -185,6 +185,8 @@ class LoraConfig:
     """Ending of an embedding's name → the rows that it replaces; "" for any embedding."""
     base_model: str
     """Name or path of the model that it was trained on; "" if it names none."""
+    is_tied: bool = False
+    """True if parameters that share a tensor do so with the adapter, which may hold copies."""
     task_type: str = ""
     """PEFT's name of the model's task; "" if it names none."""
     notes: tuple[str, ...] = ()
@@ -233,6 +235,7 @@ def lora_config(content: Mapping[str, Any]) -> LoraConfig:
         target_parameters=names,
         token_indices=_token_indices(content.get("trainable_token_indices")),
         base_model=str(content.get("base_model_name_or_path") or ""),
+        is_tied=_flag(content, "ensure_weight_tying"),
         task_type=str(content.get("task_type") or ""),
         notes=_notes(unknown),
     )

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from shardmix.conventions.declarations import class_name
+from shardmix.conventions.declarations import Declaration, class_name
 from shardmix.conventions.peft import (
     CONV1D_MODULES,
     CONV1D_TYPES,
@@ -19,6 +19,7 @@ from shardmix.conventions.peft import (
     A,
     B,
 )
+from shardmix.conventions.tensor_names import class_names, plain_ending
 
 PREFIX = "base_model.model."
 """The start of every tensor's name."""
@@ -27,6 +28,12 @@ _TASKS = (
     ("LMHeadModel", "CAUSAL_LM"),
     ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
 )
+# Modules, by the last part of their names.
+_EMBEDDING = re.compile(r"emb|^w[tp]e$|^shared$|^relative_attention_bias$|^lut$")
+_EXPERTS = re.compile(r"(^|\.)experts\.[^.]+$")
+_ROUTERS = frozenset({"gate", "router"})
+_BARE_CLASS = re.compile(r"(?<!Head)(?<!Heads)Model$")
+_HEAD = re.compile(r"(lm_head|score|classifier|qa_outputs|cls|pooler)\.")
 
 
 class Wrapped(NamedTuple):
@@ -68,6 +75,84 @@ def task_of(config: Mapping[str, Any]) -> str:
     return next((task for ending, task in _TASKS if name.endswith(ending)), "")
 
 
+def model_types(config: Mapping[str, Any]) -> frozenset[str]:
+    """Return the types of a model and of its parts."""
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    return frozenset(str(part["model_type"]) for part in parts if part.get("model_type"))
+
+
+def is_transposed(module: str, types: Collection[str]) -> bool:
+    """Return True if a linear layer stores its weight as (in, out)."""
+    return not CONV1D_TYPES.isdisjoint(types) and module.rpartition(".")[2] in CONV1D_MODULES
+
+
+def is_linear(name: str, shape: Sequence[int]) -> bool:
+    """Return True if a parameter is the weight of a linear layer, by its name and shape.
+
+    Embeddings are none, and routers of experts are modules of their own.
+    """
+    module, _, last = name.rpartition(".")
+    own = module.rpartition(".")[2]
+    is_other = own in _ROUTERS or _EMBEDDING.search(own) is not None
+    return last == "weight" and len(shape) == 2 and bool(module) and not is_other
+
+
+def adapted_names(
+    names: Sequence[str], declaration: Declaration, config: Mapping[str, Any]
+) -> Sequence[str]:
+    """Return the names in the class that a config names, for those of a checkpoint.
+
+    A base model's checkpoint lacks the prefix that its class with a head has.
+    """
+    found = class_names(names, declaration)
+    prefix = f"{declaration.prefix}."
+    is_bare = _BARE_CLASS.search(class_name(config) or "Model") is not None
+    if not declaration.prefix or is_bare or any(name.startswith(prefix) for name in found):
+        return found
+    tied = [name for tie in declaration.ties for pair in tie.pairs for name in pair]
+    if tied and not any(prefix in name for name in tied):
+        return found  # of T5, for one, the base model is no part
+    return [name if _HEAD.match(name) else prefix + name for name in found]
+
+
+def stacked_names(names: Sequence[str], declaration: Declaration) -> frozenset[int]:
+    """Return the indexes of parameters that the class holds in one piece with others.
+
+    Experts that a checkpoint stores one by one are no modules in transformers 5; stacked ones are
+    parameters.
+    """
+    endings = [
+        re.escape(plain_ending(part)).replace(re.escape("*"), r"\d+")
+        for renaming in declaration.renames
+        if renaming.ops
+        for part in renaming.sources
+    ]
+    pattern = re.compile(rf"(?:{'|'.join(endings)})$" if endings else "(?!)")
+    return frozenset(
+        index
+        for index, name in enumerate(names)
+        if pattern.search(name) or _EXPERTS.search(name) is not None
+    )
+
+
+def tied_names(
+    names: Collection[str], declaration: Declaration, config: Mapping[str, Any]
+) -> dict[str, list[str]]:
+    """Return parameter → others that share its tensor and are not stored.
+
+    PEFT gives each module that it replaces a copy of its own, so all of them must be replaced.
+    """
+    stored, found = set(names), dict[str, list[str]]()
+    for tie in declaration.ties:
+        start = f"{tie.at}." if tie.at else ""
+        for pair in tie.pairs if tie.is_in_force(config) else ():
+            for own, other in ((0, 1), (1, 0)):
+                name, shared = start + pair[own], start + pair[other]
+                if name in stored and shared not in stored:
+                    found.setdefault(name, []).append(shared)
+    return found
+
+
 def config_content(
     wrapped: Sequence[Wrapped],
     *,
@@ -78,7 +163,8 @@ def config_content(
     task_type: str,
     model_types: Collection[str],
     has_bias: bool,
-    saves_biases: bool,
+    saves_values: bool,
+    is_tied: bool,
 ) -> dict[str, Any]:
     """Return the content of an adapter_config.json.
 
@@ -91,16 +177,15 @@ def config_content(
         task_type: PEFT's name of the model's task, or "".
         model_types: the base's model type, and those of its parts.
         has_bias: True if the adapter adds to the biases of all wrapped modules.
-        saves_biases: True if whole biases are among its tensors.
+        saves_values: True if it sets parameters in place, such as biases.
+        is_tied: True if it saves a parameter by the names of all that share it.
     """
     modules = [each.name for each in wrapped if not each.is_parameter]
     parameters = [each.name for each in wrapped if each.is_parameter]
     rank = Counter(each.rank for each in wrapped).most_common(1)[0][0]
     known = {each.name for each in wrapped}
     pattern = {_pattern(each.name, known): each.rank for each in wrapped if each.rank != rank}
-    is_conv1d = not CONV1D_TYPES.isdisjoint(model_types) and any(
-        name.rpartition(".")[2] in CONV1D_MODULES for name in modules
-    )
+    is_conv1d = any(is_transposed(name, model_types) for name in modules)
     return {
         "peft_type": LORA,
         "task_type": task_type or None,
@@ -113,13 +198,14 @@ def config_content(
         "alpha_pattern": pattern,
         "lora_dropout": 0.0,
         "lora_bias": has_bias,
-        "bias": "all" if saves_biases else "none",
+        "bias": "all" if saves_values else "none",
         "use_rslora": False,
         "use_dora": False,
         "fan_in_fan_out": is_conv1d and not parameters,
         "init_lora_weights": True,
         "target_modules": _short(modules, names),
         "target_parameters": parameters or None,
+        **({"ensure_weight_tying": True} if is_tied else {}),
         "modules_to_save": [_unambiguous(name, names) for name in saved] or None,
     }
 

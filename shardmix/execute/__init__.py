@@ -10,6 +10,7 @@ shared_files           files that several workers use
 chunk_merger           chunks from readers through a backend to a pass's target
 quantising             merged values to codes and scales, for quantised outputs
 gather_pass            gathers statistics of whole tensors
+factor_pass            computes low-rank factors, parameter by parameter
 write_pass             writes output files
 compare_pass           compares output with existing files
 digest_pass            digests files as they are now

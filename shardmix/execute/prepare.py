@@ -78,6 +78,7 @@ def _memory(plan: MergePlan) -> MemoryPlan:
         readers=plan.readers,
         gathering=plan.gathering,
         coding=plan.coding,
+        earlier_peak=0 if plan.low_rank is None else plan.low_rank.peak_nbytes,
     )
 
 

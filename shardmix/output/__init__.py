@@ -8,6 +8,7 @@ hidden_folder          that folder: found or made, this user's own, locked
 swap                   the rename, and what a killed one leaves
 journal                the finished leaves of a merge, for the next call to go on
 score_log              the scores so far, for the next call
+factor_store           the low-rank factors so far, for the next call
 file_writer            byte ranges out
 shard_writer           a growing weight file: written, hashed, claimed leaf by leaf
 model_folder           config, index, model card

@@ -37,7 +37,8 @@ def disk_needed_nbytes(plan: MergePlan) -> int:
     any_digest = "00" * digest_nbytes(SHA256)
     provenance.write_provenance(plan, folder, digests, NO_ANOMALIES, plan_digest=any_digest)
     journal_blocks = -(-journal.journal_nbytes(plan) // BLOCK_NBYTES)
-    return folder.nbytes + journal_blocks * BLOCK_NBYTES + _STAGING_NBYTES
+    factor_blocks = -(-plan.factors_nbytes // BLOCK_NBYTES)
+    return folder.nbytes + (journal_blocks + factor_blocks) * BLOCK_NBYTES + _STAGING_NBYTES
 
 
 class AnomalyRoom:

@@ -19,6 +19,7 @@ from shardmix.system.locks import LOCK_NAME, lock_folder, unlock
 JOURNAL = "journal"
 MODEL = "model"
 SCORES = "scores"  # scores so far, before the merge begins
+FACTORS = "factors"  # low-rank factors so far, before an adapter is laid out
 PLACING = "placing"  # there while new and old are swapped: the inodes of both
 ASIDE = "old"  # the old model during the swap, on systems that cannot swap in one step
 _OTHERS_WRITE = 0o022

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from json.encoder import encode_basestring
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,6 +41,7 @@ from shardmix.formats.strict_json import read_json
 from shardmix.matching.config_dtypes import with_dtypes
 from shardmix.methods.registry import merge_method
 from shardmix.output.counted_folder import CountedFile, CountedFolder
+from shardmix.plan.low_rank import describe_low_rank
 from shardmix.plan.merge_plan import MergePlan, ModuleConfig, OutputShard
 from shardmix.recipe import Recipe
 from shardmix.recipe.recipe import KEEP, plain_value
@@ -50,6 +52,8 @@ from shardmix.system.files import open_regular
 from shardmix.system.held_folder import HeldFolder
 
 CARD_NAME = "README.md"
+LOW_RANK_NAME = "low_rank.json"
+"""Name of the report of an adapter's factors."""
 _COPIED_AT_ONCE_NBYTES = 1 << 20
 _LINES_AT_ONCE = 1000
 _quoted = encode_basestring  # the same as json.dumps, five times as fast
@@ -65,6 +69,8 @@ def write_all_but_weights(plan: MergePlan, folder: OutputFolder) -> None:
     if plan.adapter_config:
         with _writing(folder, ADAPTER_CONFIG_NAME) as file:
             file.write(plan.adapter_config)
+    if plan.low_rank is not None:
+        _write_json(folder, LOW_RANK_NAME, asdict(describe_low_rank(plan.low_rank)))
     write_model_card(plan, folder)
     write_index(plan, folder)
 

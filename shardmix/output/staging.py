@@ -27,6 +27,7 @@ from pathlib import Path
 from shardmix.errors import OutputError, writing_failed
 from shardmix.output.hidden_folder import (
     ASIDE,
+    FACTORS,
     JOURNAL,
     MODEL,
     PLACING,
@@ -83,6 +84,11 @@ class Staging:
         return self.hidden.entry(JOURNAL) is not None
 
     @property
+    def has_factors(self) -> bool:
+        """True if low-rank factors are stored there."""
+        return self.hidden.entry(FACTORS) is not None
+
+    @property
     def has_scores(self) -> bool:
         """True if scores are stored there."""
         return self.hidden.entry(SCORES) is not None
@@ -120,7 +126,7 @@ class Staging:
             if restart:
                 # This very call may have stored the scores, before it began to merge.
                 self._swap.clear(but=(SCORES,))
-            is_begun = self.has_journal or self.has_scores
+            is_begun = self.has_journal or self.has_scores or self.has_factors
             mode = _mode_of_new_folder(self.hidden)
             self.folder = self.hidden.own_subfolder(MODEL, mode=mode)
             self.is_worth_keeping = is_begun

@@ -3,6 +3,12 @@
 opening                the opened models of a recipe
 planner                names, dtypes, files, every offset, and the memory
 adapter_plan           the same for an output that is an adapter
+adapter_stacking       adapters on one base side by side, parameter by parameter
+adapter_extraction     what models changed in a base: factors, and what is kept whole
+adapter_layout         the file and config of an adapter
+factoring              the factors that must be computed first, and their memory
+factor_results         factors that were computed
+low_rank               the report of factors: rank and error of each parameter
 planned_sources        the files and streams that are read, and the memory of their readers
 outcome                the keywords of a plan that concern its output
 layout                 output files: headers, offsets, and the segments of their data

@@ -1,78 +1,63 @@
-"""The plan of an output that is a LoRA adapter: the changes of adapters on one base, side by side.
+"""The plan of an output that is a LoRA adapter.
 
-An adapter is one file and its config. Its matrices are made of the adapters' own; modules that some
-of them replace as a whole are merged as in any model.
+Adapters on one base are put side by side, exactly, or reduced to a rank by their matrices alone.
+What other models changed in a base is approximated by factors of a rank. Factors are computed
+before the adapter can be laid out: until then the plan is that of the largest adapter.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
-
-import numpy as np
+from dataclasses import replace
 
 from shardmix._typing import Unpack
-from shardmix.conventions import peft
+from shardmix.conventions.declarations import declaration_of
 from shardmix.conventions.peft_output import (
     Wrapped,
-    bias_name,
     config_content,
-    matrix_names,
+    model_types,
     task_of,
+    tied_names,
     value_name,
 )
-from shardmix.dtypes import DTYPES, FLOAT_DTYPES, OUT_DTYPES, WIDE_DTYPES, element_nbytes
-from shardmix.errors import SourceError, listed
-from shardmix.formats.safetensors_layout import HEADER_LENGTH_NBYTES, encode_header
-from shardmix.formats.tensor_table import TensorTable
-from shardmix.methods import passthrough, task_arithmetic
-from shardmix.methods.base import Params
-from shardmix.methods.task_arithmetic import TaskArithmetic
+from shardmix.errors import SourceError
 from shardmix.options import RunSettings
-from shardmix.plan.backend_choice import decide
-from shardmix.plan.layout import FileNumbers
-from shardmix.plan.memory_budget import plan_memory
-from shardmix.plan.merge_plan import (
-    MergePlan,
-    OutputModules,
-    OutputShard,
-    PlannedSource,
-    Segment,
-    SegmentSource,
+from shardmix.plan.adapter_extraction import plan_extraction
+from shardmix.plan.adapter_layout import (
+    METHOD,
+    AdapterLayout,
+    assembled,
+    base_name,
+    common,
+    out_dtype,
 )
+from shardmix.plan.adapter_stacking import StackedGroup, Stacking, saved_modules
+from shardmix.plan.factor_results import FactorResults
+from shardmix.plan.factoring import Factoring, LowRankFacts, Product, check_rank, fitted
+from shardmix.plan.merge_plan import MergePlan
 from shardmix.plan.opening import OpenedModels
 from shardmix.plan.outcome import Outcome
-from shardmix.plan.planned_sources import planned_sources, reader_memory
+from shardmix.plan.planned_sources import planned_sources
 from shardmix.recipe import Recipe
-from shardmix.recipe.parameters import resolve_parameters
-from shardmix.recipe.recipe import KEEP
+from shardmix.recipe.parameters import ResolvedParameters, resolve_parameters
 from shardmix.sources.adapted import AdaptedSource
-from shardmix.sources.adapters import Adapter, Change, LowRankPair
 from shardmix.sources.base import Source
-from shardmix.sources.stacked_adapters import (
-    COLUMNS,
-    ROWS,
-    SUM,
-    StackedAdapters,
-    StackedPart,
-    StackedTensor,
-)
-from shardmix.system.hashing import XXH3
-from shardmix.system.page_cache import plan_cache_use
-
-_METHOD = TaskArithmetic()
+from shardmix.sources.stacked_adapters import StackedAdapters, StackedTensor
+from shardmix.sources.stored_factors import StoredFactors
 
 
 def plan_adapter(
-    recipe: Recipe, opened: OpenedModels, settings: RunSettings, **outcome: Unpack[Outcome]
+    recipe: Recipe,
+    opened: OpenedModels,
+    settings: RunSettings,
+    factors: FactorResults | None,
+    **outcome: Unpack[Outcome],
 ) -> MergePlan:
-    """Plan an adapter with all changes of adapters on one base, its ranks their sums.
+    """Plan an adapter of what models changed in their base.
 
-    Raises `SourceError` if a model is no adapter on the base, or changes it in a way that no sum of
-    matrices does.
+    Without a rank it is exact, and all models must be adapters. `factors` are those of a rank, once
+    they are computed. Raises `SourceError` if a model is no adapter on the base, or changes it in a
+    way that no sum of matrices does; `MismatchError` if models do not fit; `BudgetError` if factors
+    do not fit into the budget.
     """
-    if recipe.rank is not None:
-        raise SourceError("is not supported yet", subject="rank", remedy="leave it out")
     base, *models = opened.sources
     if isinstance(base, AdaptedSource):
         raise SourceError(
@@ -80,92 +65,81 @@ def plan_adapter(
             subject=base.text,
             remedy="merge it first, or name the model below it with --base-model",
         )
+    if recipe.rank is not None and not all(_is_stackable(model, base) for model in models):
+        return plan_extraction(recipe, opened, settings, factors, **outcome)
+    return _plan_stacked(recipe, opened, settings, factors, **outcome)
+
+
+def _is_stackable(model: Source, base: Source) -> bool:
+    """Return True if a model is made of the base by sums of matrices and whole values only."""
+    if not isinstance(model, AdaptedSource):
+        return False
+    if any(c.magnitude is not None or c.tokens is not None for c in model.changes.values()):
+        return False
+    return model.base.identity == base.identity or _is_stackable(model.base, base)
+
+
+def _plan_stacked(
+    recipe: Recipe,
+    opened: OpenedModels,
+    settings: RunSettings,
+    factors: FactorResults | None,
+    **outcome: Unpack[Outcome],
+) -> MergePlan:
+    base, *models = opened.sources
     resolved = resolve_parameters(recipe, base.tensors.names)
-    weights = [_METHOD.weights(params) for params in resolved.groups]
-    stacking = _Stacking(base, resolved.rows.tolist(), weights)
+    rows: list[int] = resolved.rows.tolist()
+    stacking = Stacking(base, rows, [METHOD.weights(params) for params in resolved.groups])
     for number, model in enumerate(models):
         for adapted in _adapted(model, base):
             stacking.add(number, adapted)
-    values = stacking.values
-    wrapped, stacked = stacking.stacked()
-    names = {each.name for each in wrapped if not each.is_parameter}
-    saved, biases = _saved(values, base.tensors, stacking.value_names)
-    source = StackedAdapters(models[-1], stacking.adapters, stacked)
-    planned, (numbers,) = planned_sources(opened.sources, [tuple(opened.sources)])
-    if not values:  # the models themselves are not read
-        planned = tuple(replace(each, decoders=()) for each in planned)
-    planned = (*planned[:-1], replace(planned[-1], decoders=(*planned[-1].decoders, source)))
-    layout = _Layout(recipe, opened.sources, numbers, resolved.groups, resolved.rows.tolist())
-    stream = sum(len(each.identity.files) for each in planned)
-    stream += sum(len(each.decoders) for each in planned) - 1
-    layout.add_table(source.tensors, number=len(models), stream=stream)
-    for row, dtype in values.items():
-        layout.add_value(value_name(stacking.value_names[row], names), row, dtype)
+    groups, biases = stacking.stacked()
+    saved, has_biases = saved_modules(stacking.values, base.tensors, stacking.value_names)
+    copies = tied_names(
+        [*stacking.value_names.values(), *base.tensors.names],
+        declaration_of(base.config, base.folder),
+        base.config,
+    )
+    shared = [name for row in stacking.values for name in copies.get(stacking.value_names[row], ())]
+    saved += [name.rpartition(".")[0] for name in shared]
+    factoring = _factoring(recipe, groups, settings, factors)
+    layout = _layout(recipe, opened, stacking, groups, biases, resolved, copies, factors)
     content = config_content(
-        wrapped,
+        _wrapped(groups, factors),
         saved=saved,
         names=base.tensors.names,
-        base=_base_name(base, stacking.adapters, record_paths=outcome.get("record_paths", False)),
+        base=base_name(base, stacking.adapters, record_paths=outcome.get("record_paths", False)),
         revision=base.identity.commit,
-        task_type=_common(adapter.config.task_type for adapter in stacking.adapters)
+        task_type=common(adapter.config.task_type for adapter in stacking.adapters)
         or task_of(base.config),
-        model_types=_model_types(base.config),
-        has_bias=any(tensor.way == SUM for tensor in stacked),
-        saves_biases=biases,
+        model_types=model_types(base.config),
+        has_bias=bool(biases),
+        saves_values=has_biases,
+        is_tied=bool(shared),
     )
-    notes = tuple(dict.fromkeys(note for model in opened.sources for note in model.warnings))
+    low_rank = None
+    if factors is not None:
+        low_rank = LowRankFacts(
+            records=tuple(factors.records.values()),
+            whole=tuple(base.tensors.names[row] for row in stacking.values),
+            left=(),
+            computed_by=factors.computed_by,
+            digest=factors.file.digest,
+            nbytes=factors.file.file.nbytes,
+            peak_nbytes=factors.peak_nbytes,
+        )
     return assembled(
-        recipe, settings, planned, layout.shard(), resolved.groups, base, content, notes, **outcome
-    )
-
-
-def assembled(
-    recipe: Recipe,
-    settings: RunSettings,
-    planned: tuple[PlannedSource, ...],
-    shard: OutputShard,
-    parameters: Sequence[Params],
-    base: Source,
-    content: Mapping[str, object],
-    warnings: tuple[str, ...],
-    **outcome: Unpack[Outcome],
-) -> MergePlan:
-    """Return the plan of an adapter, of which everything but the memory is decided."""
-    settings = decide(settings, (shard,))
-    readers = reader_memory(planned)
-    return MergePlan(
-        recipe=recipe,
-        sources=planned,
-        parameters=tuple(parameters),
-        digest_algorithm=outcome.get("digest_algorithm", XXH3),
-        record_paths=outcome.get("record_paths", False),
-        output=str(outcome.get("output") or ""),
-        config_source_name=base.public_name,
-        config_source_commit=base.identity.commit,
-        config_source_folder=str(base.folder.absolute()),
-        auxiliary_files=(),
-        left_out=(),
-        config_dtypes=(),
-        untied=(),
-        main_subfolder="",
-        module_configs=(),
-        tokenizer_folder="",
-        vocabulary=None,
-        modules_folder="",
-        modules=OutputModules(),
-        adapter_config=json.dumps(content, indent=2, ensure_ascii=False) + "\n",
-        shards=(shard,),
-        disk_needed_nbytes=shard.file_nbytes,
-        settings=settings,
-        readers=readers,
-        gathering=None,
-        memory=plan_memory(
-            settings, num_tensors=len(shard.tensor_names), readers=readers, gathering=None
-        ),
-        cache_use=plan_cache_use(
-            read_nbytes=shard.read_nbytes, write_nbytes=shard.file_nbytes, fsync=settings.fsync
-        ),
-        warnings=warnings,
+        recipe,
+        settings,
+        layout.planned,
+        layout.shard(),
+        resolved.groups,
+        base,
+        content,
+        tuple(dict.fromkeys(note for model in opened.sources for note in model.warnings)),
+        factoring=factoring,
+        low_rank=low_rank,
+        **outcome,
     )
 
 
@@ -183,333 +157,82 @@ def _adapted(model: Source, base: Source) -> Iterator[AdaptedSource]:
     )
 
 
-@dataclass(slots=True)
-class _Group:
-    """The matrices of all adapters for one parameter."""
-
-    pair: LowRankPair
-    """Those of the first adapter, which give the name."""
-    parts: list[tuple[int, LowRankPair, float]] = field(default_factory=list)
-    """Index of the adapter, its matrices, and their factor."""
-
-
-class _Stacking:
-    """Puts adapters' matrices side by side, parameter by parameter of the base."""
-
-    def __init__(
-        self, base: Source, rows: Sequence[int], weights: Sequence[tuple[float, ...]]
-    ) -> None:
-        self._base, self._rows, self._weights = base, rows, weights
-        self._groups: dict[tuple[object, ...], _Group] = {}
-        self.adapters: list[Adapter] = []
-        """All adapters, in order."""
-        self.values: dict[int, str] = {}
-        """Row of the base's table of each parameter that an adapter replaces → dtype to keep."""
-        self.value_names: dict[int, str] = {}
-        """Row of the base's table → name of the parameter as an adapter means it."""
-
-    def add(self, model: int, adapted: AdaptedSource) -> None:
-        """Add the adapter of a model. Raises `SourceError` if it is no sum of matrices."""
-        adapter, number = adapted.adapter, len(self.adapters)
-        try:
-            for row, change in adapted.changes.items():
-                self._check(row, change)
-                if change.value is not None and self._weight(row, model):
-                    table = adapter.weights.tensors
-                    self.values.setdefault(row, DTYPES[table.dtype_ranks[change.value]])
-                    self.value_names.setdefault(row, adapter.parts[change.value].module)
-        except SourceError as error:
-            raise error.of(adapter.text) from None
-        self.adapters.append(adapter)
-        for pair in adapted.pairs:
-            factors = {self._weight(row, model) for row, _, _ in pair.places}
-            if len(factors) > 1:
-                raise SourceError(
-                    f"has several weights for the parts of {pair.name}, which an adapter holds in "
-                    "one piece",
-                    subject=adapter.text,
-                    remedy="give all of it one weight",
-                )
-            factor = factors.pop() * pair.scaling
-            if factor:
-                key = pair.places[0], pair.num_stacked, pair.is_embedding
-                group = self._groups.setdefault(key, _Group(pair))
-                group.parts.append((number, pair, factor))
-
-    def _weight(self, row: int, model: int) -> float:
-        return self._weights[self._rows[row]][model]
-
-    def _check(self, row: int, change: Change) -> None:
-        name = self._base.tensors.names[row]
-        what = None
-        if change.magnitude is not None:
-            what = f"scales {name} by magnitudes (DoRA, use_dora)"
-        elif change.tokens is not None:
-            what = f"replaces single rows of {name} (trainable_token_indices)"
-        if what is not None:
-            raise SourceError(
-                f"{what}, which is no sum of matrices that could stand beside another adapter's",
-                remedy="merge it into the model instead, without --as-adapter",
-            )
-
-    def stacked(self) -> tuple[list[Wrapped], list[StackedTensor]]:
-        """Return what the output wraps, and its tensors. Raises `SourceError` if there is none."""
-        values = self.values
-        groups = [
-            group
-            for group in self._groups.values()
-            if not any(row in values for row, _, _ in group.pair.places)
+def _layout(
+    recipe: Recipe,
+    opened: OpenedModels,
+    stacking: Stacking,
+    groups: Sequence[StackedGroup],
+    biases: Sequence[StackedTensor],
+    resolved: ResolvedParameters,
+    copies: Mapping[str, Sequence[str]],
+    factors: FactorResults | None,
+) -> AdapterLayout:
+    """Return the output's tensors: matrices, factors in place of some, biases, whole values."""
+    model = opened.sources[-1]
+    planned, (numbers,) = planned_sources(opened.sources, [tuple(opened.sources)])
+    if not stacking.values:  # the models themselves are not read
+        planned = tuple(replace(each, decoders=()) for each in planned)
+    layout = AdapterLayout(recipe, opened.sources, planned, numbers, resolved.groups)
+    known = {} if factors is None else {each.name: each for each in factors.file.factors}
+    exact = [group for group in groups if group.wrapped.name not in known]
+    stacked = [each for group in exact for each in (group.a, group.b)]
+    if stacked or biases:
+        layout.add_source(StackedAdapters(model, stacking.adapters, (*stacked, *biases)))
+    if factors is not None and known:
+        tensors = [
+            tensor
+            for group in groups
+            if group.wrapped.name in known
+            for tensor in known[group.wrapped.name].tensors((group.a.name, group.b.name))
         ]
-        if not groups:
-            raise SourceError(
-                "no matrix of an adapter has an effect with these weights, so there is nothing to "
-                "write",
-                remedy="give other weights, or other adapters",
-            )
-        _refuse_overlaps(groups)
-        depths = _depths(groups)
-        wrapped: list[Wrapped] = []
-        tensors: list[StackedTensor] = []
-        for group in groups:
-            pair = group.pair
-            is_parameter = pair.num_stacked > 1 or not pair.name.endswith(".weight")
-            rank = sum(own.rank for _, own, _ in group.parts)
-            wrapped.append(Wrapped(pair.name if is_parameter else pair.module, rank, is_parameter))
-            tensors += self._matrices(group, rank, depths.get(pair.name, 0))
-        tensors += self._biases(groups)
-        return wrapped, tensors
+        layout.add_source(StoredFactors(model, factors.file.file, tensors))
+    wrapped = {group.wrapped.name for group in groups if not group.wrapped.is_parameter}
+    for row, dtype in stacking.values.items():
+        own = stacking.value_names[row]
+        for name in (own, *copies.get(own, ())):
+            rows, group = [row] * len(opened.sources), int(resolved.rows[row])
+            layout.add_value(value_name(name, wrapped), rows, group, dtype)
+    return layout
 
-    def _matrices(self, group: _Group, rank: int, depth: int) -> Iterator[StackedTensor]:
-        pair, stack = group.pair, group.pair.num_stacked
-        shapes = [self._shapes(number, own) for number, own, _ in group.parts]
-        (a, b), others = shapes[0], shapes[1:]
-        for (number, _, _), (other_a, other_b) in zip(group.parts[1:], others, strict=True):
-            if a[1:] != other_a[1:] or (b[0], *b[2:]) != (other_b[0], *other_b[2:]):
-                raise SourceError(
-                    f"stores the matrices of {pair.name} in other shapes than "
-                    f"{self.adapters[group.parts[0][0]].text}",
-                    subject=self.adapters[number].text,
-                    remedy="leave one of them out",
-                )
-        name_a, name_b = matrix_names(pair.module, is_embedding=pair.is_embedding, depth=depth)
-        yield StackedTensor(
-            name_a,
-            (rank * stack, *a[1:]),
-            ROWS,
-            tuple(StackedPart(number, own.a) for number, own, _ in group.parts),
-            num_blocks=stack,
+
+def _wrapped(groups: Sequence[StackedGroup], factors: FactorResults | None) -> list[Wrapped]:
+    records = {} if factors is None else factors.records
+    return [
+        group.wrapped._replace(rank=records[group.wrapped.name].rank)
+        if group.wrapped.name in records
+        else group.wrapped
+        for group in groups
+    ]
+
+
+def _factoring(
+    recipe: Recipe,
+    groups: Sequence[StackedGroup],
+    settings: RunSettings,
+    factors: FactorResults | None,
+) -> Factoring | None:
+    """Return the matrices that must be reduced to the recipe's rank; None if they are known."""
+    if recipe.rank is None or factors is not None:
+        return None
+    products, numbers = [], [2 * number for number in range(len(groups))]
+    for number, group in zip(numbers, groups, strict=True):
+        product = Product(
+            name=group.wrapped.name,
+            a=number,
+            b=number + 1,
+            shape_a=group.a.shape,
+            shape_b=group.b.shape,
+            num_stacked=group.num_stacked,
+            most_rank=0,
         )
-        yield StackedTensor(
-            name_b,
-            (b[0], rank * stack, *b[2:]),
-            COLUMNS,
-            tuple(StackedPart(number, own.b, factor) for number, own, factor in group.parts),
-        )
-
-    def _biases(self, groups: Sequence[_Group]) -> Iterator[StackedTensor]:
-        """Yield what is added to biases: if any module has some, PEFT wants it of all."""
-        if not any(own.bias is not None for group in groups for _, own, _ in group.parts):
-            return
-        names = set(self._base.tensors.names)
-        for group in groups:
-            pair = group.pair
-            stored = self._base.tensors.names[pair.places[0][0]]
-            bias = f"{stored.removesuffix('.weight')}.bias"
-            if pair.is_embedding or pair.num_stacked > 1 or bias not in names:
-                raise SourceError(
-                    f"changes {pair.name}, which has no bias, while another adapter has lora_bias: "
-                    "PEFT takes an adapter with biases of all its modules, or of none",
-                    subject=self.adapters[group.parts[0][0]].text,
-                    remedy="merge them into the model instead, without --as-adapter",
-                )
-            table = self._base.tensors
-            row = table.names.index(bias)
-            parts = tuple(
-                StackedPart(number, own.bias, factor)
-                for number, own, factor in group.parts
-                if own.bias is not None and row not in self.values
-            )
-            yield StackedTensor(bias_name(pair.module), table.shapes[row], SUM, parts)
-
-    def _shapes(self, number: int, pair: LowRankPair) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        shapes = self.adapters[number].weights.tensors.shapes
-        return shapes[pair.a], shapes[pair.b]
-
-
-def _refuse_overlaps(groups: Sequence[_Group]) -> None:
-    """Raise `SourceError` if two adapters change the same rows in pieces of different size."""
-    found = sorted(
-        (row, first, first + count, number)
-        for number, group in enumerate(groups)
-        for row, first, count in group.pair.places
+        most = min(recipe.rank, product.rank, *product.sides)
+        products.append(replace(product, most_rank=most))
+    check_rank(recipe.rank, [min(product.sides) for product in products])
+    reduced = tuple(
+        each for each in products if each.rank > each.most_rank or recipe.energy is not None
     )
-    for before, after in pairwise(found):
-        if before[0] == after[0] and before[2] > after[1] and before[3] != after[3]:
-            names = [groups[each[3]].pair.name for each in (before, after)]
-            raise SourceError(
-                f"{names[0]} and {names[1]}: are the same weights, which one adapter changes in "
-                "one piece and another piece by piece",
-                remedy="merge them into the model instead, without --as-adapter",
-            )
-
-
-def _depths(groups: Sequence[_Group]) -> dict[str, int]:
-    """Return parameter → number of `base_layer`s in its matrices' names.
-
-    Of several parameters of a module the first is wrapped first, so it lies deepest.
-    """
-    by_module: dict[str, list[LowRankPair]] = {}
-    for group in groups:
-        if group.pair.num_stacked > 1 or not group.pair.name.endswith(".weight"):
-            module = group.pair.name.rpartition(".")[0]
-            by_module.setdefault(module, []).append(group.pair)
-    order = {name: number for number, name in enumerate(peft.PARAMETER_ORDER)}
-    depths: dict[str, int] = {}
-    for module, pairs in by_module.items():
-        names = [pair.name.rpartition(".")[2] for pair in pairs]
-        if len(pairs) > 1 and not all(name in order for name in names):
-            depth = {pair.name: pair.depth for pair in pairs}
-            if len(set(depth.values())) < len(pairs):
-                raise SourceError(
-                    f"{listed(names)} of {module}: their order in PEFT is known only if one "
-                    "adapter has them all",
-                    remedy="merge them into the model instead, without --as-adapter",
-                )
-            depths |= depth
-            continue
-        ordered = sorted(pairs, key=lambda pair: order.get(pair.name.rpartition(".")[2], 0))
-        depths |= {pair.name: depth for depth, pair in enumerate(reversed(ordered))}
-    return depths
-
-
-def _saved(
-    values: dict[int, str], table: TensorTable, value_names: dict[int, str]
-) -> tuple[list[str], bool]:
-    """Return the modules that are saved whole, and True if there are single biases as well.
-
-    PEFT takes a module only with all of its parameters, so those that are missing are added.
-    """
-    rows = {name: row for row, name in enumerate(table.names)}
-    saved: dict[str, None] = {}
-    has_biases = False
-    for row in list(values):
-        name = value_names[row]
-        module, _, last = name.rpartition(".")
-        if last == "bias" and f"{module}.weight" not in value_names.values():
-            has_biases = True
-            continue
-        saved.setdefault(module)
-        stored = table.names[row].rpartition(".")[0]
-        for other in ("weight", "bias"):
-            own = rows.get(f"{stored}.{other}")
-            if own is not None and own not in values:
-                values[own] = DTYPES[table.dtype_ranks[own]]
-                value_names[own] = f"{module}.{other}"
-    return list(saved), has_biases
-
-
-class _Layout:
-    """The output's one file: its tensors, and where their values are read."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        sources: Sequence[Source],
-        numbers: Sequence[FileNumbers],
-        groups: Sequence[Params],
-        rows: Sequence[int],
-    ) -> None:
-        self._keep = recipe.output_dtype == KEEP
-        self._dtype = "" if self._keep else OUT_DTYPES[recipe.output_dtype]
-        self._sources, self._numbers = sources, numbers
-        self._groups, self._rows = groups, rows
-        self._segments: dict[str, Segment] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-
-    def add_table(self, table: TensorTable, *, number: int, stream: int) -> None:
-        """Add all tensors of a stream of decoded tensors, as they are. `number` is the source's."""
-        for row, info in enumerate(table):
-            own = SegmentSource(number, info.dtype, stream, int(table.starts[row]))
-            self._add(info.name, info.shape, info.dtype, passthrough.NAME, 0, (own,), ())
-
-    def add_value(self, name: str, row: int, dtype: str) -> None:
-        """Add a parameter of the base as the merged model has it."""
-        group = self._rows[row]
-        params = self._groups[group]
-        dtypes = {DTYPES[source.tensors.dtype_ranks[row]] for source in self._sources}
-        is_wide = not WIDE_DTYPES.isdisjoint(dtypes)
-        models = _METHOD.contributors(params, is_wide=is_wide)
-        own = []
-        for number in (0, *(model + 1 for model in models)):
-            table, files = self._sources[number].tensors, self._numbers[number]
-            file = files.decoded if table.is_decoded(row) else files.first + int(table.files[row])
-            info = table[row]
-            own.append(SegmentSource(number, info.dtype, file, info.start))
-        shape = self._sources[0].tensors.shapes[row]
-        factors = _METHOD.factors(params, models, ())
-        self._add(name, shape, dtype, task_arithmetic.NAME, group, tuple(own), factors)
-
-    def _add(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: str,
-        method: str,
-        parameters: int,
-        sources: tuple[SegmentSource, ...],
-        factors: tuple[float, ...],
-    ) -> None:
-        out_dtype = dtype if self._keep or dtype not in FLOAT_DTYPES else self._dtype
-        num_elements = int(np.prod(shape, dtype=np.int64))
-        self._shapes[name] = shape
-        self._segments[name] = Segment(
-            name, 1, num_elements, method, parameters, out_dtype, 0, sources, factors
-        )
-
-    def shard(self) -> OutputShard:
-        """Return the output's file."""
-        header = encode_header(
-            (
-                (name, segment.out_dtype, self._shapes[name])
-                for name, segment in self._segments.items()
-            ),
-            {"format": "pt"},
-        )
-        segments = tuple(
-            replace(self._segments[name], out_offset=offset)
-            for name, offset in zip(header.names, header.offsets, strict=False)
-            if self._segments[name].num_elements
-        )
-        return OutputShard(
-            filename=peft.WEIGHTS_NAME,
-            header=header.encoded[HEADER_LENGTH_NBYTES:].decode(),
-            file_nbytes=header.file_nbytes,
-            read_nbytes=sum(
-                each.num_elements * sum(map(element_nbytes, each.dtypes)) for each in segments
-            ),
-            tensor_names=header.names,
-            segments=segments,
-        )
-
-
-def _base_name(base: Source, adapters: Sequence[Adapter], *, record_paths: bool) -> str:
-    """Return the name by which users of an adapter find its base.
-
-    It is no path of this machine, unless paths are recorded.
-    """
-    if base.identity.hub_id is not None:
-        return base.identity.hub_id
-    if record_paths:
-        return base.path
-    return _common(adapter.config.base_model for adapter in adapters) or base.public_name
-
-
-def _common(texts: Iterator[str]) -> str:
-    """Return the text that all are, or ""."""
-    found = set(texts)
-    return found.pop() if len(found) == 1 else ""
-
-
-def _model_types(config: Mapping[str, object]) -> set[str]:
-    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
-    return {str(part["model_type"]) for part in parts if part.get("model_type")}
+    if not reduced:
+        return None
+    return fitted(
+        Factoring(recipe.rank, recipe.energy, out_dtype(recipe), products=reduced), settings
+    )

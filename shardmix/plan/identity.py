@@ -86,6 +86,7 @@ def _asked(merge: MergeDescription) -> Iterator[tuple[str, object]]:
     yield "rank", recipe.rank
     yield "energy", recipe.energy
     yield "tokenizer", ", ".join(map(str, tokenizer_entries(recipe.tokenizer).values())) or None
+    yield "skip others", recipe.skip_others
     yield "digest", merge.digest
     yield "record paths", merge.record_paths
 

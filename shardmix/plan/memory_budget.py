@@ -320,23 +320,41 @@ def plan_memory(
     readers: ReaderMemory | None = None,
     gathering: Gathering | None = None,
     coding: CodingMemory | None = None,
+    earlier_peak: int = 0,
+    later_nbytes: int = 0,
 ) -> MemoryPlan:
     """Fit chunks and workers to the budgets and to the process's present memory.
 
     `num_tensors` are the output's: of each there may be something to tell. `readers` are the
     sources' own. `gathering` is for methods that need statistics, `coding` for quantised outputs.
+    `earlier_peak` is the peak of what this process does before, such as factors, and `later_nbytes`
+    what that will leave behind.
 
     Where the device is still open, to the GPU's, with the peak of whichever takes more. Raises
     `BudgetError` where one smallest chunk does not fit.
     """
+    found = _planned(settings, num_tensors, readers, gathering, coding, later_nbytes)
+    return replace(found, projected_peak_nbytes=max(found.projected_peak_nbytes, earlier_peak))
+
+
+def _planned(
+    settings: RunSettings,
+    num_tensors: int,
+    readers: ReaderMemory | None,
+    gathering: Gathering | None,
+    coding: CodingMemory | None,
+    later_nbytes: int,
+) -> MemoryPlan:
     num_gpus = num_devices(settings.device)
     readers = ReaderMemory() if readers is None else readers
     if not settings.is_device_open:
         libraries = {settings.backend, LLVM} if readers.uses_kernels else {settings.backend}
         reserved = reserved_nbytes(*libraries, num_devices=num_gpus, num_tensors=num_tensors)
+        reserved += later_nbytes
         return _fitted(settings, reserved, num_gpus, readers, gathering, coding)
     # Both are tried in one process, with the libraries of both.
     reserved = reserved_nbytes(TORCH, LLVM, num_devices=num_gpus, num_tensors=num_tensors)
+    reserved += later_nbytes
     on_gpu = _fitted(settings, reserved, num_gpus, readers, gathering, coding)
     # torch's chunks are larger than the kernels', so either fits into this one's memory.
     cpu_settings = replace(settings, device="cpu", backend=TORCH)

@@ -23,6 +23,7 @@ from shardmix.methods.base import Params
 from shardmix.methods.registry import merge_method
 from shardmix.methods.statistics import Statistic
 from shardmix.options import RunSettings
+from shardmix.plan.factoring import Factoring, LowRankFacts
 from shardmix.plan.memory_budget import CodingMemory, Gathering, MemoryPlan, ReaderMemory
 from shardmix.recipe import Recipe
 from shardmix.sources.base import Source
@@ -354,6 +355,11 @@ class MergePlan:
     """The output's vocabulary, if rows are mapped to it."""
     modules: OutputModules
     """Files of sentence-transformers modules to write besides auxiliary files."""
+    factoring: Factoring | None
+    """Factors that must be computed first; None if there are none, or they are known. Until then
+    the files are those of the largest adapter that may follow."""
+    low_rank: LowRankFacts | None
+    """The factors that an adapter is made of, once they are computed."""
     adapter_config: str
     """Content of the output's adapter_config.json; "" if the output is a model."""
     shards: tuple[OutputShard, ...]
@@ -400,6 +406,12 @@ class MergePlan:
     def decoders(self) -> tuple[Source, ...]:
         """Sources that decode while reading; their numbers follow those of the files."""
         return tuple(decoder for source in self.sources for decoder in source.decoders)
+
+    @property
+    def factors_nbytes(self) -> int:
+        """Bytes of factors that are stored until the output is complete, at most."""
+        known = self.low_rank.nbytes if self.low_rank is not None else 0
+        return known if self.factoring is None else self.factoring.stored_nbytes
 
     @property
     def num_tensors(self) -> int:
@@ -482,6 +494,8 @@ class MergePlan:
                 "readers",
                 "gathering",
                 "coding",
+                "factoring",
+                "low_rank",
                 "settings",
                 "memory",
                 "cache_use",
@@ -492,6 +506,8 @@ class MergePlan:
         }
         in_parts = {"recipe", "sources", "shards"}
         yield self.public_recipe
+        if self.low_rank is not None:
+            yield self.low_rank.digest
         for each in fields(self):
             if each.name not in irrelevant | in_parts:
                 value = getattr(self, each.name)

@@ -65,16 +65,19 @@ from shardmix.system.page_cache import plan_cache_use
 
 if TYPE_CHECKING:
     from shardmix.matching.modules import ModularModel
+    from shardmix.plan.factor_results import FactorResults
 
 
 def plan_merge(
     recipe: Recipe,
     opened: OpenedModels,
     settings: RunSettings,
+    factors: "FactorResults | None" = None,
     **outcome: Unpack[Outcome],
 ) -> MergePlan:
     """Plan a merge of a recipe's models; if the device is open and a GPU does not work, on the CPU.
 
+    `factors` are those of an adapter of a given rank, once they are computed.
     Raises `MismatchError` if the models do not fit, `BudgetError` if the memory budget cannot hold
     one smallest chunk.
     """
@@ -82,7 +85,7 @@ def plan_merge(
         # Imported here: models need none of it.
         from shardmix.plan.adapter_plan import plan_adapter
 
-        return plan_adapter(recipe, opened, settings, **outcome)
+        return plan_adapter(recipe, opened, settings, factors, **outcome)
     try:
         return _plan_merge(recipe, opened, settings, **outcome)
     except BudgetError as error:
@@ -175,6 +178,8 @@ def _plan_merge(
         vocabulary=None if mapped is None else mapped.vocabulary,
         modules_folder="" if modules.folder is None else str(modules.folder.absolute()),
         modules=modules.output,
+        factoring=None,
+        low_rank=None,
         adapter_config="",
         shards=shards,
         disk_needed_nbytes=write_nbytes,  # what lies beside the weights is added from the plan

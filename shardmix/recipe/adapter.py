@@ -34,7 +34,8 @@ def check_adapter(recipe: Recipe) -> None:
     impossible."""
     rank, energy = recipe.rank, recipe.energy
     if not recipe.as_adapter:
-        for name, value in (("rank", rank), ("energy", energy)):
+        others = ("rank", rank), ("energy", energy), ("skip_others", recipe.skip_others or None)
+        for name, value in others:
             if value is not None:
                 raise RecipeError(
                     "is for adapters", subject=name, remedy="add --as-adapter (as_adapter=True)"

@@ -98,6 +98,8 @@ class Recipe:
     """Share of each matrix's squared norm that the least rank must keep; None: `rank` decides."""
     tokenizer: RecipeTokenizer | None = None
     """The output's vocabulary, to whose tokens rows are mapped; None: all models have one."""
+    skip_others: bool = False
+    """Leave all but weights of linear layers as it is in the base, in an adapter of a rank."""
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ _TEXT_KEYS = (
 _KEYS = (
     *("models", "merge_method", "base_model", "parameters", "dtype", "out_dtype"),
     *("quantize", "config_from", "max_shard_size", "model_type", "allow_differences", "pooling"),
-    *("as_adapter", "rank", "energy"),
+    *("as_adapter", "rank", "energy", "skip_others"),
     *("tokenizer_source", "tokenizer"),
 )
 _MODEL_KEYS = ("model", "parameters")
@@ -126,6 +126,7 @@ def _of_adapter(top: Mapping[str, Any], origin: str) -> dict[str, Any]:
         ("as_adapter", bool, "true or false"),
         ("rank", int, "a whole number"),
         ("energy", (int, float), "a number"),
+        ("skip_others", bool, "true or false"),
     ):
         value = top.get(key)
         if value is None:

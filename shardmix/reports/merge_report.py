@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from shardmix.anomalies import LeafAnomalies
 from shardmix.execute.merge import MergeOutcome
+from shardmix.plan.low_rank import LowRankReport, describe_low_rank
 from shardmix.plan.merge_plan import MergePlan
 from shardmix.reports.plan_facts import PlanFacts, plan_facts
 
@@ -52,6 +53,8 @@ class MergeReport(PlanFacts):
     """Warnings about the output."""
     notes: tuple[str, ...] = ()
     """Notes on the output that are no warnings, such as its permissions."""
+    low_rank: LowRankReport | None = None
+    """Ranks and errors of an adapter's factors, parameter by parameter; None without factors."""
     scores: "ScoreReport | None" = None
     """Losses behind the weights, if these come from examples."""
 
@@ -83,6 +86,7 @@ def describe_merge(
             *_disagreements(plan, result.anomalies),
         ),
         notes=notes,
+        low_rank=None if plan.low_rank is None else describe_low_rank(plan.low_rank),
     )
 
 

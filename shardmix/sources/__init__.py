@@ -17,6 +17,7 @@ quantised_reader       its tensors as float32, piece by piece
 adapters               LoRA adapters, matched to the tensors of a base by `conventions.peft`
 adapted                a base with an adapter applied while it is read
 stacked_adapters       the matrices of several adapters as those of one
+stored_factors         factors of matrices in a file of this merge's own
 low_rank               the arithmetic of that, by numpy
 low_rank_kernel        the same as machine code
 shared_readers         readers of one worker that read the base of several sources once

@@ -333,6 +333,8 @@ class _Matching:
     # Whole values: modules that were trained as they are.
 
     def _add_value(self, row: int, name: str) -> None:
+        if self._config.is_tied and self._is_copy(name):
+            return
         target = self._find(name, name)
         info, value = self._base.tensors[target], self._table[row]
         if info.shape != value.shape:
@@ -351,6 +353,15 @@ class _Matching:
                 remedy="name the model that it was trained on",
             )
         self._extend(target, name, value=row)
+
+    def _is_copy(self, name: str) -> bool:
+        """Return True if a value is that of another one that the base shares, and stores alone."""
+        if self._names.find(name) is not None:
+            return False
+        values = {part.module for part in self._adapter.parts if part.kind == peft.VALUE}
+        return any(
+            name in names and values.intersection(names) - {name} for names in self._names.shared()
+        )
 
     # Low-rank changes of modules.
 
@@ -823,6 +834,15 @@ class _BaseNames:
             return None
         self._prefixes.append(found)
         return self._rows[found[1] + name.removeprefix(found[0])]
+
+    def shared(self) -> list[set[str]]:
+        """Return the names of parameters in the base's class that share a tensor, in sets."""
+        found: dict[str, set[str]] = {}
+        for tie in self._declaration.ties:
+            start = f"{tie.at}." if tie.at else ""
+            for target, source in tie.pairs if tie.is_in_force(self._base.config) else ():
+                found.setdefault(start + source, {start + source}).add(start + target)
+        return list(found.values())
 
     def stacks(self, module: str) -> dict[str, _Stack]:
         """Return the parameters of experts in a module that the base stores one by one."""

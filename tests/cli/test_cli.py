@@ -234,7 +234,8 @@ def test_bare_call_prints_help():
     """Without a command there is help, with every command in its order."""
     done = shardmix()
     listed = re.findall(r"^  ([a-z]+)  ", done.stderr, flags=re.MULTILINE)
-    assert listed == ["merge", "convert", "score", "plan", "verify", "status", "inspect"]
+    named = ["merge", "convert", "extract", "score", "plan", "verify", "status", "inspect"]
+    assert listed == named
     assert shardmix("-h").stdout == shardmix("--help").stdout
     assert shardmix("--version").stdout.startswith("shardmix ")
 
