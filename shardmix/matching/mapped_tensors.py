@@ -24,6 +24,8 @@ class TokenTensors:
 
     tensors: tuple[MappedTensor, ...]
     """The tensors that it stores."""
+    shared: tuple[MappedTensor, ...]
+    """Parameters that it does not store, but another model does, and that share these."""
     num_rows: int
     """Their number of rows."""
     keys: tuple[str, ...]
@@ -47,12 +49,21 @@ def token_tensors(sources: Sequence[Source]) -> list[TokenTensors]:
         _held(source, names, declaration)
         for source, names, declaration in zip(sources, common, declarations, strict=True)
     ]
+    everywhere = {
+        names[row]: tuple(its.get(names[row]) for its in held)
+        for kind, names in zip(kinds, common, strict=True)
+        for row in kind.rows
+    }
     found = []
-    for kind, names in zip(kinds, common, strict=True):
-        tensors = tuple(
-            MappedTensor(row, tuple(its.get(names[row]) for its in held)) for row in kind.rows
+    for model, (kind, names) in enumerate(zip(kinds, common, strict=True)):
+        stored_here = everywhere.keys() & set(names)
+        tensors = tuple(MappedTensor(names[row], row, everywhere[names[row]]) for row in kind.rows)
+        shared = tuple(
+            MappedTensor(name, None, givers)
+            for name, givers in everywhere.items()
+            if name not in stored_here and givers[model] is not None
         )
-        found.append(TokenTensors(tensors, kind.num_rows, kind.declared.keys))
+        found.append(TokenTensors(tensors, shared, kind.num_rows, kind.declared.keys))
     _refuse_half_known(sources, kinds, common)
     return found
 

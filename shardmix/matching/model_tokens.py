@@ -161,11 +161,12 @@ def _assigned(own: Vocabulary, stated: Sequence[AddedToken], files: SmallFiles) 
 
     A token of the vocabulary has its id there; others follow the vocabulary, in order.
     """
-    ids = dict(zip(own.hashes.tolist(), own.ids.tolist(), strict=True)) if stated else {}
+    keys = [hash(token.content.encode()) for token in stated]
+    is_known = np.isin(own.hashes, keys)
+    ids = dict(zip(own.hashes[is_known].tolist(), own.ids[is_known].tolist(), strict=True))
     last = -1
     found: dict[str, AddedToken] = {}
-    for token in stated:
-        key = hash(token.content.encode())
+    for token, key in zip(stated, keys, strict=True):
         if key not in ids:
             ids[key] = last + 1 if last >= len(own.ids) or not len(own.ids) else len(own.ids)
         last = max(last, ids[key])

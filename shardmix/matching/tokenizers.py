@@ -248,7 +248,7 @@ def _compared(
                 f"{KEY}.text",
             )
         )
-    settings = _settings(first, other)
+    settings = differing_settings(first, other)
     if settings:
         found.append(
             _told(
@@ -315,7 +315,8 @@ def _differs(one: Path, other: Path, name: str) -> bool:
     return not (name in _LISTS and same_lines(one / name, other / name))
 
 
-def _settings(first: SmallFiles, other: SmallFiles) -> list[str]:
+def differing_settings(first: SmallFiles, other: SmallFiles) -> list[str]:
+    """Return the special tokens and the chat template that two tokenizers have otherwise."""
     found = []
     for key in _SPECIAL_KEYS:
         one, two = _token_text(first.config.get(key)), _token_text(other.config.get(key))

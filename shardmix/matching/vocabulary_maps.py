@@ -235,9 +235,8 @@ def _fixed_rows(
     own: Sequence[Ids],
 ) -> Iterator[tuple[int, int, int, bool]]:
     """Yield the rows that the recipe names: row of the output, giver, its row, and its force."""
-    number = dict(zip(output.hashes.tolist(), output.ids.tolist(), strict=True))
     for row in asked.tokens:
-        at = number[hash(row.token.encode())]
+        at = int(output.ids[output.hashes == hash(row.token.encode())][0])
         if row.model is None:
             yield at, ZERO, 0, row.force
             continue

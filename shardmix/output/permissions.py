@@ -72,6 +72,8 @@ def _paths(plan: MergePlan) -> Iterator[str]:
     yield from (file.path for file in plan.files)
     yield from sorted(folders)
     yield from (str(Path(plan.config_source_folder) / name) for name in plan.auxiliary_files)
+    if plan.vocabulary is not None:
+        yield from (str(Path(plan.tokenizer_folder) / name) for name in plan.vocabulary.files)
 
 
 def _allowed(there: os.stat_result, group: int) -> int:

@@ -285,6 +285,8 @@ class ModuleConfig:
 class OutputVocabulary:
     """The vocabulary of an output whose models had others."""
 
+    giver: str
+    """Public name of the model that gives the tokenizer."""
     num_rows: int
     """Rows of its tensors with a row for each token."""
     num_tokens: int

@@ -23,7 +23,7 @@ from shardmix.errors import MismatchError, SourceError, listed, unreadable
 from shardmix.formats.strict_json import read_json
 from shardmix.matching.mapped_tensors import TokenTensors, token_tensors
 from shardmix.matching.model_tokens import ModelTokens, read_model_tokens
-from shardmix.matching.tokenizers import TokenizerFolder
+from shardmix.matching.tokenizers import TokenizerFolder, differing_settings
 from shardmix.matching.vocabulary_maps import OutputTokens, output_tokens, row_maps, summary
 from shardmix.plan.merge_plan import OutputVocabulary
 from shardmix.recipe import Recipe
@@ -32,6 +32,7 @@ from shardmix.sources.base import Source
 from shardmix.sources.checkpoint import CONFIG_NAME
 from shardmix.sources.mapped_rows import MappedRowsSource, RowMaps
 from shardmix.system.files import read_regular
+from shardmix.system.memory import give_back_free_memory
 
 _MAX_TOKENIZER_NBYTES = 150_000_000
 
@@ -113,11 +114,15 @@ def map_models(
             configs.append((inner_path(subfolder, name), json.dumps(other)))
     notes += _lost_notes(lost, config_name)
     giver = sources[output.giver]
+    notes += _settings_notes(models, output.giver)
+    notes += _special_notes(changed, mapped[output.giver].config, config_name, giver.text)
+    give_back_free_memory()
     files = _tokenizer_files(giver)
     return MappedModels(
         sources=tuple(mapped),
         config=changed,
         vocabulary=OutputVocabulary(
+            giver=giver.public_name,
             num_rows=number_of.num_rows,
             num_tokens=len(output.ids),
             files=files,
@@ -200,13 +205,14 @@ class _Ids:
         """Return a config with the output's ids in place of a model's, and the ids lost."""
         if tokens is None or tokens is self._output.tokens:
             return dict(content), []
-        own, known = tokens.all, set(self._output.ids.tolist())
+        own, known = tokens.all, self._output.ids
 
         def new_id(number: int) -> int | None:
             at = int(own.ids.searchsorted(number))
             if at == len(own.ids) or int(own.ids[at]) != number:
                 # Padding, which may be named before a token is put there.
-                return number if number < self.num_rows and number not in known else None
+                is_free = number < self.num_rows and not (known == number).any()
+                return number if is_free else None
             found = int(self._hashes.searchsorted(own.hashes[at]))
             is_there = found < len(self._hashes) and self._hashes[found] == own.hashes[at]
             return int(self._ids[found]) if is_there else None
@@ -225,12 +231,14 @@ def _mapped(
     source, runs = sources[model], maps.filled[model]
     config, _ = ids.config(source.config, tokens, its.keys, its.num_rows)
     tensors = () if runs.is_identity(model, its.num_rows) else its.tensors
+    if (runs.givers != model).any():
+        tensors += its.shared
     mapped = MappedRowsSource(sources, model, maps, tensors, config)
     for tensor in tensors:
         for giver in mapped.givers:
             if tensor.givers[giver] is None:
                 raise MismatchError(
-                    f"{source.tensors.names[tensor.row]} of {source.text} needs rows of "
+                    f"{tensor.name} of {source.text} needs rows of "
                     f"{sources[giver].text}, which has no such tensor",
                     remedy="merge models of one architecture",
                 )
@@ -256,6 +264,31 @@ def _lost_notes(lost: Sequence[LostId], name: str) -> list[str]:
         f"config of {name}: names ids whose tokens the output does not have ({words}); they are "
         "left out: set them anew, or name another model with --config-from"
     ]
+
+
+def _settings_notes(models: Sequence[ModelTokens], giver: int) -> Iterator[str]:
+    """Yield a note for each model whose tokenizer has other settings than the output's."""
+    own = models[giver]
+    for other in models:
+        told = [] if other is own else differing_settings(own.files, other.files)
+        if told:
+            yield (
+                f"tokenizer: settings differ: {', '.join(told)}; the output takes those of "
+                f"{own.name}"
+            )
+
+
+def _special_notes(
+    config: Mapping[str, Any], of_giver: Mapping[str, Any], name: str, giver: str
+) -> Iterator[str]:
+    """Yield a note for each special token that the model of the tokenizer has otherwise."""
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        own, other = config.get(key), of_giver.get(key)
+        if None not in (own, other) and own != other:
+            yield (
+                f"{key} is {own}, as {name} has it, whose config the output takes; as {giver} has "
+                f"it, whose tokenizer the output takes, it is {other}: see which one is meant"
+            )
 
 
 def _tokenizer_files(giver: Source) -> tuple[str, ...]:

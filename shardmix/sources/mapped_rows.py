@@ -5,6 +5,7 @@ or zeros. Runs of consecutive rows are read as one range.
 """
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -96,10 +97,12 @@ class RowMaps:
 
 
 class MappedTensor(NamedTuple):
-    """A tensor with a row for each token."""
+    """A parameter with a row for each token."""
 
-    row: int
-    """Its row in the table."""
+    name: str
+    """Its name; of one that the model shares with a stored tensor, the name that others store."""
+    row: int | None
+    """Row of the tensor in the model's table; None if it shares another parameter's."""
     givers: tuple[int | None, ...]
     """By model: the row of that model's tensor of the same parameter; None if it has none."""
 
@@ -119,8 +122,10 @@ class MappedRowsSource(WrappedSource):
         inner = models[model]
         self._models, self._model, self._maps = tuple(models), model, maps
         self._runs = maps.filled[model] if runs is None else runs
-        self._mapped = tuple(tensors)
+        self._tensors_asked = tuple(tensors)
         self._config = config
+        shared = itertools.count(len(inner.tensors))
+        self.mapped = {next(shared) if each.row is None else each.row: each for each in tensors}
         super().__init__(inner, self._table(inner.tensors))
 
     @property
@@ -163,7 +168,8 @@ class MappedRowsSource(WrappedSource):
             return None
         models = [*self._models]
         models[self._model] = changes
-        return MappedRowsSource(models, self._model, self._maps, self._mapped, self._config, runs)
+        asked = self._tensors_asked
+        return MappedRowsSource(models, self._model, self._maps, asked, self._config, runs)
 
     def check_unchanged(self) -> None:
         """Raise `SourceChangedError` if a model that gives rows changed."""
@@ -179,12 +185,18 @@ class MappedRowsSource(WrappedSource):
         return found | {self._model}
 
     def _table(self, table: TensorTable) -> TensorTable:
-        """Return the tensors with as many rows as the other vocabulary has."""
+        """Return the tensors with as many rows as the other vocabulary has.
+
+        A parameter that shares a tensor has one of its own: rows that other models give differ.
+        """
+        shared = [mapped for mapped in self.mapped.values() if mapped.row is None]
+        rows = [*range(len(table)), *(self._row_of(mapped) for mapped in shared)]
+        names = (*table.names, *(mapped.name for mapped in shared))
+        table = replace(table.take(rows), names=names)
         shapes, ranks, nbytes = [*table.shapes], table.dtype_ranks.copy(), table.nbytes.copy()
         kept = (table.dtype_ranks if table.kept_ranks is None else table.kept_ranks).copy()
         is_computed = bool(np.isin(self._runs.givers, (MEAN, AVERAGE)).any())
-        for mapped in self._mapped:
-            row = mapped.row
+        for row, mapped in self.mapped.items():
             shapes[row] = _with_rows(table.names[row], shapes[row], self._runs.num_rows)
             given = {
                 DTYPES[self._models[giver].tensors.dtype_ranks[at]]
@@ -198,7 +210,13 @@ class MappedRowsSource(WrappedSource):
         changed = replace(
             table, shapes=tuple(shapes), dtype_ranks=ranks, nbytes=nbytes, kept_ranks=kept
         )
-        return changed.with_decoded([mapped.row for mapped in self._mapped])
+        return changed.with_decoded(list(self.mapped))
+
+    def _row_of(self, mapped: MappedTensor) -> int:
+        row = mapped.givers[self._model]
+        if row is None:
+            raise AssertionError(f"{mapped.name}: the model has no such tensor")
+        return row
 
     def _reader(self, inner: TensorReader) -> TensorReader:
         return _MappedRowsReader(inner, self)
@@ -248,13 +266,13 @@ class _MappedRowsReader:
         self._inner, self._source = inner, source
         self._tensors = source.tensors
         self._runs, self._own = source._runs, source._maps.own
-        self._mapped = {mapped.row: mapped for mapped in source._mapped}
+        self._mapped = source.mapped
         self._readers = {
             giver: inner if giver == source._model else source._models[giver].open_reader()
             for giver in source.givers
         }
         self._average: dict[int, Floats] = {}
-        widths = [self._width(mapped.row) for mapped in source._mapped]
+        widths = [self._width(row) for row in source.mapped]
         average_nbytes = 0
         if (self._runs.givers == AVERAGE).any():
             # The averages, sums for one of them, and a row.

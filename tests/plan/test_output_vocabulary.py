@@ -18,6 +18,7 @@ from shardmix.recipe.build import build_recipe
 from shardmix.sources.resolve import resolve_all
 from tests.support.adapters import random_adapter, save_adapter, with_adapter
 from tests.support.cut_off import cut_off, folder_bytes
+from tests.support.fresh_process import python
 from tests.support.models import load_model, save_model
 from tests.support.quantised_models import FORMS, FP8
 from tests.support.vocabularies import (
@@ -224,3 +225,86 @@ def test_models_are_scored_as_they_are(tmp_path):
     plan = plan_merge(recipe, opened, RunSettings())
     assert f"[{len(UNITED)},{WIDTH}]" in plan.shards[0].header
     assert NORM in plan.shards[0].tensor_names
+
+
+def test_a_private_tokenizer_stays_private(tmp_path):
+    """The output is no more readable than the tokenizer's files, whichever model gives them."""
+    three(tmp_path)
+    for name in ORDERS:
+        for path in (tmp_path / name).iterdir():
+            path.chmod(0o644)
+    (tmp_path / "b" / "tokenizer.json").chmod(0o600)
+    models = {str(tmp_path / name): 1 / 3 for name in ORDERS}
+    shardmix.merge(models, tmp_path / "base-s", tokenizer_source="base")
+    shardmix.merge(models, tmp_path / "b-s", tokenizer_source=str(tmp_path / "b"))
+    modes = [
+        (tmp_path / out / "tokenizer.json").stat().st_mode & 0o077 for out in ("base-s", "b-s")
+    ]
+    assert modes == [0o044, 0]
+
+
+def test_tied_models_meet_untied_ones(tmp_path):
+    """A head that one model shares with its embedding is mapped as that is."""
+    a = model_of(tmp_path / "a", numbered(WORDS), ["<a>"], seed=1, tied=True)
+    b = model_of(tmp_path / "b", numbered(WORDS[::-1]), ["<b>"], seed=2)
+    models = {str(tmp_path / "a"): 0.5, str(tmp_path / "b"): 0.5}
+    shardmix.merge(models, tmp_path / "out", tokenizer_source="union", dtype="float32")
+    out, ids = load_model(tmp_path / "out"), ids_of(tmp_path / "out")
+    assert set(ids) == {*WORDS, "<a>", "<b>"}
+    for name, shared in ((EMBEDDING, EMBEDDING), (HEAD, EMBEDDING)):
+        x, y = a[shared].float(), b[name].float()
+        for number, word in enumerate(WORDS):
+            assert torch.equal(out[name][ids[word]], (x[number] + y[10 - number]) / 2)
+        assert torch.equal(out[name][ids["<a>"]], x[11])
+        assert torch.equal(out[name][ids["<b>"]], y[11])
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_config_may_be_another_models(tmp_path):
+    """Of a model that is not merged: its special tokens keep their texts; the tokenizer is ours."""
+    three(tmp_path)
+    model_of(tmp_path / "d", numbered(["</s>", *WORDS]), seed=5, eos_token_id=3, bos_token_id=0)
+    models = {str(tmp_path / name): 1 / 3 for name in ORDERS}
+    report = shardmix.merge(
+        models, tmp_path / "out", tokenizer_source="base", config_from=tmp_path / "d"
+    )
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert ids_of(tmp_path / "out") == ids_of(tmp_path / "base")
+    assert config["eos_token_id"] == 2
+    assert config["bos_token_id"] is None
+    assert config["vocab_size"] == 12
+    assert any("bos_token_id 0" in note for note in report.warnings)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "The tokenizer is that of `base`, to whose tokens" in card
+    assert "beside the weights are those of `d`" in card
+
+
+def test_a_special_token_that_differs_is_told(tmp_path):
+    """If config and tokenizer are of two models."""
+    model_of(tmp_path / "a", numbered(WORDS), seed=1, eos_token_id=3)
+    model_of(tmp_path / "b", numbered(WORDS[::-1]), seed=2, eos_token_id=10)
+    models = {str(tmp_path / "a"): 0.5, str(tmp_path / "b"): 0.5}
+    report = shardmix.merge(models, tmp_path / "out", tokenizer_source=str(tmp_path / "b"))
+    (note,) = [note for note in report.warnings if "see which one" in note]
+    assert note.startswith("eos_token_id is 7, as a has it")
+    assert "it is 10" in note
+
+
+def test_plans_agree_between_processes(tmp_path):
+    """Hashes of texts differ in each; digests of plans do not."""
+    three(tmp_path)
+    models = {str(tmp_path / name): 1 / 3 for name in ORDERS}
+    script = (
+        "import json, sys, shardmix; models = json.loads(sys.argv[1]); "
+        "print(shardmix.plan_merge(models, tokenizer_source='union').digest())"
+    )
+    assert len({python(script, json.dumps(models)) for _ in range(2)}) == 1
+
+
+def test_a_single_file_brings_its_tokenizer(tmp_path):
+    """What lies beside a file is its model's, by name."""
+    three(tmp_path)
+    models = {str(tmp_path / name / "model.safetensors"): 1 / 3 for name in ORDERS}
+    shardmix.merge(models, tmp_path / "out", tokenizer_source="union")
+    assert ids_of(tmp_path / "out").keys() == set(UNITED)
+    assert len(load_model(tmp_path / "out")[HEAD]) == len(UNITED)

@@ -45,7 +45,7 @@ def mapped(source: Source) -> Source | None:
     filled = runs(GIVERS, ROWS)
     names = [source.tensors.names, other.tensors.names]
     tensors = [
-        MappedTensor(names[0].index(name), tuple(its.index(name) for its in names))
+        MappedTensor(name, names[0].index(name), tuple(its.index(name) for its in names))
         for name in (EMBEDDING, HEAD)
     ]
     maps = RowMaps(tuple(own), (filled, filled))
