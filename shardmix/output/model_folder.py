@@ -256,7 +256,8 @@ output's dtype."""
         more = " with further tokens" if plan.vocabulary.splices else ""
         beside = (
             f"The tokenizer is that of {_as_code(plan.vocabulary.giver)}{more}, to whose tokens "
-            f"all rows were mapped; the other files beside the weights are those of {config_source}."
+            "all rows were mapped; the other files beside the weights are those of "
+            f"{config_source}."
         )
     if plan.adapter_config:
         what = f"""A LoRA adapter on {config_source}, written by {by}. It adds the weighted sum of
