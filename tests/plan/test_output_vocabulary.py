@@ -279,7 +279,7 @@ def test_config_may_be_another_models(tmp_path):
     assert "beside the weights are those of `d`" in card
 
 
-def test_a_special_token_that_differs_is_told(tmp_path):
+def test_another_special_token_is_told(tmp_path):
     """If config and tokenizer are of two models."""
     model_of(tmp_path / "a", numbered(WORDS), seed=1, eos_token_id=3)
     model_of(tmp_path / "b", numbered(WORDS[::-1]), seed=2, eos_token_id=10)
