@@ -268,3 +268,56 @@ def test_base_of_linear_fills_in(tmp_path):
             tmp_path / "out", recompute=True, sources={name: tmp_path / name for name in "abc"}
         )
         assert report.is_verified, report.problems
+
+
+def slow(folder, files, tokens, seed):
+    """Save a model whose tokenizer is in files of slow tokenizers."""
+    tensors = model_of(folder, numbered(tokens), seed=seed)
+    (folder / "tokenizer.json").unlink()
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    return tensors
+
+
+@pytest.mark.parametrize("kind", ["vocab.txt", "vocab.json"])
+def test_rows_follow_files_of_slow_tokenizers(tmp_path, kind):
+    """Words by line or by number, and added tokens beside them."""
+
+    def files(words, added):
+        ids = {token: len(words) + number for number, token in enumerate(added)}
+        whole = json.dumps(numbered(words))
+        own = "".join(f"{word}\n" for word in words) if kind == "vocab.txt" else whole
+        decoder = {str(number): {"content": token} for token, number in ids.items()}
+        config = json.dumps({"added_tokens_decoder": decoder})
+        beside = {"added_tokens.json": json.dumps(ids), "tokenizer_config.json": config}
+        return {kind: own, **(beside if added else {})}
+
+    reverse = SHARED[::-1]
+    a = slow(tmp_path / "a", files(SHARED, []), SHARED, seed=1)
+    b = slow(tmp_path / "b", files(reverse, ["<b>"]), [*reverse, "<b>"], seed=2)
+    models = {str(tmp_path / "a"): 0.5, str(tmp_path / "b"): 0.5}
+    shardmix.merge(models, tmp_path / "out", tokenizer_source="base", dtype="float32")
+    out = load_model(tmp_path / "out")[EMBEDDING]
+    x, y = a[EMBEDDING].float(), b[EMBEDDING].float()
+    assert torch.equal(out, (x + y[:12].flip(0)) / 2)
+    shardmix.merge(models, tmp_path / "of-b", tokenizer_source=tmp_path / "b", dtype="float32")
+    out = load_model(tmp_path / "of-b")[EMBEDDING]
+    assert torch.equal(out, torch.cat([(x.flip(0) + y[:12]) / 2, y[12:]]))
+    for name in files(reverse, ["<b>"]):
+        copied = (tmp_path / "of-b" / name).read_bytes()
+        assert copied == (tmp_path / "b" / name).read_bytes()
+    with pytest.raises(shardmix.SourceError, match="new tokens are written only into a tokenizer"):
+        shardmix.merge(models, tmp_path / "united", tokenizer_source="union")
+
+
+def test_kinds_of_files_meet(tmp_path):
+    """A vocab.txt of one model and a tokenizer.json of another say the same of tokens."""
+    reverse = SHARED[::-1]
+    words = {"vocab.txt": "".join(f"{word}\n" for word in SHARED)}
+    a = slow(tmp_path / "a", words, SHARED, seed=1)
+    b = model_of(tmp_path / "b", numbered(reverse), ["<b>"], seed=2, kind="WordLevel")
+    models = {str(tmp_path / "a"): 0.5, str(tmp_path / "b"): 0.5}
+    out, ids, _ = merged(tmp_path, models, tokenizer_source=str(tmp_path / "b"), dtype="float32")
+    assert ids == {**numbered(reverse), "<b>": 12}
+    x, y = a[HEAD].float(), b[HEAD].float()
+    assert torch.equal(out[HEAD], torch.cat([(x.flip(0) + y[:12]) / 2, y[12:]]))
