@@ -280,7 +280,7 @@ def slow(folder, files, tokens, seed):
 
 
 @pytest.mark.parametrize("kind", ["vocab.txt", "vocab.json"])
-def test_rows_follow_files_of_slow_tokenizers(tmp_path, kind):
+def test_rows_follow_slow_tokenizers(tmp_path, kind):
     """Words by line or by number, and added tokens beside them."""
 
     def files(words, added):
