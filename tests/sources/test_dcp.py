@@ -12,17 +12,20 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 import shardmix
 from shardmix.dtypes import element_nbytes
 from shardmix.errors import ShardmixError, SourceError
 from shardmix.formats import dcp_metadata
 from shardmix.formats.torch_record import RecordReader
+from shardmix.scoring import score
 from shardmix.sources.resolve import open_source
 from tests.sources.test_torch_files import LOADED, all_of, expected
 from tests.support.cut_off import cut_off
 from tests.support.dcp_checkpoints import cut_along, save_dcp, whole
 from tests.support.dcp_ranks import PLACEMENTS
+from tests.support.language_models import examples_for, save_language_model
 from tests.support.models import random_model, random_tensor, save_model
 
 WEIGHTS = "model.safetensors"
@@ -337,3 +340,23 @@ def test_few_records_are_taken_apart(tmp_path, monkeypatch):
     (folder / "__0_0.distcp").write_bytes(content)
     with pytest.raises(SourceError, match=r"the record of 'w3' at \[2, 0\]: lacks the storage '0'"):
         open_source(str(folder))
+
+
+def test_scores_and_logits_are_those_of_safetensors(tmp_path):
+    """A small language model as accelerate leaves it in a trainer's folder."""
+    stored = save_language_model("llama", tmp_path / "stored")
+    model = LlamaForCausalLM.from_pretrained(stored)
+    folder = tmp_path / "checkpoint-3"
+    save_dcp(folder / "pytorch_model_fsdp_0", model.state_dict(), cut=cut_along(0, 2))
+    (folder / "pytorch_model_fsdp_0" / "config.json").unlink()
+    for path in stored.iterdir():
+        if path.suffix == ".json" and "index" not in path.name:
+            (folder / path.name).write_bytes(path.read_bytes())
+    examples = examples_for("llama")
+    losses = [score([each], "decoder", examples).losses for each in (stored, folder)]
+    assert losses[0] == losses[1]
+    shardmix.convert(folder, tmp_path / "out")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
