@@ -16,7 +16,7 @@ from shardmix.execute.executor import IsStopped
 from shardmix.execute.tasks import Chunk, TensorRanges, chunks
 from shardmix.plan.merge_plan import MergePlan, Segment, SegmentSource
 from shardmix.sources.identity import SourceFile
-from shardmix.sources.readers import Reader, open_reader
+from shardmix.sources.readers import ReadCount, Reader, counted_reads, open_reader
 from shardmix.system.hashing import LEAF_NBYTES
 from shardmix.system.page_cache import PassedRanges
 from shardmix.system.timer import NO_CLOCK, OTHER, READ, REDUCE, Clock
@@ -69,9 +69,19 @@ class Merging:
                 Combiners(combiner, chunk_nbytes=chunk_nbytes)
                 for combiner in self._backend.make_combiners(chunk_nbytes=chunk_nbytes)
             ]
-            with closing(open_reader(plan.settings.io, plan.files, plan.decoders)) as reader:
+            with (
+                counted_reads() as count,
+                closing(open_reader(plan.settings.io, plan.files, plan.decoders)) as reader,
+            ):
                 yield ChunkMerger(
-                    plan, lanes, reader, self._statistics, self._known_scales, self._passed, clock
+                    plan,
+                    lanes,
+                    reader,
+                    count,
+                    self._statistics,
+                    self._known_scales,
+                    self._passed,
+                    clock,
                 )
         finally:
             clock.lap(OTHER)
@@ -109,6 +119,7 @@ class ChunkMerger:
         plan: MergePlan,
         lanes: Sequence[Combiners],
         reader: Reader,
+        count: ReadCount,
         statistics: "Mapping[str, TensorStatistics]",
         known_scales: "KnownScales | None",
         passed: PassedRanges | None,
@@ -133,6 +144,8 @@ class ChunkMerger:
         self._chunk_nbytes = plan.memory.chunk_nbytes
         self._lanes = lanes
         self._reader = reader
+        self._count = count
+        self._num_told = self._num_taken = 0
         self._passed = passed
         self._clock = clock
 
@@ -195,6 +208,11 @@ class ChunkMerger:
             num_bytes += self._end(shard, *in_flight.popleft(), ranges, target)
         return None if self._quantising is not None and self._quantising.is_cut_off else num_bytes
 
+    def num_bytes_read(self) -> int:
+        """Return the number of bytes that were read from sources' files since the last call."""
+        before, self._num_taken = self._num_taken, self._count.num_bytes
+        return self._num_taken - before
+
     def source_nbytes(self, shard: int, leaves: tuple[int, int]) -> int:
         """Return the number of source bytes that a range of leaves is merged from."""
         parts = chunks(self._plan.shards[shard], *leaves, chunk_nbytes=self._chunk_nbytes)
@@ -216,20 +234,25 @@ class ChunkMerger:
         descriptors = reader.descriptors(segment.files)
         if descriptors is not None and (done := combiner.read(descriptors)) is not None:
             data, seconds = done
-            clock.lap(READ, chunk.source_nbytes, seconds=seconds)
+            self._count.num_bytes += chunk.source_nbytes
+            self._end_reading(seconds=seconds)
             clock.lap(REDUCE, chunk.source_nbytes)
             return data
         for number, source in enumerate(segment.sources):
             position = source.offset + start * element_nbytes(source.dtype)
             staging = combiner.staging(number)
             view = reader.view(source.file, position, staging)
-            clock.lap(READ, len(staging))
+            self._end_reading()
             combiner.add(number, view)
             clock.lap(REDUCE, len(staging))
         data = combiner.finish()
         reader.release()
         clock.lap(REDUCE)
         return data
+
+    def _end_reading(self, *, seconds: float | None = None) -> None:
+        before, self._num_told = self._num_told, self._count.num_bytes
+        self._clock.lap(READ, self._num_told - before, seconds=seconds)
 
     def _is_read_twice(self, segment: Segment) -> bool:
         """Return True if two sources have the same bytes of one file."""
@@ -248,7 +271,7 @@ class ChunkMerger:
             if place not in views:
                 position = source.offset + start * element_nbytes(source.dtype)
                 views[place] = reader.view(source.file, position, combiner.staging(number))
-            clock.lap(READ, len(views[place]))
+            self._end_reading()
             combiner.add(number, views[place])
             clock.lap(REDUCE, len(views[place]))
         data = combiner.finish()
@@ -266,7 +289,7 @@ class ChunkMerger:
         views = []
         for number, source in enumerate(segment.sources):
             views.append(reader.view(source.file, source.offset, combiner.staging(number)))
-            clock.lap(READ, len(views[-1]))
+            self._end_reading()
         # The parts of the buffer lie as they did, so what was read stays where it is.
         combiner.begin(tensors.of_held(segment, views), 0, segment.num_elements)
         for number, view in enumerate(views):

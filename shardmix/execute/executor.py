@@ -53,6 +53,8 @@ class TaskResult(Generic[T_co]):
     """The pass's own result. Must pickle."""
     num_bytes_kept: int = 0
     """Part of these bytes that an earlier merge had done."""
+    num_bytes_read: int = 0
+    """Bytes that were read from sources' files for it."""
     is_file_end: bool = False
     """True if this completes the last task of the file."""
 

@@ -30,7 +30,7 @@ from shardmix.methods.statistics import (
 )
 from shardmix.plan.chunk_size import chunk_num_elements
 from shardmix.plan.merge_plan import MergePlan, Segment
-from shardmix.sources.readers import Reader, open_reader
+from shardmix.sources.readers import ReadCount, Reader, counted_reads, open_reader
 from shardmix.system.buffers import buffer_for_reading
 from shardmix.system.hashing import LEAF_NBYTES
 
@@ -86,18 +86,24 @@ class Gather:
     def worker(self) -> Iterator["_Gatherer"]:
         """Make a worker with a reader of its own."""
         widest = max(len(segment.sources) for segment in self._segments)
-        with closing(
-            open_reader(self._plan.settings.io, self._plan.files, self._plan.decoders)
-        ) as reader:
-            yield _Gatherer(self._segments, PieceReader(self._plan, reader, num_sources=widest))
+        plan = self._plan
+        with (
+            counted_reads() as count,
+            closing(open_reader(plan.settings.io, plan.files, plan.decoders)) as reader,
+        ):
+            pieces = PieceReader(plan, reader, num_sources=widest)
+            yield _Gatherer(self._segments, pieces, count)
 
 
 class _Gatherer:
     """One worker."""
 
-    def __init__(self, segments: Sequence[Segment], pieces: "PieceReader") -> None:
+    def __init__(
+        self, segments: Sequence[Segment], pieces: "PieceReader", count: ReadCount
+    ) -> None:
         self._segments = segments
         self._pieces = pieces
+        self._count = count
 
     def run(self, task: Task, is_stopped: IsStopped) -> TaskResult[TensorStatistics] | None:
         """Gather from one group of pieces."""
@@ -106,7 +112,9 @@ class _Gatherer:
         segment = self._segments[task.file]
         group = _group(segment, task.first_leaf)
         num_bytes = len(group) * sum(map(element_nbytes, segment.dtypes))
-        return TaskResult(task, num_bytes, self._pieces.group(segment, task.first_leaf))
+        found = self._pieces.group(segment, task.first_leaf)
+        num_read, self._count.num_bytes = self._count.num_bytes, 0
+        return TaskResult(task, num_bytes, found, num_bytes_read=num_read)
 
 
 class PieceReader:
@@ -292,15 +300,25 @@ def gather_statistics(
     known: KnownStatistics,
     on_progress: OnProgress | None,
     cancel: threading.Event | None,
-) -> None:
-    """Gather the statistics that large tensors of a plan need and that are not known yet."""
+) -> int:
+    """Gather the statistics that large tensors of a plan need and that are not known yet.
+
+    Returns the number of bytes that were read from sources' files.
+    """
     segments = tensors_to_gather(plan, known)
     if not segments:
-        return
+        return 0
+    totals, num_bytes_read = Totals(plan, segments, known), 0
+
+    def take(result: TaskResult[TensorStatistics]) -> None:
+        nonlocal num_bytes_read
+        num_bytes_read += result.num_bytes_read
+        totals.take(result)
+
     run_job(
         gather_job(plan, segments),
         gather_tasks(segments),
-        Totals(plan, segments, known).take,
+        take,
         num_bytes=sum(
             segment.num_elements * sum(map(element_nbytes, segment.dtypes)) for segment in segments
         ),
@@ -308,3 +326,4 @@ def gather_statistics(
         on_progress=on_progress,
         cancel=cancel,
     )
+    return num_bytes_read

@@ -39,6 +39,8 @@ class MergeOutcome:
     """Largest resident set of the process so far (VmHWM)."""
     peak_vram_nbytes: int
     """Peak GPU memory that torch had reserved; 0 on the CPU."""
+    num_bytes_read: int
+    """Bytes read from sources' files."""
     num_bytes_kept: int
     """Source bytes not read, since an earlier merge had written their part of the output."""
     anomalies: LeafAnomalies
@@ -65,6 +67,8 @@ class Tally:
         self._anomalies = AnomalySum()
         self.file_digests: dict[str, str] = {}
         """File name → digest (hex), of complete files."""
+        self.num_bytes_read = 0
+        """Bytes read from sources' files."""
         self.num_bytes_kept = 0
         """Source bytes whose part of the output an earlier merge had written."""
 
@@ -73,6 +77,7 @@ class Tally:
         written = result.value
         for claim in written.claims:
             self._claims.add(*claim)
+        self.num_bytes_read += result.num_bytes_read
         self.num_bytes_kept += result.num_bytes_kept
         if result.is_file_end:
             self.file_digests[self._plan.shards[result.task.file].filename] = written.file_digest
@@ -120,10 +125,11 @@ def execute_plan(
     staging.drop_all_but({shard.filename for shard in plan.shards})
     tally = Tally(plan, journal, on_many_anomalies=AnomalyRoom(plan, staging).check)
     teller = Teller(on_progress) if on_progress is not None else None
+    num_bytes_gathered = 0
     if plan.gathering is not None:
         from shardmix.execute.gather_pass import gather_statistics
 
-        gather_statistics(plan, journal, teller, cancel)
+        num_bytes_gathered = gather_statistics(plan, journal, teller, cancel)
     run_job(
         write_job(plan, folder, journal, backend=backend, clock=clock),
         merge_tasks(plan),
@@ -147,6 +153,7 @@ def execute_plan(
         seconds=seconds,
         peak_resident_nbytes=peak_resident_nbytes(),
         peak_vram_nbytes=backend.peak_vram_nbytes(),
+        num_bytes_read=num_bytes_gathered + tally.num_bytes_read,
         num_bytes_kept=tally.num_bytes_kept,
         anomalies=anomalies,
         provenance_sha256=sha256,

@@ -189,6 +189,7 @@ class _Writer:
             task=task,
             num_bytes=num_bytes + num_bytes_kept,
             num_bytes_kept=num_bytes_kept,
+            num_bytes_read=self._merger.num_bytes_read(),
             is_file_end=is_file_end,
             value=Written(anomalies, digest, claims),
         )

@@ -36,7 +36,8 @@ class MergeReport(PlanFacts):
     """The result of a merge. Sizes in bytes."""
 
     bytes_read: int
-    """Weight bytes read."""
+    """Bytes read from the models' files. Of models that are decoded, fewer or more than of their
+    weights."""
     bytes_kept: int
     """Weight bytes not read, since an earlier merge had written their part of the output."""
     seconds: float
@@ -69,7 +70,7 @@ def describe_merge(
     """Return the report of a finished merge; `warnings` come after the plan's own."""
     return MergeReport(
         **plan_facts(plan),
-        bytes_read=plan.read_nbytes - result.num_bytes_kept,
+        bytes_read=result.num_bytes_read,
         bytes_kept=result.num_bytes_kept,
         seconds=result.seconds,
         peak_rss_bytes=result.peak_resident_nbytes,

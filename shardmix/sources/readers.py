@@ -22,8 +22,9 @@ compared with the output.
 import errno
 import mmap
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,6 +49,30 @@ _ELEMENT_ALIGNMENT = 8
 # memory for that, or no file larger than the memory could be mapped.
 _MAP_FLAGS = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
 _MAP_PROTECTION = mmap.PROT_READ | mmap.PROT_WRITE
+
+
+@dataclass(slots=True)
+class ReadCount:
+    """The bytes of sources' files that one worker has read so far."""
+
+    num_bytes: int = 0
+
+
+_COUNT: ContextVar[ReadCount | None] = ContextVar("_COUNT", default=None)
+
+
+@contextmanager
+def counted_reads() -> Iterator[ReadCount]:
+    """Count the bytes that readers made in this context, and by this thread, read from files.
+
+    A tensor that is decoded has other bytes than those that were read for it.
+    """
+    count = ReadCount()
+    token = _COUNT.set(count)
+    try:
+        yield count
+    finally:
+        _COUNT.reset(token)
 
 
 class Reader(Protocol):
@@ -90,6 +115,7 @@ class PreadReader:
 
     def __init__(self, files: Sequence[SourceFile]) -> None:
         self._open = OpenFiles(files)
+        self._count = _COUNT.get() or ReadCount()
 
     def descriptors(self, files: Sequence[int]) -> Sequence[int] | None:
         """Return files open until the next call, or None if they are too many."""
@@ -109,6 +135,7 @@ class PreadReader:
             if count == 0:
                 raise cut_short(self._open.path(file), offset + filled)
             filled += count
+        self._count.num_bytes += filled
         return into
 
     def will_need(self, file: int, offset: int, nbytes: int) -> None:
@@ -246,6 +273,7 @@ class MmapReader:
         self._stay_mapped: list[tuple[int, int]] = []
         """File and start of each huge page in which the last views ended."""
         self._others = PreadReader(files)
+        self._count = _COUNT.get() or ReadCount()
 
     def descriptors(self, files: Sequence[int]) -> None:
         """Return None: mapped files are not read."""
@@ -261,6 +289,7 @@ class MmapReader:
         else:
             self._give_back_mapped()
         content = memoryview(mapping)[offset : offset + len(into)]
+        self._count.num_bytes += len(into)
         self._used.append(_View(file, mapping, content, offset, len(into)))
         if offset % _ELEMENT_ALIGNMENT:
             # A header of odd length, or an odd tensor before this one: typed loads want
