@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from shardmix.conventions.adapters import ADAPTER_REMEDY, ADAPTER_RULE
 from shardmix.conventions.weight_names import (
     DCP_METADATA,
+    DCP_SUFFIX,
     MODEL,
     STEMS,
     index_name,
@@ -75,7 +76,7 @@ def _shards(names: Sequence[str], source: str) -> SourceError:
 
 def _distributed(names: Sequence[str], source: str) -> SourceError:
     described = [name for name in names if name.rpartition("/")[2] == DCP_METADATA]
-    parts = [name for name in names if name.endswith(".distcp")]
+    parts = [name for name in names if name.endswith(DCP_SUFFIX)]
     by_rank = [name for name in names if re.fullmatch(r"([^/]+/)?__\d+\.metadata", name)]
     if by_rank:
         return SourceError(
@@ -89,14 +90,9 @@ def _distributed(names: Sequence[str], source: str) -> SourceError:
             remedy="fetch it again, or give an earlier checkpoint",
         )
     folders = _sorted({name.rpartition("/")[0] for name in described})
-    if folders[0]:
-        return SourceError(
-            f"has no weights itself, but distributed checkpoints below it: {listed(folders)}",
-            remedy=f"give one of them, such as {source.rstrip('/')}/{folders[-1]}",
-        )
     return SourceError(
-        "holds a distributed checkpoint of torch, which is read from a folder only",
-        remedy="download the repository, and give the folder that it lies in",
+        f"has no weights itself, but distributed checkpoints below it: {listed(folders)}",
+        remedy=f"give one of them, such as {source.rstrip('/')}/{folders[-1]}",
     )
 
 

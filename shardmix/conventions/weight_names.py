@@ -4,7 +4,7 @@ Pure rules on names; opens nothing.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 MODEL = "model"
@@ -32,7 +32,9 @@ SUFFIX = ".safetensors"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 """Suffixes of files of `torch.save`."""
 DCP_METADATA = ".metadata"
-"""The file that describes a distributed checkpoint of torch (DCP)."""
+"""The file that describes a distributed checkpoint of torch (DCP) ..."""
+DCP_SUFFIX = ".distcp"
+"""... and the suffix of those that hold its chunks."""
 
 # The folder of such a checkpoint beside config and tokenizer, as accelerate names it.
 _FSDP_FOLDER = re.compile(r"pytorch_model_fsdp_\d+")
@@ -104,6 +106,19 @@ def stored_weights(
 def is_fsdp_folder(name: str) -> bool:
     """Return True if accelerate stores a model's distributed checkpoint in a folder so named."""
     return _FSDP_FOLDER.fullmatch(name) is not None
+
+
+def distributed_files(names: Collection[str]) -> list[str]:
+    """Return the files of a repository's distributed checkpoint, or of that in a folder of it."""
+    tops = [name.rpartition("/")[0] for name in names if name.rpartition("/")[2] == DCP_METADATA]
+    tops = sorted(top for top in tops if not top or is_fsdp_folder(top))
+    if not tops:
+        return []
+    return [
+        name
+        for name in names
+        if name.rpartition("/")[0] == tops[0] and name.endswith((DCP_METADATA, DCP_SUFFIX))
+    ]
 
 
 def stem_of(name: str) -> str:

@@ -36,7 +36,14 @@ from shardmix.conventions.peft import WEIGHTS_NAME as ADAPTER_WEIGHTS
 from shardmix.conventions.peft import no_adapter
 from shardmix.conventions.peft import weights_name as adapter_weights
 from shardmix.conventions.sentence_modules import MODULES_NAME
-from shardmix.conventions.weight_names import ALL_WEIGHTS, MARKS, StoredWeights, stored_weights
+from shardmix.conventions.weight_names import (
+    ALL_WEIGHTS,
+    DCP_METADATA,
+    MARKS,
+    StoredWeights,
+    distributed_files,
+    stored_weights,
+)
 from shardmix.errors import SourceError, one_line, printable, shown
 from shardmix.errors.logs import logs_redacted
 from shardmix.errors.redaction import HIDDEN
@@ -47,7 +54,10 @@ _LOGGER = logging.getLogger(__name__)
 # Without any of these, a repository's files besides weights mean nothing to a merge.
 _MODEL_MARKS = ("config.json", MODULES_NAME, *MARKS.values())
 _MODULE_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
-_WEIGHTS = tuple(name for each in ALL_WEIGHTS for name in (each.whole, each.index))
+_WEIGHTS = (
+    *(name for each in ALL_WEIGHTS for name in (each.whole, each.index)),
+    DCP_METADATA,
+)
 
 
 def pin(hub_id: str) -> Repository:
@@ -205,9 +215,10 @@ def _fetch(repository: Repository, *, with_weights: bool) -> tuple[Path, tuple[L
         for subfolder in ("", *subfolders)
         if (found := _stored_weights(files, subfolder)) is not None
     }
-    if with_weights and not stored:
+    distributed = [] if stored else distributed_files(files)
+    if with_weights and not stored and not distributed:
         raise no_weights(files, repo_id)
-    weights: list[str] = []
+    weights: list[str] = distributed if with_weights else []
     for subfolder, found in stored.items() if with_weights else ():
         # Both present: as in transformers, the single file counts.
         if inner_path(subfolder, found.whole) in files:

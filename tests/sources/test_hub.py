@@ -17,6 +17,7 @@ import torch
 import yaml
 from safetensors.numpy import load_file, save
 
+from tests.support.dcp_checkpoints import cut_along, save_dcp
 from tests.support.hub_server import EXPIRED_TOKEN, NARROW_TOKEN, HubServer
 
 INDEX = "model.safetensors.index.json"
@@ -345,6 +346,28 @@ def test_torch_files_are_fetched_if_alone(hub: HubServer, machine: Machine, tmp_
     assert np.all(load_file(tmp_path / "out" / "model.safetensors")["w"] == 1.5)
     again = machine.run("-c", MERGE, pairs, str(tmp_path / "offline"), HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize("below", ["", "pytorch_model_fsdp_0/"])
+def test_distributed_checkpoints_are_fetched(
+    hub: HubServer, machine: Machine, tmp_path: Path, below: str
+) -> None:
+    """Without the optimizer's, which has a folder of its own."""
+    saved = save_dcp(tmp_path / "saved", {"w": torch.ones(3, 5)}, cut=cut_along(0, 2), num_files=2)
+    files = {path.name: path.read_bytes() for path in saved.iterdir()}
+    config = {"config.json": files.pop("config.json")}
+    weights = {f"{below}{name}": content for name, content in files.items()}
+    others = {f"optimizer_0/{name}": b"" for name in files}
+    hub.push("org/distributed", config | weights | others)
+    (folder,) = machine.find("org/distributed")
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == {*config, *weights}
+    pairs = json.dumps([["org/distributed", 0.5], [str(saved), 0.5]])
+    for number, offline in enumerate("01" if not below else "0"):
+        done = machine.run("-c", MERGE, pairs, str(tmp_path / f"{number}"), HF_HUB_OFFLINE=offline)
+        assert done.returncode == 0, done.stderr
+        merged = load_file(tmp_path / f"{number}" / "model.safetensors")
+        assert np.all(merged["w"] == 1.0)
 
 
 def test_only_what_goes_along_is_fetched(hub: HubServer, machine: Machine) -> None:
