@@ -342,8 +342,8 @@ def test_few_records_are_taken_apart(tmp_path, monkeypatch):
         open_source(str(folder))
 
 
-def test_scores_and_logits_are_those_of_safetensors(tmp_path):
-    """A small language model as accelerate leaves it in a trainer's folder."""
+def test_scores_and_logits_are_the_same(tmp_path):
+    """As in safetensors, from a folder as accelerate leaves it."""
     stored = save_language_model("llama", tmp_path / "stored")
     model = LlamaForCausalLM.from_pretrained(stored)
     folder = tmp_path / "checkpoint-3"
