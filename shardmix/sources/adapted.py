@@ -372,14 +372,16 @@ class _AdaptedReader:
             last = min(stop, (patch.first_row + patch.num_rows) * width)
             if first >= last:
                 continue
-            between = slice(done - start, first - start)
-            out[between] = widened(values[between], dtype, out.dtype)
+            if done < first:
+                between = slice(done - start, first - start)
+                out[between] = widened(values[between], dtype, out.dtype)
             inside = slice(first - start, last - start)
             begin = first - patch.first_row * width
             self._add(patch, width, begin, dtype, values[inside], out[inside])
             done = last
-        rest = slice(done - start, None)
-        out[rest] = widened(values[rest], dtype, out.dtype)
+        if done < stop:
+            rest = slice(done - start, None)
+            out[rest] = widened(values[rest], dtype, out.dtype)
 
     def _weights(self, row: int, change: Change, start: int, count: int) -> tuple[Stored, str]:
         """Read elements of W as they are stored; return them, and their dtype."""
