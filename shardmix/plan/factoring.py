@@ -3,12 +3,14 @@
 Values only; `execute.factor_pass` computes.
 """
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from shardmix.errors import BudgetError, RecipeError
-from shardmix.options import RunSettings
+from shardmix.options import LLVM, TORCH, RunSettings
+from shardmix.plan.memory_budget import reserved_nbytes
 from shardmix.system.memory import available_nbytes, resident_nbytes
 from shardmix.system.units import MIB, format_mib
 
@@ -28,6 +30,8 @@ _NUM_BASES = 4
 # Thread stacks, allocator slack, buffers of BLAS, the progress display.
 _RUN_NBYTES = 48 * MIB
 _SHARE = 0.8
+# A worker with the smallest chunks, and its reader of factors and adapters.
+_WRITING_NBYTES = 12 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,15 +205,23 @@ def fitted(factoring: Factoring, settings: RunSettings) -> "Factoring":
     least = reserved + max(needs, default=0)
     given = settings.max_memory_nbytes
     if given is not None and least > given:
+        enough = max(least, _written_nbytes(factoring, settings)) + 4 * MIB
         raise BudgetError(
             f"too small; the least that works for factors of rank {factoring.rank} is "
-            f"{format_mib(least + 4 * MIB)}",
+            f"{format_mib(enough)}",
             subject=f"--max-memory {format_mib(given)}",
             remedy="raise the budget, or lower --rank",
         )
     budget = given if given is not None else reserved + int(available_nbytes() * _SHARE)
     held, peak = _held(factoring.differences, budget - reserved)
     return replace(factoring, held_nbytes=held, peak_nbytes=max(least, reserved + peak))
+
+
+def _written_nbytes(factoring: Factoring, settings: RunSettings) -> int:
+    """Return the least memory in which the adapter can then be written."""
+    has_llvm = settings.backend != TORCH and importlib.util.find_spec("llvmlite") is not None
+    reserved = reserved_nbytes(LLVM if has_llvm else TORCH)
+    return reserved + LEFT_NBYTES + factoring.reader_nbytes + _WRITING_NBYTES
 
 
 def _held(differences: Sequence[Difference], spare: int) -> tuple[int, int]:
