@@ -222,12 +222,12 @@ def checked(recipe: Recipe, *, is_sum_checked: bool = False, may_be_one: bool = 
             _check_source(source)
     for key in ("dtype", "out_dtype"):
         _check_dtype(getattr(recipe, key))
-    if recipe.quantize is not None and recipe.quantize not in OUTPUT_QUANTISATIONS:
+    if recipe.quantize is not None and recipe.quantize not in tuple(OUTPUT_QUANTISATIONS):
         raise RecipeError(
             f"must be {', '.join(OUTPUT_QUANTISATIONS)}"
             f"{suggestion(recipe.quantize, OUTPUT_QUANTISATIONS)}",
             subject=f"quantize {shown(recipe.quantize)}",
-            remedy="or leave it out",
+            remedy="name that, or leave it out",
         )
     if recipe.model_type is not None:
         check_model_type(recipe.model_type)

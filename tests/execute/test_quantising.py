@@ -362,6 +362,18 @@ def test_nonfinite_values_are_told(tmp_path):
     check_quantised(values, tensors)
 
 
+def test_wide_rows_are_counted(tmp_path):
+    """The scales of a band are all that grows with a row, and they are in the projection."""
+    peaks = []
+    for columns in (9_000_000, 14_000_000):
+        shapes = {f"{LAYER}.mlp.up_proj.weight": (2, columns)}
+        model = save(tmp_path / f"m{columns}", seed=0, shapes=shapes, shards=1)
+        plan = shardmix.plan_merge([(model, 0.5)] * 2, workers=1, max_memory="2GiB", **QUANTIZE)
+        peaks.append(plan.memory.projected_peak_nbytes - plan.memory.reserved_nbytes)
+        assert plan.coding.num_scales == -(-columns // 128)
+    assert peaks[1] - peaks[0] == 4 * 4 * 39_062 == 4 * 4 * (109_375 - 70_313)
+
+
 def test_peak_is_as_projected(tmp_path):
     """A matrix of 64 MB of codes, with bands that fit into a chunk."""
     shapes = {f"{LAYER}.mlp.up_proj.weight": (4000, 16_000), "model.norm.weight": (10,)}
@@ -383,7 +395,14 @@ def refused(models, folder, **options):
 def test_unknown_quantisations_are_refused(tmp_path, models):
     message = refused(models, tmp_path / "out", quantize="fp8_block")
     assert "must be fp8-blocks (did you mean 'fp8-blocks'?)" in message
-    assert "'int4'" in refused(models, tmp_path / "out", quantize="int4")
+    for given in ("int4", ["fp8-blocks"], 8, True):
+        assert repr(given) in refused(models, tmp_path / "out", quantize=given)
+
+
+def test_an_adapter_is_not_quantised(tmp_path, models):
+    options = {"as_adapter": True, "base_model": models[0][0], **QUANTIZE}
+    with pytest.raises(RecipeError, match="quantize: has no effect on an adapter"):
+        shardmix.merge(models, tmp_path / "out", **options)
 
 
 @pytest.mark.parametrize(
@@ -447,6 +466,17 @@ def test_plan_tells_what_is_quantised(tmp_path, models):
     text = " ".join(done.stdout.split())
     assert "fp8-blocks: 9 tensors" in text
     assert "numbered layers" in text
+
+
+def test_ragged_blocks_are_a_warning(tmp_path, models):
+    """Blocks in the middle of which a matrix ends, unless it is smaller than one."""
+    (warning,) = shardmix.plan_merge(models, **QUANTIZE).warnings
+    # Of the rest, one has whole blocks, and one a single row and column of blocks.
+    assert warning.startswith("8 quantised tensors")
+    assert "end in ragged blocks" in warning
+    shapes = {f"{LAYER}.mlp.up_proj.weight": (256, 128), f"{LAYER}.mlp.down_proj.weight": (1, 100)}
+    model = save(tmp_path / "whole", seed=0, shapes=shapes, shards=1)
+    assert shardmix.plan_merge([(model, 0.5)] * 2, **QUANTIZE).warnings == ()
 
 
 def test_recipes_have_the_key(tmp_path, models):

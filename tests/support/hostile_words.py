@@ -26,6 +26,10 @@ def _switch(value: str) -> str:
     return f"{_MODELS}parameters: {{normalize: {value}}}"
 
 
+def _quantize(value: str) -> str:
+    return f"{_MODELS}quantize: {value}"
+
+
 _RECIPES: list[tuple[str, str | bytes, str, int]] = [
     ("empty", "", "must be a mapping with models", 2),
     ("nothing but a comment", "# models", "must be a mapping with models", 2),
@@ -105,6 +109,12 @@ _RECIPES: list[tuple[str, str | bytes, str, int]] = [
     ("an unknown dtype", f"{_MODELS}dtype: bfloat", "did you mean 'bfloat16'", 2),
     ("a dtype that is a list", f"{_MODELS}dtype: [float16]", "`dtype` is ['float16'], not text", 2),
     ("a dtype of escapes", f'{_MODELS}dtype: "\\e[2J"', "dtype '\\x1b[2J': must be one of", 2),
+    ("an unknown quantisation", _quantize("fp8_block"), "did you mean 'fp8-blocks'", 2),
+    ("a quantisation that is a bool", _quantize("true"), "`quantize` is True, not text", 2),
+    ("a quantisation that is a list", _quantize("[fp8-blocks]"), "['fp8-blocks'], not text", 2),
+    ("a quantisation that is empty", _quantize("''"), "quantize '': must be fp8-blocks", 2),
+    ("a quantisation of escapes", _quantize('"\\e[2J"'), "quantize '\\x1b[2J': must be", 2),
+    ("a quantisation of 100,000 letters", _quantize("q" * 100_000), "quantize 'qqq", 2),
     ("a switch that is a text", _switch("maybe"), "must be true or false", 2),
     ("a switch of 100,000 bits", _switch(f"0x{'f' * 25_000}"), "is a large int; it", 2),
     ("a size that is a bool", f"{_MODELS}max_shard_size: true", "size True", 2),
