@@ -22,6 +22,7 @@ from shardmix.execute.executor import IsStopped
 from shardmix.execute.tasks import Chunk
 from shardmix.formats.output_coding import Quantiser
 from shardmix.formats.small_floats import Floats
+from shardmix.options import LLVM
 from shardmix.plan.chunk_size import chunk_num_elements
 from shardmix.plan.memory_budget import (
     KNOWN_SCALES_NBYTES,
@@ -133,7 +134,8 @@ class Quantising:
         self._known = known
         self._merge = merge
         self._coding = OUTPUT_QUANTISATIONS[plan.quantised.quantisation].coding
-        self._quantiser = Quantiser(self._coding)
+        is_compiled = plan.settings.backend == LLVM
+        self._quantiser = Quantiser(self._coding, is_compiled=is_compiled)
         self._last: tuple[tuple[str, int], Floats] | None = None
         """The band whose scales were found last, and these."""
         self.is_cut_off = False

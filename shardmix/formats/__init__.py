@@ -12,6 +12,7 @@ small_floats           the values of codes of 1 to 8 bits, and how they lie in b
 coded_tensors          the values of quantised tensors, from codes and the scales of blocks
 output_coding          matrices written as codes and scales: bands of blocks, and the seam
 fp8_blocks             the coding of DeepSeek-V3's FP8
+fp8_kernel             its codes by machine code
 file_metadata          the `__metadata__` of output files
 strict_json            config, modules and index: JSON of strangers
 

@@ -10,6 +10,7 @@ value is divided by 0. https://huggingface.co/deepseek-ai/DeepSeek-V3/blob/main/
 
 import numpy as np
 
+from shardmix.formats.output_coding import Encode
 from shardmix.formats.small_floats import E4M3_LARGEST, Bytes, Floats, encode_e4m3
 
 _LEAST = np.float32(2.0**-149)
@@ -29,6 +30,15 @@ class Fp8Blocks:
         found[largest == 0] = 1
         return found
 
-    def encode(self, scaled: Floats, out: Bytes, scratch: Floats) -> None:
-        """Fill `out` with the codes of values that were divided by their scales."""
-        encode_e4m3(scaled, out, scratch)
+    def encode(self, values: Floats, factors: Floats, out: Bytes, scratch: Floats) -> None:
+        """Fill `out` with the codes of values (rows × columns) over the columns' scales."""
+        scaled = scratch[0].reshape(values.shape)
+        with np.errstate(all="ignore"):  # what is not finite was found before
+            np.divide(values, factors, out=scaled)
+        encode_e4m3(scratch[0], out, scratch[1:])
+
+    def compiled(self) -> Encode:
+        """Return `encode` as machine code."""
+        from shardmix.formats.fp8_kernel import encoding_kernel
+
+        return encoding_kernel().encode

@@ -5,7 +5,7 @@ band: its elements lie one after another, and so do its scales. A coding knows o
 one element's code; bands, and the pieces of them that are in memory, are the same for all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -35,11 +35,19 @@ class OutputCoding(Protocol):
     def scales(self, largest: Floats) -> Floats:
         """Return the scales of blocks, from the largest finite magnitude in each."""
 
-    def encode(self, scaled: Floats, out: Bytes, scratch: Floats) -> None:
-        """Fill `out` with the codes of values that were divided by their scales.
+    def encode(self, values: Floats, factors: Floats, out: Bytes, scratch: Floats) -> None:
+        """Fill `out` with the codes of values (rows × columns) over the columns' scales.
 
-        `scaled` may be changed, and so may the `scratch`, two more arrays of its shape.
+        `out` may lie in the memory of the values, if not behind their start. The `scratch`, three
+        rows of as many elements, is changed.
         """
+
+    def compiled(self) -> "Encode":
+        """Return `encode` as machine code of the same bits; llvmlite must be there."""
+
+
+Encode = Callable[[Floats, Floats, Bytes, Floats], None]
+"""`OutputCoding.encode`."""
 
 
 class _Rectangle(NamedTuple):
@@ -116,8 +124,8 @@ class Bands:
 class Quantiser:
     """Codes the values of bands for one worker."""
 
-    def __init__(self, coding: OutputCoding) -> None:
-        self._coding = coding
+    def __init__(self, coding: OutputCoding, *, is_compiled: bool = False) -> None:
+        self._encode = coding.compiled() if is_compiled else coding.encode
         self._scratch = np.empty((3, PIECE_NUM_ELEMENTS), np.float32)
 
     def find_largest(
@@ -160,12 +168,10 @@ class Quantiser:
             first, skipped = divmod(piece.first_column, width)
             stop = num_blocks(piece.first_column + piece.num_columns, width)
             factors = np.repeat(scales[first:stop], width)[skipped : skipped + piece.num_columns]
-            scaled = _part(self._scratch[0], 0, shape)
-            with np.errstate(all="ignore"):  # what is not finite was found before
-                np.divide(_part(values, piece.offset, shape), factors, out=scaled)
             flat = piece.num_rows * piece.num_columns
             codes = out[piece.offset : piece.offset + flat]
-            self._coding.encode(self._scratch[0, :flat], codes, self._scratch[1:, :flat])
+            part = _part(values, piece.offset, shape)
+            self._encode(part, factors, codes, self._scratch[:, :flat])
 
 
 def _part(values: Floats, offset: int, shape: tuple[int, int]) -> Floats:

@@ -15,16 +15,16 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 _WORD_BITS = 32
-_FLOAT32_INFINITY = 0x7F800000
-_SIGN = np.uint32(0x80)
+FLOAT32_INFINITY = 0x7F800000
+E4M3_SIGN = np.uint32(0x80)
 # Of E4M3: float32's bits of its least normal number, 2^-6, and the bits that float32 has more; what
 # rounds to nearest, and exchanges the exponents' biases, 127 and 7; its largest value and NaN.
-_E4M3_LEAST_NORMAL = np.uint32(121 << 23)
-_E4M3_LOST_BITS = 20
-_E4M3_HALF_STEP = np.uint32(((1 << 19) - 1 - (120 << 23)) % (1 << 32))
-_E4M3_LARGEST_CODE = np.uint32(0x7E)
-_E4M3_NAN = 0x7F
-_COUNTING = np.float32(1 << 14)
+E4M3_LEAST_NORMAL = np.uint32(121 << 23)
+E4M3_LOST_BITS = 20
+E4M3_HALF_STEP = np.uint32(((1 << 19) - 1 - (120 << 23)) % (1 << 32))
+E4M3_LARGEST_CODE = np.uint32(0x7E)
+E4M3_NAN = 0x7F
+E4M3_COUNTING = np.float32(1 << 14)
 """Added to it, float32 has 2^-9 as its last bit."""
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The values of FP4 without their sign."""
@@ -97,21 +97,21 @@ def encode_e4m3(values: Floats, out: Bytes, scratch: Floats) -> None:
     """
     bits, codes, signs = values.view(np.uint32), *scratch.view(np.uint32)
     np.right_shift(bits, 24, out=signs)
-    signs &= _SIGN
+    signs &= E4M3_SIGN
     bits &= 0x7FFFFFFF
-    small = np.flatnonzero(bits < _E4M3_LEAST_NORMAL)
-    not_finite = np.flatnonzero(bits >= _FLOAT32_INFINITY)
+    small = np.flatnonzero(bits < E4M3_LEAST_NORMAL)
+    not_finite = np.flatnonzero(bits >= FLOAT32_INFINITY)
     # Half a step is added, and a little less if the last bit that stays is 0.
-    np.right_shift(bits, _E4M3_LOST_BITS, out=codes)
+    np.right_shift(bits, E4M3_LOST_BITS, out=codes)
     codes &= 1
     codes += bits
-    codes += _E4M3_HALF_STEP
-    codes >>= _E4M3_LOST_BITS
-    np.minimum(codes, _E4M3_LARGEST_CODE, out=codes)
+    codes += E4M3_HALF_STEP
+    codes >>= E4M3_LOST_BITS
+    np.minimum(codes, E4M3_LARGEST_CODE, out=codes)
     # Numbers below the least normal one are multiples of 2^-9: float32's own rounding counts them.
-    codes[small] = (values[small] + _COUNTING).view(np.uint32) - _COUNTING.view(np.uint32)
+    codes[small] = (values[small] + E4M3_COUNTING).view(np.uint32) - E4M3_COUNTING.view(np.uint32)
     codes |= signs
-    codes[not_finite] = _E4M3_NAN
+    codes[not_finite] = E4M3_NAN
     np.copyto(out, codes, casting="unsafe")
 
 

@@ -7,17 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardmix.formats.fp8_blocks import Fp8Blocks
+from shardmix.formats.fp8_kernel import encoding_kernel
 from shardmix.formats.output_coding import PIECE_NUM_ELEMENTS, Bands, Quantiser
 from shardmix.formats.small_floats import encode_e4m3
 from tests.support.fp8_reference import quantised
 
 
-def coded(values):
+def coded(values, *, is_compiled=False):
     """Return codes and scales of a tensor of matrices, band by band."""
     array = values.numpy().reshape(-1).copy()
     *leading, rows, columns = values.shape
     bands = Bands(int(np.prod(leading, dtype=int)), rows, columns, Fp8Blocks.block)
-    quantiser, coding = Quantiser(Fp8Blocks()), Fp8Blocks()
+    coding = Fp8Blocks()
+    quantiser = Quantiser(coding, is_compiled=is_compiled)
     all_scales, codes = [], []
     is_finite = bool(np.isfinite(array).all())
     for band in range(bands.num_bands):
@@ -42,6 +44,9 @@ def coded(values):
 
 def check(values):
     codes, scales = coded(values)
+    by_kernel, same = coded(values, is_compiled=True)
+    assert (by_kernel == codes).all()
+    assert (same == scales).all()
     expected, expected_scales = quantised(values)
     assert (scales.view(np.uint32) == expected_scales.numpy().view(np.uint32)).all()
     bits = expected.view(torch.uint8).numpy().copy()
@@ -85,6 +90,9 @@ def test_every_rounding_is_torchs():
     encode_e4m3(values.copy(), found, np.empty((2, len(values)), np.float32))
     assert (found[np.isfinite(values)] == expected).all()
     assert (found[~np.isfinite(values)] == 0x7F).all()
+    by_kernel, one = np.empty_like(found), np.ones(6, np.float32)
+    encoding_kernel().encode(values.reshape(-1, 6), one, by_kernel, np.empty(0, np.float32))
+    assert (by_kernel == found).all()
 
 
 def test_blocks_of_zeros_stay_zeros():
