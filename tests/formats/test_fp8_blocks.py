@@ -1,5 +1,7 @@
 """Codes and scales of FP8 blocks are those of torch's casts, bit for bit."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,8 @@ from shardmix.formats.fp8_kernel import encoding_kernel
 from shardmix.formats.output_coding import PIECE_NUM_ELEMENTS, Bands, Quantiser
 from shardmix.formats.small_floats import encode_e4m3
 from tests.support.fp8_reference import quantised
+
+HAS_KERNELS = importlib.util.find_spec("llvmlite") is not None
 
 
 def coded(values, *, is_compiled=False):
@@ -44,9 +48,10 @@ def coded(values, *, is_compiled=False):
 
 def check(values):
     codes, scales = coded(values)
-    by_kernel, same = coded(values, is_compiled=True)
-    assert (by_kernel == codes).all()
-    assert (same == scales).all()
+    if HAS_KERNELS:
+        by_kernel, same = coded(values, is_compiled=True)
+        assert (by_kernel == codes).all()
+        assert (same == scales).all()
     expected, expected_scales = quantised(values)
     assert (scales.view(np.uint32) == expected_scales.numpy().view(np.uint32)).all()
     bits = expected.view(torch.uint8).numpy().copy()
@@ -90,6 +95,8 @@ def test_every_rounding_is_torchs():
     encode_e4m3(values.copy(), found, np.empty((2, len(values)), np.float32))
     assert (found[np.isfinite(values)] == expected).all()
     assert (found[~np.isfinite(values)] == 0x7F).all()
+    if not HAS_KERNELS:
+        return
     by_kernel, one = np.empty_like(found), np.ones(6, np.float32)
     encoding_kernel().encode(values.reshape(-1, 6), one, by_kernel, np.empty(0, np.float32))
     assert (by_kernel == found).all()
