@@ -30,9 +30,9 @@ def dcp_folders(located: LocalSource) -> tuple[Path, Path] | None:
     path = located.path
     if not path.is_dir() or stored_weights_in(path) is not None:
         return None
-    if not os.path.lexists(path / DCP_METADATA):
+    if not _is_described(path):
         found = sorted(inner.name for inner in path.iterdir() if is_fsdp_folder(inner.name))
-        found = [name for name in found if os.path.lexists(path / name / DCP_METADATA)]
+        found = [name for name in found if _is_described(path / name)]
         if len(found) > 1:
             raise SourceError(
                 f"holds several distributed checkpoints: {listed(found)}",
@@ -47,3 +47,8 @@ def dcp_folders(located: LocalSource) -> tuple[Path, Path] | None:
         and os.path.lexists(around / CONFIG_NAME)
     )
     return (path.absolute(), around) if is_within else (path, path)
+
+
+def _is_described(folder: Path) -> bool:
+    path = folder / DCP_METADATA
+    return os.path.lexists(path) and not path.is_dir()  # a folder so named is another program's

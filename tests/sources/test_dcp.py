@@ -27,6 +27,7 @@ from tests.support.dcp_checkpoints import cut_along, save_dcp, whole
 from tests.support.dcp_ranks import PLACEMENTS
 from tests.support.language_models import examples_for, save_language_model
 from tests.support.models import random_model, random_tensor, save_model
+from tests.test_imports import loaded_after
 
 WEIGHTS = "model.safetensors"
 
@@ -216,6 +217,39 @@ def test_folders_of_accelerate_are_read(tmp_path):
     other = save_model(tmp_path / "other", random_model(4))
     shardmix.merge({inner: 0.5, other: 0.5}, tmp_path / "merged", config_from=inner)
     assert (tmp_path / "merged" / "tokenizer.json").exists()
+
+
+def test_a_plan_loads_no_torch(tmp_path):
+    models = {
+        str(save_dcp(tmp_path / each, random_model(1), cut=cut_along(0, 2))): 0.5 for each in "ab"
+    }
+    code = f"import shardmix\nassert shardmix.plan_merge({models!r}, 'out').num_tensors"
+    assert loaded_after(code) == "[]"
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "_fsdp_wrapped_module."])
+@pytest.mark.parametrize("under", ["model", "app", None])
+def test_names_of_wrappers_go_away(tmp_path, wrapper, under):
+    tensors = random_model(5)
+    state = {f"{wrapper}{name}": tensor for name, tensor in tensors.items()}
+    optim = {"exp_avg": torch.ones(2)}
+    if under == "app":
+        state = {"app": {"model": state, "optim": optim}}
+    elif under is not None:
+        state = {under: state, "optim": optim}
+    dcp.save(state, checkpoint_id=str(tmp_path / "m"), no_dist=True)
+    (tmp_path / "m" / "config.json").write_text("{}")
+    shardmix.convert(tmp_path / "m", tmp_path / "out")
+    stored = load_file(tmp_path / "out" / WEIGHTS)
+    assert stored.keys() == tensors.keys()
+    assert all(torch.equal(stored[name], tensors[name]) for name in tensors)
+
+
+def test_a_folder_of_that_name_is_none(tmp_path):
+    """Such as an editor's workspace."""
+    (tmp_path / ".metadata").mkdir()
+    with pytest.raises(SourceError, match=r"has neither model\.safetensors nor"):
+        open_source(str(tmp_path))
 
 
 def test_other_weights_come_first(tmp_path):
