@@ -42,8 +42,8 @@ here and in other packages:
 - Nothing is run: no chat template is rendered, no code of a model imported by merging. The pickle
   in a file of `torch.save` goes through a machine that knows only what describes tensors; its
   memory is at most 20 times the pickle's length, which is compared with the budget first.
-  The description of a distributed checkpoint has one of its own: 8 times its length (4 measured), 20
-  if it is not in torch's usual forms. A record in its files may describe itself in 64 KiB.
+  The description of a distributed checkpoint has one of its own: 8 times its length (4 measured),
+  20 if it is not in torch's usual forms. A record in its files may describe itself in 64 KiB.
 - Nothing printed is obeyed by a terminal (`errors.printable`), and nothing printed is a secret
   (`errors.redaction`).
 """
