@@ -1,4 +1,4 @@
-"""The values of floats and integers of 1 to 8 bits, and how they lie in bytes.
+"""The values of floats and integers of 1 to 8 bits, how they lie in bytes, and codes of E4M3.
 
 FP8: https://arxiv.org/abs/2209.05433. FP4 (E2M1) and the scales E8M0:
 https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf.

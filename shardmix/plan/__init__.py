@@ -31,6 +31,10 @@ small tensors are as fast as a few large ones, and a plan stays small. A chunk i
 segment, and one byte range per source, whatever the tensor's shape: element-wise methods need no
 more, since safetensors is row-major. So a 2 GB embedding merges in 2 MiB chunks.
 
+A tensor that is quantised is a segment of its own, merged in float32 and written as codes; a chunk
+of it holds whole bands of blocks, if these fit. Its scales are a second segment, without sources,
+which names the first.
+
 A model whose weight is 0 (also if only float32 rounds it to 0) is not read, since 0 · NaN is NaN.
 If it is the first model, its names, dtypes, layout, config and integers count all the same.
 """

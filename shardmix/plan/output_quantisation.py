@@ -102,7 +102,7 @@ def ragged_notes(shards: Sequence[OutputShard]) -> Iterator[str]:
         yield (
             f"{len(ragged)} quantised tensors, {ragged[0]} first, end in ragged blocks, as "
             "DeepSeek-V3's do: transformers' dequantisation on a CPU takes blocks to be of equal "
-            "size, and refuses or misreads them; kernels for GPUs, vLLM and shardmix read them"
+            "size, and refuses or misreads them; whoever goes by weight_block_size reads them"
         )
 
 

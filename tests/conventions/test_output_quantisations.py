@@ -13,7 +13,7 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 import shardmix
 from shardmix.conventions.output_quantisations import linear_weights
 from shardmix.errors import RecipeError
-from tests.support.fp8_reference import decoded
+from tests.support.fp8_reference import decoded, quantised
 from tests.support.small_configs import small_config
 
 CLASSES = [
@@ -179,6 +179,17 @@ def test_fused_experts_load(tmp_path):
         codes, scales = stored[each], stored[f"{each}_scale_inv"]
         found = Fp8Dequantize(SimpleNamespace())._dequantize_one(codes, scales, torch.float32)
         assert torch.equal(found, decoded(codes, scales))
+
+
+@pytest.mark.parametrize("shape", [(300, 128), (200, 128), (128, 200)], ids=str)
+def test_ragged_blocks_are_misread(shape):
+    """By transformers' dequantisation, of which the plan warns; if this fails, it need not."""
+    codes, scales = quantised(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+    try:
+        found = Fp8Dequantize(SimpleNamespace())._dequantize_one(codes, scales, torch.float32)
+    except ValueError:
+        return
+    assert not torch.equal(found, decoded(codes, scales))
 
 
 def test_a_llama_from_fp8_loads(tmp_path):

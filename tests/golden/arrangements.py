@@ -420,6 +420,15 @@ LOADABLE = {
     "llama": _merge(*_pair(_LLAMA_TENSORS, config=_LLAMA_CONFIG), words="--model-type decoder")
 }
 
+_RAGGED_TENSORS, _RAGGED_CONFIG = _llama(width=136, hidden=300, num_tokens=19)
+_QUANTISED = _pair(_RAGGED_TENSORS, config=_RAGGED_CONFIG)
+QUANTISED = {
+    "fp8 blocks": _merge(*_QUANTISED, words="--quantize fp8-blocks --dtype bfloat16"),
+    "fp8 blocks in shards": _merge(
+        *_QUANTISED, words="--quantize fp8-blocks --max-shard-size 100KB"
+    ),
+}
+
 ARRANGEMENTS: Mapping[str, Arrangement] = {
     **DTYPES,
     **WEIGHTS,
@@ -429,5 +438,6 @@ ARRANGEMENTS: Mapping[str, Arrangement] = {
     **SPECIAL,
     **LARGE,
     **LOADABLE,
+    **QUANTISED,
 }
 """Name → merge."""
