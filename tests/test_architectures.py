@@ -22,7 +22,7 @@ import shardmix
 from shardmix.errors import ShardmixError
 from tests.support import tie_matrix, tied_models
 from tests.support.architectures import ARCHITECTURES, Architecture
-from tests.support.rewritten_folders import WAYS, WRAPPED, as_saved
+from tests.support.rewritten_folders import UNREAD, WAYS, as_saved
 from tests.support.sampling import SAMPLING, sample
 from tests.support.tie_states import NotWholeError, Values, load_whole
 
@@ -30,7 +30,7 @@ WEIGHTS = (0.3, 0.7)
 DTYPES = (torch.float32, torch.bfloat16)
 BY_NAME = {each.name: each for each in ARCHITECTURES}
 
-_CASES = [(each.kind, each.name, way) for each in ARCHITECTURES for way in (*WAYS, *WRAPPED)]
+_CASES = [(each.kind, each.name, way) for each in ARCHITECTURES for way in (*WAYS, *UNREAD)]
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def test_merge_is_the_mean(kind: str, name: str, way: str, tmp_path: Path) -> No
     saved, stored, plain = (tmp_path / each for each in ("saved", "stored", "plain"))
     as_saved(models[0], saved)
     as_saved(models[1], plain)
-    if not (WAYS | WRAPPED)[way](models[1], stored):
+    if not (WAYS | UNREAD)[way](models[1], stored):
         pytest.skip("stored this way, it is as save_pretrained stores it")
     folders = [saved, stored][::order]
     held = [_loaded(architecture, saved), _loaded(architecture, plain)]
@@ -104,8 +104,8 @@ def test_three_dozen_architectures() -> None:
     assert len({each.kind for each in ARCHITECTURES}) == 8
 
 
-def _merge(folders: list[Path], output: Path) -> None:
-    models = list(zip(folders, WEIGHTS, strict=True))
+def _merge(folders: list[Path], output: Path, weights: tuple[float, ...] = WEIGHTS) -> None:
+    models = list(zip(folders, weights, strict=True))
     shardmix.merge(models, output, fsync=False, workers=1, backend="torch")
 
 

@@ -80,7 +80,7 @@ def split_alike(sources: Sequence[Source]) -> tuple[tuple[Source, ...], tuple[st
         text
         for own in declarations
         for renaming in own.renames
-        if _is_fusion(renaming)
+        if is_fusion(renaming)
         for text in whole_endings(renaming)
     }
     names = {name for source in sources for name in source.tensors.names}
@@ -95,7 +95,7 @@ def split_alike(sources: Sequence[Source]) -> tuple[tuple[Source, ...], tuple[st
         others = [other for number, other in enumerate(named) if number != model]
         divided = {}
         for renaming in own.renames:
-            if not _is_fusion(renaming):
+            if not is_fusion(renaming):
                 continue
             for name, info in named[model].items():
                 pieces = _pieces(renaming, name, info.shape, others) or (
@@ -113,7 +113,8 @@ def split_alike(sources: Sequence[Source]) -> tuple[tuple[Source, ...], tuple[st
     return tuple(found), tuple(notes)
 
 
-def _is_fusion(renaming: "Renaming") -> bool:
+def is_fusion(renaming: "Renaming") -> bool:
+    """Return True if a conversion of transformers only joins, takes apart or turns tensors."""
     return renaming.ops in _STACKED or renaming.kinds in _FUSIONS
 
 

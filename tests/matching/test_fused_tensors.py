@@ -4,13 +4,21 @@ The right values are those of numpy, by what transformers' operation does when i
 """
 
 import json
+import pickle
+from importlib.resources import files
 
+import msgspec
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 import shardmix
+from shardmix.conventions.declarations import Renaming
 from shardmix.errors import MismatchError
+from shardmix.matching.fused_tensors import is_fusion
+from shardmix.sources.gathering import BUFFER_NBYTES
+from tests.support.adapters import random_adapter, save_adapter, with_adapter
 
 RNG = np.random.default_rng(0)
 
@@ -129,6 +137,25 @@ def test_experts_of_text_and_images(tmp_path):
         np.testing.assert_array_equal(found[key], right)
 
 
+def test_every_conversion_is_known():
+    """Those that transformers' classes declare are matched, or of a kind that is refused."""
+    refused = {
+        ("LayerPairCollapse",),
+        ("PermuteForRope",),
+        ("Chunk", "PermuteForRope"),
+        ("Inkling2IndexOffsetWeightRename",),
+        ("Inkling2UnpadVocab",),
+        ("Inkling2LoopMergeMessageQueries",),
+        ("Inkling2LoopDequantizeExperts",),
+        ("Inkling2LoopDequantizeExperts", "Interleave"),
+    }
+    path = files("shardmix.conventions").joinpath("transformers_declarations.json")
+    parts = json.loads(path.read_text())["parts"]
+    renamings = [msgspec.convert(part, Renaming) for part in parts if "re" in part]
+    unmatched = {r.kinds for r in renamings if r.ops and not is_fusion(r)}
+    assert unmatched == refused
+
+
 def test_a_table_in_numbered_parts(tmp_path):
     """Parts of any number and length, in the order of their numbers."""
     name, head = "Qwen4ExpTextModel", "ngram_embedding"
@@ -177,3 +204,43 @@ def test_uneven_thirds_are_refused(tmp_path):
     with pytest.raises(MismatchError):
         models = {folder: 0.5, save(tmp_path / "uneven", uneven, name): 0.5}
         shardmix.merge(models, tmp_path / "refused", fsync=False)
+
+
+@pytest.mark.parametrize("case", [0, 2])
+def test_an_adapted_tensor_is_taken_apart(tmp_path, case):
+    """Pieces of a tensor that is computed while it is read; they may lie apart."""
+    name, stored, of_class = list(apart_and_turned())[case]
+    ((key, whole),) = stored.items()
+    base = {key: torch.from_numpy(whole)}
+    adapter = random_adapter(base, [key.removesuffix(".weight")])
+    other = {each: random(*value.shape) for each, value in of_class.items()}
+    folders = [save(tmp_path / "a", stored, name), save(tmp_path / "b", other, name)]
+    text = f"{folders[0]}+{save_adapter(tmp_path / 'adapter', adapter)}"
+    models = {text: 0.5, str(folders[1]): 0.5}
+    plan = shardmix.plan_merge(models)
+    assert pickle.loads(pickle.dumps(plan)).digest() == plan.digest()
+    shardmix.merge(models, tmp_path / "out", fsync=False)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    changed = with_adapter(base, adapter)[key].numpy()
+    parts = np.split(changed, [5, 8, 9]) if case == 0 else alternating(changed, 0)
+    assert found.keys() == other.keys()
+    for each, value in zip(of_class, parts, strict=True):
+        right = np.float32(0.5) * value + np.float32(0.5) * other[each]
+        np.testing.assert_array_equal(found[each], right)
+
+
+def test_turned_tensors_stream_in_little_memory(tmp_path):
+    """A matrix larger than the chunk is turned piece by piece; the plan knows of the buffer."""
+    name, key = "Qwen3VLMoeModel", "language_model.layers.0.mlp.experts.gate_up_proj"
+    first, second = random(2, 300, 1100), random(2, 1100, 300)
+    models = [save(tmp_path / "a", {key: first}, name), save(tmp_path / "b", {key: second}, name)]
+    weights = dict.fromkeys(models, 0.5)
+    plan = shardmix.plan_merge(weights, workers=1)
+    assert plan.readers.worker_nbytes >= BUFFER_NBYTES
+    least = plan.memory.projected_peak_nbytes - 4 * plan.memory.chunk_nbytes
+    options = {"max_memory": least + (1 << 20), "workers": 1}
+    assert shardmix.plan_merge(weights, **options).memory.chunk_nbytes < 1 << 20
+    shardmix.merge(weights, tmp_path / "out", fsync=False, **options)
+    found = load_file(tmp_path / "out" / "model.safetensors")[key]
+    half = np.float32(0.5)
+    np.testing.assert_array_equal(found, half * first + half * second.transpose(0, 2, 1))

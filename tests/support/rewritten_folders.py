@@ -86,6 +86,27 @@ def _weight_norm(model: PreTrainedModel, folder: Path) -> bool:
     return _renamed(model, folder, rename)
 
 
+def _computed_buffers(model: PreTrainedModel, folder: Path) -> bool:
+    """Older versions store what transformers computes by itself."""
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    has_rotary = any(name.endswith("rotary_emb") for name, _ in model.named_modules())
+    buffers: Tensors = {}
+    for name in tensors:
+        head, found, _ = name.rpartition("embeddings.position_embeddings.weight")
+        if found:
+            buffers[f"{head}embeddings.position_ids"] = torch.arange(8)[None]
+        head, found, _ = name.rpartition("self_attn.q_proj.weight")
+        if found and has_rotary:
+            buffers[f"{head}self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        head, found, _ = name.rpartition("attn.c_attn.weight")
+        if found:
+            buffers[f"{head}attn.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.uint8)
+            buffers[f"{head}attn.masked_bias"] = torch.tensor(-1e4)
+    _save(tensors | buffers, folder)
+    return bool(buffers)
+
+
 def _every_tied_name(model: PreTrainedModel, folder: Path) -> bool:
     """Programs that know no ties store a copy for each name."""
     ties = dict(model.all_tied_weights_keys)
@@ -154,10 +175,11 @@ WAYS: dict[str, Way] = {
 }
 """Ways that transformers reads, for the classes that it reads them for."""
 
-WRAPPED: dict[str, Way] = {
+UNREAD: dict[str, Way] = {
     "distributed and compiled": _wrapped("module._orig_mod."),
     "compiled": _wrapped("_orig_mod."),
     "in PEFT": _wrapped("base_model.model."),
     "wrapped layers": _wrapped_layers,
+    "computed buffers": _computed_buffers,
 }
-"""Ways with the names of wrappers, which transformers does not read."""
+"""Ways with the names of wrappers or of buffers, which transformers does not read."""
