@@ -52,7 +52,12 @@ class Gatherer:
         if nbytes == out.nbytes and out.flags.c_contiguous and _is_in_order(out, steps):
             self._files.view(file, offset, memoryview(out.data).cast("B"))
             return
-        if nbytes <= max(_CHEAP_NBYTES, min(2 * out.nbytes, BUFFER_NBYTES)):
+        gap = max(
+            (step for size, step in zip(out.shape, steps, strict=True) if size > 1), default=0
+        )
+        # Halves of elements that lie close together would span as much as the whole.
+        most = BUFFER_NBYTES if gap <= _CHEAP_NBYTES else min(2 * out.nbytes, BUFFER_NBYTES)
+        if nbytes <= max(_CHEAP_NBYTES, most):
             if self._buffer is None:
                 self._buffer = buffer_for_reading(BUFFER_NBYTES)
             raw = self._files.view(file, offset, self._buffer[:nbytes])

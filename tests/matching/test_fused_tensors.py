@@ -229,7 +229,7 @@ def test_an_adapted_tensor_is_taken_apart(tmp_path, case):
         np.testing.assert_array_equal(found[each], right)
 
 
-def test_turned_tensors_stream_in_little_memory(tmp_path):
+def test_turned_tensors_take_little_memory(tmp_path):
     """A matrix larger than the chunk is turned piece by piece; the plan knows of the buffer."""
     name, key = "Qwen3VLMoeModel", "language_model.layers.0.mlp.experts.gate_up_proj"
     first, second = random(2, 300, 1100), random(2, 1100, 300)
