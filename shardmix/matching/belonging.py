@@ -138,7 +138,10 @@ def _scale_differences(group: Sequence[Source], config_source: PartConfig) -> It
     name, config = (
         configs[0] if config_source.name is None else (config_source.name, config_source.config)
     )
-    said = {(each.get(TIE_KEY), each.get(SCALE_KEY)) for each in (config, *dict(configs).values())}
+    said = {
+        (str(each.get(TIE_KEY)), str(each.get(SCALE_KEY)))
+        for each in (config, *dict(configs).values())
+    }
     if len(said) == 1:
         return
     from shardmix.conventions.declarations import (  # few merges need them

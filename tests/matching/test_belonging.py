@@ -7,6 +7,7 @@ import torch
 
 import shardmix
 from shardmix.errors import MismatchError
+from tests.support.models import random_model, save_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -176,3 +177,12 @@ def test_the_output_loads_with_what_it_takes(tmp_path):
     assert [w.partition(";")[2] for w in report.warnings] == [" the output takes 10000.0"]
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.config.rope_parameters["rope_theta"] == 10000.0
+
+
+@pytest.mark.parametrize("value", [[], {}, "yes"])
+def test_a_tie_of_any_kind_is_compared(tmp_path, value):
+    """A stranger's config may say anything; what is no boolean says nothing of a tie."""
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    for name, more in (("a", {}), ("b", {"tie_word_embeddings": value})):
+        save_model(tmp_path / name, random_model(1), config=config | more)
+    shardmix.plan_merge({str(tmp_path / "a"): 0.5, str(tmp_path / "b"): 0.5})
