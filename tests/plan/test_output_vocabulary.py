@@ -308,3 +308,17 @@ def test_a_single_file_brings_its_tokenizer(tmp_path):
     shardmix.merge(models, tmp_path / "out", tokenizer_source="union")
     assert ids_of(tmp_path / "out").keys() == set(UNITED)
     assert len(load_model(tmp_path / "out")[HEAD]) == len(UNITED)
+
+
+def test_one_model_gets_more_rows(tmp_path):
+    """A conversion with another multiple: old rows bit for bit, new ones their average."""
+    saved = model_of(tmp_path / "a", numbered(WORDS), seed=1)
+    options = {"tokenizer_source": "base", "pad_to_multiple_of": 8}
+    shardmix.convert(tmp_path / "a", tmp_path / "out", **options)
+    out = load_model(tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == 16
+    for name in (EMBEDDING, HEAD):
+        assert torch.equal(out[name][:11], saved[name])
+        wanted = saved[name].double().mean(0).bfloat16()
+        assert all(torch.equal(row, wanted) for row in out[name][11:])
+    assert torch.equal(out[NORM], saved[NORM])
