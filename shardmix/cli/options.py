@@ -383,6 +383,8 @@ converting = together(
     workers,
     allow_differences,
     config_from,
+    tokenizer_source,
+    pad_to_multiple_of,
 )
 # Options of an extraction, whose method and base are decided.
 extracting = together(
