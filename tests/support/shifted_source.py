@@ -8,7 +8,7 @@ import numpy as np
 from shardmix.dtypes import DTYPE_RANK, FLOAT_DTYPES
 from shardmix.formats.tensor_table import TensorTable
 from shardmix.sources import resolve
-from shardmix.sources.base import Opening, Source, TensorReader, WrappedSource
+from shardmix.sources.base import Opening, Source, SourceKind, TensorReader, WrappedSource
 from shardmix.sources.identity import SourceIdentity
 
 MARK = "shift.json"
@@ -93,4 +93,5 @@ def save_shifted(folder, base, shift: float):
 
 def add_kind(monkeypatch) -> None:
     """Let texts stand for sources of this kind."""
-    monkeypatch.setattr(resolve, "KINDS", (open_shifted, *resolve.KINDS))
+    kind = SourceKind(open_shifted, lambda _: None)
+    monkeypatch.setattr(resolve, "KINDS", (kind, *resolve.KINDS))
