@@ -7,11 +7,13 @@ layer there. What it leaves out stays float, and the config names its modules, s
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from shardmix.conventions.declarations import Tie
 from shardmix.formats.fp8_blocks import Fp8Blocks
 from shardmix.formats.output_coding import OutputCoding
+
+if TYPE_CHECKING:
+    from shardmix.conventions.declarations import Tie
 
 PROJECTIONS = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj"),
@@ -25,8 +27,7 @@ PROJECTIONS = (
 _WEIGHT = ".weight"
 _PLAIN = re.compile(r"[\w.]+")
 """A name of one parameter; others stand for those of any inner model, or are regexes."""
-_IN_A_LAYER = re.compile(rf"(?:^|\.)\d+\.(?:.*\.)?(?:{'|'.join(PROJECTIONS)})\.weight\Z")
-_FUSED_EXPERTS = re.compile(r"(.*\.\d+\.(?:.*\.)?experts)\.(gate_up_proj|down_proj)\Z")
+_FUSED_EXPERTS = ("gate_up_proj", "down_proj")
 _HEADS = ("lm_head",)
 """The head that a loader makes even if it is not stored."""
 _OWN_LINEAR = frozenset({"falcon", "RefinedWeb", "RefinedWebModel"})
@@ -65,10 +66,11 @@ def linear_weights(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> It
     for name, shape in shapes.items():
         if 0 in shape:
             continue
-        if len(shape) == 2 and _IN_A_LAYER.search(name) is not None:
-            yield name
-        elif len(shape) == 3 and (found := _FUSED_EXPERTS.fullmatch(name)) is not None:
-            module = found[1]
+        if len(shape) == 2 and name.endswith(_WEIGHT):
+            module = name.removesuffix(_WEIGHT)
+            if module.rpartition(".")[2] in PROJECTIONS and _is_in_a_layer(module):
+                yield name
+        elif len(shape) == 3 and (module := _experts(name)):
             up = shapes.get(f"{module}.gate_up_proj", ())
             down = shapes.get(f"{module}.down_proj", ())
             has_bias = f"{module}.down_proj_bias" in shapes
@@ -76,8 +78,20 @@ def linear_weights(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> It
                 yield name
 
 
+def _is_in_a_layer(module: str) -> bool:
+    """Return True if a part of a module's name, before the last, is a number."""
+    return any(part.isascii() and part.isdecimal() for part in module.split(".")[:-1])
+
+
+def _experts(name: str) -> str:
+    """Return the module of experts in one tensor that has this name, or ""."""
+    module, _, part = name.rpartition(".")
+    is_experts = module.endswith(".experts") and part in _FUSED_EXPERTS
+    return module if is_experts and _is_in_a_layer(module) else ""
+
+
 def unconverted_modules(
-    shapes: Mapping[str, Shape], chosen: set[str], ties: Iterable[Tie]
+    shapes: Mapping[str, Shape], chosen: set[str], ties: "Iterable[Tie]"
 ) -> tuple[str, ...]:
     """Return the modules of matrices that stay float, by which a loader leaves them so.
 
@@ -94,8 +108,8 @@ def unconverted_modules(
             continue
         if len(shape) == 2 and name.endswith(_WEIGHT):
             found[name.removesuffix(_WEIGHT)] = None
-        elif len(shape) == 3 and (experts := _FUSED_EXPERTS.fullmatch(name)) is not None:
-            found[experts[1]] = None
+        elif len(shape) == 3 and (experts := _experts(name)):
+            found[experts] = None
     return tuple(found)
 
 

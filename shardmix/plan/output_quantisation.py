@@ -3,7 +3,6 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from shardmix.conventions.declarations import declaration_of
 from shardmix.conventions.output_quantisations import OUTPUT_QUANTISATIONS, unconverted_modules
 from shardmix.dtypes import FLOAT_DTYPES
 from shardmix.errors import RecipeError
@@ -61,6 +60,8 @@ def quantised(
             subject=f"quantize {quantisation.name}",
             remedy="leave it out, or remove that tensor",
         )
+    from shardmix.conventions.declarations import declaration_of  # other merges need no table
+
     ties = (tie for tie in declaration_of(config).ties if tie.is_declared(config))
     return Chosen(
         frozenset(index_of[name] for name in names),

@@ -147,6 +147,28 @@ def test_deepseek_v3_is_as_published():
 
 
 @pytest.mark.parametrize(
+    ("name", "is_coded"),
+    [
+        ("layers.0.q_proj.weight", True),
+        ("0.q_proj.weight", True),
+        ("model.layers.11.attention.output.dense.weight", True),
+        ("model.pooler.dense.weight", False),
+        ("layers.0.xq_proj.weight", False),
+        ("layers.0.q_proj.bias", False),
+        ("layers.0.q_proj.0.weight", False),
+        ("layers.\u0663.q_proj.weight", False),
+        ("layers.0x.q_proj.weight", False),
+        ("1." * 2_000_000 + "q_projector.weight", False),  # whoever tries each part takes years
+        ("1." * 2_000_000 + "experts.down_project", False),
+    ],
+    ids=lambda value: str(value)[-40:],
+)
+def test_names_decide(name, is_coded):
+    for shape in ((4, 4), (4, 4, 4)):
+        assert list(linear_weights({name: shape}, {})) == [name] * (is_coded and len(shape) == 2)
+
+
+@pytest.mark.parametrize(
     ("up", "down", "more", "is_coded"),
     [
         ((4, 64, 32), (4, 32, 32), (), True),

@@ -374,6 +374,26 @@ def test_wide_rows_are_counted(tmp_path):
     assert peaks[1] - peaks[0] == 4 * 4 * 39_062 == 4 * 4 * (109_375 - 70_313)
 
 
+@pytest.mark.parametrize("chunk", [None, 64 * KIB], ids=str)
+def test_each_nan_is_told_once(tmp_path, monkeypatch, chunk):
+    """Bands at the ends of tasks are merged twice; so are parts of bands, and what goes on."""
+    if chunk is not None:
+        monkeypatch.setattr(memory_budget, "_LARGEST_WHOLE_NBYTES", chunk)
+        monkeypatch.setattr(
+            memory_budget, "BEST_CHUNK_NBYTES", dict.fromkeys(("llvm", "torch", "cuda"), chunk)
+        )
+    monkeypatch.setattr(tasks, "_LEAST_CODED_LEAVES", 1)
+    name = "layers.0.up_proj.weight"
+    tensors = {name: random_tensor((3000, 5000), torch.bfloat16)}
+    tensors[name].view(-1)[::7919] = torch.nan
+    tensors["norm"] = torch.ones(3)
+    folder = save_model(tmp_path / "m", tensors, config=CONFIG)
+    models = [(folder, 0.5), (folder, 0.5)]
+    cut_off(models, tmp_path / "out", num_leaves=2, **QUANTIZE)
+    (found,) = shardmix.merge(models, tmp_path / "out", workers=2, **QUANTIZE).nonfinite
+    assert (found.name, found.num_nan, found.num_inf) == (name, -(-15_000_000 // 7919), 0)
+
+
 def test_peak_is_as_projected(tmp_path):
     """A matrix of 64 MB of codes, with bands that fit into a chunk."""
     shapes = {f"{LAYER}.mlp.up_proj.weight": (4000, 16_000), "model.norm.weight": (10,)}
