@@ -193,7 +193,7 @@ class Archive:
                 parts.append(slice(stop + 4, stop + 8))
             else:
                 parts.append(slice(each.header_offset + 14, each.header_offset + 18))
-        at = self._zip.start_dir
+        at = max(0, self._zip.start_dir)
         for each in self._zip.infolist():
             self._file.seek(at)
             header = self._file.read(_CENTRAL_HEADER_NBYTES)
@@ -236,7 +236,9 @@ class Archive:
                 f"stores {shown(entry.filename)} compressed or encrypted, as torch.save never does",
                 remedy="save it again",
             )
-        self._file.seek(entry.header_offset)
+        # A damaged directory may say that an entry begins before the file, or anywhere.
+        is_within = 0 <= entry.header_offset <= self._file_nbytes
+        self._file.seek(entry.header_offset if is_within else self._file_nbytes)
         header = self._file.read(_LOCAL_HEADER_NBYTES)
         if len(header) < _LOCAL_HEADER_NBYTES or not header.startswith(b"PK\x03\x04"):
             raise SourceError(

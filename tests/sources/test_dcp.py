@@ -394,3 +394,19 @@ def test_scores_and_logits_are_the_same(tmp_path):
     ids = torch.arange(6)[None]
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_damaged_records_are_no_fault(tmp_path_factory, data):
+    """They are refused, or read if only elements are damaged."""
+    tensors = {"a": torch.ones(3, 4), "b": torch.ones(30, 2), "c": torch.ones(())}
+    folder = save_dcp(tmp_path_factory.mktemp("m") / "m", tensors, cut=cut_along(0, 2), num_files=1)
+    path = folder / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, 10_000)) % len(content)
+        content[at : at + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=2))
+    path.write_bytes(content)
+    with suppress(ShardmixError):  # anything else is a fault
+        assert all_of(open_source(str(folder))).keys() == tensors.keys()

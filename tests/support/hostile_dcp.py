@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.support.hostile_inputs import Build, Case, Words, a_folder, a_model, merge
-from tests.support.hostile_torch_files import a_tensor, archive
+from tests.support.hostile_torch_files import a_tensor, archive, moved_directory
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"
@@ -305,6 +305,7 @@ RECORDS: tuple[tuple[str, bytes, str], ...] = (
         archive(b"\x80\x02" + a_tensor() + b".", compression=zipfile.ZIP_DEFLATED),
         "comp",
     ),
+    ("entries before the record", moved_directory(_RECORD), "where its directory says"),
     ("a state dict", _TENSORS, "that is not of one tensor"),
     ("runs a program", archive(b"\x80\x02cos\nsystem\nX\x01\x00\x00\x00x\x85R."), _RUNS),
     ("beyond its storage", archive(b"\x80\x02" + a_tensor(offset=1) + b"."), "reaches beyond"),

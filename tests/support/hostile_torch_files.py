@@ -75,6 +75,13 @@ def _patched(content: bytes, old: bytes, new: bytes) -> bytes:
 _GOOD = archive(_described())
 _CENTRAL = b"PK\x01\x02"
 
+
+def moved_directory(content: bytes) -> bytes:
+    """Return an archive whose directory says that it begins 300 bytes later than it does."""
+    offset = int.from_bytes(content[-6:-2], "little")
+    return content[:-6] + struct.pack("<I", offset + 300) + content[-2:]
+
+
 FILES: tuple[tuple[str, bytes, str], ...] = (
     ("runs a program", archive(pickle.dumps(_Runs(), 2)), "might run code"),
     ("runs a program in a value", archive(pickle.dumps({"w": _Runs()}, 2)), "might run code"),
@@ -177,6 +184,7 @@ FILES: tuple[tuple[str, bytes, str], ...] = (
     ("a plain pickle", pickle.dumps({"w": 1}), "is a pickle, which may run code"),
     ("a git-lfs pointer", b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
     ("a space", b" ", "does not begin as one"),
+    ("entries before the file", moved_directory(_GOOD), "where its directory says"),
     ("a directory of 4 GiB", _GOOD[:-10] + struct.pack("<II", 2**32 - 2, 0) + bytes(2), "damaged"),
 )
 
