@@ -1,5 +1,6 @@
 """Outputs that are quantised: bits, budgets, resuming, other methods, and what loads them."""
 
+import itertools
 import json
 import os
 import signal
@@ -29,6 +30,7 @@ from tests.support.cut_off import cut_off, cut_off_after, folder_bytes
 from tests.support.fp8_reference import check_quantised, decoded
 from tests.support.fresh_process import merge_report
 from tests.support.models import load_model, random_tensor, save_model
+from tests.support.sampling import every_nth, sample
 
 CONFIG = {"model_type": "test", "torch_dtype": "bfloat16"}
 LAYER = "model.layers.0"
@@ -127,8 +129,13 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-@pytest.mark.parametrize("chunk", [None, 64 * KIB, 256 * KIB], ids=str)
+CHUNKED_WAYS = list(itertools.product([None, 64 * KIB, 256 * KIB], WAYS))
+
+
+@pytest.mark.parametrize(
+    ("chunk", "way"),
+    sample("ways to quantise", CHUNKED_WAYS, 5, kinds=lambda case: [case[0], str(case[1])]),
+)
 def test_bytes_depend_on_nothing_else(tmp_path, models, monkeypatch, way, chunk):
     """Small chunks hold no whole band of blocks, so that bands are merged twice."""
     expected = shardmix.merge(models, tmp_path / "expected", **QUANTIZE)
@@ -154,8 +161,10 @@ def test_bytes_depend_on_nothing_else(tmp_path, models, monkeypatch, way, chunk)
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "expected")
 
 
-@pytest.mark.parametrize("method", ["slerp", "task_arithmetic", "passthrough"])
-@pytest.mark.parametrize("chunk", [None, 64 * KIB], ids=str)
+METHODS = list(itertools.product(["slerp", "task_arithmetic", "passthrough"], [None, 64 * KIB]))
+
+
+@pytest.mark.parametrize(("method", "chunk"), sample("methods that quantise", METHODS, 3))
 def test_every_method_quantises(tmp_path, models, monkeypatch, method, chunk):
     if chunk is not None:
         monkeypatch.setattr(memory_budget, "_LARGEST_WHOLE_NBYTES", chunk)
@@ -187,7 +196,11 @@ def test_dtype_is_that_of_other_tensors(tmp_path, models, dtype):
     assert config["torch_dtype"] == str(other).removeprefix("torch.")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    sample("floats to quantise", [torch.float16, torch.float32, torch.float64], 1),
+    ids=str,
+)
 def test_sources_of_any_float(tmp_path, dtype):
     models = [
         (save(tmp_path / f"m{n}", seed=n, dtype=dtype, shards=1), weight)
@@ -197,8 +210,10 @@ def test_sources_of_any_float(tmp_path, dtype):
     check_quantised(load_model(tmp_path / "out"), float32_of(models, tmp_path / "float32"))
 
 
-@pytest.mark.parametrize("num_leaves", [1, 2, 3])
-@pytest.mark.parametrize("workers", [1, 3])
+CUTS = list(itertools.product([1, 2, 3], [1, 3]))
+
+
+@pytest.mark.parametrize(("num_leaves", "workers"), sample("cuts of quantised merges", CUTS, 3))
 def test_cut_off_merges_go_on(tmp_path, models, num_leaves, workers):
     """The scales of codes that an earlier merge wrote are found again."""
     shardmix.merge(models, tmp_path / "expected", **QUANTIZE)
@@ -273,12 +288,12 @@ def test_claims_are_not_trusted(tmp_path, models):
 
 
 def test_killed_merges_go_on(tmp_path, models):
-    """By SIGKILL, at five moments."""
+    """By SIGKILL, at several moments."""
     words = [f"{path}={weight}" for path, weight in models]
     command = [sys.executable, "-m", "shardmix", "merge", *words, "--quantize", "fp8-blocks"]
     shardmix.merge(models, tmp_path / "expected", **QUANTIZE)
     out = tmp_path / "out"
-    for number in range(5):
+    for number in every_nth(range(6), 3):
         process = subprocess.Popen([*command, "-o", str(out), "--quiet", "--workers", "1"])
         journal = tmp_path / ".out.shardmix" / "journal"
         deadline = time.monotonic() + 60
