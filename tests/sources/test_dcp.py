@@ -325,6 +325,8 @@ def facts(content, *, uses_patterns):
         return facts(content, uses_patterns=False)
     except Exception as error:
         return type(error)
+    if not isinstance(found, dcp_metadata.DcpMetadata):
+        return type(found)
     records = found.records
     stored = [records.files[number] for number in records.file_numbers], records.transformed
     rows = {
