@@ -113,8 +113,8 @@ class TokenizerJson:
     """Digest of the merges, or of a unigram model's scores."""
     kind: str
     """Type of the model: BPE, WordPiece, Unigram or WordLevel."""
-    ignores_merges: bool
-    """True if a whole word that is a token is found without merges."""
+    needs_merges: bool
+    """True if tokens of several characters occur in texts only by merges."""
     steps: dict[str, str]
     """Step (`normalizer`, ...) → its settings in canonical form."""
 
@@ -124,6 +124,8 @@ class _Model(msgspec.Struct):
     vocab: msgspec.Raw = msgspec.Raw(b"null")
     merges: msgspec.Raw = msgspec.Raw(b"null")
     ignore_merges: bool | None = None
+    continuing_subword_prefix: str | None = None
+    end_of_word_suffix: str | None = None
     byte_fallback: bool | None = None
 
 
@@ -221,7 +223,9 @@ def read_tokenizer_json(folder: Path, *, max_memory: int | None) -> TokenizerJso
             added_tokens=tuple(file.added_tokens or ()),
             added={token.id: token.content for token in file.added_tokens or () if is_id(token.id)},
             kind=model.type or "BPE",
-            ignores_merges=bool(model.ignore_merges),
+            needs_merges=not (
+                model.ignore_merges or model.continuing_subword_prefix or model.end_of_word_suffix
+            ),
             merges=xxhash.xxh3_128_hexdigest(decisive),
             steps=steps,
         )

@@ -82,7 +82,7 @@ class ModelTokens:
             return False
         return (
             self.json.kind == "BPE"
-            and not self.json.ignores_merges
+            and self.json.needs_merges
             and _BYTE_LEVEL in self.json.steps["pre_tokenizer"] + self.json.steps["normalizer"]
         )
 

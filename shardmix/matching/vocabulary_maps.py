@@ -78,7 +78,8 @@ def output_tokens(
                 else:
                     entries.append((next_id, texts[number]))
                 next_id += 1
-            if len(entries) and not own.is_byte_level:
+            # A single character needs no merge.
+            if entries and not (own.is_byte_level and all(len(text) > 1 for _, text in entries)):
                 raise _not_united(own, other, [text for _, text in entries])
     for row in asked.tokens:
         key = hash(row.token.encode())

@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import shardmix
@@ -139,11 +141,43 @@ def test_other_apart_trained_is_refused(tmp_path, kind):
             assert own.encode(text).ids == encoded(loaded, text) == tokenizer.encode(text).ids
 
 
-def test_words_looked_up_whole_are_refused(tmp_path):
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_any_bpe_splits_as_base(tmp_path, data):
+    """For any texts that two byte-level vocabularies were learned from, and any text to split."""
+    words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+    learned = [data.draw(st.lists(words, min_size=1, max_size=6)) for _ in range(2)]
+    for name, texts in zip("ab", learned, strict=True):
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        save(tmp_path / name, byte_level(texts * 3, 275), [f"<|{name}|>"])
+    first, second = (Tokenizer.from_file(str(tmp_path / name / "tokenizer.json")) for name in "ab")
+    own, loaded = merged(tmp_path, "a", "b", tokenizer_source="union")
+    assert own.get_vocab().items() >= first.get_vocab().items()
+    assert own.get_vocab().keys() == first.get_vocab().keys() | second.get_vocab().keys()
+    assert sorted(own.get_vocab().values()) == list(range(own.get_vocab_size()))
+    for text in (*learned[0], *learned[1], data.draw(words)):
+        assert own.encode(text).ids == encoded(loaded, text) == first.encode(text).ids
+
+
+@pytest.mark.parametrize("change", [{"ignore_merges": True}, {"end_of_word_suffix": "</w>"}])
+def test_words_looked_up_whole_are_refused(tmp_path, change):
     """As with `ignore_merges`: a new entry would be found in texts."""
     save(tmp_path / "b", byte_level(TWO))
     trained = json.loads(byte_level(ONE).to_str())
-    trained["model"]["ignore_merges"] = True
+    trained["model"] |= change
+    save(tmp_path / "a", Tokenizer.from_str(json.dumps(trained)))
+    with pytest.raises(shardmix.MismatchError, match="learned apart"):
+        merged(tmp_path, "a", "b", tokenizer_source="union")
+
+
+def test_single_characters_are_refused(tmp_path):
+    """They need no merges: texts with bytes that the base lacks would be split otherwise."""
+    save(tmp_path / "b", byte_level(TWO))
+    trained = json.loads(byte_level(ONE).to_str())
+    vocab = {token: number for token, number in trained["model"]["vocab"].items() if token != "Z"}
+    trained["model"]["vocab"] = {token: number for number, token in enumerate(vocab)}
     save(tmp_path / "a", Tokenizer.from_str(json.dumps(trained)))
     with pytest.raises(shardmix.MismatchError, match="learned apart"):
         merged(tmp_path, "a", "b", tokenizer_source="union")
