@@ -250,7 +250,8 @@ def test_options_say_what_a_recipe_says(tmp_path):
 def test_base_of_linear_fills_in(tmp_path):
     """As in mergekit: a base model that is one of the models gives rows that others lack."""
     words = {
-        name: numbered([*SHARED, *more]) for name, more in {"a": [], "b": ["x"], "c": ["x"]}.items()
+        name: numbered([*SHARED, *more])
+        for name, more in {"a": [], "b": ["new"], "c": ["new"]}.items()
     }
     saved = {
         name: model_of(tmp_path / name, vocab, seed=seed)
@@ -263,7 +264,9 @@ def test_base_of_linear_fills_in(tmp_path):
             tmp_path, models, tokenizer_source="union", base_model=base, dtype="float32"
         )
         wanted = 0.25 * lacking.float().double() + 0.25 * rows[0] + 0.5 * rows[1]
-        torch.testing.assert_close(out[EMBEDDING][ids["x"]].double(), wanted, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            out[EMBEDDING][ids["new"]].double(), wanted, rtol=1e-6, atol=1e-6
+        )
         report = shardmix.verify(
             tmp_path / "out", recompute=True, sources={name: tmp_path / name for name in "abc"}
         )
