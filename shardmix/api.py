@@ -281,6 +281,7 @@ def merge_opened(
                     )
             except BaseException as error:
                 is_begun = journal.num_leaves_done > 0 or staging.may_have_scores
+                is_begun = is_begun or plan.low_rank is not None  # factors took the longest
                 staging.is_worth_keeping = is_begun and not staging.is_placed
                 kept = _kept(staging, journal, plan, error)
                 if isinstance(error, KeyboardInterrupt):

@@ -311,6 +311,21 @@ def test_killed_process_goes_on(pair):
     assert shardmix.verify(folder / "out").problems == ()
 
 
+def test_factors_outlive_a_failure(pair, monkeypatch):
+    """Also one that comes before anything of the adapter is written."""
+    folder, *_ = pair
+
+    def fail(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr("shardmix.execute.merge.execute_plan", fail)
+        shardmix.extract(folder / "base", folder / "tuned", folder / "out", rank=4)
+    monkeypatch.setattr(FactorStore, "add", fail)
+    shardmix.extract(folder / "base", folder / "tuned", folder / "out", rank=4)
+    assert "relative error of its factors is 0." in (folder / "out" / "README.md").read_text()
+
+
 def test_another_rank_is_refused(pair):
     folder, *_ = pair
     cut_off_extraction(folder, 1)

@@ -58,7 +58,7 @@ class LowRank:
 def squared_norm(matrix: Matrix) -> float:
     """Return the sum of all squares of a matrix."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return math.fsum(_squares(strip) for _, strip in matrix.strips())
+        return math.fsum(float(np.vdot(wide, wide)) for _, wide in _wide_strips(matrix))
 
 
 def approximated(matrix: Matrix, rank: int, energy: float | None, rounded: Rounded) -> LowRank:
@@ -95,19 +95,34 @@ def _image(matrix: Matrix, basis: Wide) -> tuple[Wide, float]:
     image = np.empty((matrix.shape[0], basis.shape[1]))
     squares = []
     with np.errstate(over="ignore", invalid="ignore"):
-        for first, strip in matrix.strips():
-            wide = strip.astype(np.float64)
+        for first, wide in _wide_strips(matrix):
             squares.append(float(np.vdot(wide, wide)))
-            np.matmul(wide, basis, out=image[first : first + len(strip)])
+            np.matmul(wide, basis, out=image[first : first + len(wide)])
     return image, math.fsum(squares) if all(map(math.isfinite, squares)) else math.nan
 
 
 def _adjoint_image(matrix: Matrix, basis: Wide) -> Wide:
     """Return the transposed matrix · basis."""
     image = np.zeros((matrix.shape[1], basis.shape[1]))
-    for first, strip in matrix.strips():
-        image += strip.T.astype(np.float64) @ basis[first : first + len(strip)]
+    part = np.empty_like(image)
+    for first, wide in _wide_strips(matrix):
+        np.matmul(wide.T, basis[first : first + len(wide)], out=part)
+        image += part
     return image
+
+
+def _wide_strips(matrix: Matrix) -> Iterator[tuple[int, Wide]]:
+    """Yield strips in double precision, each in the memory of the one before.
+
+    New arrays of this size would come from the system each time, page by page.
+    """
+    buffer: Wide | None = None
+    for first, strip in matrix.strips():
+        if buffer is None:
+            buffer = np.empty(strip.shape)
+        wide = buffer[: len(strip)]
+        np.copyto(wide, strip)
+        yield first, wide
 
 
 def _orthonormal(image: Wide) -> Wide:
@@ -115,18 +130,17 @@ def _orthonormal(image: Wide) -> Wide:
 
 
 def _residual(matrix: Matrix, left: Narrow, right: Narrow) -> float:
-    wide = right.astype(np.float64)
+    wide_right = right.astype(np.float64)
     squares = []
-    for first, strip in matrix.strips():
-        part = left[first : first + len(strip)].astype(np.float64) @ wide
-        np.subtract(strip, part, out=part)
+    buffer: Wide | None = None
+    for first, wide in _wide_strips(matrix):
+        if buffer is None:
+            buffer = np.empty(wide.shape)
+        part = buffer[: len(wide)]
+        np.matmul(left[first : first + len(wide)].astype(np.float64), wide_right, out=part)
+        np.subtract(wide, part, out=part)
         squares.append(float(np.vdot(part, part)))
     return math.sqrt(math.fsum(squares))
-
-
-def _squares(strip: Narrow) -> float:
-    wide = strip.astype(np.float64)
-    return float(np.vdot(wide, wide))
 
 
 def _nothing(shape: tuple[int, int], norm: float) -> LowRank:

@@ -34,6 +34,9 @@ from shardmix.sources.base import Source, TensorReader
 from shardmix.sources.shared_readers import SharedReaders
 from shardmix.system.memory import give_back_free_memory, give_back_large_blocks
 
+_PIECE_NUM_ELEMENTS = 1 << 16
+"""Elements that are read at once: less than what the allocator asks the system for each time."""
+
 
 class Factored(NamedTuple):
     """The result of one task."""
@@ -174,21 +177,26 @@ class _Change:
         nbytes = 4 * each.num_rows * each.num_columns
         may_hold = each.most_rank and nbytes <= work.factoring.held_nbytes
         self._held = np.empty(self.shape, np.float32) if may_hold else None
+        step = max(1, STRIP_NUM_ELEMENTS // max(1, each.num_columns))
+        num_rows = 0 if may_hold else min(step, each.num_rows)
+        self._strip = np.empty((num_rows, each.num_columns), np.float32)
         self._is_read = False
 
     def strips(self) -> Iterator[tuple[int, Narrow]]:
-        """Yield all rows in order, from memory if they are held there."""
+        """Yield all rows in order, from memory if they are held there.
+
+        A strip is valid until the next one.
+        """
         step = max(1, STRIP_NUM_ELEMENTS // max(1, self.shape[1]))
         for first in range(0, self.shape[0], step):
             if self._is_stopped():
                 raise _Stopped
             count = min(step, self.shape[0] - first)
-            if self._held is None:
-                yield first, self._read(first, count)
-                continue
-            if not self._is_read:
-                self._held[first : first + count] = self._read(first, count)
-            yield first, self._held[first : first + count]
+            held = self._held
+            strip = self._strip[:count] if held is None else held[first : first + count]
+            if held is None or not self._is_read:
+                self._read(first, strip)
+            yield first, strip
         self._is_read = True
 
     def squared_norm(self) -> float:
@@ -213,17 +221,21 @@ class _Change:
             reader.read(row, first * width, raw)
             yield raw
 
-    def _read(self, first: int, count: int) -> Narrow:
-        values = (
-            widened(stored(raw, dtype), dtype, np.float64)
-            for raw, dtype in zip(self._raw(first, count), self._dtypes, strict=True)
-        )
-        base = next(values)
-        total = np.zeros(len(base))
-        with np.errstate(over="ignore", invalid="ignore"):
-            for weight, value in zip(self._each.weights, values, strict=True):
-                total += weight * (value - base)
-            return total.astype(np.float32).reshape(count, self.shape[1])
+    def _read(self, first: int, into: Narrow) -> None:
+        """Read rows from `first` on, in pieces that stay in the cache."""
+        step = max(1, _PIECE_NUM_ELEMENTS // max(1, self.shape[1]))
+        for at in range(0, len(into), step):
+            piece = into[at : at + step]
+            values = (
+                widened(stored(raw, dtype), dtype, np.float64)
+                for raw, dtype in zip(self._raw(first + at, len(piece)), self._dtypes, strict=True)
+            )
+            base = next(values)
+            total = np.zeros(len(base))
+            with np.errstate(over="ignore", invalid="ignore"):
+                for weight, value in zip(self._each.weights, values, strict=True):
+                    total += weight * (value - base)
+                piece[...] = total.reshape(piece.shape)
 
 
 def _rounded(dtype: str) -> truncated_svd.Rounded:

@@ -262,6 +262,11 @@ output's dtype."""
     if plan.adapter_config:
         what = f"""A LoRA adapter on {config_source}, written by {by}. It adds the weighted sum of
 what each of these models changed in its base{paper}."""
+        if plan.low_rank is not None:
+            error = describe_low_rank(plan.low_rank).relative_error
+            what += f"""
+It is an approximation: the relative error of its factors is {error:.3g} in all, and
+`{LOW_RANK_NAME}` has that of each."""
         beside = f"Load it with PEFT on {config_source}."
     return f"""# {title}
 
