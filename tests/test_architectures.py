@@ -82,6 +82,34 @@ def test_merge_is_the_mean(kind: str, name: str, way: str, tmp_path: Path) -> No
     assert tie_matrix.first_off(tied_models.outputs_of(right, inputs), expected) != ""
 
 
+@pytest.mark.parametrize("name", sample("architectures in three ways", list(BY_NAME), 6))
+def test_three_ways_at_once(name: str, tmp_path: Path) -> None:
+    """Three models that are stored in three ways merge to the mean of what transformers reads.
+
+    But for a base model's prefix beside tensors that are taken apart: such models are refused.
+    """
+    architecture, chance = BY_NAME[name], random.Random(f"{SAMPLING.seed} {name}")
+    ways = [way for way in WAYS if way != "with base prefix"]
+    ways.remove(chance.choice(["without base prefix", "names of the class"]))
+    folders: list[Path] = []
+    held: list[Values] = []
+    for way in chance.sample(ways, len(ways)):
+        model = tied_models.randomise(architecture.bare(), 100 * len(folders) + 100)
+        folder = tmp_path / way
+        if len(folders) == 3 or not WAYS[way](model, folder):
+            continue
+        try:
+            held.append(_loaded(architecture, folder))
+        except NotWholeError:
+            continue
+        folders.append(folder)
+    _merge(folders, tmp_path / "output", weights=(0.25, 0.25, 0.5))
+    for key, value in _loaded(architecture, tmp_path / "output").items():
+        first, second, third = (each[key] for each in held)
+        right = (0.25 * first + 0.25 * second) + 0.5 * third if value.is_floating_point() else first
+        assert torch.equal(value, right) or key.endswith("embed_positions.weight"), key
+
+
 @pytest.mark.parametrize("name", sample("architectures with a stranger's name", list(BY_NAME), 6))
 def test_a_name_of_nobody_is_refused(name: str, tmp_path: Path) -> None:
     """A tensor of another name is not paired, though shapes and all other names fit."""

@@ -65,25 +65,38 @@ def without_numbers(name: str) -> str:
     return _NUMBER.sub("#", name)
 
 
-def aligned(names: Sequence[str], others: Collection[str], prefix: str) -> Sequence[str]:
+def aligned(
+    names: Sequence[str], others: Collection[str], prefix: str, shared: Collection[str] = ()
+) -> Sequence[str]:
     """Return names with a base model's prefix added or removed, if that makes them the others'.
 
     transformers does the same when it loads a base model's weights into a model with a head, or the
-    reverse.
+    reverse. A name that is none of the others' goes as its model's other names do: it may be
+    another name of a shared parameter; `shared` has these.
     """
     if not prefix:
         return names
     before = f"{prefix}."
     found = []
+    unmatched = []
+    is_added = is_removed = False
     for name in names:
         if name in others:
             found.append(name)
         elif before + name in others:
+            is_added = True
             found.append(before + name)
         elif name.startswith(before) and name.removeprefix(before) in others:
+            is_removed = True
             found.append(name.removeprefix(before))
         else:
+            unmatched.append(len(found))
             found.append(name)
+    for at in unmatched if is_added != is_removed else ():
+        if is_removed:
+            found[at] = found[at].removeprefix(before)
+        elif before + found[at] in shared:
+            found[at] = before + found[at]
     return found if len(set(found)) == len(found) else names
 
 

@@ -262,7 +262,13 @@ def names_of_class(
     for names, declaration in zip(stored[1:], declarations[1:], strict=True):
         own = class_names(names, declaration)
         prefix = declaration.prefix or declarations[0].prefix or prefix_of(own, others)
-        found.append(aligned(own, others, prefix))
+        shared = {
+            f"{tie.at}.{name}" if tie.at else name
+            for tie in declaration.ties
+            for pair in tie.pairs
+            for name in pair
+        }
+        found.append(aligned(own, others, prefix, shared))
     return found
 
 

@@ -262,6 +262,15 @@ def test_prefix_of_a_base_model():
     assert without_wrappers(names) is names
 
 
+def test_prefix_of_another_tied_name():
+    """A shared parameter goes as its model's other names do, though the others have none of it."""
+    other = "decoder.embed_tokens.weight"
+    assert aligned([f"model.{other}", "model.x"], {"shared.weight", "x"}, "model") == [other, "x"]
+    names, shared = [other, "x", "lm_head.weight"], {f"model.{other}", "lm_head.weight"}
+    expected = [f"model.{other}", "model.x", "lm_head.weight"]
+    assert aligned(names, {"model.x"}, "model", shared) == expected
+
+
 def test_experts_fused_and_apart(tmp_path):
     """Fused experts lie one after the other: the output has them apart, in either order."""
     config = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}

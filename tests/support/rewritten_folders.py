@@ -41,7 +41,9 @@ def _torch_save(model: PreTrainedModel, folder: Path) -> bool:
     """Before safetensors: a pickle, with a name for each tied parameter."""
     model.save_pretrained(folder)
     (folder / "model.safetensors").unlink()
-    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    computed = model._keys_to_ignore_on_save or ()
+    state = {name: value for name, value in model.state_dict().items() if name not in computed}
+    torch.save(state, folder / "pytorch_model.bin")
     return True
 
 
