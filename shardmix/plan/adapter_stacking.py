@@ -10,7 +10,8 @@ from shardmix.dtypes import DTYPES
 from shardmix.errors import SourceError, listed
 from shardmix.formats.tensor_table import TensorTable
 from shardmix.sources.adapted import AdaptedSource
-from shardmix.sources.adapters import Adapter, Change, LowRankPair
+from shardmix.sources.adapter_changes import Change, LowRankPair
+from shardmix.sources.adapters import Adapter
 from shardmix.sources.base import Source
 from shardmix.sources.stacked_adapters import COLUMNS, ROWS, SUM, StackedPart, StackedTensor
 

@@ -14,7 +14,10 @@ chunks                 its tensors, put together from their chunks
 gathering              elements that lie apart in a file, in bounded memory
 quantised              a quantised model, decoded while it is read; `quantisation` has the schemes
 quantised_reader       its tensors as float32, piece by piece
-adapters               LoRA adapters, matched to the tensors of a base by `conventions.peft`
+adapters               LoRA adapters, opened by their config and header
+adapter_matching       their matrices, matched to a base's tensors by `conventions.peft`
+adapter_names          a base's tensors by the names of an adapter's modules
+adapter_changes        what an adapter does to a tensor, as values
 adapted                a base with an adapter applied while it is read
 stacked_adapters       the matrices of several adapters as those of one
 stored_factors         factors of matrices in a file of this merge's own

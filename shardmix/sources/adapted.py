@@ -26,16 +26,9 @@ from shardmix.dtypes import (
 )
 from shardmix.formats.stored_floats import Floats, Stored, stored, widened
 from shardmix.formats.tensor_table import TensorTable
-from shardmix.sources.adapters import (
-    ONES,
-    Adapter,
-    Change,
-    LowRankPair,
-    Patch,
-    View,
-    base_warning,
-    matched,
-)
+from shardmix.sources.adapter_changes import ONES, Change, LowRankPair, Patch, View
+from shardmix.sources.adapter_matching import matched
+from shardmix.sources.adapters import Adapter, base_warning
 from shardmix.sources.base import Readers, Source, TensorReader, WrappedSource
 from shardmix.sources.identity import AppliedAdapter, SourceIdentity
 from shardmix.sources.low_rank import add_product
