@@ -227,7 +227,8 @@ def _parts(renaming: "Renaming", whole: Shape, shapes: Sequence[Shape]) -> list[
     if ops in _STACKED:
         return _stacked_parts(whole, shapes)
     axis = int(ops[0][1])
-    if axis >= len(whole):
+    is_inverse = kinds[0] == "Interleave" and bool(ops[0][2])
+    if axis >= len(whole) or is_inverse:
         return []
     before, size, after = whole[:axis], whole[axis], whole[axis + 1 :]
     if kinds in _JOINED:
