@@ -157,6 +157,12 @@ def assembled(
     """
     settings = decide(settings, (shard,))
     readers = reader_memory(planned)
+    if factoring is not None:
+        # Only a plan tells it: what is written is planned anew.
+        warnings += (
+            f"factors of {factoring.num_tasks} parameters are computed first, which also reads "
+            "the models; the sizes here are those of the largest adapter",
+        )
     earlier = factoring.peak_nbytes if factoring is not None else 0
     earlier = max(earlier, low_rank.peak_nbytes if low_rank is not None else 0)
     return MergePlan(
