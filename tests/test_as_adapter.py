@@ -27,6 +27,7 @@ from tests.sources.test_adapters_as_peft import (
 from tests.support.adapters import PREFIX, random_adapter, save_adapter
 from tests.support.cut_off import cut_off, folder_bytes, large_models
 from tests.support.models import load_model, random_model, save_model
+from tests.support.sampling import sample
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -140,7 +141,7 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("kind", sample("adapters side by side", PAIRS, 6))
 def test_sum_is_as_peft(tmp_path, kind):
     make, *configs = PAIRS[kind]
     torch.manual_seed(0)

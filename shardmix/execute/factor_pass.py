@@ -1,7 +1,7 @@
 """The pass that computes low-rank factors of what models changed, one parameter at a time.
 
-One worker: LAPACK and BLAS have threads of their own. The caller stores each result before the
-adapter is laid out, since ranks may follow from the values.
+One worker, and one thread of BLAS. The caller stores each result before the adapter is laid out,
+since ranks may follow from the values.
 """
 
 import math
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from shardmix.compute import truncated_svd
 from shardmix.compute.truncated_svd import Narrow, Wide
@@ -320,13 +321,16 @@ def factor(
         store.add(*result.value)
 
     if tasks:
-        run_job(
-            Job(work, num_workers=1, is_in_order=True),
-            tasks,
-            take,
-            num_bytes=sum(num_bytes(work, task.file) for task in tasks),
-            num_files=len(tasks),
-            on_progress=on_progress,
-            cancel=cancel,
-        )
+        # Threads of BLAS wait for one another by spinning: beside other work they take seven times
+        # the CPU time of one.
+        with threadpool_limits(limits=1, user_api="blas"):
+            run_job(
+                Job(work, num_workers=1, is_in_order=True),
+                tasks,
+                take,
+                num_bytes=sum(num_bytes(work, task.file) for task in tasks),
+                num_files=len(tasks),
+                on_progress=on_progress,
+                cancel=cancel,
+            )
     give_back_free_memory()

@@ -126,7 +126,7 @@ def _tokens(
         )
     if len(content) > _MOST_TOKENS:
         raise RecipeError(
-            f"`tokens` has {len(content)} entries; at most {_MOST_TOKENS} are read", subject=where
+            f"`tokens` has {len(content)} entries; it must be at most {_MOST_TOKENS}", subject=where
         )
     rows = []
     for token, entry in content.items():
@@ -147,7 +147,7 @@ def _token_row(
     known = known_keys(entry, _TOKEN_KEYS, where)
     force = known.get("force")
     if not isinstance(force, bool | None):
-        raise RecipeError(f"`force` is {shown(force)}, not true or false", subject=where)
+        raise RecipeError(f"`force` is {shown(force)}; it must be true or false", subject=where)
     source = known.get("source")
     if source is None:
         raise RecipeError(
@@ -161,7 +161,7 @@ def _token_row(
     row = known_keys(source, _ROW_KEYS, where)
     if row["kind"] == "zero":
         if len(row) > 1:
-            raise RecipeError("`kind: zero` takes no other key", subject=where)
+            raise RecipeError("`kind: zero` must be the only key of its source", subject=where)
         return TokenRow(token, force=bool(force))
     if row["kind"] != "model_token":
         raise RecipeError(

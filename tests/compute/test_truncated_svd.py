@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardmix.compute.truncated_svd import Product, approximated, approximated_products
+from tests.support.sampling import examples
 
 
 class Held:
@@ -113,7 +114,7 @@ def test_no_change_has_no_factors():
     assert (found.norm, found.error, found.left.shape[1]) == (0, 0, 0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(10), deadline=None)
 @given(
     st.integers(1, 60),
     st.integers(1, 60),

@@ -14,6 +14,7 @@ import shardmix
 from shardmix.conventions.output_quantisations import linear_weights
 from shardmix.errors import RecipeError
 from tests.support.fp8_reference import decoded, quantised
+from tests.support.sampling import sample
 from tests.support.small_configs import small_config
 
 CLASSES = [
@@ -92,7 +93,7 @@ def held_as_codes(cls, quantisation):
     ]
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", sample("quantised classes", CLASSES, 8))
 def test_transformers_loads_it(tmp_path, name):
     """Dequantised by transformers, each parameter has the bits of what our own reader decodes."""
     cls = save_small(tmp_path / "model", name)

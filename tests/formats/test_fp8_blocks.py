@@ -13,6 +13,7 @@ from shardmix.formats.fp8_kernel import encoding_kernel
 from shardmix.formats.output_coding import PIECE_NUM_ELEMENTS, Bands, Quantiser
 from shardmix.formats.small_floats import encode_e4m3
 from tests.support.fp8_reference import quantised
+from tests.support.sampling import examples
 
 HAS_KERNELS = importlib.util.find_spec("llvmlite") is not None
 
@@ -68,7 +69,7 @@ def test_codes_are_those_of_torch(shape):
     check(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(
     rows=st.integers(1, 300),
     columns=st.integers(1, 300),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import shardmix
 from tests.support.models import load_model
+from tests.support.sampling import examples
 from tests.support.vocabularies import EMBEDDING, HEAD, NORM, filled, ids_of, model_of, numbered
 
 SHARED = [f"w{number}" for number in range(12)]
@@ -65,7 +66,9 @@ def vocabularies(draw):
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(15),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     models=st.lists(vocabularies(), min_size=2, max_size=4),

@@ -68,7 +68,7 @@ def models(tmp_path_factory):
 CASES = list(itertools.product(["large", "scaled", "small"], ["torch", "auto"], [None, "small"]))
 
 
-@pytest.mark.parametrize(("adapters", "backend", "chunk"), sample("peaks of adapters", CASES, 5))
+@pytest.mark.parametrize(("adapters", "backend", "chunk"), sample("peaks of adapters", CASES, 3))
 def test_peak_is_projected(models, tmp_path, adapters, backend, chunk):
     """Without a budget, and with the least one that works."""
     names = [f"small{number}" for number in range(8)] if adapters == "small" else [adapters]

@@ -43,7 +43,7 @@ CASES = list(itertools.product(METHODS, [None, "360MiB"], ["torch", "auto"], ["p
 
 
 @pytest.mark.parametrize(
-    ("method", "max_memory", "backend", "io"), sample("peaks of methods", CASES, 6)
+    ("method", "max_memory", "backend", "io"), sample("peaks of methods", CASES, 4)
 )
 def test_peak_is_projected(models, tmp_path, method, max_memory, backend, io):
     """With tensors that fit into a chunk and others that don't."""

@@ -8,6 +8,7 @@ import torch
 from shardmix.system.units import parse_size
 from tests.memory.test_adapters_bound import MERGE
 from tests.support.fresh_process import python
+from tests.support.sampling import sample
 from tests.support.vocabularies import model_of, numbered
 
 pytestmark = pytest.mark.machine
@@ -31,8 +32,12 @@ def models(tmp_path_factory):
     return [str(folder / str(number)) for number in range(3)]
 
 
-@pytest.mark.parametrize("source", ["base", "union"])
-@pytest.mark.parametrize("max_memory", [None, "300MiB"])
+CASES = [("base", None), ("base", "300MiB"), ("union", None), ("union", "300MiB")]
+
+
+@pytest.mark.parametrize(
+    ("source", "max_memory"), sample("peaks of vocabularies", CASES, 1, kinds=lambda _: ())
+)
 def test_peak_is_projected(models, tmp_path, source, max_memory):
     """Also of means and averages."""
     weights = [[model, 1 / 3] for model in models]

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 import shardmix
 from shardmix.errors import SourceChangedError
 from tests.support.models import random_tensor, save_model
+from tests.support.sampling import examples
 from tests.support.vocabularies import EMBEDDING, LLAMA, NORM, WIDTH
 
 transformers = pytest.importorskip("transformers")
@@ -142,7 +143,9 @@ def test_other_apart_trained_is_refused(tmp_path, kind):
 
 
 @settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(6),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.data())
 def test_any_bpe_splits_as_base(tmp_path, data):

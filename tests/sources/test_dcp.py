@@ -27,6 +27,7 @@ from tests.support.dcp_checkpoints import cut_along, save_dcp, whole
 from tests.support.dcp_ranks import PLACEMENTS
 from tests.support.language_models import examples_for, save_language_model
 from tests.support.models import random_model, random_tensor, save_model
+from tests.support.sampling import examples, sample
 from tests.test_imports import loaded_after
 
 WEIGHTS = "model.safetensors"
@@ -75,7 +76,7 @@ def transposed(chunk):
     return chunk.clone() if chunk.ndim < 2 else chunk.transpose(0, 1).contiguous().transpose(0, 1)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.lists(cut_tensors(), min_size=1, max_size=4), st.booleans())
 def test_any_boxes_are_read_as_torch_loads(tmp_path_factory, tensors, is_transposed):
     named = {f"t{number}": tensor for number, (tensor, _) in enumerate(tensors)}
@@ -162,9 +163,12 @@ def test_checkpoints_of_ranks_are_joined(by_ranks, tmp_path):
     assert report.num_models == 1
 
 
-@pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic"])
+WAYS = [{}, {"io": "mmap", "dtype": "bfloat16"}, {"backend": "torch"}]
+MERGES = [(method, way) for method in ("linear", "slerp", "task_arithmetic") for way in WAYS]
+
+
 @pytest.mark.parametrize(
-    "way", [{}, {"io": "mmap", "dtype": "bfloat16"}, {"backend": "torch"}], ids=str
+    ("method", "way"), sample("merges of DCP", MERGES, 3, kinds=lambda case: map(str, case))
 )
 def test_merges_are_those_of_safetensors(tmp_path, method, way):
     dtype = torch.bfloat16 if "dtype" in way else torch.float32
@@ -338,7 +342,7 @@ def facts(content, *, uses_patterns):
     return found.tensors, list(found.others), dict(found.paths), stored, rows, places
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(st.data())
 def test_patterns_change_no_meaning(description, data):
     """Chunks and records are read by patterns as instruction by instruction, also damaged ones."""
@@ -398,7 +402,7 @@ def test_scores_and_logits_are_the_same(tmp_path):
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.data())
 def test_damaged_records_are_no_fault(tmp_path_factory, data):
     """They are refused, or read if only elements are damaged."""

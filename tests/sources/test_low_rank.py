@@ -11,6 +11,7 @@ from shardmix.sources import low_rank_kernel
 from shardmix.sources.low_rank import add_product
 from tests.support.adapters import applied
 from tests.support.models import random_tensor
+from tests.support.sampling import examples
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -19,7 +20,7 @@ def raw(tensor, dtype):
     return stored(memoryview(tensor.view(torch.uint8).numpy().reshape(-1)), dtype)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(
     dtype=st.sampled_from(sorted(DTYPES)),
     rows=st.integers(1, 21),

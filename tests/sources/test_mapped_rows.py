@@ -10,6 +10,7 @@ from shardmix.sources.mapped_rows import AVERAGE, MEAN, ZERO, RowRuns
 from shardmix.sources.resolve import open_source
 from tests.support.mapped_source import GIVERS, MARK, OWN, ROWS, add_mapping
 from tests.support.models import load_model
+from tests.support.sampling import examples
 from tests.support.vocabularies import EMBEDDING, WIDTH, model_of, numbered
 
 
@@ -47,7 +48,7 @@ def test_each_row_is_what_its_map_says(tmp_path, monkeypatch):
     assert buffer == torch.stack(wanted).numpy().tobytes()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(st.data())
 def test_runs_say_what_single_rows_say(data):
     """For any rows, and any part of them."""

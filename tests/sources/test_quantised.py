@@ -21,6 +21,7 @@ from tests.support.fresh_process import merge_report
 from tests.support.language_models import TEXTS, save_language_model
 from tests.support.models import random_tensor, save_model
 from tests.support.quantised_models import COMPRESSED, FORMS, FP8, mxfp4_experts
+from tests.support.sampling import examples
 
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["norm"]}
 BY_NAME = {form.__name__: form for form in FORMS}
@@ -63,7 +64,7 @@ def test_values_are_those_of_torch(tmp_path, form, shape):
     assert set(open_source(str(folder)).tensors.names) == {"layer.weight", "norm"}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(
     form=st.sampled_from(list(FORMS)),
     shape=st.tuples(st.integers(1, 300), st.integers(1, 300)),

@@ -14,6 +14,7 @@ import shardmix
 from shardmix.dtypes import BY_NAME, DTYPES
 from shardmix.sources.resolve import open_source
 from tests.support.models import random_model, random_tensor, save_model
+from tests.support.sampling import examples
 
 LOADED = [BY_NAME[name].torch_name for name in ("F64", "F32", "F16", "BF16", "I64", "U8", "BOOL")]
 
@@ -85,7 +86,7 @@ def views(draw):
     return tensor
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.lists(views(), min_size=1, max_size=5), st.sampled_from([2, 4, 5]))
 def test_any_view_is_read_as_torch_loads(tmp_path_factory, tensors, protocol):
     named = {f"t{number}": tensor for number, tensor in enumerate(tensors)}
