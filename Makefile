@@ -15,7 +15,7 @@ BENCH_STAMP := $(VENV)/.installed-bench
 BENCH_WORK_DIR ?= bench-output
 BENCH_OPTIONS ?=
 # A process for each core; tests/conftest.py says which tests stay together, and which come first.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 PYTEST_OPTIONS ?=
 FUZZ_TARGETS := header tensors file index recipe config modules tokenizer examples
 FUZZ_SECONDS ?= 600

@@ -66,20 +66,37 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"campaigns: {kind}, seed {seed} (the same again: --sample-seed {seed})"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Give a file's tests to one process, for the sake of its fixtures.
 
-    Tests that watch what all processes share, such as memory and page cache, go to one process as
-    well, before others: they take longest.
+    Files with tests that watch what all processes share, such as memory and page cache, go to one
+    process as well. (Its own groups pytest-xdist 3.8 loses under pytest 9.)
     """
+    from xdist.scheduler import LoadScopeScheduling
 
-    def is_of_machine(item: pytest.Item) -> bool:
-        return item.get_closest_marker("machine") is not None
+    root = TESTS.parent
+    watching = {
+        path.relative_to(root).as_posix()
+        for path in TESTS.rglob("test_*.py")
+        if "pytest.mark.machine" in path.read_text(encoding="utf-8")
+    }
 
-    items.sort(key=is_of_machine, reverse=True)
-    for item in items:
-        group = "machine" if is_of_machine(item) else item.path.relative_to(TESTS).as_posix()
-        item.add_marker(pytest.mark.xdist_group(group))
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "machine" if file in watching else file
+
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that must share a process: they take longest."""
+    items.sort(key=_is_of_machine, reverse=True)
+
+
+def _is_of_machine(item: pytest.Item) -> bool:
+    return item.get_closest_marker("machine") is not None
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -180,7 +180,9 @@ def _token_row(
             f"`token` is {shown(of_token)}, not text", subject=where, remedy="put it into quotes"
         )
     if of_id is not None and (isinstance(of_id, bool) or not isinstance(of_id, int) or of_id < 0):
-        raise RecipeError(f"`token_id` is {shown(of_id)}, which is no id", subject=where)
+        raise RecipeError(
+            f"`token_id` is {shown(of_id)}; it must be a whole number from 0", subject=where
+        )
     return TokenRow(token, model, of_token, of_id, force=bool(force))
 
 

@@ -148,11 +148,14 @@ def test_mergekits_defaults_hold(tmp_path):
         (f"{TWO}tokenizer: {{tokens: {{1: {{source: a}}}}}}", "`tokens` has 1, which is no token"),
         (f"{TWO}tokenizer: {{tokens: {{x: {{force: true}}}}}}", "'x'.*: `source` is missing"),
         (f"{TWO}tokenizer: {{tokens: {{x: {{source: c}}}}}}", "names c, which is none"),
-        (f"{TWO}tokenizer: {{tokens: {{x: {{source: a, force: 1}}}}}}", "`force` is 1, not true"),
+        (
+            f"{TWO}tokenizer: {{tokens: {{x: {{source: a, force: 1}}}}}}",
+            "`force` is 1; it must be true",
+        ),
         (f"{TWO}tokenizer: {{tokens: {{x: {{source: {{kind: one}}}}}}}}", "must be zero or model"),
         (
             f"{TWO}tokenizer: {{tokens: {{x: {{source: {{kind: zero, model: a}}}}}}}}",
-            "no other key",
+            "the only key of its source",
         ),
         (
             f"{TWO}tokenizer: {{tokens: {{x: {{source: {{kind: model_token}}}}}}}}",
@@ -165,7 +168,7 @@ def test_mergekits_defaults_hold(tmp_path):
         (
             f"{TWO}tokenizer: {{tokens: {{x: {{source: {{kind: model_token, model: a, "
             "token_id: -1}}}}",
-            "`token_id` is -1, which is no id",
+            "`token_id` is -1; it must be a whole number",
         ),
         (f"{TWO}chat_template: auto", "`chat_template`: .*`config_from`"),
         (f"{TWO}seed: 1", "`seed`: no method draws random numbers yet"),
