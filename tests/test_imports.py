@@ -62,6 +62,7 @@ def test_plan_loads_only_what_it_needs(tmp_path):
         *("compute.", "execute.", "profiling.", "verification.", "scoring.", "output.staging"),
         *("sources.adapt", "sources.hub", "sources.readers", "conventions.peft"),
         *("sources.quantis", "matching.tied_copies", "formats.torch_file", "errors.logs"),
+        *("formats.output_coding", "formats.coded_tensors", "formats.small_floats"),
     )
     code = (
         f"import sys, shardmix\nshardmix.plan_merge({{{str(a)!r}: 0.5, {str(b)!r}: 0.5}})\n"

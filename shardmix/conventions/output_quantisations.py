@@ -9,11 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shardmix.formats.fp8_blocks import Fp8Blocks
-from shardmix.formats.output_coding import OutputCoding
-
 if TYPE_CHECKING:
     from shardmix.conventions.declarations import Tie
+    from shardmix.formats.output_coding import OutputCoding
 
 PROJECTIONS = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj"),
@@ -42,8 +40,8 @@ class OutputQuantisation:
 
     name: str
     """Its name for a user."""
-    coding: OutputCoding
-    """The way a matrix is stored."""
+    make_coding: "Callable[[], OutputCoding]"
+    """Makes the way a matrix is stored, which is loaded only if it is used."""
     scales_ending: str
     """The end of the name of a tensor's scales, after the tensor's own name."""
     chosen: Callable[[Mapping[str, Shape], Mapping[str, Any]], Iterator[str]]
@@ -53,6 +51,11 @@ class OutputQuantisation:
     """That choice, in words."""
     config: Callable[[Sequence[str]], dict[str, Any]]
     """Returns the config's `quantization_config`, of the modules that stay float."""
+
+    @property
+    def coding(self) -> "OutputCoding":
+        """The way a matrix is stored."""
+        return self.make_coding()
 
 
 def linear_weights(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Iterator[str]:
@@ -113,12 +116,18 @@ def unconverted_modules(
     return tuple(found)
 
 
+def _fp8_blocks() -> "OutputCoding":
+    from shardmix.formats.fp8_blocks import Fp8Blocks
+
+    return Fp8Blocks()
+
+
 def _fp8_config(unconverted: Sequence[str]) -> dict[str, Any]:
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
-        "weight_block_size": list(Fp8Blocks.block),
+        "weight_block_size": list(_fp8_blocks().block),
         "modules_to_not_convert": list(unconverted),
     }
 
@@ -126,7 +135,7 @@ def _fp8_config(unconverted: Sequence[str]) -> dict[str, Any]:
 _ALL = (
     OutputQuantisation(
         name="fp8-blocks",
-        coding=Fp8Blocks(),
+        make_coding=_fp8_blocks,
         scales_ending="_scale_inv",
         chosen=linear_weights,
         rule="the matrices of attention and feed-forward projections (q_proj, down_proj, ...) in "

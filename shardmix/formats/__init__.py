@@ -9,8 +9,9 @@ dcp_chunks             the check that chunks fill a tensor
 tensor_table           a model's tensors in columns: names, shapes, dtypes, offsets
 stored_floats          stored floats as arrays, in float32 or float64
 small_floats           the values of codes of 1 to 8 bits, and how they lie in bytes
+matrices               matrices divided into blocks, bands and rectangles
 coded_tensors          the values of quantised tensors, from codes and the scales of blocks
-output_coding          matrices written as codes and scales: bands of blocks, and the seam
+output_coding          matrices written as codes and scales: the seam
 fp8_blocks             the coding of DeepSeek-V3's FP8
 fp8_kernel             its codes by machine code
 file_metadata          the `__metadata__` of output files

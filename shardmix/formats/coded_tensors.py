@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardmix.dtypes import FLOAT_DTYPES
+from shardmix.formats.matrices import WHOLE
 from shardmix.formats.small_floats import (
     E4M3,
     Bytes,
@@ -24,8 +25,6 @@ from shardmix.formats.small_floats import (
 )
 from shardmix.formats.stored_floats import stored, widened
 
-WHOLE = 0
-"""Length of a block that is as long as its axis."""
 TIMES, OVER = "times", "over"
 
 
@@ -49,36 +48,6 @@ class Coding:
         rows, columns = ("all" if length == WHOLE else str(length) for length in self.block)
         more = [self.tensor_scale, f"zero{self.zero_bits}" * bool(self.zero_bits)]
         return " ".join(filter(None, (self.code.name, f"{rows}x{columns}", *more)))
-
-
-@dataclass(frozen=True, slots=True)
-class Matrices:
-    """The shape of a tensor's codes, as stored: matrices of rows and columns."""
-
-    count: int
-    """Number of matrices."""
-    rows: int
-    """Rows of each."""
-    columns: int
-    """Columns of each."""
-
-    @classmethod
-    def of(cls, shape: tuple[int, ...]) -> "Matrices":
-        """Return the matrices of a shape with at least two axes."""
-        *leading, rows, columns = shape
-        count = 1
-        for length in leading:
-            count *= length
-        return cls(count, rows, columns)
-
-    def grid(self, block: tuple[int, int]) -> tuple[int, int]:
-        """Return the number of blocks in each matrix: along the rows, and along the columns."""
-        return num_blocks(self.rows, block[0]), num_blocks(self.columns, block[1])
-
-
-def num_blocks(length: int, block: int) -> int:
-    """Return the number of blocks along an axis."""
-    return 1 if block == WHOLE else -(-length // block)
 
 
 def scale_values(dtype: str, raw: Bytes) -> Floats:

@@ -1,23 +1,19 @@
 """The codings that an output's matrices can be written in: codes, and a scale for each block. Pure.
 
-A matrix is divided into blocks, the last of which may be ragged. All blocks of the same rows are a
-band: its elements lie one after another, and so do its scales. A coding knows one block's scale and
-one element's code; bands, and the pieces of them that are in memory, are the same for all.
+A coding knows one block's scale and one element's code; bands of blocks (`matrices`), and the
+pieces of them that are in memory, are the same for all.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
-from shardmix.formats.coded_tensors import num_blocks
+from shardmix.formats.matrices import Bands, num_blocks, rectangles
 from shardmix.formats.small_floats import Bytes, Floats
 
 PIECE_NUM_ELEMENTS = 1 << 16
 """The most elements that are coded at once: their scratch stays in the caches."""
-CODE_NBYTES = 1
-"""Bytes of a code."""
 SCRATCH_NBYTES = 16 * PIECE_NUM_ELEMENTS
 """Memory of a quantiser: of each element of a piece four words of 32 bits."""
 
@@ -50,77 +46,6 @@ Encode = Callable[[Floats, Floats, Bytes, Floats], None]
 """`OutputCoding.encode`."""
 
 
-class _Rectangle(NamedTuple):
-    """Whole rows of a band, or a part of one row."""
-
-    offset: int
-    """Its first element, counted from the piece's first."""
-    num_rows: int
-    first_column: int
-    num_columns: int
-
-
-@dataclass(frozen=True, slots=True)
-class Bands:
-    """The bands of a tensor, matrix by matrix."""
-
-    num_matrices: int
-    """Number of matrices, which lie one after another."""
-    rows: int
-    """Rows of each."""
-    columns: int
-    """Columns of each."""
-    block: tuple[int, int]
-    """Rows and columns of a block."""
-
-    @property
-    def in_matrix(self) -> int:
-        """Number of bands of a matrix."""
-        return num_blocks(self.rows, self.block[0])
-
-    @property
-    def num_bands(self) -> int:
-        """Number of bands of all matrices."""
-        return self.num_matrices * self.in_matrix
-
-    @property
-    def num_scales(self) -> int:
-        """Number of scales of a band."""
-        return num_blocks(self.columns, self.block[1])
-
-    @property
-    def largest_num_elements(self) -> int:
-        """Number of elements of the largest band."""
-        return min(self.block[0], self.rows) * self.columns
-
-    def of(self, element: int) -> int:
-        """Return the number of the band that an element lies in."""
-        matrix, rest = divmod(element, self.rows * self.columns)
-        return matrix * self.in_matrix + rest // (self.block[0] * self.columns)
-
-    def elements(self, band: int) -> range:
-        """Return the elements of a band."""
-        matrix, number = divmod(band, self.in_matrix)
-        first_row = number * self.block[0]
-        stop_row = min(first_row + self.block[0], self.rows)
-        start = matrix * self.rows * self.columns
-        return range(start + first_row * self.columns, start + stop_row * self.columns)
-
-    def rectangles(self, start: int, stop: int) -> Iterator[_Rectangle]:
-        """Divide a range of one band's elements into pieces of whole rows, or parts of rows."""
-        position = start
-        while position < stop:
-            column = position % self.columns
-            num_rows = min(stop - position, PIECE_NUM_ELEMENTS) // self.columns
-            if column or not num_rows:
-                length = min(self.columns - column, stop - position, PIECE_NUM_ELEMENTS)
-                yield _Rectangle(position - start, 1, column, length)
-            else:
-                length = num_rows * self.columns
-                yield _Rectangle(position - start, num_rows, 0, self.columns)
-            position += length
-
-
 class Quantiser:
     """Codes the values of bands for one worker."""
 
@@ -141,10 +66,10 @@ class Quantiser:
             is_finite: True if no value is NaN or infinite.
         """
         width = bands.block[1]
-        for piece in bands.rectangles(start, start + len(values)):
-            shape = piece.num_rows, piece.num_columns
-            part = _part(values, piece.offset, shape)
-            magnitudes = _part(self._scratch[0], 0, shape)
+        at = 0
+        for piece in rectangles(start, start + len(values), bands.columns, PIECE_NUM_ELEMENTS):
+            part = piece.of(values, at)
+            magnitudes = piece.of(self._scratch[0])
             np.abs(part, out=magnitudes)
             if not is_finite:
                 magnitudes[~np.isfinite(magnitudes)] = 0
@@ -156,6 +81,7 @@ class Quantiser:
             found = np.maximum.reduceat(by_column, starts)
             target = largest[first : first + len(found)]
             np.maximum(target, found, out=target)
+            at += piece.num_elements
 
     def encode(self, bands: Bands, start: int, values: Floats, scales: Floats, out: Bytes) -> None:
         """Fill `out` with the codes of elements from `start` on, which lie in one band.
@@ -163,16 +89,12 @@ class Quantiser:
         `scales` are the band's. `out` may lie in the memory of `values`, if not behind its start.
         """
         width = bands.block[1]
-        for piece in bands.rectangles(start, start + len(values)):
-            shape = piece.num_rows, piece.num_columns
+        at = 0
+        for piece in rectangles(start, start + len(values), bands.columns, PIECE_NUM_ELEMENTS):
             first, skipped = divmod(piece.first_column, width)
             stop = num_blocks(piece.first_column + piece.num_columns, width)
             factors = np.repeat(scales[first:stop], width)[skipped : skipped + piece.num_columns]
-            flat = piece.num_rows * piece.num_columns
-            codes = out[piece.offset : piece.offset + flat]
-            part = _part(values, piece.offset, shape)
-            self._encode(part, factors, codes, self._scratch[:, :flat])
-
-
-def _part(values: Floats, offset: int, shape: tuple[int, int]) -> Floats:
-    return values[offset : offset + shape[0] * shape[1]].reshape(shape)
+            stop_at = at + piece.num_elements
+            scratch = self._scratch[:, : piece.num_elements]
+            self._encode(piece.of(values, at), factors, out[at:stop_at], scratch)
+            at = stop_at

@@ -6,11 +6,11 @@ Lays out headers and offsets from opened sources; decides nothing about memory o
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from shardmix.conventions.output_quantisations import OutputQuantisation
 from shardmix.conventions.weight_names import MODEL, shard_pattern
 from shardmix.dtypes import (
     DTYPE_RANK,
@@ -20,8 +20,8 @@ from shardmix.dtypes import (
     element_nbytes,
     tensor_nbytes,
 )
-from shardmix.formats.coded_tensors import Matrices
 from shardmix.formats.file_metadata import format_only, lost_metadata, merged_metadata
+from shardmix.formats.matrices import Matrices
 from shardmix.formats.safetensors_layout import HEADER_LENGTH_NBYTES, encode_header
 from shardmix.matching.tensors import MatchedTensors
 from shardmix.methods import keep_first
@@ -29,6 +29,9 @@ from shardmix.methods.base import MergeMethod, Params
 from shardmix.plan.merge_plan import CodedMatrices, OutputShard, Segment, SegmentSource
 from shardmix.recipe import Recipe
 from shardmix.sources.base import Source
+
+if TYPE_CHECKING:
+    from shardmix.conventions.output_quantisations import OutputQuantisation
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ class OutputTensors:
 
     dtypes: Sequence[str]
     """Safetensors dtype of each matched tensor; of one that is coded, of its values before."""
-    quantisation: OutputQuantisation | None = None
+    quantisation: "OutputQuantisation | None" = None
     """The way to write codes."""
     coded: frozenset[int] = frozenset()
     """Indexes of the matched tensors that are written as codes."""

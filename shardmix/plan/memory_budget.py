@@ -25,7 +25,6 @@ import sys
 from dataclasses import dataclass, replace
 
 from shardmix.errors import BudgetError
-from shardmix.formats.output_coding import SCRATCH_NBYTES
 from shardmix.methods.statistics import PIECE_NUM_ELEMENTS
 from shardmix.options import LLVM, TORCH, RunSettings
 from shardmix.sources.base import MAX_MAPPED_AT_ONCE
@@ -297,6 +296,8 @@ class CodingMemory:
     @property
     def worker_nbytes(self) -> int:
         """Memory of a worker: scratch, and the scales of two bands, each found in two arrays."""
+        from shardmix.formats.output_coding import SCRATCH_NBYTES  # few outputs are quantised
+
         return SCRATCH_NBYTES + 4 * self.num_scales * _FLOAT32_NBYTES + SCALES_AT_ONCE_NBYTES
 
 

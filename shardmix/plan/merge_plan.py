@@ -17,7 +17,7 @@ from shardmix.conventions.module_tree import inner_path
 from shardmix.conventions.output_quantisations import OUTPUT_QUANTISATIONS
 from shardmix.conventions.tokenizer_splices import Splice
 from shardmix.dtypes import element_nbytes
-from shardmix.formats.output_coding import CODE_NBYTES, Bands
+from shardmix.formats.matrices import CODE_NBYTES, Bands
 from shardmix.formats.safetensors_layout import HEADER_LENGTH_NBYTES
 from shardmix.methods.base import Params
 from shardmix.methods.registry import merge_method

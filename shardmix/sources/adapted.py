@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +23,7 @@ from shardmix.dtypes import (
     element_nbytes,
     tensor_nbytes,
 )
+from shardmix.formats.matrices import Rectangle, rectangles
 from shardmix.formats.stored_floats import Floats, Stored, stored, widened
 from shardmix.formats.tensor_table import TensorTable
 from shardmix.sources.adapter_changes import ONES, Change, LowRankPair, Patch, View
@@ -230,32 +230,8 @@ def _changed_table(base: Source, adapter: Adapter, changes: dict[int, Change]) -
     return wide.with_decoded(sorted(changes))
 
 
-class _Rectangle(NamedTuple):
-    """Elements that follow one another: whole rows, or a part of one."""
-
-    first_row: int
-    num_rows: int
-    first_column: int
-    num_columns: int
-
-    @property
-    def num_elements(self) -> int:
-        return self.num_rows * self.num_columns
-
-
-def _rectangles(start: int, stop: int, width: int) -> Iterator[_Rectangle]:
-    """Divide elements of a matrix with rows of this width into pieces."""
-    most_rows = max(1, _PIECE_NUM_ELEMENTS // width)
-    while start < stop:
-        row, column = divmod(start, width)
-        if column or stop - start < width or width > _PIECE_NUM_ELEMENTS:
-            count = min(width - column, stop - start, _PIECE_NUM_ELEMENTS)
-            yield _Rectangle(row, 1, column, count)
-        else:
-            num_rows = min((stop - start) // width, most_rows)
-            count = num_rows * width
-            yield _Rectangle(row, num_rows, 0, width)
-        start += count
+def _pieces(start: int, stop: int, width: int) -> Iterator[Rectangle]:
+    return rectangles(start, stop, width, _PIECE_NUM_ELEMENTS)
 
 
 class _AdaptedReader:
@@ -331,8 +307,8 @@ class _AdaptedReader:
         if change.magnitude is None and change.tokens is None:
             return
         at = 0
-        for part in _rectangles(start, start + len(out), change.num_columns):
-            piece = out[at : at + part.num_elements].reshape(part.num_rows, part.num_columns)
+        for part in _pieces(start, start + len(out), change.num_columns):
+            piece = part.of(out, at)
             if change.magnitude is not None:
                 self._scale(row, change, part, piece)
             if change.tokens is not None:
@@ -402,11 +378,10 @@ class _AdaptedReader:
             compiled.add_range(values, out, column, left, right, patch.scaling)
             return
         at = 0
-        for part in _rectangles(column, column + len(out), width):
+        for part in _pieces(column, column + len(out), width):
             rows = left[part.first_row : part.first_row + part.num_rows]
-            shape = part.num_rows, part.num_columns
-            its_values = values[at : at + part.num_elements].reshape(shape)
-            its_out = out[at : at + part.num_elements].reshape(shape)
+            its_values, its_out = values[at : at + part.num_elements], part.of(out, at)
+            its_values = its_values.reshape(its_out.shape)
             step = max(1, _MOST_KEPT_NBYTES // (patch.rank * out.dtype.itemsize))
             for first in range(0, part.num_columns, step):
                 columns = slice(first, min(first + step, part.num_columns))
@@ -444,7 +419,7 @@ class _AdaptedReader:
 
     # DoRA.
 
-    def _scale(self, row: int, change: Change, part: _Rectangle, out: Floats) -> None:
+    def _scale(self, row: int, change: Change, part: Rectangle, out: Floats) -> None:
         """Multiply a piece by the factors of its rows or columns."""
         with np.errstate(over="ignore", invalid="ignore"):
             if change.is_by_column:
@@ -467,7 +442,7 @@ class _AdaptedReader:
             first = block * step
             count = min(step, self._tensors[row].num_elements // width - first)
             norms = np.zeros(count)
-            for part in _rectangles(first * width, (first + count) * width, width):
+            for part in _pieces(first * width, (first + count) * width, width):
                 rows = slice(part.first_row - first, part.first_row - first + part.num_rows)
                 norms[rows] += np.add.reduce(self._squares(row, change, part, dtype), axis=1)
             self._keep_factors(key, change, norms, first, dtype)
@@ -478,19 +453,19 @@ class _AdaptedReader:
         key = row, -1
         if key not in self._factors:
             norms = np.zeros(change.num_columns)
-            for part in _rectangles(0, self._tensors[row].num_elements, change.num_columns):
+            for part in _pieces(0, self._tensors[row].num_elements, change.num_columns):
                 columns = slice(part.first_column, part.first_column + part.num_columns)
                 norms[columns] += np.add.reduce(self._squares(row, change, part, dtype), axis=0)
             self._keep_factors(key, change, norms, 0, dtype)
         return self._factors[key]
 
     def _squares(
-        self, row: int, change: Change, part: _Rectangle, dtype: npt.DTypeLike
+        self, row: int, change: Change, part: Rectangle, dtype: npt.DTypeLike
     ) -> npt.NDArray[np.float64]:
         values = np.empty(part.num_elements, dtype)
         self._sum(row, change, part.first_row * change.num_columns + part.first_column, values)
         squares: npt.NDArray[np.float64] = np.square(values, dtype=np.float64)
-        return squares.reshape(part.num_rows, part.num_columns)
+        return part.of(squares)
 
     def _keep_factors(
         self,
@@ -511,7 +486,7 @@ class _AdaptedReader:
 
     # Rows of embeddings.
 
-    def _replace_rows(self, change: Change, tokens: int, part: _Rectangle, out: Floats) -> None:
+    def _replace_rows(self, change: Change, tokens: int, part: Rectangle, out: Floats) -> None:
         for number, row in enumerate(change.token_rows):
             if part.first_row <= row < part.first_row + part.num_rows:
                 view = View(tokens, number * change.num_columns, 0, 1)

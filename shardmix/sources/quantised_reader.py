@@ -1,5 +1,6 @@
 """Reads quantised tensors as float32, piece by piece, in bounded memory."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -8,9 +9,7 @@ import numpy.typing as npt
 from shardmix.dtypes import DTYPES, element_nbytes
 from shardmix.errors import SourceError
 from shardmix.formats.coded_tensors import (
-    WHOLE,
     Coding,
-    Matrices,
     apply_scales,
     scale_values,
     spread,
@@ -18,6 +17,7 @@ from shardmix.formats.coded_tensors import (
     unpack_rows,
     with_tensor_scale,
 )
+from shardmix.formats.matrices import WHOLE, Matrices, rectangles
 from shardmix.formats.small_floats import Bytes, Floats, decode, exponents
 from shardmix.formats.tensor_table import TensorTable
 from shardmix.sources.base import Source
@@ -102,8 +102,7 @@ class QuantisedReader:
             return
         matrices = Matrices.of(self._tensors.shapes[row])
         done = 0
-        while done < len(out):
-            piece = _next_piece(matrices, start + done, len(out) - done)
+        for piece in _pieces(matrices, start, start + len(out)):
             stop = done + piece.num_rows * piece.num_columns
             values = out[done:stop].reshape(piece.num_rows, piece.num_columns)
             self._read_codes(row, coding, matrices, piece, values)
@@ -336,19 +335,15 @@ class QuantisedReader:
         return held[1].reshape(rows, row_nbytes)[start : start + num_rows]
 
 
-def _next_piece(matrices: Matrices, start: int, num_elements: int) -> _Piece:
-    """Return the next piece of a range of elements: whole rows, or a part of one row."""
-    flat_row, column = divmod(start, matrices.columns)
-    matrix, row = divmod(flat_row, matrices.rows)
-    whole = min(
-        num_elements // matrices.columns,
-        PIECE_NUM_ELEMENTS // matrices.columns,
-        matrices.rows - row,
-    )
-    if column or not whole:
-        length = min(matrices.columns - column, num_elements, PIECE_NUM_ELEMENTS)
-        return _Piece(matrix, row, 1, column, length)
-    return _Piece(matrix, row, whole, 0, matrices.columns)
+def _pieces(matrices: Matrices, start: int, stop: int) -> Iterator[_Piece]:
+    """Divide a range of elements into pieces of one matrix each."""
+    size = matrices.rows * matrices.columns
+    while start < stop:
+        matrix, begin = divmod(start, size)
+        end = min(size, begin + stop - start)
+        for part in rectangles(begin, end, matrices.columns, PIECE_NUM_ELEMENTS):
+            yield _Piece(matrix, *part)
+        start += end - begin
 
 
 def _touched(block: int, first: int, count: int) -> tuple[int, int]:

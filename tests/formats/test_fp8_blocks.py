@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from shardmix.formats.fp8_blocks import Fp8Blocks
 from shardmix.formats.fp8_kernel import encoding_kernel
-from shardmix.formats.output_coding import PIECE_NUM_ELEMENTS, Bands, Quantiser
+from shardmix.formats.matrices import Bands
+from shardmix.formats.output_coding import PIECE_NUM_ELEMENTS, Quantiser
 from shardmix.formats.small_floats import encode_e4m3
 from tests.support.fp8_reference import quantised
 from tests.support.sampling import examples

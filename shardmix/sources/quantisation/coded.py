@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from shardmix.errors import SourceError
-from shardmix.formats.coded_tensors import SCALE_DTYPES, WHOLE, Coding, Matrices
+from shardmix.formats.coded_tensors import SCALE_DTYPES, Coding
+from shardmix.formats.matrices import WHOLE, Matrices
 from shardmix.sources.quantisation.stored import Declared, Stored
 
 FETCH = "fetch the checkpoint again, or merge the unquantised one"

@@ -7,7 +7,8 @@ NVFP4 has scales in FP8 for 16 elements, and one float32 a tensor: compressed-te
 from collections.abc import Iterator
 
 from shardmix.errors import SourceError
-from shardmix.formats.coded_tensors import OVER, TIMES, Coding, Matrices
+from shardmix.formats.coded_tensors import OVER, TIMES, Coding
+from shardmix.formats.matrices import Matrices
 from shardmix.formats.small_floats import FP4
 from shardmix.sources.quantisation.coded import (
     FETCH,

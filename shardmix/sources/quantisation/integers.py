@@ -6,7 +6,8 @@ compressed-tensors packs each row of a matrix from its lowest bits on, and zero 
 from collections.abc import Iterator
 
 from shardmix.errors import SourceError
-from shardmix.formats.coded_tensors import WHOLE, Coding
+from shardmix.formats.coded_tensors import Coding
+from shardmix.formats.matrices import WHOLE
 from shardmix.formats.small_floats import INT8, Code, packed_integer
 from shardmix.sources.quantisation.coded import (
     FETCH,
