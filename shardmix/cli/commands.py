@@ -182,17 +182,7 @@ def convert(source: str, output: Path, *, json: bool, quiet: bool, **others: Any
     SOURCE is anything that `merge` reads: a folder or file of torch.save, a quantised model, a
     model with an adapter (SOURCE+ADAPTER). Names lose what wrappers added to them.
     """
-    with errors_reported(json=json, quiet=quiet):
-        options = arguments.merge_options(others)
-        with rare_collections():
-            from shardmix import api
-            from shardmix.cli import render
-            from shardmix.cli.progress import progress_display
-
-        with progress_display(quiet=quiet) as on_progress:
-            report = api.convert(source, output, on_progress=on_progress, **options)
-            ignore_signals()  # all is done: nothing is left to stop
-        render.merge_report(report, profile=None, json=json, quiet=quiet)
+    _write("convert", source, output, json=json, quiet=quiet, others=others)
 
 
 @_command(example="shardmix extract org/base ./tuned --rank 16 -o adapter")
@@ -214,6 +204,13 @@ def extract(base: str, tuned: str, output: Path, *, json: bool, quiet: bool, **o
     BASE and TUNED are anything that `merge` reads. Each changed weight of a linear layer becomes
     factors by its singular values; the report, and OUT's low_rank.json, have the error of each.
     """
+    _write("extract", base, tuned, output, json=json, quiet=quiet, others=others)
+
+
+def _write(
+    function: str, *positional: str | Path, json: bool, quiet: bool, others: dict[str, Any]
+) -> None:
+    """Call a function of the library that writes an output without scoring, and render it."""
     with errors_reported(json=json, quiet=quiet):
         options = arguments.merge_options(others)
         with rare_collections():
@@ -222,7 +219,7 @@ def extract(base: str, tuned: str, output: Path, *, json: bool, quiet: bool, **o
             from shardmix.cli.progress import progress_display
 
         with progress_display(quiet=quiet) as on_progress:
-            report = api.extract(base, tuned, output, on_progress=on_progress, **options)
+            report = getattr(api, function)(*positional, on_progress=on_progress, **options)
             ignore_signals()  # all is done: nothing is left to stop
         render.merge_report(report, profile=None, json=json, quiet=quiet)
 

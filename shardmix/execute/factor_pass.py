@@ -240,7 +240,10 @@ class _Change:
 
 
 def _rounded(dtype: str) -> truncated_svd.Rounded:
-    """Return the function that rounds to a dtype, as float32: once, from double precision."""
+    """Return the function that rounds to a dtype as the stored factors are, in float32.
+
+    From double precision: to float16 at once, to bfloat16 by way of float32.
+    """
 
     def rounded(values: Wide) -> Narrow:
         with np.errstate(over="ignore"):

@@ -4,8 +4,6 @@ Values are loaded, divided and coded sixteen at a time, so they pass the caches 
 """
 
 import ctypes
-import functools
-import threading
 
 from shardmix.formats.small_floats import (
     E4M3_COUNTING,
@@ -20,6 +18,7 @@ from shardmix.formats.small_floats import (
     Floats,
 )
 from shardmix.system.llvm_floats import splat
+from shardmix.system.threads import made_once
 
 _WIDE = 16
 
@@ -139,15 +138,7 @@ class EncodingKernel:
         self._call(values.ctypes.data, factors.ctypes.data, out.ctypes.data, rows, columns)
 
 
-_COMPILING = threading.Lock()
-
-
+@made_once
 def encoding_kernel() -> EncodingKernel:
     """Return the kernel, compiled once; llvmlite must be there and work."""
-    with _COMPILING:
-        return _compiled()
-
-
-@functools.cache
-def _compiled() -> EncodingKernel:
     return EncodingKernel()

@@ -35,7 +35,6 @@ from shardmix.plan.factoring import (
     Difference,
     Factoring,
     FactorRecord,
-    LowRankFacts,
     check_rank,
     fitted,
 )
@@ -163,16 +162,10 @@ def plan_extraction(
         factoring=factoring,
         low_rank=None
         if factors is None
-        else LowRankFacts(
-            records=tuple(
-                factors.records[each.each.name] for each in parameters if each.each.most_rank
-            ),
-            whole=tuple(each.each.name for each in whole if each.holders),
+        else factors.facts(
+            (factors.records[each.each.name] for each in parameters if each.each.most_rank),
+            whole=(each.each.name for each in whole if each.holders),
             left=left,
-            computed_by=factors.computed_by,
-            digest=factors.file.digest,
-            nbytes=factors.file.file.nbytes,
-            peak_nbytes=factors.peak_nbytes,
         ),
         **outcome,
     )

@@ -31,7 +31,7 @@ from shardmix.plan.adapter_layout import (
 )
 from shardmix.plan.adapter_stacking import StackedGroup, Stacking, saved_modules
 from shardmix.plan.factor_results import FactorResults
-from shardmix.plan.factoring import Factoring, LowRankFacts, Product, check_rank, fitted
+from shardmix.plan.factoring import Factoring, Product, check_rank, fitted
 from shardmix.plan.merge_plan import MergePlan
 from shardmix.plan.opening import OpenedModels
 from shardmix.plan.outcome import Outcome
@@ -119,15 +119,8 @@ def _plan_stacked(
     )
     low_rank = None
     if factors is not None:
-        low_rank = LowRankFacts(
-            records=tuple(factors.records.values()),
-            whole=tuple(base.tensors.names[row] for row in stacking.values),
-            left=(),
-            computed_by=factors.computed_by,
-            digest=factors.file.digest,
-            nbytes=factors.file.file.nbytes,
-            peak_nbytes=factors.peak_nbytes,
-        )
+        whole = (base.tensors.names[row] for row in stacking.values)
+        low_rank = factors.facts(factors.records.values(), whole=whole)
     return assembled(
         recipe,
         settings,

@@ -5,15 +5,14 @@ runs over the rank; so left and right are read from the caches a few times, not 
 """
 
 import ctypes
-import functools
 import importlib.util
-import threading
 
 import numpy as np
 
 from shardmix.dtypes import BY_NAME, LLVM_DTYPES, element_nbytes
 from shardmix.formats.stored_floats import Floats, Stored
 from shardmix.system.llvm_floats import WIDEN, splat
+from shardmix.system.threads import made_once
 
 # Sums of a tile fill half of the registers of AVX-512, and all of AVX2's. The rest of the columns
 # goes one by one.
@@ -273,17 +272,9 @@ class Kernel:
         )
 
 
-_COMPILING = threading.Lock()
-
-
+@made_once
 def kernel(dtype: str) -> Kernel | None:
     """Return the kernel for weights stored in a dtype; None if there is none here."""
-    with _COMPILING:  # once, not once a worker
-        return _compiled(dtype)
-
-
-@functools.cache
-def _compiled(dtype: str) -> Kernel | None:
     if dtype not in LLVM_DTYPES or importlib.util.find_spec("llvmlite") is None:
         return None
     from shardmix.system.llvm import finding

@@ -1,9 +1,28 @@
-"""Threads that end with the block that started them, in every case."""
+"""Threads that end with the block that started them, in every case; values that they make once."""
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def made_once(make: Callable[..., T]) -> Callable[..., T]:
+    """Return a function that keeps its results by its arguments.
+
+    `functools.cache` may call it twice if two threads ask at once; here the second one waits.
+    """
+    lock, kept = threading.Lock(), functools.cache(make)
+
+    @functools.wraps(make)
+    def ask(*arguments: object) -> T:
+        with lock:
+            return kept(*arguments)
+
+    return ask
 
 
 @contextmanager

@@ -1,34 +1,17 @@
 """Adapters keep the projection, whatever their matrices take; peak resident in a fresh process."""
 
 import itertools
-import json
-import re
 
 import pytest
 import torch
 
-from shardmix.system.units import parse_size
 from tests.support.adapters import PREFIX, random_adapter, save_adapter
-from tests.support.fresh_process import python
 from tests.support.models import save_model
+from tests.support.peaks import check_peak
 from tests.support.sampling import sample
 
 pytestmark = pytest.mark.machine
 
-MERGE = """
-import json, sys, shardmix
-models, output, options = json.loads(sys.argv[1])
-report = shardmix.merge(models, output, fsync=False, **options)
-print(json.dumps([report.peak_rss_bytes, report.projected_peak_bytes]))
-"""
-REFUSED = """
-import json, sys, shardmix
-models, output, options = json.loads(sys.argv[1])
-try:
-    shardmix.merge(models, output, **options)
-except shardmix.BudgetError as error:
-    print(error)
-"""
 SHAPES = {
     "embed.weight": (60_000, 512),
     "wide.weight": (512, 30_000),
@@ -73,13 +56,4 @@ def test_peak_is_projected(models, tmp_path, adapters, backend, chunk):
     """Without a budget, and with the least one that works."""
     names = [f"small{number}" for number in range(8)] if adapters == "small" else [adapters]
     texts = [[f"{models / 'base'}+{models / name}", 1 / len(names)] for name in names]
-    options = {"backend": backend}
-    if chunk is not None:
-        refused = json.dumps([texts, str(tmp_path / "out"), options | {"max_memory": "1MiB"}])
-        text = python(REFUSED, refused)
-        options["max_memory"] = re.search(r"least that works here is ([\d.]+ ?MiB)", text)[1]
-    call = json.dumps([texts, str(tmp_path / "out"), options])
-    peak, projected = json.loads(python(MERGE, call).splitlines()[-1])
-    assert peak <= projected
-    if chunk is not None:
-        assert projected <= parse_size(options["max_memory"])
+    check_peak(texts, tmp_path / "out", backend=backend, is_least=chunk is not None)

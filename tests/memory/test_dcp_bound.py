@@ -1,16 +1,12 @@
 """Distributed checkpoints keep the projection, however they are cut; peak in a fresh process."""
 
 import itertools
-import json
-import re
 
 import pytest
 import torch
 
-from shardmix.system.units import parse_size
-from tests.memory.test_adapters_bound import MERGE, REFUSED
 from tests.support.dcp_checkpoints import cut_along, save_dcp
-from tests.support.fresh_process import python
+from tests.support.peaks import check_peak
 from tests.support.sampling import sample
 
 pytestmark = pytest.mark.machine
@@ -48,13 +44,4 @@ CASES = list(itertools.product(CUTS, ["torch", "auto"], [None, "small"]))
 def test_peak_is_projected(models, tmp_path, cut, backend, chunk):
     """Without a budget, and with the least one that works."""
     texts = [[str(models / name), 0.5] for name in (cut, f"{cut}-turned")]
-    options = {"backend": backend}
-    if chunk is not None:
-        refused = json.dumps([texts, str(tmp_path / "out"), options | {"max_memory": "1MiB"}])
-        text = python(REFUSED, refused)
-        options["max_memory"] = re.search(r"least that works here is ([\d.]+ ?MiB)", text)[1]
-    call = json.dumps([texts, str(tmp_path / "out"), options])
-    peak, projected = json.loads(python(MERGE, call).splitlines()[-1])
-    assert peak <= projected
-    if chunk is not None:
-        assert projected <= parse_size(options["max_memory"])
+    check_peak(texts, tmp_path / "out", backend=backend, is_least=chunk is not None)

@@ -1,23 +1,16 @@
 """Methods keep the projection, whatever they make on the way; peak resident in a fresh process."""
 
 import itertools
-import json
 
 import pytest
 import torch
 
-from tests.support.fresh_process import python
 from tests.support.models import save_model
+from tests.support.peaks import check_peak
 from tests.support.sampling import sample
 
 pytestmark = pytest.mark.machine
 
-MERGE = """
-import json, sys, shardmix
-models, output, options = json.loads(sys.argv[1])
-report = shardmix.merge(models, output, fsync=False, **options)
-print(json.dumps([report.peak_rss_bytes, report.projected_peak_bytes]))
-"""
 METHODS = {
     "task_arithmetic": {"parameters": {"weight": 0.5, "lambda": 0.7}},
     "slerp": {"parameters": {"t": 0.4}},
@@ -50,8 +43,4 @@ def test_peak_is_projected(models, tmp_path, method, max_memory, backend, io):
     base, other = models
     options = {"method": method, "base_model": base, "backend": backend, "io": io}
     options |= METHODS[method] | {"max_memory": max_memory}
-    call = json.dumps([[base, other], str(tmp_path / "out"), options])
-    peak, projected = json.loads(python(MERGE, call).splitlines()[-1])
-    assert peak <= projected
-    if max_memory is not None:
-        assert projected <= 360 * 2**20
+    check_peak([base, other], tmp_path / "out", **options)

@@ -1,13 +1,9 @@
 """Mapped rows keep the projection: embeddings and tokenizers of tens of megabytes."""
 
-import json
-
 import pytest
 import torch
 
-from shardmix.system.units import parse_size
-from tests.memory.test_adapters_bound import MERGE
-from tests.support.fresh_process import python
+from tests.support.peaks import check_peak
 from tests.support.sampling import sample
 from tests.support.vocabularies import model_of, numbered
 
@@ -42,8 +38,4 @@ def test_peak_is_projected(models, tmp_path, source, max_memory):
     """Also of means and averages."""
     weights = [[model, 1 / 3] for model in models]
     options = {"tokenizer_source": source, "pad_to_multiple_of": 512, "max_memory": max_memory}
-    call = json.dumps([weights, str(tmp_path / "out"), options])
-    peak, projected = json.loads(python(MERGE, call).splitlines()[-1])
-    assert peak <= projected
-    if max_memory is not None:
-        assert projected <= parse_size(max_memory)
+    check_peak(weights, tmp_path / "out", **options)
