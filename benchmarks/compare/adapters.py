@@ -8,10 +8,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.lib.machine import read_into_cache, wait_until_idle
-from benchmarks.lib.processes import run, run_or_exit
-from benchmarks.lib.tables import Row, column, mib, over, print_table, spread
-from benchmarks.lib.workspace import Workspace, benchmark, remove
+from benchmarks.lib.by_turns import Way, by_turns, print_ways
+from benchmarks.lib.processes import run_or_exit
+from benchmarks.lib.tables import Row
+from benchmarks.lib.workspace import Workspace, benchmark
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MAKE = """
@@ -70,45 +70,15 @@ def measure(args: argparse.Namespace, workspace: Workspace) -> tuple[Sequence[Ro
     rest = ["-o", str(output), "--no-fsync", "--json", "--quiet"]
     share = 1 / len(made)
     several = [f"{base}+{each}={share}" for each in made]
+    peft, models = [workspace.python("peft"), "-c", PEFT], [base, *made]
     ways = {
-        "shardmix, the base alone": [*shardmix, f"{base}=1", f"{copy}=0", *rest],
-        "shardmix, an adapter": [*shardmix, f"{base}+{made[0]}", *rest],
-        f"shardmix, {len(made)} adapters": [*shardmix, *several, *rest],
-        "PEFT, an adapter": [workspace.python("peft"), "-c", PEFT, base, output, made[0]],
+        "shardmix, the base alone": Way([*shardmix, f"{base}=1", f"{copy}=0", *rest], models),
+        "shardmix, an adapter": Way([*shardmix, f"{base}+{made[0]}", *rest], models),
+        f"shardmix, {len(made)} adapters": Way([*shardmix, *several, *rest], models),
+        "PEFT, an adapter": Way([*peft, base, output, made[0]], models),
     }
-    rows: list[Row] = []
-    for number in range(args.rounds):
-        for name, words in ways.items():
-            remove(output)
-            read_into_cache([base, *made])
-            wait_until_idle(limit_s=5)
-            done = run(words)
-            if done.returncode:
-                raise SystemExit(f"{name}: {done.stderr}")
-            rows.append(
-                {
-                    "way": name,
-                    "round": number,
-                    "seconds": done.wall_s,
-                    "cpu_seconds": round(done.user_s + done.system_s, 3),
-                    "peak_bytes": done.peak_bytes,
-                    "read_bytes": done.read_calls_bytes,
-                }
-            )
-    first = min(column(rows, "seconds", way="shardmix, the base alone"))
-    table = [
-        (
-            name,
-            spread(column(rows, "seconds", way=name)),
-            over(min(column(rows, "seconds", way=name)), first),
-            spread(column(rows, "cpu_seconds", way=name)),
-            mib(max(column(rows, "peak_bytes", way=name))),
-            mib(max(column(rows, "read_bytes", way=name))),
-        )
-        for name in ways
-    ]
-    header = ("way", "s", "best / best alone", "CPU s", "peak MiB", "MiB read")
-    print_table(header, table)
+    rows = by_turns(ways, output, args.rounds)
+    print_ways(rows, "best / best alone")
     return rows, True
 
 

@@ -9,10 +9,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.lib.machine import read_into_cache, wait_until_idle
-from benchmarks.lib.processes import run, run_or_exit
-from benchmarks.lib.tables import Row, column, mib, over, print_table, spread
-from benchmarks.lib.workspace import Workspace, benchmark, remove
+from benchmarks.lib.by_turns import Way, by_turns, print_ways
+from benchmarks.lib.processes import Finished, run_or_exit
+from benchmarks.lib.tables import Row
+from benchmarks.lib.workspace import Workspace, benchmark
 
 QUANTIZE = ("--quantize", "fp8-blocks")
 
@@ -31,52 +31,29 @@ def measure(args: argparse.Namespace, workspace: Workspace) -> tuple[Sequence[Ro
     rest = ["-o", str(output), "--no-fsync", "--json", "--quiet"]
     if args.max_memory:
         rest += ["--max-memory", args.max_memory]
-    ways = {
+    cases = {
         "bfloat16 to bfloat16": (plain, ()),
         "FP8 to bfloat16": (coded, ()),
         "bfloat16 to FP8": (plain, QUANTIZE),
         "FP8 to FP8": (coded, QUANTIZE),
     }
-    rows: list[Row] = []
-    for number in range(args.rounds):
-        for name, (models, more) in ways.items():
-            remove(output)
-            read_into_cache(models)
-            wait_until_idle(limit_s=5)
-            done = run([*shardmix, "merge", *(f"{model}=0.5" for model in models), *more, *rest])
-            if done.returncode:
-                raise SystemExit(f"{name}: {done.stderr}")
-            report = done.report()
-            rows.append(
-                {
-                    "way": name,
-                    "round": number,
-                    "seconds": done.wall_s,
-                    "cpu_seconds": round(done.user_s + done.system_s, 3),
-                    "peak_bytes": done.peak_bytes,
-                    "projected_bytes": report["projected_peak_bytes"],
-                    "read_bytes": done.read_calls_bytes,
-                    "written_bytes": report["bytes_written"],
-                }
-            )
-    first = min(column(rows, "seconds", way="bfloat16 to bfloat16"))
-    table = [
-        (
-            name,
-            spread(column(rows, "seconds", way=name)),
-            over(min(column(rows, "seconds", way=name)), first),
-            spread(column(rows, "cpu_seconds", way=name)),
-            mib(max(column(rows, "peak_bytes", way=name))),
-            mib(max(column(rows, "projected_bytes", way=name))),
-            mib(max(column(rows, "read_bytes", way=name))),
-            mib(max(column(rows, "written_bytes", way=name))),
-        )
-        for name in ways
-    ]
-    header = ("way", "s", "best / plain", "CPU s", "peak MiB", "projected", "MiB read", "written")
-    print_table(header, table)
+    ways = {
+        name: Way([*shardmix, "merge", *(f"{each}=0.5" for each in models), *more, *rest], models)
+        for name, (models, more) in cases.items()
+    }
+    rows = by_turns(ways, output, args.rounds, _figures)
+    further = ("projected", "projected_bytes"), ("written", "written_bytes")
+    print_ways(rows, "best / plain", further)
     is_kept = all(row["peak_bytes"] <= row["projected_bytes"] for row in rows)
     return rows, is_kept
+
+
+def _figures(done: Finished) -> Row:
+    report = done.report()
+    return {
+        "projected_bytes": report["projected_peak_bytes"],
+        "written_bytes": report["bytes_written"],
+    }
 
 
 if __name__ == "__main__":
